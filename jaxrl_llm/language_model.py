@@ -1,0 +1,120 @@
+"""The one idea: a language model is a pure function of its parameters, with an explicit append-only cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+Params = PyTree[Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What a model remembers of a batch of rows; append-only.
+
+    All rows write at the same slot. `valid` says which slots count, so left padding, right padding, ragged prompts,
+    finished rows and rejected drafts are one thing: a slot that is not valid. Slots are in causal order, and a token's
+    position is the number of valid tokens before it in its row.
+    """
+
+    memory: PyTree  # the model's own; every leaf is [batch, ...]
+    valid: Bool[Array, "batch slot"]
+    length: Int[Array, ""]  # slots written so far
+
+    @property
+    def max_length(self) -> int:
+        """Number of slots."""
+        return self.valid.shape[1]
+
+    def append(self, mask: Bool[Array, "batch time"]) -> Cache:
+        """Claim the next `time` slots; those where `mask` is false never count. The memory is the model's to write."""
+        time = mask.shape[1]
+        if time > self.max_length or (is_concrete(self.length) and int(self.length) + time > self.max_length):
+            written = int(self.length) if is_concrete(self.length) else "some"
+            raise ValueError(
+                f"the cache has {self.max_length} slots, {written} are written and {time} more do not fit."
+            )
+        valid = jax.lax.dynamic_update_slice(self.valid, mask, (jnp.zeros_like(self.length), self.length))
+        return dataclasses.replace(self, valid=valid, length=self.length + time)
+
+    def take(self, rows: Int[Array, "rows"]) -> Cache:
+        """The cache of `rows` of the batch, in that order; a row may be taken many times."""
+        memory, valid = jax.tree.map(lambda leaf: leaf[rows], (self.memory, self.valid))
+        return dataclasses.replace(self, memory=memory, valid=valid)
+
+
+class LanguageModel(Protocol):
+    """Turns tokens into next-token logits. Implementations are hashable by their configuration.
+
+    Without a cache, `hidden` scores whole sequences; with one it appends `tokens` to it (prefill is the call with many
+    tokens, a decoding step the one with one). `mask` is false at padding, on either side; what stands there changes
+    nothing elsewhere, and the outputs at padded places mean nothing, except that a model with `min_prompt_length` 0
+    gives there the hidden state of what stands before (of the empty sequence, if nothing does).
+    """
+
+    vocab_size: int
+    max_length: int  # tokens of a row that the model can hold: its context
+    min_prompt_length: int  # valid tokens that must precede the first prediction: 1, or 0 for a model with a root state
+
+    def init(self, key: Array) -> Params:
+        """Random parameters: a plain nested dict of arrays."""
+
+    def init_cache(self, batch_size: int, max_length: int, *, dtype: Any = jnp.float32) -> Cache:
+        """An empty cache of `max_length` slots; `dtype` is that of the parameters it will be used with."""
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch time"],
+        cache: Cache | None = None,
+        *,
+        mask: Bool[Array, "batch time"] | None = None,
+    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
+        """The last hidden state at each token, and the cache with the tokens appended."""
+
+    def logits(self, params: Params, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
+        """Unembed hidden states: the unnormalised log-probabilities of the next token."""
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch time"],
+        cache: Cache | None = None,
+        *,
+        mask: Bool[Array, "batch time"] | None = None,
+    ) -> tuple[Float[Array, "batch time vocab"], Cache | None]:
+        """`logits` of `hidden`: at each token, the logits of the token after it."""
+        hidden, cache = self.hidden(params, tokens, cache, mask=mask)
+        return self.logits(params, hidden), cache
+
+
+def is_concrete(array: Any) -> bool:
+    """Whether the values can be read now, that is, `array` is not traced."""
+    return not isinstance(array, jax.core.Tracer)
+
+
+def params_dtype(params: Params) -> jnp.dtype:
+    """The floating dtype of the parameters."""
+    return jnp.result_type(*jax.tree.leaves(params))
+
+
+def check_tokens(lm: LanguageModel, tokens: Array, mask: Array | None, *, name: str = "tokens") -> None:
+    """Raise for a wrong rank, dtype or mask shape, and (where values can be read) for tokens outside the vocabulary."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers [batch, time], but is {tokens.dtype}{list(tokens.shape)}.")
+    if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
+        raise ValueError(f"the mask of {name} must be bool{list(tokens.shape)}, but is {mask.dtype}{list(mask.shape)}.")
+    if not (is_concrete(tokens) and (mask is None or is_concrete(mask))) or tokens.size == 0:
+        return
+    real = np.asarray(tokens) if mask is None else np.asarray(tokens)[np.asarray(mask)]
+    if real.size and (real.min() < 0 or real.max() >= lm.vocab_size):
+        raise ValueError(
+            f"{name} must lie in [0, {lm.vocab_size}), the model's vocabulary, "
+            f"but range from {real.min()} to {real.max()}."
+        )

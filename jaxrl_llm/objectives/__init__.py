@@ -1,0 +1,1 @@
+"""Objectives: arrays in, arrays out, unreduced; imports jax only."""

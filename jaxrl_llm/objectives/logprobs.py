@@ -1,0 +1,32 @@
+"""Log-probabilities of tokens under logits, in nats."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def token_log_probs(
+    logits: Float[Array, "*batch time vocab"], tokens: Int[Array, "*batch time"]
+) -> Float[Array, "*batch time"]:
+    """Log-probability of each token under the logits at its place, in nats.
+
+        log p(y) = z_y − log Σ_v exp z_v
+
+    Shift before the call: the logits that predict token t stand at token t − 1. Computed in float32 or wider, also for
+    bfloat16 logits; `-inf` logits give probability 0, and a token that has it the log-probability `-inf`.
+
+    Raises:
+        ValueError: if the shapes do not match or the dtypes are not floating and integer.
+    """
+    if logits.ndim < 1 or tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"tokens must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}, "
+            f"but have {list(tokens.shape)}."
+        )
+    if not (jnp.issubdtype(logits.dtype, jnp.floating) and jnp.issubdtype(tokens.dtype, jnp.integer)):
+        raise ValueError(f"logits must be floating and tokens integer, but are {logits.dtype} and {tokens.dtype}.")
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
