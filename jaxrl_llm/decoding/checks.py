@@ -1,0 +1,84 @@
+"""What every decoder checks before it runs, and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
+
+from jaxrl_llm import language_model
+from jaxrl_llm.decoding.loop import Generation
+from jaxrl_llm.language_model import LanguageModel, is_concrete
+
+MIN_PROMPT_BUCKET = 16
+
+
+def bucketed_prompts(
+    lm: LanguageModel,
+    prompts: Int[Array, "batch prompt"],
+    prompt_mask: Bool[Array, "batch prompt"] | None,
+    *,
+    max_new_tokens: int,
+) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"]]:
+    """The prompts and their mask, checked, and padded on the left to the next power of two (at least 16).
+
+    One compiled program then serves all prompts of a bucket.
+    """
+    prompts = jnp.asarray(prompts)
+    prompt_mask = None if prompt_mask is None else jnp.asarray(prompt_mask)
+    language_model.check_tokens(lm, prompts, prompt_mask, name="prompts")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}.")
+    if prompt_mask is None:
+        prompt_mask = jnp.ones(prompts.shape, bool)
+    check_room(lm, prompt_mask, max_new_tokens)
+    length = prompts.shape[1]
+    bucket = max(MIN_PROMPT_BUCKET, 1 << max(length - 1, 0).bit_length())
+    padding = ((0, 0), (bucket - length, 0))
+    return jnp.pad(prompts.astype(jnp.int32), padding), jnp.pad(prompt_mask, padding)
+
+
+def eos_array(eos_id: int | Sequence[int] | Int[Array, "*eos"] | None) -> Int[Array, "eos"]:
+    """No, one or several ending tokens as an array."""
+    return jnp.atleast_1d(jnp.asarray([] if eos_id is None else eos_id, jnp.int32))
+
+
+def check_room(lm: LanguageModel, prompt_mask: Bool[Array, "batch prompt"], max_new_tokens: int) -> None:
+    """Raise if a prompt is too short for the model, or too long for its context, where that can be known."""
+    if not is_concrete(prompt_mask) or prompt_mask.shape[0] == 0:
+        return
+    lengths = np.asarray(prompt_mask).sum(axis=1)
+    if lengths.min() < lm.min_prompt_length:
+        raise ValueError(f"prompt {lengths.argmin()} is empty: this model needs at least one token to start from.")
+    if lengths.max() + max_new_tokens > lm.max_length:
+        raise ValueError(
+            f"prompt {lengths.argmax()} has {lengths.max()} tokens, and {max_new_tokens} new ones do not fit "
+            f"with it in the model's context of {lm.max_length}."
+        )
+
+
+def row_keys(key: Key[Array, "*#batch"] | None, batch: int) -> Key[Array, "batch"]:
+    """A key for each row: those given, or derived from one by the row's index."""
+    if key is None:
+        raise ValueError("sampling needs key=jax.random.key(seed); for the most probable tokens pass greedy=True.")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be made by jax.random.key, but is an array of {key.dtype}.")
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key must be one key or one for each of {batch} rows, but has the shape {key.shape}.")
+    return key if key.shape else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+
+
+def check_finite(generation: Generation) -> Generation:
+    """Raise where the model's law broke down; return the generation unchanged otherwise."""
+    if is_concrete(generation.logp):
+        broken = np.isnan(np.asarray(generation.logp)) | np.isnan(np.asarray(generation.logp_sampler))
+        if broken.any():
+            row, time = np.argwhere(broken)[0]
+            raise FloatingPointError(
+                f"no token could be drawn in row {row} at new token {time}: "
+                "the model's logits there are NaN, +inf, or all −inf."
+            )
+    return generation

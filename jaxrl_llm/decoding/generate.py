@@ -1,0 +1,106 @@
+"""Generation as one compiled scan, whole or in pieces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from jaxrl_llm.decoding import checks, loop
+from jaxrl_llm.decoding.loop import Generation, Rules
+from jaxrl_llm.decoding.transforms import Transform
+from jaxrl_llm.language_model import LanguageModel, Params
+
+STEP_BUCKET = 2 * loop.BLOCK
+
+
+def generate(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "batch prompt"],
+    *,
+    max_new_tokens: int,
+    transform: Transform | None = None,
+    greedy: bool = False,
+    key: Key[Array, "*#batch"] | None = None,
+    prompt_mask: Bool[Array, "batch prompt"] | None = None,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    pad_id: int | Int[Array, ""] = 0,
+) -> Generation:
+    """Continue each prompt by up to `max_new_tokens` tokens, drawn from the model or greedily.
+
+    One compiled program serves all temperatures, keys, prompts and numbers of tokens of a bucket (prompts: the next
+    power of two, at least 16; new tokens: the next multiple of 16). When all rows have ended it stops computing.
+
+    Args:
+        transform: warps the logits before a token is chosen (`jaxrl_llm.decoding.transforms`).
+        greedy: take the most probable token; no key is needed then.
+        key: one key, from which each row derives its own by its index, or one key a row. A row's tokens depend on its
+            prompt and its key alone, not on the batch, the padding or the bucket.
+        prompt_mask: false at padding, which may stand on the left, on the right or between.
+        eos_id: the token, or any of the tokens, that ends a row.
+
+    Raises:
+        ValueError: for shapes, dtypes and token ids that do not fit, a prompt that is empty (where the model has no
+            root state) or leaves no room in the model's context, or a missing key.
+        FloatingPointError: if the model's logits are NaN, or no token is possible. (Under an outer `jit` values cannot
+            be read: there `logp` is NaN from that token on.)
+    """
+    prompt = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=max_new_tokens)
+    keys = None if greedy else checks.row_keys(key, prompt[0].shape[0])
+    rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32))
+    num_steps = -(-(max_new_tokens - 1) // STEP_BUCKET) * STEP_BUCKET  # the first token comes with the prefill
+    generation = decode(lm, params, *prompt, rules, max_new_tokens, num_steps=num_steps)
+    return checks.check_finite(jax.tree.map(lambda leaf: leaf[:, :max_new_tokens], generation))
+
+
+def stream(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "batch prompt"],
+    *,
+    max_new_tokens: int,
+    tokens_at_a_time: int = 8,
+    transform: Transform | None = None,
+    greedy: bool = False,
+    key: Key[Array, "*#batch"] | None = None,
+    prompt_mask: Bool[Array, "batch prompt"] | None = None,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    pad_id: int | Int[Array, ""] = 0,
+) -> Iterator[Generation]:
+    """The same tokens as `generate`, in pieces of `tokens_at_a_time`, as soon as they are known."""
+    prompt = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=max_new_tokens)
+    keys = None if greedy else checks.row_keys(key, prompt[0].shape[0])
+    rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32))
+    num_steps = -(-(max_new_tokens - 1) // STEP_BUCKET) * STEP_BUCKET  # the first token comes with the prefill
+    state, first = _prefill_jit(lm, params, *prompt, rules, num_slots=prompt[0].shape[1] + num_steps)
+    yield checks.check_finite(jax.tree.map(lambda leaf: leaf[:, None], first))
+    remaining = max_new_tokens - 1
+    while remaining > 0 and not bool(state.done.all()):
+        state, piece = _advance_jit(lm, params, state, rules, max_new_tokens, num_steps=tokens_at_a_time)
+        yield checks.check_finite(jax.tree.map(lambda leaf, count=remaining: leaf[:, :count], piece))
+        remaining -= tokens_at_a_time
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "num_steps"))
+def decode(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "batch prompt"],
+    prompt_mask: Bool[Array, "batch prompt"],
+    rules: Rules,
+    max_new_tokens: Int[Array, ""],
+    *,
+    num_steps: int,
+) -> Generation:
+    """The compiled whole of `generate`: prefill, then up to `num_steps` steps."""
+    state, first = loop.prefill(lm, params, prompts, prompt_mask, rules, num_slots=prompts.shape[1] + num_steps)
+    _, rest = loop.advance(lm, params, state, rules, max_new_tokens, num_steps=num_steps)
+    return jax.tree.map(lambda head, tail: jnp.concatenate([head[:, None], tail], axis=1), first, rest)
+
+
+_prefill_jit = functools.partial(jax.jit, static_argnames=("lm", "num_slots"))(loop.prefill)
+_advance_jit = functools.partial(jax.jit, static_argnames=("lm", "num_steps"), donate_argnames="state")(loop.advance)

@@ -1,0 +1,199 @@
+"""The search tree: every node continued by several tokens, all nodes of a level in one batched call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxrl_llm import language_model
+from jaxrl_llm.decoding import checks, sampling
+from jaxrl_llm.decoding.transforms import Transform
+from jaxrl_llm.language_model import Cache, LanguageModel, Params
+
+MAX_LEAVES = 4096
+
+
+class Node(NamedTuple):
+    """One node of a tree: a token after its parent's. The root, which stands for the prompt, is not among them."""
+
+    id: int
+    parent: int  # 0: the root
+    level: int  # tokens from the root to here
+    token: int
+    log_prob: float  # of the token given its parent, in nats
+    total_log_prob: float  # Σ log p from the root to here
+    ended: bool  # the token is EOS
+
+    @property
+    def score(self) -> float:
+        """Σ log p / length, over the generated tokens: nats per token."""
+        return self.total_log_prob / self.level
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Level by level, slot r·branching + j is the j-th child of slot r of the level above.
+
+    Of level l (from 0) the first branching**(l + 1) slots can hold nodes; `exists` says which do. Siblings are ordered
+    by falling log-probability.
+    """
+
+    tokens: Int[Array, "depth slot"]
+    log_probs: Float[Array, "depth slot"]  # of each token given its parent, of the model itself, in nats
+    totals: Float[Array, "depth slot"]  # Σ log p from the root
+    exists: Bool[Array, "depth slot"]
+    ended: Bool[Array, "depth slot"]
+    branching: int = dataclasses.field(metadata={"static": True})
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, parents before children, numbered from 1."""
+        arrays = [np.asarray(each) for each in (self.tokens, self.log_probs, self.totals, self.exists, self.ended)]
+        tokens, log_probs, totals, exists, ended = arrays
+        ids, above = 0, {0: 0}
+        for level in range(tokens.shape[0]):
+            here = {}
+            for slot in np.flatnonzero(exists[level]):
+                ids += 1
+                here[int(slot)] = ids
+                yield Node(
+                    ids,
+                    above[int(slot) // self.branching],
+                    level + 1,
+                    int(tokens[level, slot]),
+                    float(log_probs[level, slot]),
+                    float(totals[level, slot]),
+                    bool(ended[level, slot]),
+                )
+            above = here
+
+    def leaves(self) -> list[Node]:
+        """The nodes without children: those of the last level, and those that ended before."""
+        nodes = list(self.nodes())
+        parents = {node.parent for node in nodes}
+        return [node for node in nodes if node.id not in parents]
+
+    def path(self, leaf: Node) -> list[Node]:
+        """The nodes from the root's child down to `leaf`."""
+        nodes = {node.id: node for node in self.nodes()}
+        path = [leaf]
+        while path[-1].parent:
+            path.append(nodes[path[-1].parent])
+        return path[::-1]
+
+    def best(self) -> tuple[Int[np.ndarray, "length"], float]:
+        """Tokens and score (Σ log p / length, nats per token) of the leaf with the highest score."""
+        leaf = max(self.leaves(), key=lambda node: node.score)
+        return np.asarray([node.token for node in self.path(leaf)], np.int32), leaf.score
+
+
+def search_tree(
+    lm: LanguageModel,
+    params: Params,
+    prompt: Int[Array, "prompt"],
+    *,
+    branching: int,
+    depth: int,
+    select: Transform | str = "best",
+    key: Key[Array, ""] | None = None,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+) -> Tree:
+    """Continue a prompt by a tree of `branching` distinct tokens a node and `depth` levels.
+
+    Args:
+        branching: 1 gives a chain, the greedy one with `select="best"`.
+        select: `"best"` takes the most probable tokens of a node; a transform draws them at random without
+            replacement from the law that it leaves (Gumbel-top-k). Where it leaves fewer than `branching` tokens, the
+            node has fewer children.
+        key: for a transform.
+        eos_id: a node whose token is this, or one of these, has no children.
+
+    Raises:
+        ValueError: for an empty prompt (where the model has no root state), one that leaves no room, a `branching` or
+            `depth` below 1, or a tree of more than 4096 leaves.
+        FloatingPointError: if the model's logits are NaN, or no token is possible.
+    """
+    prompt = jnp.asarray(prompt)
+    if prompt.ndim != 1:
+        raise ValueError(f"prompt must be one sequence [time], but has the shape {list(prompt.shape)}.")
+    if branching < 1 or depth < 1 or branching > lm.vocab_size:
+        raise ValueError(
+            f"branching must be in [1, {lm.vocab_size}] and depth at least 1, but are {branching} and {depth}."
+        )
+    if branching**depth > MAX_LEAVES:
+        raise ValueError(f"{branching}**{depth} leaves are more than the {MAX_LEAVES} that a tree may have.")
+    if isinstance(select, str) and select != "best":
+        raise ValueError(f'select must be "best" or a transform, but is {select!r}.')
+    transform = None if isinstance(select, str) else select
+    if transform is not None:
+        key = checks.row_keys(key, 1)[0]
+    prompts, mask = checks.bucketed_prompts(lm, prompt[None], None, max_new_tokens=depth)
+    tree = _grow(lm, params, prompts, mask, transform, key, checks.eos_array(eos_id), branching=branching, depth=depth)
+    if language_model.is_concrete(tree.log_probs) and not np.isfinite(np.asarray(tree.log_probs)[tree.exists]).all():
+        raise FloatingPointError("no token could be chosen: the model's logits are NaN, +inf, or all −inf.")
+    return tree
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "branching", "depth"))
+def _grow(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "1 prompt"],
+    mask: Bool[Array, "1 prompt"],
+    transform: Transform | None,
+    key: Key[Array, ""] | None,
+    eos_ids: Int[Array, "eos"],
+    *,
+    branching: int,
+    depth: int,
+) -> Tree:
+    """A scan over levels. Every level has the width of the last one that is fed, so that one step serves all."""
+    width = branching ** (depth - 1)
+    parent_rows = jnp.arange(width) // branching
+    cache = lm.init_cache(1, prompts.shape[1] + depth, dtype=language_model.params_dtype(params))
+    hidden, cache = lm.hidden(params, prompts, cache, mask=mask)
+    root = jnp.zeros(width, jnp.int32)
+    state = (hidden[root, -1], cache.take(root), jnp.arange(width) == 0, jnp.zeros(width))
+
+    def step(state: tuple[Array, Cache, Array, Array], level: Array) -> tuple[tuple, Tree]:
+        hidden, cache, open_, totals = state
+        logits = lm.logits(params, hidden)
+        tokens, possible = _select(logits, transform, key, level, branching)
+        normaliser = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+        log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
+        exists = (possible | ~jnp.isfinite(normaliser)) & open_[:, None]  # a broken law shows as a node that is NaN
+        ended = exists & (tokens[..., None] == eos_ids).any(axis=-1)
+        nodes = (tokens, jnp.where(exists, log_probs, -jnp.inf), totals[:, None] + log_probs, exists, ended)
+        nodes = tuple(leaf.reshape(-1) for leaf in nodes)
+        children = tuple(leaf[:width] for leaf in nodes)  # of the last level, cut off here, nothing is fed
+        hidden, cache = lm.hidden(params, children[0][:, None], cache.take(parent_rows))
+        return (hidden[:, 0], cache, children[3] & ~children[4], children[2]), Tree(*nodes, branching=branching)
+
+    return jax.lax.scan(step, state, jnp.arange(depth))[1]
+
+
+def _select(
+    logits: Float[Array, "row vocab"],
+    transform: Transform | None,
+    key: Key[Array, ""] | None,
+    level: Int[Array, ""],
+    branching: int,
+) -> tuple[Int[Array, "row branching"], Bool[Array, "row branching"]]:
+    """Distinct tokens for each row, by falling probability, and which of them are possible."""
+    if transform is None:
+        values, tokens = jax.lax.top_k(logits, branching)
+        return tokens, values > -jnp.inf
+    warped = transform(logits)
+    level_key = jax.random.fold_in(key, level)
+    keys = jax.vmap(lambda row: jax.random.fold_in(level_key, row))(jnp.arange(logits.shape[0]))
+    tokens = sampling.sample_distinct(keys, warped, branching)
+    values = jnp.take_along_axis(warped, tokens, axis=1)
+    order = jnp.argsort(-values, axis=1)
+    return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(values, order, axis=1) > -jnp.inf
