@@ -1,0 +1,1 @@
+"""Optimiser steps, trainers and checkpoints: they only compose the floors below."""
