@@ -1,0 +1,91 @@
+"""Bars of token probabilities: the kept set in colour, what was removed in grey, the tokens drawn marked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
+
+from jaxrl_llm.plots import style
+from jaxrl_llm.plots.sheet import Sheet, size_in_points
+from jaxrl_llm.plots.text import LITERAL, per_cent, text_width, token_label
+
+KEPT, REMOVED = style.PALETTE[0], "#cfd4d9"
+LABEL_SIZE, LABEL_WIDTH, VALUE_WIDTH = 7.0, 58.0, 44.0
+HEADING, ROW = 34.0, 13.6
+
+
+def draw_bars(axes: Axes, bars: dict[str, Any], *, largest: float | None = None) -> None:
+    """Draw a distribution's first tokens as horizontal bars, in the order given.
+
+    `bars` has `tokens`, each with `text`, `prob`, `kept` and `drawn`; `largest` is the probability of the longest bar
+    (panels side by side should share it), by default the largest there is. Labels stand left of the axes, in 64 points.
+    """
+    tokens = bars["tokens"]
+    width, height = size_in_points(axes)
+    largest = largest or max((token["prob"] for token in tokens), default=0.0) or 1.0
+    colours = [KEPT if token["kept"] else REMOVED for token in tokens]
+    axes.barh(range(len(tokens)), [token["prob"] for token in tokens], height=0.72, color=colours)
+    end = largest * width / max(width - VALUE_WIDTH, 0.2 * width)
+    axes.set(xlim=(0, end), ylim=(max(len(tokens), height / (1.25 * ROW)) - 0.5, -0.5), xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    size = LABEL_SIZE * min(1.0, height / (ROW * max(1, len(tokens))))
+    for row, token in enumerate(tokens):
+        _annotate(axes, row, token, size)
+    _divide(axes, [token["kept"] for token in tokens])
+
+
+def _annotate(axes: Axes, row: int, token: dict[str, Any], size: float) -> None:
+    weight = "bold" if token["drawn"] else "normal"
+    colour = style.ACCENT if token["drawn"] else style.INK if token["kept"] else style.MUTED
+    shared = {"textcoords": "offset points", "va": "center", "fontsize": size, "weight": weight, **LITERAL}
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    axes.annotate(_label(token, size), (0, row), (-4, 0), xycoords=beside, ha="right", color=colour, **shared)
+    value = ("◆ " if token["drawn"] else "") + per_cent(token["prob"])
+    axes.annotate(value, (token["prob"], row), (3, 0), ha="left", color=colour, **shared)
+
+
+def _label(token: dict[str, Any], size: float) -> str:
+    return token_label(token["text"], size=size, width=LABEL_WIDTH, weight="bold")
+
+
+def _divide(axes: Axes, kept: list[bool]) -> None:
+    """A line under the kept tokens, where they are the first ones."""
+    count = sum(kept)
+    if 0 < count < len(kept) and all(kept[:count]):
+        axes.axhline(count - 0.5, color=style.MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+
+
+@style.look()
+def bars_figure(panels: list[dict[str, Any]]) -> Figure:
+    """A figure of distributions side by side, on one scale."""
+    margin, height = 10.0, needed_height(panels)
+    sheet = Sheet(200.0 * len(panels) + 2 * margin, height + 2 * margin)
+    draw_panels(sheet, margin, margin, panels, width=200.0 * len(panels), height=height)
+    return sheet.figure
+
+
+def needed_height(panels: list[dict[str, Any]]) -> float:
+    """The height in points of panels side by side."""
+    return HEADING + ROW * max(len(panel["tokens"]) for panel in panels)
+
+
+def draw_panels(
+    sheet: Sheet, x: float, y: float, panels: list[dict[str, Any]], *, width: float, height: float, prefix: str = ""
+) -> None:
+    """Distributions side by side within a rectangle of the sheet, each under its title and its kept mass."""
+    tokens = [token for panel in panels for token in panel["tokens"]]
+    largest = max((token["prob"] for token in tokens), default=0.0)
+    labels = 6 + max((text_width(_label(token, LABEL_SIZE), LABEL_SIZE, "bold") for token in tokens), default=0.0)
+    column = width / len(panels)
+    for index, panel in enumerate(panels):
+        left, room = x + index * column, column - 14
+        title = f"{prefix}{panel['title']}" if index == 0 else panel["title"]
+        sheet.line(left, y + 9, title, size=9.5, width=room, weight="bold")
+        kept = f"kept mass {per_cent(panel['kept_mass'])}"
+        sheet.line(left, y + 23, kept, size=8, width=room, color=style.MUTED)
+        axes = sheet.axes(left + labels, y + HEADING, room - labels, height - HEADING)
+        draw_bars(axes, panel, largest=largest)

@@ -1,0 +1,111 @@
+"""One look for every figure, and one way to save them: atomic, and the same bytes for the same picture."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from cycler import cycler
+from matplotlib.colors import Colormap, ListedColormap, to_rgb
+from matplotlib.figure import Figure
+
+DPI = 180
+INK, MUTED, EDGE, FAINT = "#1b1f24", "#66707a", "#9aa3ac", "#c9ced4"
+ACCENT = "#c8480a"  # what the reader should see first; Okabe and Ito's vermilion, darkened to be read as text
+
+# Okabe and Ito (2008), told apart by colour-blind readers; the yellow, unreadable on white, is left out.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+_LOOK = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so that a figure is the same on every machine
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e6e9ec",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "image.cmap": "cividis",
+    "figure.dpi": 100,
+    "savefig.dpi": DPI,
+    "text.hinting": "none",  # letters as wide on pixels as in the SVG, and as measured for the layout
+    "svg.fonttype": "path",  # readable wherever it is opened, whatever fonts are there
+    "svg.hashsalt": "jaxrl_llm",  # element ids follow from the content alone
+}
+
+
+def look() -> contextlib.AbstractContextManager[None]:
+    """The library's look, as a context or a decorator; it starts from matplotlib's defaults, not the user's."""
+    return matplotlib.style.context(_LOOK, after_reset=True)
+
+
+def score_colours() -> Colormap:
+    """Pale yellow for low, blue for high: ordered also in grey, and pale enough to write upon in dark ink."""
+    return ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.02, 0.6, 256)), name="score")
+
+
+def ink_on(colour: str | tuple[float, ...]) -> str:
+    """Dark or white, whichever is read better on this colour (WCAG's relative luminance)."""
+    rgb = np.asarray(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.2 else INK
+
+
+def save(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
+    """Write `<path>.png` and `<path>.svg`; saving an equal figure again gives equal bytes."""
+    return [save_as(figure, Path(f"{path_without_suffix}{suffix}")) for suffix in (".png", ".svg")]
+
+
+def save_as(figure: Figure, path: str | Path) -> Path:
+    """Write one file, atomically and without a date, in the format that its suffix names.
+
+    Raises:
+        ValueError: if matplotlib does not write such files.
+    """
+    path = Path(path)
+    file_format, formats = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+    if file_format not in formats:
+        raise ValueError(
+            f"cannot write a figure to {path.name}: the suffix must be one of {', '.join(sorted(formats))}."
+        )
+    undated = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
+    buffer = io.BytesIO()
+    with look():
+        figure.savefig(buffer, format=file_format, metadata=undated.get(file_format))
+    return write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write a whole file or none, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+    return path

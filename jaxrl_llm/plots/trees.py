@@ -1,0 +1,144 @@
+"""Search trees: tokens and probabilities in boxes coloured by score, from left to right, the best path emphasised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
+from matplotlib.path import Path
+
+from jaxrl_llm.plots import style
+from jaxrl_llm.plots.sheet import Sheet, size_in_points
+from jaxrl_llm.plots.text import LITERAL, sentence, signed, text_width
+from jaxrl_llm.plots.tree_layout import (
+    BOX_HEIGHT,
+    HEADER,
+    NUMBER_SIZE,
+    PADDING,
+    TOKEN_SIZE,
+    Box,
+    Layout,
+    leaf_score,
+    place,
+)
+
+TITLE_SIZE, SUBTITLE_SIZE = 9.5, 8.0
+LEAST_WIDTH, TALLEST = 360.0, 7200.0  # points; a taller tree is drawn smaller, for PNG ends at 65536 pixels
+
+
+def score_norm(trees: list[dict[str, Any]]) -> Normalize:
+    """One colour scale for all nodes of these trees."""
+    scores = [node["score"] for tree in trees for node in tree["nodes"] if node["score"] is not None] or [0.0]
+    spare = 0.0 if max(scores) > min(scores) else 0.05
+    return Normalize(min(scores) - spare, max(scores) + spare)
+
+
+def draw_tree(axes: Axes, tree: dict[str, Any], *, norm: Normalize, cmap: Colormap) -> None:
+    """Draw a tree into the axes at their present size, smaller than life only if it would not fit otherwise.
+
+    `tree` has `nodes` (`id`, `parent` or None, `text`, `prob`, `score` or None, `ended`) and `best`, the ids on the way
+    to the best leaf. A box holds a token ("·" is a space, "↵" a line break) and its probability given the tokens
+    before it; its colour is its score, and so is the number beside a leaf; edges are the wider the more probable.
+    """
+    width, height = size_in_points(axes)
+    layout = place(tree, width=width)
+    scale = min(1.0, width / layout.width, height / layout.height)
+    axes.set(xlim=(0, width / scale), ylim=(height / scale, 0))
+    axes.axis("off")
+    best = set(tree["best"])
+    for node, box in layout.boxes.items():
+        for child in layout.children[node]:
+            _edge(axes, box, layout.boxes[child], layout.nodes[child]["prob"], on_best_path=child in best, scale=scale)
+        _node(axes, layout, node, norm, cmap, on_best_path=node in best, scale=scale)
+    for leaf in layout.leaves:
+        _score(axes, layout, leaf, is_best=leaf in best, scale=scale)
+    _header(axes, layout, scale)
+
+
+def _edge(axes: Axes, parent: Box, child: Box, probability: float, *, on_best_path: bool, scale: float) -> None:
+    middle = (parent.right + child.x) / 2
+    points = [(parent.right, parent.y), (middle, parent.y), (middle, child.y), (child.x, child.y)]
+    path = Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
+    colour, least = (style.ACCENT, 1.4) if on_best_path else (style.EDGE, 0.5)
+    width = scale * (least + 1.8 * probability)
+    axes.add_patch(PathPatch(path, fill=False, edgecolor=colour, linewidth=width, zorder=3 if on_best_path else 1))
+
+
+def _node(
+    axes: Axes, layout: Layout, node: int, norm: Normalize, cmap: Colormap, *, on_best_path: bool, scale: float
+) -> None:
+    box, entry = layout.boxes[node], layout.nodes[node]
+    fill = "white" if entry["score"] is None else cmap(norm(entry["score"]))
+    edge, width = (style.ACCENT, 1.5) if on_best_path else (style.EDGE, 0.6)
+    outline = f"round,pad=0,rounding_size={BOX_HEIGHT * 0.3}"
+    corner = (box.x, box.y - BOX_HEIGHT / 2)
+    patch = FancyBboxPatch(corner, box.width, BOX_HEIGHT, boxstyle=outline, facecolor=fill, edgecolor=edge, zorder=4)
+    patch.set(linewidth=width * scale, clip_on=False)  # the root's outline lies half outside the axes
+    axes.add_patch(patch)
+    if entry["ended"]:
+        axes.add_patch(_end_bar(box.right + 1.5, box.y))
+    ink, weight = style.ink_on(fill), "bold" if on_best_path or not box.probability else "normal"
+    shared = {"va": "center_baseline", "color": ink, "zorder": 5, **LITERAL}
+    axes.text(box.x + PADDING, box.y, box.label, fontsize=TOKEN_SIZE * scale, weight=weight, **shared)
+    numbers = {"fontsize": NUMBER_SIZE * scale, "ha": "right"}
+    axes.text(box.right - PADDING, box.y, box.probability, **numbers, **shared)
+
+
+def _end_bar(x: float, y: float) -> Rectangle:
+    """What marks a sequence that ended itself."""
+    return Rectangle((x, y - BOX_HEIGHT / 2), 2.2, BOX_HEIGHT, facecolor=style.INK, edgecolor="none", zorder=4)
+
+
+def _score(axes: Axes, layout: Layout, leaf: int, *, is_best: bool, scale: float) -> None:
+    box, text = layout.boxes[leaf], leaf_score(layout.nodes[leaf])
+    colour, weight = (style.ACCENT, "bold") if is_best else (style.MUTED, "normal")
+    fonts = {"fontsize": NUMBER_SIZE * scale, "weight": weight, "color": colour}
+    axes.text(layout.score_x, box.y, text, ha="right", va="center_baseline", **fonts, **LITERAL)
+    leader = [box.right + 6, layout.score_x - text_width(text, NUMBER_SIZE, weight) - 4]
+    if leader[1] - leader[0] > 12:
+        axes.plot(leader, [box.y, box.y], color=style.FAINT, linewidth=0.7 * scale, linestyle=(0, (1, 2)), zorder=0)
+
+
+def _header(axes: Axes, layout: Layout, scale: float) -> None:
+    fonts = {"fontsize": NUMBER_SIZE * scale, "color": style.MUTED, "va": "center_baseline", **LITERAL}
+    columns = sorted({(box.x, box.width) for box in layout.boxes.values()})
+    for level, (x, width) in enumerate(columns):
+        text = ("prompt", "token 1")[level] if level < 2 else str(level)
+        axes.text(x + width / 2, HEADER / 2 - 2, text, ha="center", **fonts)
+    axes.text(layout.score_x, HEADER / 2 - 2, "score", ha="right", **fonts)
+
+
+def add_colour_bar(axes: Axes, *, norm: Normalize, cmap: Colormap) -> None:
+    """The colour scale of the scores, lying in these axes."""
+    bar = axes.get_figure().colorbar(ScalarMappable(norm, cmap), cax=axes, orientation="horizontal")
+    bar.outline.set_visible(False)
+    axes.set_xlabel("score: mean log-probability per token (nats)", fontsize=7.5)
+    axes.tick_params(labelsize=7, length=2.5)
+
+
+@style.look()
+def tree_figure(tree: dict[str, Any], *, model: str = "", norm: Normalize | None = None) -> Figure:
+    """A figure of one tree, as large as the tree needs, with its title, its best continuation and the colour scale."""
+    norm, cmap = norm or score_norm([tree]), style.score_colours()
+    layout = place(tree, width=LEAST_WIDTH)
+    margin, top, bottom = 14.0, 42.0, 46.0
+    height = min(layout.height, TALLEST)
+    sheet = Sheet(layout.width + 2 * margin, top + height + bottom)
+    title = f"{tree['title']}, {model}" if model else tree["title"]
+    draw_heading(sheet, margin, 8, tree, title=title, width=layout.width)
+    draw_tree(sheet.axes(margin, top, layout.width, height), tree, norm=norm, cmap=cmap)
+    add_colour_bar(sheet.axes(margin, top + height + 12, 200, 7), norm=norm, cmap=cmap)
+    return sheet.figure
+
+
+def draw_heading(sheet: Sheet, x: float, y: float, tree: dict[str, Any], *, title: str, width: float) -> None:
+    """Two lines: the title, and the best continuation with its score."""
+    sheet.line(x, y + 9, title, size=TITLE_SIZE, width=width, weight="bold")
+    score = f"” ({signed(tree['best_score'])} nats per token)"
+    room = width - text_width(f"best: “{score}", SUBTITLE_SIZE)
+    best = sentence(tree["best_text"].strip(" "), size=SUBTITLE_SIZE, width=room)
+    sheet.line(x, y + 23, f"best: “{best}{score}", size=SUBTITLE_SIZE, width=width, color=style.ACCENT)

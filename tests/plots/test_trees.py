@@ -1,0 +1,218 @@
+import math
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from figures import search_trees
+from jaxrl_llm.plots import bars, style, text, tree_layout, trees
+
+ROOT = Path(__file__).resolve().parents[2]
+NASTY = ["$", "$x_1^2$", "\n\n", " ", "", "\ufffd", " antidisestablishmentarianism", "中文", "🎉", "a\u0301", "\u200b"]
+NASTY += [
+    "\\frac{",
+    "_",
+    "^",
+    "\t",
+    "\x00",
+    "\ud800",
+    "ا",
+    " dream",
+    ".",
+    '"',
+    "<|endoftext|>",
+    "%s",
+    "WWWWWWWWWWWWWWWW",
+]
+
+
+def make_tree(*, depth=5, branching=2, missing=0.0, ending=0.0, seed=0, prompt="I have a dream", name="full"):
+    rng = random.Random(seed)
+    nodes = [_node(0, None, 0, prompt, 1.0, 0.0, None)]
+    front = nodes[:]
+    for level in range(1, depth + 1):
+        parents, front = front, []
+        for parent in parents:
+            for branch in range(branching):
+                if (branch == 0 or rng.random() >= missing) and not parent["ended"]:
+                    prob = rng.uniform(0.2, 0.6) if branch == 0 else 10 ** rng.uniform(-6, -0.8)
+                    total = parent["total"] + math.log(prob)
+                    token = NASTY[len(nodes) % len(NASTY)] if branching > 1 else rng.choice(NASTY)
+                    front.append(_node(len(nodes), parent["id"], level, token, prob, total, total / level))
+                    front[-1]["ended"] = rng.random() < ending
+                    nodes.append(front[-1])
+    best = max((node for node in nodes if node["level"] == depth or node["ended"]), key=lambda node: node["score"])
+    path = [best["id"]]
+    while nodes[path[0]]["parent"] is not None:
+        path.insert(0, nodes[path[0]]["parent"])
+    words = "".join(nodes[node]["text"] for node in path[1:])
+    return {"name": name, "title": f"A {name}_tree, $k$ = 2", "nodes": nodes, "best": path} | {
+        "best_text": words * 8,
+        "best_score": best["score"],
+    }
+
+
+def _node(node, parent, level, token, prob, total, score):
+    entry = {"id": node, "parent": parent, "level": level, "text": token, "prob": prob, "log_prob": math.log(prob)}
+    return entry | {"score": score, "ended": False, "total": total}
+
+
+def make_bars(kept):
+    probs = [0.4 * 0.7**rank for rank in range(25)]
+    tokens = [
+        {"text": NASTY[rank % len(NASTY)], "prob": prob, "kept": rank < kept, "drawn": rank in (0, 4)}
+        for rank, prob in enumerate(probs)
+    ]
+    return {"title": f"first {kept} of $V$", "kept_mass": sum(probs[:kept]), "tokens": tokens}
+
+
+def make_results():
+    chain = make_tree(branching=1, name="greedy")
+    others = [make_tree(), make_tree(missing=0.1, ending=0.1, name="top_k"), make_tree(missing=0.5, name="nucleus")]
+    panels = [make_bars(25), make_bars(20), make_bars(3)]
+    return {"data": {"model": "a_model $n$", "prompt": "I have a dream", "trees": [*others, chain], "bars": panels}}
+
+
+def texts(figure: Figure):
+    """Every text that is drawn."""
+    found = list(figure.texts)
+    for axes in figure.axes:
+        found += axes.texts
+        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if axes.axison else []
+        found += [label for at, label in ticks if axes.viewLim.x0 <= at <= axes.viewLim.x1]  # others are not drawn
+        found += [axes.xaxis.label] if axes.axison else []
+        found += axes.get_legend().get_texts() if axes.get_legend() else []
+    return [each for each in found if each.get_visible() and each.get_text()]
+
+
+def assert_legible(figure: Figure):
+    """All text is on the page, none touches another, and drawing warns of nothing (such as a missing glyph)."""
+    with warnings.catch_warnings(), style.look():
+        warnings.simplefilter("error")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        drawn = texts(figure)
+        boxes = np.array([each.get_window_extent(canvas.get_renderer()).extents for each in drawn])
+    low, high = boxes[:, :2], boxes[:, 2:]
+    shared = np.minimum(high[:, None], high[None]) - np.maximum(low[:, None], low[None])
+    overlapping = np.triu((shared > 0.01).all(axis=-1), k=1)
+    assert not overlapping.any(), [[drawn[index].get_text() for index in pair] for pair in np.argwhere(overlapping)]
+    assert (low >= 0).all()
+    assert (high <= [figure.bbox.width, figure.bbox.height]).all()
+
+
+@pytest.mark.parametrize("shape", [{}, {"branching": 1}, {"missing": 0.5, "ending": 0.2}, {"branching": 3, "depth": 3}])
+def test_labels_of_a_tree_figure_do_not_overlap(shape):
+    assert_legible(trees.tree_figure(make_tree(**shape), model="gpt_2 $"))
+
+
+def test_labels_of_the_whole_figure_do_not_overlap():
+    assert_legible(search_trees.draw(make_results()))
+
+
+@pytest.mark.parametrize("prompt", ["", "a very long prompt\n" * 500, "中文" * 50], ids=["empty", "long", "escaped"])
+def test_any_prompt_fits(prompt):
+    assert_legible(trees.tree_figure(make_tree(depth=2, prompt=prompt)))
+
+
+def test_bars_do_not_overlap():
+    assert_legible(bars.bars_figure([make_bars(25), make_bars(5)]))
+
+
+@pytest.mark.parametrize("size", [(3, 2), (12, 9)])
+def test_a_tree_shrinks_into_the_axes_it_is_given(size):
+    with style.look():
+        figure = Figure(figsize=size)
+        tree = make_tree(depth=4)
+        axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+        trees.draw_tree(axes, tree, norm=trees.score_norm([tree]), cmap=style.score_colours())
+    assert_legible(figure)
+
+
+def test_every_label_is_inside_its_box():
+    tree = make_tree(missing=0.3, ending=0.1)
+    figure = trees.tree_figure(tree)
+    axes = figure.axes[0]
+    with style.look():
+        FigureCanvasAgg(figure).draw()
+        for box in tree_layout.place(tree, width=tree_layout.place(tree).width).boxes.values():
+            inside = [each for each in axes.texts if each.get_position()[1] == box.y and each.get_text() == box.label]
+            extents = [each.get_window_extent().transformed(axes.transData.inverted()) for each in inside]
+            assert any(box.x < extent.x0 and extent.x1 < box.right for extent in extents)
+
+
+def test_a_parent_stands_between_its_children_and_the_likelier_child_above():
+    tree = make_tree(missing=0.2)
+    layout = tree_layout.place(tree, width=900)
+    assert layout.width == 900
+    for node, children in layout.children.items():
+        heights = [layout.boxes[child].y for child in children]
+        probs = [layout.nodes[child]["prob"] for child in children]
+        assert heights == sorted(heights)
+        assert probs == sorted(probs, reverse=True)
+        if heights:
+            assert layout.boxes[node].y == pytest.approx((heights[0] + heights[-1]) / 2)
+
+
+def test_what_is_not_one_tree_is_refused():
+    tree = make_tree(depth=2)
+    for parent, message in [(99, "parent 99"), (None, "found 2"), (3, "reached")]:
+        broken = tree | {"nodes": [node | {"parent": parent} if node["id"] == 3 else node for node in tree["nodes"]]}
+        with pytest.raises(ValueError, match=message):
+            tree_layout.place(broken)
+
+
+def test_a_deep_chain_needs_no_recursion():
+    assert len(tree_layout.place(make_tree(depth=3000, branching=1)).boxes) == 3001
+
+
+LABELS = {" dream": "·dream", " ": "␣", "": "∅", "\n\n": "↵↵", "$": "$", "a b ": "a·b·", "\ufffd": "\ufffd"}
+LABELS |= {"中": "\\u4e2d", "a\u0301": "a\\u0301", "\u200b": "\\u200b", "\ud800": "\\ud800", "\x00": "\\x00"}
+
+
+@pytest.mark.parametrize(("token", "label"), LABELS.items())
+def test_token_labels(token, label):
+    assert text.token_label(token, size=7, width=100) == label
+
+
+def test_long_text_is_cut_between_symbols():
+    assert text.token_label("中" * 9, size=7, width=60) == "\\u4e2d\\u4e2d…"
+    assert text.sentence("one two three", size=7, width=40, keep_end=True) == "…wo three"
+    assert text.text_width(text.sentence("x" * 10**6, size=7, width=50), 7) <= 50
+
+
+@pytest.mark.parametrize(
+    ("probability", "label"),
+    [(0.152, "15.2%"), (0.0286, "2.9%"), (0.003, "0.30%"), (1e-9, "<0.01%"), (0.0, "0.00%"), (1.0, "100%")],
+)
+def test_per_cent(probability, label):
+    assert text.per_cent(probability) == label
+
+
+def test_saving_again_gives_the_same_bytes(tmp_path):
+    tree = make_tree(depth=3)
+    first = [path.read_bytes() for path in style.save(trees.tree_figure(tree), tmp_path / "a" / "tree.v1")]
+    again = [path.read_bytes() for path in style.save(trees.tree_figure(tree), tmp_path / "b" / "tree.v1")]
+    assert first == again
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["tree.v1.png", "tree.v1.svg"]
+    with pytest.raises(ValueError, match="the suffix must be one of"):
+        style.save_as(trees.tree_figure(tree), tmp_path / "tree.xyz")
+
+
+def test_the_look_leaves_the_users_settings_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    trees.tree_figure(make_tree(depth=1))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_importing_plots_imports_nothing_heavy():
+    code = "import sys, jaxrl_llm.plots; assert not {'jax', 'matplotlib', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,144 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from figures import _page, _results
+from figures.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def node(number, parent, text, prob, score):
+    return {"id": number, "parent": parent, "level": int(parent is not None), "text": text, "prob": prob} | {
+        "log_prob": -1.0,
+        "score": score,
+        "ended": False,
+    }
+
+
+def results():
+    nodes = [node(0, None, "I have", 1.0, None), node(1, 0, " $a", 0.4, -0.9), node(2, 0, "\n", 0.1, -2.3)]
+    tree = {"name": "greedy", "title": "Greedy", "nodes": nodes, "best": [0, 1], "best_text": " $a", "best_score": -0.9}
+    tokens = [{"text": " $a", "prob": 0.4, "kept": True, "drawn": True}]
+    panels = [{"title": "plain", "kept_mass": 1.0, "tokens": tokens}]
+    numbers = [
+        {"name": "close", "value": -1.25, "unit": "nats", "source": "here", "expected": -1.2, "tolerance": 0.1},
+        {"name": "outside", "value": 3, "unit": "s", "source": "there", "interval": [None, 2]},
+        {"name": "free", "value": 1e-7, "unit": "", "source": "measured"},
+    ]
+    data = {"model": "tiny", "prompt": "I have", "trees": [tree, tree | {"name": "full"}], "bars": panels}
+    about = {"config": {"depth": 1}, "preset": "quick", "seed": 0, "versions": {"jax": "0.1"}, "seconds": 1.5}
+    return {"claim": "1 < 2 & <b>more</b>", "holds": False, "numbers": numbers, "data": data} | about
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "results").mkdir()
+    for name in _results.figure_names():  # of other figures this test knows nothing: it gives them no results
+        if name == "search_trees":
+            (tmp_path / "results" / f"{name}.json").write_text(json.dumps(results()))
+    return tmp_path
+
+
+def draw(folder, *names):
+    return main(names, results=folder / "results", gallery=folder / "gallery")
+
+
+def run_module(folder, gallery, seed):
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_module('figures', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "import figures._results as r\n"
+        "for name in r.figure_names():\n    r.figure_module(name)\n"
+        "assert 'jax' not in sys.modules and 'jaxlib' not in sys.modules\n"
+    )
+    options = ["search_trees", "--results", str(folder / "results"), "--gallery", str(folder / gallery)]
+    environment = {"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(folder.parent)}
+    command = [sys.executable, "-c", code, *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, {path.name: path.read_bytes() for path in (folder / gallery).iterdir()}
+
+
+def test_the_command_draws_without_jax_and_the_same_bytes_again(folder):
+    said, first = run_module(folder, "first", "1")
+    _, again = run_module(folder, "again", "2")
+    assert "first/index.html" in said
+    assert set(first) == {"search_trees.png", "search_trees.svg", "index.html"}
+    assert first == again
+
+
+def test_the_page_states_claim_numbers_and_picture(folder):
+    assert draw(folder, "search_trees") == 0
+    page = (folder / "gallery" / "index.html").read_text()
+    assert "1 &lt; 2 &amp; &lt;b&gt;more" in page
+    assert "−1.2 ± 0.1" in page
+    assert "≤ 2" in page
+    assert re.findall(r'class="mark (\w+)', page.split("<tbody>")[1]) == ["holds", "fails", "free"]
+    assert '<img src="search_trees.png"' in page
+    assert "preset quick · seed 0 · 1.5 s · jax 0.1" in page
+    assert "0 of 1 claims hold" in page
+    assert not re.search(r'(src|href)="(https?:|/)', page), "the page needs only what stands beside it"
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(folder, capsys):
+    assert draw(folder, "serch_trees") == 2
+    said = capsys.readouterr().err
+    assert "no figure is named serch_trees" in said
+    assert "search_trees" in said.split("there are:")[1]
+
+
+def test_results_without_a_figure_are_named_and_the_rest_is_drawn(folder, capsys):
+    (folder / "results" / "mystery.json").write_text(json.dumps(results()))
+    assert draw(folder, "mystery", "search_trees") == 1
+    assert "mystery.json has no figure: add figures/mystery.py with draw(results)." in capsys.readouterr().err
+    assert (folder / "gallery" / "search_trees.png").exists()
+    page = (folder / "gallery" / "index.html").read_text()
+    assert "<h2>Mystery</h2>" in page
+    assert "Not drawn yet" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing: run python -m experiments.search_trees"),
+        ("{", "is not JSON"),
+        ("[]", "expected an object, found a list"),
+        ('{"claim": "", "numbers": []}', "lacks holds, data"),
+        ('{"claim": "", "numbers": [{"name": "x"}], "holds": true, "data": {}}', "a number lacks"),
+    ],
+)
+def test_a_results_file_that_cannot_be_used_is_said_to_be_so(folder, capsys, content, message):
+    path = folder / "results" / "search_trees.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert draw(folder, "search_trees") == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "search_trees.json" in said.err
+
+
+def test_a_figure_that_fails_says_which_results_it_was_drawing(folder):
+    (folder / "results" / "search_trees.json").write_text(json.dumps(results() | {"data": {}}))
+    with pytest.raises(KeyError) as raised:
+        draw(folder, "search_trees")
+    assert "search_trees.json" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [({"interval": [1, 2.5]}, "1 … 2.5"), ({"interval": [-3, None]}, "≥ −3"), ({"expected": 2}, "2"), ({}, "–")],
+)
+def test_expectations_are_written_as_they_bind(bound, text):
+    assert _page.expectation(bound) == text
+
+
+def test_the_committed_gallery_has_a_picture_for_every_results_file():
+    missing = [
+        name for name in _results.result_names(_results.RESULTS) if not (_results.GALLERY / f"{name}.png").exists()
+    ]
+    assert not missing, f"run python -m figures {' '.join(missing)}"
