@@ -1,0 +1,132 @@
+"""Tokens per second of `generate` against transformers + torch: the same weights, the same run, alternating.
+
+    make benchmark        # or: PYTHONPATH=.torch python -m benchmarks.decode
+
+GPT-2 small with random weights. torch gets its best setting on few cores: one thread at batch 1, all threads with a
+passive wait policy above. Trust the ratios; times on a shared machine drift.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from jaxrl_llm import runtime
+
+runtime.set_up()
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import statistics  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from jaxrl_llm import models  # noqa: E402
+from jaxrl_llm.decoding import generate  # noqa: E402
+from jaxrl_llm.decoding.transforms import Chain, TopK, TopP  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is timed."""
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt: int = 32
+    new_tokens: int = 32
+    rounds: int = 5
+    torch: bool = True
+    out: Path = RESULTS / "decode.json"
+
+
+def ours(folder: Path, dtype: jnp.dtype, config: Config) -> Callable[[int, bool], None]:
+    """A runner `(batch, sampled)` of this library."""
+    loaded = models.load(folder, dtype=dtype)
+
+    def run(batch: int, sampled: bool) -> None:
+        chosen = {"transform": Chain((TopK(50), TopP(0.9))), "key": jax.random.key(0)} if sampled else {"greedy": True}
+        prompts = jnp.asarray(make_prompts(batch, config))
+        generation = generate(loaded.model, loaded.params, prompts, max_new_tokens=config.new_tokens, **chosen)
+        generation.tokens.block_until_ready()
+
+    return run
+
+
+def theirs(folder: Path, config: Config) -> Callable[[int, bool], None]:
+    """A runner `(batch, sampled)` of transformers + torch, in float32."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def run(batch: int, sampled: bool) -> None:
+        torch.set_num_threads(1 if batch == 1 else os.cpu_count())
+        chosen = {"do_sample": True, "top_k": 50, "top_p": 0.9} if sampled else {"do_sample": False}
+        prompts = torch.tensor(make_prompts(batch, config))
+        count = {"max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens, "pad_token_id": 0}
+        with torch.inference_mode():
+            model.generate(prompts, attention_mask=torch.ones_like(prompts), **chosen, **count)
+
+    return run
+
+
+def make_prompts(batch: int, config: Config) -> np.ndarray:
+    """Random prompts, the same for everyone."""
+    return np.random.default_rng(0).integers(0, 50257, (batch, config.prompt))
+
+
+def seconds(run: Callable[[int, bool], None], batch: int, sampled: bool) -> float:
+    """One timed call."""
+    started = time.perf_counter()
+    run(batch, sampled)
+    return time.perf_counter() - started
+
+
+def main(config: Config) -> None:
+    """Time everything, print a table, write the numbers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        lm = models.GPT2()
+        models.save(folder, lm, lm.init(jax.random.key(0)))
+        runners = {"float32": ours(folder, jnp.float32, config), "bfloat16": ours(folder, jnp.bfloat16, config)}
+        if config.torch:
+            runners["torch"] = theirs(folder, config)
+    cases = [(batch, sampled) for batch in config.batches for sampled in (False, True)]
+    rows = []
+    for batch, sampled in tqdm(cases, unit="case"):
+        times: dict[str, list[float]] = {name: [] for name in runners}
+        for run in runners.values():
+            seconds(run, batch, sampled)  # compile, warm up
+        for _ in range(config.rounds):
+            for name, run in runners.items():
+                times[name].append(seconds(run, batch, sampled))
+        speed = {name: batch * config.new_tokens / statistics.median(each) for name, each in times.items()}
+        rows.append({"batch": batch, "sampled": sampled, "tokens_per_second": speed, "seconds": times})
+        tqdm.write(describe(rows[-1]))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"prompt": config.prompt, "new_tokens": config.new_tokens, "rounds": config.rounds}
+    config.out.write_text(json.dumps({"config": settings, "cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+
+
+def describe(row: dict) -> str:
+    """One line of the table."""
+    speed = row["tokens_per_second"]
+    line = f"batch {row['batch']:3d} {'sampled' if row['sampled'] else 'greedy ':7s}"
+    line += "".join(f"  {name} {value:7.1f} tok/s" for name, value in speed.items())
+    if "torch" in speed:
+        line += "".join(f"  {name}/torch {speed[name] / speed['torch']:.2f}" for name in ("float32", "bfloat16"))
+    return line
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

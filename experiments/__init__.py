@@ -1,0 +1,1 @@
+"""Experiments: one file each, computing numbers and writing `results/<name>.json`."""
