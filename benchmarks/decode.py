@@ -1,6 +1,6 @@
 """Tokens per second of `generate` against transformers + torch: the same weights, the same run, alternating.
 
-    make benchmark        # or: PYTHONPATH=.torch python -m benchmarks.decode
+    make benchmark        # or: PYTHONPATH=.parity python -m benchmarks.decode
 
 GPT-2 small with random weights. torch gets its best setting on few cores: one thread at batch 1, all threads with a
 passive wait policy above. Trust the ratios; times on a shared machine drift.

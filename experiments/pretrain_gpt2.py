@@ -1,16 +1,16 @@
-"""Pretrain the embedded `tiny-gpt2` on public-domain English, and compare it with an n-gram model of the same text.
+"""Pretrain the embedded `tiny-gpt2` on free English text, and compare it with an n-gram model of the same text.
 
+python -m experiments.pretrain_gpt2 --preset quick    # measure the embedded model again, redraw its training
 make corpus
-python -m experiments.pretrain_gpt2 --preset full     # hours on 2 cores; resumes from its last checkpoint
+python -m experiments.pretrain_gpt2 --preset full     # train it: an hour or two on 2 cores; resumes by itself
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import time
 from pathlib import Path
+from typing import Any, Literal
 
 from jaxrl_llm import runtime
 
@@ -20,19 +20,31 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import tyro  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from experiments import ledger, model_card  # noqa: E402
+from jaxrl_llm import models  # noqa: E402
+from jaxrl_llm.analysis.metrics import bits_per_byte  # noqa: E402
+from jaxrl_llm.analysis.ngram import KneserNey  # noqa: E402
 from jaxrl_llm.data import bpe, corpus  # noqa: E402
+from jaxrl_llm.decoding import generate  # noqa: E402
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP  # noqa: E402
+from jaxrl_llm.language_model import Params  # noqa: E402
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from jaxrl_llm.training import pretrain  # noqa: E402
-from jaxrl_llm.training.checkpoints import Checkpoints  # noqa: E402
+
+EMBEDDED = Path(models.__file__).parent / "embedded" / "tiny-gpt2"
+NGRAM_ORDERS = (2, 3, 4, 5)
+PROBE_PARTS = 8  # pieces of the held-out stream that are evaluated during training, 8 windows each
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run; with the corpus it decides every number."""
 
+    train: bool = False
     corpus: Path = Path("corpus/corpus.jsonl")
     work_dir: Path = Path("runs/tiny-gpt2")
     seed: int = 0
@@ -42,7 +54,7 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     batch_size: int = 16
-    steps: int = 2200
+    steps: int = 2000
     warmup_steps: int = 50
     decay_steps: int = 600
     learning_rate: float = 5e-3
@@ -50,13 +62,16 @@ class Config:
     eval_every: int = 100
 
 
+PRESETS = {"quick": Config(), "full": Config(train=True)}
+
+
 def optimizer(config: Config) -> optax.GradientTransformation:
     """Muon on the weight matrices, Adam on embeddings, norms and biases; warm-up, plateau, linear decay to 0."""
 
-    def is_matrix(params):
+    def is_matrix(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    def dimension_numbers(params):
+    def dimension_numbers(params: Params) -> Params:
         return jax.tree.map(lambda matrix: optax.contrib.MuonDimensionNumbers() if matrix else None, is_matrix(params))
 
     schedule = optax.join_schedules(
@@ -78,85 +93,197 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
-def tokenize(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, int]:
-    """The tokenizer (trained once), the training and held-out streams, and the UTF-8 bytes of the held-out text."""
-    train, held_out = corpus.split(corpus.load(config.corpus))
+def trained_tokenizer(config: Config, documents: list[corpus.Document]) -> Tokenizer:
+    """The run's tokenizer, trained once."""
     path = config.work_dir / "tokenizer.json"
     if not path.exists():
         config.work_dir.mkdir(parents=True, exist_ok=True)
-        bpe.train((document.text for document in train), config.vocab_size).save(str(path))
-    tokenizer = Tokenizer.from_file(str(path))
-    streams = (bpe.stream(tokenizer, [document.text for document in documents]) for documents in (train, held_out))
-    return tokenizer, *streams, sum(len(document.text.encode()) for document in held_out)
+        bpe.train((document.text for document in documents), config.vocab_size).save(str(path))
+    return Tokenizer.from_file(str(path))
 
 
-def model(config: Config) -> GPT2:
-    """The GPT-2 of a run."""
+def train(config: Config) -> None:
+    """Train or resume, evaluate on all held-out text, and write the embedded model with its log and card."""
+    documents, held_out = corpus.split(corpus.load(config.corpus))
+    tokenizer = trained_tokenizer(config, documents)
+    data = bpe.stream(tokenizer, [document.text for document in documents])
     sizes = {name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
-    return GPT2(GPT2Config(**sizes))
+    lm = GPT2(GPT2Config(**sizes))
+    state = pretrain.fit(
+        lm,
+        optimizer(config),
+        data,
+        key=jax.random.key(config.seed),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        time=config.n_positions,
+        folder=config.work_dir,
+        evaluate=probe(lm, bpe.stream(tokenizer, [document.text for document in held_out])),
+        evaluate_every=config.eval_every,
+    )
+    bpe.save(tokenizer, EMBEDDED)
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    models.save(EMBEDDED, lm, state.params, config=ids, dtype=jnp.float16)
+    loaded = models.load(EMBEDDED)  # from here on, what is measured is what is stored
+    sample = held_out_sample(held_out)
+    record = {
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)},
+        "log": pretrain.RunLog(config.work_dir / "log.jsonl").rows(),
+        "train_tokens": len(data),
+        "train_bytes": sum(len(document.text.encode()) for document in documents),
+        "held_out": evaluate(loaded, tokenizer, data, held_out),
+        "sample": [dataclasses.asdict(document) for document in sample],
+        "sample_bits_per_byte": text_bits_per_byte(loaded, tokenizer, sample),
+        "continuations": continuations(loaded),
+    }
+    (EMBEDDED / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (EMBEDDED / "README.md").write_text(model_card.render(loaded.model.num_params(), record), encoding="utf-8")
 
 
-def train(config: Config, lm: GPT2, data: np.ndarray, held_out: np.ndarray) -> pretrain.TrainState:
-    """Train, or go on from the last checkpoint; one line of `log.jsonl` per evaluation."""
-    params_key, batch_key = jax.random.split(jax.random.key(config.seed))
-    tx = optimizer(config)
-    params = lm.init(params_key)
-    state = pretrain.TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
-    checkpoints = Checkpoints(config.work_dir / "checkpoints")
-    log = Log(config.work_dir / "log.jsonl")
-    if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state)
-    log.truncate(int(state.step))
-    step_fn = pretrain.make_train_step(lm, tx, batch_size=config.batch_size, time=config.n_positions)
-    data, started, losses = jnp.asarray(data), time.perf_counter(), []
-    probe = held_out_probe(held_out, config.n_positions)
-    progress = tqdm(range(int(state.step), config.steps), initial=int(state.step), total=config.steps, unit="step")
-    for step in progress:
-        state, loss = step_fn(state, data, batch_key)
-        losses.append(float(loss))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
-        if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss became {losses[-1]} at step {step + 1}.")
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            nats = [pretrain.held_out_nats(lm, state.params, part, time=config.n_positions) for part in probe]
-            held_out_loss = sum(total for total, _ in nats) / sum(count for _, count in nats)
-            seconds = time.perf_counter() - started
-            tokens = (step + 1) * config.batch_size * config.n_positions
-            log.append(
-                step=step + 1, tokens=tokens, loss=float(np.mean(losses)), held_out_loss=held_out_loss, seconds=seconds
-            )
-            checkpoints.save(step + 1, state)
-            started, losses = time.perf_counter(), []
-    return state
+def probe(lm: GPT2, held_out: np.ndarray) -> Any:
+    """A cheap held-out loss for the log: nats a token over pieces at equal distances."""
+    time = lm.max_length
+    starts = np.linspace(0, len(held_out) - 8 * time - 1, PROBE_PARTS).astype(int)
+    parts = [held_out[start : start + 8 * time + 1] for start in starts]
+
+    def loss(params: Params) -> float:
+        nats = [pretrain.held_out_nats(lm, params, part, time=time) for part in parts]
+        return sum(total for total, _ in nats) / sum(count for _, count in nats)
+
+    return loss
 
 
-def held_out_probe(held_out: np.ndarray, time: int, *, parts: int = 8) -> list[np.ndarray]:
-    """`parts` equally spaced pieces of the held-out stream, 8 windows each: a cheap estimate during training."""
-    starts = np.linspace(0, len(held_out) - 8 * time - 1, parts).astype(int)
-    return [held_out[start : start + 8 * time + 1] for start in starts]
+def evaluate(
+    loaded: models.Loaded, tokenizer: Tokenizer, data: np.ndarray, held_out: list[corpus.Document]
+) -> list[dict[str, Any]]:
+    """For each source: bytes, tokens, and the nats of the model and of n-gram models of the training text."""
+    ngrams = {
+        order: KneserNey.fit(data, order=order, vocab_size=loaded.model.vocab_size)
+        for order in tqdm(NGRAM_ORDERS, unit="n-gram model")
+    }
+    rows = []
+    for source in tqdm(dict.fromkeys(document.source for document in held_out), unit="source"):
+        texts = [document.text for document in held_out if document.source == source]
+        stream = bpe.stream(tokenizer, texts)
+        nats, count = pretrain.held_out_nats(loaded.model, loaded.params, stream, time=loaded.model.max_length)
+        rows.append(
+            {
+                "source": source,
+                "documents": len(texts),
+                "bytes": sum(len(text.encode()) for text in texts),
+                "tokens": count,
+                "nats": nats,
+                "ngram_nats": {
+                    str(order): float(-ngram.log_probs(stream)[1:].sum()) for order, ngram in ngrams.items()
+                },
+            }
+        )
+    return rows
 
 
-class Log:
-    """A JSON-lines file that never holds lines of steps that a resumed run will do again."""
+def held_out_sample(held_out: list[corpus.Document], *, characters: int = 24_000) -> list[corpus.Document]:
+    """Held-out text that may be given to everyone: the beginnings of the public-domain sources."""
+    sample = []
+    for source in ("shakespeare", "milton", "kjv"):
+        room = characters
+        for document in (document for document in held_out if document.source == source):
+            sample.append(dataclasses.replace(document, text=document.text[:room]))
+            room -= len(sample[-1].text)
+            if room <= 0:
+                break
+    return sample
 
-    def __init__(self, path: Path):
-        self.path = path
 
-    def rows(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+def text_bits_per_byte(loaded: models.Loaded, tokenizer: Tokenizer, documents: list[corpus.Document]) -> float:
+    """Bits per UTF-8 byte of some documents, `<|endoftext|>` between them included."""
+    texts = [document.text for document in documents]
+    stream = bpe.stream(tokenizer, texts)
+    nats, _ = pretrain.held_out_nats(loaded.model, loaded.params, stream, time=loaded.model.max_length)
+    return bits_per_byte(nats, sum(len(text.encode()) for text in texts))
 
-    def truncate(self, step: int) -> None:
-        kept = [row for row in self.rows() if row["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(partial, self.path)
 
-    def append(self, **row: float) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+def continuations(loaded: models.Loaded) -> list[dict[str, str]]:
+    """What it writes: temperature 0.8, nucleus 0.9, seed 0, not chosen by hand."""
+    written = []
+    for prompt in ("I have a dream", "The President said", "ROMEO.\n", "And God said"):
+        generation = generate(
+            loaded.model,
+            loaded.params,
+            jnp.asarray([loaded.tokenizer(prompt)["input_ids"]]),
+            max_new_tokens=80,
+            transform=Chain((Temperature(0.8), TopP(0.9))),
+            key=jax.random.key(0),
+            eos_id=loaded.tokenizer.eos_token_id,
+        )
+        tokens = np.asarray(generation.tokens[0])[np.asarray(generation.mask[0])]
+        written.append({"prompt": prompt, "text": loaded.tokenizer.decode(tokens, skip_special_tokens=True)})
+    return written
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train if asked to; then measure what is embedded, and report it beside its training."""
+    if config.train:
+        train(config)
+    loaded = models.load("tiny-gpt2")
+    record = json.loads((EMBEDDED / "training.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    sample = [corpus.Document(**document) for document in record["sample"]]
+    measured = text_bits_per_byte(loaded, tokenizer, sample)
+    totals = model_card.totals(record)
+    best_order = min(totals["ngram_bits_per_byte"], key=totals["ngram_bits_per_byte"].get)
+    ngram = totals["ngram_bits_per_byte"][best_order]
+    megabytes = sum(path.stat().st_size for path in EMBEDDED.iterdir()) / 2**20
+    source = "training.json: all held-out documents"
+    numbers = [
+        ledger.number(
+            "held-out bits per byte, tiny-gpt2",
+            totals["bits_per_byte"],
+            interval=(0.0, ngram),
+            unit="bits per byte",
+            source=source,
+        ),
+        ledger.number(f"held-out bits per byte, {best_order}-gram", ngram, unit="bits per byte", source=source),
+        ledger.number("held-out loss", totals["nats_per_token"], unit="nats per token", source=source),
+        ledger.number(
+            "bits per byte of the held-out sample, measured now",
+            measured,
+            expected=record["sample_bits_per_byte"],
+            tolerance=1e-3,
+            unit="bits per byte",
+            source="training.json",
+        ),
+        ledger.number(
+            "parameters",
+            loaded.model.num_params() / 1e6,
+            interval=(3.0, 6.0),
+            unit="million",
+            source="the model's shapes",
+        ),
+        ledger.number("size of the folder", megabytes, interval=(0.0, 12.0), unit="MiB", source="its files"),
+    ]
+    return {
+        "claim": f"A GPT-2 of {loaded.model.num_params() / 1e6:.1f} million parameters, trained here on "
+        f"{record['train_bytes'] / 1e6:.0f} MB of free English text, predicts held-out text better than the best "
+        f"n-gram model of the same text: {totals['bits_per_byte']:.3f} against {ngram:.3f} bits per byte.",
+        "numbers": numbers,
+        "data": {
+            "log": record["log"],
+            "ngram_nats_per_token": {order: nats for order, nats in totals["ngram_nats_per_token"].items()},
+            "best_order": best_order,
+            "sources": totals["sources"],
+            "continuations": record["continuations"],
+        },
+    }
+
+
+def main(preset: Literal["quick", "full"] = "quick") -> None:
+    """Write `results/pretrain_gpt2.json`.
+
+    Args:
+        preset: quick measures the embedded model; full trains it first, which needs `make corpus`.
+    """
+    ledger.run_and_write("pretrain_gpt2", run, PRESETS[preset], preset)
 
 
 if __name__ == "__main__":
-    config = Config()
-    tokenizer, data, held_out, held_out_bytes = tokenize(config)
-    train(config, model(config), data, held_out)
+    tyro.cli(main)

@@ -68,9 +68,11 @@ def _write_index(results: Path, gallery: Path) -> Path:
 
 
 def _title(name: str) -> str:
-    if name not in _results.figure_names():
+    if _results.figure_of(name) not in _results.figure_names():
         return name.replace("_", " ").capitalize()
-    return (_results.figure_module(name).__doc__ or name).splitlines()[0].rstrip(".")
+    title = (_results.figure_module(name).__doc__ or name).splitlines()[0].rstrip(".")
+    _, _, variant = name.partition(".")
+    return f"{title} ({variant})" if variant else title
 
 
 if __name__ == "__main__":

@@ -26,11 +26,16 @@ def result_names(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.json")}
 
 
+def figure_of(name: str) -> str:
+    """The figure of a results file: `x.json` and its variants `x.<variant>.json` are drawn by `figures/x.py`."""
+    return name.split(".", maxsplit=1)[0]
+
+
 def figure_module(name: str) -> ModuleType:
-    """The module `figures.<name>`."""
-    if name not in figure_names():
-        raise Problem(f"{name}.json has no figure: add figures/{name}.py with draw(results).")
-    return importlib.import_module(f"figures.{name}")
+    """The module that draws the results file `name`."""
+    if figure_of(name) not in figure_names():
+        raise Problem(f"{name}.json has no figure: add figures/{figure_of(name)}.py with draw(results).")
+    return importlib.import_module(f"figures.{figure_of(name)}")
 
 
 def load(folder: Path, name: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Generate:
             key=jax.random.key(self.sampling.seed),
             eos_id=tokenizer.eos_token_id,
         )
-        streams = [text.TextStream(tokenizer) for _ in rows]
+        streams = [text.TextStream(tokenizer, () if self.chat else row) for row in rows]
         heads = ["" if self.chat else prompt for prompt in prompts]
         if len(rows) == 1:
             print(heads[0], end="", flush=True)

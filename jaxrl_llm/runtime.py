@@ -15,7 +15,12 @@ def set_up() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes about the CPU
         "TOKENIZERS_PARALLELISM": "false",  # tokenizers' warning after a fork
         "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # "PyTorch was not found": it is not needed
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    quiet_transformers()
+
+
+def quiet_transformers() -> None:
+    """Call before transformers is imported: it says that PyTorch was not found, which is not needed."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -42,12 +42,17 @@ def left_pad(
 
 
 class TextStream:
-    """Turns tokens that come in pieces into text in pieces, never a part of a character."""
+    """Turns tokens that come in pieces into text in pieces, never a part of a character.
 
-    def __init__(self, tokenizer: Any):
+    Args:
+        prompt: the tokens before them, whose text is not given again. SentencePiece drops the space before the first
+            word of a text; with the prompt in front, a continuation keeps its own.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._printed = 0
+        self._tokens = [int(token) for token in prompt]
+        self._printed = len(self._text())
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that the new tokens complete."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from jaxrl_llm import runtime
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -36,6 +38,7 @@ def stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which transformers loads."""
+    runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}

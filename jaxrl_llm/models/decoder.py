@@ -5,15 +5,36 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import language_model
 from jaxrl_llm.language_model import Cache, Params
+
+KINDS = {  # of a configuration's fields: numpy's numbers count, but True is no number
+    "int": ("a positive integer", lambda value: isinstance(value, numbers.Integral) and value > 0),
+    "float": ("a finite number, 0 or above", lambda value: isinstance(value, numbers.Real) and 0 <= value < math.inf),
+    "bool": ("true or false", lambda value: isinstance(value, bool | np.bool_)),
+    "str": ("a name", lambda value: isinstance(value, str)),
+}
+
+
+def check_config(config: Any) -> None:
+    """Raise for a field of a configuration that is not what its annotation says, naming it."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.type.removesuffix(" | None")
+        if kind not in KINDS or (value is None and kind != field.type):
+            continue
+        expected, fits = KINDS[kind]
+        if not fits(value) or (isinstance(value, bool) and kind != "bool"):
+            raise ValueError(f"{field.name} must be {expected}, but is {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from jaxrl_llm import runtime
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -37,6 +39,7 @@ def build(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | None:
     Raises:
         ValueError: a field is missing or contradicts another, or the kind of tokenizer is not known here.
     """
+    runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 
     kind = fields.get("tokenizer.ggml.model")

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM
+from jaxrl_llm.models.decoder import DecoderLM, check_config
 from jaxrl_llm.models.layers import Embedding, KeyValue, LayerNorm, Linear, attend, attention_weights, write_slots
 
 ACTIVATIONS = {
@@ -40,6 +40,7 @@ class GPT2Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
+        check_config(self)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, but they are {self.n_embd} and {self.n_head}.")
         if self.activation_function not in ACTIVATIONS:

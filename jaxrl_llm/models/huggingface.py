@@ -51,8 +51,13 @@ FAMILIES = {
         prefix="model.",
         transposed=True,
         buffers=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rotary_emb\.inv_freq"),
-        refused={"hidden_act": (None, "silu", "swish")},
+        refused={"hidden_act": (None, "silu", "swish"), "partial_rotary_factor": (None, 1)},
     ),
+}
+
+REQUIRED = {  # what a config.json must say
+    "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head"),
+    "llama": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
 }
 
 
@@ -74,7 +79,7 @@ def model_from_config(config: dict[str, Any], *, source: str) -> DecoderLM:
         ValueError: for an architecture, or a setting of one, that is not supported.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{source}: model_type must be one of {', '.join(FAMILIES)}, but is {model_type!r}.")
     family = FAMILIES[model_type]
     for field, harmless in family.refused.items():
@@ -84,10 +89,10 @@ def model_from_config(config: dict[str, Any], *, source: str) -> DecoderLM:
     values = {name: value for name, value in config.items() if name in known}
     if model_type == "llama":
         values |= _rope(config, source)
-        values["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads", 9)
-        values.setdefault("tie_word_embeddings", False)  # the default of the format, not of our configuration
-    required = {"gpt2": ("vocab_size", "n_embd", "n_layer", "n_head"), "llama": ("vocab_size", "hidden_size")}
-    missing = [name for name in required[model_type] if name not in values]
+        values["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
+        # Where the format's default is not that of our configuration:
+        values = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | values
+    missing = [name for name in REQUIRED[model_type] if name not in config]
     if missing:
         raise ValueError(f"{source}: the configuration lacks {', '.join(missing)}.")
     try:
@@ -99,10 +104,16 @@ def model_from_config(config: dict[str, Any], *, source: str) -> DecoderLM:
 def _rope(config: dict[str, Any], source: str) -> dict[str, Any]:
     """Rotary settings of the old form (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`)."""
     settings = {"rope_theta": config.get("rope_theta")}
-    settings |= config.get("rope_scaling") or {}
-    settings |= config.get("rope_parameters") or {}
+    for form in ("rope_scaling", "rope_parameters"):
+        given = config.get(form) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
+        settings |= given
+    if settings.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported.")
     rope_type = settings.get("rope_type", settings.get("type", "default"))
-    values = {"rope_theta": float(settings["rope_theta"] or 10000.0), "rope_scaling": None}
+    theta = settings["rope_theta"]
+    values = {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": None}
     if rope_type != "default":
         known = {field.name for field in dataclasses.fields(RopeScaling)}
         scaling = {name: value for name, value in settings.items() if name in known} | {"rope_type": rope_type}
@@ -176,6 +187,8 @@ def params_from_tensors(
         shape = abstract.shape[::-1] if is_transposed(family, path) else abstract.shape
         if tensor.shape != shape:
             problems.append(f"{full_name} is {list(tensor.shape)}, expected {list(shape)}")
+        elif not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
+            problems.append(f"{full_name} is stored as {tensor.dtype}")
         elif name in placed:
             problems.append(f"{full_name} stands there twice")
         else:
@@ -227,21 +240,30 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name, file.get_tensor(name)
+                    try:
+                        tensor = file.get_tensor(name)
+                    except (AttributeError, TypeError):  # a type that numpy does not have
+                        kind = file.get_slice(name).get_dtype()
+                        raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
+                    yield name, tensor
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
+    if (folder / "model.safetensors").is_file():  # goes before an index that may lie beside it, as in transformers
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of safetensors: {error!r}.") from error
         absent = [path.name for path in files if not path.is_file()]
         if absent:
             raise FileNotFoundError(f"{folder}: the index names {', '.join(absent)}, which is not there.")
         return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise FileNotFoundError(
         f"{folder} holds no model.safetensors (found {found}); pickled weights are never loaded, convert them first."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM
+from jaxrl_llm.models.decoder import DecoderLM, check_config
 from jaxrl_llm.models.layers import Embedding, KeyValue, Linear, RMSNorm, attend, attention_weights, write_slots
 
 
@@ -30,6 +30,14 @@ class RopeScaling:
     def __post_init__(self):
         if self.rope_type not in ("linear", "llama3"):
             raise ValueError(f"rope_type must be default, linear or llama3, but is {self.rope_type!r}.")
+        check_config(self)
+        if self.factor == 0:
+            raise ValueError("factor must be above 0.")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                "low_freq_factor must be below high_freq_factor, "
+                f"but they are {self.low_freq_factor} and {self.high_freq_factor}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
+        check_config(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "num_attention_heads must be a multiple of num_key_value_heads, "
@@ -63,6 +72,10 @@ class LlamaConfig:
                 "hidden_size must be a multiple of num_attention_heads, "
                 f"but they are {self.hidden_size} and {self.num_attention_heads}."
             )
+        if self.head_size % 2:
+            raise ValueError(f"the heads' dimension must be even for rotary positions, but is {self.head_size}.")
+        if self.rope_theta == 0:
+            raise ValueError("rope_theta must be above 0.")
 
     @property
     def head_size(self) -> int:
@@ -73,7 +86,7 @@ class LlamaConfig:
 def rope_frequencies(config: LlamaConfig) -> Float[Array, "half"]:
     """Radians a position for each pair of coordinates: θ^(−2i/d), stretched as `rope_scaling` says."""
     half = config.head_size // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half) / half)
+    frequencies = float(config.rope_theta) ** (-jnp.arange(half) / half)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies

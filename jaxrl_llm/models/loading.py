@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import gguf_file, huggingface
 from jaxrl_llm.models.decoder import DecoderLM
@@ -47,6 +49,8 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating type, but is {dtype}.")
+    if dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+        raise ValueError(f"dtype {dtype} needs JAX_ENABLE_X64=1 in the environment, or jax.enable_x64.")
     path = locate(path_or_name)
     if path.is_file():
         return _load_gguf(path, dtype)
@@ -120,7 +124,7 @@ def _from_hub(name: str) -> Path:
         reason = "cannot be reached" if isinstance(error, LocalEntryNotFoundError) else f"answers {error}"
         raise FileNotFoundError(
             f"{name!r} is neither a folder, a .gguf file nor a built-in model ({known}), "
-            f"and the Hugging Face hub, where it was looked for next, {reason.splitlines()[0]}."
+            f"and the Hugging Face hub, where it was looked for next, {reason.splitlines()[0].rstrip('.')}."
         ) from None
 
 
@@ -135,10 +139,11 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, by transformers and without the network; None if it has no tokenizer files."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    runtime.quiet_transformers()
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries below raise anything, from KeyError to a bare Exception
-        raise ValueError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"the tokenizer files in {folder} cannot be read: {reason}") from error

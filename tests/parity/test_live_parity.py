@@ -7,15 +7,20 @@ import pytest
 from jaxrl_llm import models
 from jaxrl_llm.decoding import generate
 
-pytest.importorskip("torch", reason="torch is installed by `make parity` only")
-reference = pytest.importorskip("tests.parity.reference")
-
 pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """torch is imported here, so that collecting the tests does not need it."""
+    from tests.parity import reference
+
+    return reference
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("seed", range(20))
-def test_logits_and_greedy_generation_agree(family, seed, tmp_path):
+def test_logits_and_greedy_generation_agree(reference, family, seed, tmp_path):
     rng = np.random.default_rng([seed, 7])
     config = reference.random_config(rng, family)
     model = reference.random_model(config, seed)
@@ -39,7 +44,7 @@ def test_logits_and_greedy_generation_agree(family, seed, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_transformers_loads_what_we_save(family, tmp_path):
+def test_transformers_loads_what_we_save(reference, family, tmp_path):
     import torch
     import transformers
 
