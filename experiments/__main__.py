@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 def names() -> list[str]:
     """The experiments: modules of this folder that have a `main`."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)})  # not itself, without end
     return [file.stem for file in files if "\ndef main(" in file.read_text(encoding="utf-8")]
 
 

@@ -42,8 +42,8 @@ def totals(record: dict[str, Any]) -> dict[str, Any]:
 def render(num_params: int, record: dict[str, Any]) -> str:
     """The card as Markdown."""
     summary, config = totals(record), record["config"]
-    rows = {row["source"]: row for row in record["held_out"]}
-    sources = "\n".join(f"- {text} ({rows[name]['documents']} documents held out)." for name, text in SOURCES.items())
+    held_out = {row["source"]: row["documents"] for row in record["held_out"]}
+    sources = "\n".join(f"- {text} ({held_out.get(name, 0)} documents held out)." for name, text in SOURCES.items())
     table = "\n".join(
         f"| {row['source']} | {row['bits_per_byte']:.3f} | {row['ngram_bits_per_byte']:.3f} |"
         for row in summary["sources"]
@@ -62,7 +62,7 @@ English and knows nothing; it is for experiments, not for use. Licence: Apache-2
 
 ## Data
 
-{record["train_bytes"] / 1e6:.1f} MB of text, {record["train_tokens"]:,} tokens; every 25th document of each source is held out.
+{record["train_bytes"] / 1e6:.1f} MB of text, {record["train_tokens"]:,} tokens; every 25th document of each source, from the 13th, is held out.
 
 {sources}
 
