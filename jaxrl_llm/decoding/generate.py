@@ -52,7 +52,7 @@ def generate(
     prompt = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=max_new_tokens)
     keys = None if greedy else checks.row_keys(key, prompt[0].shape[0])
     rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32))
-    num_steps = -(-(max_new_tokens - 1) // STEP_BUCKET) * STEP_BUCKET  # the first token comes with the prefill
+    num_steps = _step_bucket(max_new_tokens)
     generation = decode(lm, params, *prompt, rules, max_new_tokens, num_steps=num_steps)
     return checks.check_finite(jax.tree.map(lambda leaf: leaf[:, :max_new_tokens], generation))
 
@@ -71,18 +71,26 @@ def stream(
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
     pad_id: int | Int[Array, ""] = 0,
 ) -> Iterator[Generation]:
-    """The same tokens as `generate`, in pieces of `tokens_at_a_time`, as soon as they are known."""
+    """The same tokens as `generate`, as soon as they are known: the first, then pieces of `tokens_at_a_time`."""
+    if tokens_at_a_time < 1:
+        raise ValueError(f"tokens_at_a_time must be at least 1, but is {tokens_at_a_time}.")
     prompt = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=max_new_tokens)
     keys = None if greedy else checks.row_keys(key, prompt[0].shape[0])
     rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32))
-    num_steps = -(-(max_new_tokens - 1) // STEP_BUCKET) * STEP_BUCKET  # the first token comes with the prefill
+    num_steps = _step_bucket(max_new_tokens)
     state, first = _prefill_jit(lm, params, *prompt, rules, num_slots=prompt[0].shape[1] + num_steps)
     yield checks.check_finite(jax.tree.map(lambda leaf: leaf[:, None], first))
     remaining = max_new_tokens - 1
     while remaining > 0 and not bool(state.done.all()):
         state, piece = _advance_jit(lm, params, state, rules, max_new_tokens, num_steps=tokens_at_a_time)
-        yield checks.check_finite(jax.tree.map(lambda leaf, count=remaining: leaf[:, :count], piece))
+        piece = jax.tree.map(lambda leaf, count=remaining: leaf[:, :count], piece)
+        yield checks.check_finite(piece, start=max_new_tokens - remaining)
         remaining -= tokens_at_a_time
+
+
+def _step_bucket(max_new_tokens: int) -> int:
+    """Steps to compile for: the first token comes with the prefill, the others are rounded up to a bucket."""
+    return max(1, -(-(max_new_tokens - 1) // STEP_BUCKET)) * STEP_BUCKET
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "num_steps"))

@@ -14,6 +14,7 @@ from jaxrl_llm import language_model
 from jaxrl_llm.decoding import sampling
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.objectives.logprobs import wide
 
 BLOCK = 8  # steps between two looks at whether all rows have ended
 
@@ -110,6 +111,7 @@ def _emit(
     rules: Rules, logits: Float[Array, "batch vocab"], cache: Cache, time: Int[Array, ""], done: Bool[Array, "batch"]
 ) -> tuple[State, Generation]:
     """Choose the next token of each row that has not ended, and say how probable it was."""
+    logits = wide(logits)
     warped = logits if rules.transform is None else rules.transform(logits)
     if rules.keys is None:
         token = sampling.greedy(warped)

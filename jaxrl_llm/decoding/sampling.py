@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jaxrl_llm.objectives.logprobs import wide
+
 
 def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
     """The token of the largest logit, the first of them in a tie."""
@@ -23,6 +25,7 @@ def sample(keys: Key[Array, "batch"], logits: Float[Array, "batch vocab"]) -> In
     Inversion in two stages, first a block of about √V tokens, then a token in it, each with a random number of its own:
     two random numbers a row, where the Gumbel trick draws V. Tokens of probability 0 are never drawn.
     """
+    logits = wide(logits)
     batch, vocab = logits.shape
     width = math.isqrt(vocab - 1) + 1
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
@@ -49,5 +52,6 @@ def sample_distinct(
     The Gumbel-top-k trick (Kool et al. 2019): the largest of logits + Gumbel noise. In a row with fewer tokens of
     positive probability these come first, and what follows has logit −inf.
     """
+    logits = wide(logits)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)
     return jax.lax.top_k(logits + noise, count)[1]

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.objectives.logprobs import wide
+
 HEAD = 128  # tokens sorted at once; sorting them costs 1/50 of sorting a vocabulary of 50,000
 
 
 def top_k(logits: Float[Array, "*batch vocab"], k: Int[Array, "*#batch"] | int) -> Float[Array, "*batch"]:
     """The k-th largest logit of each row (the smallest, if k exceeds the vocabulary)."""
-    logits = _wide(logits)
+    logits = wide(logits)
     vocab = logits.shape[-1]
     k = jnp.broadcast_to(jnp.minimum(jnp.asarray(k, jnp.int32), vocab), logits.shape[:-1])
     head = _head(logits)
@@ -32,7 +34,7 @@ def top_k(logits: Float[Array, "*batch vocab"], k: Int[Array, "*#batch"] | int) 
 
 def top_p(logits: Float[Array, "*batch vocab"], p: Float[Array, "*#batch"] | float) -> Float[Array, "*batch"]:
     """The largest threshold with Σ softmax(logits)[logits ≥ threshold] ≥ p in each row (−inf if p = 1)."""
-    logits = _wide(logits)
+    logits = wide(logits)
     p = jnp.broadcast_to(jnp.asarray(p, logits.dtype), logits.shape[:-1])
     head = _head(logits)
     highest = logits.max(axis=-1, keepdims=True)
@@ -47,10 +49,6 @@ def top_p(logits: Float[Array, "*batch vocab"], p: Float[Array, "*#batch"] | flo
 
     threshold = _fast_where(enough[..., -1] | (p >= 1), fast, slow)
     return jnp.where(p >= 1, -jnp.inf, threshold)
-
-
-def _wide(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _head(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch head"]:
@@ -92,4 +90,6 @@ def _largest(
 
     low = jnp.full(logits.shape[:-1], to_order(-jnp.inf))
     high = jnp.full(logits.shape[:-1], to_order(jnp.inf))
-    return to_float(jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (low, high))[0])
+    found = to_float(jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (low, high))[0])
+    # The logit itself: where the processor takes subnormal numbers for 0, `found` may be one of them.
+    return jnp.where(logits <= found[..., None], logits, -jnp.inf).max(axis=-1)

@@ -29,12 +29,24 @@ def _check(holds: bool | Array, name: str, expected: str, value: object) -> None
         raise ValueError(f"{name} must be {expected}, but is {value}.")
 
 
-def _is_number(value: object) -> bool:
-    """Whether a leaf holds numbers (tree transformations also build dataclasses of other things)."""
-    return isinstance(value, int | float | jax.Array) or hasattr(value, "__array__")
+def _pytree(cls: type) -> type:
+    """Register a dataclass whose fields are leaves; rebuilt unchecked, for its trees also hold gradients and shapes."""
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten(self: Transform) -> tuple[list, None]:
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], None
+
+    def unflatten(_: None, leaves: tuple) -> Transform:
+        rebuilt = object.__new__(cls)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(rebuilt, name, leaf)
+        return rebuilt
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclasses.dataclass(frozen=True)
 class Temperature:
     """logits / t: below 1 sharper, above 1 flatter.
@@ -46,14 +58,13 @@ class Temperature:
     t: Float[Array, "..."] | float
 
     def __post_init__(self):
-        if _is_number(self.t):
-            _check((self.t > 0) & (self.t < jnp.inf), "the temperature", "a finite number above 0", self.t)
+        _check((self.t > 0) & (self.t < jnp.inf), "the temperature", "a finite number above 0", self.t)
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
         return logits / _per_row(self.t)
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclasses.dataclass(frozen=True)
 class TopK:
     """Keep the k most probable tokens (Fan et al. 2018), and all that tie with the k-th.
@@ -67,14 +78,13 @@ class TopK:
     k: Int[Array, "..."] | int
 
     def __post_init__(self):
-        if _is_number(self.k):
-            _check(jnp.asarray(self.k) >= 1, "k", "at least 1", self.k)
+        _check(jnp.asarray(self.k) >= 1, "k", "at least 1", self.k)
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
         return jnp.where(logits >= thresholds.top_k(logits, self.k)[..., None], logits, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclasses.dataclass(frozen=True)
 class TopP:
     """Nucleus: keep the smallest set of most probable tokens with mass at least p (Holtzman et al. 2020, eq. 2).
@@ -88,14 +98,13 @@ class TopP:
     p: Float[Array, "..."] | float
 
     def __post_init__(self):
-        if _is_number(self.p):
-            _check((self.p > 0) & (self.p <= 1), "p", "in (0, 1]", self.p)
+        _check((self.p > 0) & (self.p <= 1), "p", "in (0, 1]", self.p)
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
         return jnp.where(logits >= thresholds.top_p(logits, self.p)[..., None], logits, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """The transforms one after the other, each seeing what the one before left."""

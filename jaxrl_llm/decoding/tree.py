@@ -16,6 +16,7 @@ from jaxrl_llm import language_model
 from jaxrl_llm.decoding import checks, sampling
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.objectives.logprobs import wide
 
 MAX_LEAVES = 4096
 
@@ -164,7 +165,7 @@ def _grow(
 
     def step(state: tuple[Array, Cache, Array, Array], level: Array) -> tuple[tuple, Tree]:
         hidden, cache, open_, totals = state
-        logits = lm.logits(params, hidden)
+        logits = wide(lm.logits(params, hidden))
         tokens, possible = _select(logits, transform, key, level, branching)
         normaliser = jax.nn.logsumexp(logits, axis=1, keepdims=True)
         log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser

@@ -122,5 +122,5 @@ def attend(
     dtype = value.dtype
     # Heads first, then transposed: XLA's CPU backend has no bfloat16 x bfloat16 = float32 product that transposes.
     mixed = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(dtype), value, preferred_element_type=accumulator(dtype))
-    batch, _, _, time, _ = mixed.shape
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
+    batch, kv_heads, group, time, head_dim = mixed.shape
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * group * head_dim)

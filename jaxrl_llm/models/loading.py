@@ -22,6 +22,7 @@ EMBEDDED = ("tiny-gpt2",)
 SMOLLM2 = "smollm2-135m-instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_SECONDS = 10  # to wait for an answer of the hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +114,26 @@ def _smollm2() -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """A snapshot of a hub repository: from the local cache or by one attempt to download it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """A snapshot of a hub repository: downloaded if the hub answers when asked once, else from the local cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    known = ", ".join((*EMBEDDED, SMOLLM2))
+    refusal = None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), etag_timeout=10))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = "cannot be reached" if isinstance(error, LocalEntryNotFoundError) else f"answers {error}"
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder, a .gguf file nor a built-in model ({known}), "
-            f"and the Hugging Face hub, where it was looked for next, {reason.splitlines()[0].rstrip('.')}."
-        ) from None
+        HfApi().model_info(name, timeout=HUB_SECONDS)  # snapshot_download itself waits without end
+    except Exception as error:  # of the hub, or any that the network and the HTTP library raise
+        refusal = error
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=refusal is not None))
+    except Exception as error:
+        refusal = refusal or error
+    known = ", ".join((*EMBEDDED, SMOLLM2))
+    answered = isinstance(refusal, HfHubHTTPError | ValueError)
+    reason = f"answers {str(refusal).splitlines()[0].rstrip('.')}" if answered else "cannot be reached"
+    raise FileNotFoundError(
+        f"{name!r} is neither a folder, a .gguf file nor a built-in model ({known}), "
+        f"and the Hugging Face hub, where it was looked for next, {reason}."
+    ) from refusal
 
 
 def _load_gguf(path: Path, dtype: Any) -> Loaded:

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def wide(logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """In float32 or wider, as log-probabilities always are."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
 def token_log_probs(
     logits: Float[Array, "*batch time vocab"], tokens: Int[Array, "*batch time"]
 ) -> Float[Array, "*batch time"]:
@@ -27,6 +32,6 @@ def token_log_probs(
         )
     if not (jnp.issubdtype(logits.dtype, jnp.floating) and jnp.issubdtype(tokens.dtype, jnp.integer)):
         raise ValueError(f"logits must be floating and tokens integer, but are {logits.dtype} and {tokens.dtype}.")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = wide(logits)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -105,8 +105,9 @@ def fit(
         if step % evaluate_every == 0 or step == steps:
             row = {"loss": float(np.mean(losses)), "held_out_loss": evaluate(state.params)}
             seconds = clock.perf_counter() - started
-            checkpoints.save(step, state)
+            # The row first: a run that stops between the two drops it and does these steps again.
             log.append(step=step, tokens=step * batch_size * time, **row, seconds=round(seconds, 1))
+            checkpoints.save(step, state)
             losses, started = [], clock.perf_counter()
     return state
 

@@ -1,0 +1,122 @@
+"""What the tests share: tiny models with large random parameters, and naive references to hold results against."""
+
+from jaxrl_llm import runtime
+
+runtime.set_up()  # before jax: compiled programs are kept from one run to the next
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import scipy.stats  # noqa: E402
+
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
+from jaxrl_llm.models.llama import Llama, LlamaConfig  # noqa: E402
+from jaxrl_llm.tabular import TabularLM  # noqa: E402
+
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("house")
+
+VOCAB, CONTEXT = 23, 42
+TINY = {
+    "gpt2": GPT2(GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=2)),
+    "llama": Llama(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=CONTEXT,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+        )
+    ),
+    "tabular": TabularLM(vocab_size=3, horizon=8),
+}
+
+
+def random_params(lm, seed=0, *, dtype=jnp.float32):
+    """Every parameter random, biases and norms too, and logits far from uniform."""
+    if isinstance(lm, TabularLM):
+        logits = np.random.default_rng(seed).normal(size=(lm.num_prefixes, lm.vocab_size))
+        return {"logits": jnp.asarray(1.5 * logits, dtype)}
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        noise = np.random.default_rng([seed, *name.encode()]).normal(size=leaf.shape)
+        values = 1 + 0.2 * noise if "scale" in name else 0.2 * noise if "bias" in name else 0.5 * noise
+        return jnp.asarray(values, dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, lm.abstract_params)
+
+
+@pytest.fixture(scope="session", params=list(TINY))
+def any_model(request):
+    """Each of the three families: the model and its parameters."""
+    lm = TINY[request.param]
+    return lm, random_params(lm)
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def neural(request):
+    """GPT-2 and Llama: the model and its parameters."""
+    lm = TINY[request.param]
+    return lm, random_params(lm)
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2 alone."""
+    return TINY["gpt2"], random_params(TINY["gpt2"])
+
+
+@pytest.fixture(scope="session")
+def tabular():
+    """A table of 3 tokens and 4 steps: 81 sequences."""
+    lm = TabularLM(vocab_size=3, horizon=4)
+    return lm, random_params(lm, 1)
+
+
+def assert_follows(outcomes, probabilities, *, level=1e-4):
+    """χ²: the outcomes (indices) are draws from `probabilities`. Cells expected fewer than 5 times are merged."""
+    counts = np.bincount(np.asarray(outcomes), minlength=len(probabilities))
+    probabilities = np.asarray(probabilities, np.float64)
+    assert len(counts) == len(probabilities)
+    np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-5)
+    assert not counts[probabilities == 0].any(), "an impossible outcome was drawn"
+    expected = counts.sum() * probabilities / probabilities.sum()
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    assert len(expected) > 1 or not (~rare).all(), "one cell tests nothing"
+    statistic = (np.square(observed - expected) / expected).sum()
+    p_value = scipy.stats.chi2.sf(statistic, len(expected) - 1)
+    assert p_value > level, f"χ² = {statistic:.1f} with {len(expected) - 1} degrees of freedom, p = {p_value:.1e}"
+
+
+def log_softmax(logits):
+    """In float64, by its definition."""
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def kept_by_top_k(row, k):
+    """Which tokens of one row top-k keeps, by sorting."""
+    row = np.asarray(row, np.float64)
+    return row >= np.sort(row)[::-1][min(k, len(row)) - 1]
+
+
+def kept_by_top_p(row, p):
+    """Which tokens of one row the nucleus keeps, by sorting, in float64."""
+    row = np.asarray(row, np.float64)
+    if p >= 1:
+        return np.ones(len(row), bool)
+    ordered = np.sort(row)[::-1]
+    mass = np.cumsum(np.exp(log_softmax(ordered)))
+    return row >= ordered[min(np.searchsorted(mass, p), len(row) - 1)]

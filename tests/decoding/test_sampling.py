@@ -1,0 +1,135 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.decoding import sampling
+from tests.conftest import assert_follows, log_softmax
+
+DRAWS = 20_000
+KEYS = jax.random.split(jax.random.key(0), DRAWS)
+sample, greedy = jax.jit(sampling.sample), jax.jit(sampling.greedy)
+sample_distinct = jax.jit(sampling.sample_distinct, static_argnums=2)
+
+
+def draws_of(logits, keys=KEYS):
+    return np.asarray(sample(keys, jnp.broadcast_to(jnp.asarray(logits), (len(keys), len(logits)))))
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 4, 5, 7, 9, 10, 23, 64, 65])
+def test_sample_follows_the_softmax_for_squares_and_others(vocab):
+    logits = np.random.default_rng(vocab).normal(size=vocab).astype(np.float32)
+    tokens = draws_of(logits)
+    assert tokens.dtype == np.int32
+    assert_follows(tokens, np.exp(log_softmax(logits)))
+
+
+def test_sample_of_a_vocabulary_of_one():
+    np.testing.assert_array_equal(draws_of(np.float32([-3])), 0)
+
+
+@pytest.mark.parametrize("offset", [0, 500, -500, 3e38])
+def test_sample_does_not_mind_an_offset(offset):
+    np.testing.assert_array_equal(
+        draws_of(np.float32([offset, offset, -np.inf, offset])), draws_of(np.float32([0, 0, -np.inf, 0]))
+    )
+
+
+@pytest.mark.parametrize("impossible", [[0], [9], [0, 1, 2], [3, 4, 5, 9], [0, 2, 4, 6, 8], list(range(9))])
+def test_impossible_tokens_are_never_drawn(impossible):
+    logits = np.random.default_rng(1).normal(size=10).astype(np.float32)
+    logits[impossible] = -np.inf
+    tokens = draws_of(logits)
+    assert not np.isin(tokens, impossible).any()
+    if len(impossible) < 9:
+        assert_follows(tokens, np.exp(log_softmax(logits)))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 2.0**-23, 0.5, 1 - 2.0**-23], ids=str)
+@pytest.mark.parametrize("possible", [[0], [4], [1, 7], [3, 9]])
+def test_the_ends_of_the_unit_interval_are_no_way_out(possible, uniform):
+    weights = np.zeros((1, 10), np.float32)
+    weights[0, possible] = [1e-7, 1.0][-len(possible) :]
+    token = sampling._invert(jnp.asarray(weights), jnp.asarray([uniform], jnp.float32))
+    assert token[0] in possible
+
+
+def test_very_peaked_and_very_flat_laws():
+    peaked = np.full(1000, -30, np.float32)
+    peaked[617] = 0
+    np.testing.assert_array_equal(draws_of(peaked), 617)  # all else together has probability 1e-10
+    flat = draws_of(np.zeros(1000, np.float32))
+    assert_follows(flat, np.full(1000, 1e-3))
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should():
+    logits = np.log(np.append([1 - 0.005], np.full(999, 0.005 / 999))).astype(np.float32)
+    rare = (draws_of(logits) > 0).sum()
+    assert abs(rare - 0.005 * DRAWS) < 4 * np.sqrt(0.005 * DRAWS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_logits_are_drawn_from_as_finely_as_wide_ones(dtype):
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=23) * 3, dtype)
+    tokens = draws_of(logits)
+    np.testing.assert_array_equal(tokens, draws_of(logits.astype(jnp.float32)))
+    distinct = sample_distinct(KEYS[:100], jnp.broadcast_to(logits, (100, 23)), 4)
+    wide = sample_distinct(KEYS[:100], jnp.broadcast_to(logits.astype(jnp.float32), (100, 23)), 4)
+    np.testing.assert_array_equal(distinct, wide)
+
+
+def test_float64_logits():
+    with jax.enable_x64(True):
+        logits = np.random.default_rng(3).normal(size=7)
+        assert_follows(draws_of(logits), np.exp(log_softmax(logits)))
+
+
+def test_the_draw_of_a_row_is_of_its_key_and_its_logits_alone():
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(50, 23)), jnp.float32)
+    together = np.asarray(sample(KEYS[:50], logits))
+    order = np.random.default_rng(5).permutation(50)
+    np.testing.assert_array_equal(sample(KEYS[:50][order], logits[order]), together[order])
+    assert len(set(together.tolist())) > 5
+
+
+def test_two_draws_of_one_row_are_independent():
+    first, second = (
+        draws_of(np.float32([0, 1, 0.5])),
+        draws_of(np.float32([0.3, 0, 1]), jax.random.split(jax.random.key(1), DRAWS)),
+    )
+    law = np.exp(log_softmax([0, 1, 0.5]))[:, None] * np.exp(log_softmax([0.3, 0, 1]))
+    assert_follows(3 * first + second, law.ravel())
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 7), (2, 3, 23)])
+def test_greedy_is_the_first_argmax(shape):
+    rng = np.random.default_rng(6)
+    for logits in (rng.normal(size=shape), rng.integers(0, 3, shape), np.where(rng.random(shape) < 0.7, -np.inf, 1.0)):
+        result = greedy(jnp.asarray(logits, jnp.float32))
+        np.testing.assert_array_equal(result, np.argmax(logits, axis=-1))
+        assert result.dtype == jnp.int32
+
+
+def test_greedy_stays_in_the_vocabulary_where_the_logits_are_nan():
+    assert 0 <= greedy(jnp.full(5, jnp.nan)) < 5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_sample_distinct_follows_sequential_sampling_without_replacement(count):
+    logits = np.float32([0.0, 1.0, -1.0, 0.5])
+    tokens = np.asarray(sample_distinct(KEYS, jnp.broadcast_to(logits, (DRAWS, 4)), count))
+    orders = list(itertools.permutations(range(4), count))
+    probabilities, law = np.exp(log_softmax(logits)), []
+    for order in orders:
+        left = 1 - np.cumsum([0, *probabilities[list(order[:-1])]])
+        law.append(np.prod(probabilities[list(order)] / left))
+    index = {order: place for place, order in enumerate(orders)}
+    assert_follows([index[tuple(row)] for row in tokens.tolist()], law)
+
+
+def test_sample_distinct_puts_the_possible_tokens_first():
+    logits = jnp.broadcast_to(jnp.asarray([-jnp.inf, 0.0, -jnp.inf, 1.0]), (200, 4))
+    tokens = np.asarray(sample_distinct(KEYS[:200], logits, 3))
+    assert (np.sort(tokens[:, :2], axis=1) == [1, 3]).all() and np.isin(tokens[:, 2], [0, 2]).all()

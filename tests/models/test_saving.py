@@ -1,0 +1,230 @@
+"""What `models.save` writes, `models.load` reads back bit for bit, and transformers understands."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+from safetensors.numpy import load_file
+
+from jaxrl_llm import models
+from jaxrl_llm.data import bpe
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
+from jaxrl_llm.tabular import TabularLM
+
+GPT2_SIZES = {"vocab_size": 19, "n_positions": 24, "n_embd": 12, "n_layer": 2, "n_head": 3}
+LLAMA_SIZES = {
+    "vocab_size": 19,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+}
+LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.5, high_freq_factor=5.0, original_max_position_embeddings=16)
+LMS = {
+    "gpt2": GPT2(GPT2Config(**GPT2_SIZES)),
+    "gpt2-untied": GPT2(GPT2Config(**GPT2_SIZES, tie_word_embeddings=False, n_inner=10, activation_function="relu")),
+    "gpt2-scales": GPT2(
+        GPT2Config(
+            **GPT2_SIZES,
+            scale_attn_weights=False,
+            scale_attn_by_inverse_layer_idx=True,
+            layer_norm_epsilon=1e-3,
+            initializer_range=0.1,
+        )
+    ),
+    "llama": Llama(LlamaConfig(**LLAMA_SIZES)),
+    "llama-untied": Llama(LlamaConfig(**LLAMA_SIZES, tie_word_embeddings=False, head_dim=4, rms_norm_eps=1e-3)),
+    "llama-biases": Llama(LlamaConfig(**LLAMA_SIZES, attention_bias=True, mlp_bias=True, rope_theta=77.0)),
+    "llama-linear": Llama(LlamaConfig(**LLAMA_SIZES, rope_scaling=RopeScaling("linear", 4.0))),
+    "llama-llama3": Llama(LlamaConfig(**LLAMA_SIZES, rope_scaling=LLAMA3)),
+}
+
+
+def random_params(lm, dtype=jnp.float32):
+    """Every parameter random, biases and norms too: what is mixed up does not come back equal."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), lm.abstract_params)
+
+
+def assert_equal_bits(params, expected):
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    bpe.save(bpe.train(["the cat sat on the mat"] * 4, 262), tmp_path / "tokenizer")
+    return transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_the_same_model_and_parameters_come_back(tmp_path, name):
+    lm = LMS[name]
+    params = random_params(lm)
+    models.save(tmp_path / "new" / "folder", lm, params)
+    loaded = models.load(tmp_path / "new" / "folder")
+    # head_dim None is written out as the number that it means
+    config = lm.config if isinstance(lm, GPT2) else LlamaConfig(**vars(lm.config) | {"head_dim": lm.config.head_size})
+    assert loaded.model.config == config
+    assert_equal_bits(loaded.params, params)
+    assert loaded.tokenizer is None
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_transformers_reads_the_configuration(tmp_path, name):
+    """Every field of ours has there the value that we gave it."""
+    lm = LMS[name]
+    models.save(tmp_path, lm, random_params(lm))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.model_type == name.split("-")[0]
+    assert config.architectures == [{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[config.model_type]]
+    ours = dict(vars(lm.config))
+    if isinstance(lm, Llama):
+        rope = {"rope_theta": ours.pop("rope_theta"), "rope_type": "default"}
+        if (scaling := ours.pop("rope_scaling")) is not None:
+            rope |= {field: config.rope_parameters[field] for field in vars(scaling) if field in config.rope_parameters}
+            assert all(getattr(scaling, field) == rope[field] for field in rope if field != "rope_theta")
+        assert config.rope_parameters == rope
+        ours["head_dim"] = lm.config.head_size
+    assert {field: getattr(config, field) for field in ours} == ours
+
+
+def test_tensors_have_the_names_and_shapes_of_published_checkpoints(tmp_path):
+    models.save(tmp_path, LMS["gpt2-untied"], random_params(LMS["gpt2-untied"]))
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert len(shapes) == 2 + 2 * 12 + 2 + 1
+    assert shapes["transformer.h.1.attn.c_attn.weight"] == (12, 36)  # [in, out], GPT-2's Conv1D
+    assert shapes["transformer.wpe.weight"] == (24, 12)
+    assert shapes["lm_head.weight"] == (19, 12)
+    models.save(tmp_path, LMS["llama-untied"], random_params(LMS["llama-untied"]))
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert len(shapes) == 1 + 2 * 9 + 1 + 1
+    assert shapes["model.layers.1.self_attn.k_proj.weight"] == (8, 12)  # [out, in]
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (12, 20)
+    assert shapes["lm_head.weight"] == (19, 12)
+
+
+def test_a_tied_head_is_not_written(tmp_path):
+    models.save(tmp_path, LMS["llama"], random_params(LMS["llama"]))
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2-untied", "llama-biases"])
+def test_the_stored_type_can_be_chosen(tmp_path, name, dtype):
+    params = random_params(LMS[name])
+    models.save(tmp_path, LMS[name], params, dtype=dtype)
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    assert_equal_bits(models.load(tmp_path, dtype=dtype).params, rounded)
+    assert_equal_bits(models.load(tmp_path).params, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded))
+
+
+def test_without_a_choice_the_stored_type_is_that_of_the_parameters(tmp_path):
+    params = random_params(LMS["gpt2"], jnp.bfloat16)
+    models.save(tmp_path, LMS["gpt2"], params)
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {"bfloat16"}
+    assert_equal_bits(models.load(tmp_path, dtype="bfloat16").params, params)
+
+
+def test_float64_parameters_come_back_in_full(tmp_path):
+    with jax.enable_x64(True):
+        params = random_params(LMS["gpt2"], jnp.float64)
+        models.save(tmp_path, LMS["gpt2"], params)
+        assert_equal_bits(models.load(tmp_path, dtype="float64").params, params)
+
+
+def test_the_tokenizer_comes_back_with_its_special_tokens_and_template(tmp_path, tokenizer):
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    models.save(tmp_path / "model", LMS["gpt2"], random_params(LMS["gpt2"]), tokenizer)
+    loaded = models.load(tmp_path / "model")
+    text = "the cat sat on 🙂\n\tthe mat"
+    assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+    chat = [{"role": "user", "content": "hello"}]
+    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == "<hello>"
+    assert (loaded.config["bos_token_id"], loaded.config["eos_token_id"]) == (0, 0)
+
+
+def test_further_fields_are_kept_and_contradict_nothing(tmp_path, tokenizer):
+    """What `load` gave as `config` can be given to `save` of another model."""
+    config = {"eos_token_id": [1, 2], "summary_type": "mean", "n_embd": 999, "model_type": "llama", "dtype": "int8"}
+    config |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float16"}
+    models.save(tmp_path / "model", LMS["gpt2"], random_params(LMS["gpt2"]), tokenizer, config=config)
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (written["eos_token_id"], written["summary_type"]) == ([1, 2], "mean")
+    assert (written["n_embd"], written["model_type"], written["dtype"]) == (12, "gpt2", "float32")
+    assert "rope_scaling" not in written and "torch_dtype" not in written
+
+
+def test_a_configuration_of_the_old_form_is_written_in_the_new(tmp_path):
+    lm = LMS["llama-linear"]
+    models.save(tmp_path / "first", lm, random_params(lm))
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config))
+    first = models.load(tmp_path / "first")
+    models.save(tmp_path / "second", first.model, first.params, config=first.config)
+    second = models.load(tmp_path / "second")
+    assert second.model == first.model and second.model.config.rope_scaling == RopeScaling("linear", 4.0)
+    assert_equal_bits(second.params, first.params)
+    assert "rope_scaling" not in second.config
+
+
+def test_a_model_without_a_published_form_is_an_error(tmp_path):
+    lm = TabularLM(vocab_size=2, horizon=2)
+    with pytest.raises(ValueError, match="TabularLM has no Hugging Face form; gpt2, llama have one"):
+        models.save(tmp_path, lm, lm.init(jax.random.key(0)))
+    assert not list(tmp_path.iterdir())
+
+
+def half_written(tensors, path, metadata=None):
+    with open(path, "wb") as file:
+        file.write(safetensors.numpy.save(tensors)[:50])
+    raise OSError("No space left on device")
+
+
+def never_replaced(*_):
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("breaks", ["weights", "rename"])
+def test_an_interrupted_save_leaves_nothing_half_written(tmp_path, monkeypatch, breaks):
+    if breaks == "weights":
+        monkeypatch.setattr(safetensors.numpy, "save_file", half_written)
+    else:
+        monkeypatch.setattr(os, "replace", never_replaced)
+    with pytest.raises(OSError, match="No space left"):
+        models.save(tmp_path, LMS["gpt2"], random_params(LMS["gpt2"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors.partial"}
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("breaks", ["weights", "rename"])
+def test_an_interrupted_save_leaves_the_model_that_was_there(tmp_path, monkeypatch, breaks):
+    params = random_params(LMS["gpt2"])
+    models.save(tmp_path, LMS["gpt2"], params)
+    with monkeypatch.context() as patched:
+        if breaks == "weights":
+            patched.setattr(safetensors.numpy, "save_file", half_written)
+        else:
+            patched.setattr(os, "replace", never_replaced)
+        with pytest.raises(OSError, match="No space left"):
+            models.save(tmp_path, LMS["gpt2"], jax.tree.map(jnp.zeros_like, params))
+    assert_equal_bits(models.load(tmp_path).params, params)
+    models.save(tmp_path, LMS["gpt2"], jax.tree.map(jnp.ones_like, params))  # and the next one goes through
+    assert_equal_bits(models.load(tmp_path).params, jax.tree.map(jnp.ones_like, params))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}

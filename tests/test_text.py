@@ -1,0 +1,206 @@
+"""Between text and tokens, with a byte-level tokenizer of bytes and few merges, and one of SentencePiece's kind."""
+
+import functools
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrl_llm import text
+from jaxrl_llm.data import bpe
+from jaxrl_llm.models import gguf_tokenizer
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CORPUS = ["the cat sat on the mat, the cat 🙂 naïve café", "日本語 über 🙂🙃 ½ x² …"] * 3
+
+
+@functools.cache
+def tokenizer(*, template=None, bos="<|endoftext|>"):
+    """Byte-level: 256 bytes and 30 merges, so that most characters beyond ASCII are several tokens."""
+    trained = bpe.train(CORPUS, 287)
+    options = {"chat_template": template, "add_bos_token": template is not None}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token=bos, eos_token="<|endoftext|>", **options
+    )
+
+
+@functools.cache
+def sentencepiece():
+    """Llama 2's kind: spaces are ▁, what is unknown are bytes, the first space of a text is dropped."""
+    words = ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "é"]
+    fields = {
+        "model": "llama",
+        "tokens": ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words],
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
+        "scores": [0.0] * 259 + [-float(rank) for rank in range(len(words))],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    return gguf_tokenizer.build({f"tokenizer.ggml.{key}": value for key, value in fields.items()}, "a test")
+
+
+def decode(tokenizer, tokens):
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# Prompts to tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_encode_is_the_tokenizers():
+    tokens = text.encode(tokenizer(), "the cat 🙂")
+    assert tokens == tokenizer()("the cat 🙂")["input_ids"] and all(type(token) is int for token in tokens)
+    assert decode(tokenizer(), tokens) == "the cat 🙂"
+
+
+def test_a_chat_prompt_is_a_users_message_in_the_template_with_one_bos():
+    chat = tokenizer(template=TEMPLATE)
+    assert chat("x")["input_ids"][0] == chat.bos_token_id, "this tokenizer adds BOS of itself"
+    tokens = text.encode(chat, "the cat", chat=True)
+    assert chat.decode(tokens) == "<|endoftext|><user>the cat\n<assistant>"
+    assert tokens.count(chat.bos_token_id) == 1
+
+
+def test_chat_without_a_template_is_an_error():
+    with pytest.raises(ValueError, match="this model has no chat template"):
+        text.encode(tokenizer(), "the cat", chat=True)
+
+
+def test_an_empty_prompt_is_bos():
+    assert text.encode(tokenizer(), "") == [tokenizer().bos_token_id]
+    assert text.encode(sentencepiece(), "") == [1], "and only one, where the tokenizer adds it"
+
+
+def test_an_empty_prompt_without_bos_is_an_error():
+    with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer has no BOS token"):
+        text.encode(tokenizer(bos=None), "")
+    assert text.encode(tokenizer(bos=None), " ") != []
+
+
+# Rows to a batch ------------------------------------------------------------------------------------------------------
+
+
+def test_left_pad_aligns_rows_on_the_right():
+    tokens, mask = text.left_pad([[5, 6, 7], [], [8]], pad_id=9)
+    np.testing.assert_array_equal(tokens, [[5, 6, 7], [9, 9, 9], [9, 9, 8]])
+    np.testing.assert_array_equal(mask, [[True, True, True], [False, False, False], [False, False, True]])
+    assert tokens.dtype == np.int32 and mask.dtype == bool
+
+
+@pytest.mark.parametrize(("rows", "shape"), [([], (0, 0)), ([[]], (1, 0)), ([[], []], (2, 0)), ([[1]], (1, 1))])
+def test_left_pad_of_little(rows, shape):
+    tokens, mask = text.left_pad(rows)
+    assert tokens.shape == mask.shape == shape
+    assert mask.all() and tokens.tolist() == rows
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=5))
+def test_left_pad_keeps_every_token_in_order(rows):
+    tokens, mask = text.left_pad(rows, pad_id=77)
+    assert [row[valid].tolist() for row, valid in zip(tokens, mask, strict=True)] == rows
+    assert (tokens[~mask] == 77).all()
+    assert all((np.diff(valid.astype(int)) >= 0).all() for valid in mask), "padding stands on the left alone"
+
+
+# Tokens to text, as they come -----------------------------------------------------------------------------------------
+
+
+def pushed(tokenizer, tokens, sizes, prompt=()):
+    """What a stream gives for pieces of these sizes, in turn, and at the end."""
+    stream, pieces, start, turn = text.TextStream(tokenizer, prompt), [], 0, 0
+    while start < len(tokens):
+        pieces.append(stream.push(tokens[start : start + sizes[turn % len(sizes)]]))
+        start, turn = start + sizes[turn % len(sizes)], turn + 1
+    return pieces, stream.finish()
+
+
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("🙂👩‍🚀é日½ \n�"), max_size=25)
+
+
+@given(TEXTS, SIZES)
+def test_a_stream_gives_the_text_in_whole_characters(string, sizes):
+    """U+FFFD comes out only where the text has it; only that waits for the end."""
+    tokens = tokenizer()(string)["input_ids"]
+    pieces, rest = pushed(tokenizer(), tokens, sizes)
+    assert "".join(pieces) + rest == decode(tokenizer(), tokens) == string
+    assert set(rest) <= {"\ufffd"}
+
+
+@given(st.text("ab é🙂日", max_size=12), SIZES)
+def test_a_sentencepiece_stream_gives_the_text_in_whole_characters(string, sizes):
+    tokens = sentencepiece()(string)["input_ids"]
+    pieces, rest = pushed(sentencepiece(), tokens, sizes)
+    assert "".join(pieces) + rest == decode(sentencepiece(), tokens) == string
+    assert "\ufffd" not in "".join(pieces) + rest
+
+
+@given(st.lists(st.integers(0, 286), max_size=20), SIZES)
+def test_a_stream_of_any_tokens_adds_up_to_their_text(tokens, sizes):
+    """What a model says need not be UTF-8, and special tokens are not text."""
+    pieces, rest = pushed(tokenizer(), tokens, sizes)
+    whole = decode(tokenizer(), tokens)
+    assert "".join(pieces) + rest == whole
+    assert len("".join(pieces)) >= len(whole.rstrip("\ufffd")), "nothing complete waits"
+
+
+def test_a_character_waits_for_its_last_byte():
+    tokens = tokenizer().convert_tokens_to_ids([byte_token(byte) for byte in "🦜".encode()])
+    assert len(tokens) == 4 and decode(tokenizer(), tokens) == "🦜"
+    stream = text.TextStream(tokenizer())
+    assert [stream.push([token]) for token in tokens] == ["", "", "", "🦜"]
+    assert stream.finish() == ""
+
+
+def byte_token(byte):
+    """The token of one byte, by GPT-2's table of printable stand-ins."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [each for each in range(256) if each not in printable]
+    return chr(byte) if byte in printable else chr(256 + others.index(byte))
+
+
+def test_what_is_incomplete_at_the_end_comes_with_finish_once():
+    tokens = tokenizer().convert_tokens_to_ids([byte_token(byte) for byte in b"a" + "🦜".encode()[:2]])
+    stream = text.TextStream(tokenizer())
+    assert stream.push(tokens) == "a"
+    assert stream.finish() == "\ufffd"
+    assert stream.finish() == ""
+
+
+def test_bytes_that_are_no_character_come_with_what_follows_them():
+    tokens = tokenizer().convert_tokens_to_ids([byte_token(byte) for byte in b"\xffb"])
+    stream = text.TextStream(tokenizer())
+    assert (stream.push(tokens[:1]), stream.push(tokens[1:])) == ("", "\ufffdb")
+
+
+def test_special_tokens_are_not_text():
+    end = tokenizer().eos_token_id
+    tokens = tokenizer()("the cat")["input_ids"]
+    assert pushed(tokenizer(), [*tokens, end], [1])[0][-1] == ""
+    assert "".join(pushed(tokenizer(), [*tokens, end], [3])[0]) == "the cat"
+
+
+def test_an_empty_stream_says_nothing():
+    stream = text.TextStream(tokenizer())
+    assert (stream.push([]), stream.finish()) == ("", "")
+
+
+@pytest.mark.parametrize("make", [tokenizer, sentencepiece])
+def test_a_continuation_keeps_the_space_before_its_first_word(make):
+    """SentencePiece drops it at the start of a text, and a continuation is not one."""
+    tokens = make()("ab ab")["input_ids"]
+    cut = len(make()("ab")["input_ids"])
+    pieces, rest = pushed(make(), tokens[cut:], [1], prompt=tokens[:cut])
+    assert "".join(pieces) + rest == " ab"
+
+
+@given(TEXTS, TEXTS, SIZES)
+def test_the_prompt_is_not_said_again(prompt, string, sizes):
+    before, tokens = tokenizer()(prompt)["input_ids"], tokenizer()(string)["input_ids"]
+    pieces, rest = pushed(tokenizer(), tokens, sizes, prompt=before)
+    assert "".join(pieces) + rest == string
