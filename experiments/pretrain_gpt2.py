@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +99,12 @@ def trained_tokenizer(config: Config, documents: list[corpus.Document]) -> Token
     path = config.work_dir / "tokenizer.json"
     if not path.exists():
         config.work_dir.mkdir(parents=True, exist_ok=True)
-        bpe.train((document.text for document in documents), config.vocab_size).save(str(path))
-    return Tokenizer.from_file(str(path))
+        bpe.train((document.text for document in documents), config.vocab_size).save(f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+    tokenizer = Tokenizer.from_file(str(path))
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise ValueError(f"{path} has {tokenizer.get_vocab_size()} entries, not {config.vocab_size}: remove it.")
+    return tokenizer
 
 
 def train(config: Config) -> None:

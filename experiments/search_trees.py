@@ -79,13 +79,15 @@ def run(config: Config) -> dict[str, Any]:
         for name in titles
     }
     described = [
-        trees.describe(tree, loaded.tokenizer, name=name, title=titles[name], prompt=config.prompt)
+        trees.describe(
+            tree, loaded.tokenizer, name=name, title=titles[name], prompt=config.prompt, prompt_tokens=prompt.tolist()
+        )
         for name, tree in grown.items()
     ]
     logits = loaded.model.apply(loaded.params, prompt[None])[0][0, -1]
     drawn = {name: {node.token for node in tree.nodes() if node.level == 1} for name, tree in grown.items()}
     panels = [
-        bar_panel(loaded, "next token, none removed", logits, logits, drawn["full"]),
+        bar_panel(loaded, "next token", logits, logits, drawn["full"]),
         bar_panel(loaded, f"top-k, k = {config.top_k}", logits, filters["top_k"](logits), drawn["top_k"]),
         bar_panel(loaded, f"nucleus, p = {config.top_p:g}", logits, filters["nucleus"](logits), drawn["nucleus"]),
     ]
@@ -136,11 +138,8 @@ def numbers(
     """What would prove the claim wrong."""
     greedy, full = grown["greedy"], grown["full"]
     leaf_mass = sum(np.exp(leaf.total_log_prob) for leaf in full.leaves())
-    siblings = [(node.parent, node.token) for tree in grown.values() for node in tree.nodes()]
-    repeated = sum(
-        len(pairs) - len(set(pairs))
-        for pairs in ([(node.parent, node.token) for node in tree.nodes()] for tree in grown.values())
-    )
+    siblings = [[(node.parent, node.token) for node in tree.nodes()] for tree in grown.values()]
+    repeated = sum(len(pairs) - len(set(pairs)) for pairs in siblings)
     entries = [
         ledger.number("greedy chain", greedy.best()[1], unit="nats per token", source="search_tree, branching 1"),
         ledger.number("best leaf of the full tree", full.best()[1], unit="nats per token", source="Tree.best"),
@@ -171,7 +170,7 @@ def numbers(
             repeated,
             expected=0,
             tolerance=0,
-            unit=f"of {len(siblings)} nodes",
+            unit=f"of {sum(map(len, siblings))} nodes",
             source="sampling without replacement",
         ),
         ledger.number(
@@ -189,7 +188,7 @@ def numbers(
 
 def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
     """What is known of OpenAI's GPT-2 small after this prompt."""
-    source = "known run of GPT-2 small"
+    source = "M. Labonne, Decoding Strategies in Large Language Models (2023)"
     chain = [
         ledger.number(
             f"greedy token {node.level}",

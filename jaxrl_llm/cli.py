@@ -62,6 +62,10 @@ class Generate:
         from jaxrl_llm import models, text
         from jaxrl_llm.decoding import stream
 
+        if self.greedy and self.sampling != Sampling(seed=self.sampling.seed):
+            raise ValueError(
+                "--greedy takes the most probable token: give no --temperature, --top-k or --top-p with it."
+            )
         if self.num_samples < 1:
             raise ValueError(f"--num-samples must be at least 1, but is {self.num_samples}.")
         prompts = [prompt for prompt in self.read_prompts() for _ in range(self.num_samples)]
@@ -78,7 +82,7 @@ class Generate:
             transform=None if self.greedy else self.sampling.transform(),
             greedy=self.greedy,
             key=jax.random.key(self.sampling.seed),
-            eos_id=tokenizer.eos_token_id,
+            eos_id=text.eos_ids(tokenizer, loaded.config),
         )
         streams = [text.TextStream(tokenizer, () if self.chat else row) for row in rows]
         heads = ["" if self.chat else prompt for prompt in prompts]
@@ -149,17 +153,21 @@ class SearchTree:
 
         loaded = models.load(self.model)
         tokenizer = require_tokenizer(loaded, self.model)
-        filters = {"best": None, "top-k": TopK(self.top_k), "nucleus": TopP(self.top_p)}
-        kept = filters[self.select]
+        if self.select == "best" and self.temperature != 1.0:
+            raise ValueError("--temperature is for children that are drawn: give --select top-k or nucleus.")
+        kept = {"best": lambda: None, "top-k": lambda: TopK(self.top_k), "nucleus": lambda: TopP(self.top_p)}[
+            self.select
+        ]()
+        prompt = text.encode(tokenizer, self.prompt)
         tree = search_tree(
             loaded.model,
             loaded.params,
-            jnp.asarray(text.encode(tokenizer, self.prompt)),
+            jnp.asarray(prompt),
             branching=self.branching,
             depth=self.depth,
             select="best" if kept is None else Chain((Temperature(self.temperature), kept)),
             key=jax.random.key(self.seed),
-            eos_id=tokenizer.eos_token_id,
+            eos_id=text.eos_ids(tokenizer, loaded.config),
         )
         titles = {
             "best": "most probable",
@@ -172,6 +180,7 @@ class SearchTree:
             name=self.select,
             title=f"{titles[self.select]}, branching {self.branching}",
             prompt=self.prompt,
+            prompt_tokens=prompt,
         )
         style.save_as(tree_figure(described, model=self.model), self.out)
         print(f"best of {len(tree.leaves())} leaves, {described['best_score']:.4f} nats per token:")
@@ -197,6 +206,9 @@ def main() -> None:
     runtime.set_up()
     try:
         command.run()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        raise SystemExit(0) from None
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"jaxrl-llm: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -33,8 +33,15 @@ class Cache:
         return self.valid.shape[1]
 
     def append(self, mask: Bool[Array, "batch time"]) -> Cache:
-        """Claim the next `time` slots; those where `mask` is false never count. The memory is the model's to write."""
+        """Claim the next `time` slots; those where `mask` is false never count. The memory is the model's to write.
+
+        Raises:
+            ValueError: if the batch is another, or the slots do not suffice. (Under `jit` the number of slots written
+                cannot be read: there, what does not fit overwrites the last ones. Size the cache for all to come.)
+        """
         time = mask.shape[1]
+        if mask.shape[0] != self.valid.shape[0]:
+            raise ValueError(f"the cache holds {self.valid.shape[0]} rows, but {mask.shape[0]} are to be appended.")
         if time > self.max_length or (is_concrete(self.length) and int(self.length) + time > self.max_length):
             written = int(self.length) if is_concrete(self.length) else "some"
             raise ValueError(
@@ -104,17 +111,31 @@ def params_dtype(params: Params) -> jnp.dtype:
     return jnp.result_type(*jax.tree.leaves(params))
 
 
-def check_tokens(lm: LanguageModel, tokens: Array, mask: Array | None, *, name: str = "tokens") -> None:
-    """Raise for a wrong rank, dtype or mask shape, and (where values can be read) for tokens outside the vocabulary."""
+def check_tokens(
+    lm: LanguageModel, tokens: Array, mask: Array | None, cache: Cache | None = None, *, name: str = "tokens"
+) -> None:
+    """Raise for tokens that `lm` cannot take.
+
+    Rank, dtype and mask shape are always checked; ids outside the vocabulary, and rows that are longer than the model's
+    context, with what the cache already holds, where values can be read.
+    """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers [batch, time], but is {tokens.dtype}{list(tokens.shape)}.")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
         raise ValueError(f"the mask of {name} must be bool{list(tokens.shape)}, but is {mask.dtype}{list(mask.shape)}.")
-    if not (is_concrete(tokens) and (mask is None or is_concrete(mask))) or tokens.size == 0:
+    readable = all(is_concrete(each) for each in (tokens, mask, None if cache is None else cache.valid))
+    if not readable or tokens.size == 0:
         return
     real = np.asarray(tokens) if mask is None else np.asarray(tokens)[np.asarray(mask)]
     if real.size and (real.min() < 0 or real.max() >= lm.vocab_size):
         raise ValueError(
             f"{name} must lie in [0, {lm.vocab_size}), the model's vocabulary, "
             f"but range from {real.min()} to {real.max()}."
+        )
+    held = 0 if cache is None else np.asarray(cache.valid).sum(axis=1)
+    lengths = np.atleast_1d(held + (tokens.shape[1] if mask is None else np.asarray(mask).sum(axis=1)))
+    if lengths.max() > lm.max_length:
+        raise ValueError(
+            f"row {lengths.argmax()} of {name} comes to {lengths.max()} tokens, "
+            f"which do not fit the model's context of {lm.max_length}."
         )

@@ -28,6 +28,8 @@ def token_log_probs_of(
     lm: TabularLM, params: Params, sequences: Int[Array, "batch time"]
 ) -> Float[Array, "batch time"]:
     """log p(y_t | y_<t) of each token of the sequences, the first one included, in nats."""
+    if sequences.ndim != 2 or sequences.shape[1] > lm.horizon:
+        raise ValueError(f"sequences must be [batch, at most {lm.horizon}], but are {list(sequences.shape)}.")
     root = jnp.zeros((sequences.shape[0], 1), sequences.dtype)
     inputs = jnp.concatenate([root, sequences[:, :-1]], axis=1)  # a padded place reads the root's logits
     mask = jnp.broadcast_to(jnp.arange(inputs.shape[1]) > 0, inputs.shape)

@@ -57,7 +57,7 @@ class TabularLM(language_model.LanguageModel):
         *,
         mask: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time vocab"], Cache | None]:
-        language_model.check_tokens(self, tokens, mask)
+        language_model.check_tokens(self, tokens, mask, cache)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         start = self.init_cache(tokens.shape[0], 0).memory if cache is None else cache.memory
 

@@ -29,6 +29,17 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     return tokens or [tokenizer.bos_token_id]
 
 
+def eos_ids(tokenizer: Any, config: dict[str, Any]) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's `config.json` (one or a list).
+
+    Small models often declare the ending token of the large vocabulary that they were not given: it counts for nothing.
+    """
+    declared = config.get("eos_token_id")
+    declared = declared if isinstance(declared, list) else [declared]
+    known = {token for token in (tokenizer.eos_token_id, *declared) if token is not None}
+    return sorted(token for token in known if token < config["vocab_size"])
+
+
 def left_pad(
     rows: Sequence[Sequence[int]], *, pad_id: int = 0
 ) -> tuple[Int[np.ndarray, "batch time"], Bool[np.ndarray, "batch time"]]:

@@ -20,13 +20,13 @@ hypothesis.settings.load_profile("house")
 
 VOCAB, CONTEXT = 23, 42
 TINY = {
-    "gpt2": GPT2(GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=2)),
+    "gpt2": GPT2(GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2)),
     "llama": Llama(
         LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=16,
             intermediate_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
@@ -52,13 +52,6 @@ def random_params(lm, seed=0, *, dtype=jnp.float32):
         return jnp.asarray(values, dtype)
 
     return jax.tree_util.tree_map_with_path(draw, lm.abstract_params)
-
-
-@pytest.fixture(scope="session", params=list(TINY))
-def any_model(request):
-    """Each of the three families: the model and its parameters."""
-    lm = TINY[request.param]
-    return lm, random_params(lm)
 
 
 @pytest.fixture(scope="session", params=["gpt2", "llama"])

@@ -210,11 +210,13 @@ def assert_one_line(result, said):
     [
         (["--top-p", "1.5"], "p must be in (0, 1], but is 1.5"),
         (["--top-p", "0"], "p must be in (0, 1], but is 0.0"),
-        (["--top-k", "0"], "k must be at least 1, but is 0"),
+        (["--top-k", "0"], "k must be an integer of at least 1, but is 0"),
         (["--temperature", "0"], "temperature must be a finite number above 0, but is 0.0"),
         (["--temperature", "nan"], "temperature must be a finite number above 0, but is nan"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, but is 0"),
         (["--max-new-tokens", str(CONTEXT)], f"do not fit with it in the model's context of {CONTEXT}"),
+        (["--greedy", "--top-k", "3"], "--greedy takes the most probable token: give no --temperature"),
+        (["--greedy", "--temperature", "0.5"], "--greedy takes the most probable token: give no --temperature"),
         (["--num-samples", "0"], "--num-samples must be at least 1, but is 0"),
         (["--chat"], "this model has no chat template"),
         (["--prompts", "nowhere.txt"], "give either a prompt or --prompts, not both"),
@@ -225,8 +227,10 @@ def test_a_wrong_option_is_one_line(run, model, arguments, said):
 
 
 def test_a_prompt_that_is_too_long_is_one_line(run, model):
-    said = f"prompt 0 has 60 tokens, and 4 new ones do not fit with it in the model's context of {CONTEXT}"
-    assert_one_line(run("generate", "q" * 60, "--model", model, "--max-new-tokens", 4), said)
+    for length, said in ((CONTEXT - 3, f"has {CONTEXT - 3} tokens, and 4 new ones do not fit"), (60, "60 tokens")):
+        result = run("generate", "q" * length, "--model", model, "--max-new-tokens", 4)
+        assert_one_line(result, said)
+        assert f"the model's context of {CONTEXT}" in result[2]
 
 
 def test_no_prompt_is_one_line(run, model, tmp_path):
@@ -296,6 +300,17 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
     assert run("generate", "x") == (130, "", "")
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(run, monkeypatch):
+    """As in `jaxrl-llm generate ... | head -1`."""
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli.Generate, "run", closed)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert run("generate", "x") == (0, "", "")
+
+
 # tree -----------------------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +341,8 @@ def test_a_drawn_tree_follows_from_its_seed(run, model, tmp_path):
         (["--out", "tree"], "cannot write a figure to tree: the suffix must be one of"),
         (["--depth", "0"], "depth"),
         (["--branching", "0"], "branching"),
-        (["--select", "top-k", "--top-k", "0"], "k must be at least 1, but is 0"),
+        (["--temperature", "2"], "--temperature is for children that are drawn"),
+        (["--select", "top-k", "--top-k", "0"], "k must be an integer of at least 1, but is 0"),
         (["--select", "nucleus", "--top-p", "2"], "p must be in (0, 1], but is 2.0"),
     ],
 )

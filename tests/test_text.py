@@ -82,6 +82,22 @@ def test_an_empty_prompt_without_bos_is_an_error():
     assert text.encode(tokenizer(bos=None), " ") != []
 
 
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({}, [0]),
+        ({"eos_token_id": None}, [0]),
+        ({"eos_token_id": 0}, [0]),
+        ({"eos_token_id": 5}, [0, 5]),
+        ({"eos_token_id": [7, 0, 5]}, [0, 5, 7]),
+        ({"eos_token_id": 50256}, [0]),  # of GPT-2's vocabulary, which is not this model's
+    ],
+)
+def test_a_text_ends_with_the_tokenizers_token_or_any_of_the_configurations(declared, expected):
+    assert tokenizer().eos_token_id == 0
+    assert text.eos_ids(tokenizer(), {"vocab_size": 287} | declared) == expected
+
+
 # Rows to a batch ------------------------------------------------------------------------------------------------------
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jaxrl_llm.decoding.tree import Tree
+from jaxrl_llm.text import TextStream
 
 
-def describe(tree: Tree, tokenizer: Any, *, name: str, title: str, prompt: str) -> dict[str, Any]:
+def describe(
+    tree: Tree, tokenizer: Any, *, name: str, title: str, prompt: str, prompt_tokens: Sequence[int]
+) -> dict[str, Any]:
     """The tree as JSON: nodes with token text, probability and score, and the path of the best leaf.
 
     Node 0 is the prompt. A score is Σ log p / length over the generated tokens, in nats per token.
     """
     best = max(tree.leaves(), key=lambda node: node.score)
     path = tree.path(best)
+    continuation = TextStream(tokenizer, prompt_tokens)
     root = {
         "id": 0,
         "parent": None,
@@ -43,6 +48,6 @@ def describe(tree: Tree, tokenizer: Any, *, name: str, title: str, prompt: str) 
         "title": title,
         "nodes": [root, *nodes],
         "best": [0, *(node.id for node in path)],
-        "best_text": prompt + tokenizer.decode([node.token for node in path]),
+        "best_text": prompt + continuation.push([node.token for node in path]) + continuation.finish(),
         "best_score": best.score,
     }

@@ -42,8 +42,11 @@ def bucketed_prompts(
 
 
 def eos_array(eos_id: int | Sequence[int] | Int[Array, "*eos"] | None) -> Int[Array, "eos"]:
-    """No, one or several ending tokens as an array."""
-    return jnp.atleast_1d(jnp.asarray([] if eos_id is None else eos_id, jnp.int32))
+    """No, one or several ending tokens as an array; an id outside the vocabulary never ends a row."""
+    ids = jnp.atleast_1d(jnp.asarray([] if eos_id is None else eos_id))
+    if ids.size and not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"eos_id must be a token or several, but is {eos_id!r}.")
+    return ids.astype(jnp.int32)
 
 
 def check_room(lm: LanguageModel, prompt_mask: Bool[Array, "batch prompt"], max_new_tokens: int) -> None:
@@ -74,7 +77,7 @@ def row_keys(key: Key[Array, "*#batch"] | None, batch: int) -> Key[Array, "batch
 def check_finite(generation: Generation, *, start: int = 0) -> Generation:
     """Raise where the model's law broke down; return the generation, a piece from new token `start`, unchanged."""
     if is_concrete(generation.logp):
-        broken = np.isnan(np.asarray(generation.logp)) | np.isnan(np.asarray(generation.logp_sampler))
+        broken = ~(np.isfinite(generation.logp) & np.isfinite(generation.logp_sampler))
         if broken.any():
             row, time = np.argwhere(broken)[0]
             raise FloatingPointError(

@@ -39,7 +39,8 @@ def generate(
         transform: warps the logits before a token is chosen (`jaxrl_llm.decoding.transforms`).
         greedy: take the most probable token; no key is needed then.
         key: one key, from which each row derives its own by its index, or one key a row. A row's tokens depend on its
-            prompt and its key alone, not on the batch, the padding or the bucket.
+            prompt and its key alone, not on the batch, the padding or the bucket, as far as rounding lets them: in
+            bfloat16 the logits of other batch sizes differ by about 0.01, which can turn a close choice.
         prompt_mask: false at padding, which may stand on the left, on the right or between.
         eos_id: the token, or any of the tokens, that ends a row.
 
@@ -47,13 +48,10 @@ def generate(
         ValueError: for shapes, dtypes and token ids that do not fit, a prompt that is empty (where the model has no
             root state) or leaves no room in the model's context, or a missing key.
         FloatingPointError: if the model's logits are NaN, or no token is possible. (Under an outer `jit` values cannot
-            be read: there `logp` is NaN from that token on.)
+            be read: there `logp` is not finite from that token on.)
     """
-    prompt = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=max_new_tokens)
-    keys = None if greedy else checks.row_keys(key, prompt[0].shape[0])
-    rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32))
-    num_steps = _step_bucket(max_new_tokens)
-    generation = decode(lm, params, *prompt, rules, max_new_tokens, num_steps=num_steps)
+    prompt, rules = _request(lm, prompts, max_new_tokens, transform, greedy, key, prompt_mask, eos_id, pad_id)
+    generation = decode(lm, params, *prompt, rules, max_new_tokens, num_steps=_step_bucket(max_new_tokens))
     return checks.check_finite(jax.tree.map(lambda leaf: leaf[:, :max_new_tokens], generation))
 
 
@@ -74,11 +72,20 @@ def stream(
     """The same tokens as `generate`, as soon as they are known: the first, then pieces of `tokens_at_a_time`."""
     if tokens_at_a_time < 1:
         raise ValueError(f"tokens_at_a_time must be at least 1, but is {tokens_at_a_time}.")
-    prompt = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=max_new_tokens)
-    keys = None if greedy else checks.row_keys(key, prompt[0].shape[0])
-    rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32))
-    num_steps = _step_bucket(max_new_tokens)
-    state, first = _prefill_jit(lm, params, *prompt, rules, num_slots=prompt[0].shape[1] + num_steps)
+    prompt, rules = _request(lm, prompts, max_new_tokens, transform, greedy, key, prompt_mask, eos_id, pad_id)
+    return _pieces(lm, params, prompt, rules, max_new_tokens, tokens_at_a_time)  # checked now, generated when asked for
+
+
+def _pieces(
+    lm: LanguageModel,
+    params: Params,
+    prompt: tuple[Int[Array, "batch prompt"], Bool[Array, "batch prompt"]],
+    rules: Rules,
+    max_new_tokens: int,
+    tokens_at_a_time: int,
+) -> Iterator[Generation]:
+    num_slots = prompt[0].shape[1] + _step_bucket(max_new_tokens)
+    state, first = _prefill_jit(lm, params, *prompt, rules, num_slots=num_slots)
     yield checks.check_finite(jax.tree.map(lambda leaf: leaf[:, None], first))
     remaining = max_new_tokens - 1
     while remaining > 0 and not bool(state.done.all()):
@@ -86,6 +93,15 @@ def stream(
         piece = jax.tree.map(lambda leaf, count=remaining: leaf[:, :count], piece)
         yield checks.check_finite(piece, start=max_new_tokens - remaining)
         remaining -= tokens_at_a_time
+
+
+def _request(
+    lm, prompts, max_new_tokens, transform, greedy, key, prompt_mask, eos_id, pad_id
+) -> tuple[tuple[Array, Array], Rules]:
+    """What `generate` and `stream` were asked for, checked: the bucketed prompts with their mask, and the rules."""
+    prompt = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=max_new_tokens)
+    keys = None if greedy else checks.row_keys(key, prompt[0].shape[0])
+    return prompt, Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32))
 
 
 def _step_bucket(max_new_tokens: int) -> int:

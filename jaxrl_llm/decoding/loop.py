@@ -14,7 +14,7 @@ from jaxrl_llm import language_model
 from jaxrl_llm.decoding import sampling
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.logprobs import wide
+from jaxrl_llm.objectives.logprobs import token_log_probs, wide
 
 BLOCK = 8  # steps between two looks at whether all rows have ended
 
@@ -118,18 +118,13 @@ def _emit(
         logp_sampler = jnp.zeros_like(logits[:, 0])
     else:
         token = sampling.sample(jax.vmap(lambda key: jax.random.fold_in(key, time))(rules.keys), warped)
-        logp_sampler = log_prob(warped, token)
+        logp_sampler = token_log_probs(warped, token)
     alive = ~done
     emitted = Generation(
         tokens=jnp.where(alive, token, rules.pad_id),
         mask=alive,
-        logp=jnp.where(alive, log_prob(logits, token), 0),
+        logp=jnp.where(alive, token_log_probs(logits, token), 0),
         logp_sampler=jnp.where(alive, logp_sampler, 0),
     )
     done |= (token[:, None] == rules.eos_ids).any(axis=1)
     return State(cache, emitted.tokens, alive, done, time + 1), emitted
-
-
-def log_prob(logits: Float[Array, "batch vocab"], token: Int[Array, "batch"]) -> Float[Array, "batch"]:
-    """log softmax(logits)[token], without building the softmax."""
-    return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)

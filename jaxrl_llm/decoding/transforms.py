@@ -72,13 +72,14 @@ class TopK:
     A k above the vocabulary keeps all.
 
     Raises:
-        ValueError: unless k is at least 1.
+        ValueError: unless k is an integer of at least 1.
     """
 
     k: Int[Array, "..."] | int
 
     def __post_init__(self):
-        _check(jnp.asarray(self.k) >= 1, "k", "at least 1", self.k)
+        k = jnp.asarray(self.k)
+        _check(jnp.issubdtype(k.dtype, jnp.integer) and k >= 1, "k", "an integer of at least 1", self.k)
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
         return jnp.where(logits >= thresholds.top_k(logits, self.k)[..., None], logits, -jnp.inf)

@@ -82,9 +82,7 @@ class DecoderLM(language_model.LanguageModel):
         *,
         mask: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        language_model.check_tokens(self, tokens, mask)
-        if cache is None and tokens.shape[1] > self.max_length:
-            self._check_length(tokens, mask)
+        language_model.check_tokens(self, tokens, mask, cache)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         time = jnp.arange(tokens.shape[1])
         positions = jnp.cumsum(mask, axis=1) - 1
@@ -104,13 +102,6 @@ class DecoderLM(language_model.LanguageModel):
         return nnx.merge(self._graph, params).unembed(hidden)
 
     # -----------------------------------------------------------------------------------------------------------------
-
-    def _check_length(self, tokens: Array, mask: Array | None) -> None:
-        """Raise if a row has more tokens than the context, where that can be known; padding does not count."""
-        if mask is None or language_model.is_concrete(mask):
-            longest = tokens.shape[1] if mask is None else mask.sum(axis=1).max(initial=0)
-            if longest > self.max_length:
-                raise ValueError(f"{longest} tokens do not fit the model's context of {self.max_length}.")
 
     @functools.cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:

@@ -109,7 +109,7 @@ def _rope(config: dict[str, Any], source: str) -> dict[str, Any]:
         if not isinstance(given, dict):
             raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
         settings |= given
-    if settings.get("partial_rotary_factor", 1) != 1:
+    if settings.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported.")
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     theta = settings["rope_theta"]

@@ -25,11 +25,13 @@ class RopeScaling:
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: int | None = None  # llama3 needs it
 
     def __post_init__(self):
         if self.rope_type not in ("linear", "llama3"):
             raise ValueError(f"rope_type must be default, linear or llama3, but is {self.rope_type!r}.")
+        if self.rope_type == "llama3" and not self.original_max_position_embeddings:
+            raise ValueError("rope_type llama3 needs original_max_position_embeddings.")
         check_config(self)
         if self.factor == 0:
             raise ValueError("factor must be above 0.")

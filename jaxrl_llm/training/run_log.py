@@ -14,8 +14,9 @@ class RunLog:
         self.path = path
 
     def rows(self) -> list[dict[str, float]]:
-        """All rows so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        """All rows so far; a last line that a crash cut short is none."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def truncate(self, step: int) -> None:
         """Keep the rows up to `step`."""

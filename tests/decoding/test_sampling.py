@@ -18,7 +18,7 @@ def draws_of(logits, keys=KEYS):
     return np.asarray(sample(keys, jnp.broadcast_to(jnp.asarray(logits), (len(keys), len(logits)))))
 
 
-@pytest.mark.parametrize("vocab", [2, 3, 4, 5, 7, 9, 10, 23, 64, 65])
+@pytest.mark.parametrize("vocab", [2, 3, 4, 10, 23])
 def test_sample_follows_the_softmax_for_squares_and_others(vocab):
     logits = np.random.default_rng(vocab).normal(size=vocab).astype(np.float32)
     tokens = draws_of(logits)

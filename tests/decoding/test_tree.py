@@ -10,7 +10,7 @@ from jaxrl_llm import oracle
 from jaxrl_llm.decoding import generate, search_tree
 from jaxrl_llm.decoding.transforms import Temperature, TopK, TopP
 from jaxrl_llm.tabular import TabularLM
-from tests.conftest import CONTEXT, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
+from tests.conftest import CONTEXT, TINY, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
 
 ROOT = jnp.zeros(0, jnp.int32)  # the empty prompt
 PROMPT = jnp.asarray([3, 1, 4, 1, 5])
@@ -38,10 +38,9 @@ def table_law(lm, params):
 # Every sequence -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("select", ["best", Temperature(2.0)], ids=str)
-def test_the_full_tree_holds_every_sequence_with_its_exact_log_probability(tabular, select):
+def test_the_full_tree_holds_every_sequence_with_its_exact_log_probability(tabular):
     lm, params = tabular
-    tree = search_tree(lm, params, ROOT, branching=3, depth=4, select=select, key=jax.random.key(0))
+    tree = search_tree(lm, params, ROOT, branching=3, depth=4)
     exact = jax.jit(functools.partial(oracle.sequence_log_probs, lm))(params)
     leaves = {tokens_to(tree, leaf): leaf for leaf in tree.leaves()}
     assert sorted(leaves) == list(itertools.product(range(3), repeat=4))
@@ -93,9 +92,9 @@ def test_a_chain_is_greedy_generation(gpt2):
     assert len(set(tokens.tolist())) > 3
 
 
-@pytest.mark.parametrize("select", ["best", Temperature(2.0)], ids=["best", "sampled"])
-def test_every_node_has_the_log_probability_of_its_path_scored_alone(neural, select):
-    lm, params = neural
+@pytest.mark.parametrize(("model", "select"), [("gpt2", Temperature(2.0)), ("llama", "best")], ids=str)
+def test_every_node_has_the_log_probability_of_its_path_scored_alone(model, select):
+    lm, params = TINY[model], random_params(TINY[model])
     tree = search_tree(lm, params, PROMPT, branching=3, depth=3, select=select, key=jax.random.key(4))
     nodes = list(tree.nodes())
     paths = np.zeros((len(nodes), len(PROMPT) + 3), int)
@@ -130,7 +129,7 @@ def test_the_bucket_of_the_prompt_changes_nothing(gpt2):
 
 def test_the_same_key_gives_the_same_tree_and_another_key_another(gpt2):
     lm, params = gpt2
-    grow = functools.partial(search_tree, lm, params, PROMPT, branching=2, depth=4, select=Temperature(2.0))
+    grow = functools.partial(search_tree, lm, params, PROMPT, branching=3, depth=3, select=Temperature(2.0))
     one, two, other = grow(key=jax.random.key(0)), grow(key=jax.random.key(0)), grow(key=jax.random.key(1))
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(left, right)

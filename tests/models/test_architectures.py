@@ -197,8 +197,9 @@ def test_parameters_are_a_plain_nested_dict_of_arrays(name):
         (lambda: LlamaConfig(rope_theta=0.0), "rope_theta must be above 0"),
         (lambda: LlamaConfig(rms_norm_eps=-1e-6), "rms_norm_eps must be a finite number, 0 or above, but is -1e-06"),
         (lambda: RopeScaling("yarn", 2.0), "rope_type must be default, linear or llama3, but is 'yarn'"),
+        (lambda: RopeScaling("llama3", 8.0), "rope_type llama3 needs original_max_position_embeddings"),
         (lambda: RopeScaling("linear", 0.0), "factor must be above 0"),
-        (lambda: RopeScaling("llama3", 8.0, 4.0, 4.0), "low_freq_factor must be below high_freq_factor"),
+        (lambda: RopeScaling("llama3", 8.0, 4.0, 4.0, 16), "low_freq_factor must be below high_freq_factor"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_an_error(make, said):

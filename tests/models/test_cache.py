@@ -1,5 +1,6 @@
 """A model with its cache, in pieces and with padding anywhere, is the model without."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.models.gpt2 import GPT2
+from jaxrl_llm.models.llama import Llama
 from tests.conftest import TINY, random_params
+
+DEEPER = {  # what a layer writes into its memory depends on what the layer below read from its own
+    "gpt2": GPT2(dataclasses.replace(TINY["gpt2"].config, n_layer=2)),
+    "llama": Llama(dataclasses.replace(TINY["llama"].config, num_hidden_layers=2)),
+    "tabular": TINY["tabular"],
+}
 
 LENGTH, SLOTS = 6, 9  # tokens of a row, and slots that hold them among padding
 PADDING = {
@@ -16,8 +25,20 @@ PADDING = {
     "interior": [[0, 1, 4, 5, 7, 8], [0, 2, 3, 4, 5, 8], [0, 1, 2, 6, 7, 8]],
     "each row its own": [[3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5], [1, 3, 4, 5, 6, 7]],
 }
-CHUNKS = {"at once": [9], "one by one": [1] * 9, "several at a time": [4, 1, 1, 3]}
+CHUNKS = {"at once": [9], "one by one": [1] * 9, "several at a time": [4, 1, 4]}
 apply = jax.jit(lambda lm, params, tokens, cache, mask: lm.apply(params, tokens, cache, mask=mask), static_argnums=0)
+
+
+@pytest.fixture(params=DEEPER)
+def any_model(request):
+    """Each of the three families: the model and its parameters."""
+    return DEEPER[request.param], random_params(DEEPER[request.param])
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def neural(request):
+    """GPT-2 and Llama: the model and its parameters."""
+    return DEEPER[request.param], random_params(DEEPER[request.param])
 
 
 @functools.cache
@@ -85,9 +106,9 @@ def test_cached_is_uncached_whatever_the_padding_and_the_chunks(any_model, slots
     np.testing.assert_array_equal(cache.valid, mask)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", DEEPER)
 def test_cached_is_uncached_to_float64(name):
-    lm = TINY[name]
+    lm = DEEPER[name]
     with jax.enable_x64(True):
         params = random_params(lm, dtype=jnp.float64)
         tokens, mask, where = padded(lm, PADDING["interior"])
@@ -101,11 +122,11 @@ def test_take_gathers_rows_in_any_order_and_more_than_once(any_model):
     lm, params = any_model
     tokens, mask, _ = padded(lm, PADDING["each row its own"])
     rows = jnp.asarray([2, 0, 0, 1])
-    full, _ = in_chunks(lm, params, tokens, mask, [4, 1, 1, 3])
-    _, cache = in_chunks(lm, params, tokens, mask, [4, 1, 1])
-    logits, taken = apply(lm, params, tokens[rows, 6:], cache.take(rows), mask[rows, 6:])
-    valid = np.asarray(mask[rows, 6:])
-    np.testing.assert_allclose(np.asarray(logits)[valid], full[np.asarray(rows), 6:][valid], atol=1e-5)
+    full, _ = in_chunks(lm, params, tokens, mask, [4, 1, 4])
+    _, cache = in_chunks(lm, params, tokens, mask, [4, 1])
+    logits, taken = apply(lm, params, tokens[rows, 5:], cache.take(rows), mask[rows, 5:])
+    valid = np.asarray(mask[rows, 5:])
+    np.testing.assert_allclose(np.asarray(logits)[valid], full[np.asarray(rows), 5:][valid], atol=1e-5)
     np.testing.assert_array_equal(taken.valid, mask[rows])
 
 
@@ -135,8 +156,8 @@ def test_more_tokens_than_slots_raise_under_jit_too(any_model):
         apply(lm, params, jnp.zeros((2, 5), jnp.int32), lm.init_cache(2, 4), None)
 
 
-def test_a_row_of_padding_alone_gives_finite_logits_and_gradients(neural):
-    lm, params = neural
+def test_a_row_of_padding_alone_gives_finite_logits_and_gradients():
+    lm, params = DEEPER["gpt2"], random_params(DEEPER["gpt2"])
     mask = jnp.asarray([[False] * SLOTS, [True] * 6 + [False] * 3, [True] * SLOTS])
     tokens = padded(lm, PADDING["left"])[0]
 
@@ -148,8 +169,8 @@ def test_a_row_of_padding_alone_gives_finite_logits_and_gradients(neural):
         assert np.isfinite(leaf).all()
 
 
-def test_a_vmap_over_parameters_is_each_of_them(neural):
-    lm, params = neural
+def test_a_vmap_over_parameters_is_each_of_them():
+    lm, params = DEEPER["llama"], random_params(DEEPER["llama"])
     tokens, logits = dense(lm)
     other = jax.tree.map(lambda leaf: 0.7 * leaf, params)
     both = jax.tree.map(lambda one, two: jnp.stack([one, two]), params, other)

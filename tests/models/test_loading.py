@@ -229,6 +229,7 @@ def test_old_and_new_rope_settings_are_one(tmp_path, name, settings):
         {"rope_theta": 500.0, "rope_scaling": {"rope_type": "default"}},
         {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
         {"rope_parameters": {"rope_theta": 500.0}},
+        {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": None}},
     ],
 )
 def test_without_scaling_the_frequencies_are_plain(tmp_path, settings):

@@ -22,7 +22,7 @@ def test_the_logits_after_a_prefix_are_its_row_of_the_table(vocab_size, horizon)
     params = random_params(lm, 2)
     table = table_of(lm, params)
     sequences = np.asarray(list(itertools.product(range(vocab_size), repeat=horizon)))
-    logits, cache = lm.apply(params, jnp.asarray(sequences))
+    logits, cache = jax.jit(lm.apply)(params, sequences)
     assert cache is None and logits.shape == (*sequences.shape, vocab_size)
     for row, sequence in zip(np.asarray(logits), sequences, strict=True):
         for time in range(horizon - 1):

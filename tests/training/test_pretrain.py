@@ -174,11 +174,15 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, uninterrupted):
     assert without_seconds[0] == without_seconds[1] and [row["step"] for row in ours] == [4, 8, 10]
 
 
-def test_a_run_that_stops_right_after_a_checkpoint_loses_no_row_of_its_log(tmp_path, uninterrupted, monkeypatch):
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_that_stops_beside_a_checkpoint_has_each_row_of_its_log_once(
+    tmp_path, uninterrupted, monkeypatch, moment
+):
     saved = Checkpoints.save
 
     def save_and_crash(checkpoints, step, state):
-        saved(checkpoints, step, state)
+        if step < 8 or moment == "after":
+            saved(checkpoints, step, state)
         if step == 8:
             raise Crash
 
@@ -259,3 +263,14 @@ def test_the_log_drops_rows_of_steps_that_are_done_again(tmp_path):
     assert log.rows() == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}]
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 4]
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_row_that_a_crash_cut_short_is_none(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl")
+    log.append(step=2, loss=0.5)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert log.rows() == [{"step": 2, "loss": 0.5}]
+    log.truncate(2)
+    log.append(step=4, loss=0.25)
+    assert [row["step"] for row in log.rows()] == [2, 4]
