@@ -361,7 +361,7 @@ def test_padding_does_not_count_in_the_context(model):
 def test_more_tokens_than_the_context_are_an_error_among_padding_too(model):
     lm, params = model
     mask = jnp.arange(CONTEXT + 3) >= jnp.asarray([[3], [2]])
-    with pytest.raises(ValueError, match=f"17 tokens do not fit the model's context of {CONTEXT}"):
+    with pytest.raises(ValueError, match=f"17 tokens, which do not fit the model's context of {CONTEXT}"):
         lm.apply(params, jnp.zeros(mask.shape, jnp.int32), mask=mask)
 
 

@@ -181,5 +181,5 @@ def test_a_vmap_over_parameters_is_each_of_them():
 
 def test_a_sequence_longer_than_the_context_is_refused(neural):
     lm, params = neural
-    with pytest.raises(ValueError, match="43 tokens do not fit the model's context of 42"):
+    with pytest.raises(ValueError, match="43 tokens, which do not fit the model's context of 42"):
         lm.apply(params, jnp.zeros((1, 43), jnp.int32))
