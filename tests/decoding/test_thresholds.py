@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxrl_llm.decoding import thresholds
 from jaxrl_llm.decoding.thresholds import HEAD
-from tests.conftest import kept_by_top_k, kept_by_top_p
+from tests.conftest import kept_by_top_k, kept_by_top_p, log_softmax
 
 top_k, top_p = jax.jit(thresholds.top_k), jax.jit(thresholds.top_p)
 SHAPES = [(1,), (6,), (3, 5), (2, 2, 4), (2, HEAD + 2), (2, 300)]
@@ -149,6 +149,18 @@ def test_the_answer_of_a_row_does_not_depend_on_the_other_rows():
         for row in range(4):  # and neither on whether any of them needs the slow way
             alone = function(np.repeat(logits[row : row + 1], 4, axis=0), np.repeat(numbers[row], 4))
             np.testing.assert_array_equal(alone, together[row])
+
+
+def test_a_row_on_the_edge_of_its_nucleus_stays_there_when_another_row_needs_the_slow_way():
+    rng = np.random.default_rng(7)
+    logits = (3 * rng.normal(size=(300, 1000))).astype(np.float32)
+    mass = np.cumsum(np.exp(log_softmax(np.sort(logits, axis=1)[:, ::-1])), axis=1)
+    p = mass[np.arange(300), rng.integers(5, 60, 300)].astype(np.float32)  # where rounding decides
+    alone = np.asarray(top_p(logits, p))
+    logits[0], p[0] = 0, 0.5
+    together = np.asarray(top_p(logits, p))
+    np.testing.assert_array_equal(together[1:], alone[1:])
+    assert together[0] == 0
 
 
 def test_p_of_one_gives_no_threshold():
