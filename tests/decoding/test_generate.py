@@ -152,8 +152,8 @@ def test_greedy_follows_the_argmax_and_is_no_draw(tabular, transform):
 def test_log_probabilities_of_bfloat16_parameters_are_float32(tabular):
     lm, params = tabular
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    generation = generate(lm, params, NOTHING, max_new_tokens=4, key=jax.random.key(2), transform=Temperature(0.5))
-    law, plain = conditional_law(lm, params, Temperature(0.5)), conditional_law(lm, params)
+    generation = generate(lm, params, NOTHING, max_new_tokens=4, key=jax.random.key(2), transform=Temperature(0.7))
+    law, plain = conditional_law(lm, params, Temperature(0.7)), conditional_law(lm, params)
     assert generation.logp.dtype == generation.logp_sampler.dtype == jnp.float32
     tokens = np.asarray(generation.tokens)
     np.testing.assert_allclose(generation.logp[:500], log_probs_under(plain, tokens[:500]), atol=1e-5)
@@ -429,6 +429,22 @@ def test_nothing_is_computed_once_all_rows_have_ended_or_have_enough(starts, max
     row = np.asarray(starts)[:, None] + 1 + np.arange(max_new_tokens)
     np.testing.assert_array_equal(generation.mask, row <= 99)
     np.testing.assert_array_equal(generation.tokens, np.where(row <= 99, row, 0))
+
+
+def test_the_cache_counts_the_tokens_of_a_row_up_to_its_end_and_no_padding_after_it():
+    params, prompts = {"none": jnp.zeros(())}, jnp.asarray([[97, 0], [0, 90]])
+    rules = loop.Rules(None, None, jnp.asarray([99]), jnp.asarray(0))
+
+    @jax.jit
+    def run(mask):
+        state, _ = loop.prefill(SUCCESSOR, params, prompts, mask, rules, num_slots=18)
+        return loop.advance(SUCCESSOR, params, state, rules, 17, num_steps=8)
+
+    state, rest = run(prompts > 0)
+    np.testing.assert_array_equal(rest.tokens, [[99] + [0] * 7, range(92, 100)])
+    np.testing.assert_array_equal(state.cache.valid.sum(axis=1), [1 + 2, 1 + 8])  # 98 and 99; 91 to 98, 99 is to be fed
+    np.testing.assert_array_equal(state.done, [True, True])
+    assert int(state.time) == 9
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
