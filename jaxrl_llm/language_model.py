@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxrl_llm.objectives.numerics import is_concrete
+
 Params = PyTree[Array]
 
 
@@ -99,11 +101,6 @@ class LanguageModel(Protocol):
         """`logits` of `hidden`: at each token, the logits of the token after it."""
         hidden, cache = self.hidden(params, tokens, cache, mask=mask)
         return self.logits(params, hidden), cache
-
-
-def is_concrete(array: Any) -> bool:
-    """Whether the values can be read now, that is, `array` is not traced."""
-    return not isinstance(array, jax.core.Tracer)
 
 
 def params_dtype(params: Params) -> jnp.dtype:

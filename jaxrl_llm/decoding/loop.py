@@ -14,7 +14,8 @@ from jaxrl_llm import language_model
 from jaxrl_llm.decoding import sampling
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.logprobs import token_log_probs, wide
+from jaxrl_llm.objectives.logprobs import token_log_probs
+from jaxrl_llm.objectives.numerics import wide
 
 BLOCK = 8  # steps between two looks at whether all rows have ended
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.decoding import thresholds
-from jaxrl_llm.language_model import is_concrete
+from jaxrl_llm.objectives.numerics import is_concrete
 
 
 class Transform(Protocol):

@@ -16,7 +16,7 @@ from jaxrl_llm import language_model
 from jaxrl_llm.decoding import checks, sampling
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.logprobs import wide
+from jaxrl_llm.objectives.numerics import is_concrete, wide
 
 MAX_LEAVES = 4096
 
@@ -137,7 +137,7 @@ def search_tree(
         key = checks.row_keys(key, 1)[0]
     prompts, mask = checks.bucketed_prompts(lm, prompt[None], None, max_new_tokens=depth)
     tree = _grow(lm, params, prompts, mask, transform, key, checks.eos_array(eos_id), branching=branching, depth=depth)
-    if language_model.is_concrete(tree.log_probs) and not np.isfinite(np.asarray(tree.log_probs)[tree.exists]).all():
+    if is_concrete(tree.log_probs) and not np.isfinite(np.asarray(tree.log_probs)[tree.exists]).all():
         raise FloatingPointError("no token could be chosen: the model's logits are NaN, +inf, or all −inf.")
     return tree
 

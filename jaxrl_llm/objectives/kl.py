@@ -1,0 +1,221 @@
+"""Estimators of the KL divergence between a policy π and a reference, and what their gradients estimate.
+
+With d = log π(y) − log ref(y), for one token or, summed, for one sequence:
+
+    k1 = d        k2 = d²/2        k3 = e^{−d} − 1 + d          (Schulman 2020, joschu.net/blog/kl-approx.html)
+
+What the value and the gradients of each estimate. y is a whole sequence, drawn from π (on-policy) or from another law μ
+(off-policy), and ρ = π(y)/μ(y); `sg` stops the gradient. KL without more is KL(π‖ref).
+
+| | k1 | k2 | k3 |
+|---|---|---|---|
+| value, E_π[k] | KL | E_π[d²]/2: biased | KL |
+| as a loss, E_π[∇k] | 0 | ∇KL | ∇KL(ref‖π) |
+| as a reward, E_π[k ∇log π] | ∇KL | ∇E_π[k2] − ∇KL | ∇KL − ∇KL(ref‖π) |
+| value off-policy, E_μ[k] | KL(μ‖ref) − KL(μ‖π) | E_μ[d²]/2 | KL(μ‖ref) − KL(μ‖π) + E_μ[ref/π] − 1 |
+| value with the ratio, E_μ[ρ k] | KL | E_π[d²]/2 | KL |
+| off-policy loss, E_μ[∇k] | −∇KL(μ‖π) | E_μ[d ∇log π] | E_μ[(1 − ref/π) ∇log π] |
+| with a constant ratio, E_μ[sg(ρ) ∇k] | 0 | ∇KL | ∇KL(ref‖π) |
+| through the ratio, E_μ[∇(ρ k)] | ∇KL | ∇E_π[k2] | ∇KL |
+
+So k1 is the one to take in the *reward*; as a *loss* k2, off-policy with a constant ratio, or k1 or k3 through it.
+
+Token by token, d_t = log π(y_t | y_<t) − log ref(y_t | y_<t), a sum over positions of any of these has the right value
+where the table says KL, but its gradient *as a loss* leaves out that early tokens decide where the later ones are read:
+it is E_π[Σ_t ∇KL_t], KL_t the divergence of the next-token laws after y_<t, and
+
+    ∇KL = E_π[Σ_t ∇KL_t + Σ_t KL_t ∇log π(y_<t)].
+
+The same is missing from the gradient of `rao_blackwell_kl`, whose value is unbiased and has the least variance. k1 as a
+reward, credited to the tokens before it, has both terms (Tang and Munos 2025, arXiv 2506.09477).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrl_llm.objectives.numerics import checked, checked_mask, exp_minus_one, floating, log_ratio, log_softmax
+
+
+def k1(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The plain estimator of KL(π‖ref) from samples of π, in nats; it may be negative.
+
+        k1 = log π(y) − log ref(y)
+
+    Value, on-policy: unbiased. Gradient as a loss: 0 in expectation, so it holds nothing back. As a reward: that of
+    KL(π‖ref). Off-policy, see the table above.
+
+    Args:
+        logp_policy, logp_ref: log-probabilities of the same tokens, or sums of them over the same sequences.
+
+    Raises:
+        ValueError: if the shapes differ or a dtype is not floating.
+    """
+    logp_policy, logp_ref = checked(logp_policy=logp_policy, logp_ref=logp_ref)
+    return log_ratio(logp_policy, logp_ref)
+
+
+def k1_grad(
+    logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Closed-form gradient of `k1`: (1, −1)."""
+    one = jnp.ones_like(k1(logp_policy, logp_ref))
+    return one, -one
+
+
+def k2(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The squared estimator, in nats²: biased, and as a loss the right one.
+
+        k2 = ½ (log π(y) − log ref(y))²
+
+    Value, on-policy: ½ E[d²], which is KL + O(d³). Gradient as a loss: E[d ∇log π] = ∇KL(π‖ref). Off-policy, see above.
+
+    Args:
+        logp_policy, logp_ref: as in `k1`.
+
+    Raises:
+        ValueError: as `k1`.
+    """
+    return jnp.square(k1(logp_policy, logp_ref)) / 2
+
+
+def k2_grad(
+    logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Closed-form gradient of `k2`: (d, −d)."""
+    d = k1(logp_policy, logp_ref)
+    return d, -d
+
+
+def k3(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The control-variate estimator of KL(π‖ref), in nats: unbiased and never negative.
+
+        k3 = (r − 1) − log r,   r = ref(y)/π(y) = e^{−d}
+
+    Value, on-policy: unbiased where π > 0 wherever ref > 0 (else short by the mass of ref that π never draws); its
+    variance is infinite for heavy ratios. Gradient as a loss: that of the *other* divergence, KL(ref‖π). Beyond
+    log r = 80 (float64: 700) r is held at its value there, so that nothing overflows.
+
+    Args:
+        logp_policy, logp_ref: as in `k1`.
+
+    Raises:
+        ValueError: as `k1`.
+    """
+    d = k1(logp_policy, logp_ref)
+    # Near 0 the two terms cancel to d²/2, and a series keeps what the difference would lose.
+    near = jnp.abs(d) < 0.05
+    x = jnp.where(near, d, 0)
+    series = jnp.square(x) / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8))))))
+    return jnp.where(near, series, exp_minus_one(-d) + d)
+
+
+def k3_grad(
+    logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Closed-form gradient of `k3`: (1 − r, r − 1)."""
+    slope = -exp_minus_one(-k1(logp_policy, logp_ref))
+    return slope, -slope
+
+
+def exact_kl(logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]) -> Float[Array, "..."]:
+    """The reverse divergence KL(π‖ref) of two next-token laws, over the whole vocabulary, in nats.
+
+        KL = Σ_v π_v (log π_v − log ref_v),   π = softmax(logits_policy), ref = softmax(logits_ref)
+
+    No sampling, so no variance; the gradient is that of KL at this position, given the tokens before it. A token whose
+    logit is `-inf` under the policy adds nothing; one that only the reference excludes makes the divergence infinite. A
+    row of the policy that is all `-inf` gives 0.
+
+    Raises:
+        ValueError: if the shapes differ, or a dtype is not floating, or there is no vocabulary axis.
+    """
+    log_policy, log_ref = _laws(logits_policy, logits_ref)
+    return _divergence(log_policy, log_ref)
+
+
+def exact_kl_grad(
+    logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
+) -> tuple[Float[Array, "... vocab"], Float[Array, "... vocab"]]:
+    """Closed-form gradient of `exact_kl`: (π_v (d_v − KL), ref_v − π_v), with d = log π − log ref."""
+    log_policy, log_ref = _laws(logits_policy, logits_ref)
+    policy, divergence = jnp.exp(log_policy), _divergence(log_policy, log_ref)[..., None]
+    excess = jnp.where(policy > 0, log_policy - log_ref - divergence, 0)
+    finite = jnp.isfinite(divergence)
+    return jnp.where(finite, policy * excess, 0), jnp.where(
+        finite, jnp.exp(log_ref) * policy.sum(-1, keepdims=True) - policy, 0
+    )
+
+
+def exact_forward_kl(
+    logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
+) -> Float[Array, "..."]:
+    """The forward divergence KL(ref‖π) of two next-token laws, in nats: what k3 as a loss descends.
+
+        KL(ref‖π) = Σ_v ref_v (log ref_v − log π_v)
+
+    The arguments stand in the order of `exact_kl`, the policy first.
+
+    Raises:
+        ValueError: as `exact_kl`.
+    """
+    log_policy, log_ref = _laws(logits_policy, logits_ref)
+    return _divergence(log_ref, log_policy)
+
+
+def exact_forward_kl_grad(
+    logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
+) -> tuple[Float[Array, "... vocab"], Float[Array, "... vocab"]]:
+    """Closed-form gradient of `exact_forward_kl`: that of `exact_kl` with the two laws in each other's place."""
+    gradient_ref, gradient_policy = exact_kl_grad(logits_ref, logits_policy)
+    return gradient_policy, gradient_ref
+
+
+def rao_blackwell_kl(
+    logits_policy: Float[Array, "*batch time vocab"],
+    logits_ref: Float[Array, "*batch time vocab"],
+    mask: Bool[Array, "*batch time"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Sequence-level KL(π‖ref) from sampled prefixes and exact next-token divergences, in nats per sequence.
+
+        Σ_t KL(π(· | y_<t) ‖ ref(· | y_<t))
+
+    Value, on-policy: unbiased, and of no more variance than the sum of k1, whose conditional mean it is. Gradient as a
+    loss: E[Σ_t ∇KL_t] alone, which is *not* ∇KL of the sequences (see above).
+
+    Args:
+        mask: which positions count.
+
+    Raises:
+        ValueError: as `exact_kl`, or if the mask does not match.
+    """
+    per_token = exact_kl(logits_policy, logits_ref)
+    mask = checked_mask(mask, per_token.shape, of="logits_policy without the vocabulary")
+    return jnp.where(mask, per_token, 0).sum(axis=-1)
+
+
+def rao_blackwell_kl_grad(
+    logits_policy: Float[Array, "*batch time vocab"],
+    logits_ref: Float[Array, "*batch time vocab"],
+    mask: Bool[Array, "*batch time"] | None = None,
+) -> tuple[Float[Array, "*batch time vocab"], Float[Array, "*batch time vocab"]]:
+    """Closed-form gradient of `rao_blackwell_kl`: that of `exact_kl` where the mask is true, 0 elsewhere."""
+    gradients = exact_kl_grad(logits_policy, logits_ref)
+    mask = checked_mask(mask, gradients[0].shape[:-1], of="logits_policy without the vocabulary")
+    return tuple(jnp.where(mask[..., None], gradient, 0) for gradient in gradients)
+
+
+def _laws(logits_policy: Array, logits_ref: Array) -> tuple[Array, Array]:
+    floating("logits_policy", logits_policy, ndim=1)
+    logits_policy, logits_ref = checked(logits_policy=logits_policy, logits_ref=logits_ref)
+    return log_softmax(logits_policy), log_softmax(logits_ref)
+
+
+def _divergence(log_p: Array, log_q: Array) -> Array:
+    """Σ p (log p − log q). A token that p excludes adds nothing; one that q alone excludes adds infinity, not NaN."""
+    possible = log_p > -jnp.inf
+    infinite = (possible & (log_q == -jnp.inf)).any(axis=-1)
+    use = possible & ~infinite[..., None]
+    d = jnp.where(use, log_p, 0) - jnp.where(use, log_q, 0)  # inside, so that the gradient is finite too
+    return jnp.where(infinite, jnp.inf, (jnp.where(use, jnp.exp(log_p), 0) * d).sum(axis=-1))

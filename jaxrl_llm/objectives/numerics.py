@@ -1,0 +1,121 @@
+"""What the objectives share: checks on entry, and arithmetic that stays finite where a number leaves its range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def is_concrete(array: Any) -> bool:
+    """Whether the values can be read: under `jit`, `vmap` and `grad` they cannot."""
+    return not isinstance(array, jax.core.Tracer)
+
+
+def wide(array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """In float32 or wider, as log-probabilities always are."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def finite_gradient(array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The array itself; no gradient flows into its entries that are infinite or NaN.
+
+    So a log-probability of `-inf` behind a mask costs nothing: its value is masked later, and its gradient, which would
+    be 0 · inf = NaN, is 0. A value that is *not* masked stays infinite, and is seen.
+    """
+    return jnp.where(jnp.isfinite(array), array, jax.lax.stop_gradient(array))
+
+
+def log_ratio(logp: Float[Array, "..."], logp_other: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log p − log q, with a `finite_gradient`: the one way in which objectives subtract log-probabilities."""
+    return finite_gradient(logp - logp_other)
+
+
+def checked(**arrays: Array) -> tuple[Array, ...]:
+    """The named arrays, of one shape and floating, each `wide`.
+
+    Raises:
+        ValueError: naming the first array whose shape is not that of the first one, or whose dtype is not floating.
+    """
+    taken = {name: floating(name, array) for name, array in arrays.items()}
+    first, shape = next((name, array.shape) for name, array in taken.items())
+    for name, array in taken.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} must have the shape of {first}, {list(shape)}, but has {list(array.shape)}.")
+    return tuple(taken.values())
+
+
+def floating(name: str, array: Array, *, ndim: int = 0) -> Array:
+    """One named array, `wide`.
+
+    Raises:
+        ValueError: if its dtype is not floating, or it has fewer than `ndim` axes.
+    """
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, but is {array.dtype}.")
+    if array.ndim < ndim:
+        raise ValueError(f"{name} must have at least {ndim} axes, but has the shape {list(array.shape)}.")
+    return wide(array)
+
+
+def checked_mask(mask: Array | None, shape: tuple[int, ...], *, of: str) -> Bool[Array, "..."]:
+    """The mask as booleans, all true if there is none.
+
+    Raises:
+        ValueError: if its shape is not that of the array named `of`, or it holds anything but 0 and 1.
+    """
+    if mask is None:
+        return jnp.ones(shape, bool)
+    mask = jnp.asarray(mask)
+    if mask.shape != tuple(shape):
+        raise ValueError(f"mask must have the shape of {of}, {list(shape)}, but has {list(mask.shape)}.")
+    if mask.dtype != bool and is_concrete(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"mask must be boolean, or 0 and 1, but is {mask.dtype} and holds other values.")
+    return mask.astype(bool)
+
+
+def check_knob(
+    low: float = -jnp.inf, high: float = jnp.inf, *, open_low: bool = False, open_high: bool = False, **knobs: Any
+) -> None:
+    """Raise ValueError if a named knob lies outside [low, high], whose `open_` end is excluded; traced ones pass."""
+    for name, value in knobs.items():
+        if not is_concrete(value):
+            continue
+        array = jnp.asarray(value)
+        inside = (array > low if open_low else array >= low) & (array < high if open_high else array <= high)
+        if not inside.all():
+            interval = f"{'(' if open_low or low == -jnp.inf else '['}{low}, {high}"
+            raise ValueError(
+                f"{name} must lie in {interval}{')' if open_high or high == jnp.inf else ']'}, is {value}."
+            )
+
+
+@jax.custom_jvp
+def bounded_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """exp x, held at e^80 beyond 80 (float64: at e^700 beyond 700), so that it never overflows; its own derivative.
+
+    The derivative is held too, and does not fall to 0: a ratio that has left the range still says in which direction
+    it would come back.
+    """
+    return jnp.exp(jnp.minimum(x, 700.0 if x.dtype == jnp.float64 else 80.0))
+
+
+@bounded_exp.defjvp
+def _bounded_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    value = bounded_exp(*primals)
+    return value, value * tangents[0]
+
+
+def exp_minus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """exp x − 1 without cancellation near 0, bounded as `bounded_exp` is."""
+    near = jnp.abs(x) < 1
+    return jnp.where(near, jnp.expm1(jnp.where(near, x, 0)), bounded_exp(x) - 1)
+
+
+def log_softmax(logits: Float[Array, "... vocab"]) -> Float[Array, "... vocab"]:
+    """log softmax over the last axis; a row that is all `-inf` stays so. The gradient is finite there too."""
+    empty = (logits == -jnp.inf).all(axis=-1, keepdims=True)
+    return jnp.where(empty, -jnp.inf, jax.nn.log_softmax(jnp.where(empty, 0, logits), axis=-1))
