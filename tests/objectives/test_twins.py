@@ -29,10 +29,9 @@ def objectives():
 
 
 def cast(arrays, dtype):
-    """As jax arrays of a dtype, if floating."""
-    return tuple(
-        jnp.asarray(a, dtype if np.issubdtype(a.dtype, np.floating) else a.dtype) for a in map(np.asarray, arrays)
-    )
+    """As jax arrays: the floating ones of a dtype, integers of 32 bits."""
+    kinds = {"f": dtype, "V": dtype, "i": jnp.int32, "b": jnp.bool_}
+    return tuple(jnp.asarray(array, kinds[np.asarray(array).dtype.kind]) for array in arrays)
 
 
 def gradients(name, case):
@@ -89,7 +88,7 @@ def test_the_closed_form_is_what_autodiff_finds(name, dtype, record_property):
         errors = [
             relative_error(in_closed_form(*arrays), by_autodiff(*arrays)),
             relative_error(jax.jit(in_closed_form)(*arrays), expected),
-            relative_error(jax.vmap(in_closed_form)(*batched), jax.vmap(by_autodiff)(*batched)),
+            relative_error(jax.jit(jax.vmap(in_closed_form))(*batched), jax.jit(jax.vmap(by_autodiff))(*batched)),
         ]
         record_property("twin", (name, dtype.__name__, max(errors)))
         assert max(errors) < TOLERANCE[dtype]
@@ -107,7 +106,7 @@ SIZES = st.builds(
 
 @pytest.mark.parametrize("name", sorted(CASES))
 @given(sizes=SIZES, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_the_closed_form_holds_for_any_shape_mask_and_beta(name, sizes, seed):
     with jax.enable_x64(True):
         case = CASES[name](np.random.default_rng(seed), sizes)

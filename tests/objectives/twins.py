@@ -61,7 +61,7 @@ def twin_of(name: str) -> Callable[..., tuple[Any, ...]]:
 
 def log_probs(rng: np.random.Generator, *shape: int) -> np.ndarray:
     """Log-probabilities of some size."""
-    return -rng.gamma(2.0, 1.5, shape)
+    return -rng.gamma(2.0, 0.5, shape)
 
 
 def mask(rng: np.random.Generator, *shape: int, kept: float) -> np.ndarray:
