@@ -1,40 +1,65 @@
-"""Exact answers on a tabular language model, by enumeration of every sequence."""
+"""Exact answers on a tabular language model, by enumeration of every sequence.
+
+The expectation, variance and gradient of anything under the model's law; J(π) of RLHF, sequence-level KL and the
+population's preferences. The law of best-of-n and the Gibbs optimum are `objectives.rlhf` on `sequence_log_probs`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.objectives import kl, rlhf
 from jaxrl_llm.objectives.logprobs import token_log_probs
 from jaxrl_llm.tabular import TabularLM
 
 MAX_SEQUENCES = 10**7
 
 
+class Moments(NamedTuple):
+    """Exact mean and variance of every coordinate of an estimator."""
+
+    mean: PyTree[Array]
+    variance: PyTree[Array]
+
+    @property
+    def total_variance(self) -> Float[Array, ""]:
+        """The trace of the covariance: E‖x − E x‖²."""
+        return sum(leaf.sum() for leaf in jax.tree.leaves(self.variance))
+
+
 def enumerate_sequences(lm: TabularLM) -> Int[Array, "sequences horizon"]:
     """All `vocab**horizon` sequences, in lexicographic order: row i is i written in base `vocab`."""
-    total = lm.vocab_size**lm.horizon
-    if total > MAX_SEQUENCES:
-        raise ValueError(f"{lm.vocab_size}**{lm.horizon} = {total} sequences are too many to enumerate.")
-    place_values = lm.vocab_size ** jnp.arange(lm.horizon - 1, -1, -1)
-    return (jnp.arange(total)[:, None] // place_values % lm.vocab_size).astype(jnp.int32)
+    return _digits(lm.vocab_size, lm.horizon)
+
+
+def enumerate_groups(lm: TabularLM, group_size: int) -> Int[Array, "groups group_size"]:
+    """All groups of `group_size` sequences, as rows of indices into `enumerate_sequences`, in lexicographic order."""
+    return _digits(lm.vocab_size**lm.horizon, group_size)
 
 
 def token_log_probs_of(
     lm: TabularLM, params: Params, sequences: Int[Array, "batch time"]
 ) -> Float[Array, "batch time"]:
     """log p(y_t | y_<t) of each token of the sequences, the first one included, in nats."""
+    return token_log_probs(next_token_logits(lm, params, sequences), sequences)
+
+
+def next_token_logits(
+    lm: TabularLM, params: Params, sequences: Int[Array, "batch time"]
+) -> Float[Array, "batch time vocab"]:
+    """The logits from which each token of the sequences is drawn, the first one included."""
     if sequences.ndim != 2 or sequences.shape[1] > lm.horizon:
         raise ValueError(f"sequences must be [batch, at most {lm.horizon}], but are {list(sequences.shape)}.")
     root = jnp.zeros((sequences.shape[0], 1), sequences.dtype)
     inputs = jnp.concatenate([root, sequences[:, :-1]], axis=1)  # a padded place reads the root's logits
     mask = jnp.broadcast_to(jnp.arange(inputs.shape[1]) > 0, inputs.shape)
-    logits, _ = lm.apply(params, inputs, mask=mask)
-    return token_log_probs(logits, sequences)
+    return lm.apply(params, inputs, mask=mask)[0]
 
 
 def sequence_log_probs(lm: TabularLM, params: Params) -> Float[Array, "sequences"]:
@@ -57,6 +82,135 @@ def expectation(
     probabilities = jnp.exp(sequence_log_probs(lm, params))
     values = function(enumerate_sequences(lm))
     return _weighted_sum(probabilities, values)
+
+
+def moments(
+    lm: TabularLM,
+    params: Params,
+    function: Callable[[Int[Array, "groups group_size"]], PyTree[Array]],
+    *,
+    group_size: int = 1,
+) -> Moments:
+    """Exact mean and variance of an estimator that sees `group_size` independent sequences.
+
+    Args:
+        function: from all groups [M, group_size], rows of indices into `enumerate_sequences`, to the estimator's value
+            on each: an array, or a tree of arrays, [M, ...].
+    """
+    groups = enumerate_groups(lm, group_size)
+    weights = jnp.exp(sequence_log_probs(lm, params)[groups].sum(axis=-1))
+    values = function(groups)
+    mean = _weighted_sum(weights, values)
+    squares = jax.tree.map(lambda leaf, centre: jnp.square(leaf - centre), values, mean)
+    return Moments(mean, _weighted_sum(weights, squares))
+
+
+def gradient_moments(
+    lm: TabularLM,
+    params: Params,
+    loss: Callable[[Params, Int[Array, "groups group_size"]], Float[Array, "groups"]],
+    *,
+    group_size: int = 1,
+    sampler_params: Params | None = None,
+) -> Moments:
+    """Exact mean and variance of the gradient that autodiff takes of a loss on samples.
+
+    The samples themselves do not depend on `params`, as in training: what is missing from the mean is what a trainer
+    would miss.
+
+    Args:
+        loss: from `params` and all groups (see `moments`) to the loss on each; differentiated in `params`.
+        sampler_params: of the law that the groups are drawn from; by default `params`, on-policy.
+    """
+    gradients = jax.jacrev(loss)(params, enumerate_groups(lm, group_size))
+    sampler_params = params if sampler_params is None else sampler_params
+    return moments(lm, sampler_params, lambda groups: gradients, group_size=group_size)
+
+
+def sequence_kl(lm: TabularLM, params: Params, ref_params: Params) -> Float[Array, ""]:
+    """KL(π‖ref) of the two laws of whole sequences, in nats."""
+    return _kl(sequence_log_probs(lm, params), sequence_log_probs(lm, ref_params))
+
+
+def sequence_kl_grad(lm: TabularLM, params: Params, ref_params: Params) -> Params:
+    """∇KL(π‖ref) = E_π[log(π/ref) ∇log π] in `params`."""
+    log_probs, pull_back = jax.vjp(lambda params: sequence_log_probs(lm, params), params)
+    log_ratio = kl.k1(log_probs, sequence_log_probs(lm, ref_params))
+    return pull_back(_weighted(log_probs, log_ratio))[0]
+
+
+def objective(
+    lm: TabularLM,
+    params: Params,
+    ref_params: Params,
+    rewards: Float[Array, "sequences"],
+    *,
+    beta: float,
+    gamma: float = 0.0,
+    pretraining: Float[Array, "sequences"] | None = None,
+) -> Float[Array, ""]:
+    """J(π) = E_π[r − β log(π/ref)] + γ E_{x ~ pretraining}[log π(x)], exactly (Ouyang et al. 2022, eq. 2).
+
+    Args:
+        rewards: of every sequence, in the order of `enumerate_sequences`.
+        pretraining: the probability of every sequence in pretraining text; needed where gamma is not 0.
+    """
+    _check_pretraining(gamma, pretraining)
+    log_probs = sequence_log_probs(lm, params)
+    value = rlhf.regularised_objective(log_probs, sequence_log_probs(lm, ref_params), rewards, beta=beta)
+    return value if pretraining is None else value + (pretraining * rlhf.ptx_bonus(log_probs, gamma=gamma)).sum()
+
+
+def objective_grad(
+    lm: TabularLM,
+    params: Params,
+    ref_params: Params,
+    rewards: Float[Array, "sequences"],
+    *,
+    beta: float,
+    gamma: float = 0.0,
+    pretraining: Float[Array, "sequences"] | None = None,
+) -> Params:
+    """∇J = E_π[(r − β log(π/ref)) ∇log π] + γ E_pretraining[∇log π] in `params`: the policy gradient, exactly."""
+    _check_pretraining(gamma, pretraining)
+    log_probs, pull_back = jax.vjp(lambda params: sequence_log_probs(lm, params), params)
+    weights = _weighted(log_probs, rewards - beta * kl.k1(log_probs, sequence_log_probs(lm, ref_params)))
+    return pull_back(weights if pretraining is None else weights + gamma * pretraining)[0]
+
+
+def population_preferences(
+    log_probs: Float[Array, "sequences"], rewards: Float[Array, "sequences"]
+) -> Float[Array, "chosen rejected"]:
+    """The probability of every labelled pair, where the population answers by Bradley-Terry.
+
+        P(chosen = i, rejected = j) = 2 p_i p_j σ(r_i − r_j)
+
+    Two answers are drawn independently from the law `log_probs`, then one is preferred. All entries sum to 1.
+    """
+    probs = jnp.exp(log_probs)
+    return 2 * probs[:, None] * probs * jax.nn.sigmoid(rewards[:, None] - rewards)
+
+
+def _digits(base: int, places: int) -> Int[Array, "rows places"]:
+    total = base**places
+    if total > MAX_SEQUENCES:
+        raise ValueError(f"{base}**{places} = {total} sequences are too many to enumerate.")
+    place_values = base ** jnp.arange(places - 1, -1, -1)
+    return (jnp.arange(total)[:, None] // place_values % base).astype(jnp.int32)
+
+
+def _check_pretraining(gamma: float, pretraining: Array | None) -> None:
+    if pretraining is None and not (isinstance(gamma, float | int) and gamma == 0):
+        raise ValueError(f"gamma is {gamma}: the pretraining law must be given too.")
+
+
+def _kl(log_probs: Array, log_probs_other: Array) -> Array:
+    return _weighted(log_probs, kl.k1(log_probs, log_probs_other)).sum()
+
+
+def _weighted(log_probs: Array, values: Array) -> Array:
+    """p(y) f(y), 0 where p(y) = 0."""
+    return jnp.where(log_probs > -jnp.inf, jnp.exp(log_probs) * jnp.where(log_probs > -jnp.inf, values, 0), 0)
 
 
 def _weighted_sum(weights: Float[Array, "n"], values: PyTree[Array]) -> PyTree[Array]:

@@ -26,8 +26,8 @@ it is E_π[Σ_t ∇KL_t], KL_t the divergence of the next-token laws after y_<t,
 
     ∇KL = E_π[Σ_t ∇KL_t + Σ_t KL_t ∇log π(y_<t)].
 
-The same is missing from the gradient of `rao_blackwell_kl`, whose value is unbiased and has the least variance. k1 as a
-reward, credited to the tokens before it, has both terms (Tang and Munos 2025, arXiv 2506.09477).
+The same is missing from the gradient of `rao_blackwell_kl`, whose value is unbiased. k1 as a reward, credited to the
+tokens before it, has both terms (Tang and Munos 2025, arXiv 2506.09477).
 """
 
 from __future__ import annotations
@@ -181,8 +181,9 @@ def rao_blackwell_kl(
 
         Σ_t KL(π(· | y_<t) ‖ ref(· | y_<t))
 
-    Value, on-policy: unbiased, and of no more variance than the sum of k1, whose conditional mean it is. Gradient as a
-    loss: E[Σ_t ∇KL_t] alone, which is *not* ∇KL of the sequences (see above).
+    Value, on-policy: unbiased. Each term is the conditional mean of its k1, so that at one position the variance can
+    only fall; the *sum* usually has far less of it too, but need not, where later terms of k1 undo earlier ones.
+    Gradient as a loss: E[Σ_t ∇KL_t] alone, which is *not* ∇KL of the sequences (see above).
 
     Args:
         mask: which positions count.

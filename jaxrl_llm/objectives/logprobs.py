@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.objectives import fused
-from jaxrl_llm.objectives.numerics import checked_mask, floating, is_concrete, log_softmax
+from jaxrl_llm.objectives.numerics import checked_mask, floating, log_softmax, violated
 
 
 def token_log_probs(
@@ -168,6 +168,6 @@ def _outside(tokens: Array, vocab_size: int, shape: tuple[int, ...], *, of: str)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers, but are {tokens.dtype}.")
     outside = (tokens < 0) | (tokens >= vocab_size)
-    if is_concrete(outside) and outside.any():
+    if violated(~outside):
         raise ValueError(f"tokens must lie in [0, {vocab_size}), but one is {tokens[outside][0]}.")
     return outside

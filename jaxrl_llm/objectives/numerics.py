@@ -14,6 +14,11 @@ def is_concrete(array: Any) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
+def violated(condition: bool | Array) -> bool:
+    """Whether a condition, or any entry of it, is known to be false: of a traced one it is not known."""
+    return is_concrete(condition) and not (condition if isinstance(condition, bool) else condition.all())
+
+
 def wide(array: Float[Array, "..."]) -> Float[Array, "..."]:
     """In float32 or wider, as log-probabilities always are."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
@@ -72,7 +77,7 @@ def checked_mask(mask: Array | None, shape: tuple[int, ...], *, of: str) -> Bool
     mask = jnp.asarray(mask)
     if mask.shape != tuple(shape):
         raise ValueError(f"mask must have the shape of {of}, {list(shape)}, but has {list(mask.shape)}.")
-    if mask.dtype != bool and is_concrete(mask) and not ((mask == 0) | (mask == 1)).all():
+    if mask.dtype != bool and violated((mask == 0) | (mask == 1)):
         raise ValueError(f"mask must be boolean, or 0 and 1, but is {mask.dtype} and holds other values.")
     return mask.astype(bool)
 
@@ -82,11 +87,9 @@ def check_knob(
 ) -> None:
     """Raise ValueError if a named knob lies outside [low, high], whose `open_` end is excluded; traced ones pass."""
     for name, value in knobs.items():
-        if not is_concrete(value):
-            continue
-        array = jnp.asarray(value)
-        inside = (array > low if open_low else array >= low) & (array < high if open_high else array <= high)
-        if not inside.all():
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+        if violated(above & below):
             interval = f"{'(' if open_low or low == -jnp.inf else '['}{low}, {high}"
             raise ValueError(
                 f"{name} must lie in {interval}{')' if open_high or high == jnp.inf else ']'}, is {value}."

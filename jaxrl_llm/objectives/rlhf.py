@@ -1,0 +1,179 @@
+"""The objective of RLHF over outcomes that can be listed: its value, its optimum, and the law of best-of-n.
+
+The last axis lists the outcomes: all sequences of a tabular model, or the sampled answers to a prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrl_llm.objectives.numerics import check_knob, checked, log_ratio, log_softmax, violated
+
+
+def regularised_objective(
+    log_probs: Float[Array, "... outcome"],
+    ref_log_probs: Float[Array, "... outcome"],
+    rewards: Float[Array, "... outcome"],
+    *,
+    beta: float,
+) -> Float[Array, "..."]:
+    """What RLHF maximises, in units of the reward.
+
+        J(π) = Σ_y π(y) (r(y) − β log(π(y)/ref(y))) = E_π[r] − β KL(π‖ref)      (Ouyang et al. 2022, eq. 2, γ = 0)
+
+    The pretraining term γ E[log π(x)] is an expectation over another law: add `ptx_bonus`. An outcome of probability 0
+    adds nothing, whatever its reward.
+
+    Args:
+        log_probs, ref_log_probs: of the policy and the reference, in nats, each summing to 1 in probability.
+        rewards: of each outcome.
+        beta: the price of one nat, at least 0. At 0 the optimum is argmax r.
+
+    Raises:
+        ValueError: if the shapes differ, a dtype is not floating, or beta is negative.
+    """
+    probs, gain, _ = _gain(log_probs, ref_log_probs, rewards, beta)
+    return (probs * gain).sum(axis=-1)
+
+
+def regularised_objective_grad(
+    log_probs: Float[Array, "... outcome"],
+    ref_log_probs: Float[Array, "... outcome"],
+    rewards: Float[Array, "... outcome"],
+    *,
+    beta: float,
+) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"], Float[Array, "... outcome"]]:
+    """Closed-form gradient of `regularised_objective`: (π (r − β log(π/ref) − β), β π, π)."""
+    probs, gain, beta = _gain(log_probs, ref_log_probs, rewards, beta)
+    return probs * (gain - beta), beta * probs, probs
+
+
+def ptx_bonus(logp_policy: Float[Array, "..."], *, gamma: float) -> Float[Array, "..."]:
+    """The pretraining term of RLHF for each token or sequence x of pretraining text, in nats: to be maximised.
+
+        γ log π(x)                    (Ouyang et al. 2022, eq. 2)
+
+    Raises:
+        ValueError: if the dtype is not floating, or gamma is negative.
+    """
+    (logp_policy,) = checked(logp_policy=logp_policy)
+    check_knob(0, gamma=gamma)
+    return gamma * logp_policy
+
+
+def ptx_bonus_grad(logp_policy: Float[Array, "..."], *, gamma: float) -> tuple[Float[Array, "..."]]:
+    """Closed-form gradient of `ptx_bonus`: γ."""
+    return (gamma * jnp.ones_like(ptx_bonus(logp_policy, gamma=gamma)),)
+
+
+def gibbs_optimum(
+    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
+) -> Float[Array, "... outcome"]:
+    """Log-probabilities of the policy that maximises `regularised_objective`, in nats.
+
+        log π*(y) = log ref(y) + r(y)/β − log Z,   Z = Σ_y ref(y) e^{r(y)/β}      (Rafailov et al. 2023, eq. 4)
+
+    For every policy, J(π*) − J(π) = β KL(π‖π*). An outcome that the reference excludes stays excluded.
+
+    Raises:
+        ValueError: if the shapes differ, a dtype is not floating, or beta is not positive (at 0 the optimum is not
+            unique: any law on the outcomes of the largest reward).
+    """
+    return log_softmax(_tilted(ref_log_probs, rewards, beta))
+
+
+def gibbs_optimum_grad(
+    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
+) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"]]:
+    """Closed-form gradient of the sum of `gibbs_optimum` over N outcomes: (1 − N π*, (1 − N π*)/β)."""
+    optimum = jnp.exp(gibbs_optimum(ref_log_probs, rewards, beta=beta))
+    slope = 1 - optimum.shape[-1] * optimum
+    return slope, slope / beta
+
+
+def optimal_value(
+    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
+) -> Float[Array, "..."]:
+    """The largest value of `regularised_objective`, in units of the reward: J* = β log Z = β log E_ref[e^{r/β}].
+
+    Raises:
+        ValueError: as `gibbs_optimum`.
+    """
+    return beta * jax.nn.logsumexp(_tilted(ref_log_probs, rewards, beta), axis=-1)
+
+
+def optimal_value_grad(
+    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
+) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"]]:
+    """Closed-form gradient of `optimal_value`: (β π*, π*), since the optimum itself does not move J*."""
+    optimum = jnp.exp(gibbs_optimum(ref_log_probs, rewards, beta=beta))
+    return beta * optimum, optimum
+
+
+def best_of_n(
+    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, n: int
+) -> Float[Array, "... outcome"]:
+    """Log-probabilities of the best of n independent draws from the reference, exactly, in nats.
+
+        P(y) = ref(y)/ref(r = r(y)) · [F(r(y))^n − F(r(y)^−)^n],   F(x) = ref(r ≤ x), F(x^−) = ref(r < x)
+
+    Ties among the draws are broken at random. For outcomes of distinct rewards this is F(y)^n − F(y^−)^n.
+
+    Raises:
+        ValueError: if the shapes differ, a dtype is not floating, or n is below 1.
+    """
+    ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
+    check_knob(1, n=n)
+    below, level, above = _masses(jnp.exp(ref_log_probs), rewards)
+    # F^n − (F^−)^n through logarithms, each from the smaller of the masses on its two sides.
+    log_at = jnp.where(above < 0.5, jnp.log1p(-above), jnp.log(below + level))
+    log_below = jnp.where(above + level < 0.5, jnp.log1p(-above - level), jnp.log(below))
+    step = jnp.where(log_below == -jnp.inf, -jnp.inf, n * (log_below - log_at))
+    return ref_log_probs - jnp.log(jnp.where(level > 0, level, 1)) + n * log_at + jnp.log(-jnp.expm1(step))
+
+
+def best_of_n_kl_bound(n: Float[Array, "..."] | int) -> Float[Array, "..."]:
+    """log n − (n − 1)/n, in nats: an upper bound on KL(best of n‖ref), and not its value.
+
+    It is reached in the limit of outcomes so many that no two of the n draws have the same reward (Beirami et al. 2024,
+    arXiv 2401.01879). On few outcomes the divergence stays below max_y −log ref(y), while the bound grows without end.
+
+    Raises:
+        ValueError: if n is below 1.
+    """
+    check_knob(1, n=n)
+    n = jnp.asarray(n, jnp.result_type(float))
+    return jnp.log(n) - (n - 1) / n
+
+
+def _gain(log_probs: Array, ref_log_probs: Array, rewards: Array, beta: float) -> tuple[Array, Array, Array]:
+    """π, r − β log(π/ref) with 0 where π = 0, and beta as an array."""
+    log_probs, ref_log_probs, rewards = checked(log_probs=log_probs, ref_log_probs=ref_log_probs, rewards=rewards)
+    check_knob(0, beta=beta)
+    possible = log_probs > -jnp.inf
+    gain = rewards - beta * log_ratio(jnp.where(possible, log_probs, 0), jnp.where(possible, ref_log_probs, 0))
+    return jnp.exp(log_probs), jnp.where(possible, gain, 0), jnp.asarray(beta, log_probs.dtype)
+
+
+def _tilted(ref_log_probs: Array, rewards: Array, beta: float) -> Array:
+    ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
+    check_knob(0, open_low=True, beta=beta)
+    rewards = jnp.where(ref_log_probs > -jnp.inf, rewards, 0)
+    if violated(jnp.isfinite(rewards)):
+        raise ValueError("rewards must be finite wherever the reference has mass, but one is infinite or NaN.")
+    return ref_log_probs + rewards / beta
+
+
+@functools.partial(jnp.vectorize, signature="(n),(n)->(n),(n),(n)")
+def _masses(probs: Array, rewards: Array) -> tuple[Array, Array, Array]:
+    """The mass of the outcomes with a smaller, an equal and a larger reward than each."""
+    order = jnp.argsort(rewards)
+    ordered, zero = rewards[order], jnp.zeros(1, probs.dtype)
+    up_to = jnp.concatenate([zero, jnp.cumsum(probs[order])])
+    from_there = jnp.concatenate([jnp.cumsum(probs[order][::-1])[::-1], zero])
+    first, after = (jnp.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))
+    return up_to[first], up_to[after] - up_to[first], from_there[after]

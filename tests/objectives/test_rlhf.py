@@ -1,0 +1,121 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import oracle
+from jaxrl_llm.objectives import rlhf
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import log_softmax, random_params
+
+LM = TabularLM(vocab_size=3, horizon=4)
+REF = jnp.log(jnp.asarray([0.5, 0.25, 0.15, 0.1]))
+REWARDS = jnp.asarray([0.0, 2.0, 1.0, 2.0])
+
+
+@pytest.fixture
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("beta", [0.05, 1.0, 20.0])
+def test_the_gibbs_optimum_is_beta_log_z_above_and_beta_kl_from_every_policy(beta):
+    """On the 81 sequences of a tabular model, for several policies, to 1e-12."""
+    ref = oracle.sequence_log_probs(LM, random_params(LM, 0, dtype=jnp.float64))
+    rewards = jnp.asarray(np.random.default_rng(1).normal(size=81))
+    best = rlhf.optimal_value(ref, rewards, beta=beta)
+    optimum = rlhf.gibbs_optimum(ref, rewards, beta=beta)
+    np.testing.assert_allclose(best, beta * np.log((np.exp(ref) * np.exp(rewards / beta)).sum()), rtol=1e-12)
+    np.testing.assert_allclose(rlhf.regularised_objective(optimum, ref, rewards, beta=beta), best, rtol=1e-12)
+    for seed in range(3):
+        policy = oracle.sequence_log_probs(LM, random_params(LM, 10 + seed, dtype=jnp.float64))
+        gap = best - rlhf.regularised_objective(policy, ref, rewards, beta=beta)
+        np.testing.assert_allclose(gap, beta * (np.exp(policy) * (policy - optimum)).sum(), atol=1e-12, rtol=1e-12)
+        assert gap > 1e-3
+
+
+def test_the_value_by_hand_and_its_sign_of_kl():
+    policy = jnp.log(jnp.asarray([0.25, 0.25, 0.25, 0.25]))
+    kl = 0.25 * np.log(0.25 / np.asarray([0.5, 0.25, 0.15, 0.1])).sum()
+    value = rlhf.regularised_objective(policy, REF, REWARDS, beta=0.5)
+    np.testing.assert_allclose(value, 1.25 - 0.5 * kl, rtol=1e-6)
+    np.testing.assert_allclose(rlhf.regularised_objective(REF, REF, REWARDS, beta=9.0), 0.85, rtol=1e-6)
+
+
+def test_beta_decides_between_argmax_and_the_reference():
+    cold = jnp.exp(rlhf.gibbs_optimum(REF, REWARDS, beta=1e-2))
+    np.testing.assert_allclose(cold, [0, 0.25 / 0.35, 0, 0.1 / 0.35], atol=2e-5)  # ties keep the reference's odds
+    np.testing.assert_allclose(rlhf.gibbs_optimum(REF, REWARDS, beta=1e6), REF, atol=1e-5)
+
+
+def test_what_the_reference_excludes_stays_excluded_whatever_its_reward():
+    ref = jnp.log(jnp.asarray([0.5, 0.5, 0.0]))
+    for reward in (100.0, jnp.inf, jnp.nan):
+        rewards = jnp.asarray([0.0, 1.0, reward])
+        optimum = rlhf.gibbs_optimum(ref, rewards, beta=1.0)
+        np.testing.assert_allclose(jnp.exp(optimum), [*np.exp(log_softmax([0.0, 1.0])), 0], rtol=1e-6)
+        value, gradient = jax.value_and_grad(rlhf.optimal_value, argnums=(0, 1))(ref, rewards, beta=1.0)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+        value, gradient = jax.value_and_grad(rlhf.regularised_objective, argnums=(0, 1, 2))(
+            optimum, ref, rewards, beta=1.0
+        )
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_best_of_n_is_the_law_of_the_best_of_all_tuples():
+    """By enumeration of every tuple of draws, ties broken at random."""
+    ref, rewards = np.exp(np.asarray(REF, np.float64)), np.asarray(REWARDS)
+    for n in (1, 2, 4):
+        law = np.zeros(4)
+        for draws in itertools.product(range(4), repeat=n):
+            winners = [y for y in draws if rewards[y] == max(rewards[list(draws)])]
+            for winner in winners:
+                law[winner] += np.prod(ref[list(draws)]) / len(winners)
+        np.testing.assert_allclose(jnp.exp(rlhf.best_of_n(REF, REWARDS, n=n)), law, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_best_of_n_on_81_sequences_stays_below_the_bound():
+    ref = oracle.sequence_log_probs(LM, random_params(LM, 0, dtype=jnp.float64))
+    rewards = jnp.asarray(np.random.default_rng(1).normal(size=81))
+    for n in (1, 2, 16, 1024, 10**6):
+        law = jax.jit(rlhf.best_of_n)(ref, rewards, n=n)
+        np.testing.assert_allclose(jnp.exp(law).sum(), 1, rtol=1e-12)
+        kl = jnp.where(law > -jnp.inf, jnp.exp(law) * (law - ref), 0).sum()
+        bound = rlhf.best_of_n_kl_bound(n)
+        assert kl <= bound + 1e-12
+        assert kl <= -ref[jnp.argmax(rewards)] + 1e-12
+        assert (bound - kl > 0.1) == (n >= 1024)
+    np.testing.assert_allclose(law[jnp.argmax(rewards)], 0, atol=1e-6)
+    np.testing.assert_allclose(rlhf.best_of_n_kl_bound(jnp.asarray([1, 4])), [0, np.log(4) - 0.75], rtol=1e-12)
+
+
+def test_best_of_n_takes_leading_axes_and_outcomes_of_probability_zero():
+    ref = jnp.stack([REF, jnp.log(jnp.asarray([0.0, 0.3, 0.7, 0.0]))])
+    law = rlhf.best_of_n(ref, jnp.stack([REWARDS, REWARDS]), n=3)
+    np.testing.assert_allclose(jnp.exp(law[1]), [0, 1 - 0.7**3, 0.7**3, 0], rtol=1e-5)
+    np.testing.assert_allclose(law[0], rlhf.best_of_n(REF, REWARDS, n=3), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rlhf.gibbs_optimum(REF, REWARDS, beta=0.0), r"beta must lie in \(0, inf\), is 0.0"),
+        (lambda: rlhf.regularised_objective(REF, REF, REWARDS, beta=-1.0), r"beta must lie in \[0, inf\)"),
+        (
+            lambda: rlhf.optimal_value(REF, REWARDS[:3], beta=1.0),
+            r"rewards must have the shape of ref_log_probs, \[4\]",
+        ),
+        (lambda: rlhf.gibbs_optimum(REF, REWARDS.at[1].set(jnp.nan), beta=1.0), "rewards must be finite"),
+        (lambda: rlhf.best_of_n(REF, REWARDS, n=0), r"n must lie in \[1, inf\), is 0"),
+        (lambda: rlhf.best_of_n_kl_bound(0), r"n must lie in \[1, inf\)"),
+        (lambda: rlhf.ptx_bonus(REF, gamma=-0.1), r"gamma must lie in \[0, inf\)"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
