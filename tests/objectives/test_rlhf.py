@@ -84,11 +84,11 @@ def test_best_of_n_on_81_sequences_stays_below_the_bound():
     rewards = jnp.asarray(np.random.default_rng(1).normal(size=81))
     for n in (1, 2, 16, 1024, 10**6):
         law = jax.jit(rlhf.best_of_n)(ref, rewards, n=n)
-        np.testing.assert_allclose(jnp.exp(law).sum(), 1, rtol=1e-12)
+        np.testing.assert_allclose(jnp.exp(law).sum(), 1, rtol=1e-9)  # 10⁶ times rounding
         kl = jnp.where(law > -jnp.inf, jnp.exp(law) * (law - ref), 0).sum()
         bound = rlhf.best_of_n_kl_bound(n)
-        assert kl <= bound + 1e-12
-        assert kl <= -ref[jnp.argmax(rewards)] + 1e-12
+        assert kl <= bound + 1e-9
+        assert kl <= -ref[jnp.argmax(rewards)] + 1e-9
         assert (bound - kl > 0.1) == (n >= 1024)
     np.testing.assert_allclose(law[jnp.argmax(rewards)], 0, atol=1e-6)
     np.testing.assert_allclose(rlhf.best_of_n_kl_bound(jnp.asarray([1, 4])), [0, np.log(4) - 0.75], rtol=1e-12)
