@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_llm import objectives
 
-TOOLS = {"numerics", "fused"}  # modules that hold no objective
+TOOLS = {"numerics", "fused", "_margins"}  # modules that hold no objective
 CONSTANTS = {"advantages"}  # modules whose results are numbers through which no gradient flows: a test holds them to it
 
 
@@ -48,7 +48,7 @@ def public_functions(*, skip: set[str]) -> dict[str, Callable[..., Any]]:
             continue
         module = importlib.import_module(f"jaxrl_llm.objectives.{info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            if function.__module__ == module.__name__ and not name.startswith("_"):
+            if function.__module__.startswith(module.__name__) and not name.startswith("_"):
                 found[f"{info.name}.{name}"] = function
     return found
 

@@ -1,0 +1,55 @@
+"""Cases of `objectives.preference`."""
+
+from jaxrl_llm.objectives import preference
+from tests.objectives.twins import Case, log_probs
+
+
+def pairs(**knobs):
+    """Four log-probabilities of each pair."""
+
+    def build(rng, n):
+        logps = tuple(4 * log_probs(rng, n.batch) for _ in range(4))
+        drawn = {name: knob(rng) if callable(knob) else knob for name, knob in knobs.items()}
+        return Case(logps, (), {"beta": n.beta, **drawn})
+
+    return build
+
+
+def pairs_of_lengths(rng, n):
+    case = pairs(label_smoothing=0.1)(rng, n)
+    return Case(case.differentiable, tuple(rng.integers(1, 9, (2, n.batch))), case.knobs)
+
+
+def without_reference(**knobs):
+    return lambda rng, n: Case((log_probs(rng, n.batch), log_probs(rng, n.batch)), (), {"beta": n.beta, **knobs})
+
+
+def single_answers(rng, n):
+    constants = rng.random(n.batch) < 0.5, rng.normal(size=n.batch)
+    knobs = {"beta": n.beta, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+    return Case((4 * log_probs(rng, n.batch), 4 * log_probs(rng, n.batch)), constants, knobs)
+
+
+def divergence(rng):
+    return str(rng.choice(["reverse_kl", "forward_kl", "jensen_shannon", "alpha"]))
+
+
+CASES = {
+    preference.dpo_loss: pairs(label_smoothing=0.1),
+    preference.robust_dpo_loss: pairs(label_smoothing=0.2),
+    preference.ipo_loss: pairs(),
+    preference.hinge_loss: pairs(),
+    preference.exo_loss: pairs(),
+    preference.nca_loss: pairs(),
+    preference.bco_loss: pairs(reward_shift=0.4),
+    preference.sppo_loss: pairs(),
+    preference.apo_zero_loss: pairs(),
+    preference.apo_down_loss: pairs(),
+    preference.discopop_loss: pairs(temperature=lambda rng: rng.uniform(0.05, 2.0)),
+    preference.f_dpo_loss: pairs(divergence=divergence, alpha=lambda rng: rng.uniform(0.0, 1.5)),
+    preference.length_normalised_dpo_loss: pairs_of_lengths,
+    preference.simpo_loss: without_reference(gamma=0.7),
+    preference.orpo_loss: without_reference(nll_weight=0.8),
+    preference.cpo_loss: without_reference(label_smoothing=0.1, nll_weight=0.8),
+    preference.kto_loss: single_answers,
+}

@@ -1,0 +1,422 @@
+"""Facts about the preference losses: known values, minima, limits, and what extreme log-probabilities give."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.objectives import preference
+from jaxrl_llm.objectives.preference import PAIR_LOSSES
+from tests.objectives.twins import twin_of
+
+BETA = 0.3
+RATIOS = [(0.7, -1.1), (-2.0, 1.5), (3.0, 2.5), (0.0, 0.0)]  # (a, b)
+DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+FORMULAS = {  # of a, b and β, at the defaults
+    "dpo": lambda a, b, β: -log_sigmoid(β * (a - b)),
+    "robust_dpo": lambda a, b, β: -log_sigmoid(β * (a - b)),
+    "ipo": lambda a, b, β: (a - b - 1 / (2 * β)) ** 2,
+    "hinge": lambda a, b, β: max(0.0, 1 - β * (a - b)),
+    "exo": lambda a, b, β: (
+        sigmoid(β * (a - b)) * (log_sigmoid(β * (a - b)) - math.log(0.999))
+        + sigmoid(-β * (a - b)) * (log_sigmoid(-β * (a - b)) - math.log(0.001))
+    ),
+    "nca": lambda a, b, β: -log_sigmoid(β * a) - log_sigmoid(-β * a) / 2 - log_sigmoid(-β * b) / 2,
+    "bco": lambda a, b, β: -log_sigmoid(β * a) - log_sigmoid(-β * b),
+    "sppo": lambda a, b, β: (a - 1 / (2 * β)) ** 2 + (b + 1 / (2 * β)) ** 2,
+    "apo_zero": lambda a, b, β: 1 - sigmoid(β * a) + sigmoid(β * b),
+    "apo_down": lambda a, b, β: sigmoid(β * a) + 1 - sigmoid(β * (a - b)),
+    "discopop": lambda a, b, β: (
+        -log_sigmoid(β * (a - b)) * (1 - sigmoid(β * (a - b) / 0.05))
+        + math.exp(-β * (a - b)) * sigmoid(β * (a - b) / 0.05)
+    ),
+    "f_dpo": lambda a, b, β: -log_sigmoid(β * (a - b)),
+}
+AT_THE_REFERENCE = {
+    "dpo": math.log(2),
+    "robust_dpo": math.log(2),
+    "ipo": 1 / (4 * BETA**2),
+    "hinge": 1.0,
+    "exo": -math.log(2) - math.log(0.001 * 0.999) / 2,
+    "nca": 2 * math.log(2),
+    "bco": 2 * math.log(2),
+    "sppo": 1 / (2 * BETA**2),
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": math.log(2) / 2 + 0.5,
+    "f_dpo": math.log(2),
+}
+
+
+def four(a, b, dtype=jnp.float32):
+    """Log-probabilities whose log-ratios are a and b, repeated to four pairs: with one shape little compiles."""
+    a, b, zero = np.resize(a, 4), np.resize(b, 4), np.zeros(4)
+    return tuple(jnp.asarray(each, dtype) for each in (a - 20, b - 31, zero - 20, zero - 31))
+
+
+def of_four(values):
+    return jnp.asarray(np.resize(values, 4), jnp.float32)
+
+
+def of_pair(loss, a, b, **knobs):
+    """The loss in float64."""
+    with jax.enable_x64(True):
+        return np.asarray(loss(*four(a, b, jnp.float64), **knobs))[: np.size(a)].reshape(np.shape(a))
+
+
+def slope(loss, x, **knobs):
+    """dL/da of the twin at a = x, b = 0, in float64."""
+    with jax.enable_x64(True):
+        return float(twin(loss)(*four(x, 0.0, jnp.float64), **knobs)[0][0])
+
+
+def twin(loss):
+    return twin_of(f"preference.{loss.__name__}")
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_value_is_the_formula(name):
+    a, b = np.array(RATIOS).T
+    expected = [FORMULAS[name](*pair, BETA) for pair in RATIOS]
+    np.testing.assert_allclose(of_pair(PAIR_LOSSES[name], a, b, beta=BETA), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_value_where_the_policy_is_the_reference(name):
+    found = PAIR_LOSSES[name](*four(0.0, 0.0), beta=BETA)
+    np.testing.assert_allclose(found, [AT_THE_REFERENCE[name]] * 4, rtol=1e-5)
+
+
+def test_every_loss_of_a_pair_is_listed_by_its_name():
+    assert all(loss.__name__ == f"{name}_loss" for name, loss in PAIR_LOSSES.items())
+    assert set(PAIR_LOSSES) == set(FORMULAS)
+
+
+@pytest.mark.parametrize("name", sorted(set(PAIR_LOSSES) - {"exo"}))  # which is flat far below its optimum
+def test_the_gradient_separates_a_pair_that_the_policy_has_the_wrong_way_round(name):
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = twin(PAIR_LOSSES[name])(*four(-1.0, 2.0), beta=BETA)
+    assert (policy_chosen < 0).all() or name == "apo_down"
+    assert (policy_rejected > 0).all()
+    assert (ref_chosen == -policy_chosen).all() and (ref_rejected == -policy_rejected).all()
+
+
+@pytest.mark.parametrize("loss", [preference.dpo_loss, preference.exo_loss])
+@pytest.mark.parametrize("ε", [0.05, 0.3])
+def test_label_smoothing_puts_the_optimum_at_the_log_odds_of_the_label(loss, ε):
+    optimum = math.log((1 - ε) / ε) / BETA
+    assert abs(slope(loss, optimum, beta=BETA, label_smoothing=ε)) < 1e-12
+    assert slope(loss, optimum - 0.1, beta=BETA, label_smoothing=ε) < -1e-4
+    assert slope(loss, optimum + 0.1, beta=BETA, label_smoothing=ε) > 1e-4
+
+
+def test_exo_is_a_divergence_that_vanishes_at_its_optimum_and_is_at_most_minus_log_of_the_smoothing():
+    ε = 0.2
+    at = of_pair(preference.exo_loss, [math.log((1 - ε) / ε), -1e4], [0.0, 0.0], beta=1.0, label_smoothing=ε)
+    np.testing.assert_allclose(at, [0, -math.log(ε)], atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.3, 2.0])
+def test_ipo_has_its_minimum_at_a_margin_of_one_over_two_beta(beta):
+    assert of_pair(preference.ipo_loss, 1 / (2 * beta), 0.0, beta=beta) < 1e-20
+    assert slope(preference.ipo_loss, 1 / (2 * beta) - 1, beta=beta) == pytest.approx(-2)
+    assert slope(preference.ipo_loss, 1 / (2 * beta) + 1, beta=beta) == pytest.approx(2)
+
+
+def test_ipo_of_averages_is_another_loss():
+    sums = four(1.0, -2.0)
+    averages = tuple(logp / 10 for logp in sums)
+    assert (jnp.abs(preference.ipo_loss(*sums) - preference.ipo_loss(*averages)) > 10).all()
+
+
+def test_dpo_falls_by_a_half_per_unit_of_the_margin_at_the_reference():
+    assert slope(preference.dpo_loss, 0.0, beta=BETA) == pytest.approx(-BETA / 2)
+    assert slope(preference.dpo_loss, 1e3, beta=BETA) == pytest.approx(0, abs=1e-100)
+    assert slope(preference.dpo_loss, -1e3, beta=BETA) == pytest.approx(-BETA)
+
+
+@pytest.mark.parametrize("margin", [-3.0, 0.4, 5.0])
+def test_robust_dpo_over_flipped_labels_is_in_the_mean_the_clean_loss(margin):
+    ε = 0.3
+    kept, flipped = of_pair(preference.robust_dpo_loss, [margin, -margin], [0.0, 0.0], beta=BETA, label_smoothing=ε)
+    clean = of_pair(preference.dpo_loss, margin, 0.0, beta=BETA)
+    assert (1 - ε) * kept + ε * flipped == pytest.approx(clean, rel=1e-12)
+
+
+def test_the_hinge_has_no_gradient_from_its_kink_on():
+    gradient = preference.hinge_loss_grad(*four([1.99, 2.0, 2.01], 0.0), beta=0.5)
+    np.testing.assert_array_equal(gradient[0][:3], [-0.5, 0, 0])
+    by_autodiff = jax.grad(lambda *logps: preference.hinge_loss(*logps, beta=0.5).sum())(*four(2.0, 0.0))
+    assert (by_autodiff == 0).all()
+
+
+def test_nca_has_its_optimum_in_the_chosen_response_at_log_two():
+    assert abs(slope(preference.nca_loss, math.log(2) / BETA, beta=BETA)) < 1e-12
+    assert slope(preference.nca_loss, 0.0, beta=BETA) < 0 < slope(preference.nca_loss, 3 / BETA, beta=BETA)
+
+
+def test_bco_counts_rewards_from_the_shift():
+    moved = of_pair(preference.bco_loss, 1.0 + 0.6 / BETA, -2.0 + 0.6 / BETA, beta=BETA, reward_shift=0.6)
+    assert moved == pytest.approx(of_pair(preference.bco_loss, 1.0, -2.0, beta=BETA))
+    gradient = jax.grad(lambda shift: preference.bco_loss(*four(1.0, -2.0), reward_shift=shift).sum())(0.6)
+    assert gradient == 0
+
+
+def test_sppo_has_its_optimum_where_the_rewards_are_plus_and_minus_a_half():
+    assert of_pair(preference.sppo_loss, 1 / (2 * BETA), -1 / (2 * BETA), beta=BETA) < 1e-20
+
+
+@pytest.mark.parametrize(("name", "sign_of_chosen"), [("apo_zero", -1), ("apo_down", 1)])
+def test_apo_moves_the_chosen_response_up_or_down(name, sign_of_chosen):
+    of_chosen, of_rejected, *_ = twin(PAIR_LOSSES[name])(*four(0.0, -3.0), beta=1.0)
+    assert (np.sign(of_chosen) == sign_of_chosen).all()
+    assert (of_rejected > 0).all()
+
+
+def test_discopop_is_logistic_far_below_and_exponential_far_above_and_not_monotone_between():
+    losses = of_pair(preference.discopop_loss, [-5.0, 5.0, -0.2, 0.2], [0.0] * 4, beta=1.0)
+    np.testing.assert_allclose(losses[:2], [-log_sigmoid(-5), math.exp(-5)], rtol=1e-9)
+    assert losses[2] < losses[3] and losses[0] > losses[2]
+
+
+def test_discopop_where_the_modulation_underflows_and_the_exponential_overflows():
+    np.testing.assert_allclose(preference.discopop_loss(*four(-1e4, 0.0), beta=1.0), 1e4, rtol=1e-6)
+    np.testing.assert_allclose(preference.discopop_loss_grad(*four(-1e4, 0.0), beta=1.0)[0], -1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "derivative"),
+    [
+        ({"divergence": "reverse_kl"}, lambda u: np.log(u)),
+        ({"divergence": "forward_kl"}, lambda u: 1 - 1 / u),
+        ({"divergence": "jensen_shannon"}, lambda u: np.log(2 * u / (1 + u))),
+        ({"divergence": "alpha", "alpha": 0.3}, lambda u: (u**-0.7 - 1) / -0.7),
+        ({"divergence": "alpha", "alpha": 2.0}, lambda u: u - 1),
+        ({"divergence": "alpha", "alpha": 1.0}, lambda u: np.log(u)),
+        ({"divergence": "alpha", "alpha": 0.0}, lambda u: 1 - 1 / u),
+    ],
+)
+def test_f_dpo_scores_the_ratio_by_the_derivative_of_f(knobs, derivative):
+    a, b = np.array(RATIOS).T
+    margin = BETA * (derivative(np.exp(a)) - derivative(np.exp(b)))
+    found = of_pair(preference.f_dpo_loss, a, b, beta=BETA, **knobs)
+    np.testing.assert_allclose(found, np.log1p(np.exp(-margin)), rtol=1e-12)
+
+
+def test_f_dpo_passes_into_the_reverse_divergence_as_alpha_nears_one_and_takes_a_traced_alpha():
+    expected = of_pair(preference.dpo_loss, 0.7, -1.1, beta=BETA)
+    near = [
+        of_pair(preference.f_dpo_loss, 0.7, -1.1, beta=BETA, divergence="alpha", alpha=1 + d) for d in (1e-9, -1e-9)
+    ]
+    np.testing.assert_allclose(near, expected, rtol=1e-8)
+
+    @jax.jit
+    def slope_at(alpha):
+        return preference.f_dpo_loss_grad(*four(0.7, -1.1), beta=BETA, divergence="alpha", alpha=alpha)[0]
+
+    np.testing.assert_allclose(slope_at(1.0), preference.dpo_loss_grad(*four(0.7, -1.1), beta=BETA)[0], rtol=1e-5)
+    assert (abs(slope_at(0.5) - slope_at(1.0)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_f_dpo_closed_form_for_each_divergence(divergence):
+    knobs = {"beta": BETA, "divergence": divergence, "alpha": 0.4}
+    arrays = four(*np.array(RATIOS).T)
+    expected = jax.grad(lambda *logps: preference.f_dpo_loss(*logps, **knobs).sum(), argnums=(0, 1, 2, 3))(*arrays)
+    np.testing.assert_allclose(preference.f_dpo_loss_grad(*arrays, **knobs), expected, rtol=1e-5)
+
+
+def test_length_normalised_dpo_is_dpo_of_log_ratios_per_token():
+    logps, lengths = four([6.0, -2.0], [2.0, 1.0]), (jnp.array([3, 4] * 2), jnp.array([2, 5] * 2))
+    per_token = four([2.0, -0.5], [1.0, 0.2])
+    np.testing.assert_allclose(
+        preference.length_normalised_dpo_loss(*logps, *lengths), preference.dpo_loss(*per_token), rtol=1e-5
+    )
+    ones = jnp.ones(4, int), jnp.ones(4, int)
+    np.testing.assert_allclose(
+        preference.length_normalised_dpo_loss(*logps, *ones, label_smoothing=0.2),
+        preference.dpo_loss(*logps, label_smoothing=0.2),
+        rtol=1e-6,
+    )
+
+
+def test_length_normalised_dpo_wants_lengths_of_at_least_one():
+    logps = four([6.0, -2.0], [2.0, 1.0])
+    with pytest.raises(ValueError, match=r"length_rejected must be at least 1"):
+        preference.length_normalised_dpo_loss(*logps, jnp.ones(4, int), jnp.array([2, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"length_chosen must have the shape"):
+        preference.length_normalised_dpo_loss(*logps, jnp.array(1), jnp.ones(4, int))
+    traced = jax.jit(preference.length_normalised_dpo_loss)(*logps, jnp.array([1, 0, 1, 1]), jnp.ones(4, int))
+    np.testing.assert_allclose(traced, preference.dpo_loss(*logps), rtol=1e-6)
+
+
+def test_simpo_at_equal_averages_and_at_its_target_margin():
+    w, l = of_four([-1.0, -0.5]), of_four([-1.0, -0.75])  # noqa: E741
+    found = preference.simpo_loss(w, l, beta=2.0, gamma=0.5)
+    np.testing.assert_allclose(found[:2], [math.log1p(math.exp(0.5)), math.log(2)], rtol=1e-6)
+
+
+def test_orpo_by_hand():
+    # p_w = ½ and p_l = ⅓ have the odds 1 and ½: the odds ratio is 2, and σ(log 2) = ⅔.
+    w, l = of_four(math.log(1 / 2)), of_four(math.log(1 / 3))  # noqa: E741
+    expected = math.log(2) + 0.4 * math.log(1.5)
+    np.testing.assert_allclose(preference.orpo_loss(w, l, beta=0.4), expected, rtol=1e-6)
+    np.testing.assert_allclose(preference.orpo_loss(w, l, beta=1.0, nll_weight=0.0), math.log(1.5), rtol=1e-6)
+    of_chosen, of_rejected = preference.orpo_loss_grad(w, l, beta=0.4)  # σ(−log 2) = ⅓; 1 − p_w = ½, 1 − p_l = ⅔
+    np.testing.assert_allclose(of_chosen, -1 - 0.4 / 3 * 2, rtol=1e-6)
+    np.testing.assert_allclose(of_rejected, 0.4 / 3 * 1.5, rtol=1e-6)
+
+
+def test_orpo_near_a_probability_of_one():
+    log_odds = {x: x - math.log(-math.expm1(x)) for x in (-1e-7, -1.0)}
+    near, far, at_one = of_four(-1e-7), of_four(-1.0), of_four(0.0)
+    expected = math.log1p(math.exp(log_odds[-1e-7] - log_odds[-1.0]))
+    np.testing.assert_allclose(preference.orpo_loss(far, near, beta=1.0, nll_weight=0.0), expected, rtol=1e-5)
+    of_chosen, of_rejected = preference.orpo_loss_grad(far, at_one, beta=1.0)
+    assert np.isfinite(of_chosen).all() and np.isfinite(of_rejected).all()
+    assert (of_rejected > 1e6).all()  # it does not vanish there
+
+
+def test_orpo_gradient_is_the_difference_quotient():
+    with jax.enable_x64(True):
+        w, l, step = jnp.array([-0.01, -0.6931, -0.71, -3.0]), jnp.full(4, -1.2), 1e-6  # noqa: E741
+        above, below = preference.orpo_loss(w + step, l, beta=1.0), preference.orpo_loss(w - step, l, beta=1.0)
+        np.testing.assert_allclose(
+            preference.orpo_loss_grad(w, l, beta=1.0)[0], (above - below) / (2 * step), rtol=1e-6
+        )
+
+
+def test_cpo_is_dpo_with_a_uniform_reference_plus_the_likelihood_of_the_chosen_response():
+    w, l, uniform = of_four([-3.0, -9.0]), of_four([-5.0, -2.0]), of_four(-11.0)  # noqa: E741
+    dpo = preference.dpo_loss(w, l, uniform, uniform, beta=BETA, label_smoothing=0.1)
+    found = preference.cpo_loss(w, l, beta=BETA, label_smoothing=0.1, nll_weight=0.5)
+    np.testing.assert_allclose(found, dpo - 0.5 * w, rtol=1e-6)
+
+
+def test_kto_by_hand():
+    found = preference.kto_loss(
+        of_four([-7.0, -7.0, -8.5]),
+        of_four(-9.0),
+        jnp.array([True, False, True, True]),
+        of_four([0.5, 0.5, -7.0]),
+        beta=BETA,
+        desirable_weight=2.0,
+        undesirable_weight=3.0,
+    )
+    good, bad, clipped = 2 * (1 - sigmoid(BETA * 1.5)), 3 * (1 - sigmoid(-BETA * 1.5)), 2 * (1 - sigmoid(BETA * 0.5))
+    np.testing.assert_allclose(found[:3], [good, bad, clipped], rtol=1e-6)
+
+
+def test_kto_pushes_the_desirable_up_and_the_undesirable_down():
+    policy, ref, desirable = of_four(-3.0), of_four([-3.0, -4.0]), jnp.array([True, False] * 2)
+    of_policy, of_ref = preference.kto_loss_grad(policy, ref, desirable, 0.1, beta=1.0)
+    assert of_policy[0] < 0 < of_policy[1]
+    np.testing.assert_array_equal(of_ref, -of_policy)
+    np.testing.assert_allclose(preference.kto_loss(policy, policy, desirable, 0.0), 0.5)
+
+
+def test_kto_reference_point():
+    policy, ref = jnp.array([-3.0, -5.0]), jnp.array([-4.0, -5.5])
+    assert preference.kto_reference_point(policy, ref) == pytest.approx(0.75)
+    assert preference.kto_reference_point(ref, policy) == 0
+    assert (jax.grad(preference.kto_reference_point)(policy, ref) == 0).all()
+    with pytest.raises(ValueError, match="at least 2"):
+        preference.kto_reference_point(policy[:1], ref[:1])
+
+
+def test_kto_with_a_batch_of_one_would_cancel_its_own_signal():
+    policy, ref = jnp.array([-3.0]), jnp.array([-4.0])
+    own = (policy - ref)[0]
+    found = [preference.kto_loss(policy + shift, ref, jnp.array([True]), own + shift)[0] for shift in (0.0, 5.0)]
+    np.testing.assert_allclose(found, [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("desirable", "kl", "message"),
+    [
+        (jnp.array([1, 0]), 0.0, "desirable must be boolean"),
+        (jnp.array([True]), 0.0, r"desirable.*bool\[2\].*bool\[1\]"),
+        (jnp.array([True, False]), jnp.zeros(3), r"kl must.*\[2\].*\[3\]"),
+    ],
+)
+def test_kto_refuses_other_labels_and_reference_points(desirable, kl, message):
+    with pytest.raises(ValueError, match=message):
+        preference.kto_loss(jnp.zeros(2), jnp.zeros(2), desirable, kl)
+
+
+@pytest.mark.parametrize(
+    ("loss", "knobs", "message"),
+    [
+        *[(loss, {"beta": 0.0}, "beta must lie in") for loss in PAIR_LOSSES.values()],
+        (preference.dpo_loss, {"label_smoothing": -0.1}, "label_smoothing must lie in"),
+        (preference.robust_dpo_loss, {"label_smoothing": 0.5}, "label_smoothing must lie in"),
+        (preference.exo_loss, {"label_smoothing": 0.0}, "label_smoothing must lie in"),
+        (preference.discopop_loss, {"temperature": 0.0}, "temperature must lie in"),
+        (
+            preference.f_dpo_loss,
+            {"divergence": "hellinger"},
+            "reverse_kl, forward_kl, jensen_shannon, alpha.*hellinger",
+        ),
+        (preference.f_dpo_loss, {"divergence": "alpha", "alpha": -1.0}, "alpha must lie in"),
+    ],
+)
+def test_knobs_out_of_range_are_refused_by_loss_and_gradient(loss, knobs, message):
+    for function in (loss, twin(loss)):
+        with pytest.raises(ValueError, match=message):
+            function(*four(0.0, 0.0), **knobs)
+
+
+@pytest.mark.parametrize("loss", [preference.simpo_loss, preference.orpo_loss, preference.cpo_loss])
+def test_knobs_of_losses_without_reference(loss):
+    with pytest.raises(ValueError, match="beta must lie in"):
+        loss(jnp.zeros(2), jnp.zeros(2), beta=-1.0)
+
+
+def test_beta_may_be_traced():
+    found = jax.jit(lambda beta: preference.ipo_loss(*four(1.0, -2.0), beta=beta))(BETA)
+    np.testing.assert_allclose(found, FORMULAS["ipo"](1.0, -2.0, BETA), rtol=1e-5)
+
+
+GRID = np.array(list(itertools.product([-np.inf, -1e4, -3.0, -1e-7, 0.0], repeat=4)), np.float32).T
+KNOBS = {
+    **{name: {} for name in PAIR_LOSSES},
+    "dpo smoothed": {"label_smoothing": 0.1},
+    "discopop": {"temperature": 1.5},
+    **{f"f_dpo {divergence}": {"divergence": divergence, "alpha": 0.4} for divergence in DIVERGENCES},
+    **{name: {} for name in ("simpo", "orpo", "cpo", "kto", "length_normalised_dpo")},
+}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_extreme_log_probabilities(name):
+    """At -1e4 all is finite; at -inf the gradient is, is what autodiff finds, and one -inf gives no NaN."""
+    loss = getattr(preference, f"{name.split()[0]}_loss")
+    count = {"simpo": 2, "orpo": 2, "cpo": 2, "kto": 2}.get(name, 4)
+    arrays = [jnp.asarray(column) for column in GRID[:count]]
+    size = arrays[0].size
+    constants = {
+        "kto": (jnp.arange(size) % 2 == 0, jnp.ones(size)),
+        "length_normalised_dpo": (jnp.full(size, 3), jnp.full(size, 2)),
+    }.get(name, ())
+
+    value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **KNOBS[name]), *arrays)
+    by_autodiff = pull_back(jnp.ones_like(value))
+    closed = twin(loss)(*arrays, *constants, beta=BETA, **KNOBS[name])
+    infinite = np.isinf(arrays).sum(axis=0)
+    assert np.isfinite(value[infinite == 0]).all()
+    assert not np.isnan(value[infinite <= 1]).any()
+    assert np.isfinite(by_autodiff).all() and np.isfinite(closed).all()
+    np.testing.assert_allclose(closed, by_autodiff, rtol=1e-4, atol=1e-6)
+    assert all((gradient[np.isinf(array)] == 0).all() for gradient, array in zip(closed, arrays, strict=False))
