@@ -19,6 +19,7 @@ from jaxrl_llm.objectives.logprobs import token_log_probs
 from jaxrl_llm.tabular import TabularLM
 
 MAX_SEQUENCES = 10**7
+GROUPS_AT_ONCE = 512  # of which gradients are taken; all of them are kept
 
 
 class Moments(NamedTuple):
@@ -119,10 +120,15 @@ def gradient_moments(
     would miss.
 
     Args:
-        loss: from `params` and all groups (see `moments`) to the loss on each; differentiated in `params`.
+        loss: from `params` and groups (see `moments`), of which it is given some at a time, to the loss on each;
+            differentiated in `params`.
         sampler_params: of the law that the groups are drawn from; by default `params`, on-policy.
     """
-    gradients = jax.jacrev(loss)(params, enumerate_groups(lm, group_size))
+
+    def gradient(group: Array) -> Params:
+        return jax.grad(lambda params: loss(params, group[None])[0])(params)
+
+    gradients = jax.lax.map(gradient, enumerate_groups(lm, group_size), batch_size=GROUPS_AT_ONCE)
     sampler_params = params if sampler_params is None else sampler_params
     return moments(lm, sampler_params, lambda groups: gradients, group_size=group_size)
 
