@@ -97,12 +97,8 @@ def grouped(given: Problem, advantage: Any, size: int) -> oracle.Moments:
     """Of REINFORCE averaged over a group, each advantage from the whole group."""
     whole = given.rewards.sum(axis=1)
 
-    groups = oracle.enumerate_groups(LM, size)
+    def loss(params, groups):
+        log_probs = oracle.sequence_log_probs(LM, params)[groups]
+        return reinforce_loss(log_probs, advantage(whole[groups])).mean(axis=1)
 
-    def loss(params, group):
-        log_probs = oracle.sequence_log_probs(LM, params)[group]
-        return reinforce_loss(log_probs, advantage(whole[group])).mean()
-
-    # oracle.gradient_moments a few groups at a time: all at once, jacrev would hold groups × groups numbers.
-    gradients = jax.lax.map(lambda group: jax.grad(loss)(given.params, group), groups, batch_size=256)
-    return oracle.moments(LM, given.params, lambda groups: gradients, group_size=size)
+    return oracle.gradient_moments(LM, given.params, loss, group_size=size)
