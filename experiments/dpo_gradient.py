@@ -63,8 +63,8 @@ def run(config: Config) -> dict[str, Any]:
     step = make_step(loaded, config)
     runs = {kind: train(loaded, step, kind, batch, config) for kind, batch in kinds.items()}
     return {
-        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w): ½ at the start,"
-        " less where a pair is already ordered. Where the two are nearly the same, both fall.",
+        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w): ½ at the "
+        "start, less where a pair is already ordered. Where the two are nearly the same, both fall.",
         "numbers": numbers(exact, runs),
         "data": {"beta": config.beta, "runs": runs, "exact": exact},
     }

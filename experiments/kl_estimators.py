@@ -23,11 +23,11 @@ import tyro  # noqa: E402
 from scipy.optimize import brentq  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
-from experiments import _gaussian_kl as gaussian  # noqa: E402
 from experiments import ledger  # noqa: E402
-from experiments._kl_of_model import SCHULMAN, model_part  # noqa: E402
-from experiments._kl_tabular import tabular_part  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
+from experiments.parts import gaussian_kl as gaussian  # noqa: E402
+from experiments.parts.kl_of_model import SCHULMAN, model_part  # noqa: E402
+from experiments.parts.kl_tabular import tabular_part  # noqa: E402
 
 WIDE = math.sqrt(3)  # the reference N(0, 3): Var(k3) is infinite from a variance of 2 on
 

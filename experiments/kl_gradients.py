@@ -20,7 +20,8 @@ import jax.numpy as jnp  # noqa: E402
 import tyro  # noqa: E402
 
 from experiments import ledger  # noqa: E402
-from experiments._expected_gradients import (  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
+from experiments.parts.expected_gradients import (  # noqa: E402
     ESTIMATORS,
     LM,
     Table,
@@ -31,8 +32,7 @@ from experiments._expected_gradients import (  # noqa: E402
     random_table,
     reverse_kl,
 )
-from experiments._kl_misspecified import misspecified  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.parts.kl_misspecified import misspecified  # noqa: E402
 from jaxrl_llm import oracle  # noqa: E402
 from jaxrl_llm.objectives import kl  # noqa: E402
 from jaxrl_llm.tabular import TabularLM  # noqa: E402

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
@@ -54,6 +56,17 @@ def holds(entry: dict[str, Any]) -> bool:
         return abs(entry["value"] - entry["expected"]) <= entry["tolerance"]
     low, high = entry.get("interval", (None, None))
     return (low is None or entry["value"] >= low) and (high is None or entry["value"] <= high)
+
+
+def rounded(value: Any) -> Any:
+    """Dicts, lists and arrays with every float at six significant digits, which is all that a figure needs."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    if hasattr(value, "shape"):
+        return rounded(np.asarray(value).tolist())
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write(name: str, result: dict[str, Any], *, config: Any, preset: str, seconds: float, out: Path = RESULTS) -> Path:

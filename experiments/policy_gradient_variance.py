@@ -22,8 +22,8 @@ import tyro  # noqa: E402
 from jaxtyping import Array, Key  # noqa: E402
 
 from experiments import ledger  # noqa: E402
-from experiments._gradient_estimators import LM, baselines, grouped, problem, single, single_losses  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
+from experiments.parts.gradient_estimators import LM, baselines, grouped, problem, single, single_losses  # noqa: E402
 from jaxrl_llm import oracle  # noqa: E402
 from jaxrl_llm.objectives import advantages  # noqa: E402
 from jaxrl_llm.objectives.policy_gradient import reinforce_loss  # noqa: E402

@@ -20,7 +20,7 @@ import tyro  # noqa: E402
 from jaxtyping import Array, Float  # noqa: E402
 
 from experiments import ledger  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
 from jaxrl_llm.objectives import policy_gradient  # noqa: E402
 
 PPO, DUAL = "Schulman et al. 2017, eq. 7", "Ye et al. 2020, eq. 5"

@@ -25,10 +25,10 @@ import optax  # noqa: E402
 import tyro  # noqa: E402
 from jaxtyping import Array  # noqa: E402
 
-from experiments import _preference_anchors as anchors  # noqa: E402
-from experiments import _preference_curves as losses  # noqa: E402
 from experiments import ledger  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
+from experiments.parts import preference_anchors as anchors  # noqa: E402
+from experiments.parts import preference_curves as losses  # noqa: E402
 from jaxrl_llm import oracle  # noqa: E402
 from jaxrl_llm.objectives import preference  # noqa: E402
 from jaxrl_llm.tabular import TabularLM  # noqa: E402

@@ -21,10 +21,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 
-from experiments import _reward_arms as arms  # noqa: E402
-from experiments import _reward_exact as exactly  # noqa: E402
 from experiments import ledger  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
+from experiments.parts import reward_arms as arms  # noqa: E402
+from experiments.parts import reward_exact as exactly  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 
-from experiments import _rlhf_neural as neural  # noqa: E402
-from experiments import _rlhf_tabular as tabular  # noqa: E402
 from experiments import ledger  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
+from experiments.parts import rlhf_neural as neural  # noqa: E402
+from experiments.parts import rlhf_tabular as tabular  # noqa: E402
 from jaxrl_llm import oracle  # noqa: E402
 from jaxrl_llm.objectives import rlhf  # noqa: E402
 
@@ -54,7 +54,7 @@ class Config:
     new_tokens: int = 16
     arms: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.02, 0.0), (0.0, 5.0))
     draws: tuple[int, ...] = tuple(2**power for power in range(11))
-    updates: int = 18
+    updates: int = 14
     learning_rate: float = 3e-4
     text_rows: int = 16
     text_tokens: int = 32

@@ -23,7 +23,7 @@ import tyro  # noqa: E402
 from jaxtyping import Array, Float, Key  # noqa: E402
 
 from experiments import ledger  # noqa: E402
-from experiments._rounding import rounded  # noqa: E402
+from experiments.ledger import rounded  # noqa: E402
 from jaxrl_llm import decoding, oracle  # noqa: E402
 from jaxrl_llm.objectives.policy_gradient import reinforce_loss  # noqa: E402
 from jaxrl_llm.tabular import TabularLM  # noqa: E402

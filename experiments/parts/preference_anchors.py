@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments import ledger
-from experiments._preference_curves import at, evaluate
+from experiments.parts.preference_curves import at, evaluate
 
 
 def anchored(title: str, value: float, expected: float, source: str, unit: str = "nats") -> dict[str, Any]:

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from experiments import ledger
-from experiments._expected_gradients import LM, Table, descend, expected_gradient, forward_kl, log_probs, reverse_kl
+from experiments.parts.expected_gradients import (
+    LM,
+    Table,
+    descend,
+    expected_gradient,
+    forward_kl,
+    log_probs,
+    reverse_kl,
+)
 from jaxrl_llm import oracle
 from jaxrl_llm.tabular import TabularLM
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import ledger
-from experiments._gaussian_kl import ESTIMATORS
+from experiments.parts.gaussian_kl import ESTIMATORS
 from jaxrl_llm import decoding, models, text
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import token_log_probs

@@ -1,0 +1,1 @@
+"""Parts of experiments: what one file could not hold."""
