@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm import language_model
 from jaxrl_llm.decoding.loop import Generation
@@ -22,7 +23,7 @@ def bucketed_prompts(
     prompts: Int[Array, "batch prompt"],
     prompt_mask: Bool[Array, "batch prompt"] | None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Int[np.ndarray, "batch"],
 ) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"]]:
     """The prompts and their mask, checked, and padded on the left to the next power of two (at least 16).
 
@@ -31,8 +32,7 @@ def bucketed_prompts(
     prompts = jnp.asarray(prompts)
     prompt_mask = None if prompt_mask is None else jnp.asarray(prompt_mask)
     language_model.check_tokens(lm, prompts, prompt_mask, name="prompts")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}.")
+    row_limits(max_new_tokens, prompts.shape[0])
     if prompt_mask is None:
         prompt_mask = jnp.ones(prompts.shape, bool)
     check_room(lm, prompt_mask, max_new_tokens)
@@ -40,6 +40,54 @@ def bucketed_prompts(
     bucket = max(MIN_PROMPT_BUCKET, 1 << max(length - 1, 0).bit_length())
     padding = ((0, 0), (bucket - length, 0))
     return jnp.pad(prompts.astype(jnp.int32), padding), jnp.pad(prompt_mask, padding)
+
+
+def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.ndarray, "batch"]:
+    """How many new tokens each row may have: a host array, since programs are compiled for the longest."""
+    if not is_concrete(max_new_tokens):
+        raise ValueError("max_new_tokens decides shapes: it must be a number or a concrete array, but is traced.")
+    limits = np.asarray(max_new_tokens)
+    if not np.issubdtype(limits.dtype, np.integer) or limits.shape not in ((), (batch,)):
+        raise ValueError(
+            f"max_new_tokens must be an integer, or one for each of {batch} rows, but is {max_new_tokens}."
+        )
+    if limits.min(initial=1) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, but is {limits.min()}.")
+    return np.broadcast_to(limits, (batch,)).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: log p_u + scale (log p − log p_u), p_u the law after the second prompt.
+
+    A scale of 1 is plain generation, above 1 moves away from what would follow the second prompt anyway. The new tokens
+    are fed to both.
+    """
+
+    prompts: Int[Array, "batch unguided"]
+    scale: float | Float[Array, ""]
+    prompt_mask: Bool[Array, "batch unguided"] | None = None
+
+
+def with_guidance(
+    lm: LanguageModel,
+    prompts: Int[Array, "batch bucket"],
+    prompt_mask: Bool[Array, "batch bucket"],
+    guidance: Guidance,
+    *,
+    max_new_tokens: Int[np.ndarray, "batch"],
+) -> tuple[Int[Array, "rows bucket"], Bool[Array, "rows bucket"], Float[Array, ""]]:
+    """The prompts, then those of the unguided rows, of one bucket; and the scale."""
+    if jnp.shape(guidance.prompts)[:1] != prompts.shape[:1]:
+        raise ValueError(f"guidance needs a second prompt for each of {prompts.shape[0]} rows.")
+    scale = jnp.asarray(guidance.scale, jnp.float32)
+    if scale.ndim or (is_concrete(scale) and not jnp.isfinite(scale)):
+        raise ValueError(f"the guidance scale must be one finite number, but is {guidance.scale}.")
+    others = bucketed_prompts(lm, guidance.prompts, guidance.prompt_mask, max_new_tokens=max_new_tokens)
+    bucket = max(prompts.shape[1], others[0].shape[1])
+    pairs = zip((prompts, prompt_mask), others, strict=True)
+    left = [[jnp.pad(each, ((0, 0), (bucket - each.shape[1], 0))) for each in pair] for pair in pairs]
+    return jnp.concatenate(left[0]), jnp.concatenate(left[1]), scale
 
 
 def eos_array(eos_id: int | Sequence[int] | Int[Array, "*eos"] | None) -> Int[Array, "eos"]:
@@ -50,16 +98,20 @@ def eos_array(eos_id: int | Sequence[int] | Int[Array, "*eos"] | None) -> Int[Ar
     return ids.astype(jnp.int32)
 
 
-def check_room(lm: LanguageModel, prompt_mask: Bool[Array, "batch prompt"], max_new_tokens: int) -> None:
+def check_room(
+    lm: LanguageModel, prompt_mask: Bool[Array, "batch prompt"], max_new_tokens: int | Int[np.ndarray, "batch"]
+) -> None:
     """Raise if a prompt is too short for the model, or too long for its context, where that can be known."""
     if not is_concrete(prompt_mask) or prompt_mask.shape[0] == 0:
         return
     lengths = np.asarray(prompt_mask).sum(axis=1)
     if lengths.min() < lm.min_prompt_length:
         raise ValueError(f"prompt {lengths.argmin()} is empty: this model needs at least one token to start from.")
-    if lengths.max() + max_new_tokens > lm.max_length:
+    totals = lengths + max_new_tokens
+    if totals.max() > lm.max_length:
+        row = totals.argmax()
         raise ValueError(
-            f"prompt {lengths.argmax()} has {lengths.max()} tokens, and {max_new_tokens} new ones do not fit "
+            f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
             f"with it in the model's context of {lm.max_length}."
         )
 

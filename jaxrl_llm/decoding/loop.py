@@ -12,10 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm import language_model
 from jaxrl_llm.decoding import sampling
-from jaxrl_llm.decoding.transforms import Transform
+from jaxrl_llm.decoding.stopping import StopStrings
+from jaxrl_llm.decoding.transforms import base as context
+from jaxrl_llm.decoding.transforms.base import Context, Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.objectives.numerics import wide
+from jaxrl_llm.objectives.numerics import log_softmax, wide
 
 BLOCK = 8  # steps between two looks at whether all rows have ended
 
@@ -43,6 +45,9 @@ class Rules:
     keys: Key[Array, "batch"] | None  # None: greedy
     eos_ids: Int[Array, "eos"]
     pad_id: Int[Array, ""]
+    limits: Int[Array, "batch"]  # new tokens that each row may have
+    stop: StopStrings | None = None
+    guidance_scale: Float[Array, ""] | None = None  # the second half of the model's rows are then the unguided ones
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +60,8 @@ class State:
     fed: Bool[Array, "batch"]  # whether that token will count in the cache
     done: Bool[Array, "batch"]
     time: Int[Array, ""]  # tokens emitted so far
+    context: Context  # what the transform has to know
+    stop: Int[Array, "batch"] | None  # how far each row is into a stop string
 
 
 def prefill(
@@ -66,14 +73,27 @@ def prefill(
     *,
     num_slots: int,
 ) -> tuple[State, Generation]:
-    """Read the prompts in one call, unembed their last tokens, and choose the first token of each row."""
-    batch, length = prompts.shape
-    cache = lm.init_cache(batch, num_slots, dtype=language_model.params_dtype(params))
+    """Read the prompts in one call, unembed their last tokens, and choose the first token of each row.
+
+    With guidance the prompts of the second half of the batch are those of the unguided rows.
+    """
+    length, batch = prompts.shape[1], rules.limits.shape[0]
+    cache = lm.init_cache(prompts.shape[0], num_slots, dtype=language_model.params_dtype(params))
     hidden, cache = lm.hidden(params, prompts, cache, mask=prompt_mask)
     last = jnp.where(prompt_mask, jnp.arange(length), 0).max(axis=1)  # of an empty prompt: any place, all are its root
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    time, done = jnp.zeros((), jnp.int32), jnp.zeros(batch, bool)
-    return _emit(rules, lm.logits(params, hidden), cache, time, done)
+    start = State(
+        cache=cache,
+        token=jnp.zeros(batch, jnp.int32),
+        fed=jnp.zeros(batch, bool),
+        done=jnp.zeros(batch, bool),
+        time=jnp.zeros((), jnp.int32),
+        context=context.begin(
+            rules.transform, prompts[:batch], prompt_mask[:batch], rules.limits, num_slots=num_slots + 1
+        ),
+        stop=None if rules.stop is None else rules.stop.start(batch),
+    )
+    return _emit(rules, lm.logits(params, hidden), start)
 
 
 def advance(
@@ -85,8 +105,10 @@ def advance(
     """
 
     def step(state: State, _: None) -> tuple[State, Generation]:
-        hidden, cache = lm.hidden(params, state.token[:, None], state.cache, mask=state.fed[:, None])
-        return _emit(rules, lm.logits(params, hidden[:, 0]), cache, state.time, state.done)
+        copies = 1 if rules.guidance_scale is None else 2
+        token, fed = jnp.tile(state.token, copies), jnp.tile(state.fed, copies)
+        hidden, cache = lm.hidden(params, token[:, None], state.cache, mask=fed[:, None])
+        return _emit(rules, lm.logits(params, hidden[:, 0]), dataclasses.replace(state, cache=cache))
 
     block = math.gcd(num_steps, BLOCK)
     emitted = jax.tree.map(
@@ -108,24 +130,45 @@ def advance(
     return state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), emitted)
 
 
-def _emit(
-    rules: Rules, logits: Float[Array, "batch vocab"], cache: Cache, time: Int[Array, ""], done: Bool[Array, "batch"]
-) -> tuple[State, Generation]:
+def _emit(rules: Rules, logits: Float[Array, "rows vocab"], state: State) -> tuple[State, Generation]:
     """Choose the next token of each row that has not ended, and say how probable it was."""
-    logits = wide(logits)
-    warped = logits if rules.transform is None else rules.transform(logits)
+    logits, guided = _guide(wide(logits), rules.guidance_scale)
+    warped = context.warp(rules.transform, guided, state.context)
     if rules.keys is None:
         token = sampling.greedy(warped)
         logp_sampler = jnp.zeros_like(logits[:, 0])
     else:
-        token = sampling.sample(jax.vmap(lambda key: jax.random.fold_in(key, time))(rules.keys), warped)
+        token = sampling.sample(jax.vmap(lambda key: jax.random.fold_in(key, state.time))(rules.keys), warped)
         logp_sampler = token_log_probs(warped, token)
-    alive = ~done
+    alive = ~state.done
     emitted = Generation(
         tokens=jnp.where(alive, token, rules.pad_id),
         mask=alive,
         logp=jnp.where(alive, token_log_probs(logits, token), 0),
         logp_sampler=jnp.where(alive, logp_sampler, 0),
     )
-    done |= (token[:, None] == rules.eos_ids).any(axis=1)
-    return State(cache, emitted.tokens, alive, done, time + 1), emitted
+    time = state.time + 1
+    done = state.done | (token[:, None] == rules.eos_ids).any(axis=1) | (time >= rules.limits)
+    stop = state.stop
+    if stop is not None:
+        stop = jnp.where(alive, rules.stop.advance(stop, token), stop)
+        done |= rules.stop.reached(stop)
+    after = context.remember(rules.transform, state.context, guided, token, alive)
+    return State(state.cache, emitted.tokens, alive, done, time, after, stop), emitted
+
+
+def _guide(
+    logits: Float[Array, "rows vocab"], scale: Float[Array, ""] | None
+) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch vocab"]]:
+    """The model's own logits of each row, and those that guidance makes of them and of the unguided row's.
+
+    log p_u + s (log p − log p_u)              (Ho and Salimans 2022; Sanchez et al. 2023, eq. 7)
+    """
+    if scale is None:
+        return logits, logits
+    own, unguided = jnp.split(logits, 2)
+    log_probs, base = log_softmax(own), log_softmax(unguided)
+    # A token that either excludes is excluded: −inf has no multiples.
+    possible = (log_probs > -jnp.inf) & (base > -jnp.inf)
+    guided = jnp.where(possible, base, 0) + scale * (jnp.where(possible, log_probs, 0) - jnp.where(possible, base, 0))
+    return own, jnp.where(possible, guided, -jnp.inf)

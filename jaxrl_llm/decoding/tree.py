@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxrl_llm import language_model
 from jaxrl_llm.decoding import checks, sampling
 from jaxrl_llm.decoding.transforms import Transform
+from jaxrl_llm.decoding.transforms.base import require_stateless
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.objectives.numerics import is_concrete, wide
 
@@ -133,6 +134,7 @@ def search_tree(
     if isinstance(select, str) and select != "best":
         raise ValueError(f'select must be "best" or a transform, but is {select!r}.')
     transform = None if isinstance(select, str) else select
+    require_stateless(transform, decoder="search_tree")
     if transform is not None:
         key = checks.row_keys(key, 1)[0]
     prompts, mask = checks.bucketed_prompts(lm, prompt[None], None, max_new_tokens=depth)

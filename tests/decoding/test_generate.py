@@ -433,7 +433,7 @@ def test_nothing_is_computed_once_all_rows_have_ended_or_have_enough(starts, max
 
 def test_the_cache_counts_the_tokens_of_a_row_up_to_its_end_and_no_padding_after_it():
     params, prompts = {"none": jnp.zeros(())}, jnp.asarray([[97, 0], [0, 90]])
-    rules = loop.Rules(None, None, jnp.asarray([99]), jnp.asarray(0))
+    rules = loop.Rules(None, None, jnp.asarray([99]), jnp.asarray(0), jnp.full(2, 99))
 
     @jax.jit
     def run(mask):
