@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.objectives import kl, rlhf
 from jaxrl_llm.objectives.logprobs import token_log_probs
+from jaxrl_llm.objectives.numerics import check_knob, checked, violated
 from jaxrl_llm.tabular import TabularLM
 
 MAX_SEQUENCES = 10**7
@@ -139,10 +140,10 @@ def sequence_kl(lm: TabularLM, params: Params, ref_params: Params) -> Float[Arra
 
 
 def sequence_kl_grad(lm: TabularLM, params: Params, ref_params: Params) -> Params:
-    """∇KL(π‖ref) = E_π[log(π/ref) ∇log π] in `params`."""
+    """∇KL(π‖ref) = E_π[log(π/ref) ∇log π] in `params`; 0 where the divergence is infinite, as for `kl.exact_kl`."""
     log_probs, pull_back = jax.vjp(lambda params: sequence_log_probs(lm, params), params)
-    log_ratio = kl.k1(log_probs, sequence_log_probs(lm, ref_params))
-    return pull_back(_weighted(log_probs, log_ratio))[0]
+    weights = _weighted(log_probs, kl.k1(log_probs, sequence_log_probs(lm, ref_params)))
+    return pull_back(jnp.where(jnp.isfinite(weights).all(), weights, 0))[0]
 
 
 def objective(
@@ -160,11 +161,16 @@ def objective(
     Args:
         rewards: of every sequence, in the order of `enumerate_sequences`.
         pretraining: the probability of every sequence in pretraining text; needed where gamma is not 0.
+
+    Raises:
+        ValueError: if there is not one floating reward, and one probability, for each sequence, beta or gamma is
+            negative, or the pretraining law is missing or does not sum to 1.
     """
-    _check_pretraining(gamma, pretraining)
     log_probs = sequence_log_probs(lm, params)
     value = rlhf.regularised_objective(log_probs, sequence_log_probs(lm, ref_params), rewards, beta=beta)
-    return value if pretraining is None else value + (pretraining * rlhf.ptx_bonus(log_probs, gamma=gamma)).sum()
+    pretraining = _checked_pretraining(log_probs, pretraining, gamma)
+    bonus = rlhf.ptx_bonus(jnp.where(pretraining > 0, log_probs, 0), gamma=gamma)
+    return value + (pretraining * bonus).sum()
 
 
 def objective_grad(
@@ -178,10 +184,10 @@ def objective_grad(
     pretraining: Float[Array, "sequences"] | None = None,
 ) -> Params:
     """∇J = E_π[(r − β log(π/ref)) ∇log π] + γ E_pretraining[∇log π] in `params`: the policy gradient, exactly."""
-    _check_pretraining(gamma, pretraining)
     log_probs, pull_back = jax.vjp(lambda params: sequence_log_probs(lm, params), params)
-    weights = _weighted(log_probs, rewards - beta * kl.k1(log_probs, sequence_log_probs(lm, ref_params)))
-    return pull_back(weights if pretraining is None else weights + gamma * pretraining)[0]
+    ref_log_probs = sequence_log_probs(lm, ref_params)
+    of_log_probs, *_ = rlhf.regularised_objective_grad(log_probs, ref_log_probs, rewards, beta=beta)
+    return pull_back(of_log_probs + gamma * _checked_pretraining(log_probs, pretraining, gamma))[0]
 
 
 def population_preferences(
@@ -192,7 +198,13 @@ def population_preferences(
         P(chosen = i, rejected = j) = 2 p_i p_j σ(r_i − r_j)
 
     Two answers are drawn independently from the law `log_probs`, then one is preferred. All entries sum to 1.
+
+    Raises:
+        ValueError: if the two are not floating and of one shape [sequences].
     """
+    log_probs, rewards = checked(log_probs=log_probs, rewards=rewards)
+    if log_probs.ndim != 1:
+        raise ValueError(f"log_probs must be [sequences], but has the shape {list(log_probs.shape)}.")
     probs = jnp.exp(log_probs)
     return 2 * probs[:, None] * probs * jax.nn.sigmoid(rewards[:, None] - rewards)
 
@@ -205,9 +217,17 @@ def _digits(base: int, places: int) -> Int[Array, "rows places"]:
     return (jnp.arange(total)[:, None] // place_values % base).astype(jnp.int32)
 
 
-def _check_pretraining(gamma: float, pretraining: Array | None) -> None:
-    if pretraining is None and not (isinstance(gamma, float | int) and gamma == 0):
-        raise ValueError(f"gamma is {gamma}: the pretraining law must be given too.")
+def _checked_pretraining(log_probs: Array, pretraining: Array | None, gamma: float) -> Float[Array, "sequences"]:
+    """The pretraining law, all 0 if there is none and gamma is 0."""
+    check_knob(0, gamma=gamma)
+    if pretraining is None:
+        if not (isinstance(gamma, float | int) and gamma == 0):
+            raise ValueError(f"gamma is {gamma}: the pretraining law must be given too.")
+        return jnp.zeros_like(log_probs)
+    _, pretraining = checked(log_probs=log_probs, pretraining=pretraining)
+    if violated((pretraining >= 0) & (jnp.abs(pretraining.sum() - 1) < 1e-4)):
+        raise ValueError(f"pretraining must be probabilities that sum to 1, but they sum to {pretraining.sum()}.")
+    return pretraining
 
 
 def _kl(log_probs: Array, log_probs_other: Array) -> Array:

@@ -136,6 +136,8 @@ def odds(chosen: Array, rejected: Array, beta: float, nll_weight: float) -> tupl
     chosen, rejected = checked(logp_policy_chosen=chosen, logp_policy_rejected=rejected)
     check_knob(0, open_low=True, beta=beta)
     check_knob(0, nll_weight=nll_weight)
+    if violated((jnp.maximum(chosen, rejected) <= 0) | jnp.isnan(chosen + rejected)):
+        raise ValueError("log-probabilities must not be positive: orpo takes averages over tokens, in nats.")
     chosen, rejected = finite_gradient(chosen), finite_gradient(rejected)
     return chosen, rejected, log_ratio(log_odds(chosen), log_odds(rejected))
 

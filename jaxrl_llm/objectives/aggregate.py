@@ -35,7 +35,8 @@ def aggregate(
         normaliser: tokens per row, for "constant" alone.
         axis_name: the mapped axis, or axes, over which the batch is split under `shard_map` or `pmap`: sums and counts
             are added up over all shards before they are divided, so that every shard returns the global value. Under
-            `jit` with sharded arrays none is needed.
+            `jit` with sharded arrays none is needed. (Differentiate the mapped function as a whole, or inside it with
+            `check_vma=True`, jax's default: without it jax adds the cotangents of all shards up.)
 
     Raises:
         ValueError: if per_token is not floating [batch, time], the mask does not match, the mode is unknown, or

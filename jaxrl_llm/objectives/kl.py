@@ -60,7 +60,7 @@ def k1_grad(
     logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Closed-form gradient of `k1`: (1, −1)."""
-    one = jnp.ones_like(k1(logp_policy, logp_ref))
+    one = jnp.where(jnp.isfinite(k1(logp_policy, logp_ref)), 1.0, 0.0)
     return one, -one
 
 
@@ -85,7 +85,8 @@ def k2_grad(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Closed-form gradient of `k2`: (d, −d)."""
     d = k1(logp_policy, logp_ref)
-    return d, -d
+    slope = jnp.where(jnp.isfinite(d), d, 0)
+    return slope, -slope
 
 
 def k3(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -115,7 +116,8 @@ def k3_grad(
     logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Closed-form gradient of `k3`: (1 − r, r − 1)."""
-    slope = -exp_minus_one(-k1(logp_policy, logp_ref))
+    d = k1(logp_policy, logp_ref)
+    slope = jnp.where(jnp.isfinite(d), -exp_minus_one(-d), 0)
     return slope, -slope
 
 

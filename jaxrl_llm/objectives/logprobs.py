@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -25,7 +27,7 @@ def token_log_probs(
         ValueError: if the shapes do not match, the dtypes are not floating and integer, or a token is outside the
             vocabulary. (Under `jit` tokens cannot be read: there such a token has the log-probability NaN.)
     """
-    logits = floating("logits", logits, ndim=1)
+    logits, tokens = floating("logits", logits, ndim=1), jnp.asarray(tokens)
     outside = _outside(tokens, logits.shape[-1], logits.shape[:-1], of="logits without the vocabulary")
     empty = (logits == -jnp.inf).all(axis=-1)
     logits = jnp.where(empty[..., None], 0, logits)  # inside, so that the gradient is finite too
@@ -38,7 +40,7 @@ def token_log_probs_grad(
     logits: Float[Array, "*batch time vocab"], tokens: Int[Array, "*batch time"]
 ) -> tuple[Float[Array, "*batch time vocab"]]:
     """Closed-form gradient of `token_log_probs` with respect to the logits: 1[v = y] − p_v."""
-    logits = floating("logits", logits, ndim=1)
+    logits, tokens = floating("logits", logits, ndim=1), jnp.asarray(tokens)
     outside = _outside(tokens, logits.shape[-1], logits.shape[:-1], of="logits without the vocabulary")
     chosen = jnp.arange(logits.shape[-1]) == tokens[..., None]
     unusable = outside | (logits == -jnp.inf).all(axis=-1)
@@ -60,7 +62,8 @@ def sequence_log_prob(
     Raises:
         ValueError: as `token_log_probs`, or if the mask does not match.
     """
-    mask = checked_mask(mask, jnp.shape(tokens), of="tokens")
+    tokens = jnp.asarray(tokens)
+    mask = checked_mask(mask, tokens.shape, of="tokens")
     per_token = token_log_probs(logits, jnp.where(mask, tokens, 0))
     return jnp.where(mask, per_token, 0).sum(axis=-1)
 
@@ -71,7 +74,8 @@ def sequence_log_prob_grad(
     mask: Bool[Array, "*batch time"] | None = None,
 ) -> tuple[Float[Array, "*batch time vocab"]]:
     """Closed-form gradient of `sequence_log_prob` with respect to the logits: mask_t (1[v = y_t] − p_tv)."""
-    mask = checked_mask(mask, jnp.shape(tokens), of="tokens")
+    tokens = jnp.asarray(tokens)
+    mask = checked_mask(mask, tokens.shape, of="tokens")
     (per_token,) = token_log_probs_grad(logits, jnp.where(mask, tokens, 0))
     return (jnp.where(mask[..., None], per_token, 0),)
 
@@ -90,7 +94,10 @@ def fused_token_log_probs(
     put on `hidden`.
 
     Args:
-        chunk_size: tokens of the vocabulary at once; by default as many as make a chunk of 4 MiB. A Python int.
+        chunk_size: tokens of the vocabulary at once; by default as many as make a chunk of 4 MiB. An integer, static.
+
+    Hidden states must be finite, also where a mask follows: 0 · NaN would reach the unembedding's gradient. Only reverse
+    mode is defined.
 
     Raises:
         ValueError: if the shapes do not match, the dtypes are not floating and integer, or a token is outside the
@@ -116,7 +123,7 @@ def fused_token_log_probs_grad(
     log_probs, residuals = fused.forward(*flat, size)
     used = jnp.where(outside.reshape(-1), 0, jnp.ones_like(log_probs))
     of_hidden, of_unembedding = fused.gradients(*residuals, used, size)
-    return of_hidden.reshape(hidden.shape), of_unembedding
+    return of_hidden.reshape(jnp.shape(hidden)), of_unembedding
 
 
 def _fused_inputs(hidden: Array, unembedding: Array, tokens: Array, chunk_size: int | None) -> tuple:
@@ -126,9 +133,9 @@ def _fused_inputs(hidden: Array, unembedding: Array, tokens: Array, chunk_size: 
     if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[-1]:
         raise ValueError(f"unembedding must be [vocab, {hidden.shape[-1]}], but is {list(unembedding.shape)}.")
     outside = _outside(tokens, unembedding.shape[0], hidden.shape[:-1], of="hidden without the width")
-    size = fused.chunk_size_for(tokens.size, unembedding.shape[0]) if chunk_size is None else chunk_size
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"chunk_size must be an int of at least 1, but is {size!r}.")
+    size = fused.chunk_size_for(tokens.size, unembedding.shape[0]) if chunk_size is None else operator.index(chunk_size)
+    if size < 1:
+        raise ValueError(f"chunk_size must be at least 1, but is {size}.")
     rows = jnp.where(outside, 0, tokens).reshape(-1)
     return (hidden.reshape(-1, hidden.shape[-1]), unembedding, rows), min(size, unembedding.shape[0]), outside
 

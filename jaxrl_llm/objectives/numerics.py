@@ -85,10 +85,13 @@ def checked_mask(mask: Array | None, shape: tuple[int, ...], *, of: str) -> Bool
 def check_knob(
     low: float = -jnp.inf, high: float = jnp.inf, *, open_low: bool = False, open_high: bool = False, **knobs: Any
 ) -> None:
-    """Raise ValueError if a named knob lies outside [low, high], whose `open_` end is excluded; traced ones pass."""
+    """Raise ValueError if a named knob lies outside [low, high], whose `open_` end is excluded, as infinity always is.
+
+    A traced knob is not known, and passes: outside its range the result is not finite, or as it may be.
+    """
     for name, value in knobs.items():
         above = value > low if open_low else value >= low
-        below = value < high if open_high else value <= high
+        below = value < high if open_high or high == jnp.inf else value <= high
         if violated(above & below):
             interval = f"{'(' if open_low or low == -jnp.inf else '['}{low}, {high}"
             raise ValueError(

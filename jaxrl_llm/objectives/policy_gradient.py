@@ -5,9 +5,9 @@ Only the first argument carries a gradient; advantages and the log-probabilities
 is sampled is sampled from `logp_old`, the policy before this round of updates, or from `logp_sampler`, the law that
 really drew the tokens, which differs from it in precision, in kernels, or by warping (temperature, top-p).
 
-The ratio ρ = π(y)/π_old(y) is held at e^80 (float64: e^700), and so stays finite. A log-ratio or advantage that is not
-finite passes its value on, so that it is seen, but no gradient: behind a mask it is harmless. A weight of 0 makes 0 of
-a log-probability of `-inf`.
+The ratio ρ = π(y)/π_old(y) is held at e^80 (float64: e^700), and ρA at a thousandth of the largest number, so that both
+stay finite. A log-ratio that is not finite carries no gradient: behind a mask it is harmless. A NaN is seen in the
+value; a ratio of 0 or infinity is clipped like any other. A weight of 0 makes 0 of a log-probability of `-inf`.
 """
 
 from __future__ import annotations
@@ -334,9 +334,15 @@ def _weighted(weight: Array, array: Array) -> Array:
     return jnp.where(jnp.isfinite(weight), _finite_or_zero(weight) * array, stop_gradient(weight * array))
 
 
+def _ratio(d: Array, advantages: Array) -> Array:
+    """e^d, held where e^d |A| would leave the range; its own derivative there too."""
+    most = jnp.log(jnp.finfo(d.dtype).max) - 7 - jnp.log(jnp.maximum(jnp.abs(_finite_or_zero(advantages)), 1))
+    return bounded_exp(d - stop_gradient(jnp.maximum(d - most, 0)))
+
+
 def _surrogate(d: Array, advantages: Array, *clips: float | None) -> Array:
     """−min(ρA, clip(ρ)A), dual-clipped, with ρ = e^d: A times the ratio, or the bound that the ratio has crossed."""
-    ratio = bounded_exp(d)
+    ratio = _ratio(d, advantages)
     low, high = _interval(advantages, *clips)
     held = stop_gradient(jnp.clip(ratio, low, high))
     return _weighted(-advantages, jnp.where((ratio < low) | (ratio > high), held, ratio))
@@ -344,7 +350,7 @@ def _surrogate(d: Array, advantages: Array, *clips: float | None) -> Array:
 
 def _surrogate_slope(d: Array, advantages: Array, *clips: float | None) -> Array:
     """The derivative of `_surrogate` with respect to d: −ρA, and 0 where the ratio has crossed a bound."""
-    ratio = bounded_exp(d)
+    ratio = _ratio(d, advantages)
     low, high = _interval(advantages, *clips)
     crossed = (ratio < low) | (ratio > high)
     return jnp.where(crossed | ~jnp.isfinite(d), 0, -ratio * _finite_or_zero(advantages))

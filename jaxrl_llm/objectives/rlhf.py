@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl_llm.objectives.numerics import check_knob, checked, log_ratio, log_softmax, violated
+from jaxrl_llm.objectives.numerics import check_knob, checked, finite_gradient, log_ratio, log_softmax, violated
 
 
 def regularised_objective(
@@ -37,7 +37,9 @@ def regularised_objective(
         ValueError: if the shapes differ, a dtype is not floating, or beta is negative.
     """
     probs, gain, _ = _gain(log_probs, ref_log_probs, rewards, beta)
-    return (probs * gain).sum(axis=-1)
+    finite = jnp.isfinite(gain)
+    value = (probs * jnp.where(finite, gain, 0)).sum(axis=-1)
+    return value + jax.lax.stop_gradient(jnp.where(finite, 0, gain).sum(axis=-1))  # what is not finite is seen
 
 
 def regularised_objective_grad(
@@ -49,7 +51,8 @@ def regularised_objective_grad(
 ) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"], Float[Array, "... outcome"]]:
     """Closed-form gradient of `regularised_objective`: (π (r − β log(π/ref) − β), β π, π)."""
     probs, gain, beta = _gain(log_probs, ref_log_probs, rewards, beta)
-    return probs * (gain - beta), beta * probs, probs
+    finite = jnp.isfinite(gain)
+    return jnp.where(finite, probs * (gain - beta), 0), jnp.where(finite, beta * probs, 0), jnp.where(finite, probs, 0)
 
 
 def ptx_bonus(logp_policy: Float[Array, "..."], *, gamma: float) -> Float[Array, "..."]:
@@ -62,7 +65,7 @@ def ptx_bonus(logp_policy: Float[Array, "..."], *, gamma: float) -> Float[Array,
     """
     (logp_policy,) = checked(logp_policy=logp_policy)
     check_knob(0, gamma=gamma)
-    return gamma * logp_policy
+    return jnp.where(gamma == 0, 0, gamma * logp_policy)
 
 
 def ptx_bonus_grad(logp_policy: Float[Array, "..."], *, gamma: float) -> tuple[Float[Array, "..."]]:
@@ -89,9 +92,11 @@ def gibbs_optimum(
 def gibbs_optimum_grad(
     ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
 ) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"]]:
-    """Closed-form gradient of the sum of `gibbs_optimum` over N outcomes: (1 − N π*, (1 − N π*)/β)."""
-    optimum = jnp.exp(gibbs_optimum(ref_log_probs, rewards, beta=beta))
-    slope = 1 - optimum.shape[-1] * optimum
+    """Closed-form gradient of the sum of `gibbs_optimum` over its N possible outcomes: (1 − N π*, (1 − N π*)/β)."""
+    log_optimum = gibbs_optimum(ref_log_probs, rewards, beta=beta)
+    slope = jnp.where(
+        log_optimum > -jnp.inf, 1 - (log_optimum > -jnp.inf).sum(-1, keepdims=True) * jnp.exp(log_optimum), 0
+    )
     return slope, slope / beta
 
 
@@ -103,7 +108,9 @@ def optimal_value(
     Raises:
         ValueError: as `gibbs_optimum`.
     """
-    return beta * jax.nn.logsumexp(_tilted(ref_log_probs, rewards, beta), axis=-1)
+    tilted = _tilted(ref_log_probs, rewards, beta)
+    empty = (tilted == -jnp.inf).all(axis=-1)
+    return jnp.where(empty, -jnp.inf, beta * jax.nn.logsumexp(jnp.where(empty[..., None], 0, tilted), axis=-1))
 
 
 def optimal_value_grad(
@@ -124,16 +131,21 @@ def best_of_n(
     Ties among the draws are broken at random. For outcomes of distinct rewards this is F(y)^n − F(y^−)^n.
 
     Raises:
-        ValueError: if the shapes differ, a dtype is not floating, or n is below 1.
+        ValueError: if the shapes differ, a dtype is not floating, n is no integer or below 1, or a reward is not finite
+            where the reference has mass. (Under `jit` a NaN reward makes all of the law NaN.)
     """
     ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
     check_knob(1, n=n)
+    if not jnp.issubdtype(jnp.result_type(n), jnp.integer):
+        raise ValueError(f"n must be an integer, but is {n}.")
+    rewards = _rewards_where_possible(ref_log_probs, rewards)
     below, level, above = _masses(jnp.exp(ref_log_probs), rewards)
-    # F^n − (F^−)^n through logarithms, each from the smaller of the masses on its two sides.
+    # F^n − (F^−)^n = F^n (1 − (1 − level/F)^n), through logarithms, log F from the smaller of the masses on its sides.
     log_at = jnp.where(above < 0.5, jnp.log1p(-above), jnp.log(below + level))
-    log_below = jnp.where(above + level < 0.5, jnp.log1p(-above - level), jnp.log(below))
-    step = jnp.where(log_below == -jnp.inf, -jnp.inf, n * (log_below - log_at))
-    return ref_log_probs - jnp.log(jnp.where(level > 0, level, 1)) + n * log_at + jnp.log(-jnp.expm1(step))
+    share = level / jnp.where(below + level > 0, below + level, 1)
+    won = jnp.log(-jnp.expm1(n * jnp.log1p(-jnp.minimum(share, 1))))
+    log_probs = ref_log_probs - jnp.log(jnp.where(level > 0, level, 1)) + n * log_at + won
+    return jnp.where(jnp.isnan(rewards).any(axis=-1, keepdims=True), jnp.nan, log_probs)
 
 
 def best_of_n_kl_bound(n: Float[Array, "..."] | int) -> Float[Array, "..."]:
@@ -155,25 +167,33 @@ def _gain(log_probs: Array, ref_log_probs: Array, rewards: Array, beta: float) -
     log_probs, ref_log_probs, rewards = checked(log_probs=log_probs, ref_log_probs=ref_log_probs, rewards=rewards)
     check_knob(0, beta=beta)
     possible = log_probs > -jnp.inf
-    gain = rewards - beta * log_ratio(jnp.where(possible, log_probs, 0), jnp.where(possible, ref_log_probs, 0))
-    return jnp.exp(log_probs), jnp.where(possible, gain, 0), jnp.asarray(beta, log_probs.dtype)
+    beta = jnp.asarray(beta, log_probs.dtype)
+    d = log_ratio(jnp.where(possible, log_probs, 0), jnp.where(possible, ref_log_probs, 0))
+    price = jnp.where(beta > 0, beta * d, 0)  # without a price an infinite divergence costs nothing
+    return jnp.exp(log_probs), jnp.where(possible, finite_gradient(rewards - price), 0), beta
 
 
 def _tilted(ref_log_probs: Array, rewards: Array, beta: float) -> Array:
     ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
     check_knob(0, open_low=True, beta=beta)
+    return ref_log_probs + _rewards_where_possible(ref_log_probs, rewards) / beta
+
+
+def _rewards_where_possible(ref_log_probs: Array, rewards: Array) -> Array:
+    """The rewards, 0 where the reference excludes an outcome; the others must be finite."""
     rewards = jnp.where(ref_log_probs > -jnp.inf, rewards, 0)
     if violated(jnp.isfinite(rewards)):
         raise ValueError("rewards must be finite wherever the reference has mass, but one is infinite or NaN.")
-    return ref_log_probs + rewards / beta
+    return rewards
 
 
 @functools.partial(jnp.vectorize, signature="(n),(n)->(n),(n),(n)")
 def _masses(probs: Array, rewards: Array) -> tuple[Array, Array, Array]:
-    """The mass of the outcomes with a smaller, an equal and a larger reward than each."""
+    """The mass of the outcomes with a smaller, an equal and a larger reward than each; none of them a difference."""
     order = jnp.argsort(rewards)
-    ordered, zero = rewards[order], jnp.zeros(1, probs.dtype)
-    up_to = jnp.concatenate([zero, jnp.cumsum(probs[order])])
-    from_there = jnp.concatenate([jnp.cumsum(probs[order][::-1])[::-1], zero])
+    ordered, sorted_probs, zero = rewards[order], probs[order], jnp.zeros(1, probs.dtype)
+    up_to = jnp.concatenate([zero, jnp.cumsum(sorted_probs)])
+    from_there = jnp.concatenate([jnp.cumsum(sorted_probs[::-1])[::-1], zero])
     first, after = (jnp.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))
-    return up_to[first], up_to[after] - up_to[first], from_there[after]
+    level = jax.ops.segment_sum(probs, first, probs.size)  # outcomes of one reward share their first place
+    return up_to[first], level[first], from_there[after]

@@ -207,7 +207,7 @@ def largest_array(jaxpr):
     [
         ((2, 3, 4), (9, 5), (2, 3), {}, r"unembedding must be \[vocab, 4\], but is \[9, 5\]"),
         ((2, 3, 4), (9, 4), (3, 2), {}, r"tokens must have the shape of hidden without the width, \[2, 3\]"),
-        ((2, 3, 4), (9, 4), (2, 3), {"chunk_size": 0}, "chunk_size must be an int of at least 1, but is 0"),
+        ((2, 3, 4), (9, 4), (2, 3), {"chunk_size": 0}, "chunk_size must be at least 1, but is 0"),
     ],
 )
 def test_fused_bad_input_is_named(hidden, unembedding, tokens, knobs, message):

@@ -351,3 +351,11 @@ ONE = jnp.ones(2)
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_large_ratio_times_a_large_advantage_stays_finite_and_points_the_right_way():
+    given = jnp.zeros(1), jnp.full(1, -80.0), jnp.full(1, -1e4)
+    value, slope = jax.value_and_grad(lambda *a: pg.ppo_clip_loss(*a).sum())(*given)
+    assert np.isfinite(value) and value > 1e34
+    assert np.isfinite(slope).all() and slope[0] > 1e34
+    np.testing.assert_allclose(pg.ppo_clip_loss_grad(*given)[0], slope, rtol=1e-6)

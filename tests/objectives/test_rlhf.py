@@ -101,6 +101,41 @@ def test_best_of_n_takes_leading_axes_and_outcomes_of_probability_zero():
     np.testing.assert_allclose(law[0], rlhf.best_of_n(REF, REWARDS, n=3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("outcomes", [3, 1000, 10000])
+def test_best_of_one_is_the_reference_however_many_outcomes(outcomes):
+    """In float32: no difference of two sums, in which a small mass would be lost."""
+    rng = np.random.default_rng(0)
+    ref = jnp.asarray(log_softmax(3 * rng.normal(size=outcomes)), jnp.float32)
+    rewards = jnp.asarray(rng.normal(size=outcomes).round(2), jnp.float32)  # with ties
+    np.testing.assert_allclose(jax.jit(rlhf.best_of_n)(ref, rewards, n=1), ref, atol=1e-5)
+    many = rlhf.best_of_n(ref, rewards, n=100)
+    assert not np.isnan(many).any()
+    np.testing.assert_allclose(np.exp(np.asarray(many, np.float64)).sum(), 1, atol=1e-4)
+
+
+def test_a_reward_that_is_not_a_number_is_refused_or_seen():
+    ref, rewards = jnp.log(jnp.asarray([0.2, 0.8])), jnp.asarray([jnp.nan, 0.0])
+    with pytest.raises(ValueError, match="rewards must be finite"):
+        rlhf.best_of_n(ref, rewards, n=50)
+    assert np.isnan(jax.jit(rlhf.best_of_n)(ref, rewards, n=50)).all()
+    assert np.isfinite(rlhf.best_of_n(jnp.log(jnp.asarray([0.0, 1.0])), rewards, n=50)[1])
+
+
+def test_without_a_price_what_the_reference_excludes_is_free_and_with_one_it_is_not():
+    policy, ref = jnp.log(jnp.asarray([0.5, 0.25, 0.25])), jnp.log(jnp.asarray([0.5, 0.5, 0.0]))
+    rewards = jnp.asarray([1.0, 2.0, 3.0])
+    assert rlhf.regularised_objective(policy, ref, rewards, beta=0.0) == 1.75
+    assert rlhf.regularised_objective(policy, ref, rewards, beta=0.1) == -jnp.inf
+    for beta in (0.0, 0.1):
+        found = rlhf.regularised_objective_grad(policy, ref, rewards, beta=beta)
+        expected = jax.grad(rlhf.regularised_objective, argnums=(0, 1, 2))(policy, ref, rewards, beta=beta)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert np.isfinite(expected).all()
+    found = rlhf.gibbs_optimum_grad(ref, rewards, beta=0.5)
+    expected = jax.grad(lambda *given: rlhf.gibbs_optimum(*given, beta=0.5)[:2].sum(), argnums=(0, 1))(ref, rewards)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -112,6 +147,8 @@ def test_best_of_n_takes_leading_axes_and_outcomes_of_probability_zero():
         ),
         (lambda: rlhf.gibbs_optimum(REF, REWARDS.at[1].set(jnp.nan), beta=1.0), "rewards must be finite"),
         (lambda: rlhf.best_of_n(REF, REWARDS, n=0), r"n must lie in \[1, inf\), is 0"),
+        (lambda: rlhf.best_of_n(REF, REWARDS, n=1.5), "n must be an integer, but is 1.5"),
+        (lambda: rlhf.gibbs_optimum(REF, REWARDS, beta=jnp.inf), r"beta must lie in \(0, inf\), is inf"),
         (lambda: rlhf.best_of_n_kl_bound(0), r"n must lie in \[1, inf\)"),
         (lambda: rlhf.ptx_bonus(REF, gamma=-0.1), r"gamma must lie in \[0, inf\)"),
     ],

@@ -48,6 +48,47 @@ def test_objective_is_reward_less_beta_kl_plus_gamma_pretraining():
         oracle.objective(LM, policy, ref, jnp.asarray(REWARDS), beta=0.3, gamma=2.0)
 
 
+def test_what_the_policy_excludes_from_other_texts_costs_nothing_there():
+    """0 · −inf in the pretraining term, where that law has no mass."""
+    policy, ref, *_ = laws()
+    sure = {"logits": policy["logits"].at[0, 0].set(-jnp.inf)}
+    pretraining = jnp.asarray([0.0] * 4 + [0.25] * 4)
+    knobs = {"beta": 0.3, "gamma": 1.0, "pretraining": pretraining}
+    value, slope = jax.value_and_grad(lambda x: oracle.objective(LM, x, ref, jnp.asarray(REWARDS), **knobs))(sure)
+    assert np.isfinite(value)
+    np.testing.assert_allclose(
+        slope["logits"], oracle.objective_grad(LM, sure, ref, jnp.asarray(REWARDS), **knobs)["logits"], atol=1e-12
+    )
+
+
+def test_an_infinite_divergence_has_no_gradient():
+    policy, ref, *_ = laws()
+    narrow = {"logits": ref["logits"].at[0, 0].set(-jnp.inf)}
+    assert oracle.sequence_kl(LM, policy, narrow) == jnp.inf
+    assert (oracle.sequence_kl_grad(LM, policy, narrow)["logits"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": -1.0}, "beta must lie in"),
+        ({"gamma": -1.0}, "gamma must lie in"),
+        ({"rewards": jnp.ones(1)}, "rewards must have the shape of log_probs"),
+        ({"rewards": jnp.ones(8, int)}, "rewards must be floating"),
+        ({"gamma": 1.0, "pretraining": jnp.ones(8)}, "probabilities that sum to 1, but they sum to 8"),
+        ({"gamma": 1.0, "pretraining": jnp.ones((8, 1)) / 8}, "pretraining must have the shape of log_probs"),
+    ],
+)
+def test_value_and_gradient_refuse_the_same_things(change, message):
+    policy, ref, *_ = laws()
+    given = {"rewards": jnp.asarray(REWARDS), "beta": 0.3} | change
+    for function in (oracle.objective, oracle.objective_grad):
+        with pytest.raises(ValueError, match=message):
+            function(LM, policy, ref, **given)
+    with pytest.raises(ValueError, match="rewards must"):
+        oracle.population_preferences(jnp.zeros(8), jnp.ones((8, 1)))
+
+
 def test_closed_form_gradients_are_those_of_autodiff():
     policy, ref, *_ = laws()
     pretraining = jnp.asarray(np.random.default_rng(3).dirichlet(np.ones(8)))

@@ -6,7 +6,9 @@ averaged. With the log-ratios to the reference of the chosen and the rejected re
     a = log π(y_w) − log ref(y_w),   b = log π(y_l) − log ref(y_l),   Δ = a − b,   x = βΔ,
 
 all four log-probabilities are differentiable, and a loss of Δ alone has the gradient dL/dΔ · (1, −1, −1, 1). Each loss
-is that of the same name in TRL.
+is that of the same name in TRL, with these differences: `ipo_loss` takes sums where TRL's divides by the answers'
+lengths, and the likelihood terms of ORPO and CPO are one value per pair where TRL's are means over a batch's tokens.
+A knob is one number; under `jit` its range cannot be checked.
 
 | loss | of one pair | at policy = reference | least at |
 |---|---|---|---|

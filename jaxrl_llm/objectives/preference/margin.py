@@ -201,7 +201,8 @@ def exo_loss(
 
         L = σ(βΔ) (log σ(βΔ) − log(1 − ε)) + σ(−βΔ) (log σ(−βΔ) − log ε)          (eq. 16)
 
-    It is 0 at its least, βΔ = log((1 − ε)/ε), and at most −log ε; far below it is flat, and its gradient vanishes.
+    It is 0 at its least, βΔ = log((1 − ε)/ε), and at most −log min(ε, 1 − ε); far below it is flat, and its gradient
+    vanishes.
 
     Args:
         the log-probabilities, beta: as in `dpo_loss`.

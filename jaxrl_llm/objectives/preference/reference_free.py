@@ -70,9 +70,9 @@ def orpo_loss(
         nll_weight: weight of −w; with 0 the odds ratio stands alone.
 
     Raises:
-        ValueError: as `dpo_loss`, or if `nll_weight` is negative.
+        ValueError: as `dpo_loss`, or if `nll_weight` is negative or a log-probability positive.
 
-    Source: Hong et al. 2024.
+    Source: Hong et al. 2024. (TRL's −w is an average over the batch's tokens, the prompt's among them.)
     """
     w, _, margin = odds(logp_policy_chosen, logp_policy_rejected, beta, nll_weight)
     return times(nll_weight, -w) + beta * logistic(margin, 0.0)
@@ -133,4 +133,4 @@ def cpo_loss_grad(
     margin = difference(logp_policy_chosen, logp_policy_rejected, beta)
     check_knob(0, nll_weight=nll_weight)
     of_chosen, of_rejected, *_ = of_margin(margin, beta * logistic_slope(beta * margin, label_smoothing))
-    return jnp.where(jnp.isfinite(logp_policy_chosen), of_chosen - nll_weight, 0), of_rejected
+    return jnp.where(jnp.isfinite(jnp.asarray(logp_policy_chosen)), of_chosen - nll_weight, 0), of_rejected
