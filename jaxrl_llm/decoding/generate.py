@@ -116,7 +116,7 @@ def _request(
 ) -> tuple[tuple[Array, Array], Rules, int]:
     """What was asked for, checked: the bucketed prompts with their mask, the rules, the most tokens of a row."""
     prompts = jnp.asarray(prompts)
-    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1)
+    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1, transform)
     longest = int(np.max(max_new_tokens, initial=1))
     prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
     batch = prompts.shape[0]

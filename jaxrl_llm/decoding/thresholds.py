@@ -1,4 +1,4 @@
-"""Where a filter cuts: the k-th largest logit, or the smallest of the nucleus, without sorting the vocabulary.
+"""Where a filter cuts: the k-th largest logit, or the last score that fills a mass, without sorting the vocabulary.
 
 A short sorted head answers most calls; where it does not reach, the threshold is found by bisection on the bits of the
 floats, which is exact. A row's answer never depends on the other rows.
@@ -35,17 +35,38 @@ def top_k(logits: Float[Array, "*batch vocab"], k: Int[Array, "*#batch"] | int) 
 def top_p(logits: Float[Array, "*batch vocab"], p: Float[Array, "*#batch"] | float) -> Float[Array, "*batch"]:
     """The largest threshold with Σ softmax(logits)[logits ≥ threshold] ≥ p in each row (−inf if p = 1)."""
     logits = wide(logits)
-    p = jnp.broadcast_to(jnp.asarray(p, logits.dtype), logits.shape[:-1])
     head = _head(logits)
     highest = logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp(logits - highest)
+    return _fill(logits, jnp.exp(logits - highest), p, head, jnp.exp(head - highest))
+
+
+def by_mass(
+    scores: Float[Array, "*batch vocab"], weights: Float[Array, "*batch vocab"], p: Float[Array, "*#batch"] | float
+) -> Float[Array, "*batch"]:
+    """The largest threshold with Σ weights[scores ≥ threshold] ≥ p Σ weights in each row (−inf if p = 1).
+
+    As `top_p`, where the order in which tokens fill the mass is not that of their probabilities.
+    """
+    scores, weights = wide(scores), wide(weights)
+    head, places = jax.lax.optimization_barrier(jax.lax.top_k(scores, min(HEAD, scores.shape[-1])))
+    return _fill(scores, weights, p, head, jnp.take_along_axis(weights, places, axis=-1))
+
+
+def _fill(
+    scores: Float[Array, "*batch vocab"],
+    weights: Float[Array, "*batch vocab"],
+    p: Float[Array, "*#batch"] | float,
+    head: Float[Array, "*batch head"],
+    head_weights: Float[Array, "*batch head"],
+) -> Float[Array, "*batch"]:
+    """`by_mass`, given the largest scores in descending order and their weights."""
+    p = jnp.broadcast_to(jnp.asarray(p, weights.dtype), weights.shape[:-1])
     needed = p * weights.sum(axis=-1)
-    head_mass = jnp.cumsum(jnp.exp(head - highest), axis=-1)
-    enough = head_mass >= needed[..., None]
+    enough = jnp.cumsum(head_weights, axis=-1) >= needed[..., None]
     fast = jnp.take_along_axis(head, jnp.argmax(enough, axis=-1)[..., None], axis=-1)[..., 0]
 
     def slow() -> Array:
-        return _largest(logits, lambda kept: jnp.where(kept, weights, 0).sum(axis=-1) >= needed)
+        return _largest(scores, lambda kept: jnp.where(kept, weights, 0).sum(axis=-1) >= needed)
 
     threshold = _fast_where(enough[..., -1] | (p >= 1), fast, slow)
     return jnp.where(p >= 1, -jnp.inf, threshold)

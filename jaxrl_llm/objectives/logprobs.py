@@ -96,8 +96,8 @@ def fused_token_log_probs(
     Args:
         chunk_size: tokens of the vocabulary at once; by default as many as make a chunk of 4 MiB. An integer, static.
 
-    Hidden states must be finite, also where a mask follows: 0 · NaN would reach the unembedding's gradient. Only reverse
-    mode is defined.
+    Hidden states must be finite, also where a mask follows: 0 · NaN would reach the unembedding's gradient. Only
+    reverse mode is defined.
 
     Raises:
         ValueError: if the shapes do not match, the dtypes are not floating and integer, or a token is outside the

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.objectives.numerics import is_concrete, wide
@@ -34,6 +35,9 @@ class Transform:
 
     def __call__(self, logits: Float[Array, "batch vocab"], *context: Array) -> Float[Array, "batch vocab"]:
         raise NotImplementedError(f"{type(self).__name__} has a memory: give it to a decoder.")
+
+    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
+        """Raise a ValueError if a row that may have so many new tokens cannot be served; called before decoding."""
 
     def start(self, limits: Int[Array, "batch"]) -> PyTree[Array]:
         """The memory before the first token; `limits` are the numbers of new tokens that the rows may have."""
@@ -117,6 +121,10 @@ class Chain(Transform):
         for transform in self.transforms:
             logits = transform(logits, *context) if transform.looks_back else transform(logits)
         return logits
+
+    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
+        for transform in self.transforms:
+            transform.check(limits)
 
     def start(self, limits: Int[Array, "batch"]) -> PyTree[Array]:
         return tuple(transform.start(limits) for transform in self.transforms)

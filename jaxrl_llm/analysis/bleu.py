@@ -1,0 +1,189 @@
+"""BLEU as sacreBLEU defines it, of corpora and of single texts; chrF, its neighbour, is importable from here too."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from jaxrl_llm.analysis.chrf import corpus_chrf, reference_lists, sentence_chrf
+
+__all__ = ["BleuCounts", "corpus_bleu", "corpus_chrf", "score", "sentence_bleu", "sentence_chrf", "tokenise"]
+
+SMOOTH_VALUES = {"exp": None, "none": None, "floor": 0.1, "add-k": 1.0}  # Chen and Cherry 2014
+ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
+# The rules of the script mteval-v13a: marks stand alone, except an apostrophe; a full stop or a comma between two
+# digits stays, and so does a hyphen that follows no digit.
+RULES = (
+    (re.compile(r"([ -&(-+/:-@\[-`{-~])"), r" \1 "),
+    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
+    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
+    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
+)
+
+
+class BleuCounts(NamedTuple):
+    """All that BLEU needs to know of a text or, added up, of a corpus."""
+
+    matches: list[int]  # n-grams of each order that are also in a reference, clipped
+    totals: list[int]  # n-grams of each order
+    length: int  # tokens
+    reference_length: int  # of the reference closest in length
+
+
+def corpus_bleu(
+    hypotheses: Sequence[str],
+    references: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    max_order: int = 4,
+    smoothing: str = "exp",
+    smooth_value: float | None = None,
+    tokenize: str = "13a",
+    lowercase: bool = False,
+    effective_order: bool = False,
+) -> float:
+    """BLEU of a corpus, in [0, 100]. The defaults are sacreBLEU's.
+
+        100 · min(1, exp(1 − r/c)) · exp(mean_{n ≤ max_order} log p_n),    p_n = matches_n / totals_n
+
+    An n-gram matches as often as it occurs in the one reference that has most of it. Matches, totals, the length c and
+    the closest reference length r (of two as close, the shorter) are summed over the corpus before the ratios.
+
+    Args:
+        references: one text for each hypothesis, or a list of texts for each (not sacreBLEU's transposed order).
+        smoothing: of an order without a match: "exp" takes 1/2, 1/4, ... of a match, order by order; "floor"
+            `smooth_value` (0.1) of one; "none" 0. "add-k" adds `smooth_value` (1) to matches and totals of every order
+            above 1. Without any match of any order BLEU is 0.
+        tokenize: "13a", as the script mteval-v13a does, or "none": the texts are split at whitespace.
+        effective_order: leave out the orders for which the hypotheses are too short.
+
+    Raises:
+        ValueError: if the numbers of hypotheses and references differ, one has no reference, or an option is unknown.
+
+    Source: Papineni et al. 2002; sacreBLEU: Post 2018; smoothing: Chen and Cherry 2014.
+    """
+    if tokenize not in ("13a", "none"):
+        raise ValueError(f"tokenize must be '13a' or 'none', but is {tokenize!r}.")
+    if max_order < 1:
+        raise ValueError(f"max_order must be at least 1, but is {max_order}.")
+
+    def grams(text: str) -> Counter:
+        return ngrams(tokenise(text.lower() if lowercase else text, tokenize), max_order)
+
+    corpus = BleuCounts([0] * max_order, [0] * max_order, 0, 0)
+    for hypothesis, several in zip(hypotheses, reference_lists(hypotheses, references), strict=True):
+        corpus = _add(corpus, _count(grams(hypothesis), [grams(each) for each in several], max_order))
+    return score(corpus, smoothing=smoothing, smooth_value=smooth_value, effective_order=effective_order)
+
+
+def sentence_bleu(
+    hypothesis: str,
+    references: str | Sequence[str],
+    *,
+    max_order: int = 4,
+    smoothing: str = "exp",
+    smooth_value: float | None = None,
+    tokenize: str = "13a",
+    lowercase: bool = False,
+    effective_order: bool = True,
+) -> float:
+    """BLEU of one text, in [0, 100]: `corpus_bleu` of a corpus of one, of the orders that the text is long enough for.
+
+    Summed or averaged over texts it is not the BLEU of their corpus.
+    """
+    return corpus_bleu(
+        [hypothesis],
+        [references],
+        max_order=max_order,
+        smoothing=smoothing,
+        smooth_value=smooth_value,
+        tokenize=tokenize,
+        lowercase=lowercase,
+        effective_order=effective_order,
+    )
+
+
+def score(
+    counts: BleuCounts, *, smoothing: str = "exp", smooth_value: float | None = None, effective_order: bool = False
+) -> float:
+    """BLEU of what was counted, in [0, 100]; the options are those of `corpus_bleu`."""
+    value = _smooth_value(smoothing, smooth_value)
+    if not any(counts.matches):
+        return 0.0
+    logs, halvings = [], 0
+    for order, (matches, total) in enumerate(zip(counts.matches, counts.totals, strict=True), 1):
+        if smoothing == "add-k" and order > 1:
+            matches, total = matches + value, total + value
+        if total == 0:  # and so of all higher orders
+            if not effective_order:
+                return 0.0
+            break
+        if matches == 0 and smoothing == "exp":
+            halvings += 1
+            matches = 0.5**halvings
+        elif matches == 0 and smoothing == "floor":
+            matches = value
+        if matches == 0:
+            return 0.0
+        logs.append(math.log(matches / total))
+    log_brevity = min(0.0, 1 - counts.reference_length / counts.length)
+    return 100 * math.exp(log_brevity + sum(logs) / len(logs))
+
+
+def tokenise(text: str, tokenize: str = "13a") -> list[str]:
+    """The tokens of a text: by the rules of mteval-v13a, or "none": what stands between whitespace."""
+    if tokenize == "none":
+        return text.split()
+    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, character in ENTITIES:
+        text = text.replace(entity, character)
+    text = f" {text} "
+    for rule, replacement in RULES:
+        text = rule.sub(replacement, text)
+    return text.split()
+
+
+def ngrams(tokens: Sequence[Hashable], max_order: int) -> Counter:
+    """How often each n-gram of the orders 1 to `max_order` occurs, as tuples."""
+    tokens = tuple(tokens)
+    return Counter(tokens[i : i + n] for n in range(1, max_order + 1) for i in range(len(tokens) - n + 1))
+
+
+def _count(hypothesis: Counter, references: Sequence[Counter], max_order: int) -> BleuCounts:
+    matches, totals = [0] * max_order, [0] * max_order
+    for gram, count in hypothesis.items():
+        totals[len(gram) - 1] += count
+        matches[len(gram) - 1] += min(count, max(reference[gram] for reference in references))
+    return BleuCounts(matches, totals, totals[0], closest(totals[0], [_length(each) for each in references]))
+
+
+def _length(grams: Counter) -> int:
+    return sum(count for gram, count in grams.items() if len(gram) == 1)
+
+
+def closest(length: int, others: Sequence[int]) -> int:
+    """The one of `others` closest to `length`; of two as close, the shorter."""
+    return min(others, key=lambda other: (abs(other - length), other))
+
+
+def _add(one: BleuCounts, other: BleuCounts) -> BleuCounts:
+    return BleuCounts(
+        [a + b for a, b in zip(one.matches, other.matches, strict=True)],
+        [a + b for a, b in zip(one.totals, other.totals, strict=True)],
+        one.length + other.length,
+        one.reference_length + other.reference_length,
+    )
+
+
+def _smooth_value(smoothing: str, smooth_value: float | None) -> float | None:
+    if smoothing not in SMOOTH_VALUES:
+        raise ValueError(f"smoothing must be one of {', '.join(SMOOTH_VALUES)}, but is {smoothing!r}.")
+    if smooth_value is None:
+        return SMOOTH_VALUES[smoothing]
+    if SMOOTH_VALUES[smoothing] is None:
+        raise ValueError(f"smooth_value is for 'floor' and 'add-k'; {smoothing!r} has none.")
+    if not 0 <= smooth_value < math.inf:
+        raise ValueError(f"smooth_value must be finite and not negative, but is {smooth_value}.")
+    return smooth_value

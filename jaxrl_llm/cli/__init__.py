@@ -1,0 +1,36 @@
+"""The command line `jaxrl-llm`. Heavy imports wait until the command is known, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from jaxrl_llm.cli.compare import Compare
+from jaxrl_llm.cli.generate import Generate
+from jaxrl_llm.cli.tree import SearchTree
+
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Compare, tyro.conf.subcommand("decode-compare")]
+    | Annotated[SearchTree, tyro.conf.subcommand("tree")]
+)
+
+
+def main() -> None:
+    """Entry point of `jaxrl-llm`."""
+    command = tyro.cli(Command, prog="jaxrl-llm", description="Decode from language models and look at how.")
+    from jaxrl_llm import runtime
+
+    runtime.set_up()
+    try:
+        command.run()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        raise SystemExit(0) from None
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"jaxrl-llm: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,215 @@
+"""Automata over bytes: regular expressions compiled to them, and their steps by whole tokens.
+
+A table [state, 256] gives the state after one more byte of a text in UTF-8; state 0 is the start, and the last state is
+the dead one, from which nothing is accepted.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxrl_llm.decoding import patterns
+from jaxrl_llm.decoding.patterns import CODE_POINTS, Fragment
+
+MAX_STATES = 10_000
+MAX_ENTRIES = 2**28  # of a table over tokens: 1 GiB
+CACHED = 2**18  # entries computed at once
+
+Pieces = tuple[tuple[int, int], ...]  # (first code point, state after it), by rising code point
+
+
+def over_tokens(by_byte: Int[np.ndarray, "state byte"], token_bytes: Sequence[bytes]) -> Int[np.ndarray, "state vocab"]:
+    """The state after all bytes of a token, from every state; a token without bytes changes nothing.
+
+    Raises:
+        ValueError: if the table would have more than 2²⁸ entries.
+    """
+    if len(by_byte) * len(token_bytes) > MAX_ENTRIES:
+        raise ValueError(
+            f"a table of {len(by_byte)} states by {len(token_bytes)} tokens has more than {MAX_ENTRIES} entries."
+        )
+    count = len(by_byte)
+    order = np.argsort([-len(piece) for piece in token_bytes], kind="stable")  # those with a byte at a place: a slice
+    lengths = np.asarray([len(token_bytes[token]) for token in order])
+    padded = np.zeros((len(order), lengths.max(initial=0)), np.int32)
+    for row, token in enumerate(order):
+        padded[row, : lengths[row]] = np.frombuffer(token_bytes[token], np.uint8)
+    after = np.ascontiguousarray(by_byte.T, dtype=np.int32).reshape(-1)
+    result = np.empty((count, len(order)), np.int32)
+    at_once = max(1, CACHED // count)
+    for first in range(0, len(order), at_once):
+        rows = slice(first, first + at_once)
+        states = np.tile(np.arange(count, dtype=np.int32), (len(order[rows]), 1))
+        for place in range(lengths[first]):
+            inside = int(np.searchsorted(-lengths[rows], -place))
+            states[:inside] = after[padded[rows][:inside, place, None] * count + states[:inside]]
+        result[:, order[rows]] = states.T
+    return result
+
+
+def from_pattern(pattern: str) -> tuple[Int[np.ndarray, "state byte"], Bool[np.ndarray, "state"]]:
+    """The table of the texts that a regular expression matches from end to end, and which states accept.
+
+    Over code points first, by the subset construction (Rabin and Scott 1959), the fewest states (Moore 1956); then over
+    the bytes of UTF-8, with states for a text in the middle of a character. The dead state is the last.
+
+    Raises:
+        ValueError: as `patterns.parse`, and for more than 10,000 states.
+    """
+    fragment = patterns.parse(pattern)
+    starts, symbols, steps = _symbols(fragment)
+    table, accepting = _minimal(*_deterministic(fragment, steps, symbols.max() + 1))
+    return _over_bytes(table, accepting, starts, symbols)
+
+
+def _symbols(fragment: Fragment) -> tuple[list[int], Int[np.ndarray, "interval"], dict]:
+    """Code points that no class of the pattern tells apart are one symbol.
+
+    Returns where the intervals start, the symbol of each, and the steps (symbols, target) of each state.
+    """
+    classes = sorted({ranges for moves in fragment.moves for ranges, _ in moves})
+    bounds = {0, *(bound for ranges in classes for pair in ranges for bound in pair)} - {CODE_POINTS}
+    starts = sorted(bounds)
+    inside = np.zeros((len(starts), len(classes)), bool)
+    for column, ranges in enumerate(classes):
+        for first, end in ranges:
+            inside[bisect.bisect_left(starts, first) : bisect.bisect_left(starts, end), column] = True
+    rows, symbols = np.unique(inside, axis=0, return_inverse=True)
+    members = {ranges: np.flatnonzero(rows[:, column]) for column, ranges in enumerate(classes)}
+    steps = [[(members[ranges], target) for ranges, target in moves] for moves in fragment.moves]
+    return starts, symbols.reshape(-1), steps
+
+
+def _deterministic(
+    fragment: Fragment, steps: list, num_symbols: int
+) -> tuple[Int[np.ndarray, "state symbol"], Bool[np.ndarray, "state"]]:
+    """The subset construction; a set of states that is empty is the dead state."""
+
+    @functools.cache
+    def closure(state: int) -> frozenset[int]:
+        found, pending = {state}, [state]
+        while pending:
+            new = set(fragment.free[pending.pop()]) - found
+            found |= new
+            pending += new
+        return frozenset(each for each in found if steps[each] or each == fragment.end)
+
+    start = closure(fragment.start)
+    index, pending, table = {start: 0}, [start], []
+    for subset in pending:  # which grows
+        targets = [set() for _ in range(num_symbols)]
+        for state in subset:
+            for members, target in steps[state]:
+                for symbol in members:
+                    targets[symbol] |= closure(target)
+        row = []
+        for each in map(frozenset, targets):
+            if each not in index:
+                index[each] = len(index)
+                pending.append(each)
+            row.append(index[each])
+        table.append(row)
+        _check_size(len(index))
+    return np.asarray(table), np.asarray([fragment.end in subset for subset in index])
+
+
+def _minimal(
+    table: Int[np.ndarray, "state symbol"], accepting: Bool[np.ndarray, "state"]
+) -> tuple[Int[np.ndarray, "state symbol"], Bool[np.ndarray, "state"]]:
+    """States from which the same texts are accepted become one: partitions are refined until they are stable."""
+    group, count = accepting.astype(int), 0
+    while len(np.unique(group)) > count:
+        count = len(np.unique(group))
+        keys = np.concatenate([group[:, None], group[table]], axis=1)
+        _, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        group = group.reshape(-1)
+    rank = np.argsort(np.argsort(first))  # in the order of first appearance: the start stays the first
+    chosen = np.sort(first)
+    return rank[group][table[chosen]], accepting[chosen]
+
+
+def _over_bytes(
+    table: Int[np.ndarray, "state symbol"],
+    accepting: Bool[np.ndarray, "state"],
+    starts: list[int],
+    symbols: Int[np.ndarray, "interval"],
+) -> tuple[Int[np.ndarray, "state byte"], Bool[np.ndarray, "state"]]:
+    """Between the bytes of a character a state is the map from what can still come to the state after it."""
+    dead = next(s for s in range(len(table)) if not accepting[s] and (table[s] == s).all())  # surrogates lead there
+    index: dict[tuple[int, Pieces], int] = {}  # (continuation bytes to come, what they lead to)
+    pending: list[tuple[int, Pieces]] = []
+
+    def number(remaining: int, pieces: Pieces) -> int:
+        if len(pieces) == 1 and (remaining == 0 or pieces[0][1] == dead):
+            return pieces[0][1]
+        if (remaining, pieces) not in index:
+            index[remaining, pieces] = len(table) + len(index)
+            pending.append((remaining, pieces))
+        return index[remaining, pieces]
+
+    rows = []
+    for state in range(len(table)):
+        row = np.full(256, dead)
+        pieces = _merged(zip(starts, table[state][symbols].tolist(), strict=True))
+        for byte in range(256):
+            for remaining, lead, first, end in _LEADS:
+                base = (byte - lead) << 6 * remaining
+                if base >= 0 and max(base, first) < min(base + (1 << 6 * remaining), end):
+                    window = _window(pieces, base, 1 << 6 * remaining, first, end, dead)
+                    row[byte] = number(remaining, window)
+                    break
+        rows.append(row)
+    for remaining, pieces in pending:  # which grows
+        row = np.full(256, dead)
+        size = 1 << 6 * (remaining - 1)
+        for low in range(64):
+            row[0x80 + low] = number(remaining - 1, _window(pieces, low * size, size, 0, CODE_POINTS, dead))
+        rows.append(row)
+        _check_size(len(rows))
+    return _dead_last(np.asarray(rows), np.append(accepting, np.zeros(len(pending), bool)), dead)
+
+
+# Continuation bytes that follow a leading one, that byte less its own bits, and the code points so written.
+_LEADS = ((0, 0x00, 0, 0x80), (1, 0xC0, 0x80, 0x800), (2, 0xE0, 0x800, 0x10000), (3, 0xF0, 0x10000, CODE_POINTS))
+
+
+def _merged(pieces) -> Pieces:
+    """Without a piece that leads where the one before does."""
+    merged: list[tuple[int, int]] = []
+    for first, state in pieces:
+        if not merged or merged[-1][1] != state:
+            merged.append((first, state))
+    return tuple(merged)
+
+
+def _window(pieces: Pieces, base: int, size: int, first: int, end: int, dead: int) -> Pieces:
+    """The pieces in [base, base + size), counted from base; dead outside [first, end)."""
+    low, high = max(base, first), min(base + size, end)
+    begin = bisect.bisect_right(pieces, low, key=lambda piece: piece[0]) - 1
+    stop = bisect.bisect_left(pieces, high, key=lambda piece: piece[0])
+    inner = [(max(start, low) - base, state) for start, state in pieces[begin:stop]]
+    before = [(0, dead)] if low > base else []
+    after = [(high - base, dead)] if high < base + size else []
+    return _merged(before + inner + after)
+
+
+def _dead_last(
+    table: Int[np.ndarray, "state byte"], accepting: Bool[np.ndarray, "state"], dead: int
+) -> tuple[Int[np.ndarray, "state byte"], Bool[np.ndarray, "state"]]:
+    """Renumber the dead state as the last. If nothing at all is accepted, it is the start too, and stays there."""
+    kept = np.flatnonzero((np.arange(len(table)) != dead) | (np.arange(len(table)) == 0))
+    number = np.full(len(table), len(kept), np.int32)
+    number[kept] = np.arange(len(kept))
+    number[dead] = len(kept)
+    alive = number[table[kept]]
+    return np.append(alive, np.full((1, 256), len(kept), np.int32), axis=0), np.append(accepting[kept], False)
+
+
+def _check_size(states: int) -> None:
+    if states > MAX_STATES:
+        raise ValueError(f"the pattern needs more than {MAX_STATES} states: make it shorter, or its repetitions fewer.")

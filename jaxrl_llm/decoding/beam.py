@@ -1,0 +1,457 @@
+"""Beam search and diverse beam search: a scan over steps, all beams of all rows in one batched call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm import language_model
+from jaxrl_llm.decoding import checks, loop
+from jaxrl_llm.decoding.generate import STEP_BUCKET
+from jaxrl_llm.decoding.transforms import base as context
+from jaxrl_llm.decoding.transforms.base import Context, Transform
+from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.objectives.numerics import is_concrete, wide
+
+State = TypeVar("State")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beams:
+    """The hypotheses of each row, best first. EOS is an action: in the mask, and counted.
+
+    Where there are fewer than K, the mask of the others is false, and log_prob and score are −inf.
+    """
+
+    tokens: Int[Array, "batch beam time"]  # `pad_id` where the mask is false
+    mask: Bool[Array, "batch beam time"]
+    log_prob: Float[Array, "batch beam"]  # Σ log p of the model over the generated tokens, in nats
+    score: Float[Array, "batch beam"]  # log_prob / length**length_penalty, over the generated tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What steers the search; leaves all, so that none of their values recompiles."""
+
+    transform: Transform | None
+    eos_ids: Int[Array, "eos"]
+    pad_id: Int[Array, ""]
+    limits: Int[Array, "batch"]  # new tokens that each row may have
+    length_penalty: Float[Array, ""]
+    diversity_penalty: Float[Array, ""]
+
+
+class Finished(NamedTuple):
+    """The best hypotheses so far, best first; score −inf where there is none."""
+
+    tokens: Int[Array, "batch group beam time"]
+    length: Int[Array, "batch group beam"]
+    log_prob: Float[Array, "batch group beam"]
+    score: Float[Array, "batch group beam"]
+
+
+class Choice(NamedTuple):
+    """Continuations that a step chose: of which beam of the group, by which token, and their log-probability."""
+
+    beam: Int[Array, "batch *group beam"]
+    token: Int[Array, "batch *group beam"]
+    log_prob: Float[Array, "batch *group beam"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """Between two steps: the last token of each beam is chosen, and not yet fed to the model.
+
+    A beam that is dead (never started, blocked, or unable to win) has log_prob −inf. Rows of the model are beams in the
+    order of [batch, group, beam].
+    """
+
+    cache: Cache
+    parents: Int[Array, "row"]  # the row of the cache that each beam continues
+    token: Int[Array, "row"]
+    log_prob: Float[Array, "batch group beam"]
+    tokens: Int[Array, "batch group beam time"]
+    time: Int[Array, ""]  # tokens chosen so far
+    context: Context
+    finished: Finished
+    broken: Bool[Array, "batch"]  # whether the model's law was none
+
+    @property
+    def alive(self) -> Bool[Array, "row"]:
+        """Which beams go on."""
+        return (self.log_prob > -jnp.inf).reshape(-1)
+
+
+def beam_search(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "batch prompt"],
+    *,
+    num_beams: int,
+    max_new_tokens: int | Int[Array, "batch"],
+    length_penalty: float | Float[Array, ""] = 0.0,
+    num_groups: int = 1,
+    diversity_penalty: float | Float[Array, ""] = 0.0,
+    no_repeat_ngram: int = 0,
+    transform: Transform | None = None,
+    prompt_mask: Bool[Array, "batch prompt"] | None = None,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    pad_id: int | Int[Array, ""] = 0,
+) -> Beams:
+    """The `num_beams` best continuations of each prompt that a beam of that width finds.
+
+        score(y) = log p(y | prompt) / |y|**length_penalty          (|y|: generated tokens, EOS counted)
+
+    In each step the continuations of a row's K live beams are ranked by log-probability. One that ends is a hypothesis
+    if it is among the best K; the best K that do not end live on. At `max_new_tokens` the live ones are hypotheses too.
+    The K of the highest score are kept, and a row stops when it has K and no live beam can beat them at any length:
+    log-probabilities are ≤ 0, so a beam of log-probability L and t tokens scores at most L / max_new_tokens**α for
+    α > 0, and L / (t + 1)**α for α ≤ 0.
+
+    With groups it is diverse beam search (Vijayakumar et al. 2018): K / G beams a group, each with hypotheses of its
+    own, and the groups choose in turn. Within a step, a token that live beams of earlier groups were continued by c
+    times ranks as if its log-probability were lower by `diversity_penalty` · c; `log_prob` and `score` stay free of
+    that. All groups' hypotheses are merged at the end.
+
+    One compiled program serves all penalties, prompts and numbers of tokens of a bucket (see `generate`).
+
+    Args:
+        num_beams: K, live beams and hypotheses of a row.
+        max_new_tokens: of all rows, or of each.
+        length_penalty: α; above 0 it favours long hypotheses.
+        num_groups: G, of which `num_beams` must be a multiple.
+        no_repeat_ngram: n > 0 removes tokens that complete an n-gram which the prompt and the beam already contain. A
+            beam with no token left dies.
+        transform: removes tokens (those that it sets to −inf), after those that `no_repeat_ngram` removes, and does not
+            re-weigh: `log_prob` is the model's, over all tokens. Its numbers serve all rows.
+        prompt_mask: false at padding, on either side.
+        eos_id: the token, or any of the tokens, that ends a hypothesis.
+
+    Raises:
+        ValueError: for what `generate` refuses, sizes below 1, groups that do not divide the beams, or penalties that
+            are not finite (a diversity penalty: or negative).
+        FloatingPointError: if the model's logits are NaN or leave no token. (Under an outer `jit`, log_prob is NaN.)
+    """
+    check_sizes(num_beams=(num_beams, 1), num_groups=(num_groups, 1), no_repeat_ngram=(no_repeat_ngram, 0))
+    if num_beams % num_groups:
+        raise ValueError(f"num_beams must be a multiple of num_groups, but they are {num_beams} and {num_groups}.")
+    prompts, mask, limits, longest = request(lm, prompts, prompt_mask, max_new_tokens, transform)
+    rules = Rules(
+        transform=transform,
+        eos_ids=checks.eos_array(eos_id),
+        pad_id=jnp.asarray(pad_id, jnp.int32),
+        limits=limits,
+        length_penalty=_penalty("length_penalty", length_penalty),
+        diversity_penalty=_penalty("diversity_penalty", diversity_penalty, low=0.0),
+    )
+    sizes = {"num_beams": num_beams, "num_groups": num_groups, "no_repeat_ngram": no_repeat_ngram}
+    beams = search(lm, params, prompts, mask, rules, **sizes, num_steps=step_bucket(longest))
+    check_law(beams.log_prob)
+    return dataclasses.replace(beams, tokens=beams.tokens[..., :longest], mask=beams.mask[..., :longest])
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "num_beams", "num_groups", "no_repeat_ngram", "num_steps"))
+def search(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "batch prompt"],
+    prompt_mask: Bool[Array, "batch prompt"],
+    rules: Rules,
+    *,
+    num_beams: int,
+    num_groups: int,
+    no_repeat_ngram: int,
+    num_steps: int,
+) -> Beams:
+    """The compiled whole of `beam_search`, of prompts that are padded on the left."""
+    batch, length = prompts.shape
+    shape = (batch, num_groups, num_beams // num_groups)
+    every_beam = jnp.repeat(jnp.arange(batch), num_beams)
+    logits, cache = prefill(lm, params, prompts, prompt_mask, num_slots=length + num_steps)
+    start = _start(
+        rules, prompts[every_beam], prompt_mask[every_beam], cache.take(every_beam), shape, logits, num_steps
+    )
+
+    def choose(state: Live, logits: Float[Array, "row vocab"]) -> Live:
+        blocked = None
+        if no_repeat_ngram:
+            blocked = _blocked(prompts, prompt_mask, state, no_repeat_ngram, lm.vocab_size)
+        return _choose(rules, state, logits, blocked)
+
+    def step(state: Live) -> Live:
+        cache = state.cache.take(state.parents)
+        hidden, cache = lm.hidden(params, state.token[:, None], cache, mask=state.alive[:, None])
+        return choose(dataclasses.replace(state, cache=cache), lm.logits(params, hidden[:, 0]))
+
+    first = choose(start, logits[every_beam])
+    state = run_blocks(step, first, lambda state: state.alive.any(), num_steps=num_steps)
+    return _merged(rules, state)
+
+
+def _start(
+    rules: Rules,
+    prompts: Array,
+    prompt_mask: Array,
+    cache: Cache,
+    shape: tuple[int, ...],
+    logits: Array,
+    num_steps: int,
+) -> Live:
+    """One live beam in each group, of no tokens. `prompts`, `prompt_mask` and `cache` are those of every beam."""
+    rows, length = prompts.shape
+    dtype = wide(logits).dtype
+    limits = jnp.repeat(rules.limits, rows // shape[0])
+    nothing = jnp.zeros((*shape, num_steps + 1), jnp.int32)
+    none = jnp.full(shape, -jnp.inf, dtype)
+    return Live(
+        cache=cache,
+        parents=jnp.arange(rows),
+        token=jnp.zeros(rows, jnp.int32),
+        log_prob=none.at[..., 0].set(0),
+        tokens=nothing,
+        time=jnp.zeros((), jnp.int32),
+        context=context.begin(rules.transform, prompts, prompt_mask, limits, num_slots=length + num_steps + 1),
+        finished=Finished(nothing, jnp.zeros(shape, jnp.int32), none, none),
+        broken=jnp.zeros(shape[0], bool),
+    )
+
+
+def _choose(
+    rules: Rules, state: Live, logits: Float[Array, "row vocab"], blocked: Bool[Array, "row vocab"] | None
+) -> Live:
+    """Continue the beams by a token each, and see which hypotheses that finishes."""
+    shape, logits = state.log_prob.shape, wide(logits)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    broken = (state.alive & ~jnp.isfinite(normaliser)).reshape(shape[0], -1).any(axis=1)
+    left = logits if blocked is None else jnp.where(blocked, -jnp.inf, logits)
+    if rules.transform is not None:
+        warped = context.warp(rules.transform, left, state.context)
+        left = jnp.where(warped > -jnp.inf, left, -jnp.inf)
+    ended, live = _rank_groups(rules, left.reshape(*shape, -1), normaliser.reshape(shape), state.log_prob)
+    time = state.time + 1
+    tokens = _continued(state, live)
+    finished = _finish(rules, state, ended, live, tokens)
+    log_prob = jnp.where(_can_win(rules, finished, live.log_prob, time)[..., None], live.log_prob, -jnp.inf)
+    first = jnp.arange(math.prod(shape[:2])).reshape(*shape[:2], 1) * shape[2]
+    parents, token = (first + live.beam).reshape(-1), live.token.reshape(-1)
+    after = state.context
+    if rules.transform is not None:
+        alive = (log_prob > -jnp.inf).reshape(-1)
+        after = context.remember(rules.transform, after.take(parents), logits[parents], token, alive)
+    return Live(state.cache, parents, token, log_prob, tokens, time, after, finished, state.broken | broken)
+
+
+def _rank_groups(
+    rules: Rules,
+    logits: Float[Array, "batch group beam vocab"],
+    normaliser: Float[Array, "batch group beam"],
+    log_prob: Float[Array, "batch group beam"],
+) -> tuple[Choice, Choice]:
+    """What each group finishes and what it continues; a group after the first sees what those before it chose."""
+    if logits.shape[1] == 1:
+        pair = _rank(rules, logits[:, 0], normaliser[:, 0], log_prob[:, 0], None)
+        return jax.tree.map(lambda leaf: leaf[:, None], pair)
+
+    def in_turn(counts: Array, group: tuple[Array, Array, Array]) -> tuple[Array, tuple[Choice, Choice]]:
+        ended, live = _rank(rules, *group, rules.diversity_penalty.astype(counts.dtype) * counts)
+        rows = jnp.arange(counts.shape[0])[:, None]
+        return counts.at[rows, live.token].add(live.log_prob > -jnp.inf), (ended, live)
+
+    groups = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (logits, normaliser, log_prob))
+    counts = jnp.zeros((logits.shape[0], logits.shape[-1]), logits.dtype)
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), jax.lax.scan(in_turn, counts, groups)[1])
+
+
+def _rank(
+    rules: Rules,
+    logits: Float[Array, "batch beam vocab"],
+    normaliser: Float[Array, "batch beam"],
+    log_prob: Float[Array, "batch beam"],
+    penalty: Float[Array, "batch vocab"] | None,
+) -> tuple[Choice, Choice]:
+    """Of K beams' continuations, those among the best K that end, and the best K that do not, by rank.
+
+    Each beam can end in as many ways as there are EOS tokens, so the best K · (1 + EOS tokens) hold K that do not.
+    Removed continuations and those of dead beams have −inf.
+    """
+    batch, width, vocab = logits.shape
+    count = width * (1 + rules.eos_ids.shape[0])
+    ranked = logits if penalty is None else logits - penalty[:, None]
+    values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(ranked, min(count, vocab)))
+    alive = (log_prob > -jnp.inf)[..., None]
+
+    def total(logits: Array) -> Array:
+        return jnp.where(alive, log_prob[..., None] + (logits - normaliser[..., None]), -jnp.inf).reshape(batch, -1)
+
+    ranks = total(values)
+    ranks, order = jax.lax.optimization_barrier(jax.lax.top_k(ranks, min(count, ranks.shape[1])))
+    totals = ranks
+    if penalty is not None:
+        totals = jnp.take_along_axis(total(jnp.take_along_axis(logits, tokens, axis=-1)), order, axis=1)
+    beam, token = order // tokens.shape[2], jnp.take_along_axis(tokens.reshape(batch, -1), order, axis=1)
+    ends = (token[..., None] == rules.eos_ids).any(axis=-1)
+    every = Choice(beam, token, totals)
+    ended = Choice(*(leaf[:, :width] for leaf in every._replace(log_prob=jnp.where(ends, totals, -jnp.inf))))
+    onwards = jax.lax.top_k(jnp.where(ends, -jnp.inf, ranks), width)[1]
+    live = every._replace(log_prob=jnp.where(ends, -jnp.inf, totals))
+    return ended, Choice(*(jnp.take_along_axis(leaf, onwards, axis=1) for leaf in live))
+
+
+def _continued(state: Live, choice: Choice) -> Int[Array, "batch group beam time"]:
+    """The tokens of the chosen continuations."""
+    tokens = jnp.take_along_axis(state.tokens, choice.beam[..., None], axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(tokens, choice.token[..., None], state.time, axis=3)
+
+
+def _finish(rules: Rules, state: Live, ended: Choice, live: Choice, live_tokens: Array) -> Finished:
+    """The best of the hypotheses so far, those that just ended, and at the last step those that live."""
+    time = state.time + 1
+    last = (time >= rules.limits)[:, None, None]
+    log_prob = jnp.concatenate([ended.log_prob, jnp.where(last, live.log_prob, -jnp.inf)], axis=-1)
+    new = Finished(
+        jnp.concatenate([_continued(state, ended), live_tokens], axis=2),
+        jnp.full(log_prob.shape, time),
+        log_prob,
+        log_prob / _to_power(time, rules.length_penalty, log_prob.dtype),
+    )
+    pool = Finished(*(jnp.concatenate(pair, axis=2) for pair in zip(state.finished, new, strict=True)))
+    return _best(pool, state.log_prob.shape[2])
+
+
+def _best(pool: Finished, count: int) -> Finished:
+    """The hypotheses of the highest scores, best first; of equal ones the first."""
+    best = jax.lax.top_k(pool.score, count)[1]
+    tokens = jnp.take_along_axis(pool.tokens, best[..., None], axis=-2)
+    return Finished(tokens, *(jnp.take_along_axis(leaf, best, axis=-1) for leaf in pool[1:]))
+
+
+def _can_win(
+    rules: Rules, finished: Finished, log_prob: Float[Array, "batch group beam"], time: Int[Array, ""]
+) -> Bool[Array, "batch group"]:
+    """Whether a live beam of the group could still displace a hypothesis."""
+    limits = rules.limits[:, None]
+    best_length = jnp.where(rules.length_penalty > 0, limits, time + 1)
+    bound = log_prob.max(axis=-1) / _to_power(best_length, rules.length_penalty, log_prob.dtype)
+    return (time < limits) & (bound > finished.score.min(axis=-1))
+
+
+def _to_power(length: Array, exponent: Array, dtype: jnp.dtype) -> Array:
+    return length.astype(dtype) ** exponent.astype(dtype)
+
+
+def _blocked(
+    prompts: Int[Array, "batch prompt"], prompt_mask: Bool[Array, "batch prompt"], state: Live, n: int, vocab_size: int
+) -> Bool[Array, "row vocab"]:
+    """The tokens that would complete an n-gram which stands already in the prompt and the beam.
+
+    Prompts end where the new tokens begin, so an n-gram is n slots from the prompt's first one on.
+    """
+    copies, written = state.token.shape[0] // prompts.shape[0], prompts.shape[1] + state.time
+    text = jnp.concatenate(
+        [jnp.repeat(prompts, copies, axis=0), state.tokens.reshape(state.token.shape[0], -1)], axis=1
+    )
+    begin = jnp.repeat((~prompt_mask).sum(axis=1), copies)
+    windows = max(text.shape[1] - n + 1, 0)
+    place = jnp.arange(windows)
+    found = (place >= begin[:, None]) & (place + n - 1 < written)
+    for offset in range(n - 1):
+        last = jnp.take(text, written - (n - 1) + offset, axis=1, mode="clip")
+        found &= text[:, offset : offset + windows] == last[:, None]
+    token = jnp.where(found, text[:, n - 1 :], vocab_size)[:, :windows]
+    rows = jnp.arange(text.shape[0])[:, None]
+    return jnp.zeros((text.shape[0], vocab_size), bool).at[rows, token].set(True, mode="drop")
+
+
+def _merged(rules: Rules, state: Live) -> Beams:
+    """All groups' hypotheses, best first."""
+    batch, groups, width = state.log_prob.shape
+    every = Finished(*(leaf.reshape(batch, groups * width, *leaf.shape[3:]) for leaf in state.finished))
+    best = _best(every, groups * width)
+    mask = (jnp.arange(best.tokens.shape[2]) < best.length[..., None]) & (best.score > -jnp.inf)[..., None]
+    log_prob, score = (jnp.where(state.broken[:, None], jnp.nan, each) for each in (best.log_prob, best.score))
+    return Beams(jnp.where(mask, best.tokens, rules.pad_id), mask, log_prob, score)
+
+
+# What other searches share --------------------------------------------------------------------------------------------
+
+
+def request(
+    lm: LanguageModel,
+    prompts: Array,
+    prompt_mask: Array | None,
+    max_new_tokens: int | Array,
+    transform: Transform | None,
+) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"], Int[Array, "batch"], int]:
+    """The prompts and their mask, checked and with all padding on the left; the rows' limits; the longest of them."""
+    prompts = jnp.asarray(prompts)
+    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1, transform)
+    prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
+    order = jnp.argsort(mask, axis=1, stable=True)
+    prompts, mask = (jnp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
+    return prompts, mask, jnp.asarray(limits), int(np.max(max_new_tokens, initial=1))
+
+
+def step_bucket(max_new_tokens: int) -> int:
+    """Steps to compile for after the first token, which comes with the prompt."""
+    return max(1, -(-(max_new_tokens - 1) // STEP_BUCKET)) * STEP_BUCKET
+
+
+def prefill(
+    lm: LanguageModel, params: Params, prompts: Array, prompt_mask: Array, *, num_slots: int
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """The logits after prompts that are padded on the left, and their cache, of `num_slots` slots."""
+    cache = lm.init_cache(prompts.shape[0], num_slots, dtype=language_model.params_dtype(params))
+    hidden, cache = lm.hidden(params, prompts, cache, mask=prompt_mask)
+    return lm.logits(params, hidden[:, -1]), cache
+
+
+def run_blocks(
+    step: Callable[[State], State], state: State, unfinished: Callable[[State], Array], *, num_steps: int
+) -> State:
+    """Up to `num_steps` steps, in scans of `loop.BLOCK`; the end is looked for between the scans."""
+    block = math.gcd(num_steps, loop.BLOCK)
+
+    def goes_on(carry: tuple[State, Array]) -> Array:
+        return (carry[1] < num_steps) & unfinished(carry[0])
+
+    def run_block(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state = jax.lax.scan(lambda state, _: (step(state), None), carry[0], length=block)[0]
+        return state, carry[1] + block
+
+    return jax.lax.while_loop(goes_on, run_block, (state, jnp.zeros((), jnp.int32)))[0]
+
+
+def check_law(log_prob: Float[Array, "batch ..."]) -> None:
+    """Raise where the model's law broke down, which shows as NaN."""
+    if is_concrete(log_prob):
+        broken = np.isnan(log_prob).any(axis=tuple(range(1, log_prob.ndim)))
+        if broken.any():
+            raise FloatingPointError(
+                f"row {broken.argmax()} could not be continued: the model's logits are NaN, +inf, or all −inf."
+            )
+
+
+def check_sizes(**sizes: tuple[int, int]) -> None:
+    """Raise unless each named (size, least) is an integer of at least that."""
+    for name, (size, least) in sizes.items():
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, but is {size!r}.")
+
+
+def _penalty(name: str, value: float | Array, *, low: float = -math.inf) -> Float[Array, ""]:
+    number = jnp.asarray(value, jnp.result_type(float))
+    if number.ndim or (is_concrete(number) and not (jnp.isfinite(number) and number >= low)):
+        least = "" if low == -math.inf else f" of at least {low}"
+        raise ValueError(f"{name} must be one finite number{least}, but is {value}.")
+    return number

@@ -1,0 +1,135 @@
+"""Exact search: the sequence of the highest score, depth first, with a bound."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.decoding import beam, checks
+from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.objectives.numerics import log_softmax, wide
+
+
+class ExactSearch(NamedTuple):
+    """What `exact_search` found. EOS, where the sequence has one, is its last token, and counted."""
+
+    tokens: Int[np.ndarray, "length"]
+    log_prob: float  # Σ log p of the model over the generated tokens, in nats
+    score: float  # log_prob / length**length_penalty
+    num_nodes: int  # prefixes whose next-token law was computed, the prompt's included
+
+
+class _Node(NamedTuple):
+    """A prefix that is being continued: its tokens, the memory of it, and its continuations that are still to try."""
+
+    tokens: tuple[int, ...]
+    cache: Cache
+    children: Iterator[tuple[int, float]]  # tokens and the sum of log-probabilities with them, best first
+
+
+class _Goal:
+    """The score, its bound, and the best sequence so far."""
+
+    def __init__(self, max_new_tokens: int, length_penalty: float):
+        self.max_new_tokens, self.length_penalty = max_new_tokens, length_penalty
+        self.tokens, self.log_prob, self.score = (), -np.inf, -np.inf
+
+    def offer(self, tokens: tuple[int, ...], log_prob: float) -> None:
+        """Take a sequence that has ended, if it is better."""
+        score = log_prob / len(tokens) ** self.length_penalty
+        if score > self.score:
+            self.tokens, self.log_prob, self.score = tokens, log_prob, score
+
+    def in_reach(self, length: int, log_prob: float) -> bool:
+        """Whether a prefix of that length and log-probability, or what follows it, could be better."""
+        best_length = self.max_new_tokens if self.length_penalty > 0 else length
+        return log_prob / best_length**self.length_penalty > self.score
+
+
+def exact_search(
+    lm: LanguageModel,
+    params: Params,
+    prompt: Int[Array, "prompt"],
+    *,
+    max_new_tokens: int,
+    length_penalty: float = 0.0,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    max_nodes: int = 100_000,
+) -> ExactSearch:
+    """The continuation of the highest score among all that end with EOS or have `max_new_tokens` tokens.
+
+        score(y) = log p(y | prompt) / |y|**length_penalty          (|y|: generated tokens, EOS counted)
+
+    Depth first, the most probable token first (Stahlberg and Byrne 2019, algorithm 1). Log-probabilities are ≤ 0, so
+    nothing that begins with a prefix of log-probability L and t tokens scores above L / max_new_tokens**α for α > 0, or
+    L / t**α for α ≤ 0; where that is not above the best score so far, it is left out.
+
+    The search runs on the host, with a compiled step of one token; each depth keeps the cache that its siblings share.
+
+    Args:
+        prompt: one sequence, without padding.
+        length_penalty: α.
+        eos_id: the token, or any of the tokens, that ends a sequence.
+        max_nodes: prefixes that may be looked at.
+
+    Raises:
+        ValueError: for what `generate` refuses, a prompt that is not one sequence, a penalty that is not finite, or
+            `max_nodes` below 1.
+        FloatingPointError: if the model's logits are NaN or leave no token.
+        RuntimeError: where `max_nodes` do not suffice: what was found is not known to be the best.
+    """
+    prompt, penalty = jnp.asarray(prompt), float(length_penalty)
+    if prompt.ndim != 1:
+        raise ValueError(f"prompt must be one sequence [time], but has the shape {list(prompt.shape)}.")
+    if not np.isfinite(penalty):
+        raise ValueError(f"length_penalty must be one finite number, but is {length_penalty}.")
+    beam.check_sizes(max_nodes=(max_nodes, 1), max_new_tokens=(max_new_tokens, 1))
+    prompts, mask, _, longest = beam.request(lm, prompt[None], None, max_new_tokens, None)
+    eos = set(np.asarray(checks.eos_array(eos_id)).tolist())
+    log_probs, cache = _read(lm, params, prompts, mask, num_slots=prompts.shape[1] + beam.step_bucket(longest))
+    goal, num_nodes = _Goal(longest, penalty), 1
+    path = [_Node((), cache, _children(log_probs, 0.0))]
+    while path:
+        node = path[-1]
+        token, log_prob = next(node.children, (None, -np.inf))
+        length = len(node.tokens) + 1
+        if token is None or not goal.in_reach(length, log_prob):  # nor are those after it, which are less probable
+            path.pop()
+        elif token in eos or length == longest:
+            goal.offer((*node.tokens, token), log_prob)
+        elif num_nodes == max_nodes:
+            raise RuntimeError(f"{max_nodes} nodes do not suffice: the best so far has the score {goal.score:.6g}.")
+        else:
+            num_nodes += 1
+            log_probs, cache = _step(lm, params, jnp.asarray([[token]], jnp.int32), node.cache)
+            path.append(_Node((*node.tokens, token), cache, _children(log_probs, log_prob)))
+    return ExactSearch(np.asarray(goal.tokens, np.int32), goal.log_prob, goal.score, num_nodes)
+
+
+def _children(log_probs: Float[Array, "vocab"], before: float) -> Iterator[tuple[int, float]]:
+    """The tokens by falling probability, with the sum of the log-probabilities up to and with them, in float64."""
+    values = np.asarray(log_probs, np.float64)
+    if np.isnan(values).any() or values.max() == -np.inf:
+        raise FloatingPointError("the prompt could not be continued: the model's logits are NaN, +inf, or all −inf.")
+    order = np.argsort(-values, kind="stable")
+    return ((int(token), before + min(float(values[token]), 0.0)) for token in order)
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "num_slots"))
+def _read(
+    lm: LanguageModel, params: Params, prompts: Array, mask: Array, *, num_slots: int
+) -> tuple[Float[Array, "vocab"], Cache]:
+    logits, cache = beam.prefill(lm, params, prompts, mask, num_slots=num_slots)
+    return log_softmax(wide(logits))[0], cache
+
+
+@functools.partial(jax.jit, static_argnames="lm")
+def _step(lm: LanguageModel, params: Params, token: Int[Array, "1 1"], cache: Cache) -> tuple[Array, Cache]:
+    logits, cache = lm.apply(params, token, cache)
+    return log_softmax(wide(logits))[0, 0], cache

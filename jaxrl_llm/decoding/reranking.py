@@ -1,0 +1,212 @@
+"""Choosing among samples: minimum Bayes risk, best-of-n, and the majority of the answers."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxrl_llm.decoding import checks
+from jaxrl_llm.decoding.checks import Guidance
+from jaxrl_llm.decoding.generate import generate
+from jaxrl_llm.decoding.loop import Generation
+from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.objectives.numerics import violated
+
+T = TypeVar("T")
+
+
+class MBR(NamedTuple):
+    """The candidate of the largest expected utility, the first of them in a tie."""
+
+    index: int
+    expected_utility: Float[np.ndarray, "candidates"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BestOfN:
+    """The best of the samples of each prompt, and all of them."""
+
+    generation: Generation  # the winners, [batch, time]
+    scores: Float[Array, "batch n"]
+    index: Int[Array, "batch"]  # the winner's place among the samples, the first in a tie
+    samples: Generation  # all, [batch, n, time]
+
+
+class Vote(NamedTuple):
+    """The answer of the majority."""
+
+    answer: Hashable | None  # None if there was no answer
+    share: float  # of the weight of all answers, None apart
+    counts: dict[Hashable | None, float]  # weight of each answer in the order first seen; None: of what was no answer
+
+    @property
+    def unparsable(self) -> float:
+        """The weight of what was no answer."""
+        return self.counts.get(None, 0)
+
+
+def minimum_bayes_risk(
+    samples: Sequence[T],
+    utility: Callable[[T, T], float],
+    weights: Sequence[float] | None = None,
+    candidates: Sequence[T] | None = None,
+    *,
+    log_weights: Sequence[float] | None = None,
+) -> MBR:
+    """The candidate that agrees best with what the model says on average.
+
+        argmax_h Σ_i w_i u(h, y_i) / Σ_i w_i             (Eikema and Aziz 2022)
+
+    With samples of the model and no weights an estimate, in which a candidate that was sampled counts also as its own
+    reference; with all sequences and their probabilities as weights it is exact.
+
+    Args:
+        samples: what stands for the model's law: texts, token lists, anything.
+        utility: u(candidate, sample), larger is better, such as `analysis.chrf.sentence_chrf`. It is called for every
+            pair of a candidate and a sample of positive weight.
+        weights: of each sample, not negative; they need not sum to 1. Equal if not given.
+        candidates: what may be chosen: the samples, if not given.
+        log_weights: the logarithms of the weights, such as log-probabilities, instead of them. (Samples that were
+            drawn from the model already occur as often as they are probable: weights are for distinct ones.)
+
+    Raises:
+        ValueError: if there are no samples or candidates, weights are given twice, or do not fit or sum to 0, or a
+            utility is NaN or infinite.
+    """
+    candidates = samples if candidates is None else candidates
+    if len(samples) == 0 or len(candidates) == 0:
+        raise ValueError(f"there are {len(samples)} samples and {len(candidates)} candidates: both need at least one.")
+    shares = _shares(weights, log_weights, len(samples))
+    counted = np.flatnonzero(shares)
+    utilities = np.asarray([[float(utility(each, samples[i])) for i in counted] for each in candidates])
+    if not np.isfinite(utilities).all():
+        row, column = np.argwhere(~np.isfinite(utilities))[0]
+        raise ValueError(
+            f"the utility of candidate {row} against sample {counted[column]} is {utilities[row, column]}."
+        )
+    expected = utilities @ shares[counted]
+    return MBR(int(expected.argmax()), expected)
+
+
+def best_of_n(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "batch prompt"],
+    *,
+    n: int,
+    score: Callable[[Generation], Float[Array, "batch n"]],
+    key: Key[Array, "*#batch"],
+    max_new_tokens: int | Int[Array, "batch"],
+    prompt_mask: Bool[Array, "batch prompt"] | None = None,
+    guidance: Guidance | None = None,
+    **options: Any,
+) -> BestOfN:
+    """The best of `n` independent samples of each prompt, by any scorer.
+
+    Its law is `objectives.rlhf.best_of_n` of the sampler's (with scores that depend on the sample alone). The samples
+    of a prompt depend on the prompt and its key alone, and the first of them are the same for every n.
+
+    Args:
+        score: from all samples, a `Generation` with leaves [batch, n, time], to a score for each [batch, n]; larger is
+            better, −inf is never chosen while another is left. What stands where `mask` is false must not matter to it.
+        key: one key, from which each prompt derives its own by its index, or one key a prompt.
+        options: of `generate`. Numbers of a transform that are one a row are given for batch·n rows: each prompt's,
+            n times.
+
+    Raises:
+        ValueError: as `generate` does, if n is below 1, the choice is greedy, or scores are not real and [batch, n].
+        FloatingPointError: if a score is NaN, or the model's law broke down.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, but is {n}.")
+    if options.pop("greedy", False):
+        raise ValueError("best-of-n needs samples that differ: greedy choices are all the same.")
+    prompts = jnp.asarray(prompts)
+    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1)
+    prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
+    batch = prompts.shape[0]
+    keys = jax.vmap(lambda own: jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(n)))(
+        checks.row_keys(key, batch)
+    )
+    drawn = generate(
+        lm,
+        params,
+        jnp.repeat(prompts, n, axis=0),
+        prompt_mask=jnp.repeat(mask, n, axis=0),
+        max_new_tokens=np.repeat(limits, n),
+        key=keys.reshape(batch * n),
+        guidance=None if guidance is None else _repeated(guidance, n),
+        **options,
+    )
+    samples = jax.tree.map(lambda leaf: leaf.reshape(batch, n, -1), drawn)
+    scores = _checked_scores(score(samples), (batch, n))
+    index = scores.argmax(axis=1)
+    winners = jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, index[:, None, None], axis=1)[:, 0], samples)
+    return BestOfN(winners, scores, index, samples)
+
+
+def self_consistency(answers: Sequence[Hashable | None], weights: Sequence[float] | None = None) -> Vote:
+    """The answer that most samples come to, whatever their reasoning: argmax_a Σ_i w_i 1[a_i = a].
+
+    Of answers as frequent, the first seen wins. None stands for a sample without a readable answer: it has no vote, and
+    its weight is reported in `counts[None]`.
+
+    Raises:
+        ValueError: if there are no samples, or weights do not fit, are negative or sum to 0.
+
+    Source: Wang et al. 2023; weighted votes are in their Table 1.
+    """
+    if len(answers) == 0:
+        raise ValueError("there are no answers to count.")
+    if weights is not None:
+        _shares(weights, None, len(answers))
+    counts: dict[Hashable | None, float] = collections.defaultdict(int)
+    for place, answer in enumerate(answers):
+        counts[answer] += 1 if weights is None else float(weights[place])
+    votes = {answer: count for answer, count in counts.items() if answer is not None}
+    if not any(votes.values()):
+        return Vote(None, 0.0, dict(counts))
+    winner = max(votes, key=votes.__getitem__)
+    return Vote(winner, votes[winner] / sum(votes.values()), dict(counts))
+
+
+def _shares(
+    weights: Sequence[float] | None, log_weights: Sequence[float] | None, size: int
+) -> Float[np.ndarray, "samples"]:
+    """The weights, which may be given by their logarithms, summing to 1."""
+    if weights is not None and log_weights is not None:
+        raise ValueError("give weights or log_weights, not both.")
+    if log_weights is not None:
+        logs = np.asarray(log_weights, float)
+        largest = logs.max(initial=-np.inf)
+        weights = np.exp(logs - largest) if np.isfinite(largest) else np.full(logs.shape, np.nan)
+    weights = np.ones(size) if weights is None else np.asarray(weights, float)
+    if weights.shape != (size,):
+        raise ValueError(f"there must be a weight for each of {size} samples, but the shape is {list(weights.shape)}.")
+    total = weights.sum()
+    if not (np.isfinite(total) and (weights >= 0).all() and total > 0):
+        raise ValueError(f"weights must be finite, not negative, and not all 0, but are {weights}.")
+    return weights / total
+
+
+def _repeated(guidance: Guidance, n: int) -> Guidance:
+    mask = None if guidance.prompt_mask is None else jnp.repeat(jnp.asarray(guidance.prompt_mask), n, axis=0)
+    return dataclasses.replace(guidance, prompts=jnp.repeat(jnp.asarray(guidance.prompts), n, axis=0), prompt_mask=mask)
+
+
+def _checked_scores(scores: Array, shape: tuple[int, int]) -> Float[Array, "batch n"]:
+    scores = jnp.asarray(scores)
+    if scores.shape != shape or jnp.issubdtype(scores.dtype, jnp.complexfloating):
+        raise ValueError(f"scores must be real numbers {list(shape)}, but are {scores.dtype}{list(scores.shape)}.")
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if violated(~jnp.isnan(scores)):
+        raise FloatingPointError("a score is NaN: there is no best of such samples.")
+    return scores

@@ -1,0 +1,221 @@
+"""Transforms that control what is written: biases, words forbidden or forced, a minimum length, a steady surprise.
+
+Those with a memory are for decoders, which carry it; by hand they are called as `transform(logits, memory)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.decoding.transforms.base import History, Transform, check, keep, pytree
+from jaxrl_llm.decoding.transforms.penalties import LooksBack, count, last_tokens
+from jaxrl_llm.objectives.logprobs import token_log_probs
+from jaxrl_llm.objectives.numerics import wide
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class LogitBias(Transform):
+    """Add a bias to each logit; −inf removes a token. A row in which no possible token would be left stays as it was.
+
+    Raises:
+        ValueError: unless the biases are numbers below +inf; when called, unless there is one for each token, or one
+            for each token of each row.
+    """
+
+    bias: Float[Array, "*#batch vocab"]
+
+    def __post_init__(self):
+        bias = jnp.asarray(self.bias)
+        check(bias.ndim >= 1, "the bias", "an array [vocab] or [batch, vocab]", self.bias)
+        check((bias < jnp.inf).all(), "the bias", "a number below +inf for each token", self.bias)
+        object.__setattr__(self, "bias", bias)
+
+    def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
+        bias = jnp.asarray(self.bias)
+        if bias.shape[-1] != logits.shape[-1] or bias.shape[:-1] not in ((), logits.shape[:-1]):
+            raise ValueError(
+                f"the bias must have the shape {[logits.shape[-1]]} or {list(logits.shape)}, "
+                f"but has {list(bias.shape)}."
+            )
+        removed = bias == -jnp.inf
+        biased = (wide(logits) + jnp.where(removed, 0, bias)).astype(logits.dtype)
+        left = (~removed & (logits > -jnp.inf)).any(axis=-1, keepdims=True)
+        return jnp.where(left, jnp.where(removed, -jnp.inf, biased), logits)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class BadWords(LooksBack):
+    """Remove the last token of a forbidden sequence where the tokens before it end the row, prompt included.
+
+    Built by `bad_words`. Padding between two tokens does not part them. A row in which no possible token would be left
+    stays as it was.
+    """
+
+    before: Int[Array, "sequence longest"]  # flush right, −1 where the sequence is shorter
+    last: Int[Array, "sequence"]
+
+    def look_back(self, logits: Array, tokens: Array, mask: Array) -> Array:
+        ending, real = last_tokens(tokens, mask, self.before.shape[-1])
+        same = real[..., None, :] & (ending[..., None, :] == self.before)
+        completed = (same | (self.before < 0)).all(axis=-1)
+        last = jnp.broadcast_to(self.last, completed.shape)
+        return keep(logits, count(last, completed, logits.shape[-1]) == 0)
+
+
+def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
+    """The transform that forbids sequences of tokens, of one token or more, as a table on the device.
+
+    Raises:
+        ValueError: if there is no sequence, one is empty, or a token is not in the vocabulary.
+    """
+    sequences = [[sequence] if isinstance(sequence, int | np.integer) else list(sequence) for sequence in sequences]
+    if not sequences or not all(sequences):
+        raise ValueError(f"sequences must be given and not be empty, but are {sequences}.")
+    for sequence in sequences:
+        if not all(isinstance(token, int | np.integer) and 0 <= token < vocab_size for token in sequence):
+            raise ValueError(f"forbidden tokens must be integers in [0, {vocab_size}), but one sequence is {sequence}.")
+    longest = max(map(len, sequences)) - 1
+    before = np.full((len(sequences), longest), -1, np.int32)
+    for row, sequence in enumerate(sequences):
+        before[row, longest + 1 - len(sequence) :] = sequence[:-1]
+    return BadWords(jnp.asarray(before), jnp.asarray([sequence[-1] for sequence in sequences], jnp.int32))
+
+
+class Remembers(Transform):
+    """A transform with a memory; it is called as `transform(logits, memory)`."""
+
+    def __call__(self, logits: Float[Array, "batch vocab"], *memory: Array) -> Float[Array, "batch vocab"]:
+        if len(memory) != 1:
+            return super().__call__(logits)
+        return self.warp(logits, None, memory[0])
+
+
+class Counts(Remembers):
+    """A transform whose memory is the number of new tokens of each row."""
+
+    def start(self, limits: Int[Array, "batch"]) -> Int[Array, "batch"]:
+        return jnp.zeros(limits.shape, jnp.int32)
+
+    def update(
+        self,
+        memory: Int[Array, "batch"],
+        logits: Float[Array, "batch vocab"],
+        token: Int[Array, "batch"],
+        alive: Bool[Array, "batch"],
+    ) -> Int[Array, "batch"]:
+        return memory + alive
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class MinLength(Counts):
+    """Remove the tokens `eos_ids` until a row has n new tokens. A row that can only end stays as it was.
+
+    Raises:
+        ValueError: unless n is an integer of at least 0 and `eos_ids` is a token or several.
+    """
+
+    n: Int[Array, "..."] | int
+    eos_ids: Int[Array, "eos"] | Sequence[int] | int
+
+    def __post_init__(self):
+        n, eos_ids = jnp.asarray(self.n), jnp.atleast_1d(jnp.asarray(self.eos_ids))
+        check(jnp.issubdtype(n.dtype, jnp.integer) and n >= 0, "n", "an integer of at least 0", self.n)
+        integers = eos_ids.ndim == 1 and jnp.issubdtype(eos_ids.dtype, jnp.integer)
+        check(integers and eos_ids >= 0, "eos_ids", "a token or several", self.eos_ids)
+        object.__setattr__(self, "eos_ids", eos_ids.astype(jnp.int32))
+
+    def warp(
+        self, logits: Float[Array, "batch vocab"], history: History | None, memory: Int[Array, "batch"]
+    ) -> Float[Array, "batch vocab"]:
+        ends = jnp.zeros(logits.shape[-1], bool).at[self.eos_ids].set(True, mode="drop")
+        return keep(logits, ~ends | (memory >= self.n)[..., None])
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class ForcedTokens(Counts):
+    """The i-th new token of a row is `tokens[i]`, or free where that is −1, and after the last.
+
+    What is forced keeps its logit, and the sampler's log-probability of it is 0. A token that the model excludes (−inf)
+    cannot be forced, nor one outside the vocabulary: the row then stays as it was.
+
+    Raises:
+        ValueError: unless the tokens are integers [number] or [batch, number], at least −1 and at least one.
+    """
+
+    tokens: Int[Array, "*#batch number"] | Sequence[int]
+
+    def __post_init__(self):
+        tokens = jnp.asarray(self.tokens)
+        shaped = tokens.ndim in (1, 2) and tokens.shape[-1] > 0 and jnp.issubdtype(tokens.dtype, jnp.integer)
+        check(shaped, "tokens", "integers [number] or [batch, number]", self.tokens)
+        check(tokens >= -1, "tokens", "tokens, or −1 where nothing is forced", self.tokens)
+        object.__setattr__(self, "tokens", tokens.astype(jnp.int32))
+
+    def warp(
+        self, logits: Float[Array, "batch vocab"], history: History | None, memory: Int[Array, "batch"]
+    ) -> Float[Array, "batch vocab"]:
+        tokens = jnp.broadcast_to(self.tokens, (*logits.shape[:-1], self.tokens.shape[-1]))
+        number = tokens.shape[-1]
+        forced = jnp.take_along_axis(tokens, jnp.minimum(memory, number - 1)[..., None], axis=-1)
+        free = (memory >= number)[..., None] | (forced < 0)
+        return keep(logits, free | (jnp.arange(logits.shape[-1]) == forced))
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Mirostat(Remembers):
+    """Hold the mean surprise of a text at τ bits a token: Mirostat 2.0 (Basu et al. 2021, algorithm 2).
+
+    Keeps the tokens of surprise −log₂ p ≤ μ, and always the most probable. μ, the memory, starts at 2τ, and after each
+    token moves against the error:
+
+        μ ← μ − η (s − τ),   s the token's surprise in bits under the *model's* law
+
+    s is not that under the truncated law, as in llama.cpp, where s can fall short of τ for ever; nor does a transform
+    before this one change s, though it changes what p is cut.
+
+    Raises:
+        ValueError: unless τ is finite and positive, and η finite and not negative.
+    """
+
+    tau: Float[Array, "..."] | float
+    eta: Float[Array, "..."] | float
+
+    def __post_init__(self):
+        check((self.tau > 0) & (self.tau < jnp.inf), "τ", "a finite number of bits above 0", self.tau)
+        check((self.eta >= 0) & (self.eta < jnp.inf), "η", "a finite number of at least 0", self.eta)
+
+    def start(self, limits: Int[Array, "batch"]) -> Float[Array, "batch"]:
+        dtype = jnp.promote_types(jnp.asarray(self.tau).dtype, jnp.float32)
+        return jnp.broadcast_to(2 * jnp.asarray(self.tau, dtype), limits.shape)
+
+    def warp(
+        self, logits: Float[Array, "batch vocab"], history: History | None, memory: Float[Array, "batch"]
+    ) -> Float[Array, "batch vocab"]:
+        given = wide(logits)
+        highest = given.max(axis=-1, keepdims=True)
+        threshold = jax.nn.logsumexp(given, axis=-1, keepdims=True) - math.log(2) * memory[..., None]
+        return jnp.where((given >= threshold) | (given >= highest), logits, -jnp.inf)
+
+    def update(
+        self,
+        memory: Float[Array, "batch"],
+        logits: Float[Array, "batch vocab"],
+        token: Int[Array, "batch"],
+        alive: Bool[Array, "batch"],
+    ) -> Float[Array, "batch"]:
+        surprise = -token_log_probs(logits, token) / math.log(2)
+        known = alive & jnp.isfinite(surprise)  # not that of a token that the model excludes
+        moved = memory - self.eta * (jnp.where(known, surprise, self.tau) - self.tau)
+        return jnp.where(known, moved, memory).astype(memory.dtype)

@@ -1,0 +1,516 @@
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxrl_llm import models
+from jaxrl_llm.decoding import generate
+from jaxrl_llm.decoding.beam import beam_search, search
+from jaxrl_llm.decoding.transforms import Transform
+from jaxrl_llm.decoding.transforms.base import pytree
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import CONTEXT, VOCAB, log_softmax, random_params
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDEN_MODELS = ("gpt2-1", "llama-1")
+PENALTIES = (-1.0, 0.0, 0.5, 1.0, 2.0)
+NEVER, TWO = (10**6, 10**6), (2, 2)  # as many tokens, so that one program serves with and without an end
+ends = pytest.mark.parametrize("eos", [NEVER, TWO], ids=["no end", "an end"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float64():
+    """The tables are; the neural models' parameters stay float32."""
+    with jax.enable_x64(True):
+        yield
+
+
+# The same by definition, in plain Python ------------------------------------------------------------------------------
+
+
+@functools.cache
+def table(vocab, horizon, seed):
+    """A random tabular model, its parameters, and the log-probabilities after each prefix."""
+    lm = TabularLM(vocab, horizon)
+    params = random_params(lm, seed, dtype=jnp.float64)
+    prefixes = [p for length in range(horizon) for p in itertools.product(range(vocab), repeat=length)]
+    return lm, params, dict(zip(prefixes, log_softmax(params["logits"]), strict=True))
+
+
+def all_hypotheses(law, vocab, count, eos, prompt=()):
+    """Every sequence that ends, or has `count` tokens, with its log-probability."""
+    found = []
+    for length in range(1, count + 1):
+        for tokens in itertools.product(range(vocab), repeat=length):
+            if not set(tokens[:-1]) & set(eos) and (length == count or tokens[-1] in eos):
+                found.append((tokens, sum(law[(*prompt, *tokens[:t])][tokens[t]] for t in range(length))))
+    return found
+
+
+def ranked(hypotheses, penalty, count):
+    scored = [(tokens, log_prob, log_prob / len(tokens) ** penalty) for tokens, log_prob in hypotheses]
+    return sorted(scored, key=lambda each: -each[2])[:count]
+
+
+def repeats(text, n):
+    """Whether the last n-gram stands in the text before."""
+    grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+    return n > 0 and len(grams) > 0 and grams[-1] in grams[:-1]
+
+
+def plain_beam(law, width, count, *, penalty=0.0, eos=(), prompt=(), groups=1, diversity=0.0, n=0):
+    """Beam search with lists."""
+    width //= groups
+    live, finished = [[((), 0.0)]] + [[((), 0.0)] for _ in range(groups - 1)], [[] for _ in range(groups)]
+    for time in range(1, count + 1):
+        chosen = []
+        for group in range(groups):
+            options = [
+                ((*tokens, v), log_prob + logp, log_prob + logp - (diversity * chosen.count(v) if groups > 1 else 0))
+                for tokens, log_prob in live[group]
+                for v, logp in enumerate(law[(*prompt, *tokens)])
+                if not repeats((*prompt, *tokens, v), n)
+            ]
+            options.sort(key=lambda option: -option[2])
+            ended = [option[:2] for option in options[:width] if option[0][-1] in eos]
+            onwards = [option[:2] for option in options if option[0][-1] not in eos][:width]
+            chosen += [tokens[-1] for tokens, _ in onwards]
+            new = ended + (onwards if time == count else [])
+            pool = [(tokens, log_prob) for tokens, log_prob, _ in ranked(finished[group] + new, penalty, width)]
+            finished[group], live[group] = pool, onwards
+            if len(pool) == width:
+                worst = min(log_prob / len(tokens) ** penalty for tokens, log_prob in pool)
+                hope = [log_prob / t**penalty for _, log_prob in onwards for t in range(time + 1, count + 1)]
+                if not any(score > worst for score in hope):
+                    live[group] = []
+    return ranked([each for pool in finished for each in pool], penalty, width * groups)
+
+
+def assert_found(beams, row, expected, *, atol=1e-12):
+    """The hypotheses of a row, best first; those that cannot be are empty."""
+    tokens, mask, log_prob, score = (
+        np.asarray(each)[row] for each in (beams.tokens, beams.mask, beams.log_prob, beams.score)
+    )
+    found = [tuple(each[valid].tolist()) for each, valid in zip(tokens, mask, strict=True)]
+    assert found == [each[0] for each in expected] + [()] * (len(found) - len(expected))
+    np.testing.assert_allclose(log_prob[: len(expected)], [each[1] for each in expected], atol=atol)
+    np.testing.assert_allclose(score[: len(expected)], [each[2] for each in expected], atol=atol)
+    assert (log_prob[len(expected) :] == -np.inf).all() and (score[len(expected) :] == -np.inf).all()
+    np.testing.assert_array_equal(mask, np.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True))
+
+
+ROOTS = np.asarray([[0, 0], [0, 1], [2, 1]]), np.asarray([[False, False], [False, True], [True, True]])
+AFTER = ((), (1,), (2, 1))
+
+
+@ends
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_beam_of_all_sequences_is_exhaustive(penalty, eos):
+    for seed in range(3):
+        lm, params, law = table(3, 5, seed)
+        beams = beam_search(
+            lm,
+            params,
+            ROOTS[0],
+            prompt_mask=ROOTS[1],
+            num_beams=27,
+            max_new_tokens=3,
+            length_penalty=penalty,
+            eos_id=eos,
+        )
+        assert beams.log_prob.dtype == beams.score.dtype == jnp.float64
+        for row, prompt in enumerate(AFTER):
+            assert_found(beams, row, ranked(all_hypotheses(law, 3, 3, eos, prompt), penalty, 27))
+
+
+@ends
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_a_small_beam_is_a_plain_beam(width, penalty, eos):
+    for seed in range(3):
+        lm, params, law = table(3, 8, seed)
+        beams = beam_search(
+            lm,
+            params,
+            ROOTS[0],
+            prompt_mask=ROOTS[1],
+            num_beams=width,
+            max_new_tokens=6,
+            length_penalty=penalty,
+            eos_id=eos,
+        )
+        for row, prompt in enumerate(AFTER):
+            expected = plain_beam(law, width, 6, penalty=penalty, eos=eos, prompt=prompt)
+            assert_found(beams, row, expected)
+
+
+def test_the_plain_beam_tries_what_it_should():
+    """Somewhere a row stops early, an ended hypothesis is displaced, and a beam is not exhaustive."""
+    short, long, missed = 0, 0, 0
+    for seed in range(6):
+        law = table(3, 8, seed)[2]
+        found = plain_beam(law, 2, 6, eos=TWO)
+        short += all(len(tokens) < 6 for tokens, _, _ in found)
+        long += any(len(tokens) == 6 for tokens, _, _ in plain_beam(law, 2, 6, penalty=2.0, eos=TWO))
+        missed += ranked(all_hypotheses(law, 3, 6, TWO), 2.0, 2) != plain_beam(law, 2, 6, penalty=2.0, eos=TWO)
+    assert short and long and missed
+
+
+@ends
+@pytest.mark.parametrize(("groups", "diversity"), [(2, 0.0), (2, 0.7), (4, 0.7), (4, 50.0)])
+@pytest.mark.parametrize("penalty", [-1.0, 1.0])
+def test_diverse_beams_are_plain_diverse_beams(groups, diversity, penalty, eos):
+    for seed in range(3):
+        lm, params, law = table(3, 8, seed)
+        beams = beam_search(
+            lm,
+            params,
+            ROOTS[0],
+            prompt_mask=ROOTS[1],
+            num_beams=4,
+            num_groups=groups,
+            diversity_penalty=diversity,
+            max_new_tokens=6,
+            length_penalty=penalty,
+            eos_id=eos,
+        )
+        for row, prompt in enumerate(AFTER):
+            expected = plain_beam(
+                law, 4, 6, penalty=penalty, eos=eos, prompt=prompt, groups=groups, diversity=diversity
+            )
+            assert_found(beams, row, expected)
+
+
+def test_one_group_is_beam_search_whatever_the_penalty():
+    lm, params, _ = table(3, 8, 0)
+    options = {"prompt_mask": ROOTS[1], "num_beams": 3, "max_new_tokens": 6, "eos_id": TWO}
+    plain, one = (beam_search(lm, params, ROOTS[0], **options, diversity_penalty=each) for each in (0.0, 5.0))
+    assert_same(plain, one, atol=0)
+
+
+def test_groups_without_a_penalty_are_beams_of_their_width():
+    lm, params, _ = table(3, 8, 0)
+    options = {"prompt_mask": ROOTS[1], "max_new_tokens": 6, "eos_id": TWO}
+    grouped = beam_search(lm, params, ROOTS[0], **options, num_beams=4, num_groups=2)
+    narrow = beam_search(lm, params, ROOTS[0], **options, num_beams=2)
+    np.testing.assert_array_equal(grouped.tokens, np.repeat(narrow.tokens, 2, axis=1))
+    np.testing.assert_array_equal(grouped.score, np.repeat(narrow.score, 2, axis=1))
+
+
+@ends
+@pytest.mark.parametrize("n", [1, 2])
+def test_blocked_beams_are_plain_blocked_beams(n, eos):
+    died = 0
+    for seed in range(3):
+        lm, params, law = table(3, 8, seed)
+        beams = beam_search(
+            lm, params, ROOTS[0], prompt_mask=ROOTS[1], num_beams=3, max_new_tokens=6, no_repeat_ngram=n, eos_id=eos
+        )
+        for row, prompt in enumerate(AFTER):
+            expected = plain_beam(law, 3, 6, eos=eos, prompt=prompt, n=n)
+            died += len(expected) < 3
+            assert_found(beams, row, expected)
+    assert died or n > 1
+
+
+# Neural models --------------------------------------------------------------------------------------------------------
+
+ROWS, NEW = 5, 16
+LENGTHS = np.asarray([12, 7, 1, 5, 9])
+PROMPTS = np.random.default_rng(2).integers(0, VOCAB, (ROWS, 12))
+apply = jax.jit(lambda lm, params, tokens, mask: lm.apply(params, tokens, mask=mask)[0], static_argnums=0)
+
+
+def spread(place, *, width=14, seed=0):
+    """The first LENGTHS tokens of the prompts in `width` slots, with random tokens at the padding."""
+    rng = np.random.default_rng(seed)
+    prompts, mask = rng.integers(0, VOCAB, (ROWS, width)), np.zeros((ROWS, width), bool)
+    for row, length in enumerate(LENGTHS):
+        slots = {"left": np.arange(width - length, width), "right": np.arange(length)}.get(place)
+        slots = np.sort(rng.permutation(width)[:length]) if slots is None else slots
+        prompts[row, slots], mask[row, slots] = PROMPTS[row, :length], True
+    return {"prompts": prompts, "prompt_mask": mask}
+
+
+CHOICES = {
+    "beam": {"num_beams": 4, "length_penalty": 1.0, "eos_id": (1, 5, 9, 17)},
+    "diverse, blocked": {
+        "num_beams": 4,
+        "num_groups": 2,
+        "diversity_penalty": 1.5,
+        "no_repeat_ngram": 2,
+        "eos_id": (1, 5, 9, 17),
+    },
+}
+
+
+@functools.cache
+def searched(lm, choice):
+    return beam_search(lm, random_params(lm), **spread("left"), max_new_tokens=NEW, **CHOICES[choice])
+
+
+def assert_same(one, two, *, atol=1e-4):
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    np.testing.assert_array_equal(one.mask, two.mask)
+    np.testing.assert_allclose(one.log_prob, two.log_prob, atol=atol)
+    np.testing.assert_allclose(one.score, two.score, atol=atol)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_log_prob_is_that_of_a_forward_pass_without_cache(neural, choice):
+    lm, params = neural
+    beams = searched(lm, choice)
+    tokens, mask = np.asarray(beams.tokens), np.asarray(beams.mask)
+    assert mask.any(axis=2).all() and beams.log_prob.dtype == jnp.float32
+    text, valid = np.zeros((ROWS * 4, CONTEXT), int), np.zeros((ROWS * 4, CONTEXT), bool)
+    for row, beam in itertools.product(range(ROWS), range(4)):
+        real = [*PROMPTS[row, : LENGTHS[row]], *tokens[row, beam][mask[row, beam]]]
+        text[row * 4 + beam, : len(real)], valid[row * 4 + beam, : len(real)] = real, True
+    log_probs = log_softmax(apply(lm, params, text, valid))
+    place = np.repeat(LENGTHS, 4)[:, None] - 1 + np.arange(NEW)
+    of_tokens = log_probs[np.arange(ROWS * 4)[:, None], place, tokens.reshape(-1, NEW)].reshape(tokens.shape)
+    np.testing.assert_allclose(beams.log_prob, np.where(mask, of_tokens, 0).sum(axis=2), atol=2e-4)
+    lengths = mask.sum(axis=2) ** CHOICES[choice].get("length_penalty", 0.0)
+    np.testing.assert_allclose(beams.score, beams.log_prob / lengths, rtol=1e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_hypotheses_are_sorted_distinct_and_end_once(neural, choice):
+    beams = searched(neural[0], choice)
+    assert (np.diff(beams.score, axis=1) <= 0).all()
+    tokens, mask = np.asarray(beams.tokens), np.asarray(beams.mask)
+    eos = np.isin(tokens, CHOICES[choice]["eos_id"]) & mask
+    lengths = mask.sum(axis=2)
+    last = np.take_along_axis(eos, lengths[..., None] - 1, axis=2)[..., 0]
+    assert (last | (lengths == NEW)).all() and last.any()
+    assert (eos.sum(axis=2) == last).all() and (tokens[~mask] == 0).all()
+    found = [
+        len({tuple(each[valid]) for each, valid in zip(*row, strict=True)}) for row in zip(tokens, mask, strict=True)
+    ]
+    assert min(found) > 2 if choice != "beam" else min(found) == 4  # groups share nothing: two may find the same
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("place", ["right", "interior"])
+def test_the_side_of_the_padding_does_not_matter(neural, choice, place):
+    lm, params = neural
+    found = beam_search(lm, params, **spread(place, seed=1), max_new_tokens=NEW, **CHOICES[choice])
+    assert_same(found, searched(lm, choice))
+
+
+def test_batch_mates_and_the_bucket_do_not_matter(gpt2):
+    lm, params = gpt2
+    expected = searched(lm, "beam")
+    order = np.asarray([3, 0, 3, 4, 2])
+    moved = {name: each[order] for name, each in spread("right", width=16).items()}
+    found = beam_search(lm, params, **moved, max_new_tokens=NEW, **CHOICES["beam"])
+    assert_same(found, jax.tree.map(lambda leaf: leaf[order], expected))
+    alone = beam_search(lm, params, PROMPTS[1:2, :7], max_new_tokens=NEW, **CHOICES["beam"])
+    assert_same(alone, jax.tree.map(lambda leaf: leaf[1:2], expected))
+    wide = spread("left", width=20)
+    assert_same(beam_search(lm, params, **wide, max_new_tokens=NEW, **CHOICES["beam"]), expected)
+
+
+def test_limits_may_be_the_rows_own(gpt2):
+    lm, params = gpt2
+    limits = np.asarray([16, 1, 5, 16, 2])
+    found = beam_search(lm, params, **spread("left"), max_new_tokens=limits, **CHOICES["beam"])
+    for row, limit in enumerate(limits):
+        alone = beam_search(lm, params, **spread("left"), max_new_tokens=int(limit), **CHOICES["beam"])
+        np.testing.assert_array_equal(found.tokens[row, :, :limit], alone.tokens[row])
+        np.testing.assert_array_equal(found.mask[row].sum(axis=1), alone.mask[row].sum(axis=1))
+
+
+@pytest.mark.parametrize("eos", [NEVER, (3, 11)], ids=["no end", "an end"])
+def test_one_beam_is_greedy(neural, eos):
+    lm, params = neural
+    options = {**spread("left"), "max_new_tokens": NEW, "eos_id": eos, "pad_id": 9}
+    generation, beams = generate(lm, params, **options, greedy=True), beam_search(lm, params, **options, num_beams=1)
+    np.testing.assert_array_equal(beams.tokens[:, 0], generation.tokens)
+    np.testing.assert_array_equal(beams.mask[:, 0], generation.mask)
+    np.testing.assert_allclose(beams.log_prob[:, 0], generation.logp.sum(axis=1), atol=1e-4)
+
+
+def test_no_output_repeats_a_blocked_ngram(neural):
+    lm, _ = neural
+
+    def repeating(beams):
+        tokens, mask = np.asarray(beams.tokens), np.asarray(beams.mask)
+        count = 0
+        for row, beam in itertools.product(range(ROWS), range(4)):
+            text = [*PROMPTS[row, : LENGTHS[row]], *tokens[row, beam][mask[row, beam]]]
+            count += any(repeats(text[:end], 2) for end in range(LENGTHS[row] + 1, len(text) + 1))
+        return count
+
+    assert repeating(searched(lm, "beam")) and not repeating(searched(lm, "diverse, blocked"))
+
+
+# Transforms remove, and do not re-weigh -------------------------------------------------------------------------------
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Alternate(Transform):
+    """With a memory: after a token only those of the other parity may come. Halves the logits that it leaves."""
+
+    def start(self, limits):
+        return {"last": jnp.full(limits.shape, -1)}
+
+    def warp(self, logits, history, memory):
+        tokens = jnp.arange(logits.shape[1])
+        same = (tokens % 2 == memory["last"][:, None] % 2) & (memory["last"][:, None] >= 0)
+        return jnp.where(same, -jnp.inf, logits / 2)
+
+    def update(self, memory, logits, token, alive):
+        return {"last": jnp.where(alive, token, memory["last"])}
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class NotAgain(Transform):
+    """Looks back: no token of the generated part comes twice."""
+
+    looks_back = True
+    sees_prompt = False
+
+    def __call__(self, logits, tokens, mask):
+        seen = (jnp.arange(logits.shape[1]) == tokens[..., None]) & mask[..., None]
+        return jnp.where(seen.any(axis=1), -jnp.inf, logits)
+
+
+def test_transforms_with_a_memory_or_that_look_back_follow_their_beams():
+    rules = {
+        Alternate(): lambda tokens: all((a - b) % 2 for a, b in itertools.pairwise(tokens)),
+        NotAgain(): lambda tokens: len(set(tokens)) == len(tokens),
+    }
+    for transform, allowed in rules.items():
+        for seed in range(3):
+            lm, params, law = table(3, 5, seed)
+            beams = beam_search(
+                lm,
+                params,
+                ROOTS[0],
+                prompt_mask=ROOTS[1],
+                num_beams=27,
+                max_new_tokens=3,
+                length_penalty=0.5,
+                eos_id=TWO,
+                transform=transform,
+            )
+            for row, prompt in enumerate(AFTER):
+                possible = [each for each in all_hypotheses(law, 3, 3, TWO, prompt) if allowed(each[0])]
+                assert_found(beams, row, ranked(possible, 0.5, 27))
+
+
+def test_impossible_tokens_make_no_hypothesis():
+    lm, params, _ = table(3, 5, 0)
+    only = {"logits": jnp.where(jnp.arange(3) == 1, params["logits"], -jnp.inf)}
+    beams = beam_search(lm, only, ROOTS[0], prompt_mask=ROOTS[1], num_beams=27, max_new_tokens=3, eos_id=TWO)
+    for row in range(3):
+        assert_found(beams, row, [((1, 1, 1), 0.0, 0.0)])
+
+
+# Compiling once, and what cannot be -----------------------------------------------------------------------------------
+
+
+def test_other_penalties_prompts_and_lengths_compile_nothing_new():
+    lm = TabularLM(vocab_size=2, horizon=11)  # a model that no other test compiles
+    params = random_params(lm)
+
+    def run(length, count, penalty, diversity, eos):
+        options = {"num_beams": 2, "num_groups": 2, "length_penalty": penalty, "diversity_penalty": diversity}
+        beam_search(lm, params, np.ones((2, length), int), max_new_tokens=count, eos_id=eos, **options)
+
+    before = search._cache_size()
+    for each in [(3, 4, 0.0, 0.0, 0), (3, 4, 2, 1, 0), (0, 8, jnp.float32(-0.5), 0.3, 1), (5, 1, 0.5, jnp.ones(()), 0)]:
+        run(*each)
+    assert search._cache_size() - before == 1
+
+
+MISTAKES = {
+    "no beams": ({"num_beams": 0}, "num_beams must be an integer of at least 1, but is 0"),
+    "half a beam": ({"num_beams": 1.5}, "num_beams must be an integer of at least 1, but is 1.5"),
+    "no groups": ({"num_groups": 0}, "num_groups must be an integer of at least 1"),
+    "uneven groups": ({"num_groups": 3}, "multiple of num_groups, but they are 4 and 3"),
+    "a negative n": ({"no_repeat_ngram": -1}, "no_repeat_ngram must be an integer of at least 0"),
+    "an infinite penalty": ({"length_penalty": np.inf}, "length_penalty must be one finite number, but is inf"),
+    "several penalties": ({"length_penalty": [0.0, 1.0]}, "length_penalty must be one finite number"),
+    "a reward for sameness": ({"diversity_penalty": -1.0}, "diversity_penalty must be one finite number of at least 0"),
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, but is 0"),
+    "no room": ({"max_new_tokens": 42}, "do not fit"),
+    "an empty prompt": ({"prompts": np.zeros((2, 0), int)}, "prompt 0 is empty"),
+    "a token too large": ({"prompts": [[23]]}, r"\[0, 23\)"),
+    "a string to end": ({"eos_id": "."}, "eos_id must be a token|not a valid|Invalid|invalid|dtype"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named_before_anything_is_compiled(gpt2, wrong, message):
+    before = search._cache_size()
+    with pytest.raises((ValueError, TypeError), match=message):
+        beam_search(*gpt2, **{"prompts": [[1, 2]], "num_beams": 4, "max_new_tokens": 4} | wrong)
+    assert search._cache_size() == before
+
+
+@pytest.mark.parametrize("row", [0, 1 + 2], ids=["at the root", "after a token"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_law_raise_where_a_live_beam_meets_them(value, row):
+    lm, params, _ = table(3, 5, 0)
+    options = {"num_beams": 27, "max_new_tokens": 3, "prompt_mask": ROOTS[1]}
+    logits = params["logits"].at[row].set(value)
+    with pytest.raises(FloatingPointError, match=r"row 0 .* NaN, \+inf, or all −inf"):
+        beam_search(lm, {"logits": logits}, ROOTS[0], eos_id=NEVER, **options)
+    if row:
+        logits = logits.at[0, 2].set(-jnp.inf)  # never met
+        assert not np.isnan(beam_search(lm, {"logits": logits}, ROOTS[0], eos_id=NEVER, **options).score[0]).any()
+
+
+def test_under_an_outer_jit(gpt2):
+    lm, params = gpt2
+
+    @jax.jit
+    def inside(params, penalty):
+        options = CHOICES["beam"] | {"length_penalty": penalty, "max_new_tokens": NEW}
+        return beam_search(lm, params, **spread("left"), **options)
+
+    assert_same(inside(params, 1.0), searched(lm, "beam"))
+
+
+# What transformers finds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+def test_beams_are_those_of_transformers(name):
+    """Made by tests/goldens/make_beam_goldens.py."""
+    loaded, inputs = models.load(GOLDENS / name), load_file(GOLDENS / name / "expected.safetensors")
+    expected = load_file(GOLDENS / "beam" / f"{name}.safetensors")
+    for index, (penalty, n) in enumerate(expected["settings"]):
+        beams = beam_search(
+            loaded.model,
+            loaded.params,
+            inputs["tokens"],
+            prompt_mask=inputs["mask"],
+            num_beams=4,
+            max_new_tokens=12,
+            length_penalty=float(penalty),
+            no_repeat_ngram=int(n),
+            eos_id=(1, 3, 8, 13),
+        )
+        np.testing.assert_array_equal(beams.tokens, expected["tokens"][index])
+        np.testing.assert_allclose(beams.score, expected["scores"][index], rtol=1e-5)
+
+
+def test_the_goldens_try_what_they_should():
+    every = [load_file(GOLDENS / "beam" / f"{name}.safetensors") for name in GOLDEN_MODELS]
+    lengths = np.concatenate([(each["tokens"] != 0).sum(axis=-1).ravel() for each in every])
+    assert (lengths < 12).any() and (lengths == 12).any()
+    settings = every[0]["settings"]
+    assert {*settings[:, 0]} == {-1.0, 0.0, 1.0, 2.0} and {*settings[:, 1]} == {0, 2}
+    for each in every:  # another penalty finds other beams
+        assert len({tokens.tobytes() for tokens in each["tokens"]}) >= 3

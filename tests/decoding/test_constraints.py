@@ -1,0 +1,527 @@
+"""Constraints against regular expressions that Python's `re` matches, and laws against enumeration."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrl_llm import decoding, models, text
+from jaxrl_llm.decoding import automata, constraints, generate, stream
+from jaxrl_llm.decoding.beam import beam_search
+from jaxrl_llm.decoding.constraints import Automaton, Constrained
+from jaxrl_llm.decoding.generate import decode
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import assert_follows, kept_by_top_p, log_softmax, random_params
+
+LM = TabularLM(vocab_size=4, horizon=4)
+PARAMS = jax.tree.map(lambda leaf: leaf / 2, random_params(LM, 4))
+LETTERS = ["a", "b", "c", "$"]  # of which the last is EOS, where there is one
+EOS = 3
+DRAWS = 10_000
+NOTHING = jnp.zeros((DRAWS, 0), jnp.int32)
+
+
+# From a pattern to an automaton over bytes ----------------------------------------------------------------------------
+
+PATTERNS = [
+    "a|ab", "(no|not)", "a*?", "(a|ab)(b|ba)", "[^a]", r"\d+", "é|b", "(?i)aB", "(?i:é)b", "a{2,3}?b?", "^ab$", "", ".",
+    "(|a)+", "(a*)*b", "(?s:.)b", r"[^\W\d]", r"(?a:\w)+", "a{0}", "((a|b){1,2}é?)+", r"\S\s*", "(?x) a  b # c",
+    r"\Aa\Z", "[a-bé-🙂]{2}", r"(?P<n>[ab\d])🙂?", "a{,2}b{1,}",
+]  # fmt: skip
+
+
+def accepts(by_byte, accepting, content):
+    state = 0
+    for byte in content:
+        state = by_byte[state, byte]
+    return bool(accepting[state])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_accepts_what_re_matches(pattern):
+    compiled = automata.from_pattern(pattern)
+    for length in range(4):
+        for letters in itertools.product("abéÉ1٣\n 🙂ü", repeat=length):
+            string = "".join(letters)
+            assert accepts(*compiled, string.encode()) == bool(re.fullmatch(pattern, string)), string
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), st.binary(max_size=4))
+def test_any_text_but_no_other_bytes(string, content):
+    compiled = automata.from_pattern(r"(?s:.)*")
+    assert accepts(*compiled, string.encode())
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        assert not accepts(*compiled, content)
+    else:
+        assert accepts(*compiled, content)
+
+
+@pytest.mark.parametrize("content", [b"\xc0\x80", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xff"])
+def test_what_is_not_utf8_is_no_text(content):
+    assert not accepts(*automata.from_pattern("(?s:.)*"), content)
+
+
+def test_equal_states_are_one():
+    for pattern in ("(yes|no|now)", "(yes)|(no(w?))", "(y|y)es|now|no"):
+        assert len(automata.from_pattern(pattern)[0]) == 7  # "", y, ye, n, no, the end, the dead one
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"a\b", "(?=a)a", r"(a)\1", "a++", "(?>a)b", "a^", "(^a)", "(", "[b-a]", "(a)(?(1)a|b)", "(?<!a)b"]
+)
+def test_what_is_no_pattern_or_not_regular_is_an_error(pattern):
+    with pytest.raises(ValueError, match=r"is not a regular expression|uses .* no finite automaton"):
+        automata.from_pattern(pattern)
+
+
+def test_too_many_states_are_an_error():
+    with pytest.raises(ValueError, match="needs more than 10000 states"):
+        automata.from_pattern("[ab]*a[ab]{14}")
+    with pytest.raises(ValueError, match=r"table of 202 states by 2000000 tokens has more than"):
+        automata.over_tokens(automata.from_pattern("a{200}")[0], [b""] * 2_000_000)
+
+
+# Over tokens ----------------------------------------------------------------------------------------------------------
+
+
+def run(automaton, tokens):
+    """The state after the tokens, −1 when a transition was missing."""
+    state = 0
+    for token in tokens:
+        state = int(automaton.transitions[state, token]) if state >= 0 else -1
+    return state
+
+
+@pytest.mark.parametrize("pattern", ["(yes|no)", "[0-9]{2}(-[0-9])?", "é+", "(ab|a)*", "n?o.{0,2}"])
+def test_every_tokenisation_of_a_match_and_nothing_else_is_accepted(pattern):
+    pieces = [
+        b"",
+        b"y",
+        b"e",
+        b"es",
+        b"yes",
+        b"n",
+        b"o",
+        b"no",
+        b"\xc3",
+        b"\xa9",
+        b"\xa9\xc3",
+        b"1",
+        b"23-",
+        b"4",
+        b"ab",
+    ]
+    automaton = constraints.from_regex(pattern, pieces)
+    accepting, table = np.asarray(automaton.accepting), np.asarray(automaton.transitions).tolist()
+    found = 0
+    for length in range(5):
+        for tokens in itertools.product(range(len(pieces)), repeat=length):
+            state = functools.reduce(lambda state, token: table[state][token] if state >= 0 else -1, tokens, 0)
+            content = b"".join(pieces[token] for token in tokens)
+            matches = re.fullmatch(pattern, content.decode(errors="surrogateescape")) is not None
+            expected = (
+                matches
+                and b"" not in [pieces[t] for t in tokens]
+                and content.decode(errors="ignore").encode() == content
+            )
+            assert (state >= 0 and accepting[state]) == expected, tokens
+            found += expected
+    assert found > 1
+
+
+def test_an_automaton_is_trimmed_and_knows_its_distances():
+    #  0 -a-> 1 -a-> 2 (accepting);  0 -b-> 3, from which nothing leads on but itself
+    automaton = Automaton(np.asarray([[1, 3], [2, -1], [-1, -1], [3, 3]]), np.asarray([False, False, True, False]))
+    np.testing.assert_array_equal(automaton.transitions, [[1, -1], [2, -1], [-1, -1], [-1, -1]])
+    np.testing.assert_array_equal(automaton.distance, [2, 1, 0, constraints.UNREACHABLE])
+
+
+def test_distances_are_those_of_the_shortest_texts():
+    automaton = constraints.from_regex("(ab)+c|b{4}|a", ["a", "b", "bc", "c"])
+    for length in range(4):
+        for tokens in itertools.product(range(4), repeat=length):
+            state = run(automaton, tokens)
+            if state >= 0:
+                ways = (
+                    more
+                    for more in range(5)
+                    for rest in itertools.product(range(4), repeat=more)
+                    if (end := run(automaton, [*tokens, *rest])) >= 0 and automaton.accepting[end]
+                )
+                assert automaton.distance[state] == next(ways)
+        if length == 2:
+            break
+
+
+def test_choices_are_literal_texts():
+    automaton = constraints.from_choices(["a.", "(b", ".*"], ["a", ".", "(", "b", "*", "a."])
+    accepted = {
+        tokens
+        for length in range(4)
+        for tokens in itertools.product(range(6), repeat=length)
+        if (state := run(automaton, tokens)) >= 0 and automaton.accepting[state]
+    }
+    assert accepted == {(0, 1), (5,), (2, 3), (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("transitions", "accepting", "message"),
+    [
+        (np.zeros((2, 3)), np.ones(2, bool), r"integers \[state, vocab\], but are float64\[2, 3\]"),
+        (np.zeros((0, 3), int), np.ones(0, bool), "integers"),
+        (np.zeros((2, 3), int), np.ones(3, bool), r"accepting must be bool\[2\].*bool\[3\]"),
+        (np.zeros((2, 3), int), np.ones(2), "accepting must be bool"),
+        (np.full((2, 3), 2), np.ones(2, bool), r"state in \[0, 2\) or be -1, but range from 2 to 2"),
+        (np.full((2, 3), -2), np.ones(2, bool), "range from -2 to -2"),
+    ],
+)
+def test_tables_that_are_no_automaton_are_an_error(transitions, accepting, message):
+    with pytest.raises(ValueError, match=message):
+        Automaton(transitions, accepting)
+
+
+@pytest.mark.parametrize("strings", [[], "yes"])
+def test_choices_come_in_a_sequence(strings):
+    with pytest.raises(ValueError, match="choices must be one string or several"):
+        constraints.from_choices(strings, LETTERS)
+
+
+def test_what_the_vocabulary_cannot_spell_is_an_error():
+    with pytest.raises(ValueError, match="no text that 'x' matches can be spelt"):
+        constraints.from_regex("x", LETTERS)
+    with pytest.raises(ValueError, match=r"no text that .* can be spelt"):
+        constraints.from_regex(r"[^\s\S]", LETTERS)
+    with pytest.raises(ValueError, match="the automaton accepts no text"):
+        Constrained(constraints.from_regex(r"\$", LETTERS), EOS)  # the bytes of EOS are no text
+
+
+def test_eos_is_of_the_vocabulary():
+    with pytest.raises(ValueError, match=r"eos_ids must lie in \[0, 4\).* \[4\]"):
+        Constrained(constraints.from_regex("a", LETTERS), 4)
+
+
+# The law, by enumeration ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def ends(pattern, limit, eos):
+    """All whole rows: a match and EOS, or, at the limit, a match."""
+    letters = range(EOS) if eos else range(EOS + 1)
+    rows = set()
+    for length in range(limit + 1):
+        for tokens in itertools.product(letters, repeat=length):
+            if re.fullmatch(pattern, "".join(LETTERS[token] for token in tokens)):
+                rows |= {tokens} if length == limit else {(*tokens, EOS)} if eos else set()
+    return rows
+
+
+def conditional_law(pattern, limit, eos, warp=lambda row: row):
+    """Of each prefix of an allowed row, the law of its next token: the model's, masked, warped and renormalised."""
+    table = np.asarray(PARAMS["logits"], np.float64)
+    prefixes = [p for length in range(4) for p in itertools.product(range(4), repeat=length)]
+    rows = dict(zip(prefixes, table, strict=True))
+    laws = {}
+    for row in ends(pattern, limit, eos):
+        for cut in range(len(row)):
+            prefix = row[:cut]
+            allowed = {other[cut] for other in ends(pattern, limit, eos) if other[:cut] == prefix and len(other) > cut}
+            masked = np.where([token in allowed for token in range(4)], rows[prefix], -np.inf)
+            laws[prefix] = log_softmax(warp(masked))
+    return laws
+
+
+def rows_of(generation):
+    lengths = np.asarray(generation.mask).sum(axis=1)
+    return [tuple(row[:n]) for row, n in zip(np.asarray(generation.tokens).tolist(), lengths, strict=True)]
+
+
+def constrained(pattern, eos):
+    return Constrained(constraints.from_regex(pattern, LETTERS), EOS if eos else None, max_tokens=4)
+
+
+CASES = [
+    ("(ab|c)*", True),
+    ("a?b{1,3}", True),
+    ("[abc]{2,}", True),
+    (".*c", True),
+    ("(a[bc$])+", False),
+    ("a.*", False),
+]
+
+
+@pytest.mark.parametrize(("pattern", "eos"), CASES)
+@pytest.mark.parametrize("warped", [False, True], ids=["alone", "in a chain"])
+def test_rows_follow_the_masked_law(pattern, eos, warped):
+    transform, warp = constrained(pattern, eos), lambda row: row
+    if warped:
+        transform = Chain((transform, Temperature(0.9), TopP(0.9)))
+        warp = lambda row: np.where(kept_by_top_p(row / 0.9, 0.9), row / 0.9, -np.inf)  # noqa: E731
+    law = conditional_law(pattern, 4, eos, warp)
+    generation = generate(
+        LM, PARAMS, NOTHING, max_new_tokens=4, transform=transform, key=jax.random.key(0), eos_id=EOS if eos else 99
+    )
+    found = rows_of(generation)
+    every = sorted(ends(pattern, 4, eos))
+    assert set(found) <= set(every)
+    exact = {row: [law[row[:t]][row[t]] for t in range(len(row))] for row in every}
+    place = {row: i for i, row in enumerate(every)}
+    with np.errstate(invalid="ignore"):
+        assert_follows([place[row] for row in found], np.exp([sum(exact[row]) for row in every]))
+    for row, logp, mask in zip(found[:300], generation.logp_sampler, generation.mask, strict=False):
+        np.testing.assert_allclose(logp[mask], exact[row], atol=1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "eos"), CASES)
+def test_greedy_takes_the_most_probable_of_what_is_allowed(pattern, eos):
+    law, row = conditional_law(pattern, 4, eos), ()
+    while row not in ends(pattern, 4, eos):
+        row += (int(np.argmax(law[row])),)
+    generation = generate(
+        LM, PARAMS, NOTHING[:2], max_new_tokens=4, transform=constrained(pattern, eos), greedy=True,
+        eos_id=EOS if eos else 99,
+    )  # fmt: skip
+    assert rows_of(generation) == [row, row]
+
+
+def test_a_row_ends_accepted_within_its_own_limit():
+    """Where few tokens remain, only those are kept from which an end is still within reach."""
+    limits = np.arange(DRAWS) % 3 + 2
+    pattern = "a|(b|c)[abc]+b"
+    generation = generate(
+        LM,
+        PARAMS,
+        NOTHING,
+        max_new_tokens=limits,
+        transform=constrained(pattern, True),
+        key=jax.random.key(1),
+        eos_id=EOS,
+    )
+    found = rows_of(generation)
+    for limit in (2, 3, 4):
+        of_limit = {row for row, own in zip(found, limits, strict=True) if own == limit}
+        assert of_limit <= ends(pattern, limit, True)
+        assert {len(row) for row in of_limit} == {2, limit}
+    assert ends(pattern, 2, True) == {(0, EOS)}
+
+
+def test_without_eos_a_row_has_exactly_its_limit():
+    generation = generate(
+        LM, PARAMS, NOTHING, max_new_tokens=np.arange(DRAWS) % 2 * 2 + 2, transform=constrained("(a[bc$])+", False),
+        key=jax.random.key(1), eos_id=99,
+    )  # fmt: skip
+    assert set(rows_of(generation)) == ends("(a[bc$])+", 2, False) | ends("(a[bc$])+", 4, False)
+
+
+def test_after_eos_comes_nothing_but_eos():
+    """If the decoder was not told of it."""
+    generation = generate(
+        LM,
+        PARAMS,
+        NOTHING[:7],
+        max_new_tokens=4,
+        transform=constrained("a|bc", True),
+        key=jax.random.key(0),
+        eos_id=99,
+    )
+    assert set(rows_of(generation)) == {(0, EOS, EOS, EOS), (1, 2, EOS, EOS)}
+
+
+def test_padding_and_batch_mates_change_nothing():
+    mask = jnp.asarray([[True, True], [True, False], [True, True]])
+    options = {"max_new_tokens": 2, "transform": constrained("a|b[abc]", True), "eos_id": EOS}
+    keys = jax.random.split(jax.random.key(2), 3)
+    prompts = jnp.asarray([[0, 1], [2, 3], [1, 1]])
+    whole = generate(LM, PARAMS, prompts, prompt_mask=mask, key=keys, **options)
+    others = jnp.asarray([[2, 2], [3, 2], [0, 0]])
+    left = generate(LM, PARAMS, others, prompt_mask=mask[:, ::-1], key=keys, **options)
+    np.testing.assert_array_equal(whole.tokens[1], left.tokens[1])
+    np.testing.assert_allclose(whole.logp_sampler[1], left.logp_sampler[1], atol=1e-6)
+    pieces = list(stream(LM, PARAMS, prompts, prompt_mask=mask, key=keys, **options))
+    np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in pieces], axis=1), whole.tokens)
+
+
+# No dead end ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "eos", "limits", "message"),
+    [
+        ("abc", True, 2, "row 0 may have 2 new tokens, but the shortest .* has 3"),
+        ("abc", True, [3, 4, 2], "row 2 may have 2 new tokens"),
+        ("abc", False, 4, "row 0 has 4 new tokens, but no text of just so many is accepted"),
+        ("(ab)*", False, [2, 3, 4], "row 1 has 3 new tokens"),
+        ("a*", False, 5, "made for at most 4 tokens, not 5"),
+    ],
+)
+def test_a_limit_within_which_no_text_ends_is_an_error_before_decoding(pattern, eos, limits, message):
+    transform = constrained(pattern, eos)
+    limits = np.broadcast_to(limits, 3)
+    with pytest.raises(ValueError, match=message):
+        transform.check(limits)
+    lm = TabularLM(vocab_size=4, horizon=5)
+    for nested in (transform, Chain((Chain((transform,)), Temperature(0.5)))):
+        with pytest.raises(ValueError, match=message):
+            generate(lm, None, NOTHING[:3], max_new_tokens=limits, transform=nested, greedy=True)
+        with pytest.raises(ValueError, match=message):
+            stream(lm, None, NOTHING[:3], max_new_tokens=limits, transform=nested, greedy=True)
+
+
+def test_what_is_just_feasible_is_no_error():
+    assert (
+        rows_of(
+            generate(
+                LM, PARAMS, NOTHING[:2], max_new_tokens=3, transform=constrained("abc", True), greedy=True, eos_id=EOS
+            )
+        )
+        == [(0, 1, 2)] * 2
+    )
+    constrained("abc", False).check(np.asarray([3]))
+
+
+def test_a_model_that_excludes_all_that_is_allowed_is_an_error():
+    params = {"logits": PARAMS["logits"].at[0, 0].set(-jnp.inf)}
+    with pytest.raises(FloatingPointError, match="no token could be drawn in row 0 at new token 0"):
+        generate(
+            LM,
+            params,
+            NOTHING[:7],
+            max_new_tokens=4,
+            transform=constrained("ab", True),
+            key=jax.random.key(0),
+            eos_id=EOS,
+        )
+
+
+def test_an_automaton_of_another_vocabulary_is_an_error():
+    with pytest.raises(ValueError, match="the model has 3 tokens, but the automaton was built for 4"):
+        generate(
+            TabularLM(3, 4), random_params(TabularLM(3, 4)), NOTHING[:2], max_new_tokens=4, greedy=True,
+            transform=constrained("ab", True),
+        )  # fmt: skip
+
+
+def test_rows_that_are_over_or_went_astray_are_left_alone():
+    """So that a decoder's rows that count no more are never NaN."""
+    transform = constrained("ab", True)
+    memory, warp = transform.start(jnp.asarray([4, 4, 0])), jax.jit(transform.warp)
+    logits = jnp.zeros((3, 4))
+    np.testing.assert_array_equal(warp(logits, None, memory)[:2] > -jnp.inf, [[1, 0, 0, 0]] * 2)
+    np.testing.assert_array_equal(warp(logits, None, memory)[2], logits[2])
+    state, remaining = transform.update(memory, logits, jnp.asarray([2, 0, 0]), jnp.asarray([True, True, False]))
+    np.testing.assert_array_equal(remaining, [3, 3, 0])
+    kept = warp(logits, None, (state, remaining)) > -jnp.inf
+    np.testing.assert_array_equal(kept, [[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 1, 1]])
+
+
+def test_an_automaton_of_the_same_shape_does_not_compile_again():
+    options = {"max_new_tokens": 4, "key": jax.random.key(0), "eos_id": EOS}
+    tables = [constrained(pattern, True) for pattern in ("a[bc]c?", "b[ab]c?", "ab?b")]
+    assert len({transform.automaton.transitions.shape for transform in tables}) == 1
+    generate(LM, PARAMS, NOTHING[:7], transform=tables[0], **options)
+    before = decode._cache_size()
+    rows = [set(rows_of(generate(LM, PARAMS, NOTHING[:7], transform=each, **options))) for each in tables]
+    assert decode._cache_size() == before
+    assert not rows[0] & rows[1]
+
+
+# A model that writes --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def tiny():
+    loaded = models.load("tiny-gpt2")
+    return loaded, text.token_bytes(loaded.tokenizer, loaded.model.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "( yes| no)",
+        "[0-9]{4}-[0-9]{2}",
+        r"\w+@\w+\.(com|org)",
+        "(?i) the [a-zé]{3,12}!",
+        r"🙂{1,2}[ ½]*",
+        '{"n": "[^"]{2,9}"}',
+    ],
+)
+def test_what_a_model_writes_matches_the_pattern(pattern):
+    loaded, pieces = tiny()
+    eos = loaded.tokenizer.eos_token_id
+    prompts = jnp.asarray([loaded.tokenizer("The answer is")["input_ids"]] * 16)
+    transform = Chain((Constrained(constraints.from_regex(pattern, pieces), eos), Temperature(1.3), TopP(0.95)))
+    written = set()
+    for seed in (0, 1):
+        generation = generate(
+            loaded.model,
+            loaded.params,
+            prompts,
+            max_new_tokens=16,
+            transform=transform,
+            key=jax.random.key(seed),
+            eos_id=eos,
+        )
+        for row in rows_of(generation):
+            string = loaded.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            assert re.fullmatch(pattern, string), string
+            written.add(string)
+    assert len(written) > 1
+
+
+def test_choices_are_all_written():
+    loaded, pieces = tiny()
+    eos, choices = loaded.tokenizer.eos_token_id, [" red", " green", " greenish"]
+    prompts = jnp.asarray([loaded.tokenizer("The answer is")["input_ids"]] * 16)
+    generation = generate(
+        loaded.model, loaded.params, prompts, max_new_tokens=16, key=jax.random.key(0), eos_id=eos,
+        transform=Chain((Constrained(constraints.from_choices(choices, pieces), eos), Temperature(4.0))),
+    )  # fmt: skip
+    written = {loaded.tokenizer.decode(row, skip_special_tokens=True) for row in rows_of(generation)}
+    assert written == set(choices)
+
+
+# In beam search -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pattern", "eos"), [("(ab|c)*", True), ("a?b{1,3}", True), ("(a[bc$])+", False)])
+def test_a_wide_beam_finds_all_that_is_allowed_and_nothing_else(pattern, eos):
+    """Ranked by the model's own log-probability."""
+    beams = beam_search(
+        LM, PARAMS, NOTHING[:2], num_beams=16, max_new_tokens=4, transform=constrained(pattern, eos),
+        eos_id=EOS if eos else 99,
+    )  # fmt: skip
+    table = np.asarray(PARAMS["logits"], np.float64)
+    prefixes = [p for length in range(4) for p in itertools.product(range(4), repeat=length)]
+    law = dict(zip(prefixes, log_softmax(table), strict=True))
+    totals = {row: sum(law[row[:t]][row[t]] for t in range(len(row))) for row in ends(pattern, 4, eos)}
+    found = np.asarray(beams.log_prob[1]) > -np.inf
+    tokens, mask = np.asarray(beams.tokens[1])[found].tolist(), np.asarray(beams.mask[1])[found]
+    rows = [tuple(row[: valid.sum()]) for row, valid in zip(tokens, mask, strict=True)]
+    assert rows == sorted(totals, key=totals.get, reverse=True)
+    np.testing.assert_allclose(np.asarray(beams.log_prob[1])[found], [totals[row] for row in rows], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "decoder", [decoding.beam_search, decoding.stochastic_beam_search, decoding.speculative_generate]
+)
+def test_every_decoder_refuses_what_no_row_can_finish(decoder):
+    """Before it decodes anything."""
+    lm = TabularLM(vocab_size=3, horizon=4)
+    three = constraints.Constrained(constraints.from_regex("aaa", ["a", "b", "c"]))
+    options = {
+        decoding.beam_search: {"num_beams": 2},
+        decoding.stochastic_beam_search: {"num_beams": 2, "key": jax.random.key(0)},
+        decoding.speculative_generate: {"lookup_ngram": 1, "key": jax.random.key(0)},
+    }[decoder]
+    with pytest.raises(ValueError, match="2"):
+        decoder(
+            lm, lm.init(jax.random.key(0)), jnp.zeros((1, 0), jnp.int32), max_new_tokens=2, transform=three, **options
+        )

@@ -1,0 +1,507 @@
+import dataclasses
+import functools
+import itertools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.decoding import drafting, generate, rewinding, speculative
+from jaxrl_llm.decoding.acceptance import acceptance_probability, residual, verify
+from jaxrl_llm.decoding.speculative import speculative_generate
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
+from jaxrl_llm.decoding.transforms.base import Transform, pytree
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import TINY, VOCAB, assert_follows, kept_by_top_k, kept_by_top_p, log_softmax, random_params
+
+NEVER = (10**6, 10**6)  # two tokens that end no row, so that one program serves with and without an end
+ROWS, WIDTH, NEW = 5, 12, 16
+LENGTHS = np.asarray([12, 7, 1, 5, 9])
+PROMPTS = np.random.default_rng(2).integers(0, VOCAB, (ROWS, WIDTH))
+KEYS = jax.random.split(jax.random.key(5), ROWS)
+DRAWS = 8000
+LM = TabularLM(vocab_size=3, horizon=4)
+TARGET, OTHER = random_params(LM, 1), random_params(LM, 2)
+
+
+def random_laws(rng, *shape):
+    """Laws over the last axis; some have impossible tokens."""
+    weights = rng.gamma(0.7, size=shape) * (rng.random(shape) < 0.8)
+    weights[..., 0] += 1e-3
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# The rule, by enumeration ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def x64():
+    """Float64 everywhere."""
+    with jax.enable_x64(True):
+        yield
+
+
+def rule(p, q):
+    """Of every token: the probability that it is accepted; and the law of the one drawn instead. By the library."""
+    tokens = jnp.broadcast_to(jnp.arange(p.shape[-1]), p.shape)
+    accept = [acceptance_probability(p, q, tokens[..., token]) for token in range(p.shape[-1])]
+    return jnp.stack(accept, axis=-1), residual(p, q)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 4])
+def test_one_token_follows_the_target_whatever_the_draft(x64, vocab):
+    rng = np.random.default_rng(vocab)
+    p, q = random_laws(rng, 300, vocab), random_laws(rng, 300, vocab)
+    q[0], q[1] = 0, p[1]  # no draft; the target itself
+    q[2:5], p[5:8] = np.eye(vocab)[-1], np.eye(vocab)[-1]  # point masses
+    accept, instead = rule(jnp.asarray(p), jnp.asarray(q))
+    rejected = np.where(q.any(axis=-1), (q * (1 - accept)).sum(axis=-1), 1)
+    np.testing.assert_allclose(q * accept + rejected[:, None] * instead, p, rtol=0, atol=1e-12)
+
+
+def test_the_rule_at_its_edges(x64):
+    p, q = jnp.asarray([0.5, 0.5, 0.0]), jnp.asarray([0.25, 0.0, 0.75])
+    tokens = jnp.arange(3)
+    found = acceptance_probability(jnp.stack([p] * 3), jnp.stack([q] * 3), tokens)
+    np.testing.assert_array_equal(found, [1, 0, 0])
+    np.testing.assert_array_equal(acceptance_probability(q, p, jnp.asarray(0)), 0.5)
+    np.testing.assert_allclose(residual(p, q), [1 / 3, 2 / 3, 0])
+    np.testing.assert_array_equal(residual(p, p), p)  # nothing is left: never drawn, and no NaN
+    np.testing.assert_array_equal(residual(p, jnp.zeros(3)), p)
+
+
+def law_by_speculation(p, q, num_draft, vocab, horizon):
+    """The law of whole sequences: prefill, then rounds, over all drafts and all outcomes; laws are by prefix."""
+    prefixes, law = list(p), {}
+    tables = [jnp.asarray([each[prefix] for prefix in prefixes]) for each in (p, q)]
+    accept, instead = (dict(zip(prefixes, np.asarray(each), strict=True)) for each in rule(*tables))
+
+    def play(prefix, probability):
+        if len(prefix) == horizon:
+            law[prefix] = law.get(prefix, 0) + probability
+            return
+        for drafts in itertools.product(range(vocab), repeat=min(num_draft, horizon - len(prefix))):
+            drawn = probability * np.prod([q[prefix + drafts[:i]][draft] for i, draft in enumerate(drafts)])
+            for place, draft in enumerate(drafts):
+                here = prefix + drafts[:place]
+                for token in range(vocab):
+                    play((*here, token), drawn * (1 - accept[here][draft]) * instead[here][token])
+                drawn *= accept[here][draft]
+            here = prefix + drafts
+            for token in range(vocab if len(here) < horizon else 0):  # behind the last draft
+                play((*here, token), drawn * p[here][token])
+            if len(here) == horizon:
+                play(here, drawn)
+
+    for token in range(vocab):
+        play((token,), p[()][token])
+    return law
+
+
+@pytest.mark.parametrize(("vocab", "horizon", "num_draft"), [(2, 3, 1), (2, 3, 2), (3, 2, 1), (3, 3, 2)])
+def test_whole_sequences_follow_the_target_by_enumeration(x64, vocab, horizon, num_draft):
+    prefixes = [p for length in range(horizon) for p in itertools.product(range(vocab), repeat=length)]
+    rng = np.random.default_rng(num_draft)
+    target, other = (dict(zip(prefixes, random_laws(rng, len(prefixes), vocab), strict=True)) for _ in range(2))
+    law = law_by_speculation(target, other, num_draft, vocab, horizon)
+    for row in itertools.product(range(vocab), repeat=horizon):
+        exact = np.prod([target[row[:t]][row[t]] for t in range(horizon)])
+        assert abs(law[row] - exact) < 1e-12
+
+
+def test_verify_draws_the_outcomes_of_the_rule():
+    rng, count = np.random.default_rng(0), 40_000
+    p, q = random_laws(rng, 3, 3), random_laws(rng, 2, 3)
+    outcomes = {}
+    drafts = np.stack([rng.choice(3, count, p=law) for law in q], axis=1)
+    p, q = jnp.asarray(p, jnp.float32), jnp.asarray(q, jnp.float32)
+    many = [jnp.broadcast_to(law, (count, *law.shape)) for law in (p, q)]
+    accepted, token = jax.jit(verify)(jax.random.split(jax.random.key(1), count), jnp.asarray(drafts), *many)
+    accept, instead = (np.asarray(each) for each in rule(p[:2], q))
+    for first, second in itertools.product(range(3), repeat=2):
+        drawn = float(q[0, first] * q[1, second])
+        for place, draft in enumerate((first, second)):
+            for other in range(3):
+                outcomes[first, second, place, other] = drawn * (1 - accept[place, draft]) * instead[place, other]
+            drawn *= accept[place, draft]
+        for other in range(3):
+            outcomes[first, second, 2, other] = drawn * p[2, other]
+    index = {outcome: number for number, outcome in enumerate(outcomes)}
+    found = zip(*drafts.T.tolist(), accepted.tolist(), token.tolist(), strict=True)
+    assert_follows([index[outcome] for outcome in found], list(outcomes.values()))
+
+
+# The decoder's law, on a table ----------------------------------------------------------------------------------------
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class AfterLast(Transform):
+    """Looks back: adds b to the logit of the last real token, and of the one before it."""
+
+    looks_back: ClassVar[bool] = True
+    b: float
+
+    def __call__(self, logits, tokens, mask):
+        order = jnp.argsort(mask, axis=1, stable=True)
+        tokens, mask = jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
+        one_hot = jax.nn.one_hot(tokens[:, -2:], logits.shape[-1]) * mask[:, -2:, None]
+        return logits + self.b * one_hot.sum(axis=1)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Tiring(Transform):
+    """Has a memory: the temperature grows with the sum of the model's own log-probabilities so far."""
+
+    rate: float
+
+    def start(self, limits):
+        return jnp.zeros(limits.shape)
+
+    def warp(self, logits, history, memory):
+        return logits / (1 + self.rate * memory[:, None])
+
+    def update(self, memory, logits, token, alive):
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        return jnp.where(alive, memory - logp, memory)
+
+
+def warped(row, transform, prefix, surprise):
+    """What a transform does to one row of logits, by its definition."""
+    match transform:
+        case None:
+            return row
+        case Chain():
+            return functools.reduce(lambda row, each: warped(row, each, prefix, surprise), transform.transforms, row)
+        case Temperature():
+            return row / transform.t
+        case TopK():
+            return np.where(kept_by_top_k(row, transform.k), row, -np.inf)
+        case TopP():
+            return np.where(kept_by_top_p(row, transform.p), row, -np.inf)
+        case AfterLast():
+            return row + transform.b * sum(np.eye(len(row))[token] for token in prefix[-2:])
+        case Tiring():
+            return row / (1 + transform.rate * surprise)
+
+
+def exact_log_probs(sequences, transform, params=TARGET):
+    """log p of each token: of the model, and of the law after the transform."""
+    table = np.asarray(params["logits"], np.float64)
+    first = [sum(3**shorter for shorter in range(t)) for t in range(4)]
+    both = np.zeros((2, len(sequences), 4))
+    for number, row in enumerate(sequences):
+        surprise = 0.0
+        for t, token in enumerate(row):
+            logits = table[first[t] + sum(int(x) * 3 ** (t - 1 - i) for i, x in enumerate(row[:t]))]
+            with np.errstate(invalid="ignore"):
+                law = log_softmax(warped(logits, transform, tuple(row[:t]), surprise))
+            both[:, number, t] = log_softmax(logits)[token], law[token]
+            surprise -= log_softmax(logits)[token]
+    return both
+
+
+EVERY = np.asarray(list(itertools.product(range(3), repeat=4)))
+FILTERED = Chain((Temperature(2.0), TopK(2), TopP(0.7)))
+BACK = Chain((AfterLast(1.0), Tiring(0.5)))
+CASES = {
+    "a far draft": (None, None, 2, {}),
+    "transforms on both": (FILTERED, Temperature(0.5), 2, {}),
+    "transforms with memories": (BACK, BACK, 2, {}),
+    "look-up": (Temperature(0.5), None, 3, {"lookup_ngram": 2}),
+}
+
+
+def speculate(params=OTHER, *, count=DRAWS, key=0, **options):
+    by = {} if "lookup_ngram" in options else {"draft_lm": LM, "draft_params": params}
+    options = {"max_new_tokens": 4, "key": jax.random.key(key), "eos_id": NEVER} | by | options
+    return speculative_generate(LM, TARGET, jnp.zeros((count, 0), jnp.int32), **options)
+
+
+@pytest.mark.parametrize(("transform", "draft_transform", "num_draft", "options"), CASES.values(), ids=CASES)
+def test_sequences_follow_the_targets_law(transform, draft_transform, num_draft, options):
+    result = speculate(transform=transform, draft_transform=draft_transform, num_draft=num_draft, **options)
+    tokens = np.asarray(result.generation.tokens)
+    _, law = exact_log_probs(EVERY, transform)
+    assert_follows(tokens @ 3 ** np.arange(3, -1, -1), np.exp(law.sum(axis=1)))
+    assert result.generation.mask.all()
+    logp, logp_sampler = exact_log_probs(tokens[:200], transform)
+    np.testing.assert_allclose(result.generation.logp[:200], logp, atol=1e-5)
+    np.testing.assert_allclose(result.generation.logp_sampler[:200], logp_sampler, atol=1e-5)
+    assert 0.1 < result.acceptance_rate < 0.95
+    assert (result.accepted + result.rounds >= 3).all() and (result.judged <= result.drafted).all()
+
+
+def test_ended_sequences_follow_their_law():
+    generation = speculate(num_draft=2, eos_id=(2, 2), pad_id=7).generation
+    rows = [row[: row.index(2) + 1 if 2 in row else 4] for row in map(list, EVERY.tolist())]
+    every = sorted({tuple(row) for row in rows})
+    law = [np.exp(exact_log_probs([row], None)[0].sum()) for row in every]
+    mask = np.asarray(generation.mask)
+    lengths = mask.sum(axis=1)
+    np.testing.assert_array_equal(mask, np.arange(4) < lengths[:, None])
+    found = [tuple(row[:n]) for row, n in zip(generation.tokens.tolist(), lengths, strict=True)]
+    assert_follows([every.index(row) for row in found], law)
+    assert (np.asarray(generation.tokens)[~mask] == 7).all()
+    assert not np.asarray(generation.logp)[~mask].any() and not np.asarray(generation.logp_sampler)[~mask].any()
+
+
+def test_drafts_of_the_target_itself_are_accepted_also_with_memories():
+    result = speculate(TARGET, transform=BACK, draft_transform=BACK, num_draft=2)
+    np.testing.assert_array_equal(result.accepted, 2)  # the third new token is drawn behind them
+    np.testing.assert_array_equal(result.judged, 2)
+    np.testing.assert_array_equal(result.rounds, 1)
+    assert result.acceptance_rate == 1
+    plain = speculate(TARGET, num_draft=2, max_new_tokens=3)
+    np.testing.assert_array_equal(plain.drafted, 2)  # and none for which there is no room
+    assert plain.acceptance_rate == 1 and plain.generation.tokens.shape == (DRAWS, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"lookup_ngram": 2}], ids=["model", "look-up"])
+def test_float64_parameters_give_float64_log_probabilities(x64, options):
+    by = options or {"draft_lm": LM, "draft_params": random_params(LM, 2, dtype=jnp.float64)}
+    params = random_params(LM, 1, dtype=jnp.float64)
+    options = {"max_new_tokens": 4, "key": jax.random.key(0), "num_draft": 2} | by
+    generation = speculative_generate(LM, params, jnp.zeros((20, 0), jnp.int32), **options).generation
+    assert generation.logp.dtype == generation.logp_sampler.dtype == jnp.float64
+    exact, _ = exact_log_probs(np.asarray(generation.tokens), None, params)
+    np.testing.assert_allclose(generation.logp, exact, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(generation.logp_sampler, exact, rtol=1e-12, atol=1e-14)
+
+
+# Neural models --------------------------------------------------------------------------------------------------------
+
+
+def spread(place, width=14):
+    """The prompts, with random tokens at the padding."""
+    rng = np.random.default_rng(width)
+    prompts, mask = rng.integers(0, VOCAB, (ROWS, width)), np.zeros((ROWS, width), bool)
+    for row, length in enumerate(LENGTHS):
+        slots = np.arange(width - length, width) if place == "left" else np.arange(length)
+        prompts[row, slots], mask[row, slots] = PROMPTS[row, :length], True
+    return {"prompts": jnp.asarray(prompts), "prompt_mask": jnp.asarray(mask)}
+
+
+@functools.cache
+def drafter(model, kind):
+    """Options of a draft model: the target itself, one near to it, one far from it, one of another family; look-up."""
+    if kind == "look-up":
+        return {"lookup_ngram": 3}
+    lm = TINY["gpt2"] if kind == "other" else TINY[model]
+    params, noise = random_params(lm), random_params(lm, 1)
+    scale = {"itself": 0.0, "near": 0.1}.get(kind)
+    params = noise if scale is None else jax.tree.map(lambda one, two: one + scale * two, params, noise)
+    return {"draft_lm": lm, "draft_params": params}
+
+
+@functools.cache
+def plain(model):
+    lm = TINY[model]
+    return generate(lm, random_params(lm), **spread("left"), max_new_tokens=NEW, greedy=True, eos_id=NEVER)
+
+
+def run(model="gpt2", kind="near", place="left", rows=slice(None), **options):
+    """Sampled with KEYS, unless greedy."""
+    lm = TINY[model]
+    prompts = {name: array[rows] for name, array in spread(place, options.pop("width", 14)).items()}
+    options = {"max_new_tokens": NEW, "eos_id": NEVER, "key": KEYS[rows], **prompts, **drafter(model, kind)} | options
+    return speculative_generate(lm, random_params(lm), **options)
+
+
+def assert_same(one, two):
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    np.testing.assert_array_equal(one.mask, two.mask)
+    np.testing.assert_allclose(one.logp, two.logp, atol=1e-4)
+    np.testing.assert_allclose(one.logp_sampler, two.logp_sampler, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("gpt2", "itself"), ("gpt2", "near"), ("gpt2", "far"), ("gpt2", "look-up"), ("llama", "other")],
+)
+def test_greedy_tokens_are_those_of_generate(model, kind):
+    result = run(model, kind, greedy=True)
+    assert_same(result.generation, plain(model))
+    counts = [np.asarray(each) for each in (result.accepted, result.rounds, result.judged, result.drafted)]
+    accepted, rounds, judged, drafted = counts
+    assert (accepted <= judged).all() and (judged <= drafted).all()
+    if kind == "itself":
+        np.testing.assert_array_equal(accepted, judged)
+        np.testing.assert_array_equal(rounds, 3)  # of 5 tokens each
+    else:  # every round brings one token that is no draft, but for a last one that ends with a draft
+        assert set((accepted + rounds).tolist()) <= {NEW - 1, NEW}
+        assert (accepted < judged).all()
+    assert len(set(rounds.tolist())) > 1 or kind not in ("near", "look-up")
+
+
+@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
+def test_neither_padding_nor_batch_mates_change_a_row(greedy):
+    options = {"greedy": True} if greedy else {"transform": Temperature(1.5), "draft_transform": Temperature(2.0)}
+    whole = run(**options)
+    assert_same(run(place="right", **options).generation, whole.generation)
+    assert_same(run(place="left", width=16, **options).generation, whole.generation)
+    order = np.asarray([3, 0, 0, 1, 1])
+    mates = run(rows=order, **options)
+    assert_same(mates.generation, jax.tree.map(lambda leaf: leaf[order], whole.generation))
+    np.testing.assert_array_equal(mates.rounds, whole.rounds[order])
+    if not greedy:
+        assert len({tuple(row) for row in whole.generation.tokens.tolist()}) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["itself", "near", "look-up"])
+def test_a_row_ends_with_its_end_or_its_limit(kind):
+    full = plain("gpt2")
+    ends = [int(full.tokens[row, 12]) for row in (0, 1)]
+    limits = np.asarray([16, 3, 1, 9, 16])
+    result = run(kind=kind, greedy=True, eos_id=ends, max_new_tokens=limits, pad_id=-7)
+    expected = generate(
+        TINY["gpt2"],
+        random_params(TINY["gpt2"]),
+        **spread("left"),
+        greedy=True,
+        eos_id=ends,
+        max_new_tokens=limits,
+        pad_id=-7,
+    )
+    assert_same(result.generation, expected)
+    assert int(expected.mask.sum()) < limits.sum()
+    assert result.rounds[2] == result.drafted[2] == 0
+    # a round emits what is accepted and at most one token more
+    lengths = np.asarray(result.generation.mask).sum(axis=1)
+    assert (lengths <= 1 + result.accepted + result.rounds).all() and (result.accepted < lengths).all()
+
+
+def test_up_to_the_last_place_of_the_context():
+    prompts = np.random.default_rng(0).integers(0, VOCAB, (ROWS, 42 - NEW))
+    lm, params = TINY["gpt2"], random_params(TINY["gpt2"])
+    options = {"max_new_tokens": NEW, "greedy": True, "eos_id": NEVER, "num_draft": 2}
+    found = speculative_generate(lm, params, prompts, **options, **drafter("gpt2", "near")).generation
+    whole = jnp.concatenate([prompts, found.tokens], axis=1)
+    logits = jax.jit(lambda tokens: lm.apply(params, tokens)[0])(whole)[:, -NEW - 1 : -1]
+    np.testing.assert_array_equal(found.tokens, logits.argmax(axis=-1))
+    exact = np.take_along_axis(log_softmax(logits), np.asarray(found.tokens)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.logp, exact, atol=1e-4)
+
+
+# Drafts from the row itself -------------------------------------------------------------------------------------------
+
+
+def test_look_up_finds_the_latest_of_the_longest_matches():
+    rows = [
+        [1, 2, 3, 9, 2, 3, 7, 1, 2, 3],  # 1 2 3 at the start, although 2 3 stands later
+        [5, 2, 3, 9, 4, 2, 3, 7, 2, 3],  # 2 3 twice: the later one
+        [8, 8, 8],  # a loop goes on
+        [4, 5, 4, 5],
+        [1, 2, 3],  # 3 is new
+        [6],
+    ]
+    width = max(map(len, rows))
+    tokens, mask = np.full((6, width), 3), np.zeros((6, width), bool)
+    for number, row in enumerate(rows):
+        tokens[number, width - len(row) :], mask[number, width - len(row) :] = row, True
+    history = drafting.start_look_up(jnp.asarray(tokens), jnp.asarray(mask), num_slots=20)
+    history = drafting.append(history, jnp.zeros((6, 2), jnp.int32), jnp.zeros((6, 2), bool))
+    room = jnp.asarray([9, 9, 9, 2, 9, 9])
+    look_up = jax.jit(drafting.look_up, static_argnames=("ngram", "num_draft"))
+    drafts = look_up(history, jnp.ones(6, bool), room, ngram=3, num_draft=4)
+    np.testing.assert_array_equal(drafts.exists, np.arange(4) < np.asarray([4, 4, 4, 2, 0, 0])[:, None])
+    np.testing.assert_array_equal(drafts.tokens[:4], [[9, 2, 3, 7], [7, 2, 3, 7], [8, 8, 8, 8], [4, 5, 4, 5]])
+    shorter = look_up(history, jnp.ones(6, bool), room, ngram=2, num_draft=4)
+    np.testing.assert_array_equal(shorter.tokens[0], [7, 1, 2, 3])
+    assert not look_up(history, jnp.zeros(6, bool), room, ngram=2, num_draft=4).exists.any()
+
+
+def test_a_model_that_repeats_is_drafted_by_look_up():
+    lm = TabularLM(vocab_size=2, horizon=12)
+    last = np.concatenate([np.arange(2**length) % 2 for length in range(lm.horizon)])
+    alternating = {"logits": jnp.asarray(20.0 * np.eye(2)[1 - last], jnp.float32)}
+    prompts = jnp.asarray([[0, 1, 0, 1], [1, 0, 1, 0]])
+    options = {"max_new_tokens": 8, "lookup_ngram": 2, "key": jax.random.key(0)}
+    result = speculative_generate(lm, alternating, prompts, **options)
+    np.testing.assert_array_equal(result.generation.tokens, [[0, 1] * 4, [1, 0] * 4])
+    np.testing.assert_array_equal(result.rounds, 2)  # 1 + 5 + 2 tokens
+    np.testing.assert_array_equal(result.accepted, 4 + 2)
+    assert result.acceptance_rate == 1
+
+
+# Memory, programs, mistakes -------------------------------------------------------------------------------------------
+
+
+def test_what_remembers_by_slot_is_told_from_its_shapes():
+    assert rewinding.remembers_by_slot(TINY["gpt2"]) and rewinding.remembers_by_slot(TINY["llama"])
+    assert not rewinding.remembers_by_slot(TINY["tabular"])
+
+
+def test_rewinding_forgets_in_both_ways():
+    tokens = jnp.asarray([[1, 2, 0], [2, 1, 1]])
+    kept = jnp.asarray([[True, False, False], [True, True, False]])
+
+    def both_ways(lm, params):
+        before = lm.apply(params, tokens[:, :2], lm.init_cache(2, 6))[1]
+        after = rewinding.rewind(lm, params, before, lm.apply(params, tokens, before)[1], tokens, kept)
+        exact = lm.apply(params, tokens, before, mask=kept)[1]
+        return [(cache.valid, lm.apply(params, tokens[:, :1], cache)[0]) for cache in (after, exact)]
+
+    for lm in (TINY["gpt2"], TINY["tabular"]):
+        (valid, found), (exactly_valid, exact) = jax.jit(both_ways, static_argnums=0)(lm, random_params(lm))
+        np.testing.assert_array_equal(valid, exactly_valid)
+        np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+def test_other_numbers_compile_nothing_new():
+    def run(t, k, p, other, seed, count, prompt=(), eos=NEVER):
+        options = {"transform": Chain((Temperature(t), TopK(k), TopP(p))), "draft_transform": Temperature(other)}
+        prompts = np.ones((DRAWS, len(prompt)), int) * np.asarray(prompt, int)
+        options |= {"key": jax.random.key(seed), "max_new_tokens": count, "eos_id": eos, "num_draft": 2}
+        speculative_generate(LM, TARGET, prompts, draft_lm=LM, draft_params=OTHER, **options)
+
+    run(2.0, 2, 0.7, 0.5, 0, 4)
+    before = speculative.decode._cache_size()
+    run(0.5, 3, 0.9, 2.0, 1, 3, prompt=(2,))
+    run(1.5, 1, 1.0, 1.0, 2, 1, eos=(1, 0))
+    assert speculative.decode._cache_size() == before
+
+
+def test_a_law_that_broke_down_raises_and_names_whose():
+    with pytest.raises(FloatingPointError, match="row 0 at new token 0"):
+        lm, bad = LM, {"logits": TARGET["logits"] * jnp.nan}
+        options = {"draft_lm": lm, "draft_params": OTHER, "num_draft": 2, "key": jax.random.key(0), "eos_id": NEVER}
+        speculative_generate(lm, bad, jnp.zeros((DRAWS, 0), jnp.int32), max_new_tokens=4, **options)
+    with pytest.raises(FloatingPointError, match=r"the draft model's logits are NaN.*row 0"):
+        speculate({"logits": TARGET["logits"] * jnp.nan}, num_draft=2)
+
+
+GPT2 = TINY["gpt2"]
+DRAFT = {"draft_lm": GPT2, "draft_params": {}}
+MISTAKES = {
+    "no drafts": ({}, "either draft_lm with draft_params, or lookup_ngram"),
+    "both drafts": (DRAFT | {"lookup_ngram": 2}, "either draft_lm with draft_params, or lookup_ngram"),
+    "no parameters": ({"draft_lm": GPT2}, "either draft_lm with draft_params, or lookup_ngram"),
+    "parameters alone": ({"draft_params": {}, "lookup_ngram": 1}, "either draft_lm with draft_params"),
+    "another vocabulary": (DRAFT | {"draft_lm": LM}, "vocabulary of 23 tokens, but has 3"),
+    "no draft at a time": (DRAFT | {"num_draft": 0}, "num_draft must be an integer of at least 1, but is 0"),
+    "half a draft": (DRAFT | {"num_draft": 1.5}, "num_draft must be an integer of at least 1, but is 1.5"),
+    "an n-gram of nothing": ({"lookup_ngram": 0}, "lookup_ngram must be an integer of at least 1, but is 0"),
+    "a transform of no draft": (
+        {"lookup_ngram": 2, "draft_transform": Temperature(1.0)},
+        "draft_transform needs a draft model",
+    ),
+    "a draft of short context": (
+        DRAFT | {"draft_lm": TabularLM(23, 3)},
+        "prompt 0 has 2 tokens, and 4 new ones do not fit .* context of 3",
+    ),
+    "no key": (DRAFT | {"key": None}, "needs key="),
+    "no new tokens": (DRAFT | {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named_before_anything_is_compiled(options, message):
+    before = speculative.decode._cache_size()
+    with pytest.raises(ValueError, match=message):
+        options = {"max_new_tokens": 4, "key": jax.random.key(0)} | options
+        speculative_generate(GPT2, random_params(GPT2), np.ones((2, 2), int), **options)
+    assert speculative.decode._cache_size() == before

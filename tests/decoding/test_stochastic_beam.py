@@ -1,0 +1,233 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from jaxrl_llm.decoding.stochastic_beam import draw, inclusion_probability, stochastic_beam_search
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import CONTEXT, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
+
+DRAWS, WIDTH, NEW, EOS = 20_000, 3, 3, 2
+LM = TabularLM(3, 3)
+PARAMS = random_params(LM, 4)
+NOTHING = jnp.zeros((DRAWS, 0), jnp.int32)
+PREFIXES = [p for length in range(3) for p in itertools.product(range(3), repeat=length)]
+EVERY = [
+    tokens
+    for length in (1, 2, 3)
+    for tokens in itertools.product(range(3), repeat=length)
+    if EOS not in tokens[:-1] and (length == NEW or tokens[-1] == EOS)
+]
+
+
+def law(params, warp=lambda row: row):
+    """The log-probability of every sequence, from the table in float64."""
+    rows = log_softmax([warp(row) for row in np.asarray(params["logits"], np.float64)])
+    after = dict(zip(PREFIXES, rows, strict=True))
+    return np.asarray([sum(after[tokens[:t]][tokens[t]] for t in range(len(tokens))) for tokens in EVERY])
+
+
+def indices(beams):
+    """Which of EVERY each beam is; −1 where there is none."""
+    tokens, mask = np.asarray(beams.tokens), np.asarray(beams.mask)
+    codes = np.where(mask, tokens + 1, 0) @ 4 ** np.arange(tokens.shape[-1])
+    place = {0: -1} | {sum((v + 1) * 4**t for t, v in enumerate(each)): i for i, each in enumerate(EVERY)}
+    return np.vectorize(place.__getitem__)(codes)
+
+
+@functools.cache
+def drawn():
+    return stochastic_beam_search(
+        LM, PARAMS, NOTHING, num_beams=WIDTH, max_new_tokens=NEW, eos_id=EOS, key=jax.random.key(0)
+    )
+
+
+def ordered_law(probs, count):
+    """The probability of every ordered choice of `count` without replacement."""
+    for chosen in itertools.permutations(range(len(probs)), count):
+        taken, probability = 0.0, 1.0
+        for i in chosen:
+            probability *= probs[i] / (1 - taken)
+            taken += probs[i]
+        yield chosen, probability
+
+
+def assert_unbiased(samples, expected):
+    """z < 4 in every column."""
+    error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+    z = np.abs(samples.mean(axis=0) - expected) / error
+    assert (z < 4).all(), z
+
+
+# The law, by enumeration ----------------------------------------------------------------------------------------------
+
+
+def test_beams_are_distinct_sorted_and_know_their_log_probability():
+    beams, found = drawn(), indices(drawn())
+    assert (np.sort(found, axis=1)[:, 1:] > np.sort(found, axis=1)[:, :-1]).all() and (found >= 0).all()
+    np.testing.assert_allclose(beams.log_prob, law(PARAMS)[found], atol=1e-5)
+    assert (np.diff(beams.perturbed, axis=1) <= 0).all() and (beams.perturbed[:, -1] >= beams.threshold).all()
+    mask = np.asarray(beams.mask)
+    np.testing.assert_array_equal(mask, np.arange(NEW) < mask.sum(axis=2, keepdims=True))
+    assert (np.asarray(beams.tokens)[~mask] == 0).all()
+
+
+def test_the_first_is_a_sample():
+    assert_follows(indices(drawn())[:, 0], np.exp(law(PARAMS)))
+
+
+def test_the_first_two_are_a_sample_without_replacement():
+    found = indices(drawn())
+    pairs, probabilities = zip(*ordered_law(np.exp(law(PARAMS)), 2), strict=True)
+    place = {pair: i for i, pair in enumerate(pairs)}
+    assert_follows([place[pair] for pair in map(tuple, found[:, :2].tolist())], probabilities)
+
+
+def test_inclusion_frequencies_are_those_of_sampling_without_replacement():
+    expected = np.zeros(len(EVERY))
+    for chosen, probability in ordered_law(np.exp(law(PARAMS)), WIDTH):
+        expected[list(chosen)] += probability
+    np.testing.assert_allclose(expected.sum(), WIDTH)
+    frequency = (indices(drawn())[..., None] == np.arange(len(EVERY))).any(axis=1).mean(axis=0)
+    z = (frequency - expected) / np.sqrt(expected * (1 - expected) / DRAWS)
+    assert (np.abs(z) < 4).all(), z
+
+
+def test_weights_by_inclusion_probability_are_unbiased():
+    beams, found = drawn(), indices(drawn())
+    values = np.random.default_rng(0).normal(size=(len(EVERY), 4)) + 1
+    values[:, 0] = 1
+    inclusion = np.asarray(inclusion_probability(beams.log_prob, beams.threshold), np.float64)
+    assert ((inclusion > 0) & (inclusion <= 1)).all() and (inclusion < 0.9).any()
+    weights = np.exp(np.asarray(beams.log_prob, np.float64)) / inclusion
+    assert_unbiased((weights[..., None] * values[found]).sum(axis=1), np.exp(law(PARAMS)) @ values)
+
+
+@pytest.mark.parametrize("count", [len(EVERY), len(EVERY) + 5])
+def test_as_many_beams_as_sequences_find_all_with_independent_noise(count):
+    rows = 1000
+    beams = stochastic_beam_search(
+        LM, PARAMS, NOTHING[:rows], num_beams=count, max_new_tokens=NEW, eos_id=EOS, key=jax.random.key(1)
+    )
+    found = indices(beams)
+    np.testing.assert_array_equal(np.sort(found[:, : len(EVERY)], axis=1), np.tile(np.arange(len(EVERY)), (rows, 1)))
+    assert (found[:, len(EVERY) :] == -1).all() and (beams.log_prob[:, len(EVERY) :] == -np.inf).all()
+    assert (beams.threshold == -np.inf).all()
+    inclusion = inclusion_probability(beams.log_prob, beams.threshold)
+    np.testing.assert_array_equal(inclusion, np.broadcast_to(np.arange(count) < len(EVERY), (rows, count)))
+    noise = np.zeros((rows, len(EVERY)))
+    kept = slice(None, len(EVERY))
+    np.put_along_axis(noise, found[:, kept], np.asarray(beams.perturbed - beams.log_prob)[:, kept], axis=1)
+    for column in noise.T:
+        assert scipy.stats.kstest(column, "gumbel_r").pvalue > 1e-4
+    correlation = np.corrcoef(noise, rowvar=False)[np.triu_indices(len(EVERY), 1)]
+    assert np.abs(correlation).max() * np.sqrt(rows) < 4
+
+
+def test_a_transform_shapes_the_law():
+    beams = stochastic_beam_search(
+        LM,
+        PARAMS,
+        NOTHING[:1000],
+        num_beams=len(EVERY),
+        max_new_tokens=NEW,
+        eos_id=EOS,
+        key=jax.random.key(2),
+        transform=Chain((TopK(2), Temperature(2.0))),
+    )
+    with np.errstate(invalid="ignore"):
+        expected = law(PARAMS, lambda row: np.where(kept_by_top_k(row, 2), row, -np.inf) / 2)
+    found, possible = indices(beams), (expected > -np.inf).sum()
+    assert ((found >= 0).sum(axis=1) == possible).all() and 3 < possible < len(EVERY)
+    np.testing.assert_allclose(beams.log_prob[:, :possible], expected[found[:, :possible]], atol=1e-5)
+    assert_follows(found[:, 0], np.exp(expected))
+
+
+def test_inclusion_probability_is_stable_where_probabilities_are_tiny():
+    log_prob = jnp.asarray([[-50.0, -70.0, -jnp.inf]])
+    expected = np.exp(np.asarray([[-40.0, -60.0, -np.inf]]))
+    np.testing.assert_allclose(inclusion_probability(log_prob, jnp.asarray([-10.0])), expected, rtol=1e-4)
+    np.testing.assert_array_equal(inclusion_probability(log_prob, jnp.asarray([-jnp.inf])), [[1.0, 1.0, 0.0]])
+
+
+# Neural models --------------------------------------------------------------------------------------------------------
+
+ROWS, LENGTHS = 3, np.asarray([12, 1, 5])
+PROMPTS = np.random.default_rng(2).integers(0, VOCAB, (ROWS, 12))
+KEYS = jax.random.split(jax.random.key(5), ROWS)
+OPTIONS = {"num_beams": 4, "max_new_tokens": 10, "eos_id": 3}
+
+
+def padded(place):
+    filled = np.arange(14) < LENGTHS[:, None] if place == "right" else np.arange(14) >= 14 - LENGTHS[:, None]
+    prompts = np.full((ROWS, 14), 7)
+    prompts[filled] = PROMPTS[np.arange(12) < LENGTHS[:, None]]
+    return {"prompts": prompts, "prompt_mask": filled}
+
+
+def assert_same(one, two):
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    np.testing.assert_array_equal(one.mask, two.mask)
+    for name in ("log_prob", "perturbed", "threshold"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-3)
+
+
+def test_log_prob_is_that_of_a_forward_pass_and_padding_and_batch_do_not_matter(neural):
+    lm, params = neural
+    beams = stochastic_beam_search(lm, params, **padded("left"), **OPTIONS, key=KEYS)
+    tokens, mask = np.asarray(beams.tokens), np.asarray(beams.mask)
+    text, valid = np.zeros((ROWS * 4, CONTEXT), int), np.zeros((ROWS * 4, CONTEXT), bool)
+    for i, (row, k) in enumerate(itertools.product(range(ROWS), range(4))):
+        real = [*PROMPTS[row, : LENGTHS[row]], *tokens[row, k][mask[row, k]]]
+        text[i, : len(real)], valid[i, : len(real)] = real, True
+    log_probs = log_softmax(lm.apply(params, jnp.asarray(text), mask=jnp.asarray(valid))[0])
+    place = np.repeat(LENGTHS, 4)[:, None] - 1 + np.arange(10)
+    of_tokens = log_probs[np.arange(ROWS * 4)[:, None], place, tokens.reshape(-1, 10)].reshape(tokens.shape)
+    np.testing.assert_allclose(beams.log_prob, np.where(mask, of_tokens, 0).sum(axis=2), atol=2e-4)
+    assert_same(stochastic_beam_search(lm, params, **padded("right"), **OPTIONS, key=KEYS), beams)
+    order = np.asarray([2, 1, 2])
+    moved = {name: each[order] for name, each in padded("right").items()}
+    found = stochastic_beam_search(lm, params, **moved, **OPTIONS, key=KEYS[order])
+    assert_same(found, jax.tree.map(lambda leaf: leaf[order], beams))
+
+
+def test_other_keys_prompts_and_lengths_compile_nothing_new():
+    lm = TabularLM(vocab_size=2, horizon=9)  # a model that no other test compiles
+    before = draw._cache_size()
+    for seed, length, count, t in [(0, 3, 4, 0.5), (1, 3, 4, 1.5), (0, 0, 9, 0.5), (0, 5, 1, 2.0)]:
+        options = {"num_beams": 2, "max_new_tokens": count, "transform": Temperature(t), "eos_id": seed}
+        stochastic_beam_search(lm, random_params(lm), np.ones((2, length), int), key=jax.random.key(seed), **options)
+    assert draw._cache_size() - before == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_beams": 0}, "num_beams must be an integer of at least 1, but is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"key": None}, "needs key="),
+        ({"max_new_tokens": 4}, "do not fit"),
+        ({"prompts": [[3]]}, r"\[0, 3\)"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_compiled(wrong, message):
+    before = draw._cache_size()
+    options = {"prompts": NOTHING[:1], "num_beams": 2, "max_new_tokens": 3, "key": jax.random.key(0)} | wrong
+    with pytest.raises(ValueError, match=message):
+        stochastic_beam_search(LM, PARAMS, **options)
+    assert draw._cache_size() == before
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_logits_that_are_no_law_raise(value, row):
+    params = {"logits": PARAMS["logits"].at[row].set(value)}
+    with pytest.raises(FloatingPointError, match=r"row 0 .* NaN, \+inf, or all −inf"):
+        stochastic_beam_search(
+            LM, params, NOTHING[:3], num_beams=15, max_new_tokens=NEW, key=jax.random.key(0), eos_id=EOS
+        )
