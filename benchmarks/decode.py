@@ -23,6 +23,7 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Literal  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -31,10 +32,12 @@ import tyro  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from jaxrl_llm import models  # noqa: E402
-from jaxrl_llm.decoding import generate  # noqa: E402
+from jaxrl_llm.decoding import beam_search, generate  # noqa: E402
 from jaxrl_llm.decoding.transforms import Chain, TopK, TopP  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+
+Kind = Literal["greedy", "sampled", "beam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Config:
     """What is timed."""
 
     batches: tuple[int, ...] = (1, 8, 32)
+    kinds: tuple[Kind, ...] = ("greedy", "sampled", "beam")
+    beam_batch: int = 4
+    num_beams: int = 4
     prompt: int = 32
     new_tokens: int = 32
     rounds: int = 5
@@ -49,29 +55,38 @@ class Config:
     out: Path = RESULTS / "decode.json"
 
 
-def ours(folder: Path, dtype: jnp.dtype, config: Config) -> Callable[[int, bool], None]:
-    """A runner `(batch, sampled)` of this library."""
+def ours(folder: Path, dtype: jnp.dtype, config: Config) -> Callable[[int, Kind], None]:
+    """A runner `(batch, kind)` of this library."""
     loaded = models.load(folder, dtype=dtype)
 
-    def run(batch: int, sampled: bool) -> None:
-        chosen = {"transform": Chain((TopK(50), TopP(0.9))), "key": jax.random.key(0)} if sampled else {"greedy": True}
+    def run(batch: int, kind: Kind) -> None:
+        model, count = (loaded.model, loaded.params), {"max_new_tokens": config.new_tokens}
         prompts = jnp.asarray(make_prompts(batch, config))
-        generation = generate(loaded.model, loaded.params, prompts, max_new_tokens=config.new_tokens, **chosen)
-        generation.tokens.block_until_ready()
+        if kind == "beam":
+            found = beam_search(*model, prompts, num_beams=config.num_beams, length_penalty=1.0, **count)
+        elif kind == "sampled":
+            found = generate(*model, prompts, transform=Chain((TopK(50), TopP(0.9))), key=jax.random.key(0), **count)
+        else:
+            found = generate(*model, prompts, greedy=True, **count)
+        found.tokens.block_until_ready()
 
     return run
 
 
-def theirs(folder: Path, config: Config) -> Callable[[int, bool], None]:
-    """A runner `(batch, sampled)` of transformers + torch, in float32."""
+def theirs(folder: Path, config: Config) -> Callable[[int, Kind], None]:
+    """A runner `(batch, kind)` of transformers + torch, in float32."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def run(batch: int, sampled: bool) -> None:
+    def run(batch: int, kind: Kind) -> None:
         torch.set_num_threads(1 if batch == 1 else os.cpu_count())
-        chosen = {"do_sample": True, "top_k": 50, "top_p": 0.9} if sampled else {"do_sample": False}
+        chosen = {
+            "greedy": {"do_sample": False},
+            "sampled": {"do_sample": True, "top_k": 50, "top_p": 0.9},
+            "beam": {"do_sample": False, "num_beams": config.num_beams, "early_stopping": "never"},
+        }[kind]
         prompts = torch.tensor(make_prompts(batch, config))
         count = {"max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens, "pad_token_id": 0}
         with torch.inference_mode():
@@ -85,10 +100,10 @@ def make_prompts(batch: int, config: Config) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 50257, (batch, config.prompt))
 
 
-def seconds(run: Callable[[int, bool], None], batch: int, sampled: bool) -> float:
+def seconds(run: Callable[[int, Kind], None], batch: int, kind: Kind) -> float:
     """One timed call."""
     started = time.perf_counter()
-    run(batch, sampled)
+    run(batch, kind)
     return time.perf_counter() - started
 
 
@@ -101,27 +116,36 @@ def main(config: Config) -> None:
         runners = {"float32": ours(folder, jnp.float32, config), "bfloat16": ours(folder, jnp.bfloat16, config)}
         if config.torch:
             runners["torch"] = theirs(folder, config)
-    cases = [(batch, sampled) for batch in config.batches for sampled in (False, True)]
+    plain = [kind for kind in config.kinds if kind != "beam"]
+    cases = [(batch, kind) for batch in config.batches for kind in plain]
+    cases += [(config.beam_batch, "beam")] if "beam" in config.kinds else []
     rows = []
-    for batch, sampled in tqdm(cases, unit="case"):
+    for batch, kind in tqdm(cases, unit="case"):
         times: dict[str, list[float]] = {name: [] for name in runners}
         for run in runners.values():
-            seconds(run, batch, sampled)  # compile, warm up
+            seconds(run, batch, kind)  # compile, warm up
         for _ in range(config.rounds):
             for name, run in runners.items():
-                times[name].append(seconds(run, batch, sampled))
+                times[name].append(seconds(run, batch, kind))
         speed = {name: batch * config.new_tokens / statistics.median(each) for name, each in times.items()}
-        rows.append({"batch": batch, "sampled": sampled, "tokens_per_second": speed, "seconds": times})
+        rows.append({"batch": batch, "kind": kind, "tokens_per_second": speed, "seconds": times})
         tqdm.write(describe(rows[-1]))
     config.out.parent.mkdir(parents=True, exist_ok=True)
+    rows += [row for row in measured_before(config.out) if (row["batch"], row["kind"]) not in cases]
+    rows.sort(key=lambda row: (row["kind"], row["batch"]))
     settings = {"prompt": config.prompt, "new_tokens": config.new_tokens, "rounds": config.rounds}
     config.out.write_text(json.dumps({"config": settings, "cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+
+
+def measured_before(path: Path) -> list[dict]:
+    """The rows of an earlier run, of which this one may repeat some."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def describe(row: dict) -> str:
     """One line of the table."""
     speed = row["tokens_per_second"]
-    line = f"batch {row['batch']:3d} {'sampled' if row['sampled'] else 'greedy ':7s}"
+    line = f"batch {row['batch']:3d} {row['kind']:7s}"
     line += "".join(f"  {name} {value:7.1f} tok/s" for name, value in speed.items())
     if "torch" in speed:
         line += "".join(f"  {name}/torch {speed[name] / speed['torch']:.2f}" for name in ("float32", "bfloat16"))
