@@ -1,0 +1,86 @@
+"""Every way to continue a prompt that `experiments/decoding_strategies.py` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.analysis.chrf import sentence_chrf
+from jaxrl_llm.decoding import generate
+from jaxrl_llm.decoding import transforms as t
+from jaxrl_llm.decoding.beam import beam_search
+from jaxrl_llm.decoding.contrastive import contrastive_search
+from jaxrl_llm.decoding.loop import Generation
+from jaxrl_llm.decoding.reranking import best_of_n, minimum_bayes_risk
+from jaxrl_llm.language_model import LanguageModel, Params
+
+
+class Task(NamedTuple):
+    """Prompts of one length, how much to write after each, and with what randomness."""
+
+    lm: LanguageModel
+    params: Params
+    tokenizer: Any
+    prompts: np.ndarray  # [batch, time]
+    new_tokens: int
+    key: jax.Array
+
+
+SAMPLERS = {
+    "pure sampling": None,
+    "temperature 0.7": t.Temperature(0.7),
+    "top-k 40": t.TopK(40),
+    "top-p 0.95": t.TopP(0.95),
+    "min-p 0.05": t.MinP(0.05),
+    "typical 0.95": t.Typical(0.95),
+    "ε 0.0006": t.Epsilon(6e-4),
+    "η 0.0006": t.Eta(6e-4),
+    "top-nσ, n = 1": t.TopNSigma(1.0),
+    "mirostat, τ = 5 bits": t.Mirostat(5.0, 0.1),
+}
+FAMILIES = {  # of each strategy
+    "greedy": "maximisation",
+    "beam, k = 4": "maximisation",
+    "diverse beam, k = 4": "maximisation",
+    "greedy, repetition penalty 1.3": "penalised maximisation",
+    "contrastive, k = 6, α = 0.6": "penalised maximisation",
+    **dict.fromkeys(SAMPLERS, "sampling"),
+    "best of 4 by log p": "choice among samples",
+    "MBR of 8 by chrF": "choice among samples",
+}
+
+
+def mean_log_prob(samples: Generation) -> jax.Array:
+    """The score of best-of-n: nats per token."""
+    return jnp.where(samples.mask, samples.logp, 0).sum(axis=-1) / samples.mask.sum(axis=-1)
+
+
+def continuations(task: Task) -> Iterator[tuple[str, np.ndarray]]:
+    """The name and the new tokens [batch, time] of each strategy. All samplers draw with the same keys."""
+    model, options = (task.lm, task.params, task.prompts), {"max_new_tokens": task.new_tokens}
+    penalty = t.RepetitionPenalty(1.3)
+    yield "greedy", generate(*model, greedy=True, **options).tokens
+    yield "beam, k = 4", beam_search(*model, num_beams=4, **options).tokens[:, 0]
+    yield (
+        "diverse beam, k = 4",
+        beam_search(*model, num_beams=4, num_groups=4, diversity_penalty=0.5, **options).tokens[:, 0],
+    )
+    yield "greedy, repetition penalty 1.3", generate(*model, greedy=True, transform=penalty, **options).tokens
+    yield "contrastive, k = 6, α = 0.6", contrastive_search(*model, top_k=6, alpha=0.6, **options).tokens
+    for name, transform in SAMPLERS.items():
+        yield name, generate(*model, transform=transform, key=task.key, **options).tokens
+    drawn = best_of_n(*model, n=8, score=mean_log_prob, key=task.key, **options)
+    samples = np.asarray(drawn.samples.tokens)
+    first_four = np.asarray(drawn.scores)[:, :4].argmax(axis=1)  # the first samples are the same for every n
+    yield "best of 4 by log p", samples[np.arange(len(samples)), first_four]
+    yield "MBR of 8 by chrF", np.stack([rows[_consensus(task, rows)] for rows in samples])
+
+
+def _consensus(task: Task, rows: np.ndarray) -> int:
+    """The sample that is most like the others."""
+    texts = [task.tokenizer.decode(row) for row in rows.tolist()]
+    return minimum_bayes_risk(texts, sentence_chrf).index
