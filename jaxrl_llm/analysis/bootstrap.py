@@ -32,6 +32,10 @@ def bootstrap_interval(
     item of a list, is a whole prompt with all that belongs to it. The interval is the same for the same seed. It is
     too narrow for few values: of n, by about a factor √(1 − 1/n) for a mean, and tails are worse.
 
+    For means over the values, and what is like them. Statistics of a *set*, such as self-BLEU, distinct-n or Zipf's
+    exponent, count what occurs twice: resamples repeat texts, and the interval may not even hold the estimate. Take a
+    jackknife over groups for those.
+
     Args:
         values: an array [N, ...], or a list of N items of any kind.
         statistic: of an array it is called as `statistic(samples, axis=1)` with samples [R, N, ...], and gives [R] or
