@@ -38,7 +38,7 @@ figures: setup
 
 test: setup
 	@echo "==> running the tests"
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	@echo "==> checking format and style"

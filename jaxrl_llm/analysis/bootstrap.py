@@ -42,8 +42,8 @@ def bootstrap_interval(
             [R, ...]; of a list as `statistic(items)` with a list of N items, and gives a number or an array.
 
     Raises:
-        ValueError: if there are no values, `resamples` is below 1, `level` is not in (0, 1), or a statistic of an
-            array does not give one result for each resample.
+        ValueError: if there are no values, one is NaN, `resamples` is below 1, `level` is not in (0, 1), or a statistic
+            of an array does not give one result for each resample.
 
     Source: Efron and Tibshirani 1993, chapter 13; level 0.95 means 2.5 per cent on either side.
     """
@@ -80,6 +80,8 @@ def _interval(
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(f"resamples must be at least 1 and level in (0, 1), but are {resamples} and {level}.")
     samples = [each if isinstance(each, list | tuple) else np.asarray(each) for each in samples]
+    if any(isinstance(each, np.ndarray) and each.dtype.kind == "f" and np.isnan(each).any() for each in samples):
+        raise ValueError("a value to resample is NaN.")
     size = len(samples[0])
     estimate = combine(*(_apply(statistic, each, np.arange(size)[None])[0] for each in samples))
     largest = max(each.size if isinstance(each, np.ndarray) else size for each in samples)

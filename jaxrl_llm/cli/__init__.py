@@ -29,7 +29,7 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         raise SystemExit(0) from None
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, OverflowError) as error:
         print(f"jaxrl-llm: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

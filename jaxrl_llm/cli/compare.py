@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxrl_llm.cli.generate import answer_text
-from jaxrl_llm.cli.options import KNOWN, Sampling, Search, Strategy
+from jaxrl_llm.cli.options import KNOWN, Sampling, Search, Strategy, options, unheeded
 from jaxrl_llm.cli.prompts import load_batch
+
+TOP_P = 0.95  # for the strategies that draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Compare:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=lambda: Sampling(top_p=0.95)
+        default_factory=lambda: Sampling(top_p=TOP_P)
     )
     search: Annotated[Search, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Search)
 
@@ -44,12 +46,16 @@ class Compare:
 
         if self.width < 20:
             raise ValueError(f"--width must be at least 20, but is {self.width}.")
+        if "speculative" in self.strategies and self.search.draft_model is None:
+            raise ValueError("the strategy speculative needs --draft-model.")
         batch = load_batch(self.model, [self.prompt], dtype=self.dtype, chat=self.chat)
         for strategy in self.strategies:
             answer = answers(strategy, Task(batch, heeded(strategy, self.sampling), self.search, self.max_new_tokens))[
                 0
             ][0]
-            print(f"{strategy:<16}{answer.note}")
+            by_default = {"top_p"} if self.sampling.top_p == TOP_P else set()
+            left_out = options(unheeded(strategy, self.sampling) - by_default)
+            print(f"{strategy:<16}{answer.note}" + (f"   (without {left_out})" if left_out else ""))
             lines = answer_text(batch, 0, self.prompt, answer.tokens, chat=self.chat).splitlines() or [""]
             for line in lines:
                 print(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))

@@ -52,6 +52,8 @@ class Generate:
         if self.num_samples < 1:
             raise ValueError(f"--num-samples must be at least 1, but is {self.num_samples}.")
         beams = strategy.endswith("beam")
+        if self.search.num_beams < 1:
+            raise ValueError(f"--num-beams must be at least 1, but is {self.search.num_beams}.")
         if beams and self.num_samples > self.search.num_beams:
             raise ValueError(f"--num-samples is {self.num_samples}, but --num-beams only {self.search.num_beams}.")
         copies = 1 if beams else self.num_samples

@@ -113,18 +113,23 @@ KNOWN: dict[str, set[str]] = {
 }  # the others know all
 
 
+def unheeded(strategy: str, sampling: Sampling) -> set[str]:
+    """The options that were given and that the strategy does not know."""
+    defaults = Sampling()
+    names = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
+    given = {name for name in names if getattr(sampling, name) != getattr(defaults, name)}
+    return given - KNOWN.get(strategy, DRAWING | WEIGHING | REMOVING)
+
+
+def options(names: set[str]) -> str:
+    """As they are written on the command line."""
+    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+
+
 def check_known(strategy: str, sampling: Sampling) -> None:
     """Raise if an option was given that the strategy would not heed."""
-    defaults = Sampling()
-    given = {
-        field.name
-        for field in dataclasses.fields(Sampling)
-        if field.name != "seed" and getattr(sampling, field.name) != getattr(defaults, field.name)
-    }
-    unheeded = sorted(given - KNOWN.get(strategy, DRAWING | WEIGHING | REMOVING))
-    if unheeded:
-        names = ", ".join("--" + name.replace("_", "-") for name in unheeded)
-        raise ValueError(f"--strategy {strategy} has no use for {names}.")
+    if unheeded(strategy, sampling):
+        raise ValueError(f"--strategy {strategy} has no use for {options(unheeded(strategy, sampling))}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,8 @@ def _mbr(task: Task) -> list[list[Answer]]:
     flat = [row[0].tokens for row in _rows(samples)]
     chosen = []
     for start in range(0, len(flat), n):
-        texts = [task.batch.loaded.tokenizer.decode(tokens) for tokens in flat[start : start + n]]
+        decode = functools.partial(task.batch.loaded.tokenizer.decode, skip_special_tokens=True)
+        texts = [decode(tokens) for tokens in flat[start : start + n]]
         found = minimum_bayes_risk(texts, sentence_chrf)
         best = int(found.index)
         chosen.append([Answer(flat[start + best], f"expected chrF {float(found.expected_utility[best]):.1f}")])

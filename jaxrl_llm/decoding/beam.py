@@ -142,6 +142,7 @@ def beam_search(
         ValueError: for what `generate` refuses, sizes below 1, groups that do not divide the beams, or penalties that
             are not finite (a diversity penalty: or negative).
         FloatingPointError: if the model's logits are NaN or leave no token. (Under an outer `jit`, log_prob is NaN.)
+            Where the transform or the blocking leave a row nothing, it has no hypothesis: all its masks are false.
     """
     check_sizes(num_beams=(num_beams, 1), num_groups=(num_groups, 1), no_repeat_ngram=(no_repeat_ngram, 0))
     if num_beams % num_groups:
@@ -152,7 +153,7 @@ def beam_search(
         eos_ids=checks.eos_array(eos_id),
         pad_id=jnp.asarray(pad_id, jnp.int32),
         limits=limits,
-        length_penalty=_penalty("length_penalty", length_penalty),
+        length_penalty=length_exponent(length_penalty, longest),
         diversity_penalty=_penalty("diversity_penalty", diversity_penalty, low=0.0),
     )
     sizes = {"num_beams": num_beams, "num_groups": num_groups, "no_repeat_ngram": no_repeat_ngram}
@@ -395,7 +396,7 @@ def request(
 ) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"], Int[Array, "batch"], int]:
     """The prompts and their mask, checked and with all padding on the left; the rows' limits; the longest of them."""
     prompts = jnp.asarray(prompts)
-    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1, transform)
+    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1, transform, per_row=False)
     prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
     order = jnp.argsort(mask, axis=1, stable=True)
     prompts, mask = (jnp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
@@ -447,6 +448,14 @@ def check_sizes(**sizes: tuple[int, int]) -> None:
     for name, (size, least) in sizes.items():
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name} must be an integer of at least {least}, but is {size!r}.")
+
+
+def length_exponent(value: float | Array, longest: int) -> Float[Array, ""]:
+    """The length penalty, refused where length**penalty would leave the range of float32."""
+    number = _penalty("length_penalty", value)
+    if is_concrete(number) and abs(float(number)) * math.log(longest + 1) > 80:
+        raise ValueError(f"length_penalty is {value}: a length of {longest} to that power is out of range.")
+    return number
 
 
 def _penalty(name: str, value: float | Array, *, low: float = -math.inf) -> Float[Array, ""]:

@@ -44,7 +44,11 @@ def bucketed_prompts(
 
 
 def row_limits(
-    max_new_tokens: int | Int[Array, "batch"], batch: int, transform: Transform | None = None
+    max_new_tokens: int | Int[Array, "batch"],
+    batch: int,
+    transform: Transform | None = None,
+    *,
+    per_row: bool = True,
 ) -> Int[np.ndarray, "batch"]:
     """How many new tokens each row may have, if its transform can serve it.
 
@@ -60,8 +64,10 @@ def row_limits(
     if limits.min(initial=1) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, but is {limits.min()}.")
     limits = np.broadcast_to(limits, (batch,)).astype(np.int32)
-    if isinstance(transform, Transform):
-        transform.check(limits)
+    if transform is not None and not isinstance(transform, Transform):
+        raise ValueError(f"transform must be a Transform, several of them in a Chain((...)), but is {transform!r}.")
+    if transform is not None:
+        transform.check(limits, per_row=per_row)
     return limits
 
 
@@ -69,8 +75,8 @@ def row_limits(
 class Guidance:
     """Classifier-free guidance: log p_u + scale (log p − log p_u), p_u the law after the second prompt.
 
-    A scale of 1 is plain generation, above 1 moves away from what would follow the second prompt anyway. The new tokens
-    are fed to both.
+    A scale of 1 is plain generation, above 1 moves away from what would follow the second prompt anyway; a token that
+    either law excludes is then excluded. The new tokens are fed to both.
     """
 
     prompts: Int[Array, "batch unguided"]
@@ -89,7 +95,7 @@ def with_guidance(
     """The prompts, then those of the unguided rows, of one bucket; and the scale."""
     if jnp.shape(guidance.prompts)[:1] != prompts.shape[:1]:
         raise ValueError(f"guidance needs a second prompt for each of {prompts.shape[0]} rows.")
-    scale = jnp.asarray(guidance.scale, jnp.float32)
+    scale = jnp.asarray(guidance.scale, jnp.result_type(float))
     if scale.ndim or (is_concrete(scale) and not jnp.isfinite(scale)):
         raise ValueError(f"the guidance scale must be one finite number, but is {guidance.scale}.")
     others = bucketed_prompts(lm, guidance.prompts, guidance.prompt_mask, max_new_tokens=max_new_tokens)
@@ -143,7 +149,7 @@ def check_finite(generation: Generation, *, start: int = 0) -> Generation:
         if broken.any():
             row, time = np.argwhere(broken)[0]
             raise FloatingPointError(
-                f"no token could be drawn in row {row} at new token {start + time}: "
-                "the model's logits there are NaN, +inf, or all −inf."
+                f"no token could be drawn in row {row} at new token {start + time}: the model's logits there are NaN, "
+                "+inf, or all −inf, or the transform and the guidance leave no token of them."
             )
     return generation

@@ -153,7 +153,7 @@ class Constrained(Transform):
         object.__setattr__(self, "eos_ids", ids)
         object.__setattr__(self, "exact", jnp.asarray(exact))
 
-    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
+    def check(self, limits: Int[np.ndarray, "batch"], *, per_row: bool = True) -> None:
         """Raise where a row's limit leaves no text that the automaton accepts; nothing is known inside a trace."""
         if not all(is_concrete(each) for each in (limits, self.automaton.distance, self.exact)):
             return

@@ -84,7 +84,7 @@ def exact_search(
         FloatingPointError: if the model's logits are NaN or leave no token.
         RuntimeError: where `max_nodes` do not suffice: what was found is not known to be the best.
     """
-    prompt, penalty = jnp.asarray(prompt), float(length_penalty)
+    prompt, penalty = jnp.asarray(prompt), float(beam.length_exponent(length_penalty, max_new_tokens))
     if prompt.ndim != 1:
         raise ValueError(f"prompt must be one sequence [time], but has the shape {list(prompt.shape)}.")
     if not np.isfinite(penalty):

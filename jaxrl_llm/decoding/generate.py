@@ -119,6 +119,8 @@ def _request(
     limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1, transform)
     longest = int(np.max(max_new_tokens, initial=1))
     prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
+    if stop is not None and not isinstance(stop, StopStrings):
+        raise ValueError(f"stop must be made by decoding.stop_strings, but is {stop!r}.")
     batch = prompts.shape[0]
     scale = None
     if guidance is not None:

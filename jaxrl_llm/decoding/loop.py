@@ -136,7 +136,7 @@ def _emit(rules: Rules, logits: Float[Array, "rows vocab"], state: State) -> tup
     warped = context.warp(rules.transform, guided, state.context)
     if rules.keys is None:
         token = sampling.greedy(warped)
-        logp_sampler = jnp.zeros_like(logits[:, 0])
+        logp_sampler = sampling.greedy_log_prob(warped)
     else:
         token = sampling.sample(jax.vmap(lambda key: jax.random.fold_in(key, state.time))(rules.keys), warped)
         logp_sampler = token_log_probs(warped, token)
@@ -168,7 +168,8 @@ def _guide(
         return logits, logits
     own, unguided = jnp.split(logits, 2)
     log_probs, base = log_softmax(own), log_softmax(unguided)
-    # A token that either excludes is excluded: −inf has no multiples.
+    # Where either excludes a token it is excluded, for −inf has no multiples; but scale 1 leaves the other law out.
     possible = (log_probs > -jnp.inf) & (base > -jnp.inf)
     guided = jnp.where(possible, base, 0) + scale * (jnp.where(possible, log_probs, 0) - jnp.where(possible, base, 0))
-    return own, jnp.where(possible, guided, -jnp.inf)
+    guided = jnp.where(possible, guided, -jnp.inf)
+    return own, jnp.where(scale == 1, log_probs, guided)

@@ -19,6 +19,11 @@ def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
     return jnp.where(largest, index, logits.shape[-1] - 1).min(axis=-1)
 
 
+def greedy_log_prob(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
+    """Of the token that `greedy` takes, under the law that always takes it: 0, and `-inf` where none is possible."""
+    return jnp.where(logits.max(axis=-1) > -jnp.inf, 0.0, -jnp.inf).astype(wide(logits).dtype)
+
+
 def sample(keys: Key[Array, "batch"], logits: Float[Array, "batch vocab"]) -> Int[Array, "batch"]:
     """One token of each row from softmax(logits), with a key for each row.
 

@@ -313,7 +313,7 @@ def _write(
 ) -> Generation:
     """The generation with the tokens of a round, each row's at its own place."""
     logp = token_log_probs(logits, tokens)
-    logp_sampler = jnp.zeros_like(logp) if rules.keys is None else token_log_probs(warped, tokens)
+    logp_sampler = sampling.greedy_log_prob(warped) if rules.keys is None else token_log_probs(warped, tokens)
     generation = state.result.generation
     rows, slots = jnp.arange(tokens.shape[0])[:, None], state.count[:, None] + jnp.arange(tokens.shape[1])
     slots = jnp.where(mask, slots, generation.tokens.shape[1])  # what is not emitted is dropped

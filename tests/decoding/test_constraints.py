@@ -16,7 +16,7 @@ from jaxrl_llm.decoding import automata, constraints, generate, stream
 from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.decoding.constraints import Automaton, Constrained
 from jaxrl_llm.decoding.generate import decode
-from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import assert_follows, kept_by_top_p, log_softmax, random_params
 
@@ -525,3 +525,27 @@ def test_every_decoder_refuses_what_no_row_can_finish(decoder):
         decoder(
             lm, lm.init(jax.random.key(0)), jnp.zeros((1, 0), jnp.int32), max_new_tokens=2, transform=three, **options
         )
+
+
+@pytest.mark.parametrize("decode", ["generate", "stream", "speculative"])
+def test_greedy_says_when_nothing_is_left_and_takes_no_token_that_was_removed(decode):
+    """A filter before the constraint may keep only tokens that it forbids."""
+    lm = TabularLM(vocab_size=3, horizon=4)
+    params = {"logits": jnp.zeros((lm.num_prefixes, 3)).at[:, 0].set(3.0)}
+    only_b = Constrained(constraints.from_regex("bbb", ["a", "b", "c"]))
+    chain, empty = Chain((TopK(1), only_b)), jnp.zeros((1, 0), jnp.int32)
+    call = {
+        "generate": lambda chain: generate(lm, params, empty, max_new_tokens=3, greedy=True, transform=chain).tokens,
+        "stream": lambda chain: jnp.concatenate(
+            [piece.tokens for piece in stream(lm, params, empty, max_new_tokens=3, greedy=True, transform=chain)],
+            axis=1,
+        ),
+        "speculative": lambda chain: (
+            decoding.speculative_generate(
+                lm, params, empty, max_new_tokens=3, greedy=True, transform=chain, lookup_ngram=1
+            ).generation.tokens
+        ),
+    }[decode]
+    with pytest.raises(FloatingPointError, match="no token could be drawn in row 0 at new token 0"):
+        call(chain)
+    np.testing.assert_array_equal(call(Chain((only_b, TopK(1)))), [[1, 1, 1]])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import oracle
-from jaxrl_llm.decoding import generate, loop, stream
+from jaxrl_llm.decoding import Guidance, generate, loop, stream
 from jaxrl_llm.decoding.generate import decode
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.language_model import Cache, LanguageModel
@@ -701,3 +701,37 @@ def test_under_an_outer_jit_a_law_that_broke_down_shows_as_nan(tabular):
     inside = jax.jit(lambda params: generate(lm, params, NOTHING[:2], max_new_tokens=3, greedy=True))
     logp = inside(broken({"logits": params["logits"].at[0, 2].set(9.0)}, "all NaN", 1 + 2)).logp
     np.testing.assert_array_equal(np.isnan(logp), [[False, True, False]] * 2)
+
+
+def test_guidance_of_scale_one_is_generation_and_of_others_excludes_what_either_prompt_does():
+    lm = TabularLM(vocab_size=3, horizon=3)
+    params = {"logits": jnp.asarray(np.random.default_rng(0).normal(size=(lm.num_prefixes, 3)), jnp.float32)}
+    params["logits"] = params["logits"].at[1, 2].set(-jnp.inf).at[2, 0].set(-jnp.inf)  # after "0" and after "1"
+    first, second = jnp.asarray([[0]]), jnp.asarray([[1]])
+    keys = jax.random.split(jax.random.key(0), 400)
+    rows = {"prompts": jnp.tile(first, (400, 1)), "max_new_tokens": 1, "key": keys}
+    guided = generate(lm, params, **rows, guidance=Guidance(jnp.tile(second, (400, 1)), 1.0))
+    np.testing.assert_array_equal(guided.tokens, generate(lm, params, **rows).tokens)
+    assert set(np.unique(guided.tokens)) == {0, 1}
+    between = generate(lm, params, **rows, guidance=Guidance(jnp.tile(second, (400, 1)), 0.5))
+    assert set(np.unique(between.tokens)) == {1}
+
+
+def test_guidance_mixes_the_two_laws_whatever_the_padding():
+    lm = TabularLM(vocab_size=3, horizon=3)
+    params = {"logits": jnp.asarray(np.random.default_rng(1).normal(size=(lm.num_prefixes, 3)), jnp.float32)}
+    own, other = (log_softmax(params["logits"][row]) for row in (1, 2))  # after "0" and after "1"
+    expected = log_softmax(other + 2.5 * (own - other))
+    padded = Guidance(jnp.asarray([[1, 0, 0]]), 2.5, jnp.asarray([[True, False, False]]))
+    found = generate(lm, params, jnp.asarray([[0]]), max_new_tokens=1, key=jax.random.key(3), guidance=padded)
+    np.testing.assert_allclose(found.logp_sampler[0, 0], expected[found.tokens[0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(found.logp[0, 0], own[found.tokens[0, 0]], rtol=1e-5)
+
+
+def test_each_row_has_its_own_limit():
+    lm = TabularLM(vocab_size=3, horizon=3)
+    found = generate(
+        lm, lm.init(jax.random.key(0)), jnp.zeros((3, 0), jnp.int32), max_new_tokens=np.asarray([1, 3, 2]), greedy=True
+    )
+    np.testing.assert_array_equal(found.mask.sum(axis=1), [1, 3, 2])
+    assert (found.logp[~found.mask] == 0).all()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from jaxrl_llm.decoding import thresholds
+from jaxrl_llm.decoding import beam_search, generate, thresholds
 from jaxrl_llm.decoding.thresholds import HEAD
 from jaxrl_llm.decoding.transforms import (
     Chain,
@@ -23,6 +23,7 @@ from jaxrl_llm.decoding.transforms import (
     Typical,
 )
 from jaxrl_llm.decoding.transforms.base import begin, require_stateless
+from jaxrl_llm.tabular import TabularLM
 from tests.conftest import kept_by_top_k, kept_by_top_p, log_softmax
 from tests.decoding.test_thresholds import rows_of_logits
 from tests.goldens import make_transform_goldens as goldens
@@ -387,3 +388,29 @@ def test_the_goldens_are_of_these_inputs_and_cases(golden):
 def test_a_transform_is_the_processor_of_transformers(golden, name):
     result = goldens.ours(name, golden["logits"], golden["tokens"])
     np.testing.assert_allclose(result, golden[name], rtol=1e-6, atol=1e-6)
+
+
+# What decoders refuse -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("decoder", "options", "message"),
+    [
+        (
+            generate,
+            {"transform": Temperature(jnp.ones(3))},
+            r"t of Temperature must be one number, or one for each of 2",
+        ),
+        (generate, {"transform": Chain((TopK(jnp.ones((2, 1), int)),))}, "k of TopK must be one number"),
+        (generate, {"transform": [TopK(2)]}, "transform must be a Transform"),
+        (generate, {"transform": lambda logits: logits}, "transform must be a Transform"),
+        (generate, {"stop": ["x"]}, "stop must be made by decoding.stop_strings"),
+        (beam_search, {"transform": TopP(jnp.asarray([0.5, 0.9]))}, "p of TopP must be one number with beams"),
+        (beam_search, {"length_penalty": 200.0}, "out of range"),
+    ],
+)
+def test_decoders_name_what_they_cannot_take(decoder, options, message):
+    lm = TabularLM(vocab_size=3, horizon=3)
+    own = {"greedy": True} if decoder is generate else {"num_beams": 2}
+    with pytest.raises(ValueError, match=message):
+        decoder(lm, lm.init(jax.random.key(0)), jnp.zeros((2, 0), jnp.int32), max_new_tokens=3, **own, **options)

@@ -32,12 +32,24 @@ class Transform:
 
     looks_back: ClassVar[bool] = False
     sees_prompt: ClassVar[bool] = True  # or the generated tokens alone; for those that look back
+    numbers: ClassVar[tuple[str, ...] | None] = None  # fields that are one number, or one a row; by default all
 
     def __call__(self, logits: Float[Array, "batch vocab"], *context: Array) -> Float[Array, "batch vocab"]:
         raise NotImplementedError(f"{type(self).__name__} has a memory: give it to a decoder.")
 
-    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
-        """Raise a ValueError if a row that may have so many new tokens cannot be served; called before decoding."""
+    def check(self, limits: Int[np.ndarray, "batch"], *, per_row: bool = True) -> None:
+        """Raise a ValueError if a row that may have so many new tokens cannot be served; called before decoding.
+
+        Args:
+            per_row: whether the decoder takes numbers of one value a row.
+        """
+        names = [field.name for field in dataclasses.fields(self)] if self.numbers is None else self.numbers
+        for name in names:
+            shape = jnp.shape(getattr(self, name))
+            if shape and not (per_row and shape == limits.shape):
+                wanted = f", or one for each of {len(limits)} rows" if per_row else " with beams"
+                found = f"has the shape {list(shape)}"
+                raise ValueError(f"{name} of {type(self).__name__} must be one number{wanted}, but {found}.")
 
     def start(self, limits: Int[Array, "batch"]) -> PyTree[Array]:
         """The memory before the first token; `limits` are the numbers of new tokens that the rows may have."""
@@ -122,9 +134,9 @@ class Chain(Transform):
             logits = transform(logits, *context) if transform.looks_back else transform(logits)
         return logits
 
-    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
+    def check(self, limits: Int[np.ndarray, "batch"], *, per_row: bool = True) -> None:
         for transform in self.transforms:
-            transform.check(limits)
+            transform.check(limits, per_row=per_row)
 
     def start(self, limits: Int[Array, "batch"]) -> PyTree[Array]:
         return tuple(transform.start(limits) for transform in self.transforms)

@@ -30,6 +30,8 @@ class LogitBias(Transform):
             for each token of each row.
     """
 
+    numbers = ()
+
     bias: Float[Array, "*#batch vocab"]
 
     def __post_init__(self):
@@ -59,6 +61,8 @@ class BadWords(LooksBack):
     Built by `bad_words`. Padding between two tokens does not part them. A row in which no possible token would be left
     stays as it was.
     """
+
+    numbers = ()
 
     before: Int[Array, "sequence longest"]  # flush right, −1 where the sequence is shorter
     last: Int[Array, "sequence"]
@@ -124,6 +128,8 @@ class MinLength(Counts):
         ValueError: unless n is an integer of at least 0 and `eos_ids` is a token or several.
     """
 
+    numbers = ("n",)
+
     n: Int[Array, "..."] | int
     eos_ids: Int[Array, "eos"] | Sequence[int] | int
 
@@ -152,6 +158,8 @@ class ForcedTokens(Counts):
     Raises:
         ValueError: unless the tokens are integers [number] or [batch, number], at least −1 and at least one.
     """
+
+    numbers = ()
 
     tokens: Int[Array, "*#batch number"] | Sequence[int]
 
