@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm import language_model
-from jaxrl_llm.decoding import checks, loop
-from jaxrl_llm.decoding.generate import STEP_BUCKET
+from jaxrl_llm.decoding import checks, search_loop
 from jaxrl_llm.decoding.transforms import base as context
 from jaxrl_llm.decoding.transforms.base import Context, Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.numerics import is_concrete, wide
+from jaxrl_llm.objectives.numerics import wide
 
 State = TypeVar("State")
 
@@ -144,21 +141,21 @@ def beam_search(
         FloatingPointError: if the model's logits are NaN or leave no token. (Under an outer `jit`, log_prob is NaN.)
             Where the transform or the blocking leave a row nothing, it has no hypothesis: all its masks are false.
     """
-    check_sizes(num_beams=(num_beams, 1), num_groups=(num_groups, 1), no_repeat_ngram=(no_repeat_ngram, 0))
+    search_loop.check_sizes(num_beams=(num_beams, 1), num_groups=(num_groups, 1), no_repeat_ngram=(no_repeat_ngram, 0))
     if num_beams % num_groups:
         raise ValueError(f"num_beams must be a multiple of num_groups, but they are {num_beams} and {num_groups}.")
-    prompts, mask, limits, longest = request(lm, prompts, prompt_mask, max_new_tokens, transform)
+    prompts, mask, limits, longest = search_loop.request(lm, prompts, prompt_mask, max_new_tokens, transform)
     rules = Rules(
         transform=transform,
         eos_ids=checks.eos_array(eos_id),
         pad_id=jnp.asarray(pad_id, jnp.int32),
         limits=limits,
-        length_penalty=length_exponent(length_penalty, longest),
-        diversity_penalty=_penalty("diversity_penalty", diversity_penalty, low=0.0),
+        length_penalty=search_loop.length_exponent(length_penalty, longest),
+        diversity_penalty=search_loop.penalty("diversity_penalty", diversity_penalty, low=0.0),
     )
     sizes = {"num_beams": num_beams, "num_groups": num_groups, "no_repeat_ngram": no_repeat_ngram}
-    beams = search(lm, params, prompts, mask, rules, **sizes, num_steps=step_bucket(longest))
-    check_law(beams.log_prob)
+    beams = search(lm, params, prompts, mask, rules, **sizes, num_steps=search_loop.step_bucket(longest))
+    search_loop.check_law(beams.log_prob)
     return dataclasses.replace(beams, tokens=beams.tokens[..., :longest], mask=beams.mask[..., :longest])
 
 
@@ -179,7 +176,7 @@ def search(
     batch, length = prompts.shape
     shape = (batch, num_groups, num_beams // num_groups)
     every_beam = jnp.repeat(jnp.arange(batch), num_beams)
-    logits, cache = prefill(lm, params, prompts, prompt_mask, num_slots=length + num_steps)
+    logits, cache = search_loop.prefill(lm, params, prompts, prompt_mask, num_slots=length + num_steps)
     start = _start(
         rules, prompts[every_beam], prompt_mask[every_beam], cache.take(every_beam), shape, logits, num_steps
     )
@@ -196,7 +193,7 @@ def search(
         return choose(dataclasses.replace(state, cache=cache), lm.logits(params, hidden[:, 0]))
 
     first = choose(start, logits[every_beam])
-    state = run_blocks(step, first, lambda state: state.alive.any(), num_steps=num_steps)
+    state = search_loop.run_blocks(step, first, lambda state: state.alive.any(), num_steps=num_steps)
     return _merged(rules, state)
 
 
@@ -382,85 +379,3 @@ def _merged(rules: Rules, state: Live) -> Beams:
     mask = (jnp.arange(best.tokens.shape[2]) < best.length[..., None]) & (best.score > -jnp.inf)[..., None]
     log_prob, score = (jnp.where(state.broken[:, None], jnp.nan, each) for each in (best.log_prob, best.score))
     return Beams(jnp.where(mask, best.tokens, rules.pad_id), mask, log_prob, score)
-
-
-# What other searches share --------------------------------------------------------------------------------------------
-
-
-def request(
-    lm: LanguageModel,
-    prompts: Array,
-    prompt_mask: Array | None,
-    max_new_tokens: int | Array,
-    transform: Transform | None,
-) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"], Int[Array, "batch"], int]:
-    """The prompts and their mask, checked and with all padding on the left; the rows' limits; the longest of them."""
-    prompts = jnp.asarray(prompts)
-    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1, transform, per_row=False)
-    prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
-    order = jnp.argsort(mask, axis=1, stable=True)
-    prompts, mask = (jnp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
-    return prompts, mask, jnp.asarray(limits), int(np.max(max_new_tokens, initial=1))
-
-
-def step_bucket(max_new_tokens: int) -> int:
-    """Steps to compile for after the first token, which comes with the prompt."""
-    return max(1, -(-(max_new_tokens - 1) // STEP_BUCKET)) * STEP_BUCKET
-
-
-def prefill(
-    lm: LanguageModel, params: Params, prompts: Array, prompt_mask: Array, *, num_slots: int
-) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """The logits after prompts that are padded on the left, and their cache, of `num_slots` slots."""
-    cache = lm.init_cache(prompts.shape[0], num_slots, dtype=language_model.params_dtype(params))
-    hidden, cache = lm.hidden(params, prompts, cache, mask=prompt_mask)
-    return lm.logits(params, hidden[:, -1]), cache
-
-
-def run_blocks(
-    step: Callable[[State], State], state: State, unfinished: Callable[[State], Array], *, num_steps: int
-) -> State:
-    """Up to `num_steps` steps, in scans of `loop.BLOCK`; the end is looked for between the scans."""
-    block = math.gcd(num_steps, loop.BLOCK)
-
-    def goes_on(carry: tuple[State, Array]) -> Array:
-        return (carry[1] < num_steps) & unfinished(carry[0])
-
-    def run_block(carry: tuple[State, Array]) -> tuple[State, Array]:
-        state = jax.lax.scan(lambda state, _: (step(state), None), carry[0], length=block)[0]
-        return state, carry[1] + block
-
-    return jax.lax.while_loop(goes_on, run_block, (state, jnp.zeros((), jnp.int32)))[0]
-
-
-def check_law(log_prob: Float[Array, "batch ..."]) -> None:
-    """Raise where the model's law broke down, which shows as NaN."""
-    if is_concrete(log_prob):
-        broken = np.isnan(log_prob).any(axis=tuple(range(1, log_prob.ndim)))
-        if broken.any():
-            raise FloatingPointError(
-                f"row {broken.argmax()} could not be continued: the model's logits are NaN, +inf, or all −inf."
-            )
-
-
-def check_sizes(**sizes: tuple[int, int]) -> None:
-    """Raise unless each named (size, least) is an integer of at least that."""
-    for name, (size, least) in sizes.items():
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, but is {size!r}.")
-
-
-def length_exponent(value: float | Array, longest: int) -> Float[Array, ""]:
-    """The length penalty, refused where length**penalty would leave the range of float32."""
-    number = _penalty("length_penalty", value)
-    if is_concrete(number) and abs(float(number)) * math.log(longest + 1) > 80:
-        raise ValueError(f"length_penalty is {value}: a length of {longest} to that power is out of range.")
-    return number
-
-
-def _penalty(name: str, value: float | Array, *, low: float = -math.inf) -> Float[Array, ""]:
-    number = jnp.asarray(value, jnp.result_type(float))
-    if number.ndim or (is_concrete(number) and not (jnp.isfinite(number) and number >= low)):
-        least = "" if low == -math.inf else f" of at least {low}"
-        raise ValueError(f"{name} must be one finite number{least}, but is {value}.")
-    return number

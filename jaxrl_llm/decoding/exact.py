@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.decoding import beam, checks
+from jaxrl_llm.decoding import checks, search_loop
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.objectives.numerics import log_softmax, wide
 
@@ -84,15 +84,15 @@ def exact_search(
         FloatingPointError: if the model's logits are NaN or leave no token.
         RuntimeError: where `max_nodes` do not suffice: what was found is not known to be the best.
     """
-    prompt, penalty = jnp.asarray(prompt), float(beam.length_exponent(length_penalty, max_new_tokens))
+    prompt, penalty = jnp.asarray(prompt), float(search_loop.length_exponent(length_penalty, max_new_tokens))
     if prompt.ndim != 1:
         raise ValueError(f"prompt must be one sequence [time], but has the shape {list(prompt.shape)}.")
     if not np.isfinite(penalty):
         raise ValueError(f"length_penalty must be one finite number, but is {length_penalty}.")
-    beam.check_sizes(max_nodes=(max_nodes, 1), max_new_tokens=(max_new_tokens, 1))
-    prompts, mask, _, longest = beam.request(lm, prompt[None], None, max_new_tokens, None)
+    search_loop.check_sizes(max_nodes=(max_nodes, 1), max_new_tokens=(max_new_tokens, 1))
+    prompts, mask, _, longest = search_loop.request(lm, prompt[None], None, max_new_tokens, None)
     eos = set(np.asarray(checks.eos_array(eos_id)).tolist())
-    log_probs, cache = _read(lm, params, prompts, mask, num_slots=prompts.shape[1] + beam.step_bucket(longest))
+    log_probs, cache = _read(lm, params, prompts, mask, num_slots=prompts.shape[1] + search_loop.step_bucket(longest))
     goal, num_nodes = _Goal(longest, penalty), 1
     path = [_Node((), cache, _children(log_probs, 0.0))]
     while path:
@@ -125,7 +125,7 @@ def _children(log_probs: Float[Array, "vocab"], before: float) -> Iterator[tuple
 def _read(
     lm: LanguageModel, params: Params, prompts: Array, mask: Array, *, num_slots: int
 ) -> tuple[Float[Array, "vocab"], Cache]:
-    logits, cache = beam.prefill(lm, params, prompts, mask, num_slots=num_slots)
+    logits, cache = search_loop.prefill(lm, params, prompts, mask, num_slots=num_slots)
     return log_softmax(wide(logits))[0], cache
 
 

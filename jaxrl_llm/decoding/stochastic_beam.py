@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_llm.decoding import beam, checks
+from jaxrl_llm.decoding import checks, search_loop
 from jaxrl_llm.decoding.transforms import base as context
 from jaxrl_llm.decoding.transforms.base import Context, Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
@@ -100,13 +100,13 @@ def stochastic_beam_search(
         ValueError: for what `generate` refuses, or fewer than one beam.
         FloatingPointError: if the logits are NaN or no token is possible. (Under an outer `jit`, log_prob is NaN.)
     """
-    beam.check_sizes(num_beams=(num_beams, 1))
-    prompts, mask, limits, longest = beam.request(lm, prompts, prompt_mask, max_new_tokens, transform)
+    search_loop.check_sizes(num_beams=(num_beams, 1))
+    prompts, mask, limits, longest = search_loop.request(lm, prompts, prompt_mask, max_new_tokens, transform)
     keys = checks.row_keys(key, prompts.shape[0])
     rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32), limits)
-    num_steps = beam.step_bucket(longest)
+    num_steps = search_loop.step_bucket(longest)
     beams = draw(lm, params, prompts, mask, rules, num_beams=num_beams, num_steps=num_steps)
-    beam.check_law(beams.log_prob)
+    search_loop.check_law(beams.log_prob)
     return dataclasses.replace(beams, tokens=beams.tokens[..., :longest], mask=beams.mask[..., :longest])
 
 
@@ -138,7 +138,7 @@ def draw(
     batch, length = prompts.shape
     width = num_beams + 1
     every_beam = jnp.repeat(jnp.arange(batch), width)
-    logits, cache = beam.prefill(lm, params, prompts, prompt_mask, num_slots=length + num_steps)
+    logits, cache = search_loop.prefill(lm, params, prompts, prompt_mask, num_slots=length + num_steps)
     state = _start(
         rules, prompts[every_beam], prompt_mask[every_beam], cache.take(every_beam), width, logits, num_steps
     )
@@ -149,7 +149,7 @@ def draw(
         return _choose(rules, dataclasses.replace(state, cache=cache), lm.logits(params, hidden[:, 0]))
 
     state = _choose(rules, state, logits[every_beam])
-    state = beam.run_blocks(step, state, lambda state: state.open.any(), num_steps=num_steps)
+    state = search_loop.run_blocks(step, state, lambda state: state.open.any(), num_steps=num_steps)
     kept = slice(None, num_beams)
     mask = (jnp.arange(num_steps + 1) < state.length[:, kept, None]) & (state.perturbed[:, kept] > -jnp.inf)[..., None]
     log_prob, perturbed = (
