@@ -72,7 +72,7 @@ def frontier(problem: dict[str, Any], *, draws: list[int]) -> dict[str, Any]:
     ref, rewards = oracle.sequence_log_probs(LM, problem["ref"]), problem["rewards"]
     betas = jnp.asarray(np.geomspace(20, 0.02, 80))
     gibbs = jax.vmap(lambda beta: terms(problem, rlhf.gibbs_optimum(ref, rewards, beta=beta)))(betas)
-    best_of = jax.vmap(lambda n: terms(problem, rlhf.best_of_n(ref, rewards, n=n)))(jnp.asarray(draws, float))
+    best_of = jax.vmap(lambda n: terms(problem, rlhf.best_of_n(ref, rewards, n=n)))(jnp.asarray(draws))
     return {
         "ceiling": -ref[jnp.argmax(rewards)],
         "best_reward": rewards.max(),
