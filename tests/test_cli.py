@@ -255,6 +255,25 @@ def test_compare_shows_each_strategy_under_its_name(run, model):
     assert names == ["greedy", "beam", "sample"]
     assert out.count("  the cat") == 3
     assert_one_line(run("decode-compare", "the cat", "--model", model, "--width", 5), "--width must be at least 20")
+    drafts = ("--strategies", "greedy", "speculative")
+    assert_one_line(run("decode-compare", "the cat", "--model", model, *drafts), "speculative needs --draft-model")
+
+
+def test_compare_names_the_options_that_a_strategy_leaves_out(run, model):
+    chosen = ("--strategies", "greedy", "contrastive", "--choices", "x", "y", "--max-new-tokens", 6)
+    status, out, err = run("decode-compare", "the cat", "--model", model, *chosen)
+    assert (status, err) == (0, "")
+    greedy, contrastive = (line for line in out.splitlines() if line and not line.startswith(" "))
+    assert "without" not in greedy and contrastive.endswith("(without --choices)")
+
+
+def test_bayes_risk_compares_texts_without_their_end(run, model):
+    """x and y share nothing, so that the expected chrF is the share of the winner among 8: eighths of 100."""
+    chosen = ("--strategies", "mbr", "--choices", "x", "y", "--max-new-tokens", 6, "--num-candidates", 8)
+    for seed in (0, 1, 2):
+        status, out, err = run("decode-compare", "the cat", "--model", model, *chosen, "--seed", seed)
+        assert (status, err) == (0, "")
+        assert float(re.search(r"expected chrF (\S+)", out)[1]) in [12.5 * n for n in range(4, 9)]
 
 
 def assert_one_line(result, said):
