@@ -19,7 +19,7 @@ setup: .venv/.ready
 .venv/.ready: constraints.txt setup.cfg pyproject.toml
 	@echo "==> setting up .venv (once; about a minute)"
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[test]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[test,interactive]"
 	@touch $@
 
 $(PARITY)/.ready: constraints.txt | .venv/.ready

@@ -1,5 +1,6 @@
 import dataclasses
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from jaxrl_llm.plots import landscape, loss_grid, loss_scale, loss_surface, style
 
+ROOT = Path(__file__).resolve().parents[2]
 PATH = {"label": "check_points $t$", "points": [[-0.8, 0.7], [-0.3, 0.2], [0, 0]]}
 
 
