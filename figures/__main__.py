@@ -20,38 +20,48 @@ def main(
     results: Path = _results.RESULTS,
     gallery: Path = _results.GALLERY,
 ) -> int:
-    """Draw figures from their results files, as PNG and SVG, and write the gallery's page.
+    """Draw figures from their results files, as PNG and SVG (and HTML if interactive), and write the gallery's page.
 
     Args:
         names: the figures to draw; all of them by default.
         results: the folder of `<name>.json`.
-        gallery: the folder for `<name>.png`, `<name>.svg` and `index.html`.
+        gallery: the folder for `<name>.png`, `<name>.svg`, perhaps `<name>.html`, and `index.html`.
     """
     known = _results.figure_names() | _results.result_names(results)
     if unknown := sorted(set(names) - known):
         print(f"no figure is named {', '.join(unknown)}; there are: {', '.join(sorted(known))}.", file=sys.stderr)
         return 2
-    problems = []
+    problems, notes = [], []
     for name in tqdm(sorted(set(names) or known), unit="figure"):
         try:
-            _draw(name, results, gallery)
+            notes += _draw(name, results, gallery)
         except Problem as problem:
             problems.append(str(problem))
     index = _write_index(results, gallery)
+    for note in notes:
+        print(note)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"The gallery is {index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index}")
     return 1 if problems else 0
 
 
-def _draw(name: str, results: Path, gallery: Path) -> None:
+def _draw(name: str, results: Path, gallery: Path) -> list[str]:
+    """Write a figure's files, and say which one could not be for want of plotly."""
     entry = _results.load(results, name)
+    module, notes = _results.figure_module(name), []
     try:
-        figure = _results.figure_module(name).draw(entry)
+        style.save(module.draw(entry), gallery / name)
+        if hasattr(module, "interactive"):
+            style.write_atomically(gallery / f"{name}.html", module.interactive(entry).encode())
+    except ModuleNotFoundError as error:
+        if error.name != "plotly":
+            raise
+        notes.append(f"{name}.html is left out: {error}")
     except Exception as error:
         error.add_note(f"while drawing {results / name}.json")
         raise
-    style.save(figure, gallery / name)
+    return notes
 
 
 def _write_index(results: Path, gallery: Path) -> Path:
@@ -62,8 +72,8 @@ def _write_index(results: Path, gallery: Path) -> Path:
             entry = _results.load(results, name)
         except Problem:
             continue
-        picture = (gallery / f"{name}.png").exists()
-        entries.append(_page.Entry(name, _title(name), entry, has_picture=picture))
+        drawn = {kind: (gallery / f"{name}.{kind}").exists() for kind in ("png", "html")}
+        entries.append(_page.Entry(name, _title(name), entry, has_picture=drawn["png"], has_page=drawn["html"]))
     return style.write_atomically(gallery / "index.html", _page.render(entries).encode())
 
 

@@ -15,16 +15,17 @@ _STYLE = Path(__file__).with_name("_page.css")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One experiment: its name, its title, its results, and whether it has been drawn."""
+    """One experiment: its name, its title, its results, whether it has been drawn, and whether also as a page."""
 
     name: str
     title: str
     results: dict[str, Any]
     has_picture: bool
+    has_page: bool = False
 
 
 def render(entries: list[Entry]) -> str:
-    """The whole page; it needs only the pictures beside it."""
+    """The whole page; it needs only the files beside it."""
     held = sum(bool(entry.results["holds"]) for entry in entries)
     links = "\n".join(f"<li><a href='#{escape(e.name)}'>{escape(e.title)}</a> {_mark_of(e)}</li>" for e in entries)
     sections = "\n".join(_section(entry) for entry in entries)
@@ -110,6 +111,7 @@ def _picture(entry: Entry) -> str:
         return f"<p class='origin'>Not drawn yet: <code>python -m figures {name}</code></p>"
     image = f'<img src="{name}.png" alt="{escape(entry.results["claim"])}" loading="lazy">'
     links = f'<a href="{name}.svg">SVG</a>, <a href="{name}.png">PNG</a>'
+    links += f', <a href="{name}.html">to be turned by hand</a>' if entry.has_page else ""
     return f'<figure><a href="{name}.svg">{image}</a><figcaption>{links}</figcaption></figure>'
 
 

@@ -86,6 +86,44 @@ def test_the_page_states_claim_numbers_and_picture(folder):
     assert not re.search(r'(src|href)="(https?:|/)', page), "the page needs only what stands beside it"
 
 
+@pytest.fixture
+def interactive(monkeypatch):
+    """Give the figure an interactive form."""
+    module = _results.figure_module("search_trees")
+    monkeypatch.setattr(module, "interactive", lambda results: f"<p>{results['claim']}</p>", raising=False)
+    return module
+
+
+def test_an_interactive_figure_is_written_and_linked(folder, interactive):
+    assert draw(folder, "search_trees") == 0
+    assert (folder / "gallery" / "search_trees.html").read_text() == "<p>1 < 2 & <b>more</b></p>"
+    assert '<a href="search_trees.html">' in (folder / "gallery" / "index.html").read_text()
+
+
+def test_without_plotly_an_interactive_figure_is_left_out(folder, interactive, monkeypatch, capsys):
+    def missing(results):
+        raise ModuleNotFoundError("it needs plotly.", name="plotly")
+
+    monkeypatch.setattr(interactive, "interactive", missing)
+    assert draw(folder, "search_trees") == 0
+    assert "search_trees.html is left out: it needs plotly." in capsys.readouterr().out
+    assert {path.name for path in (folder / "gallery").iterdir()} == {
+        "search_trees.png",
+        "search_trees.svg",
+        "index.html",
+    }
+    assert "search_trees.html" not in (folder / "gallery" / "index.html").read_text()
+
+
+def test_another_missing_module_is_not_passed_over(folder, interactive, monkeypatch):
+    def missing(results):
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    monkeypatch.setattr(interactive, "interactive", missing)
+    with pytest.raises(ModuleNotFoundError, match="other"):
+        draw(folder, "search_trees")
+
+
 def test_an_unknown_name_is_answered_with_the_known_ones(folder, capsys):
     assert draw(folder, "serch_trees") == 2
     said = capsys.readouterr().err
