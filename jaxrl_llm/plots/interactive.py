@@ -148,7 +148,7 @@ def _layout(grids: Sequence[LossGrid], menus: list[dict[str, Any]], *, log: bool
     axis = {"gridcolor": "#dfe3e7", "zeroline": False, "backgroundcolor": "#f6f7f8", "showbackground": True}
     scene = {"xaxis": axis | {"title": {"text": "α"}}, "yaxis": axis | {"title": {"text": "β"}}}
     scene |= {"aspectmode": "manual", "aspectratio": {"x": 1, "y": 1, "z": 0.75}}
-    scene |= {"camera": {"eye": {"x": -0.95, "y": -1.5, "z": 1.05}}}
+    scene |= {"camera": {"eye": {"x": -1.0, "y": -1.6, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.12}}}
     layout = {"margin": {"l": 0, "r": 0, "t": 40 if len(grids) > 1 else 0, "b": 24}, "updatemenus": menus}
     layout |= {"font": {"family": FONT, "size": 13, "color": style.INK}, "uirevision": "kept"}
     scene |= {"zaxis": axis | {"title": {"text": LOSS}} | _height(grids, log=log)}
