@@ -1,0 +1,52 @@
+"""The loss around a point of parameter space: directions to leave it by, the surface they span, its curvature.
+
+Everything takes a `loss_fn(params) -> scalar`, and knows nothing of what is lost; `losses` makes such functions.
+"""
+
+from jaxrl_llm.analysis.landscape.curvature import (
+    Eigenpairs,
+    curvature,
+    hessian_vector_product,
+    second_difference,
+    slope,
+    top_eigenpairs,
+)
+from jaxrl_llm.analysis.landscape.directions import (
+    PrincipalDirections,
+    coordinates,
+    interpolation_directions,
+    principal_directions,
+    random_directions,
+    rescaled,
+)
+from jaxrl_llm.analysis.landscape.losses import Answers, next_token_loss, preference_loss, reward_model_loss
+from jaxrl_llm.analysis.landscape.report import describe
+from jaxrl_llm.analysis.landscape.surface import LossHole, axis, loss_section, loss_surface
+from jaxrl_llm.analysis.landscape.trees import cosine, inner, norm
+
+__all__ = [
+    "Answers",
+    "Eigenpairs",
+    "LossHole",
+    "PrincipalDirections",
+    "axis",
+    "coordinates",
+    "cosine",
+    "curvature",
+    "describe",
+    "hessian_vector_product",
+    "inner",
+    "interpolation_directions",
+    "loss_section",
+    "loss_surface",
+    "next_token_loss",
+    "norm",
+    "preference_loss",
+    "principal_directions",
+    "random_directions",
+    "rescaled",
+    "reward_model_loss",
+    "second_difference",
+    "slope",
+    "top_eigenpairs",
+]

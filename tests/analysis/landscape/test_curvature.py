@@ -1,0 +1,132 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxrl_llm.analysis import landscape
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from tests.analysis.landscape.conftest import flat
+from tests.conftest import TINY, random_params
+
+SMALL = GPT2(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=2))  # 320 numbers
+
+
+def small_loss(lm=SMALL, *, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, lm.vocab_size, size=(2, 6))
+    return landscape.next_token_loss(lm, jnp.asarray(tokens))
+
+
+def test_the_product_is_that_of_the_matrix(exact_quadratic):
+    vector = jax.tree.map(lambda p: jnp.cos(p) + 1, exact_quadratic.params)
+    found = landscape.hessian_vector_product(exact_quadratic.loss, exact_quadratic.params, vector)
+    np.testing.assert_allclose(flat(found), exact_quadratic.matrix @ flat(vector), rtol=1e-12)
+    curved = flat(vector) @ exact_quadratic.matrix @ flat(vector)
+    np.testing.assert_allclose(
+        landscape.curvature(exact_quadratic.loss, exact_quadratic.params, vector), curved, rtol=1e-12
+    )
+    gradient = exact_quadratic.matrix @ flat(exact_quadratic.params) + exact_quadratic.linear
+    np.testing.assert_allclose(
+        landscape.slope(exact_quadratic.loss, exact_quadratic.params, vector), gradient @ flat(vector), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("scale", ["parameter", "filter", "none"])
+@pytest.mark.parametrize(("bits", "radius", "tolerance"), [(32, 0.4, 1e-3), (64, 0.02, 1e-8)])
+def test_second_differences_of_the_surface_are_the_curvature(scale, bits, radius, tolerance):
+    with jax.enable_x64(bits == 64):
+        params = random_params(TINY["gpt2"], dtype=jnp.float64 if bits == 64 else jnp.float32)
+        params = jax.tree.map(lambda p: 0.5 * p, params)
+        loss = small_loss(TINY["gpt2"])
+        directions = landscape.random_directions(params, jax.random.key(1), scale=scale)
+        for direction in directions:
+            direction = landscape.rescaled(direction, 1.0)
+            axis = landscape.axis(radius, 9)
+            section = landscape.loss_section(loss, params, direction, axis)
+            found = landscape.second_difference(section, axis[1] - axis[0])
+            wanted = landscape.curvature(loss, params, direction)
+            sharpest = 0.05  # below this the curvature is no more than what rounding leaves of it
+            assert abs(found - wanted) <= tolerance * max(abs(wanted), sharpest)
+
+
+def test_second_difference_is_exact_for_polynomials_of_degree_nine():
+    x = np.linspace(-1, 1, 9)
+    for degree in range(10):
+        wanted = 2.0 if degree == 2 else 0.0
+        np.testing.assert_allclose(landscape.second_difference(x**degree, 0.25), wanted, atol=1e-12)
+    error = landscape.second_difference(x**10, 0.25)
+    np.testing.assert_allclose(abs(error), 3628800 * 0.25**8 / 3150, rtol=1e-9)  # f⁽¹⁰⁾ h⁸ / 3150
+
+
+def test_lanczos_equals_the_dense_eigenvalues_of_a_small_gpt2():
+    with jax.enable_x64(True):
+        params, loss = random_params(SMALL, dtype=jnp.float64), small_loss()
+        theta, unravel = ravel_pytree(params)
+
+        @jax.jit
+        def column(vector):
+            return ravel_pytree(landscape.hessian_vector_product(loss, params, unravel(vector)))[0]
+
+        dense = np.stack([np.asarray(column(vector)) for vector in jnp.eye(theta.size)])
+        np.testing.assert_allclose(dense, dense.T, atol=1e-12)
+        values, vectors = np.linalg.eigh(dense)
+        found = landscape.top_eigenpairs(
+            loss, params, jax.random.key(0), count=4, max_iterations=theta.size, tolerance=1e-10
+        )
+        np.testing.assert_allclose(found.values, values[::-1][:4], rtol=1e-9)
+        for i, vector in enumerate(found.vectors):
+            np.testing.assert_allclose(abs(flat(vector) @ vectors[:, -1 - i]), 1, rtol=1e-8)
+            error = dense @ flat(vector) - found.values[i] * flat(vector)
+            assert np.linalg.norm(error) <= found.residuals[i] + 1e-9
+        assert found.smallest >= values[0] - 1e-9
+        assert found.iterations < theta.size
+
+
+def test_lanczos_equals_the_dense_eigenvalues_of_a_perceptron_in_float32():
+    rng = np.random.default_rng(0)
+    inputs, outputs = (jnp.asarray(rng.normal(size=(20, n)), jnp.float32) for n in (4, 2))
+    sizes = {"first": (4, 6), "second": (6, 2)}
+    params = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in sizes.items()}
+
+    def loss(params):
+        return jnp.square(jnp.tanh(inputs @ params["first"]) @ params["second"] - outputs).mean()
+
+    theta, unravel = ravel_pytree(params)
+    dense = np.asarray(jax.jit(jax.hessian(lambda theta: loss(unravel(theta))))(theta), np.float64)
+    values = np.linalg.eigvalsh(dense)
+    assert values[0] < 0 < values[-1]  # not convex
+    found = landscape.top_eigenpairs(loss, params, jax.random.key(0), count=3, max_iterations=25)
+    np.testing.assert_allclose(found.values, values[::-1][:3], rtol=1e-4)
+    assert (found.residuals <= 1e-3 * np.abs(values).max()).all()
+
+
+def test_when_the_space_is_exhausted_a_new_vector_finds_the_multiple_eigenvalues():
+    with jax.enable_x64(True):
+        spectrum = jnp.asarray([5.0, 5.0, 5.0, 2.0, -1.0, -1.0])
+        found = landscape.top_eigenpairs(
+            lambda p: 0.5 * (spectrum * p["w"] ** 2).sum(),
+            {"w": jnp.ones(6)},
+            jax.random.key(0),
+            count=6,
+            tolerance=1e-12,
+        )
+        np.testing.assert_allclose(found.values, spectrum, atol=1e-10)
+        basis = np.stack([flat(vector) for vector in found.vectors])
+        np.testing.assert_allclose(basis @ basis.T, np.eye(6), atol=1e-10)
+        np.testing.assert_allclose(found.smallest, -1, atol=1e-10)
+
+
+def test_wrong_inputs_are_named(quadratic):
+    loss, params = quadratic.loss, quadratic.params
+    with pytest.raises(ValueError, match="vector must be a tree like params, but lacks gain"):
+        landscape.hessian_vector_product(loss, params, {"dense": params["dense"]})
+    for count in (0, 18):
+        with pytest.raises(ValueError, match=r"count must lie in \[1, 17\]"):
+            landscape.top_eigenpairs(loss, params, jax.random.key(0), count=count)
+    with pytest.raises(FloatingPointError, match="no finite curvature"):
+        landscape.top_eigenpairs(lambda p: jnp.sqrt(jnp.abs(p["gain"] - p["gain"])), params, jax.random.key(0))
+    for values, message in ((np.zeros(8), "odd number"), (np.zeros(7), "at least 9"), (np.full(9, np.inf), "finite")):
+        with pytest.raises(ValueError, match=message):
+            landscape.second_difference(values, 0.1)
+    with pytest.raises(ValueError, match="spacing must be positive"):
+        landscape.second_difference(np.zeros(9), 0.0)
