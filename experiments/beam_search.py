@@ -11,7 +11,6 @@ them. Ending tokens are removed from the law (`experiments.parts.endless`), so t
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, Literal
 
 from jaxrl_llm import runtime
@@ -187,8 +186,8 @@ def main(preset: Literal["quick", "full"] = "quick", model: str = "tiny-gpt2") -
         preset: full has more prompts.
         model: anything that `models.load` takes.
     """
-    variant = "" if model == "tiny-gpt2" else "." + re.sub(r"[^\w-]+", "-", model).strip("-")
-    ledger.run_and_write(f"beam_search{variant}", run, dataclasses.replace(PRESETS[preset], model=model), preset)
+    config = dataclasses.replace(PRESETS[preset], model=model)
+    ledger.run_and_write(ledger.result_name("beam_search", model), run, config, preset)
 
 
 if __name__ == "__main__":

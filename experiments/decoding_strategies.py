@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -263,8 +262,7 @@ def main(preset: Literal["quick", "full"] = "quick", model: str | None = None) -
     if model:
         configs = [dataclasses.replace(Config() if model == "tiny-gpt2" else SMOLLM2, model=model)]
     for config in configs:
-        variant = "" if config.model == "tiny-gpt2" else "." + re.sub(r"[^\w-]+", "-", config.model).strip("-")
-        path = ledger.run_and_write(f"decoding_strategies{variant}", run, config, preset)
+        path = ledger.run_and_write(ledger.result_name("decoding_strategies", config.model), run, config, preset)
         print(table(json.loads(path.read_text(encoding="utf-8"))["data"]["rows"]))
 
 

