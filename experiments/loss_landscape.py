@@ -50,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
         ("even", config.text, config.even_points),
     ):
         place = landscapes.of_text(loaded, words)
-        shown = words if len(words) < 40 else words[:32] + "…"
+        shown = words if len(words) < 28 else words[:24].rstrip() + "…"
         surfaces[name], losses = landscapes.surface_of(
             place, directions, points=points, title=f"“{shown}”, {points} × {points}"
         )
@@ -72,9 +72,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _extremes(name: str, surface: dict[str, Any]) -> list[dict[str, Any]]:
     facts = ("centre", "minimum", "maximum") if surface["centre_on_grid"] else ("minimum", "maximum")
-    return [
-        ledger.number(f"{fact}, {name}", surface[fact], unit="nats per token", source="measured") for fact in facts
-    ]
+    return [ledger.number(f"{fact}, {name}", surface[fact], unit="nats per token", source="measured") for fact in facts]
 
 
 def _norms(params: Any, directions: tuple[Any, Any]) -> dict[str, Any]:

@@ -9,12 +9,14 @@ import tyro
 
 from jaxrl_llm.cli.compare import Compare
 from jaxrl_llm.cli.generate import Generate
+from jaxrl_llm.cli.landscape import Landscape
 from jaxrl_llm.cli.tree import SearchTree
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Compare, tyro.conf.subcommand("decode-compare")]
     | Annotated[SearchTree, tyro.conf.subcommand("tree")]
+    | Annotated[Landscape, tyro.conf.subcommand("landscape")]
 )
 
 
@@ -29,7 +31,7 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         raise SystemExit(0) from None
-    except (ValueError, FloatingPointError, OSError, OverflowError) as error:
+    except (ValueError, FloatingPointError, OSError, OverflowError, ModuleNotFoundError) as error:
         print(f"jaxrl-llm: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

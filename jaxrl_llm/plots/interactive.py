@@ -37,7 +37,7 @@ def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
     if not surfaces:
         raise ValueError("there is no surface to draw: expected at least one, found none.")
     grids = [read_grid(surface) for surface in surfaces]
-    plotly = _plotly()
+    plotly = require_plotly()
     starts_log = [is_log(loss_norm(loss_limits([surface]))) for surface in surfaces]
     has_log = all(min(grid.loss.min(), grid.centre) > 0 for grid in grids)
     log = has_log and any(starts_log)
@@ -57,7 +57,12 @@ def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
     return _page(title, _note(surfaces), body)
 
 
-def _plotly() -> Any:
+def require_plotly() -> Any:
+    """The library that draws them, which is an optional dependency.
+
+    Raises:
+        ModuleNotFoundError: naming the extra that brings it.
+    """
     try:
         import plotly.io
     except ModuleNotFoundError as error:

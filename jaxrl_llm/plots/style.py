@@ -90,16 +90,26 @@ def save_as(figure: Figure, path: str | Path) -> Path:
         ValueError: if matplotlib does not write such files.
     """
     path = Path(path)
-    file_format, formats = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
-    if file_format not in formats:
-        raise ValueError(
-            f"cannot write a figure to {path.name}: the suffix must be one of {', '.join(sorted(formats))}."
-        )
+    file_format = check_suffix(path)
     undated = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
     buffer = io.BytesIO()
     with look():
         figure.savefig(buffer, format=file_format, metadata=undated.get(file_format))
     return write_atomically(path, buffer.getvalue())
+
+
+def check_suffix(path: Path) -> str:
+    """The format that a file's suffix names: to be called before a long computation whose end is a figure.
+
+    Raises:
+        ValueError: if matplotlib does not write such files.
+    """
+    file_format, formats = path.suffix[1:].lower(), Figure().canvas.get_supported_filetypes()
+    if file_format not in formats:
+        raise ValueError(
+            f"cannot write a figure to {path.name}: the suffix must be one of {', '.join(sorted(formats))}."
+        )
+    return file_format
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

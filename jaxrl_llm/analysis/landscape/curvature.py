@@ -145,8 +145,10 @@ def top_eigenpairs(
         beside.append(0.0 if exhausted else float(beta))
     bar.close()
     used = basis[: len(diagonal)]
-    vectors = [unravel(jnp.asarray(shares[:, i], used.dtype) @ used) for i in range(count)]
-    return Eigenpairs(values[:count], vectors, residuals[:count], float(values[-1]), len(diagonal))
+    vectors = _orthonormal_rows(jnp.asarray(shares[:, :count].T, used.dtype) @ used)
+    return Eigenpairs(
+        values[:count], [unravel(vector) for vector in vectors], residuals[:count], float(values[-1]), len(diagonal)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "unravel"), donate_argnames="basis")
@@ -173,6 +175,17 @@ def _orthonormal(
         vector = vector - (basis @ vector) @ basis
     length = jnp.sqrt(accurate_sum(jnp.square(vector)))
     return vector / jnp.where(length > 0, length, 1), length
+
+
+@jax.jit
+def _orthonormal_rows(rows: Float[Array, "count size"]) -> Float[Array, "count size"]:
+    """Rows that are orthonormal but for the rounding of long sums, made so by accurate ones (Gram and Schmidt)."""
+    done: list[Array] = []
+    for row in rows:
+        for earlier in done * 2:
+            row = row - accurate_sum(earlier * row) * earlier
+        done.append(row / jnp.sqrt(accurate_sum(jnp.square(row))))
+    return jnp.stack(done)
 
 
 def _tridiagonal_eigh(diagonal: list[float], beside: list[float]) -> tuple[np.ndarray, np.ndarray]:

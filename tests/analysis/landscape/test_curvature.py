@@ -97,6 +97,8 @@ def test_lanczos_equals_the_dense_eigenvalues_of_a_perceptron_in_float32():
     assert values[0] < 0 < values[-1]  # not convex
     found = landscape.top_eigenpairs(loss, params, jax.random.key(0), count=3, max_iterations=25)
     np.testing.assert_allclose(found.values, values[::-1][:3], rtol=1e-4)
+    basis = np.stack([flat(vector) for vector in found.vectors])
+    np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=3e-7)
     assert (found.residuals <= 1e-3 * np.abs(values).max()).all()
 
 

@@ -1,0 +1,114 @@
+"""`jaxrl-llm landscape`: what it prints, writes and refuses."""
+
+import io
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import cli, models, text
+from jaxrl_llm.analysis import landscape
+from jaxrl_llm.cli.landscape import Landscape
+
+SMALL = ("--points", "3", "--radius", "0.5")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """The command in an empty folder: exit status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxrl-llm", "landscape", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_it_prints_the_numbers_of_the_surface_and_draws_it(run, tmp_path):
+    status, out, _ = run("I have a dream", *SMALL)
+    assert status == 0
+    loaded = models.load("tiny-gpt2")
+    tokens = jnp.asarray([text.encode(loaded.tokenizer, "I have a dream")])
+    loss = landscape.next_token_loss(loaded.model, tokens)
+    directions = landscape.random_directions(loaded.params, jax.random.key(0))
+    axis = np.asarray([-0.5, 0, 0.5])
+    losses = landscape.loss_surface(loss, loaded.params, directions, axis, axis, progress=False)
+    assert f"centre {losses[1, 1]:.4f} nats per token\n" in out
+    assert f"minimum {losses.min():.4f}, maximum {losses.max():.4f}\n" in out
+    assert abs(float(re.search(r"cosine of the directions (\S+)", out)[1])) < 1e-6
+    assert out.endswith("drawn: landscape.png\n")
+    assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_even_grid_says_that_the_centre_is_not_on_it(run):
+    status, out, _ = run("I have a dream", "--points", "2", "--out", "even.svg")
+    assert status == 0 and re.search(r"centre 3\.\d+ nats per token, not on the grid", out)
+
+
+def test_checkpoint_and_page(run, tmp_path):
+    status, first, _ = run("I have a dream", *SMALL, "--checkpoint", "kept.json", "--html", "page.html")
+    assert status == 0 and "to be turned by hand: page.html" in first
+    assert "I have a dream" in (tmp_path / "page.html").read_text()
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert len(kept["losses"]) == 9
+    status, again, _ = run("I have a dream", *SMALL, "--checkpoint", "kept.json", "--html", "page.html")
+    assert (status, again) == (0, first)
+    status, _, error = run("I have a dream", *SMALL, "--checkpoint", "kept.json", "--seed", "1")
+    assert status == 2 and "kept.json is the checkpoint of another surface" in error
+
+
+def test_hessian_directions_come_with_the_sharpness(monkeypatch, capsys):
+    """The eigenvectors of tiny-gpt2 take too long to compile here: the command is given others."""
+    loaded = models.load("tiny-gpt2")
+    first, second = landscape.random_directions(loaded.params, jax.random.key(3))
+    found = landscape.Eigenpairs(np.asarray([5.5, 2.0]), [first, second], np.zeros(2), -1.0, 3)
+    asked = {}
+
+    def eigenpairs(loss_fn, params, key, **options):
+        asked.update(options)
+        return found
+
+    monkeypatch.setattr(landscape, "top_eigenpairs", eigenpairs)
+    command = Landscape("I have a dream", directions="hessian", iterations=7)
+    directions, sharpness = command._directions(None, loaded.params)
+    assert sharpness == 5.5 and asked["max_iterations"] == 7
+    for direction in directions:
+        np.testing.assert_allclose(landscape.norm(direction), landscape.norm(loaded.params), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hi", "--points", "0"), "at least one point"),
+        (("hi", "--points", "1"), "--points must be at least 2"),
+        (("hi", "--radius", "-1"), "radius must be positive and finite, but is -1.0"),
+        (("hi", "--out", "x.docx"), "cannot write a figure to x.docx"),
+        (("", *SMALL), "nothing to predict"),
+        (("hi there", *SMALL, "--memory-budget", "5"), "memory_budget must be at least"),
+        (("hi", "--model", "no/such/folder"), "no folder or .gguf file"),
+    ],
+)
+def test_bad_input_is_said_in_one_sentence_before_anything_is_drawn(run, tmp_path, arguments, message):
+    status, _, error = run(*arguments)
+    assert status == 2 and message in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_plotly_the_extra_is_named_before_the_work(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.io", None)
+    status, _, error = run("I have a dream", *SMALL, "--html", "page.html")
+    assert status == 2 and "pip install 'jaxrl_llm[interactive]'" in error
+    assert list(tmp_path.iterdir()) == []
