@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from tqdm import tqdm
@@ -23,7 +23,6 @@ from jaxrl_llm.language_model import Params
 from jaxrl_llm.objectives.numerics import wide
 
 LossFn = Callable[[Params], Float[Array, ""]]
-CALL = 16  # points in one call, or what comes nearest: the progress bar's and the checkpoint's grain
 
 
 class LossHole(UserWarning):
@@ -58,9 +57,10 @@ def loss_surface(
 ) -> Float[np.ndarray, "A B"]:
     """loss(params + α d1 + β d2) for every α and β.
 
-    Each point starts from the parameters themselves, which are never written, so that nothing drifts. The points are a
-    `lax.map` over vmapped blocks. The origin, where it is on the grid, is then evaluated by the loss's own program, and
-    is `jax.jit(loss_fn)(params)` bit for bit; within another program XLA may round the last bit otherwise.
+    Each point starts from the parameters themselves, which are never written, so that nothing drifts: for each α
+    params + α d1 is formed once, and the row is a `lax.map` over vmapped blocks of β. The origin, where it is on the
+    grid, is then evaluated by the loss's own program, and is `jax.jit(loss_fn)(params)` bit for bit; within another
+    program XLA may round the last bit otherwise.
 
     Args:
         loss_fn: any scalar of a parameter tree, traceable by jax. It is compiled once for each function object.
@@ -68,8 +68,8 @@ def loss_surface(
         memory_budget: bytes for the perturbed parameters and what the loss computes from them, on each device; as
             many points as fit are evaluated together. By default one point at a time on CPUs, where together they are
             no faster, and a quarter of the device's memory elsewhere.
-        mesh: the points are split over all its devices.
-        checkpoint: a file that keeps what is done; a call that finds it there goes on from it.
+        mesh: the points of a row are split over all its devices.
+        checkpoint: a file that keeps the rows that are done; a call that finds it there goes on from it.
         progress: show a progress bar.
 
     Returns:
@@ -81,20 +81,39 @@ def loss_surface(
             more than the budget, or the checkpoint is that of another grid, loss or point.
     """
     alphas, betas = _checked_axis("alphas", alphas), _checked_axis("betas", betas)
-    points = np.stack(np.meshgrid(alphas, betas, indexing="ij"), axis=-1).reshape(-1, 2)
     if len(directions) != 2:
         raise ValueError(f"a surface needs two directions, but is given {len(directions)}.")
-    options = {"memory_budget": memory_budget, "mesh": mesh, "checkpoint": checkpoint, "progress": progress}
-    losses = _evaluate(loss_fn, params, tuple(directions), points, **options)
-    return losses.reshape(len(alphas), len(betas))
+    first, second = directions
+    dtype = _checked_dtype(loss_fn, params, directions)
+    block = _block_size(
+        loss_fn, params, second, memory_budget, most=-(-len(betas) // (1 if mesh is None else mesh.size))
+    )
+    rows = _Rows(checkpoint, loss_fn, params, directions, alphas, betas, dtype)
+    if mesh is not None:
+        params, first, second = jax.device_put((params, first, second), NamedSharding(mesh, P()))
+    bar = tqdm(total=alphas.size * betas.size, initial=rows.done.size, unit="point", leave=False, disable=not progress)
+    for alpha in alphas[len(rows.done) :]:
+        row = _losses_along(loss_fn, params, _sum(params, first, alpha), second, betas, block=block, mesh=mesh)
+        for origin in np.flatnonzero((alpha == 0) & (betas == 0)):
+            row[origin] = _loss_alone(loss_fn, params, _sum(params, first, alpha), second, betas[origin])
+        rows.add(row)
+        bar.update(len(row))
+    bar.close()
+    _report_holes(rows.done, alphas, betas)
+    return rows.done
 
 
 def loss_section(
-    loss_fn: LossFn, params: Params, direction: Params, alphas: Float[np.ndarray, "A"], *, progress: bool = False
+    loss_fn: LossFn, params: Params, direction: Params, alphas: Float[np.ndarray, "A"]
 ) -> Float[np.ndarray, "A"]:
     """loss(params + α d) for every α: as `loss_surface`, along one direction."""
     alphas = _checked_axis("alphas", alphas)
-    return _evaluate(loss_fn, params, (direction,), alphas[:, None], progress=progress)
+    _checked_dtype(loss_fn, params, (direction,))
+    losses = _losses_along(loss_fn, params, params, direction, alphas)
+    for origin in np.flatnonzero(alphas == 0):
+        losses[origin] = _loss_alone(loss_fn, params, params, direction, alphas[origin])
+    _report_holes(losses, alphas)
+    return losses
 
 
 def _checked_axis(name: str, values: Array) -> np.ndarray:
@@ -105,97 +124,86 @@ def _checked_axis(name: str, values: Array) -> np.ndarray:
     return values
 
 
-def _evaluate(
-    loss_fn: LossFn,
-    params: Params,
-    directions: tuple[Params, ...],
-    points: Float[np.ndarray, "point direction"],
-    *,
-    memory_budget: int | None = None,
-    mesh: Mesh | None = None,
-    checkpoint: Path | None = None,
-    progress: bool,
-) -> Float[np.ndarray, "point"]:
-    """The loss at each point, in calls of equal size."""
+def _checked_dtype(loss_fn: LossFn, params: Params, directions: Sequence[Params]) -> np.dtype:
+    """The dtype of the loss, after all trees and the loss have been checked."""
     check_params(params)
     for number, direction in enumerate(directions):
         check_like(direction, params, name=f"direction {number}")
-    dtype = _checked_dtype(loss_fn, params)
-    devices = 1 if mesh is None else mesh.size
-    block = _block_size(loss_fn, params, directions, memory_budget, most=-(-len(points) // devices))
-    size = _call_size(len(points), devices * block)
-    losses = _Progress(checkpoint, loss_fn, params, directions, points, dtype)
-    bar = tqdm(total=len(points), initial=len(losses.done), unit="point", leave=False, disable=not progress)
-    while len(losses.done) < len(points):
-        start = len(losses.done)
-        chunk = points[start : start + size]
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), axis=0)])
-        found = _losses_at(loss_fn, params, directions, jnp.asarray(padded), block=block, mesh=mesh)
-        found = np.array(found)[: len(chunk)]
-        for origin in np.flatnonzero(~chunk.any(axis=1)):  # by the loss's own program: within another it rounds anew
-            found[origin] = jax.jit(loss_fn)(_moved(params, directions, jnp.asarray(chunk[origin])))
-        losses.add(found)
-        bar.update(len(chunk))
-    bar.close()
-    _report_holes(losses.done, points)
-    return losses.done
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "block", "mesh"))
-def _losses_at(
-    loss_fn: LossFn,
-    params: Params,
-    directions: tuple[Params, ...],
-    points: Float[Array, "point direction"],
-    *,
-    block: int,
-    mesh: Mesh | None = None,
-) -> Float[Array, "point"]:
-    """The loss at each point, `block` of them at a time, on each device of the mesh."""
-
-    def at(params: Params, directions: tuple[Params, ...], point: Float[Array, "direction"]) -> Float[Array, ""]:
-        return loss_fn(_moved(params, directions, point))
-
-    def each(params: Params, directions: tuple[Params, ...], points: Array) -> Array:
-        # One point needs no vmap, which would make batched products of plain ones.
-        return jax.lax.map(functools.partial(at, params, directions), points, batch_size=block if block > 1 else None)
-
-    if mesh is None:
-        return each(params, directions, points)
-    split = P(mesh.axis_names)
-    return jax.shard_map(each, mesh=mesh, in_specs=(P(), P(), split), out_specs=split, check_vma=False)(
-        params, directions, points
-    )
-
-
-@jax.jit
-def _moved(params: Params, directions: tuple[Params, ...], point: Float[Array, "direction"]) -> Params:
-    """params + Σ point_i d_i, the sum in float32 or wider."""
-
-    def moved(leaf: Array, *steps: Array) -> Array:
-        total = wide(leaf)
-        for coefficient, step in zip(point, steps, strict=True):
-            total = total + coefficient.astype(total.dtype) * step.astype(total.dtype)
-        return total.astype(leaf.dtype)
-
-    return jax.tree.map(moved, params, *directions)
-
-
-def _checked_dtype(loss_fn: LossFn, params: Params) -> np.dtype:
-    """The dtype of the loss, which must be one floating number."""
     loss = jax.eval_shape(loss_fn, params)
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"loss_fn must return one floating number, but returns {loss}.")
     return np.dtype(loss.dtype)
 
 
-def _call_size(points: int, together: int) -> int:
-    """Points of a call: a multiple of those evaluated together, such that the calls are equal and waste the fewest."""
-    calls = -(-points // max(CALL, together))
-    return -(-points // (calls * together)) * together
+@jax.jit
+def _sum(params: Params, direction: Params, coefficient: float) -> Params:
+    """params + coefficient · direction, in float32 or wider."""
+
+    def leaf_sum(leaf: Array, step: Array) -> Array:
+        leaf = wide(leaf)
+        return leaf + jnp.asarray(coefficient, leaf.dtype) * step.astype(leaf.dtype)
+
+    return jax.tree.map(leaf_sum, params, direction)
 
 
-def _block_size(loss_fn: LossFn, params: Params, directions: Sequence[Params], budget: int | None, *, most: int) -> int:
+@jax.jit
+def _moved(params: Params, base: Params, direction: Params, coefficient: float) -> Params:
+    """base + coefficient · direction, in the dtypes of params."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _sum(base, direction, coefficient), params)
+
+
+def _loss_alone(loss_fn: LossFn, params: Params, base: Params, direction: Params, coefficient: float) -> np.ndarray:
+    """The loss at one point by the program that it is on its own: within another it may round otherwise."""
+    return np.asarray(jax.jit(loss_fn)(_moved(params, base, direction, coefficient)))
+
+
+def _losses_along(
+    loss_fn: LossFn,
+    params: Params,
+    base: Params,
+    direction: Params,
+    coefficients: Float[np.ndarray, "point"],
+    *,
+    block: int = 1,
+    mesh: Mesh | None = None,
+) -> Float[np.ndarray, "point"]:
+    """The loss at base + c · direction for each coefficient c; the last is repeated where blocks are to be filled."""
+    together = block * (1 if mesh is None else mesh.size)
+    padded = jnp.asarray(np.pad(coefficients, (0, -len(coefficients) % together), mode="edge"))
+    if mesh is not None:
+        padded = jax.device_put(padded, NamedSharding(mesh, P(mesh.axis_names)))
+    losses = _line(loss_fn, params, base, direction, padded, block=block, mesh=mesh)
+    return np.array(losses)[: len(coefficients)]
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "block", "mesh"))
+def _line(
+    loss_fn: LossFn,
+    params: Params,
+    base: Params,
+    direction: Params,
+    coefficients: Float[Array, "point"],
+    *,
+    block: int,
+    mesh: Mesh | None = None,
+) -> Float[Array, "point"]:
+    """`block` points at a time, on each device of the mesh."""
+
+    def each(params: Params, base: Params, direction: Params, coefficients: Array) -> Array:
+        def at(coefficient: Float[Array, ""]) -> Float[Array, ""]:
+            return loss_fn(_moved(params, base, direction, coefficient))
+
+        # One point at a time needs no vmap, which would make batched products of plain ones.
+        return jax.lax.map(at, coefficients, batch_size=block if block > 1 else None)
+
+    if mesh is None:
+        return each(params, base, direction, coefficients)
+    split = P(mesh.axis_names)
+    spread = jax.shard_map(each, mesh=mesh, in_specs=(P(), P(), P(), split), out_specs=split, check_vma=False)
+    return spread(params, base, direction, coefficients)
+
+
+def _block_size(loss_fn: LossFn, params: Params, direction: Params, budget: int | None, *, most: int) -> int:
     """How many points are evaluated together within the budget."""
     if budget is None:
         stats = jax.devices()[0].memory_stats()
@@ -204,27 +212,27 @@ def _block_size(loss_fn: LossFn, params: Params, directions: Sequence[Params], b
         budget = stats["bytes_limit"] // 4
     if budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, but is {budget}.")
-    point = jnp.zeros((1, len(directions)))
-    program = _losses_at.lower(loss_fn, params, tuple(directions), point, block=1).compile()
+    base = jax.eval_shape(_sum, params, direction, 0.0)
+    program = _line.lower(loss_fn, params, base, direction, jnp.zeros(1), block=1).compile()
     alone = max(1, program.memory_analysis().temp_size_in_bytes)
     if alone > budget:
         raise ValueError(f"memory_budget must be at least {alone} bytes, what one point needs, but is {budget}.")
     return min(budget // alone, most)
 
 
-def _report_holes(losses: np.ndarray, points: np.ndarray) -> None:
-    holes = np.flatnonzero(~np.isfinite(losses))
+def _report_holes(losses: np.ndarray, *axes: np.ndarray) -> None:
+    holes = np.argwhere(~np.isfinite(losses))
     if holes.size:
-        place = ", ".join(f"{coordinate:g}" for coordinate in points[holes[0]])
+        place = ", ".join(f"{axis[index]:g}" for axis, index in zip(axes, holes[0], strict=True))
         warnings.warn(
-            f"the loss is not finite at {holes.size} of {len(losses)} points, first at ({place}): they are holes.",
+            f"the loss is not finite at {len(holes)} of {losses.size} points, first at ({place}): they are holes.",
             LossHole,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-class _Progress:
-    """The losses so far, in memory and, if there is a file, in it: whole or not at all."""
+class _Rows:
+    """The rows of a surface so far, in memory and, if there is a file, in it: whole or not at all."""
 
     def __init__(
         self,
@@ -232,44 +240,46 @@ class _Progress:
         loss_fn: LossFn,
         params: Params,
         directions: Sequence[Params],
-        points: np.ndarray,
+        alphas: np.ndarray,
+        betas: np.ndarray,
         dtype: np.dtype,
     ):
-        self.path, self.done = path, np.zeros(0, dtype)
+        self.path, self.done = path, np.zeros((0, len(betas)), dtype)
         if path is None:
             return
-        self._identity = _fingerprint(loss_fn, params, directions, points)
+        self._identity = _fingerprint(loss_fn, params, directions, alphas, betas)
         if Path(path).exists():
-            self.done = self._read(len(points))
+            self.done = self._read()
 
-    def _read(self, most: int) -> np.ndarray:
+    def _read(self) -> np.ndarray:
         try:
             kept = json.loads(Path(self.path).read_text(encoding="utf-8"))
-            identity, losses = kept["identity"], np.asarray([float(loss) for loss in kept["losses"]], self.done.dtype)
+            identity, losses = kept["identity"], [[float(loss) for loss in row] for row in kept["losses"]]
+            losses = np.asarray(losses, self.done.dtype).reshape(-1, self.done.shape[1])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no checkpoint of a loss surface: {error!r}.") from error
-        if identity != self._identity or len(losses) > most:
+        if identity != self._identity:
             raise ValueError(
                 f"{self.path} is the checkpoint of another surface (grid, directions, parameters or loss): "
                 "name another file, or remove it."
             )
         return losses
 
-    def add(self, losses: np.ndarray) -> None:
-        """Add the next losses, and write all so far."""
-        self.done = np.concatenate([self.done, losses])
+    def add(self, row: np.ndarray) -> None:
+        """Add the next row, and write all so far."""
+        self.done = np.concatenate([self.done, row[None]])
         if self.path is None:
             return
         partial = Path(f"{self.path}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        content = {"identity": self._identity, "losses": [repr(float(loss)) for loss in self.done]}
+        content = {"identity": self._identity, "losses": [[repr(float(loss)) for loss in row] for row in self.done]}
         partial.write_text(json.dumps(content), encoding="utf-8")
         os.replace(partial, self.path)
 
 
-def _fingerprint(loss_fn: LossFn, params: Params, directions: Sequence[Params], points: np.ndarray) -> str:
+def _fingerprint(loss_fn: LossFn, params: Params, directions: Sequence[Params], *axes: np.ndarray) -> str:
     """Of grid, parameters, directions, and of the loss by its value at the parameters."""
-    digest = hashlib.sha256(points.tobytes())
+    digest = hashlib.sha256(json.dumps([axis.tolist() for axis in axes]).encode())
     for leaf in jax.tree.leaves((params, directions, jax.jit(loss_fn)(params))):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -73,27 +76,63 @@ def test_points_are_those_of_plain_evaluation(small):
             np.testing.assert_allclose(found[i, j], jax.jit(loss)(moved), rtol=2e-6)
 
 
-def test_blocks_meshes_and_calls_of_any_size_agree(small, monkeypatch):
+def test_blocks_and_meshes_agree(small):
     loss, params, directions = small
-    grid = landscape.axis(1, 5), landscape.axis(1, 3)
+    grid = landscape.axis(1, 3), landscape.axis(1, 5)
     wanted = surface_of(loss, params, directions, *grid)
-    monkeypatch.setattr(surface_module, "CALL", 4)  # the last call is filled up
-    np.testing.assert_allclose(surface_of(loss, params, directions, *grid), wanted, rtol=2e-6)
-    np.testing.assert_allclose(surface_of(loss, params, directions, *grid, memory_budget=10**7), wanted, rtol=2e-6)
+    line = surface_module._line.lower(loss, params, params, directions[1], jnp.zeros(1), block=1).compile()
+    budget = 2 * line.memory_analysis().temp_size_in_bytes
+    assert surface_module._block_size(loss, params, directions[1], budget, most=5) == 2  # the last block is filled up
+    np.testing.assert_allclose(surface_of(loss, params, directions, *grid, memory_budget=budget), wanted, rtol=2e-6)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "grid")
     np.testing.assert_allclose(surface_of(loss, params, directions, *grid, mesh=mesh), wanted, rtol=2e-6)
 
 
+MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from jaxrl_llm.analysis import landscape
+from jaxrl_llm.tabular import TabularLM
+assert jax.device_count() == 8
+lm = TabularLM(vocab_size=3, horizon=4)
+params = lm.init(jax.random.key(0))
+loss = landscape.next_token_loss(lm, jnp.asarray([[0, 1, 2, 1]]))
+directions = landscape.random_directions(params, jax.random.key(1))
+grid = landscape.axis(1, 3), landscape.axis(1, 21)
+alone = landscape.loss_surface(loss, params, directions, *grid, progress=False)
+for shape, names in (((8,), ("a",)), ((2, 4), ("a", "b"))):
+    mesh = jax.make_mesh(shape, names)
+    for budget in (None, 10**6):
+        options = {"mesh": mesh, "progress": False, "memory_budget": budget}
+        spread = landscape.loss_surface(loss, params, directions, *grid, **options)
+        np.testing.assert_allclose(spread, alone, rtol=1e-6)
+assert np.ptp(alone) > 0.1 and alone[1, 10] == jax.jit(loss)(params)
+points = jnp.zeros(24)
+whole = jax.sharding.NamedSharding(mesh, jax.P())
+split = jax.device_put(points, jax.sharding.NamedSharding(mesh, jax.P(mesh.axis_names)))
+params, direction = jax.device_put((params, directions[1]), whole)
+program = landscape.surface._line.lower(loss, params, params, direction, split, block=1, mesh=mesh).compile()
+assert "num_partitions=8" in program.as_text()[:2000], program.as_text()[:2000]
+print("equal on 8 devices")
+"""
+
+
+def test_under_a_mesh_of_eight_devices_the_surface_is_the_same():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, env=os.environ | flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "equal on 8 devices\n"
+
+
 def test_the_block_follows_from_the_budget(small):
-    loss, params, directions = small
-    alone = surface_module._losses_at.lower(loss, params, directions, jnp.zeros((1, 2)), block=1).compile()
-    need = alone.memory_analysis().temp_size_in_bytes
-    assert surface_module._block_size(loss, params, directions, 5 * need, most=100) == 5
-    assert surface_module._block_size(loss, params, directions, 500 * need, most=21) == 21
+    loss, params, (first, second) = small
+    line = surface_module._line.lower(loss, params, params, second, jnp.zeros(1), block=1).compile()
+    need = line.memory_analysis().temp_size_in_bytes
+    assert surface_module._block_size(loss, params, second, 5 * need, most=100) == 5
+    assert surface_module._block_size(loss, params, second, 500 * need, most=21) == 21
     with pytest.raises(ValueError, match=f"at least {need} bytes"):
-        surface_of(loss, params, directions, [0.0], [0.0], memory_budget=need - 1)
+        surface_of(loss, params, (first, second), [0.0], [0.0], memory_budget=need - 1)
     with pytest.raises(ValueError, match="positive number of bytes"):
-        surface_of(loss, params, directions, [0.0], [0.0], memory_budget=0)
+        surface_of(loss, params, (first, second), [0.0], [0.0], memory_budget=0)
 
 
 def test_the_parameters_are_untouched_and_the_loss_compiled_once(small):
@@ -197,10 +236,9 @@ class Stop(Exception):
 
 def test_a_grid_that_was_cut_off_goes_on_and_ends_equal(small, tmp_path, monkeypatch):
     loss, params, directions = small
-    grid, path = (landscape.axis(1, 5), landscape.axis(1, 7)), tmp_path / "deep" / "surface.json"
-    monkeypatch.setattr(surface_module, "CALL", 10)
+    grid, path = (landscape.axis(1, 5), landscape.axis(1, 3)), tmp_path / "deep" / "surface.json"
     wanted = surface_of(loss, params, directions, *grid)
-    calls, evaluate = [], surface_module._losses_at
+    calls, evaluate = [], surface_module._losses_along
 
     def cut_off(*args, **options):
         calls.append(1)
@@ -208,16 +246,16 @@ def test_a_grid_that_was_cut_off_goes_on_and_ends_equal(small, tmp_path, monkeyp
             raise Stop
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(surface_module, "_losses_at", cut_off)
+    monkeypatch.setattr(surface_module, "_losses_along", cut_off)
     with pytest.raises(Stop):
         surface_of(loss, params, directions, *grid, checkpoint=path)
-    assert len(json.loads(path.read_text())["losses"]) == 18
+    assert len(json.loads(path.read_text())["losses"]) == 2
     found = surface_of(loss, params, directions, *grid, checkpoint=path)
-    assert len(calls) == 5  # 9 points a call: two before, the cut, two after
+    assert len(calls) == 6  # two rows before, the cut, three after
     np.testing.assert_array_equal(found, wanted)
     assert found.dtype == wanted.dtype
     np.testing.assert_array_equal(surface_of(loss, params, directions, *grid, checkpoint=path), wanted)
-    assert len(calls) == 5
+    assert len(calls) == 6
     assert [each.name for each in path.parent.iterdir()] == ["surface.json"]
 
 
