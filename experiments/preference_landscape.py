@@ -50,7 +50,7 @@ class Config:
 
     model: str = "tiny-gpt2"
     beta: float = 0.1
-    points: int = 21
+    points: int = 15
     steps: int = 40
     every: int = 2  # steps between two checkpoints of the path
     learning_rate: float = 3e-4
@@ -205,7 +205,7 @@ def path_numbers(
     ]
 
 
-PRESETS = {"quick": Config(), "full": Config(points=41, steps=80)}
+PRESETS = {"quick": Config(), "full": Config(points=31, steps=80)}
 
 
 def main(preset: Literal["quick", "full"] = "quick", model: str = "tiny-gpt2") -> None:
