@@ -25,7 +25,7 @@ KINDS = (  # of v1.1, and of the first T5
     {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 2, "num_decoder_layers": 2},
     {"feed_forward_proj": "relu", "tie_word_embeddings": True, "num_layers": 1, "num_decoder_layers": 2},
 )
-SEEDS = (5, 4)  # of outputs that try something
+SEEDS = (2, 0)  # of outputs that try something
 
 
 def main() -> None:
