@@ -28,6 +28,7 @@ class Cache:
     memory: PyTree  # the model's own; every leaf is [batch, ...]
     valid: Bool[Array, "batch slot"]
     length: Int[Array, ""]  # slots written so far
+    given: PyTree = None  # what no token changes, such as which source a row reads; every leaf is [batch, ...]
 
     @property
     def max_length(self) -> int:
@@ -54,8 +55,8 @@ class Cache:
 
     def take(self, rows: Int[Array, "rows"]) -> Cache:
         """The cache of `rows` of the batch, in that order; a row may be taken many times."""
-        memory, valid = jax.tree.map(lambda leaf: leaf[rows], (self.memory, self.valid))
-        return dataclasses.replace(self, memory=memory, valid=valid)
+        memory, valid, given = jax.tree.map(lambda leaf: leaf[rows], (self.memory, self.valid, self.given))
+        return dataclasses.replace(self, memory=memory, valid=valid, given=given)
 
 
 class LanguageModel(Protocol):

@@ -78,7 +78,9 @@ def prefill(
     With guidance the prompts of the second half of the batch are those of the unguided rows.
     """
     length, batch = prompts.shape[1], rules.limits.shape[0]
-    cache = lm.init_cache(prompts.shape[0], num_slots, dtype=language_model.params_dtype(params))
+    cache = lm.init_cache(batch, num_slots, dtype=language_model.params_dtype(params))
+    if rules.guidance_scale is not None:
+        cache = cache.take(jnp.tile(jnp.arange(batch), 2))  # what a row was given, its unguided twin is given too
     hidden, cache = lm.hidden(params, prompts, cache, mask=prompt_mask)
     last = jnp.where(prompt_mask, jnp.arange(length), 0).max(axis=1)  # of an empty prompt: any place, all are its root
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

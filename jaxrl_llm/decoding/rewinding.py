@@ -18,9 +18,9 @@ from jaxrl_llm.language_model import Cache, LanguageModel, Params
 def remembers_by_slot(lm: LanguageModel) -> bool:
     """Whether all that a model remembers stands in slots, so that a token is forgotten when its slot is not valid.
 
-    It is read off the shapes of two caches: a leaf that does not grow with the slots is a running state.
+    It is read off the shapes of two caches of no rows: a leaf that does not grow with the slots is a running state.
     """
-    short, long = (jax.tree.leaves(jax.eval_shape(lambda n=n: lm.init_cache(1, n)).memory) for n in (2, 3))
+    short, long = (jax.tree.leaves(jax.eval_shape(lambda n=n: lm.init_cache(0, n)).memory) for n in (2, 3))
     return all(one.shape != other.shape for one, other in zip(short, long, strict=True))
 
 

@@ -3,5 +3,7 @@
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.llama import Llama, LlamaConfig
 from jaxrl_llm.models.loading import Loaded, load, save
+from jaxrl_llm.models.t5 import T5
+from jaxrl_llm.models.t5_layers import T5Config
 
-__all__ = ["GPT2", "GPT2Config", "Llama", "LlamaConfig", "Loaded", "load", "save"]
+__all__ = ["GPT2", "T5", "GPT2Config", "Llama", "LlamaConfig", "Loaded", "T5Config", "load", "save"]

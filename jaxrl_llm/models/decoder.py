@@ -1,78 +1,74 @@
-"""What every decoder-only transformer shares: the pure-function shell around its NNX module."""
+"""What every causal transformer shares: where tokens stand, what they may look at, and the protocol around it."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-import math
-import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import language_model
 from jaxrl_llm.language_model import Cache, Params
-
-KINDS = {  # of a configuration's fields: numpy's numbers count, but True is no number
-    "int": ("a positive integer", lambda value: isinstance(value, numbers.Integral) and value > 0),
-    "float": ("a finite number, 0 or above", lambda value: isinstance(value, numbers.Real) and 0 <= value < math.inf),
-    "bool": ("true or false", lambda value: isinstance(value, bool | np.bool_)),
-    "str": ("a name", lambda value: isinstance(value, str)),
-}
+from jaxrl_llm.models.layers import KeyValue, recorded_weights
+from jaxrl_llm.models.network import Network
 
 
-def check_config(config: Any) -> None:
-    """Raise for a field of a configuration that is not what its annotation says, naming it."""
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), field.type.removesuffix(" | None")
-        if kind not in KINDS or (value is None and kind != field.type):
-            continue
-        expected, fits = KINDS[kind]
-        if not fits(value) or (isinstance(value, bool) and kind != "bool"):
-            raise ValueError(f"{field.name} must be {expected}, but is {value!r}.")
+class Placed(NamedTuple):
+    """Where the tokens of a call stand, and what they may look at."""
+
+    positions: Int[Array, "batch time"]  # valid tokens before each
+    slots: Int[Array, "batch slot"]  # the position of what stands in each slot; without a cache, `positions`
+    allowed: Bool[Array, "batch time slot"]
+    start: Int[Array, ""] | None  # the slot of the first token; None without a cache
+    cache: Cache | None  # with the tokens' slots claimed
+
+
+def place(mask: Bool[Array, "batch time"], cache: Cache | None) -> Placed:
+    """Places for tokens of which `mask` says which are valid: valid ones see valid ones up to themselves."""
+    time = jnp.arange(mask.shape[1])
+    positions = jnp.cumsum(mask, axis=1) - 1
+    if cache is None:
+        allowed = mask[:, None, :] & (time[None, :] <= time[:, None])
+        positions = jnp.maximum(positions, 0)
+        return Placed(positions, positions, allowed, None, None)
+    start = cache.length
+    positions += cache.valid.sum(axis=1, keepdims=True)
+    cache = cache.append(mask)
+    allowed = cache.valid[:, None, :] & (jnp.arange(cache.max_length) <= start + time[:, None])
+    slots = jnp.cumsum(cache.valid, axis=1) - 1
+    return Placed(jnp.maximum(positions, 0), slots, allowed, start, cache)
+
+
+def empty_slots(
+    layers: int, batch_size: int, heads: int, max_length: int, head_dim: int, dtype: Any
+) -> tuple[list[KeyValue], Bool[Array, "batch slot"], Int[Array, ""]]:
+    """Of a cache in which nothing is written: its memory, `valid` and `length`."""
+    shape = (batch_size, heads, max_length, head_dim)
+    memory = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)]
+    return memory, jnp.zeros((batch_size, max_length), bool), jnp.zeros((), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderLM(language_model.LanguageModel):
-    """A causal transformer behind the `LanguageModel` protocol: `config` is all its state.
+class DecoderLM(Network, language_model.LanguageModel):
+    """A causal transformer behind the `LanguageModel` protocol."""
 
-    `nnx.split` of the abstract module, once, gives the static graph; `hidden` and `logits` merge it with the
-    parameters, which costs nothing under `jit`.
-    """
-
-    config: Any
     min_prompt_length = 1
-
-    # What a model says of itself -------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The NNX module: `module(tokens, positions, allowed, memory, start) -> hidden, memory` and `.unembed`."""
+        """The NNX module: `module(tokens, positions, allowed, memory, start, record) -> hidden, memory`; `.unembed`."""
 
     @property
     @abc.abstractmethod
     def cache_shape(self) -> tuple[int, int, int]:
         """(layers, key-value heads, head dimension)."""
 
-    # The protocol ----------------------------------------------------------------------------------------------------
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    def init(self, key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
-
     def init_cache(self, batch_size: int, max_length: int, *, dtype: Any = jnp.float32) -> Cache:
         layers, heads, head_dim = self.cache_shape
-        shape = (batch_size, heads, max_length, head_dim)
-        memory = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)]
-        return Cache(memory, jnp.zeros((batch_size, max_length), bool), jnp.zeros((), jnp.int32))
+        return Cache(*empty_slots(layers, batch_size, heads, max_length, head_dim, dtype))
 
     def hidden(
         self,
@@ -82,40 +78,33 @@ class DecoderLM(language_model.LanguageModel):
         *,
         mask: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
+        return self._read(params, tokens, cache, mask)
+
+    def attention(
+        self, params: Params, tokens: Int[Array, "batch time"], *, mask: Bool[Array, "batch time"] | None = None
+    ) -> Float[Array, "layer batch head query key"]:
+        """The attention weights of every layer and head: how much each token looks at each.
+
+        The row of a valid query sums to 1 over the valid keys up to itself and is exactly 0 elsewhere; the row of a
+        query that is padding is 0.
+        """
+        record = []
+        self._read(params, tokens, None, mask, record)
+        return recorded_weights(record, mask)
+
+    def _read(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch time"],
+        cache: Cache | None,
+        mask: Bool[Array, "batch time"] | None,
+        record: list[Array] | None = None,
+    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
         language_model.check_tokens(self, tokens, mask, cache)
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        time = jnp.arange(tokens.shape[1])
-        positions = jnp.cumsum(mask, axis=1) - 1
-        if cache is None:
-            allowed = mask[:, None, :] & (time[None, :] <= time[:, None])
-            memory = start = None
-        else:
-            start, memory = cache.length, cache.memory
-            positions += cache.valid.sum(axis=1, keepdims=True)
-            cache = cache.append(mask)
-            allowed = cache.valid[:, None, :] & (jnp.arange(cache.max_length) <= start + time[:, None])
-        module = nnx.merge(self._graph, params)
-        hidden, memory = module(tokens, jnp.maximum(positions, 0), allowed, memory, start)
-        return hidden, None if cache is None else dataclasses.replace(cache, memory=memory)
+        at = place(jnp.ones(tokens.shape, bool) if mask is None else mask, cache)
+        memory = None if cache is None else cache.memory
+        hidden, memory = self.merge(params)(tokens, at.positions, at.allowed, memory, at.start, record)
+        return hidden, None if cache is None else dataclasses.replace(at.cache, memory=memory)
 
     def logits(self, params: Params, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
-        return nnx.merge(self._graph, params).unembed(hidden)
-
-    # -----------------------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
-
-    @property
-    def _graph(self) -> nnx.GraphDef:
-        return self._split[0]
-
-    @property
-    def abstract_params(self) -> Params:
-        """The parameters' shapes and dtypes, without the parameters."""
-        return nnx.to_pure_dict(self._split[1])
-
-    def num_params(self) -> int:
-        """How many numbers the parameters are."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
+        return self.merge(params).unembed(hidden)

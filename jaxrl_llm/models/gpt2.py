@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM, check_config
-from jaxrl_llm.models.layers import Embedding, KeyValue, LayerNorm, Linear, attend, attention_weights, write_slots
-
-ACTIVATIONS = {
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # the tanh form, GPT-2's own
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
+from jaxrl_llm.models.decoder import DecoderLM
+from jaxrl_llm.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    KeyValue,
+    LayerNorm,
+    Linear,
+    attend,
+    attention_weights,
+    write_slots,
+)
+from jaxrl_llm.models.network import check_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,20 @@ class Attention(nnx.Module):
         scale = (width // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
-    def __call__(self, x: Array, allowed: Array, memory: KeyValue | None, start: Array | None):
+    def __call__(
+        self,
+        x: Array,
+        allowed: Array,
+        memory: KeyValue | None,
+        start: Array | None,
+        record: list[Array] | None,
+    ):
         batch, time, width = x.shape
         qkv = self.c_attn(x).reshape(batch, time, 3, self.heads, width // self.heads)
         query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each [batch, head, time, head_dim]
         dtype = self.c_attn.kernel[...].dtype
         memory = (key.astype(dtype), value.astype(dtype)) if memory is None else write_slots(memory, key, value, start)
-        weights = attention_weights(query, memory[0], allowed, scale=self.scale)
+        weights = attention_weights(query, memory[0], allowed, scale=self.scale, record=record)
         return self.c_proj(attend(weights, memory[1])), memory
 
 
@@ -92,8 +99,15 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: Array, allowed: Array, memory: KeyValue | None, start: Array | None):
-        mixed, memory = self.attn(self.ln_1(x), allowed, memory, start)
+    def __call__(
+        self,
+        x: Array,
+        allowed: Array,
+        memory: KeyValue | None,
+        start: Array | None,
+        record: list[Array] | None,
+    ):
+        mixed, memory = self.attn(self.ln_1(x), allowed, memory, start, record)
         x = x + mixed
         return x + self.mlp(self.ln_2(x)), memory
 
@@ -117,11 +131,12 @@ class GPT2Module(nnx.Module):
         allowed: Bool[Array, "batch time slot"],
         memory: list[KeyValue] | None,
         start: Int[Array, ""] | None,
+        record: list[Array] | None,
     ) -> tuple[Float[Array, "batch time width"], list[KeyValue]]:
         x = self.wte(tokens) + self.wpe(positions)
         written = []
         for layer, block in enumerate(self.h):  # unrolled: a scan would slice the stacked weights at every step
-            x, key_value = block(x, allowed, None if memory is None else memory[layer], start)
+            x, key_value = block(x, allowed, None if memory is None else memory[layer], start, record)
             written.append(key_value)
         return self.ln_f(x), written
 

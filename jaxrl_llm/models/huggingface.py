@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,130 +13,10 @@ import jax
 import numpy as np
 
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models.decoder import DecoderLM
-from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
+from jaxrl_llm.models.families import Family, config_of, family_of
+from jaxrl_llm.models.network import Network
 
 TensorPath = tuple[str | int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How one architecture is written in a folder of Hugging Face form."""
-
-    model: type[DecoderLM]
-    config: type
-    architecture: str
-    prefix: str  # of every tensor but the head; found in the wild with and without it
-    transposed: bool  # linear kernels are stored [out, in]
-    buffers: re.Pattern[str]  # tensors of older files that are no parameters
-    refused: dict[str, Any]  # fields that change the function in a way that is not supported: the values that do not
-
-
-FAMILIES = {
-    "gpt2": Family(
-        GPT2,
-        GPT2Config,
-        "GPT2LMHeadModel",
-        prefix="transformer.",
-        transposed=False,
-        buffers=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),
-        refused={"add_cross_attention": (None, False)},
-    ),
-    "llama": Family(
-        Llama,
-        LlamaConfig,
-        "LlamaForCausalLM",
-        prefix="model.",
-        transposed=True,
-        buffers=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rotary_emb\.inv_freq"),
-        refused={"hidden_act": (None, "silu", "swish"), "partial_rotary_factor": (None, 1)},
-    ),
-}
-
-REQUIRED = {  # what a config.json must say
-    "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head"),
-    "llama": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-}
-
-
-def family_of(model: DecoderLM) -> tuple[str, Family]:
-    """The `model_type` and family of a model of ours."""
-    for model_type, family in FAMILIES.items():
-        if isinstance(model, family.model):
-            return model_type, family
-    raise ValueError(f"{type(model).__name__} has no Hugging Face form; {', '.join(FAMILIES)} have one.")
-
-
-# config.json ---------------------------------------------------------------------------------------------------------
-
-
-def model_from_config(config: dict[str, Any], *, source: str) -> DecoderLM:
-    """The model that a `config.json` describes.
-
-    Raises:
-        ValueError: for an architecture, or a setting of one, that is not supported.
-    """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{source}: model_type must be one of {', '.join(FAMILIES)}, but is {model_type!r}.")
-    family = FAMILIES[model_type]
-    for field, harmless in family.refused.items():
-        if config.get(field) not in harmless:
-            raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
-    known = {field.name for field in dataclasses.fields(family.config)}
-    values = {name: value for name, value in config.items() if name in known}
-    if model_type == "llama":
-        values |= _rope(config, source)
-        values["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
-        # Where the format's default is not that of our configuration:
-        values = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | values
-    missing = [name for name in REQUIRED[model_type] if name not in config]
-    if missing:
-        raise ValueError(f"{source}: the configuration lacks {', '.join(missing)}.")
-    try:
-        return family.model(family.config(**values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def _rope(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Rotary settings of the old form (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`)."""
-    settings = {"rope_theta": config.get("rope_theta")}
-    for form in ("rope_scaling", "rope_parameters"):
-        given = config.get(form) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
-        settings |= given
-    if settings.get("partial_rotary_factor") not in (None, 1):
-        raise ValueError(f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported.")
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
-    theta = settings["rope_theta"]
-    values = {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": None}
-    if rope_type != "default":
-        known = {field.name for field in dataclasses.fields(RopeScaling)}
-        scaling = {name: value for name, value in settings.items() if name in known} | {"rope_type": rope_type}
-        try:
-            values["rope_scaling"] = RopeScaling(**scaling)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: rope scaling {settings}: {error}") from error
-    return values
-
-
-def config_of(model: DecoderLM) -> dict[str, Any]:
-    """The `config.json` of a model of ours."""
-    model_type, family = family_of(model)
-    config = dataclasses.asdict(model.config)
-    if model_type == "llama":
-        scaling = config.pop("rope_scaling")
-        rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-        if scaling is not None:
-            fields = ("rope_type", "factor") if scaling["rope_type"] == "linear" else tuple(scaling)
-            rope |= {name: scaling[name] for name in fields}
-        config["rope_parameters"] = rope
-        config["head_dim"] = model.config.head_size
-        config["hidden_act"] = "silu"
-    return {"architectures": [family.architecture], "model_type": model_type, **config}
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------
@@ -149,7 +28,7 @@ def tensor_name(path: TensorPath) -> str:
     return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
 
 
-def named_params(model: DecoderLM) -> dict[str, tuple[TensorPath, jax.ShapeDtypeStruct]]:
+def named_params(model: Network) -> dict[str, tuple[TensorPath, jax.ShapeDtypeStruct]]:
     """Tensor name to path and abstract value, of every parameter of the model."""
     leaves = jax.tree_util.tree_leaves_with_path(model.abstract_params)
     paths = [(tuple(entry.key for entry in path), leaf) for path, leaf in leaves]
@@ -162,7 +41,7 @@ def is_transposed(family: Family, path: TensorPath) -> bool:
 
 
 def params_from_tensors(
-    model: DecoderLM, tensors: Iterator[tuple[str, np.ndarray]], *, dtype: Any, source: str
+    model: Network, tensors: Iterator[tuple[str, np.ndarray]], *, dtype: Any, source: str
 ) -> Params:
     """Place a checkpoint's tensors, one at a time, in the parameter tree of `model`.
 
@@ -172,13 +51,8 @@ def params_from_tensors(
     _, family = family_of(model)
     wanted = named_params(model)
     params: Params = {}
-    placed, problems = set(), []
-    tied_head = None
-    for full_name, tensor in tensors:
-        name = full_name.removeprefix(family.prefix)
-        if name == "lm_head.weight" and name not in wanted:
-            tied_head = tensor
-            continue
+    placed, problems, copies = set(), [], {}
+    for name, full_name, tensor in _without_copies(family, wanted, tensors, copies):
         if name not in wanted:
             if not family.buffers.fullmatch(name):
                 problems.append(f"unknown {full_name}")
@@ -198,8 +72,28 @@ def params_from_tensors(
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{source} does not fit its configuration: {', '.join(problems[:8])}{more}.")
-    _check_tied_head(params, tied_head, source)
+    _check_copies(params, wanted[family.embedding][0], copies, source)
     return params
+
+
+def _without_copies(
+    family: Family, wanted: dict[str, Any], tensors: Iterator[tuple[str, np.ndarray]], copies: dict[str, np.ndarray]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Each tensor with its name, without prefix and with; what copies the embedding goes to `copies`.
+
+    Where the embedding itself is not in the file, a copy stands for it.
+    """
+    embedding_seen = False
+    for full_name, tensor in tensors:
+        name = full_name.removeprefix(family.prefix)
+        if name in family.copies and name not in wanted:
+            copies[name] = tensor
+        else:
+            embedding_seen |= name == family.embedding
+            yield name, full_name, tensor
+    if copies and not embedding_seen:
+        name, tensor = next(iter(copies.items()))
+        yield family.embedding, name, tensor
 
 
 def _place(params: Params, path: TensorPath, value: jax.Array) -> None:
@@ -209,13 +103,16 @@ def _place(params: Params, path: TensorPath, value: jax.Array) -> None:
     params[leaf] = value
 
 
-def _check_tied_head(params: Params, head: np.ndarray | None, source: str) -> None:
-    """A file may repeat a tied head, but not contradict it."""
-    if head is None:
-        return
-    table = next(params[name]["embedding"] for name in ("wte", "embed_tokens") if name in params)
-    if head.shape != table.shape or not np.array_equal(np.asarray(head).astype(table.dtype), np.asarray(table)):
-        raise ValueError(f"{source}: tie_word_embeddings is set, but lm_head.weight is not the embedding.")
+def _check_copies(params: Params, path: TensorPath, copies: dict[str, np.ndarray], source: str) -> None:
+    """A file may repeat the embedding, but not contradict it."""
+    table = functools.reduce(lambda node, entry: node[entry], path, params)
+    for name, copy in copies.items():
+        if copy.shape != table.shape or not np.array_equal(np.asarray(copy).astype(table.dtype), np.asarray(table)):
+            reason = "tie_word_embeddings is set, but " if name == "lm_head.weight" else ""
+            raise ValueError(f"{source}: {reason}{name} is not the embedding.")
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -230,6 +127,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(config).__name__}.")
     return config
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of the folder's tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    names = set()
+    for path in _safetensors_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                names |= set(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
+    return names
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -270,7 +181,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     )
 
 
-def write_folder(folder: Path, model: DecoderLM, params: Params, *, dtype: Any, extra: dict[str, Any]) -> None:
+def write_folder(folder: Path, model: Network, params: Params, *, dtype: Any, extra: dict[str, Any]) -> None:
     """Write `config.json` and `model.safetensors`, each whole or not at all."""
     from safetensors.numpy import save_file
 

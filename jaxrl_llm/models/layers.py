@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 KeyValue = tuple[Float[Array, "batch kv_head slot head_dim"], Float[Array, "batch kv_head slot head_dim"]]
+
+ACTIVATIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # the tanh form, GPT-2's own
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
@@ -102,17 +113,34 @@ def attention_weights(
     allowed: Bool[Array, "batch time slot"],
     *,
     scale: float,
+    bias: Float[Array, "#batch head time slot"] | None = None,
+    record: list[Array] | None = None,
 ) -> Float[Array, "batch kv_head group time slot"]:
-    """softmax(scale · q kᵀ) over the allowed slots; query head i looks at key head i // group.
+    """softmax(scale · q kᵀ + bias) over the allowed slots; query head i looks at key head i // group.
 
-    A query that may look nowhere (padding) gets uniform weights, not NaN.
+    A query that may look nowhere (padding) gets uniform weights, not NaN. `record`, where the weights are asked for,
+    is a list that they are appended to.
     """
     batch, heads, time, head_dim = query.shape
     kv_heads = key.shape[1]
     query = query.reshape(batch, kv_heads, heads // kv_heads, time, head_dim).astype(key.dtype)
     scores = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=accumulator(key.dtype)) * scale
+    if bias is not None:
+        scores += bias.reshape(bias.shape[0], *scores.shape[1:])
     scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if record is not None:
+        record.append(weights)
+    return weights
+
+
+def recorded_weights(
+    record: Sequence[Float[Array, "batch kv_head group query key"]], queries: Bool[Array, "batch query"] | None
+) -> Float[Array, "layer batch head query key"]:
+    """What the layers recorded as one array, 0 where the query is padding."""
+    weights = jnp.stack(record)
+    weights = weights.reshape(*weights.shape[:2], -1, *weights.shape[-2:])
+    return weights if queries is None else jnp.where(queries[None, :, None, :, None], weights, 0)
 
 
 def attend(

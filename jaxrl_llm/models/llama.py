@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM, check_config
+from jaxrl_llm.models.decoder import DecoderLM
 from jaxrl_llm.models.layers import Embedding, KeyValue, Linear, RMSNorm, attend, attention_weights, write_slots
+from jaxrl_llm.models.network import check_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,15 @@ class Attention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, **options)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, **options)
 
-    def __call__(self, x: Array, angles: Array, allowed: Array, memory: KeyValue | None, start: Array | None):
+    def __call__(
+        self,
+        x: Array,
+        angles: Array,
+        allowed: Array,
+        memory: KeyValue | None,
+        start: Array | None,
+        record: list[Array] | None,
+    ):
         batch, time, _ = x.shape
 
         def heads(projection: Linear, count: int) -> Array:  # [batch, head, time, head_dim]
@@ -136,7 +145,7 @@ class Attention(nnx.Module):
         value = heads(self.v_proj, self.kv_heads)
         dtype = self.q_proj.kernel[...].dtype
         memory = (key.astype(dtype), value.astype(dtype)) if memory is None else write_slots(memory, key, value, start)
-        weights = attention_weights(query, memory[0], allowed, scale=self.head_dim**-0.5)
+        weights = attention_weights(query, memory[0], allowed, scale=self.head_dim**-0.5, record=record)
         return self.o_proj(attend(weights, memory[1])), memory
 
 
@@ -162,8 +171,16 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: Array, angles: Array, allowed: Array, memory: KeyValue | None, start: Array | None):
-        mixed, memory = self.self_attn(self.input_layernorm(x), angles, allowed, memory, start)
+    def __call__(
+        self,
+        x: Array,
+        angles: Array,
+        allowed: Array,
+        memory: KeyValue | None,
+        start: Array | None,
+        record: list[Array] | None,
+    ):
+        mixed, memory = self.self_attn(self.input_layernorm(x), angles, allowed, memory, start, record)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), memory
 
@@ -187,12 +204,13 @@ class LlamaModule(nnx.Module):
         allowed: Bool[Array, "batch time slot"],
         memory: list[KeyValue] | None,
         start: Int[Array, ""] | None,
+        record: list[Array] | None,
     ) -> tuple[Float[Array, "batch time width"], list[KeyValue]]:
         x = self.embed_tokens(tokens)
         angles = positions[..., None] * rope_frequencies(self.config)
         written = []
         for layer, block in enumerate(self.layers):
-            x, key_value = block(x, angles, allowed, None if memory is None else memory[layer], start)
+            x, key_value = block(x, angles, allowed, None if memory is None else memory[layer], start, record)
             written.append(key_value)
         return self.norm(x), written
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import importlib.util
 import os
@@ -15,21 +16,25 @@ import jax.numpy as jnp
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import gguf_file, huggingface
-from jaxrl_llm.models.decoder import DecoderLM
+from jaxrl_llm.models import families, gguf_file, huggingface, sentencepiece_file
+from jaxrl_llm.models.network import Network
 
 EMBEDDED = ("tiny-gpt2",)
 SMOLLM2 = "smollm2-135m-instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # which other fields decide
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 HUB_SECONDS = 10  # to wait for an answer of the hub
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model, its parameters, its tokenizer (None where the source has none) and its `config.json` as a dict."""
+    """A model, its parameters, its tokenizer (None where the source has none) and its `config.json` as a dict.
 
-    model: DecoderLM
+    The model is a `LanguageModel`, or a `T5`, which becomes one when `start` gives it a source.
+    """
+
+    model: Network
     params: Params
     tokenizer: Any
     config: dict[str, Any]
@@ -56,14 +61,15 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     if path.is_file():
         return _load_gguf(path, dtype)
     config = huggingface.read_config(path)
-    model = huggingface.model_from_config(config, source=str(path))
+    tensor_names = functools.partial(huggingface.tensor_names, path)
+    model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
     params = huggingface.params_from_tensors(model, huggingface.read_tensors(path), dtype=dtype, source=str(path))
     return Loaded(model, params, load_tokenizer(path), config)
 
 
 def save(
     path: str | os.PathLike[str],
-    model: DecoderLM,
+    model: Network,
     params: Params,
     tokenizer: Any = None,
     *,
@@ -78,8 +84,8 @@ def save(
     """
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
-    own = huggingface.config_of(model)
-    extra = {name: value for name, value in extra.items() if name not in (*own, "rope_scaling", "torch_dtype", "dtype")}
+    own = families.config_of(model)
+    extra = {name: value for name, value in extra.items() if name not in (*own, *DERIVED)}
     huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -138,15 +144,20 @@ def _from_hub(name: str) -> Path:
 
 def _load_gguf(path: Path, dtype: Any) -> Loaded:
     file = gguf_file.read(path)
-    model = huggingface.model_from_config(file.config, source=str(path))
+    model = families.model_from_config(file.config, source=str(path))
     params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path))
     return Loaded(model, params, file.tokenizer(), file.config)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, by transformers and without the network; None if it has no tokenizer files."""
+    """The folder's tokenizer, by transformers and without the network; None if it has no tokenizer files.
+
+    A `spiece.model` alone is read by ourselves.
+    """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return sentencepiece_file.load(folder)
     runtime.quiet_transformers()
     from transformers import AutoTokenizer
 

@@ -1,0 +1,177 @@
+"""The architectures as `config.json` describes them: their fields, their defaults, and what tells them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
+from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.t5 import T5
+from jaxrl_llm.models.t5_layers import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one architecture is written in a folder of Hugging Face form."""
+
+    model: type[Network]
+    config: type
+    architecture: str
+    prefix: str  # of every tensor but the head; found in the wild with and without it
+    transposed: bool  # linear kernels are stored [out, in]
+    buffers: re.Pattern[str]  # tensors of older files that are no parameters
+    refused: dict[str, Any]  # fields that change the function in a way that is not supported: the values that do not
+    copies: tuple[str, ...]  # tensors, without prefix, that a file may hold beside the embedding, equal to it
+    embedding: str
+
+
+FAMILIES = {
+    "gpt2": Family(
+        GPT2,
+        GPT2Config,
+        "GPT2LMHeadModel",
+        prefix="transformer.",
+        transposed=False,
+        buffers=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),
+        refused={"add_cross_attention": (None, False)},
+        copies=("lm_head.weight",),
+        embedding="wte.weight",
+    ),
+    "llama": Family(
+        Llama,
+        LlamaConfig,
+        "LlamaForCausalLM",
+        prefix="model.",
+        transposed=True,
+        buffers=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rotary_emb\.inv_freq"),
+        refused={"hidden_act": (None, "silu", "swish"), "partial_rotary_factor": (None, 1)},
+        copies=("lm_head.weight",),
+        embedding="embed_tokens.weight",
+    ),
+    "t5": Family(
+        T5,
+        T5Config,
+        "T5ForConditionalGeneration",
+        prefix="",
+        transposed=True,
+        buffers=re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
+        refused={"is_encoder_decoder": (None, True), "is_decoder": (None, False)},
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+        embedding="shared.weight",
+    ),
+}
+
+REQUIRED = {  # what a config.json must say
+    "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head"),
+    "llama": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "t5": ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+}
+
+
+def family_of(model: Network) -> tuple[str, Family]:
+    """The `model_type` and family of a model of ours."""
+    for model_type, family in FAMILIES.items():
+        if isinstance(model, family.model):
+            return model_type, family
+    raise ValueError(f"{type(model).__name__} has no Hugging Face form; {', '.join(FAMILIES)} have one.")
+
+
+def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Callable[[], set[str]] = set) -> Network:
+    """The model that a `config.json` describes.
+
+    Args:
+        tensor_names: of the files beside it, for what the configuration does not tell.
+
+    Raises:
+        ValueError: for an architecture, or a setting of one, that is not supported.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{source}: model_type must be one of {', '.join(FAMILIES)}, but is {model_type!r}.")
+    family = FAMILIES[model_type]
+    for field, harmless in family.refused.items():
+        if config.get(field) not in harmless:
+            raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
+    known = {field.name for field in dataclasses.fields(family.config)}
+    values = {name: value for name, value in config.items() if name in known}
+    if model_type == "llama":
+        values |= _rope(config, source)
+        values["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
+        # Where the format's default is not that of our configuration:
+        values = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | values
+    if model_type == "t5":
+        values |= _t5(config, source, tensor_names)
+    missing = [name for name in REQUIRED[model_type] if name not in config]
+    if missing:
+        raise ValueError(f"{source}: the configuration lacks {', '.join(missing)}.")
+    try:
+        return family.model(family.config(**values))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _rope(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Rotary settings of the old form (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`)."""
+    settings = {"rope_theta": config.get("rope_theta")}
+    for form in ("rope_scaling", "rope_parameters"):
+        given = config.get(form) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
+        settings |= given
+    if settings.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported.")
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    theta = settings["rope_theta"]
+    values = {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": None}
+    if rope_type != "default":
+        known = {field.name for field in dataclasses.fields(RopeScaling)}
+        scaling = {name: value for name, value in settings.items() if name in known} | {"rope_type": rope_type}
+        try:
+            values["rope_scaling"] = RopeScaling(**scaling)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: rope scaling {settings}: {error}") from error
+    return values
+
+
+def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]]) -> dict[str, Any]:
+    """What T5's configurations say in more than one way.
+
+    Before version 5 of transformers, `tie_word_embeddings` decided over the head and its scale. Since then it is always
+    written as true, `scale_decoder_outputs` decides over the scale, and the head is tied if the files hold no other.
+    """
+    tied, scaled = config.get("tie_word_embeddings"), config.get("scale_decoder_outputs")
+    tied = True if tied is None else tied
+    values = {"scale_decoder_outputs": tied if scaled is None else scaled, "tie_word_embeddings": tied}
+    if tied is True and scaled is False and "lm_head.weight" in tensor_names():
+        values["tie_word_embeddings"] = False
+    if config.get("decoder_start_token_id") is None:
+        values["decoder_start_token_id"] = config.get("pad_token_id") or 0
+    projection, named = config.get("feed_forward_proj", "relu"), config.get("dense_act_fn")
+    meant = "gelu_new" if projection == "gated-gelu" else str(projection).removeprefix("gated-")
+    if named not in (None, meant):
+        raise ValueError(f"{source}: feed_forward_proj is {projection!r}, but dense_act_fn is {named!r}.")
+    return values
+
+
+def config_of(model: Network) -> dict[str, Any]:
+    """The `config.json` of a model of ours."""
+    model_type, family = family_of(model)
+    config = dataclasses.asdict(model.config)
+    if model_type == "llama":
+        scaling = config.pop("rope_scaling")
+        rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+        if scaling is not None:
+            fields = ("rope_type", "factor") if scaling["rope_type"] == "linear" else tuple(scaling)
+            rope |= {name: scaling[name] for name in fields}
+        config["rope_parameters"] = rope
+        config["head_dim"] = model.config.head_size
+        config["hidden_act"] = "silu"
+    if model_type == "t5":
+        config["num_decoder_layers"] = model.config.decoder_layers
+        config["scale_decoder_outputs"] = model.config.output_scale != 1
+        config["is_encoder_decoder"] = True
+    return {"architectures": [family.architecture], "model_type": model_type, **config}
