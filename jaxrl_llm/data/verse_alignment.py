@@ -74,16 +74,18 @@ class VersePair(NamedTuple):
 
 
 def align(english: Verses, spanish: Verses) -> list[VersePair]:
-    """Every verse of both texts in its pair, in the order of the English ones.
+    """Every verse of both texts in its pair, in the order of the English ones; but for `LEFT_OUT`.
 
     Raises:
-        ValueError: if a verse that is not empty would be in no pair or a pair would have an empty side.
+        ValueError: if a verse that is not empty would be in no pair or in two, or a pair would have an empty side.
     """
     pairs, used = [], ({*_places(*LEFT_OUT[0])}, {*_places(*LEFT_OUT[1])})
     for ours, theirs in _links(english):
         texts = [" ".join(text[place] for place in places) for text, places in ((english, ours), (spanish, theirs))]
         if not all(texts):
             raise ValueError(f"{_reference(ours)} would be a pair of {texts[0]!r} and {texts[1]!r}.")
+        if used[1].intersection(theirs):
+            raise ValueError(f"{_reference(theirs)} would be in two pairs, the second for {_reference(ours)}.")
         used[0].update(ours)
         used[1].update(theirs)
         pairs.append(VersePair(_reference(ours), *texts))

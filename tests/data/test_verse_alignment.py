@@ -112,6 +112,13 @@ def test_a_verse_without_its_pair_is_named():
         align(jonah, jonah)
 
 
+def test_a_verse_in_two_pairs_is_named(monkeypatch):
+    verses = texts(("Gen.1", 3))
+    monkeypatch.setattr(verse_alignment, "MOVED", (("Gen.1:1", "Gen.1:1-2"),))
+    with pytest.raises(ValueError, match=r"Gen 1:2 would be in two pairs, the second for Gen 1:2"):
+        align(verses, verses)
+
+
 def test_the_table_names_each_verse_once():
     for side in (0, 1):
         places = [place for row in verse_alignment.MOVED for place in verse_alignment._places(row[side])]
