@@ -9,12 +9,14 @@ import tyro
 
 from jaxrl_llm.cli.compare import Compare
 from jaxrl_llm.cli.generate import Generate
+from jaxrl_llm.cli.translate import Translate
 from jaxrl_llm.cli.tree import SearchTree
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Compare, tyro.conf.subcommand("decode-compare")]
     | Annotated[SearchTree, tyro.conf.subcommand("tree")]
+    | Annotated[Translate, tyro.conf.subcommand("translate")]
 )
 
 
