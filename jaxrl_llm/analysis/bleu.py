@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from jaxrl_llm.analysis.chrf import corpus_chrf, reference_lists, sentence_chrf
 
-__all__ = ["BleuCounts", "corpus_bleu", "corpus_chrf", "score", "sentence_bleu", "sentence_chrf", "tokenise"]
+__all__ = ["BleuCounts", "corpus_bleu", "corpus_chrf", "count", "score", "sentence_bleu", "sentence_chrf", "tokenise"]
 
 SMOOTH_VALUES = {"exp": None, "none": None, "floor": 0.1, "add-k": 1.0}  # Chen and Cherry 2014
 ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
@@ -64,6 +65,20 @@ def corpus_bleu(
 
     Source: Papineni et al. 2002; sacreBLEU: Post 2018; smoothing: Chen and Cherry 2014.
     """
+    counts = count(hypotheses, references, max_order=max_order, tokenize=tokenize, lowercase=lowercase)
+    corpus = functools.reduce(_add, counts, BleuCounts([0] * max_order, [0] * max_order, 0, 0))
+    return score(corpus, smoothing=smoothing, smooth_value=smooth_value, effective_order=effective_order)
+
+
+def count(
+    hypotheses: Sequence[str],
+    references: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    max_order: int = 4,
+    tokenize: str = "13a",
+    lowercase: bool = False,
+) -> list[BleuCounts]:
+    """What BLEU needs to know of each hypothesis; arguments and errors are those of `corpus_bleu`."""
     if tokenize not in ("13a", "none"):
         raise ValueError(f"tokenize must be '13a' or 'none', but is {tokenize!r}.")
     if max_order < 1:
@@ -72,10 +87,11 @@ def corpus_bleu(
     def grams(text: str) -> Counter:
         return ngrams(tokenise(text.lower() if lowercase else text, tokenize), max_order)
 
-    corpus = BleuCounts([0] * max_order, [0] * max_order, 0, 0)
-    for hypothesis, several in zip(hypotheses, reference_lists(hypotheses, references), strict=True):
-        corpus = _add(corpus, _count(grams(hypothesis), [grams(each) for each in several], max_order))
-    return score(corpus, smoothing=smoothing, smooth_value=smooth_value, effective_order=effective_order)
+    lists = reference_lists(hypotheses, references)
+    return [
+        _count(grams(hypothesis), [grams(each) for each in several], max_order)
+        for hypothesis, several in zip(hypotheses, lists, strict=True)
+    ]
 
 
 def sentence_bleu(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 EPSILON = 1e-16
 PUNCTUATION = frozenset(string.punctuation)
@@ -40,13 +41,32 @@ def corpus_chrf(
 
     Source: Popović 2015; word n-grams: Popović 2017.
     """
+    options = {"char_order": char_order, "word_order": word_order, "beta": beta, "eps_smoothing": eps_smoothing}
+    counts = count(hypotheses, references, lowercase=lowercase, **options)
+    return score(counts.sum(axis=0), beta=beta, eps_smoothing=eps_smoothing)
+
+
+def count(
+    hypotheses: Sequence[str],
+    references: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    char_order: int = 6,
+    word_order: int = 0,
+    beta: float = 2.0,
+    lowercase: bool = False,
+    eps_smoothing: bool = False,
+) -> Int[np.ndarray, "hypothesis order 3"]:
+    """What chrF needs to know of each hypothesis: of each order its n-grams, its best reference's, and the matches.
+
+    Arguments and errors are those of `corpus_chrf`; `beta` and `eps_smoothing` decide which reference is the best.
+    """
     _check(char_order, word_order, beta)
-    totals = np.zeros((char_order + word_order, 3), np.int64)
+    rows = []
     for hypothesis, several in zip(hypotheses, reference_lists(hypotheses, references), strict=True):
         grams = _grams(hypothesis, char_order, word_order, lowercase)
         counts = [_overlap(grams, _grams(each, char_order, word_order, lowercase)) for each in several]
-        totals += max(counts, key=lambda each: _f_score(each, beta, eps_smoothing))
-    return _f_score(totals, beta, eps_smoothing)
+        rows.append(max(counts, key=lambda each: score(each, beta=beta, eps_smoothing=eps_smoothing)))
+    return np.asarray(rows, np.int64).reshape(-1, char_order + word_order, 3)
 
 
 def sentence_chrf(
@@ -69,6 +89,22 @@ def sentence_chrf(
         lowercase=lowercase,
         eps_smoothing=eps_smoothing,
     )
+
+
+def score(counts: Int[np.ndarray, "order 3"], *, beta: float = 2.0, eps_smoothing: bool = False) -> float:
+    """chrF of what was counted, or of such counts added up, in [0, 100]; the options are those of `corpus_chrf`."""
+    ours, theirs, matches = counts.T
+    precision, recall = (
+        np.divide(matches, total, out=np.full(len(counts), EPSILON), where=total > 0) for total in (ours, theirs)
+    )
+    if not eps_smoothing:
+        usable = (ours > 0) & (theirs > 0)
+        precision, recall = precision[usable].sum(keepdims=True), recall[usable].sum(keepdims=True)
+        precision, recall = precision / max(usable.sum(), 1), recall / max(usable.sum(), 1)
+    weighted = beta**2 * precision + recall
+    nothing = np.full(len(weighted), EPSILON if eps_smoothing else 0.0)
+    scores = np.divide((1 + beta**2) * precision * recall, weighted, out=nothing, where=weighted > 0)
+    return 100 * float(scores.mean())
 
 
 def reference_lists(
@@ -132,18 +168,3 @@ def _overlap(hypothesis: Sequence[Counter], reference: Sequence[Counter]) -> np.
         matches = sum(min(count, theirs[gram]) for gram, count in ours.items() if gram in theirs)
         rows.append((ours.total() if theirs else 0, theirs.total(), matches))
     return np.asarray(rows, np.int64)
-
-
-def _f_score(counts: np.ndarray, beta: float, eps_smoothing: bool) -> float:
-    ours, theirs, matches = counts.T
-    precision, recall = (
-        np.divide(matches, total, out=np.full(len(counts), EPSILON), where=total > 0) for total in (ours, theirs)
-    )
-    if not eps_smoothing:
-        usable = (ours > 0) & (theirs > 0)
-        precision, recall = precision[usable].sum(keepdims=True), recall[usable].sum(keepdims=True)
-        precision, recall = precision / max(usable.sum(), 1), recall / max(usable.sum(), 1)
-    weighted = beta**2 * precision + recall
-    nothing = np.full(len(weighted), EPSILON if eps_smoothing else 0.0)
-    scores = np.divide((1 + beta**2) * precision * recall, weighted, out=nothing, where=weighted > 0)
-    return 100 * float(scores.mean())

@@ -16,13 +16,11 @@ import dataclasses
 import json
 import os
 import re
-import struct
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxrl_llm.data import packages
+from jaxrl_llm.data import packages, sword
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,45 +92,13 @@ def read_gutenberg(folder: Path) -> Iterator[Document]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SWORD zText modules: a `.bzz` file of zlib blocks, and `.bzs`, their (offset, compressed size, size) as little-endian
-# 32-bit integers. Inside the blocks is OSIS markup.
-
-_OSIS_CHAPTER = re.compile(r'<chapter\b[^>]*\bosisID="([^"]+)"[^>]*\bsID=[^>]*>')
-_OSIS_ASIDE = re.compile(r"<(title|note)\b[^>]*(?<!/)>.*?</\1>", re.DOTALL)
-_OSIS_PARAGRAPH = re.compile(r'<div\b[^>]*\bsID=[^>]*\btype="x-p"[^>]*/>')
-_OSIS_TAG = re.compile(r"<[^>]*>")
-
-
-def read_sword_blocks(index: bytes, blocks: bytes) -> Iterator[str]:
-    """Each decompressed block of a SWORD zText module, in order."""
-    if len(index) % 12:
-        raise ValueError(f"a .bzs index holds 12 bytes a block, but this one has {len(index)} bytes: it is truncated.")
-    for offset, compressed_size, size in struct.iter_unpack("<III", index):
-        text = zlib.decompress(blocks[offset : offset + compressed_size])
-        if len(text) != size:
-            raise ValueError(f"the block at {offset} should hold {size} bytes, but {len(text)} were found.")
-        yield text.decode("utf-8")
-
-
-def plain_osis(markup: str) -> str:
-    """The words of a piece of OSIS markup; paragraph marks become empty lines, titles and notes are dropped."""
-    text = _OSIS_PARAGRAPH.sub("\n\n", _OSIS_ASIDE.sub("", markup))
-    text = _OSIS_TAG.sub("", text)
-    for entity, character in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&apos;", "'"), ("&amp;", "&")):
-        text = text.replace(entity, character)
-    text = text.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x00B6: None})
-    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+# The Bible.
 
 
 def read_sword_chapters(folder: Path, source: str) -> Iterator[Document]:
     """Every chapter of a SWORD Bible module, from the folder of its unpacked Debian package."""
-    for index_path in sorted(folder.rglob("*.bzs"), reverse=True):  # ot before nt
-        blocks = index_path.with_suffix(".bzz").read_bytes()
-        for block in read_sword_blocks(index_path.read_bytes(), blocks):
-            pieces = _OSIS_CHAPTER.split(block)
-            for chapter, markup in zip(pieces[1::2], pieces[2::2], strict=True):
-                yield Document(source, chapter, plain_osis(markup))
+    for chapter, markup in sword.read_chapters(folder):
+        yield Document(source, chapter, sword.plain_osis(markup))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def test_the_goldens_try_what_they_should():
     assert all(used["smoothing", each] >= 3 for each in ("exp", "floor", "add-k", "none"))
     assert all(used[name, True] >= 3 for name in ("lowercase", "effective_order")) and used["tokenize", "none"] >= 3
     assert any(len(case["references"][0]) > 1 for case in GOLDENS)
+    assert sum(len({len(each) for each in case["references"]}) > 1 and case["bleu"] > 0 for case in GOLDENS) >= 3
 
 
 # Facts ----------------------------------------------------------------------------------------------------------------

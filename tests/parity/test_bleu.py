@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.analysis import bleu
+from jaxrl_llm.analysis.score_intervals import bleu_interval, chrf_interval
+from jaxrl_llm.data import verses
 from tests.goldens import make_bleu_goldens as goldens
 
 pytestmark = pytest.mark.parity
@@ -17,6 +19,7 @@ def test_random_corpora_score_the_same(seed):
     rng, nonzero = np.random.default_rng([seed, 23]), 0
     for _ in range(100):
         hypotheses, references = goldens.random_corpus(rng)
+        references = goldens.ragged(rng, references) if rng.random() < 0.3 else references
         options = goldens.random_options(rng)
         expected = goldens.scores_of_sacrebleu(hypotheses, references, *options)
         ours = (
@@ -40,6 +43,38 @@ def test_lines_of_a_document_score_the_same(name):
         actual = bleu.corpus_bleu(hypotheses, ours), bleu.corpus_chrf(hypotheses, ours, word_order=2)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
         assert 30 < expected[0] < 99
+
+
+@pytest.mark.parametrize("side", ["english", "spanish"])
+def test_verses_score_the_same(side):
+    """Hypotheses are the verses with words lost, doubled and replaced; second references another such text."""
+    rng = np.random.default_rng(8)
+    verses_of_test = [getattr(pair, side) for pair in verses.split(verses.load()).test]
+    hypotheses = [goldens.perturbed(rng, verse) for verse in verses_of_test]
+    several = goldens.ragged(rng, [[verse, goldens.perturbed(rng, verse)] for verse in verses_of_test])
+    for lists in ([[verse] for verse in verses_of_test], several):
+        for options in ({}, {"tokenize": "none", "smoothing": "floor"}):
+            expected = goldens.scores_of_sacrebleu(hypotheses, lists, options, {"word_order": len(options)})
+            actual = (
+                bleu.corpus_bleu(hypotheses, lists, **options),
+                bleu.corpus_chrf(hypotheses, lists, word_order=len(options)),
+            )
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+            assert 30 < expected[0] < 99
+
+
+def test_bootstrap_intervals_are_as_wide():
+    """sacreBLEU gives half the width of its interval, of other random draws."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    rng = np.random.default_rng(9)
+    references = [pair.spanish for pair in verses.split(verses.load()).test[:200]]
+    hypotheses = [goldens.perturbed(rng, verse) for verse in references]
+    for metric, interval in ((BLEU(), bleu_interval), (CHRF(), chrf_interval)):
+        theirs = metric.corpus_score(hypotheses, [references], n_bootstrap=2000)
+        ours = interval(hypotheses, references, seed=0, resamples=2000)
+        assert ours.estimate == pytest.approx(theirs.score, abs=1e-6)
+        assert (ours.high - ours.low) / 2 == pytest.approx(theirs._ci, rel=0.1)
 
 
 def test_single_sentences_score_the_same():

@@ -1,0 +1,120 @@
+"""Bootstrap intervals of corpus BLEU and chrF: how far the score would move if the sentences were drawn again.
+
+Each sentence is counted once. A resample adds up the counts of the sentences that it drew and takes the ratios of the
+sums, so it has the score of its corpus, not a mean over sentences, and costs no counting of n-grams (Koehn 2004).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.analysis import bleu, chrf
+from jaxrl_llm.analysis.bootstrap import Interval, bootstrap_difference, bootstrap_interval
+
+Texts = Sequence[str]
+References = Sequence[str] | Sequence[Sequence[str]]
+BLEU_SCORE_OPTIONS = ("smoothing", "smooth_value", "effective_order")
+CHRF_SCORE_OPTIONS = ("beta", "eps_smoothing")
+
+
+def bleu_interval(
+    hypotheses: Texts, references: References, *, seed: int, resamples: int = 1000, level: float = 0.95, **options: Any
+) -> Interval:
+    """`corpus_bleu`, with the percentile interval of the BLEU of resampled corpora, in [0, 100].
+
+    Args:
+        options: those of `corpus_bleu`.
+
+    Raises:
+        ValueError: as `corpus_bleu` and `bootstrap_interval`; so also if there is no sentence.
+    """
+    (counts,), statistic = _bleu([hypotheses], references, options)
+    return bootstrap_interval(counts, statistic, seed=seed, resamples=resamples, level=level)
+
+
+def bleu_difference(
+    first: Texts,
+    second: Texts,
+    references: References,
+    *,
+    seed: int,
+    resamples: int = 1000,
+    level: float = 0.95,
+    **options: Any,
+) -> Interval:
+    """BLEU of `first` less that of `second`, two translations of the same sentences, with its paired interval.
+
+    Both are resampled at the same sentences, so that what is hard for both does not widen the interval. Arguments and
+    errors are those of `bleu_interval`.
+    """
+    counts, statistic = _bleu([first, second], references, options)
+    return bootstrap_difference(*counts, statistic, seed=seed, resamples=resamples, level=level)
+
+
+def chrf_interval(
+    hypotheses: Texts, references: References, *, seed: int, resamples: int = 1000, level: float = 0.95, **options: Any
+) -> Interval:
+    """`corpus_chrf`, with the percentile interval of the chrF of resampled corpora, in [0, 100].
+
+    Args:
+        options: those of `corpus_chrf`.
+
+    Raises:
+        ValueError: as `corpus_chrf` and `bootstrap_interval`; so also if there is no sentence.
+    """
+    (counts,), statistic = _chrf([hypotheses], references, options)
+    return bootstrap_interval(counts, statistic, seed=seed, resamples=resamples, level=level)
+
+
+def chrf_difference(
+    first: Texts,
+    second: Texts,
+    references: References,
+    *,
+    seed: int,
+    resamples: int = 1000,
+    level: float = 0.95,
+    **options: Any,
+) -> Interval:
+    """chrF of `first` less that of `second`, with its paired interval: `bleu_difference` of chrF."""
+    counts, statistic = _chrf([first, second], references, options)
+    return bootstrap_difference(*counts, statistic, seed=seed, resamples=resamples, level=level)
+
+
+def _bleu(systems: list[Texts], references: References, options: dict[str, Any]) -> tuple[list[np.ndarray], Callable]:
+    """The counts of each system, [sentence, 2 · order + 2], and the score of their sums."""
+    ratios, counting = _parted(options, BLEU_SCORE_OPTIONS)
+    counts = [
+        np.asarray([np.hstack(each) for each in bleu.count(hypotheses, references, **counting)], np.int64)
+        for hypotheses in systems
+    ]
+
+    def score(sums: np.ndarray) -> float:
+        matches, totals = np.split(sums[:-2], 2)
+        return bleu.score(bleu.BleuCounts(matches.tolist(), totals.tolist(), *sums[-2:].tolist()), **ratios)
+
+    return counts, _of_sums(score)
+
+
+def _chrf(systems: list[Texts], references: References, options: dict[str, Any]) -> tuple[list[np.ndarray], Callable]:
+    """The counts of each system, [sentence, order, 3], and the score of their sums."""
+    ratios, _ = _parted(options, CHRF_SCORE_OPTIONS)
+    counts = [chrf.count(hypotheses, references, **options) for hypotheses in systems]
+    return counts, _of_sums(lambda sums: chrf.score(sums, **ratios))
+
+
+def _parted(options: dict[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that are named, and the others."""
+    return tuple({name: options[name] for name in options if (name in names) == named} for named in (True, False))
+
+
+def _of_sums(score: Callable[[np.ndarray], float]) -> Callable[..., np.ndarray]:
+    """A statistic of resamples of counts, [resample, sentence, ...]."""
+
+    def statistic(samples: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray([score(sums) for sums in samples.sum(axis=axis)])
+
+    return statistic

@@ -1,0 +1,222 @@
+"""Number names of 0 to 999,999 in English and German, with the gold alignment of their words.
+
+A translation task whose answer and alignment are both known. German writes such a name as one word,
+"einundzwanzigtausend"; here a hyphen stands between its parts, "ein-und-zwanzig-tausend", so that every part is a word
+of its own: without the hyphens it is the German spelling. English has its usual spelling, without "and". All words keep
+their order but for the tens and units of 21 to 99, which change places: what attention has to learn.
+
+    >>> pair(21).source_text, pair(21).target_text, sorted(pair(21).sure)
+    ('twenty-one', 'ein-und-zwanzig', [(0, 2), (1, 0)])
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LIMIT = 1_000_000  # the first number without a name here
+
+_SMALL = {  # 0 to 19
+    "zero": "null",
+    "one": "eins",
+    "two": "zwei",
+    "three": "drei",
+    "four": "vier",
+    "five": "fünf",
+    "six": "sechs",
+    "seven": "sieben",
+    "eight": "acht",
+    "nine": "neun",
+    "ten": "zehn",
+    "eleven": "elf",
+    "twelve": "zwölf",
+    "thirteen": "dreizehn",
+    "fourteen": "vierzehn",
+    "fifteen": "fünfzehn",
+    "sixteen": "sechzehn",
+    "seventeen": "siebzehn",
+    "eighteen": "achtzehn",
+    "nineteen": "neunzehn",
+}
+_TENS = {  # 20 to 90
+    "twenty": "zwanzig",
+    "thirty": "dreißig",
+    "forty": "vierzig",
+    "fifty": "fünfzig",
+    "sixty": "sechzig",
+    "seventy": "siebzig",
+    "eighty": "achtzig",
+    "ninety": "neunzig",
+}
+_ENGLISH_SMALL, _GERMAN_SMALL = tuple(_SMALL), tuple(_SMALL.values())
+_ENGLISH_TENS, _GERMAN_TENS = tuple(_TENS), tuple(_TENS.values())
+
+ENGLISH_WORDS = (*_ENGLISH_SMALL, *_ENGLISH_TENS, "hundred", "thousand")
+GERMAN_WORDS = (*_GERMAN_SMALL, "ein", "und", *_GERMAN_TENS, "hundert", "tausend")
+
+Links = frozenset[tuple[int, int]]
+
+
+class NumberPair(NamedTuple):
+    """A number's English (source) and German (target) words, and the gold links (source index, target index).
+
+    `sure` has one link for each English word, to the German word of the same meaning. German "und" translates nothing,
+    so no sure link reaches it; it joins a unit and a ten, and `possible` has its links to both besides all sure ones.
+    These are the S and P of the alignment error rate 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|) (Och and Ney 2003): an
+    attention row for "und" sums to 1 like any other and must fall somewhere, and is not wrong on either.
+    """
+
+    number: int
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    sure: Links
+    possible: Links
+
+    @property
+    def source_text(self) -> str:
+        """The English spelling, "three hundred twenty-one"."""
+        return join_english(self.source)
+
+    @property
+    def target_text(self) -> str:
+        """The German spelling with hyphens between its words, "drei-hundert-ein-und-zwanzig"."""
+        return join_german(self.target)
+
+
+def pair(number: int) -> NumberPair:
+    """Both names of a number and their alignment.
+
+    Raises:
+        ValueError: if the number is not a whole number from 0 to 999,999.
+    """
+    number = _checked(number)
+    if number == 0:
+        return NumberPair(0, *_word(0, last=True))
+    thousands, rest = divmod(number, 1000)
+    pieces = [_below_thousand(thousands, last=False), _named("thousand", "tausend")] if thousands else []
+    return NumberPair(number, *_concatenated([*pieces, _below_thousand(rest, last=True)]))
+
+
+def join_english(words: Sequence[str]) -> str:
+    """English words as they are written: a hyphen between a ten and a unit, else spaces."""
+    text = ""
+    for before, word in zip(("", *words), words, strict=False):
+        hyphen = before in _ENGLISH_TENS and word in _ENGLISH_SMALL[1:10]
+        text += ("-" if hyphen else " " if text else "") + word
+    return text
+
+
+def join_german(words: Sequence[str]) -> str:
+    """German words with hyphens between them."""
+    return "-".join(words)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a name in either language: what stands between spaces and hyphens."""
+    return text.replace("-", " ").split()
+
+
+def english_lengths(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """How many words the English name of each number has, 1 to 9."""
+    table = np.asarray([len(_below_thousand(n, last=True).source) for n in range(1000)])
+    thousands, rest = np.divmod(np.asarray(numbers), 1000)
+    return np.maximum(table[thousands] + (thousands > 0) + table[rest], 1)
+
+
+class Split(NamedTuple):
+    """Numbers to train on and numbers held out, each in rising order; no number is in both."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def split(*, per_length: int = 200, share: float = 0.1, seed: int = 0) -> Split:
+    """All numbers, of which so many of each English length are held out: `per_length`, at most this share of them.
+
+    Uniform draws would hardly ever hold out a short name: 90 per cent of all numbers have 7 words or more. Zero is
+    never held out, as nothing else is called so.
+
+    Raises:
+        ValueError: if `per_length` is below 1, or `share` so small or large that a length is missing on either side.
+    """
+    if per_length < 1 or not 0 < share < 1:
+        raise ValueError(f"per_length must be at least 1 and share in (0, 1), but are {per_length} and {share}.")
+    lengths, rng, held_out = english_lengths(np.arange(LIMIT)), np.random.default_rng(seed), []
+    for length in range(1, lengths.max() + 1):
+        numbers = np.flatnonzero(lengths == length)
+        numbers = numbers[numbers > 0]
+        count = min(per_length, int(share * len(numbers)))
+        if not 0 < count < len(numbers):
+            raise ValueError(f"share {share} holds out {count} of the {len(numbers)} names of {length} words.")
+        held_out.append(rng.choice(numbers, count, replace=False))
+    held_out = np.sort(np.concatenate(held_out))
+    return Split(np.setdiff1d(np.arange(LIMIT), held_out, assume_unique=True), held_out)
+
+
+# Pieces: some words of both languages and the links among them --------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    source: tuple[str, ...] = ()
+    target: tuple[str, ...] = ()
+    sure: Links = frozenset()
+    possible: Links = frozenset()
+
+
+def _named(english: str, german: str) -> _Piece:
+    """One word that means the other."""
+    link = frozenset({(0, 0)})
+    return _Piece((english,), (german,), link, link)
+
+
+def _word(number: int, *, last: bool) -> _Piece:
+    """0 to 19: "eins" ends a name, "ein" stands before another word."""
+    return _named(_ENGLISH_SMALL[number], "ein" if number == 1 and not last else _GERMAN_SMALL[number])
+
+
+@functools.cache  # every name is put together of these
+def _below_thousand(number: int, *, last: bool) -> _Piece:
+    """1 to 999 as they are said before "thousand" and, with `last`, at the end; nothing of 0."""
+    hundreds, rest = divmod(number, 100)
+    pieces = [_word(hundreds, last=False), _named("hundred", "hundert")] if hundreds else []
+    if 0 < rest < 20:
+        pieces.append(_word(rest, last=last))
+    elif rest:
+        pieces.append(_tens(*divmod(rest, 10)))
+    return _concatenated(pieces)
+
+
+def _tens(tens: int, unit: int) -> _Piece:
+    """20 to 99: "twenty-one" is "ein-und-zwanzig"."""
+    english, german = _ENGLISH_TENS[tens - 2], _GERMAN_TENS[tens - 2]
+    if unit == 0:
+        return _named(english, german)
+    ((unit_english,), (unit_german,), *_) = _word(unit, last=False)
+    sure = frozenset({(0, 2), (1, 0)})
+    return _Piece((english, unit_english), (unit_german, "und", german), sure, sure | {(0, 1), (1, 1)})
+
+
+def _concatenated(pieces: Sequence[_Piece]) -> _Piece:
+    """The pieces in one row, with their links where the words now are."""
+    whole = _Piece()
+    for piece in pieces:
+        at, to = len(whole.source), len(whole.target)
+        sure, possible = ({(i + at, j + to) for i, j in links} for links in piece[2:])
+        whole = _Piece(
+            whole.source + piece.source, whole.target + piece.target, whole.sure | sure, whole.possible | possible
+        )
+    return whole
+
+
+def _checked(number: int) -> int:
+    try:
+        whole = operator.index(number)
+    except TypeError:
+        whole = -1
+    if not 0 <= whole < LIMIT:
+        raise ValueError(f"a number must be a whole one from 0 to {LIMIT - 1:,}, but is {number!r}.")
+    return whole
