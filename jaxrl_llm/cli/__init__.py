@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxrl_llm.cli.attention import Attention
 from jaxrl_llm.cli.compare import Compare
 from jaxrl_llm.cli.generate import Generate
 from jaxrl_llm.cli.tree import SearchTree
@@ -15,6 +16,7 @@ Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Compare, tyro.conf.subcommand("decode-compare")]
     | Annotated[SearchTree, tyro.conf.subcommand("tree")]
+    | Annotated[Attention, tyro.conf.subcommand("attention")]
 )
 
 
