@@ -20,7 +20,6 @@ runtime.set_up()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import optax  # noqa: E402
 import tyro  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -35,6 +34,8 @@ from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP  # noqa: E402
 from jaxrl_llm.language_model import Params  # noqa: E402
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from jaxrl_llm.training import pretrain  # noqa: E402
+from jaxrl_llm.training.optimizers import muon  # noqa: E402
+from jaxrl_llm.training.run_log import RunLog  # noqa: E402
 
 EMBEDDED = Path(models.__file__).parent / "embedded" / "tiny-gpt2"
 NGRAM_ORDERS = (2, 3, 4, 5)
@@ -66,34 +67,6 @@ class Config:
 PRESETS = {"quick": Config(), "full": Config(train=True)}
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-    """Muon on the weight matrices, Adam on embeddings, norms and biases; warm-up, plateau, linear decay to 0."""
-
-    def is_matrix(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-    def dimension_numbers(params: Params) -> Params:
-        return jax.tree.map(lambda matrix: optax.contrib.MuonDimensionNumbers() if matrix else None, is_matrix(params))
-
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
-            optax.constant_schedule(config.learning_rate),
-            optax.linear_schedule(config.learning_rate, 0.0, config.decay_steps),
-        ],
-        [config.warmup_steps, config.steps - config.decay_steps],
-    )
-    muon = optax.contrib.muon(
-        schedule,
-        adam_b2=0.95,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=is_matrix,
-        muon_weight_dimension_numbers=dimension_numbers,
-        consistent_rms=0.2,  # updates of the size that Adam's would have, so that one learning rate serves both
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), muon)
-
-
 def trained_tokenizer(config: Config, documents: list[corpus.Document]) -> Tokenizer:
     """The run's tokenizer, trained once."""
     path = config.work_dir / "tokenizer.json"
@@ -116,7 +89,13 @@ def train(config: Config) -> None:
     lm = GPT2(GPT2Config(**sizes))
     state = pretrain.fit(
         lm,
-        optimizer(config),
+        muon(
+            config.learning_rate,
+            steps=config.steps,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.decay_steps,
+            weight_decay=config.weight_decay,
+        ),
         data,
         key=jax.random.key(config.seed),
         steps=config.steps,
@@ -133,7 +112,7 @@ def train(config: Config) -> None:
     sample = held_out_sample(held_out)
     record = {
         "config": {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)},
-        "log": pretrain.RunLog(config.work_dir / "log.jsonl").rows(),
+        "log": RunLog(config.work_dir / "log.jsonl").rows(),
         "train_tokens": len(data),
         "train_bytes": sum(len(document.text.encode()) for document in documents),
         "held_out": evaluate(loaded, tokenizer, data, held_out),

@@ -21,7 +21,7 @@ FLOORS = [
     {"tabular"},
     {"oracle", "models"},
     {"decoding"},
-    {"training"},
+    {"training", "translation"},
     {"analysis"},
     {"plots"},
     {"cli"},

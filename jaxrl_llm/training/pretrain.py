@@ -1,32 +1,20 @@
-"""Next-token pretraining: the loss, one donated optimiser step, a run that can be resumed, held-out evaluation."""
+"""Next-token pretraining: the loss, the batches, a run that can be resumed, held-out evaluation."""
 
 from __future__ import annotations
 
-import functools
-import time as clock
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.run_log import RunLog
-
-
-class TrainState(NamedTuple):
-    """All that a run is: parameters, optimiser state, steps done."""
-
-    params: Params
-    opt_state: optax.OptState
-    step: Int[Array, ""]
+from jaxrl_llm.training import loop
+from jaxrl_llm.training.loop import TrainState
 
 
 def next_token_log_probs(
@@ -50,17 +38,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Int[Array, "total"], Array], tuple[TrainState, Float[Array, ""]]]:
     """One jitted step `(state, data, key) -> (state, loss)`; the state is donated, key and step choose the batch."""
 
-    def loss_fn(params: Params, tokens: Array) -> Array:
+    def loss(params: Params, step: Array, data: Array, key: Array) -> Array:
+        tokens = random_windows(jax.random.fold_in(key, step), data, batch_size, time + 1)
         return -next_token_log_probs(lm, params, tokens).mean()
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, data: Array, key: Array) -> tuple[TrainState, Array]:
-        tokens = random_windows(jax.random.fold_in(key, state.step), data, batch_size, time + 1)
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
-
-    return train_step
+    return loop.make_step(loss, optimizer)
 
 
 def fit(
@@ -76,40 +58,23 @@ def fit(
     evaluate: Callable[[Params], float],
     evaluate_every: int,
 ) -> TrainState:
-    """Train for `steps` steps in `folder`, or go on from the last checkpoint there, with a progress bar.
-
-    Every `evaluate_every` steps and at the end it writes a checkpoint and a line of `log.jsonl`: step, tokens, mean
-    training loss since the last line, `evaluate(params)` (both in nats a token), seconds. A resumed run ends with the
-    same parameters as an uninterrupted one.
+    """Train for `steps` steps in `folder`, or go on from the last checkpoint there, as `loop.run` does.
 
     Raises:
         FloatingPointError: if the loss is not finite; the last checkpoint stays.
     """
     params_key, batch_key = jax.random.split(key)
-    params = lm.init(params_key)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    checkpoints, log = Checkpoints(folder / "checkpoints"), RunLog(folder / "log.jsonl")
-    if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state)
-    done = int(state.step)
-    log.truncate(done)
     train_step = make_train_step(lm, optimizer, batch_size=batch_size, time=time)
-    data, losses, started = jnp.asarray(data), [], clock.perf_counter()
-    progress = tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="step")
-    for step in progress:
-        state, loss = train_step(state, data, batch_key)
-        losses.append(float(loss))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
-        if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss became {losses[-1]} at step {step}.")
-        if step % evaluate_every == 0 or step == steps:
-            row = {"loss": float(np.mean(losses)), "held_out_loss": evaluate(state.params)}
-            seconds = clock.perf_counter() - started
-            # The row first: a run that stops between the two drops it and does these steps again.
-            log.append(step=step, tokens=step * batch_size * time, **row, seconds=round(seconds, 1))
-            checkpoints.save(step, state)
-            losses, started = [], clock.perf_counter()
-    return state
+    data = jnp.asarray(data)
+    return loop.run(
+        loop.initial_state(lm.init(params_key), optimizer),
+        lambda state, step: train_step(state, data, batch_key),
+        steps=steps,
+        folder=folder,
+        tokens=lambda step: step * batch_size * time,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+    )
 
 
 def held_out_nats(

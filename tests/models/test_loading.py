@@ -548,8 +548,8 @@ def test_an_unknown_name_offline_is_one_sentence_after_one_attempt(monkeypatch):
         models.load("nobody/nothing")
     assert time.perf_counter() - started < 15
     assert str(error.value) == (
-        "'nobody/nothing' is neither a folder, a .gguf file nor a built-in model (tiny-gpt2, smollm2-135m-instruct), "
-        "and the Hugging Face hub, where it was looked for next, cannot be reached."
+        f"'nobody/nothing' is neither a folder, a .gguf file nor a built-in model ({', '.join(loading.EMBEDDED)}, "
+        "smollm2-135m-instruct), and the Hugging Face hub, where it was looked for next, cannot be reached."
     )
     (asked, _, options), (downloaded, _, local) = hub.calls
     assert (asked, downloaded) == ("model_info", "snapshot_download")

@@ -1,0 +1,226 @@
+"""Training on pairs: only targets count, padding changes nothing, it learns, and it resumes bit for bit."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.models import GPT2, T5, GPT2Config, T5Config
+from jaxrl_llm.training import loop, seq2seq
+from jaxrl_llm.training.run_log import RunLog
+
+VOCAB, EOS = 13, 1
+MODELS = {
+    "t5": T5(T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)),
+    "gpt2": GPT2(GPT2Config(vocab_size=VOCAB, n_positions=24, n_embd=16, n_layer=1, n_head=2)),
+}
+OPTIMIZER = optax.adam(1e-2)
+RNG = np.random.default_rng(0)
+SOURCES = [[*RNG.integers(3, VOCAB, length).tolist(), 2] for length in RNG.integers(1, 6, 40)]
+TARGETS = [[*reversed(source[:-1]), EOS] for source in SOURCES]  # the source read backwards
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request):
+    return MODELS[request.param]
+
+
+@functools.cache
+def initial(model, seed=0, factor=1.0):
+    return jax.tree.map(lambda leaf: factor * leaf, model.init(jax.random.key(seed)))
+
+
+loss_of = jax.jit(seq2seq.pair_loss, static_argnums=0)
+FIVE = [4, 4, 4, 2, 2]  # lengths of the sources below: two shapes, so that little is compiled
+PAIRS = [[*RNG.integers(3, VOCAB, length).tolist(), 2] for length in FIVE], [[5, 6, EOS]] * 3 + [[7, EOS]] * 2
+
+
+@functools.cache
+def alone(model):
+    """log p of each target token, in float64, of every pair by itself, without padding."""
+
+    @jax.jit
+    def logits(params, source, target):
+        if not isinstance(model, T5):
+            return model.apply(params, jnp.concatenate([source, target[:, :-1]], axis=1))[0][:, source.shape[1] - 1 :]
+        lm, given = model.start(params, source)
+        return lm.apply(given, jnp.concatenate([jnp.zeros((1, 1), int), target[:, :-1]], axis=1))[0]
+
+    rows = []
+    for source, target in zip(*PAIRS, strict=True):
+        z = np.asarray(logits(initial(model), jnp.asarray([source]), jnp.asarray([target]))[0], np.float64)
+        rows.append(z[np.arange(len(target)), target] - np.log(np.exp(z).sum(axis=-1)))
+    return rows
+
+
+# The loss -------------------------------------------------------------------------------------------------------------
+
+
+def test_log_probs_are_those_of_each_pair_alone(model):
+    batch = seq2seq.pad_pairs(*PAIRS, multiple=8)
+    log_probs = np.asarray(jax.jit(seq2seq.target_log_probs, static_argnums=0)(model, initial(model), batch))
+    assert log_probs.shape == batch.target.shape == (5, 8)
+    for row, expected in zip(log_probs, alone(model), strict=True):
+        np.testing.assert_allclose(row[: len(expected)], expected, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_target_tokens_with_their_end(model):
+    every = np.concatenate(alone(model))
+    assert len(every) == 13
+    loss = float(loss_of(model, initial(model), seq2seq.pad_pairs(*PAIRS, multiple=8)))
+    assert loss == pytest.approx(-every.mean(), abs=1e-5)
+
+
+def test_what_stands_at_padding_changes_neither_loss_nor_gradient(model):
+    batch = seq2seq.pad_pairs(*PAIRS, multiple=8)
+    other = batch._replace(
+        source=np.where(batch.source_mask, batch.source, 7), target=np.where(batch.target_mask, batch.target, 9)
+    )
+    assert (other.source != batch.source).any() and (other.target != batch.target).any()
+    value = jax.jit(jax.value_and_grad(lambda params, batch: seq2seq.pair_loss(model, params, batch)))
+    (loss, grads), (same, same_grads) = value(initial(model), batch), value(initial(model), other)
+    assert float(loss) == pytest.approx(float(same), abs=1e-6)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=0, atol=1e-6), grads, same_grads)
+
+
+def test_the_held_out_loss_weighs_tokens_and_not_batches(model):
+    """One pair of 3 target tokens, repeated to the shape of four others with 10."""
+    first = seq2seq.pad_pairs(PAIRS[0][:1], PAIRS[1][:1], multiple=8)
+    others = seq2seq.pad_pairs(*(side[1:] for side in PAIRS), multiple=8)
+    first = jax.tree.map(lambda leaf: np.repeat(leaf, 4, axis=0), first)
+    first = first._replace(target_mask=first.target_mask & (np.arange(4) == 0)[:, None])
+    measured = seq2seq.held_out_loss(model, [first, others])(initial(model))
+    assert measured == pytest.approx(-np.concatenate(alone(model)).mean(), abs=1e-5)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def test_sources_are_padded_on_the_left_and_targets_on_the_right():
+    batch = seq2seq.pad_pairs([[5], [6, 7]], [[8, 9, 1], [1]], multiple=4, pad_id=3)
+    np.testing.assert_array_equal(batch.source, [[3, 3, 3, 5], [3, 3, 6, 7]])
+    np.testing.assert_array_equal(batch.target, [[8, 9, 1, 3], [1, 3, 3, 3]])
+    np.testing.assert_array_equal(batch.source_mask, [[0, 0, 0, 1], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(batch.target_mask, [[1, 1, 1, 0], [1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "said"),
+    [
+        ([], [], "each source needs its target, but there are 0 and 0"),
+        ([[1]], [[1], [1]], "each source needs its target, but there are 1 and 2"),
+        ([[1], []], [[1], [1]], "a source or a target is empty"),
+        ([[1], [1]], [[1], []], "a source or a target is empty"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(sources, targets, said):
+    with pytest.raises(ValueError, match=said):
+        seq2seq.pad_pairs(sources, targets)
+
+
+def test_an_epoch_has_every_pair_once_in_an_order_of_its_own():
+    epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=8, seed=3, pool=2)
+    assert epochs.steps_per_epoch == 5
+    first, second = (np.concatenate([epochs.rows(step) for step in range(a, a + 5)]) for a in (0, 5))
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first.tolist() != second.tolist()
+    assert seq2seq.Epochs(SOURCES, TARGETS, batch_size=8, seed=4, pool=2).rows(0).tolist() != epochs.rows(0).tolist()
+
+
+def test_a_batch_is_a_function_of_its_step():
+    epochs, again = (seq2seq.Epochs(SOURCES, TARGETS, batch_size=6, seed=3) for _ in range(2))
+    for step in (9, 0, 14, 3):
+        jax.tree.map(np.testing.assert_array_equal, epochs(step), again(step))
+    rows = epochs.rows(3)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        epochs(3),
+        seq2seq.pad_pairs([SOURCES[row] for row in rows], [TARGETS[row] for row in rows], multiple=8),
+    )
+
+
+def test_pools_save_padding():
+    lengths = [max(map(len, pair)) for pair in zip(SOURCES, TARGETS, strict=True)]
+
+    def wasted(pool):
+        epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=4, seed=0, pool=pool)
+        return sum(max(lengths[row] for row in epochs.rows(step)) for step in range(epochs.steps_per_epoch))
+
+    assert wasted(10) < wasted(1)
+
+
+def test_target_tokens_are_counted():
+    epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=6, seed=3)
+    assert epochs.tokens(0) == 0
+    assert epochs.tokens(9) == sum(int(epochs(step).target_mask.sum()) for step in range(9))
+
+
+@pytest.mark.parametrize("batch_size", [0, 41])
+def test_a_batch_size_that_does_not_fit_is_refused(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be from 1 to the 40 pairs, but is {batch_size}"):
+        seq2seq.Epochs(SOURCES, TARGETS, batch_size=batch_size, seed=0)
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def fit(model, folder: Path, *, steps, evaluate=lambda params: 0.5, seed=0):
+    epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=8, seed=0, multiple=8)
+    step = seq2seq.make_pair_step(model, OPTIMIZER)
+    return loop.run(
+        loop.initial_state(model.init(jax.random.key(seed)), OPTIMIZER),
+        lambda state, done: step(state, epochs(done)),
+        steps=steps,
+        folder=folder,
+        tokens=epochs.tokens,
+        evaluate=evaluate,
+        evaluate_every=20,
+    )
+
+
+class Crash(Exception):
+    """What happens to a run in the night."""
+
+
+def test_it_learns_and_a_resumed_run_ends_with_the_same_bits(model, tmp_path):
+    whole = fit(model, tmp_path / "whole", steps=60)
+    rows = RunLog(tmp_path / "whole" / "log.jsonl").rows()
+    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert rows[-1]["loss"] < 0.75 * rows[0]["loss"], "a mean over 20 steps, from log 13 = 2.6 or worse"
+    assert rows[0]["tokens"] == seq2seq.Epochs(SOURCES, TARGETS, batch_size=8, seed=0).tokens(20)
+    calls = []
+
+    def evaluate(params):
+        calls.append(params)
+        if len(calls) == 2:
+            raise Crash
+        return 0.5
+
+    with pytest.raises(Crash):
+        fit(model, tmp_path / "resumed", steps=60, evaluate=evaluate)
+    resumed = fit(model, tmp_path / "resumed", steps=60)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    again = RunLog(tmp_path / "resumed" / "log.jsonl").rows()
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = MODELS["t5"]
+    state = loop.initial_state(initial(model, factor=jnp.inf), OPTIMIZER)
+    step = seq2seq.make_pair_step(model, OPTIMIZER)
+    batch = seq2seq.pad_pairs(SOURCES[:8], TARGETS[:8], multiple=8)
+    with pytest.raises(FloatingPointError, match="the loss became nan at step 1"):
+        loop.run(
+            state,
+            lambda state, done: step(state, batch),
+            steps=3,
+            folder=tmp_path,
+            tokens=lambda steps: steps,
+            evaluate=lambda params: 0.0,
+            evaluate_every=2,
+        )
+    assert not RunLog(tmp_path / "log.jsonl").rows()
