@@ -1,10 +1,13 @@
 """Attention maps: what is drawn where, and that any token can be written beside it."""
 
+import json
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from figures import _results, attention_maps
 from jaxrl_llm.plots import attention, attention_measures, style
 from jaxrl_llm.plots.text import token_label
 from tests.plots.test_trees import NASTY, assert_legible
@@ -138,3 +141,8 @@ def test_measures_are_drawn_where_they_are():
     assert [line.get_ydata()[0] for line in marked] == [0.1]
     assert [text.get_text() for text in second.texts] == ["10.0%", "layer 0", "layer 1"]
     assert sum(bar.get_width() for bar in third.patches) == pytest.approx(2)
+
+
+def test_labels_of_the_whole_figure_do_not_overlap():
+    results = json.loads((_results.RESULTS / "attention_maps.json").read_text(encoding="utf-8"))
+    assert_legible(attention_maps.draw(results))
