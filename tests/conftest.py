@@ -13,12 +13,28 @@ import scipy.stats  # noqa: E402
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from jaxrl_llm.models.llama import Llama, LlamaConfig  # noqa: E402
+from jaxrl_llm.models.t5 import T5, T5Given  # noqa: E402
+from jaxrl_llm.models.t5_layers import T5Config  # noqa: E402
 from jaxrl_llm.tabular import TabularLM  # noqa: E402
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
 
 VOCAB, CONTEXT = 23, 42
+TINY_T5 = T5(
+    T5Config(
+        vocab_size=VOCAB,
+        d_model=16,
+        d_kv=6,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+)
 TINY = {
     "gpt2": GPT2(GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2)),
     "llama": Llama(
@@ -35,12 +51,16 @@ TINY = {
             tie_word_embeddings=False,
         )
     ),
+    "t5": T5Given(TINY_T5.config, num_sources=1),
     "tabular": TabularLM(vocab_size=3, horizon=8),
 }
 
 
 def random_params(lm, seed=0, *, dtype=jnp.float32):
-    """Every parameter random, biases and norms too, and logits far from uniform."""
+    """Every parameter random, biases and norms too, and logits far from uniform; of a given T5, sources too."""
+    if isinstance(lm, T5Given):
+        t5, source = T5(lm.config), np.random.default_rng(seed).integers(0, lm.vocab_size, (lm.num_sources, 7))
+        return t5.start(random_params(t5, seed, dtype=dtype), jnp.asarray(source)).params
     if isinstance(lm, TabularLM):
         logits = np.random.default_rng(seed).normal(size=(lm.num_prefixes, lm.vocab_size))
         return {"logits": jnp.asarray(1.5 * logits, dtype)}
@@ -48,7 +68,8 @@ def random_params(lm, seed=0, *, dtype=jnp.float32):
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         noise = np.random.default_rng([seed, *name.encode()]).normal(size=leaf.shape)
-        values = 1 + 0.2 * noise if "scale" in name else 0.2 * noise if "bias" in name else 0.5 * noise
+        std = 0.3 if isinstance(lm, T5) else 0.5  # its attention logits are not scaled down
+        values = 1 + 0.2 * noise if "scale" in name else 0.2 * noise if "'bias'" in name else std * noise
         return jnp.asarray(values, dtype)
 
     return jax.tree_util.tree_map_with_path(draw, lm.abstract_params)

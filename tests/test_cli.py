@@ -122,6 +122,7 @@ def test_help_answers_in_under_a_second_without_jax():
         ),
         ("tree", ["--model", "--depth", "--branching", "--select", "--out"]),
         ("attention", ["--model", "--kind", "--layer", "--head", "--target", "--links", "--out"]),
+        ("translate", ["--model", "--file", "--num-beams", "--length-penalty", "--max-new-tokens", "--prefix"]),
     ],
 )
 def test_help_of_a_command_names_its_options(run, command, options):
@@ -398,6 +399,54 @@ def test_a_reader_that_has_seen_enough_is_no_error(run, monkeypatch):
     monkeypatch.setattr(cli.Generate, "run", closed)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert run("generate", "x") == (0, "", "")
+
+
+# translate ------------------------------------------------------------------------------------------------------------
+
+
+def test_translate_a_number_name_by_the_embedded_model(run):
+    assert run("translate", "twenty-one") == (0, "ein-und-zwanzig\n", "")
+    beams = ("--num-beams", 3, "--length-penalty", 0.5)
+    assert run("translate", "three hundred twenty-one", *beams) == (0, "drei-hundert-ein-und-zwanzig\n", "")
+
+
+def test_sentences_come_from_a_file_or_standard_input_and_keep_their_lines(run, tmp_path):
+    lines, expected = "forty-two\n\nSeven\n", "zwei-und-vierzig\n\nsieben\n"
+    (tmp_path / "numbers.txt").write_text(lines)
+    assert run("translate", "--file", tmp_path / "numbers.txt") == (0, expected, "")
+    assert run("translate", "-", stdin=lines) == (0, expected, "")
+    assert run("translate", "--batch-size", 1, stdin=lines) == (0, expected, "")
+
+
+def test_a_decoder_only_model_continues_the_prompt_form_to_the_end_of_the_line(run, model):
+    """Prefix, sentence and suffix, by default a line break; of the continuation the first line is printed."""
+    options = ("--model", model, "--max-new-tokens", 6)
+    for given, form in (((), "the cat\n"), (("--prefix", "mat: ", "--suffix", " ="), "mat: the cat =")):
+        line = continuation(model, form, length=6, greedy=True).strip().split("\n")[0].strip()
+        assert run("translate", "the cat", *options, *given) == (0, f"{line}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["hello world"], "the model's tokenizer knows no word of 'hello world'"),
+        (["one", "--num-beams", "0"], "--num-beams must be at least 1, but is 0"),
+        (["one", "--length-penalty", "2"], "--length-penalty ranks beams: it needs --num-beams of 2 or more"),
+        (["one", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, but is 0"),
+        (["one", "--batch-size", "0"], "batch_size must be at least 1, but is 0"),
+        (["one", "--file", "nowhere.txt"], "give either a text or --file, not both"),
+        (["--file", "nowhere.txt"], "nowhere.txt"),
+        (["  "], "there is nothing to translate in the text"),
+        (["-"], "there is nothing to translate in standard input"),
+        (["one", "--model", "./nowhere"], "there is no folder or .gguf file ./nowhere"),
+    ],
+)
+def test_a_wrong_translation_is_one_line(run, arguments, said):
+    assert_one_line(run("translate", *arguments, stdin="\n"), said)
+
+
+def test_a_terminal_is_not_waited_for_by_translate(run):
+    assert_one_line(run("translate", stdin=Terminal("one")), 'or lines on standard input ("-")')
 
 
 # attention ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import tyro
 from jaxrl_llm.cli.attention import Attention
 from jaxrl_llm.cli.compare import Compare
 from jaxrl_llm.cli.generate import Generate
+from jaxrl_llm.cli.translate import Translate
 from jaxrl_llm.cli.tree import SearchTree
 
 Command = (
@@ -17,6 +18,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("decode-compare")]
     | Annotated[SearchTree, tyro.conf.subcommand("tree")]
     | Annotated[Attention, tyro.conf.subcommand("attention")]
+    | Annotated[Translate, tyro.conf.subcommand("translate")]
 )
 
 

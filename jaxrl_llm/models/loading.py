@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, gguf_file, huggingface
+from jaxrl_llm.models import families, gguf_file, huggingface, sentencepiece_file
 from jaxrl_llm.models.network import Network
 
 EMBEDDED = ("tiny-gpt2", "tiny-t5")
@@ -150,9 +150,14 @@ def _load_gguf(path: Path, dtype: Any) -> Loaded:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, by transformers and without the network; None if it has no tokenizer files."""
+    """The folder's tokenizer, by transformers and without the network; None if it has no tokenizer files.
+
+    A `spiece.model` alone is read by ourselves.
+    """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return sentencepiece_file.load(folder)
     runtime.quiet_transformers()
     from transformers import AutoTokenizer
 

@@ -431,7 +431,8 @@ def test_a_model_that_repeats_is_drafted_by_look_up():
 
 
 def test_what_remembers_by_slot_is_told_from_its_shapes():
-    assert rewinding.remembers_by_slot(TINY["gpt2"]) and rewinding.remembers_by_slot(TINY["llama"])
+    assert all(rewinding.remembers_by_slot(TINY[name]) for name in ("gpt2", "llama", "t5"))
+    assert rewinding.remembers_by_slot(dataclasses.replace(TINY["t5"], num_sources=3))
     assert not rewinding.remembers_by_slot(TINY["tabular"])
 
 
@@ -445,7 +446,7 @@ def test_rewinding_forgets_in_both_ways():
         exact = lm.apply(params, tokens, before, mask=kept)[1]
         return [(cache.valid, lm.apply(params, tokens[:, :1], cache)[0]) for cache in (after, exact)]
 
-    for lm in (TINY["gpt2"], TINY["tabular"]):
+    for lm in (TINY["gpt2"], TINY["t5"], TINY["tabular"]):
         (valid, found), (exactly_valid, exact) = jax.jit(both_ways, static_argnums=0)(lm, random_params(lm))
         np.testing.assert_array_equal(valid, exactly_valid)
         np.testing.assert_allclose(found, exact, atol=1e-5)

@@ -15,6 +15,9 @@ def test_training_names_are_drawn_by_length_and_never_held_out():
     words = [int(row.sum()) - 1 for step in range(4) for row in batches(step).source_mask]
     assert set(words) == set(range(1, 10))
     np.testing.assert_array_equal(batches(3).source, train_t5.Names(split.train, batch_size=64, seed=0)(3).source)
+    assert [batches.tokens(steps) for steps in (3, 1, 4)] == [
+        sum(int(batches(step).target_mask.sum()) for step in range(steps)) for steps in (3, 1, 4)
+    ]
     texts = {tuple(row[kept]) for batch in map(batches, range(4)) for row, kept in zip(*batch[:2], strict=True)}
     held_out = train_t5.encoded(split.held_out)
     assert not texts & {tuple(row[kept]) for row, kept in zip(*held_out[:2], strict=True)}

@@ -15,6 +15,7 @@ from tests.conftest import TINY, random_params
 DEEPER = {  # what a layer writes into its memory depends on what the layer below read from its own
     "gpt2": GPT2(dataclasses.replace(TINY["gpt2"].config, n_layer=2)),
     "llama": Llama(dataclasses.replace(TINY["llama"].config, num_hidden_layers=2)),
+    "t5": TINY["t5"],
     "tabular": TINY["tabular"],
 }
 
@@ -31,7 +32,7 @@ apply = jax.jit(lambda lm, params, tokens, cache, mask: lm.apply(params, tokens,
 
 @pytest.fixture(params=DEEPER)
 def any_model(request):
-    """Each of the three families: the model and its parameters."""
+    """Each of the families: the model and its parameters."""
     return DEEPER[request.param], random_params(DEEPER[request.param])
 
 

@@ -1,0 +1,82 @@
+"""`jaxrl-llm translate`: sentences by a T5 or a decoder-only model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jaxrl_llm.cli.prompts import require_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Translate:
+    """Translate a sentence. Several come from a file or standard input, one a line, and leave as many lines."""
+
+    text: tyro.conf.Positional[str | None] = None
+    """The sentence; without it, and without --file, or as "-", lines are read from standard input."""
+    file: Path | None = None
+    """A file of sentences, one a line."""
+    model: str = "tiny-t5"
+    """A folder, tiny-t5 (English to German number names), or a name on the Hugging Face hub."""
+    num_beams: int = 1
+    """Hypotheses of the search; 1 is greedy decoding."""
+    length_penalty: float = 1.0
+    """Beams are ranked by log p divided by their length to this power."""
+    max_new_tokens: int = 64
+    """The most tokens of a translation."""
+    prefix: str | None = None
+    """Before each sentence, as "translate English to German: "; by default what the model's config.json says."""
+    suffix: str | None = None
+    """Behind each sentence; of decoder-only models a line break, if config.json says nothing."""
+    batch_size: int = 32
+    """Sentences that are translated at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters."""
+
+    def run(self) -> None:
+        """Print the translations, one a line; a line without text stays one."""
+        lines = read_lines(self.text, self.file)
+        if self.num_beams < 1:
+            raise ValueError(f"--num-beams must be at least 1, but is {self.num_beams}.")
+        if self.num_beams == 1 and self.length_penalty != 1:
+            raise ValueError("--length-penalty ranks beams: it needs --num-beams of 2 or more.")
+        from jaxrl_llm import models
+        from jaxrl_llm.translation import Form, translate
+
+        loaded = models.load(self.model, dtype=self.dtype)
+        require_tokenizer(loaded, self.model)
+        sentences = [line for line in lines if line.strip()]
+        found = iter(
+            translate(
+                loaded,
+                sentences,
+                form=Form.of(loaded, prefix=self.prefix, suffix=self.suffix),
+                num_beams=self.num_beams,
+                length_penalty=self.length_penalty,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+            )
+        )
+        for line in lines:
+            print(next(found).replace("\n", " ") if line.strip() else "")
+
+
+def read_lines(text: str | None, file: Path | None) -> list[str]:
+    """One sentence, or the lines of a file or of standard input."""
+    if text is not None and file is not None:
+        raise ValueError("give either a text or --file, not both.")
+    if text not in (None, "-"):
+        lines, where = [text], "the text"
+    elif file is not None:
+        lines, where = file.read_text(encoding="utf-8").splitlines(), str(file)
+    elif text is None and sys.stdin.isatty():
+        raise ValueError('give a text, a file with --file, or lines on standard input ("-").')
+    else:
+        lines, where = sys.stdin.read().splitlines(), "standard input"
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"there is nothing to translate in {where}.")
+    return lines

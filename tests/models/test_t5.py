@@ -1,0 +1,435 @@
+"""T5 as a function: its buckets, its sizes, what may and may not change its logits, and its attention weights."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrl_llm.decoding import beam_search, generate
+from jaxrl_llm.decoding.beam import search
+from jaxrl_llm.decoding.generate import decode
+from jaxrl_llm.models.t5 import T5, T5Given, _given
+from jaxrl_llm.models.t5_layers import T5Config, relative_buckets
+from jaxrl_llm.objectives.logprobs import token_log_probs
+from tests.conftest import TINY_T5, VOCAB, random_params
+
+VARIANTS = {
+    "gated and untied": TINY_T5,
+    "plain and tied": T5(
+        dataclasses.replace(
+            TINY_T5.config, feed_forward_proj="relu", tie_word_embeddings=True, num_decoder_layers=1, num_layers=3
+        )
+    ),
+}
+RNG = np.random.default_rng(3)
+LENGTHS = (9, 4, 7)
+SOURCE = RNG.integers(0, VOCAB, (3, 9))
+TARGET = RNG.integers(0, VOCAB, (3, 15))  # longer than the last bucket begins
+PADDING = {
+    "right": lambda length, width: np.arange(width) < length,
+    "left": lambda length, width: np.arange(width) >= width - length,
+    "between": lambda length, width: np.isin(np.arange(width), np.linspace(0, width - 1, length).round()),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    return VARIANTS[request.param], random_params(VARIANTS[request.param])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(t5, params, source, target, source_mask=None, target_mask=None):
+    lm, started = t5.start(params, source, source_mask)
+    return lm.apply(started, target, mask=target_mask)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def maps_of(t5, params, source, target, source_mask=None, target_mask=None):
+    return t5.attention(params, source, target, source_mask=source_mask, target_mask=target_mask)
+
+
+@functools.cache
+def alone(name):
+    """The logits of each row by itself, without padding."""
+    t5 = VARIANTS[name]
+    params = random_params(t5)
+    rows = zip(SOURCE, TARGET, LENGTHS, strict=True)
+    return [np.asarray(logits_of(t5, params, source[None, :n], target[None, : n + 3]))[0] for source, target, n in rows]
+
+
+def spread(rows, lengths, width, side):
+    """The first so many tokens of each row, among padding, and the mask."""
+    tokens = np.random.default_rng(5).integers(0, VOCAB, (len(rows), width))
+    mask = np.stack([PADDING[side](length, width) for length in lengths])
+    assert (mask.sum(axis=1) == lengths).all()
+    for row, valid, own, length in zip(tokens, mask, rows, lengths, strict=True):
+        row[valid] = own[:length]
+    return tokens, mask
+
+
+# Relative positions ---------------------------------------------------------------------------------------------------
+
+
+def bucket(relative, *, num_buckets, max_distance, bidirectional):
+    """Of one relative position, in whole numbers: bucket E + j begins where (n / E)^(B − E) ≥ (max_distance / E)^j."""
+    ahead = 0
+    if bidirectional:
+        num_buckets //= 2
+        ahead = num_buckets if relative > 0 else 0
+    distance = abs(relative) if bidirectional else max(-relative, 0)
+    exact = num_buckets // 2
+    if distance < exact:
+        return ahead + distance
+    wide, power = 0, num_buckets - exact
+    while distance**power * exact ** (wide + 1) >= exact**power * max_distance ** (wide + 1):
+        wide += 1
+    return ahead + min(exact + wide, num_buckets - 1)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@given(num_buckets=st.integers(4, 40), further=st.integers(1, 150))
+def test_buckets_are_those_of_the_definition(bidirectional, num_buckets, further):
+    sizes = {"num_buckets": num_buckets, "max_distance": num_buckets // 2 + further, "bidirectional": bidirectional}
+    positions = range(-sizes["max_distance"], sizes["max_distance"] + 1)
+    assert relative_buckets(**sizes).tolist() == [bucket(each, **sizes) for each in positions]
+
+
+def test_buckets_of_the_published_models():
+    """32 of them up to distance 128: the last begins at 128 in the decoder's 16 wide ones, at 91 in the encoder's 8."""
+    encoder = relative_buckets(num_buckets=32, max_distance=128, bidirectional=True)
+    decoder = relative_buckets(num_buckets=32, max_distance=128, bidirectional=False)
+    assert encoder[128] == decoder[128] == 0
+    assert (encoder[128 - 7 : 128][::-1] == np.arange(1, 8)).all() and (encoder[129:136] == np.arange(17, 24)).all()
+    assert (decoder[129:] == 0).all() and (decoder[128 - 15 : 128][::-1] == np.arange(1, 16)).all()
+    assert set(encoder) == set(range(32)) - {16} and set(decoder) == set(range(32))  # 16 would be a distance ahead of 0
+    assert (encoder[0], encoder[37], encoder[38], encoder[256]) == (15, 15, 14, 31)
+    assert (decoder[0], decoder[15], decoder[16]) == (31, 31, 30)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_far_positions_are_told_apart_up_to_the_maximum_distance_only(name):
+    """A token moved further away changes nothing, once it is further than the maximum distance."""
+    t5 = VARIANTS[name]
+    params, encode = random_params(t5), jax.jit(t5.encode)
+    stack = t5.merge(params).encoder
+    keys = jnp.asarray([[0, 4, 11, 12, 13, 40, 10**6]])
+    bias = np.asarray(stack.bias(jnp.asarray([[0]]), keys))[0, :, 0]
+    assert (bias[:, 3:] == bias[:, 3:4]).all() and (bias[:, 0] != bias[:, 1]).all()
+    assert encode(params, jnp.asarray(SOURCE)).shape == (3, 9, 16)
+
+
+# Sizes and initial parameters -----------------------------------------------------------------------------------------
+
+V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (T5Config(), 60_506_624),  # t5-small, t5-base, flan-t5-small and flan-t5-base, as published
+        (T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12), 222_903_552),
+        (T5Config(d_ff=1024, num_layers=8, num_heads=6, **V11), 76_961_152),
+        (T5Config(d_model=768, num_layers=12, num_heads=12, **V11), 247_577_856),
+    ],
+)
+def test_the_number_of_parameters_is_the_published_one(config, count):
+    assert T5(config).num_params() == count
+
+
+def test_it_starts_as_published():
+    config = T5Config(vocab_size=600, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=5, **V11)
+    leaves = jax.tree_util.tree_leaves_with_path(T5(config).init(jax.random.key(0)))
+    expected = {"q": (64 * 16) ** -0.5, "o": 80**-0.5, "wo": 96**-0.5, "shared": 1.0, "lm_head": 1.0}
+    for path, leaf in leaves:
+        module, kind = path[-2].key, path[-1].key
+        if kind == "scale":
+            np.testing.assert_array_equal(leaf, 1)
+        else:
+            std = expected.get(module, 64**-0.5)
+            assert np.std(leaf) == pytest.approx(std, rel=5 / math.sqrt(2 * leaf.size)), path
+    assert len(leaves) == 2 + 2 * 9 + 1 + 2 * 14 + 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_heads": 0}, "num_heads must be a positive integer, but is 0"),
+        ({"decoder_start_token_id": -1}, "decoder_start_token_id must be a token id, 0 or above, but is -1"),
+        ({"decoder_start_token_id": 32128}, "decoder_start_token_id must lie in the vocabulary of 32128, but is 32128"),
+        ({"feed_forward_proj": "gated"}, 'feed_forward_proj must be one of gelu_new, .* or "gated-" and one of them'),
+        ({"feed_forward_proj": "gated-tanh"}, "but is 'gated-tanh'"),
+        ({"relative_attention_num_buckets": 3}, "must be at least 4, but is 3"),
+        ({"relative_attention_max_distance": 16}, "they are 16 and 32"),
+        ({"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, but is 1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_an_error(fields, said):
+    with pytest.raises(ValueError, match=said):
+        T5Config(**fields)
+
+
+# What may and may not change ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_token_of_the_source_and_the_past_is_heard_and_none_of_the_future(name):
+    t5 = VARIANTS[name]
+    params = random_params(t5)
+    logits = np.asarray(logits_of(t5, params, SOURCE, TARGET))
+    assert logits.std(axis=-1).mean() > 0.25
+    for time in range(SOURCE.shape[1]):
+        changed = SOURCE.copy()
+        changed[:, time] = (changed[:, time] + 1) % VOCAB
+        assert (np.abs(logits_of(t5, params, changed, TARGET) - logits).max(axis=-1) > 1e-4).all()
+    for time in range(TARGET.shape[1]):
+        changed = TARGET.copy()
+        changed[:, time] = (changed[:, time] + 1) % VOCAB
+        other = np.asarray(logits_of(t5, params, SOURCE, changed))
+        np.testing.assert_array_equal(other[:, :time], logits[:, :time])
+        assert (np.abs(other - logits)[:, time:].max(axis=-1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("source_side", PADDING)
+@pytest.mark.parametrize("target_side", PADDING)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_and_the_batch_change_nothing(name, source_side, target_side):
+    t5 = VARIANTS[name]
+    source, source_mask = spread(SOURCE, LENGTHS, 12, source_side)
+    target, target_mask = spread(TARGET, [n + 3 for n in LENGTHS], 17, target_side)
+    logits = np.asarray(logits_of(t5, random_params(t5), source, target, source_mask, target_mask))
+    for row, valid, expected in zip(logits, target_mask, alone(name), strict=True):
+        np.testing.assert_allclose(row[valid], expected, rtol=0, atol=2e-5)
+
+
+def test_what_stands_at_padding_changes_nothing_at_all(model):
+    t5, params = model
+    source, source_mask = spread(SOURCE, LENGTHS, 12, "right")
+    target, target_mask = spread(TARGET, LENGTHS, 12, "left")
+    first = np.asarray(logits_of(t5, params, source, target, source_mask, target_mask))
+    source, target = np.where(source_mask, source, -100), np.where(target_mask, target, 10**6)
+    again = np.asarray(logits_of(t5, params, source, target, source_mask, target_mask))
+    np.testing.assert_array_equal(again[target_mask], first[target_mask])
+
+
+def test_a_mask_without_padding_is_no_mask(model):
+    t5, params = model
+    masks = np.ones(SOURCE.shape, bool), np.ones(TARGET.shape, bool)
+    with_masks = logits_of(t5, params, SOURCE, TARGET, *masks)
+    np.testing.assert_allclose(with_masks, logits_of(t5, params, SOURCE, TARGET), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_rows_are_the_sources_each_repeated(model, copies):
+    t5, params = model
+    target = np.random.default_rng(0).integers(0, VOCAB, (3 * copies, 6))
+    together = logits_of(t5, params, SOURCE, target)
+    one_each = logits_of(t5, params, np.repeat(SOURCE, copies, axis=0), target)
+    np.testing.assert_allclose(together, one_each, rtol=0, atol=1e-5)
+
+
+def test_eager_is_jit():
+    t5 = VARIANTS["plain and tied"]
+    params = random_params(t5)
+    source, source_mask = spread(SOURCE, LENGTHS, 9, "right")
+    lm, started = t5.start(params, source, source_mask)
+    eager, _ = lm.apply(started, jnp.asarray(TARGET))
+    np.testing.assert_allclose(eager, logits_of(t5, params, source, TARGET, source_mask), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(t5.encode(params, source, source_mask).shape, (3, 9, 16))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_cache_of_several_sources_gives_what_no_cache_gives(name):
+    """In pieces, with padding in both; with rows taken in another order, each goes on reading its own source."""
+    t5 = VARIANTS[name]
+    params = random_params(t5)
+    source, source_mask = spread(SOURCE, LENGTHS, 12, "left")
+    lm, started = t5.start(params, source, source_mask)
+    target, mask = spread(np.repeat(TARGET, 2, axis=0), np.repeat(LENGTHS, 2), 12, "between")
+    expected = np.asarray(logits_of(t5, params, source, target, source_mask, mask))
+    cache, rows = lm.init_cache(6, 12), np.arange(6)
+    read = jax.jit(lm.apply)
+    for begin, end, order in [(0, 5, [4, 0, 5, 1, 1, 3]), (5, 6, [0, 2, 3, 1]), (6, 12, None)]:
+        logits, cache = read(started, target[rows, begin:end], cache, mask=mask[rows, begin:end])
+        valid = mask[rows, begin:end]
+        np.testing.assert_allclose(logits[valid], expected[rows, begin:end][valid], rtol=0, atol=1e-5)
+        if order is not None:
+            cache, rows = cache.take(jnp.asarray(order)), rows[np.asarray(order)]
+
+
+def test_another_source_of_the_same_shape_compiles_nothing_new():
+    t5 = T5(dataclasses.replace(TINY_T5.config, num_layers=1, d_ff=8))
+    params, programs = random_params(t5), []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        lm, started = t5.start(params, rng.integers(0, VOCAB, (2, 8)), rng.random((2, 8)) < 0.9)
+        generate(lm, started, t5.decoder_prompts(2), max_new_tokens=3, greedy=True)
+        beam_search(lm, started, t5.decoder_prompts(2), num_beams=2, max_new_tokens=3)
+        programs.append([each._cache_size() for each in (decode, search, _given)])
+    assert programs[0] == programs[1] == programs[2]
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_reaches_every_parameter_and_is_the_derivative():
+    t5 = VARIANTS["gated and untied"]  # smooth
+    source, source_mask = spread(SOURCE, LENGTHS, 9, "right")
+    with jax.enable_x64(True):
+        params = random_params(t5, dtype=jnp.float64)
+
+        @jax.jit
+        def loss(params):
+            lm, started = t5.start(params, source, source_mask)
+            return -token_log_probs(lm.apply(started, TARGET[:, :-1])[0], TARGET[:, 1:]).mean()
+
+        gradient = jax.grad(loss)(params)
+        for leaf in jax.tree.leaves(gradient):
+            assert np.abs(leaf).max() > 0
+        rng = np.random.default_rng(0)
+        direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+        moved = [jax.tree.map(lambda a, d, s=step: a + s * d, params, direction) for step in (1e-6, -1e-6)]
+        slope = (loss(moved[0]) - loss(moved[1])) / 2e-6
+        exact = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)))
+        np.testing.assert_allclose(slope, exact, rtol=1e-6)
+
+
+def test_bfloat16_weights_give_float32_logits_nearby(model):
+    t5, params = model
+    exact = np.asarray(logits_of(t5, params, SOURCE, TARGET))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    logits = np.asarray(logits_of(t5, half, SOURCE, TARGET))
+    assert logits.dtype == np.float32
+    error = (logits - exact) / exact.std()
+    assert 1e-3 < np.sqrt(np.square(error).mean()) < 0.05
+    lm, started = t5.start(half, SOURCE)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((started.weights, started.cross))} == {"bfloat16"}
+    generation = generate(lm, started, t5.decoder_prompts(3), max_new_tokens=4, greedy=True)
+    assert generation.logp.dtype == jnp.float32 and np.isfinite(generation.logp).all()
+
+
+def test_the_scale_of_the_outputs_is_its_own_setting():
+    """Tied or not, and in `hidden`: so fused log-probabilities need nothing but the unembedding."""
+    tied = VARIANTS["plain and tied"]
+    unscaled = T5(dataclasses.replace(tied.config, scale_decoder_outputs=False))
+    params = random_params(tied)
+    expected = 4 * logits_of(tied, params, SOURCE, TARGET)  # √16
+    np.testing.assert_allclose(logits_of(unscaled, params, SOURCE, TARGET), expected, rtol=1e-4, atol=1e-4)
+    lm, started = tied.start(params, SOURCE)
+    hidden, _ = lm.hidden(started, jnp.asarray(TARGET))
+    np.testing.assert_allclose(hidden @ params["shared"]["embedding"].T, expected / 4, rtol=0, atol=1e-4)
+
+
+# Attention weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", PADDING)
+def test_attention_rows_sum_to_one_over_what_they_may_see(model, side):
+    t5, params = model
+    source, source_mask = spread(SOURCE, LENGTHS, 12, side)
+    target, target_mask = spread(TARGET, LENGTHS, 10, side)
+    maps = maps_of(t5, params, source, target, source_mask, target_mask)
+    layers = t5.config.num_layers, t5.config.decoder_layers, t5.config.decoder_layers
+    causal = np.tril(np.ones((10, 10), bool))
+    allowed = (
+        source_mask[:, :, None] & source_mask[:, None],
+        target_mask[:, :, None] & target_mask[:, None] & causal,
+        target_mask[:, :, None] & source_mask[:, None],
+    )
+    queries = source_mask, target_mask, target_mask
+    for weights, count, may, valid in zip(maps, layers, allowed, queries, strict=True):
+        weights = np.asarray(weights)
+        assert weights.shape == (count, 3, 2, *may.shape[1:])
+        may = np.broadcast_to(may[None, :, None], weights.shape)
+        assert (weights[~may] == 0).all() and (weights[may] > 0).all()
+        sums = np.broadcast_to(valid[None, :, None], weights.shape[:-1])
+        np.testing.assert_allclose(weights.sum(axis=-1), sums, rtol=0, atol=1e-6)
+
+
+def test_attention_weights_without_masks_and_with_several_targets_a_source(model):
+    t5, params = model
+    target = np.repeat(TARGET, 2, axis=0)
+    maps, single = maps_of(t5, params, SOURCE, target), maps_of(t5, params, SOURCE, TARGET)
+    np.testing.assert_allclose(maps.encoder, single.encoder, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(maps.cross[:, ::2], single.cross, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(maps.decoder[:, 1::2], single.decoder, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(maps.encoder.sum(axis=-1), 1, rtol=0, atol=1e-6)
+
+
+def test_attention_weights_are_those_of_their_definition():
+    """The first layer of the encoder and of the decoder, by hand from the parameters."""
+    t5 = VARIANTS["gated and untied"]
+    params = random_params(t5)
+    maps = maps_of(t5, params, SOURCE[:1], TARGET[:1])
+    for name, tokens, found in (("encoder", SOURCE[0], maps.encoder), ("decoder", TARGET[0], maps.decoder)):
+        block = params[name]["block"][0]["layer"][0]
+        x = np.asarray(params["shared"]["embedding"], np.float64)[tokens]
+        x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * np.asarray(block["layer_norm"]["scale"])
+        q, k = (x @ np.asarray(block["SelfAttention"][each]["kernel"], np.float64) for each in "qk")
+        table = np.asarray(block["SelfAttention"]["relative_attention_bias"]["embedding"], np.float64)
+        sizes = {"num_buckets": 8, "max_distance": 12, "bidirectional": name == "encoder"}
+        for head in range(2):
+            part = slice(6 * head, 6 * head + 6)
+            scores = q[:, part] @ k[:, part].T
+            for i, j in np.ndindex(scores.shape):
+                ahead = name == "decoder" and j > i
+                scores[i, j] = -np.inf if ahead else scores[i, j] + table[bucket(j - i, **sizes), head]
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            np.testing.assert_allclose(found[0, 0, head], weights / weights.sum(-1, keepdims=True), rtol=0, atol=1e-5)
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "mask", "said"),
+    [
+        (SOURCE[0], None, r"source must be integers \[batch, time\], but is int64\[9\]"),
+        (SOURCE.astype(float), None, r"source must be integers \[batch, time\], but is float64\[3, 9\]"),
+        (SOURCE + VOCAB, None, r"source must lie in \[0, 23\)"),
+        (SOURCE, np.ones((3, 8), bool), r"the mask of source must be bool\[3, 9\], but is bool\[3, 8\]"),
+        (SOURCE, np.arange(3)[:, None] + np.zeros(9) > 0, "a source is empty"),
+        (SOURCE[:, :0], None, "a source is empty"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_an_error(source, mask, said):
+    params = random_params(TINY_T5)
+    for method in (TINY_T5.start, TINY_T5.encode):
+        with pytest.raises(ValueError, match=said):
+            method(params, source, mask)
+
+
+def test_rows_that_are_no_multiple_of_the_sources_are_an_error():
+    lm, started = TINY_T5.start(random_params(TINY_T5), SOURCE)
+    said = "4 rows cannot be shared out among 3 sources: there must be as many for each source"
+    with pytest.raises(ValueError, match=said):
+        lm.apply(started, jnp.zeros((4, 2), jnp.int32))
+    with pytest.raises(ValueError, match=said):
+        lm.init_cache(4, 8)
+    with pytest.raises(ValueError, match=said):
+        generate(lm, started, TINY_T5.decoder_prompts(4), max_new_tokens=2, greedy=True)
+
+
+def test_without_a_source_it_is_no_language_model_and_says_what_makes_it_one():
+    params, prompts = random_params(TINY_T5), TINY_T5.decoder_prompts(2)
+    with pytest.raises(AttributeError, match=r"lm, params = t5\.start\(params, source, source_mask\) makes one"):
+        generate(TINY_T5, params, prompts, max_new_tokens=2, greedy=True)
+    with pytest.raises(AttributeError, match="T5 has no apply, for without a source it is no language model"):
+        TINY_T5.apply(params, prompts)
+    with pytest.raises(AttributeError, match="'T5' object has no attribute 'whatever'"):
+        _ = TINY_T5.whatever
+    with pytest.raises(TypeError, match=r"T5\.start\(params, source\) gives them"):
+        T5Given(TINY_T5.config, 1).init(jax.random.key(0))
+
+
+def test_models_are_equal_and_hash_by_their_configuration_and_number_of_sources():
+    same = T5Given(dataclasses.replace(TINY_T5.config), 2)
+    assert same == T5Given(TINY_T5.config, 2) and hash(same) == hash(T5Given(TINY_T5.config, 2))
+    assert same != T5Given(TINY_T5.config, 3)
+    assert T5() == T5(T5Config()) and hash(T5()) == hash(T5(T5Config()))
+    np.testing.assert_array_equal(T5(T5Config(decoder_start_token_id=7)).decoder_prompts(2), [[7], [7]])

@@ -1,0 +1,282 @@
+"""T5s as they are found in the wild: the goldens, rewritten; saving; and the tokenizers beside them."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from jaxrl_llm import models
+from jaxrl_llm.models import sentencepiece_file
+from jaxrl_llm.models.t5 import T5
+from jaxrl_llm.models.t5_layers import T5Config
+from tests.conftest import TINY_T5, random_params
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+ABSENT = object()
+NAMES = ("t5-0", "t5-1")  # gated and untied, plain and tied
+
+
+def variant(folder, name, *, config=None, tensors=lambda stored: stored):
+    """The golden, written into `folder` with fields of its configuration and its tensors changed."""
+    fields = json.loads((GOLDENS / name / "config.json").read_text()) | (config or {})
+    fields = {field: value for field, value in fields.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(fields))
+    save_file(tensors(load_file(GOLDENS / name / "model.safetensors")), folder / "model.safetensors")
+    return folder
+
+
+def assert_is_golden(loaded, name):
+    golden = models.load(GOLDENS / name)
+    assert loaded.model == golden.model
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, golden.params)
+
+
+def copies_of_shared(stored):
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    return {name: stored["shared.weight"].copy() for name in names}
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_of_the_embedding_are_welcome(tmp_path, name):
+    def repeated(stored):
+        head = {} if "lm_head.weight" in stored else {"lm_head.weight": stored["shared.weight"].copy()}
+        unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((8, 2), np.float32)}
+        return stored | copies_of_shared(stored) | head | unused
+
+    folder = variant(tmp_path, name, tensors=repeated)
+    assert_is_golden(models.load(folder), name)
+    models.load(folder, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_stands_for_the_embedding_where_that_is_not_in_the_file(tmp_path, name):
+    def moved(stored):
+        rest = {each: tensor for each, tensor in stored.items() if each != "shared.weight"}
+        return rest | copies_of_shared(stored)
+
+    assert_is_golden(models.load(variant(tmp_path, name, tensors=moved)), name)
+
+
+@pytest.mark.parametrize("copy", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
+def test_a_copy_must_not_contradict_the_embedding(tmp_path, copy):
+    def contradicted(stored):
+        other = stored["shared.weight"].copy()
+        other[3, 5] += 1e-3
+        return stored | {copy: other}
+
+    with pytest.raises(ValueError, match=f"{copy} is not the embedding"):
+        models.load(variant(tmp_path, "t5-1", tensors=contradicted))
+
+
+def test_what_is_missing_unknown_or_of_another_shape_is_named(tmp_path):
+    def damaged(stored):
+        stored["encoder.block.0.layer.0.SelfAttention.q.weight"] = np.ones((4, 4), np.float32)
+        del stored["decoder.final_layer_norm.weight"]
+        return stored | {"encoder.block.7.layer_norm.weight": np.ones(16, np.float32)}
+
+    with pytest.raises(ValueError) as error:
+        models.load(variant(tmp_path, "t5-1", tensors=damaged))
+    for said in (
+        r"encoder.block.0.layer.0.SelfAttention.q.weight is [4, 4], expected [10, 16]",
+        "unknown encoder.block.7.layer_norm.weight",
+        "missing decoder.final_layer_norm.weight",
+    ):
+        assert said in str(error.value)
+
+
+# Configurations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("t5-0", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": False}),  # as before transformers 5
+        ("t5-0", {"scale_decoder_outputs": False, "tie_word_embeddings": True}),  # as it writes them itself
+        ("t5-1", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": ABSENT}),  # as t5-small's
+        ("t5-1", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": None, "dense_act_fn": ABSENT}),
+    ],
+)
+def test_the_forms_of_before_and_after_transformers_5_are_one(tmp_path, name, config):
+    assert_is_golden(models.load(variant(tmp_path, name, config=config)), name)
+
+
+def test_a_tied_head_without_scale_is_what_it_says(tmp_path):
+    loaded = models.load(variant(tmp_path, "t5-1", config={"scale_decoder_outputs": False}))
+    assert loaded.model.config.tie_word_embeddings and loaded.model.config.output_scale == 1
+
+
+def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
+    fields = ("num_decoder_layers", "layer_norm_epsilon", "decoder_start_token_id", "feed_forward_proj", "dense_act_fn")
+    fields += ("relative_attention_num_buckets", "relative_attention_max_distance")
+    changed = dict.fromkeys(fields, ABSENT) | {"num_layers": 2, "pad_token_id": 4}
+
+    def resized(stored):
+        encoder = {name: each for name, each in stored.items() if name.startswith("encoder.block.0.")}
+        more = {name.replace("block.0.", "block.1."): each for name, each in encoder.items() if "relative" not in name}
+        table = "layer.0.SelfAttention.relative_attention_bias.weight"
+        tables = {f"{side}.block.0.{table}": np.ones((32, 2), np.float32) for side in ("encoder", "decoder")}
+        return stored | more | tables
+
+    config = models.load(variant(tmp_path, "t5-1", config=changed, tensors=resized)).model.config
+    assert (config.decoder_layers, config.layer_norm_epsilon, config.feed_forward_proj) == (2, 1e-6, "relu")
+    assert (config.relative_attention_num_buckets, config.relative_attention_max_distance) == (32, 128)
+    assert config.decoder_start_token_id == 4, "the padding token"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"d_kv": ABSENT, "num_heads": ABSENT}, "the configuration lacks d_kv, num_heads"),
+        ({"num_heads": "2"}, "num_heads must be a positive integer, but is '2'"),
+        ({"is_decoder": True}, "is_decoder = True is not supported"),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder = False is not supported"),
+        ({"feed_forward_proj": "gated-mish", "dense_act_fn": ABSENT}, "but is 'gated-mish'"),
+        ({"dense_act_fn": "silu"}, "feed_forward_proj is 'relu', but dense_act_fn is 'silu'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, but is 'yes'"),
+        ({"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, but is 1"),
+    ],
+)
+def test_a_configuration_that_is_not_supported_is_an_error_that_says_so(tmp_path, config, said):
+    with pytest.raises(ValueError) as error:
+        models.load(variant(tmp_path, "t5-1", config=config))
+    assert said in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_an_untied_head_that_is_not_there_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+        models.load(variant(tmp_path, "t5-1", config={"tie_word_embeddings": False, "scale_decoder_outputs": ABSENT}))
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+SAVED = {
+    "untied": TINY_T5,
+    "tied": T5(T5Config(**vars(TINY_T5.config) | {"tie_word_embeddings": True, "feed_forward_proj": "silu"})),
+    "scaled and untied": T5(T5Config(**vars(TINY_T5.config) | {"scale_decoder_outputs": True})),
+    "tied, not scaled": T5(
+        T5Config(**vars(TINY_T5.config) | {"tie_word_embeddings": True, "scale_decoder_outputs": False})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_same_model_and_parameters_come_back(tmp_path, name):
+    t5 = SAVED[name]
+    params = random_params(t5)
+    models.save(tmp_path, t5, params, config={"eos_token_id": 1, "dense_act_fn": "tanh"})
+    loaded = models.load(tmp_path)
+    written = {"num_decoder_layers": t5.config.decoder_layers, "scale_decoder_outputs": t5.config.output_scale != 1}
+    assert loaded.model.config == T5Config(**vars(t5.config) | written)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert loaded.config["eos_token_id"] == 1 and "dense_act_fn" not in loaded.config
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (config.model_type, config.architectures) == ("t5", ["T5ForConditionalGeneration"])
+    ours = vars(loaded.model.config) | {"tie_word_embeddings": True}  # which is all that transformers 5 says there
+    assert {field: getattr(config, field) for field in ours} == ours
+
+
+def test_tensors_have_the_names_and_shapes_of_published_checkpoints(tmp_path):
+    models.save(tmp_path, TINY_T5, random_params(TINY_T5))
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert len(shapes) == 2 + 2 * 9 + 1 + 2 * 14 + 1 + 2
+    assert shapes["shared.weight"] == shapes["lm_head.weight"] == (23, 16)
+    assert shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == (8, 2)
+    assert shapes["decoder.block.1.layer.1.EncDecAttention.o.weight"] == (16, 12)  # [out, in]
+    assert shapes["decoder.block.1.layer.2.DenseReluDense.wi_1.weight"] == (24, 16)
+    assert shapes["encoder.block.1.layer.1.layer_norm.weight"] == (16,)
+    models.save(tmp_path, SAVED["tied"], random_params(SAVED["tied"]))
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_a_model_that_is_given_its_source_is_not_saved(tmp_path):
+    lm, given = TINY_T5.start(random_params(TINY_T5), jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="T5Given has no Hugging Face form"):
+        models.save(tmp_path, lm, given)
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spiece(tmp_path):
+    """A folder of a model with a `spiece.model` and nothing else to tokenize."""
+    variant(tmp_path, "t5-1")
+    shutil.copy(GOLDENS / "spiece" / "spiece.model", tmp_path)
+    return tmp_path
+
+
+EXPECTED = json.loads((GOLDENS / "spiece" / "expected.json").read_text(encoding="utf-8"))
+
+
+def test_spiece_model_reads_as_sentencepiece_does(spiece):
+    tokenizer = models.load(spiece).tokenizer
+    for case in EXPECTED:
+        assert tokenizer(case["text"]).input_ids == case["ids"], case["text"]
+        if tokenizer.unk_token_id not in case["ids"]:
+            assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["decoded"]
+    assert any(tokenizer.unk_token_id in case["ids"] for case in EXPECTED)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert len(tokenizer) == 160 and tokenizer("<extra_id_0> <extra_id_99>").input_ids == [159, 60, 1]
+
+
+def test_the_number_of_sentinels_is_the_configured_one(spiece):
+    (spiece / "tokenizer_config.json").write_text('{"extra_ids": 3}')
+    tokenizer = models.load(spiece).tokenizer
+    assert len(tokenizer) == 63 and tokenizer.convert_tokens_to_ids("<extra_id_0>") == 62
+
+
+def test_it_is_saved_as_tokenizer_json_and_goes_before_spiece_model(spiece, tmp_path):
+    loaded = models.load(spiece)
+    models.save(tmp_path / "saved", loaded.model, loaded.params, loaded.tokenizer)
+    shutil.copy(spiece / "spiece.model", tmp_path / "saved" / "spiece.model")
+    (tmp_path / "saved" / "spiece.model").write_bytes(b"never read")
+    again = models.load(tmp_path / "saved")
+    for case in EXPECTED:
+        assert again.tokenizer(case["text"]).input_ids == case["ids"]
+    assert (again.config["pad_token_id"], again.config["eos_token_id"]) == (0, 1)
+
+
+def field(number, wire, value):
+    """A field of a protocol buffer's message, of fewer than 128 bytes."""
+    body = bytes([value]) if wire == 0 else bytes([len(value)]) + value if wire == 2 else value
+    return bytes([number << 3 | wire]) + body
+
+
+def piece(text, score, kind):
+    return field(1, 2, field(1, 2, text.encode()) + field(2, 5, struct.pack("<f", score)) + field(3, 0, kind))
+
+
+WHOLE = piece("<unk>", 0, 2) + piece("▁a", -1.5, 1) + piece("b", -2, 1)
+TRAINER = bytes([2 << 3 | 2, 5, 3 << 3, 1]) + bytes([40 << 3 & 127 | 128, 40 >> 4, 0])
+
+
+def test_the_parts_of_the_file_are_read(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(WHOLE + TRAINER + field(3, 2, field(2, 2, b"table")) + field(9, 2, b"x"))
+    pieces, kinds, unknown, charsmap = sentencepiece_file.read(tmp_path / "spiece.model")
+    assert pieces == [("<unk>", 0.0), ("▁a", -1.5), ("b", -2.0)]
+    assert (kinds, unknown, charsmap) == ([2, 1, 1], 0, b"table")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no model at all", WHOLE[:-3], WHOLE + b"\xff", piece("a", 0, 1)[:4], b"\x0a\x02\x0a\x7f"]
+)
+def test_a_damaged_file_is_an_error(tmp_path, content):
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(ValueError, match=r"spiece\.model is damaged, or no SentencePiece model"):
+        sentencepiece_file.load(tmp_path)
+
+
+def test_another_kind_of_model_is_an_error(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(WHOLE + field(2, 2, field(3, 0, 2)))
+    with pytest.raises(ValueError, match=r"must hold a unigram model \(kind 1\), but its kind is 2"):
+        sentencepiece_file.load(tmp_path)

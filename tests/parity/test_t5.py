@@ -1,0 +1,102 @@
+"""T5 against transformers + torch, live, over random configurations; run by `make parity`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import models
+from jaxrl_llm.decoding import beam_search, generate
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """torch is imported here, so that collecting the tests does not need it."""
+    from tests.parity import reference, t5_reference
+
+    return reference, t5_reference
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_and_maps(t5, params, source, mask, target):
+    lm, given = t5.start(params, source, mask)
+    return lm.apply(given, target)[0], t5.attention(params, source, target, source_mask=mask)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_logits_attention_greedy_and_beams_agree(theirs, seed, tmp_path):
+    reference, t5_reference = theirs
+    rng = np.random.default_rng([seed, 13])
+    config = t5_reference.random_config(rng)
+    model = t5_reference.random_model(config, seed)
+    reference.save(model, tmp_path)
+    source, mask = t5_reference.random_sources(rng, config.vocab_size)
+    target = rng.integers(0, config.vocab_size, (4, 14))
+    expected = t5_reference.compute(model, source, mask, target)
+    loaded = models.load(tmp_path)
+    t5, params = loaded.model, loaded.params
+    assert t5.config.tie_word_embeddings == config.scale_decoder_outputs
+
+    logits, maps = logits_and_maps(t5, params, source, mask, target)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
+    for name, queries in (("encoder", mask), ("decoder", None), ("cross", None)):
+        weights = expected[name] if queries is None else np.where(queries[None, :, None, :, None], expected[name], 0)
+        np.testing.assert_allclose(getattr(maps, name), weights, rtol=0, atol=1e-4)
+
+    lm, given = t5.start(params, source, mask)
+    options = {"max_new_tokens": t5_reference.NEW_TOKENS, "eos_id": t5_reference.EOS, "pad_id": t5_reference.PAD}
+    greedy = generate(lm, given, t5.decoder_prompts(4), greedy=True, **options)
+    np.testing.assert_array_equal(greedy.tokens, expected["generated"])
+    for index, penalty in enumerate(t5_reference.PENALTIES):
+        options |= {"num_beams": t5_reference.BEAMS, "length_penalty": penalty}
+        beams = beam_search(lm, given, t5.decoder_prompts(4), **options)
+        np.testing.assert_array_equal(beams.tokens, expected["beams"][index])
+        np.testing.assert_allclose(beams.score, expected["scores"][index], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_attention_weights_of_decoders_agree(theirs, family, tmp_path):
+    import torch
+
+    reference, _ = theirs
+    for seed in range(4):
+        rng = np.random.default_rng([seed, 17])
+        config = reference.random_config(rng, family)
+        config._attn_implementation = "eager"
+        model = reference.random_model(config, seed)
+        reference.save(model, tmp_path)
+        loaded = models.load(tmp_path)
+        tokens, mask = reference.random_prompts(rng, config.vocab_size)
+        attention = torch.tensor(mask).long()
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            out = model(torch.tensor(tokens), attention_mask=attention, position_ids=positions, output_attentions=True)
+        expected = np.where(mask[None, :, None, :, None], np.stack([each.numpy() for each in out.attentions]), 0)
+        found = jax.jit(loaded.model.attention)(loaded.params, tokens, mask=mask)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tied", "scaled"), [(True, None), (False, None), (True, False), (False, True)])
+def test_transformers_loads_what_we_save(theirs, tied, scaled, tmp_path):
+    import torch
+    import transformers
+
+    from jaxrl_llm.models.t5 import T5
+    from jaxrl_llm.models.t5_layers import T5Config
+    from tests.conftest import random_params
+
+    sizes = {"vocab_size": 31, "d_model": 12, "d_kv": 5, "d_ff": 20, "num_layers": 2, "num_heads": 3}
+    t5 = T5(T5Config(**sizes, tie_word_embeddings=tied, scale_decoder_outputs=scaled, feed_forward_proj="gated-silu"))
+    params = random_params(t5)
+    models.save(tmp_path, t5, params, config={"eos_token_id": 1, "pad_token_id": 0})
+    model, info = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    source, target = np.asarray([[5, 3, 9, 4], [2, 2, 8, 1]]), np.asarray([[0, 7, 30], [0, 1, 1]])
+    with torch.no_grad():
+        theirs = model.eval()(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target)).logits
+    lm, given = t5.start(params, source)
+    np.testing.assert_allclose(lm.apply(given, jnp.asarray(target))[0], theirs, rtol=0, atol=1e-4)
