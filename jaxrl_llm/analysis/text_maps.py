@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxrl_llm import text
+from jaxrl_llm import text, translation
 from jaxrl_llm.analysis.attention import allowed_keys
-from jaxrl_llm.decoding import generate
 from jaxrl_llm.models import T5, Loaded
+from jaxrl_llm.models.conditional import given
 
 Kind = Literal["encoder", "decoder", "cross", "self"]
 START = "⟨start⟩"  # what a T5's decoder reads first; its tokenizer calls it padding
@@ -93,11 +93,9 @@ def _translated(loaded: Loaded, source: str, tokens: list[int], kind: Kind, targ
 
 def _greedy(loaded: Loaded, source: Any, limit: int) -> list[int]:
     """The tokens of the model's own translation, its end included."""
+    task = given(loaded.model, loaded.params, source, jnp.ones(source.shape, bool))
     eos = text.eos_ids(loaded.tokenizer, loaded.config)
-    prompts = loaded.model.decoder_prompts(1)
-    started = loaded.model.start(loaded.params, source)
-    found = generate(*started, prompts, max_new_tokens=limit, greedy=True, eos_id=eos)
-    return np.asarray(found.tokens)[0][np.asarray(found.mask)[0]].tolist()
+    return translation.decoded(task, num_beams=1, length_penalty=1.0, limit=limit, eos=eos)[0]
 
 
 def strongest_links(maps: TextMaps, *, layers: Sequence[int], heads: Sequence[int]) -> list[Link]:
