@@ -15,9 +15,9 @@ import transformers
 
 from jaxrl_llm import cli, models
 from jaxrl_llm.cli.strategies import STRATEGIES
-from jaxrl_llm.data import bpe
+from jaxrl_llm.data import bpe, number_tokenizer
 from jaxrl_llm.decoding import generate, transforms
-from jaxrl_llm.models import loading
+from jaxrl_llm.models import T5, T5Config, loading
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 
 CONTEXT = 48
@@ -121,6 +121,7 @@ def test_help_answers_in_under_a_second_without_jax():
             ],
         ),
         ("tree", ["--model", "--depth", "--branching", "--select", "--out"]),
+        ("attention", ["--model", "--kind", "--layer", "--head", "--target", "--links", "--out"]),
         ("translate", ["--model", "--file", "--num-beams", "--length-penalty", "--max-new-tokens", "--prefix"]),
     ],
 )
@@ -138,6 +139,8 @@ def test_help_of_a_command_names_its_options(run, command, options):
         ["generate", "--top-k", "many"],
         ["generate", "--dtype", "int8"],
         ["tree"],
+        ["attention"],
+        ["attention", "x", "--kind", "both"],
     ],
 )
 def test_an_unknown_argument_is_told_before_anything_is_loaded(run, monkeypatch, arguments):
@@ -342,7 +345,7 @@ def test_a_terminal_is_not_waited_for(run, model):
     assert_one_line(run("generate", "--model", model, stdin=Terminal("the cat")), said)
 
 
-@pytest.mark.parametrize("command", ["generate", "tree"])
+@pytest.mark.parametrize("command", ["generate", "tree", "attention"])
 def test_a_model_that_is_not_there_is_one_line(run, monkeypatch, command):
     assert_one_line(run(command, "x", "--model", "./nowhere"), "there is no folder or .gguf file ./nowhere")
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda _: None)
@@ -350,14 +353,14 @@ def test_a_model_that_is_not_there_is_one_line(run, monkeypatch, command):
     assert_one_line(run(command, "x", "--model", "smollm2-135m-instruct"), said)
 
 
-@pytest.mark.parametrize("command", ["generate", "tree"])
+@pytest.mark.parametrize("command", ["generate", "tree", "attention"])
 def test_a_model_without_tokenizer_is_one_line(run, model, tmp_path, command):
     loaded = models.load(model)
     models.save(tmp_path, loaded.model, loaded.params)
     assert_one_line(run(command, "x", "--model", tmp_path), "has no tokenizer files")
 
 
-@pytest.mark.parametrize("command", ["generate", "tree"])
+@pytest.mark.parametrize("command", ["generate", "tree", "attention"])
 def test_a_damaged_model_is_one_line(run, model, tmp_path, command):
     loaded = models.load(model)
     models.save(tmp_path, loaded.model, loaded.params, loaded.tokenizer)
@@ -444,6 +447,116 @@ def test_a_wrong_translation_is_one_line(run, arguments, said):
 
 def test_a_terminal_is_not_waited_for_by_translate(run):
     assert_one_line(run("translate", stdin=Terminal("one")), 'or lines on standard input ("-")')
+
+
+# attention ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A T5 of random weights that reads and writes number names."""
+    folder, tokenizer = tmp_path_factory.mktemp("t5"), number_tokenizer.build()
+    size = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 3}
+    lm = T5(T5Config(vocab_size=tokenizer.get_vocab_size(), **size))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32), lm.abstract_params)
+    models.save(folder, lm, params, config={"eos_token_id": number_tokenizer.EOS_ID})
+    number_tokenizer.save(tokenizer, folder)
+    return str(folder)
+
+
+def weights_of(folder, source, target):
+    """All maps, straight from the model: the decoder reads the start token and all but the last of the target."""
+    loaded = models.load(folder)
+    source, target = (jnp.asarray([loaded.tokenizer(text)["input_ids"]]) for text in (source, target))
+    read = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=loaded.model.config.decoder_start_token_id)
+    return loaded.model.attention(loaded.params, source, read)
+
+
+def printed_links(out):
+    return [(m[1], m[2], float(m[3]), int(m[4]), int(m[5])) for m in re.finditer(LINK, out, re.MULTILINE)]
+
+
+LINK = r"^  (\S+) +→ (\S+) +(\d\.\d+)  layer (\d+), head (\d+)$"
+
+
+def test_attention_prints_entropy_and_links_of_one_head(run, t5, tmp_path):
+    out = tmp_path / "new" / "map.png"
+    command = ("attention", "twenty-one", "--model", t5, "--target", "ein-und-zwanzig", "--layer", 0, "--head", 2)
+    status, printed, err = run(*command, "--out", out)
+    assert (status, err) == (0, "") and out.read_bytes().startswith(b"\x89PNG\r\n")
+    map_ = np.asarray(weights_of(t5, "twenty-one", "ein-und-zwanzig").cross, np.float64)[0, 0, 2]
+    assert printed.startswith(f"{t5}, cross-attention: twenty-one → ein-und-zwanzig\n")
+    entropy = -(map_ * np.log(map_)).sum(axis=-1).mean()
+    assert f"  layer 0: {entropy:.3f}   heads {entropy:.3f}\n" in printed
+    source = ["twenty", "one", "</s>"]
+    rows = zip(["ein", "und", "zwanzig", "</s>"], map_, strict=True)
+    expected = [(word, source[row.argmax()], round(float(row.max()), 3), 0, 2) for word, row in rows]
+    assert printed_links(printed) == expected
+    assert printed.endswith(f"drawn: {out}\n")
+
+
+def test_attention_of_every_head_takes_the_strongest(run, t5, tmp_path):
+    command = ("attention", "six hundred", "--model", t5, "--kind", "encoder", "--out", tmp_path / "a.svg")
+    status, printed, err = run(*command, "--target", "acht")
+    assert (status, err) == (0, "") and b"<svg" in (tmp_path / "a.svg").read_bytes()
+    weights = np.asarray(weights_of(t5, "six hundred", "acht").encoder)[:, 0]
+    best = weights.max(axis=(0, 1, 3))
+    assert [link[2] for link in printed_links(printed)] == np.round(best.astype(float), 3).tolist()
+    for query, (_, key, _, layer, head) in enumerate(printed_links(printed)):
+        assert weights[layer, head, query, ["six", "hundred", "</s>"].index(key)] == best[query]
+    assert "layer 1" in printed and "layer 2" not in printed
+    _, fewer, _ = run(*command, "--links", 1)
+    (kept,) = printed_links(fewer)
+    assert kept[2] == round(float(best.max()), 3)
+
+
+def test_attention_translates_greedily_where_no_target_is_given(run, t5, tmp_path):
+    loaded = models.load(t5)
+    source = jnp.asarray([loaded.tokenizer("forty-two")["input_ids"]])
+    started = loaded.model.start(loaded.params, source)
+    written = generate(*started, loaded.model.decoder_prompts(1), max_new_tokens=64, greedy=True, eos_id=1)
+    tokens = np.asarray(written.tokens[0])[np.asarray(written.mask[0])]
+    expected = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    status, printed, err = run("attention", "forty-two", "--model", t5, "--layer", 0, "--out", tmp_path / "a.png")
+    assert (status, err) == (0, "")
+    assert printed.split("\n")[0].endswith(f"forty-two → {expected}")
+
+
+def test_attention_of_a_decoder_only_model(run, model, tmp_path):
+    command = ("attention", "the cat sat", "--model", model, "--head", -1, "--out", tmp_path / "a.png")
+    status, printed, err = run(*command)
+    assert (status, err) == (0, "") and "self-attention: the cat sat\n" in printed
+    loaded = models.load(model)
+    weights = loaded.model.attention(loaded.params, jnp.asarray([loaded.tokenizer("the cat sat")["input_ids"]]))
+    strongest = np.asarray(weights, float)[0, 0, 1, 1:].max(axis=-1)  # the first token has no choice
+    found = [float(value) for value in re.findall(r" (\d\.\d+)  layer 0, head 1$", printed, re.MULTILINE)]
+    np.testing.assert_allclose(found, strongest, atol=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "map.bmp"], "cannot write a figure to map.bmp: the suffix must be one of"),
+        (["--kind", "self"], "attention of kind cross, encoder, decoder, but none of kind self"),
+        (["--layer", "1"], "--layer must be from 0 to 0"),
+        (["--kind", "encoder", "--layer", "2"], "--layer must be from 0 to 1"),
+        (["--head", "-4"], "--head must be from 0 to 2 (or −3 to −1), but is -4"),
+        (["--links", "-1"], "--links must be 0 or above, but is -1"),
+    ],
+)
+def test_a_wrong_option_of_attention_is_one_line(run, t5, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run("attention", "forty-two", "--model", t5, "--target", "zwei", *arguments), said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_decoder_only_model_has_not_is_one_line(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run("attention", "the cat", "--model", model, "--kind", "cross"), "attention of kind self")
+    assert_one_line(run("attention", "the cat", "--model", model, "--target", "x"), "a target is for encoder-decoder")
+    assert_one_line(run("attention", "q" * 49, "--model", model), f"context of {CONTEXT}")
+    assert not list(tmp_path.iterdir())
 
 
 # tree -----------------------------------------------------------------------------------------------------------------

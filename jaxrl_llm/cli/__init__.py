@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxrl_llm.cli.attention import Attention
 from jaxrl_llm.cli.compare import Compare
 from jaxrl_llm.cli.generate import Generate
 from jaxrl_llm.cli.landscape import Landscape
@@ -18,6 +19,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("decode-compare")]
     | Annotated[SearchTree, tyro.conf.subcommand("tree")]
     | Annotated[Landscape, tyro.conf.subcommand("landscape")]
+    | Annotated[Attention, tyro.conf.subcommand("attention")]
     | Annotated[Translate, tyro.conf.subcommand("translate")]
 )
 

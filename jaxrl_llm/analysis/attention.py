@@ -1,0 +1,162 @@
+"""What attention heads look at: how spread out, how far away, and at which places.
+
+Weights are those of `attention` of any model of the library, [layer, batch, head, query, key]: a row sums to 1 over the
+keys that its query may look at, and is 0 where the query is padding. Measures keep one value for each query;
+`mean_over_queries` alone takes means, one for each sequence, so that intervals can be taken over sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+ROUNDING = 1e-3  # of a row's sum, also in bfloat16
+
+
+def allowed_keys(
+    queries: Bool[np.ndarray, "batch query"],
+    keys: Bool[np.ndarray, "batch key"] | None = None,
+    *,
+    causal: bool = False,
+) -> Bool[np.ndarray, "batch query key"]:
+    """Which keys a query may look at: valid ones, and with `causal` none behind itself; none for padding.
+
+    Args:
+        queries: which queries are valid.
+        keys: which keys are; those of self-attention are the queries, the default.
+
+    Raises:
+        ValueError: for masks that are not [batch, time], or causal attention between two sequences.
+    """
+    queries = np.asarray(queries, bool)
+    if causal and keys is not None:
+        raise ValueError("causal attention is self-attention: give no keys.")
+    keys = queries if keys is None else np.asarray(keys, bool)
+    if queries.ndim != 2 or keys.ndim != 2 or len(queries) != len(keys):
+        raise ValueError(f"masks must be [batch, time], but are {list(queries.shape)} and {list(keys.shape)}.")
+    allowed = queries[:, :, None] & keys[:, None, :]
+    return allowed & np.tri(queries.shape[1], dtype=bool) if causal else allowed
+
+
+def entropy(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batch query"]:
+    """The entropy of each query's weights, in nats: H = −Σ_k w_k log w_k, with 0 log 0 = 0.
+
+    0 where one key has all weight, log n for n keys alike; exp H is how many keys the query in effect looks at.
+
+    Raises:
+        ValueError: if a row is no distribution, nor 0 as of padding.
+    """
+    weights = _checked(weights)
+    return -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=-1) + 0.0
+
+
+def normalised_entropy(
+    weights: Float[Any, "layer batch head query key"], allowed: Bool[np.ndarray, "batch query key"]
+) -> Float[np.ndarray, "layer batch head query"]:
+    """`entropy` / log n, where n is the number of keys that the query may look at: 0 for one key, 1 for all alike.
+
+    With it, rows of unequal length can be compared. A query with one key has no choice and gets 0: leave it out of
+    means, `mean_over_queries(values, allowed.sum(axis=-1) > 1)`.
+
+    Raises:
+        ValueError: as `entropy`, and if a key has weight that is not allowed.
+    """
+    weights, allowed = _paired(weights, allowed)
+    counts = allowed.sum(axis=-1)[None, :, None]
+    return entropy(weights) / np.log(np.maximum(counts, 2))
+
+
+def mean_distance(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batch query"]:
+    """How far away self-attention looks, in tokens: Σ_k w_k |k − query|.
+
+    Raises:
+        ValueError: as `entropy`, and if there are not as many keys as queries.
+    """
+    weights = _checked(weights)
+    _require_square(weights)
+    place = np.arange(weights.shape[-1])
+    return (weights * np.abs(place[None, :] - place[:, None])).sum(axis=-1)
+
+
+class Shares(NamedTuple):
+    """Of each query's weight, the parts that fall on each kind of key; they sum to 1.
+
+    A key that is of two kinds (the first may be the one before) counts for the kind that is listed first.
+    """
+
+    own: Float[np.ndarray, "layer batch head query"]  # the query's own place
+    previous: Float[np.ndarray, "layer batch head query"]  # the place before it
+    next: Float[np.ndarray, "layer batch head query"]  # the place behind it
+    first: Float[np.ndarray, "layer batch head query"]  # the sequence's first valid place
+    last: Float[np.ndarray, "layer batch head query"]  # its last one: of an encoder's source, `</s>`
+    other: Float[np.ndarray, "layer batch head query"]
+
+
+def shares(weights: Float[Any, "layer batch head query key"], allowed: Bool[np.ndarray, "batch query key"]) -> Shares:
+    """Where self-attention looks, relative to the query and to the ends of the sequence.
+
+    Raises:
+        ValueError: as `normalised_entropy`, and if there are not as many keys as queries.
+    """
+    weights, allowed = _paired(weights, allowed)
+    _require_square(weights)
+    place, valid = np.arange(weights.shape[-1]), allowed.any(axis=1)
+    first, last = valid.argmax(axis=1), len(place) - 1 - valid[:, ::-1].argmax(axis=1)
+    kinds = [np.broadcast_to(place[None, None, :] == place[None, :, None] + step, allowed.shape) for step in (0, -1, 1)]
+    kinds += [np.broadcast_to(place == end[:, None, None], allowed.shape) for end in (first, last)]
+    parts, left = [], np.ones(allowed.shape, bool)
+    for kind in (*kinds, left):
+        parts.append((weights * (kind & left)[None, :, None]).sum(axis=-1))
+        left = left & ~kind
+    return Shares(*parts)
+
+
+def mean_over_queries(
+    values: Float[np.ndarray, "layer batch head query"], queries: Bool[np.ndarray, "batch query"]
+) -> Float[np.ndarray, "layer batch head"]:
+    """The mean of each sequence over the queries that count.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a sequence has no query that counts.
+    """
+    values, queries = np.asarray(values, float), np.asarray(queries, bool)
+    if values.ndim != 4 or queries.shape != (values.shape[1], values.shape[3]):
+        raise ValueError(
+            "values must be [layer, batch, head, query] and queries [batch, query], "
+            f"but are {list(values.shape)} and {list(queries.shape)}."
+        )
+    counts = queries.sum(axis=1)
+    if not counts.all():
+        raise ValueError(f"sequence {np.flatnonzero(counts == 0)[0]} has no query to take the mean over.")
+    return np.where(queries[None, :, None], values, 0).sum(axis=-1) / counts[None, :, None]
+
+
+def _checked(weights: Any) -> np.ndarray:
+    """In float64, each row a distribution or 0: logits, or a transposed map, are neither."""
+    weights = np.asarray(weights, float)
+    if weights.ndim < 2:
+        raise ValueError(f"attention weights must be [..., query, key], but are {list(weights.shape)}.")
+    sums = weights.sum(axis=-1)
+    if not ((weights >= 0).all() and (np.isclose(sums, 1, rtol=0, atol=ROUNDING) | (sums == 0)).all()):
+        raise ValueError("a row of attention weights must sum to 1, or be 0 where the query is padding.")
+    return weights
+
+
+def _paired(weights: Any, allowed: Any) -> tuple[np.ndarray, np.ndarray]:
+    weights, allowed = _checked(weights), np.asarray(allowed, bool)
+    if weights.ndim != 5 or allowed.shape != (weights.shape[1], *weights.shape[3:]):
+        raise ValueError(
+            "weights must be [layer, batch, head, query, key] and allowed [batch, query, key], "
+            f"but are {list(weights.shape)} and {list(allowed.shape)}."
+        )
+    if np.where(allowed[None, :, None], 0, weights).any():
+        raise ValueError("a key has weight that its query may not look at.")
+    return weights, allowed
+
+
+def _require_square(weights: np.ndarray) -> None:
+    queries, keys = weights.shape[-2:]
+    if queries != keys:
+        raise ValueError(f"self-attention has as many keys as queries, but here are {keys} and {queries}.")

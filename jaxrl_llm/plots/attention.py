@@ -1,0 +1,234 @@
+"""Attention maps: a head as a heatmap with its tokens, all heads of a model, and what is measured of them.
+
+Everywhere the keys, what is looked at, stand on x from left to right, and the queries, what looks, on y from top to
+bottom; of cross-attention these are the source and the target. Layers and heads are counted from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from jaxrl_llm.plots import style
+from jaxrl_llm.plots.sheet import Sheet, size_in_points
+from jaxrl_llm.plots.text import LITERAL, text_width, token_label
+
+LABEL_SIZE, LABEL_WIDTH = 7.5, 64.0
+TITLE_SIZE, TITLE_WIDTH = 9.5, 440.0
+CELL, LEAST_CELL, LARGEST_MAP = 18.0, 5.0, 900.0  # points of a cell; more tokens make smaller ones
+THUMBNAIL, GAP, MARGIN = 92.0, 8.0, 16.0
+RASTER = 2500  # cells, beyond which a map in an SVG is an image
+POSSIBLE = "#e8894f"  # paler than the accent, which marks sure links
+
+Map = Sequence[Sequence[float]] | np.ndarray  # [query, key]
+Links = Iterable[tuple[int, int]]  # (key, query)
+
+
+def weight_colours() -> Colormap:
+    """White for no weight, deep blue for all of it."""
+    return LinearSegmentedColormap.from_list("weight", ["#ffffff", "#c6dcee", "#4f97c9", "#0b5394", "#08306b"])
+
+
+def draw_map(
+    axes: Axes,
+    weights: Map,
+    *,
+    queries: Sequence[str] = (),
+    keys: Sequence[str] = (),
+    sure: Links = (),
+    possible: Links = (),
+    norm: Normalize | None = None,
+) -> None:
+    """Draw one head's weights, rows on y from the top, into axes of a size that is final.
+
+    Args:
+        queries: their tokens, written left of the map, if any.
+        keys: theirs, written above it.
+        sure: gold links (key, query), whose cells are outlined.
+        possible: further ones, outlined more lightly.
+        norm: the colour scale; by default that of weights, 0 to 1.
+
+    Raises:
+        ValueError: if there are not as many tokens as rows or columns, or a link is outside the map.
+    """
+    weights = np.asarray(weights, float)
+    for name, tokens, size in (("queries", queries, weights.shape[0]), ("keys", keys, weights.shape[1])):
+        if len(tokens) not in (0, size):
+            raise ValueError(f"the map has {size} {name}, but {len(tokens)} tokens are given for them.")
+    width, height = size_in_points(axes)
+    cell = min(width / weights.shape[1], height / weights.shape[0])
+    lines = {"edgecolors": "#eef1f4", "linewidth": min(0.5, 0.06 * cell)} if weights.size <= RASTER else {}
+    raster = weights.size > RASTER
+    axes.pcolormesh(weights, cmap=weight_colours(), norm=norm or Normalize(0, 1), rasterized=raster, **lines)
+    axes.set(xlim=(0, weights.shape[1]), ylim=(weights.shape[0], 0), xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=style.FAINT, linewidth=0.6)
+    _outline(axes, weights.shape, sure, possible, cell)
+    _label(axes, queries, keys, size=min(LABEL_SIZE, 0.72 * cell))
+
+
+def _outline(axes: Axes, shape: tuple[int, ...], sure: Links, possible: Links, cell: float) -> None:
+    sure = {tuple(link) for link in sure}
+    links = [(link, POSSIBLE, 0.6) for link in {tuple(link) for link in possible} - sure]
+    for (key, query), colour, share in [*sorted(links), *((link, style.ACCENT, 1.0) for link in sorted(sure))]:
+        if not (0 <= key < shape[1] and 0 <= query < shape[0]):
+            raise ValueError(f"the link {(key, query)} is outside the map of {shape[1]} keys and {shape[0]} queries.")
+        width = share * min(1.6, 0.12 * cell)
+        edge = {"edgecolor": colour, "linewidth": width, "linestyle": "-" if share == 1 else (0, (3, 1.5))}
+        axes.add_patch(Rectangle((key + 0.06, query + 0.06), 0.88, 0.88, fill=False, zorder=3, **edge))
+
+
+def _label(axes: Axes, queries: Sequence[str], keys: Sequence[str], *, size: float) -> None:
+    shared = {"textcoords": "offset points", "fontsize": size, "annotation_clip": False, **LITERAL}
+    for row, token in enumerate(queries):
+        text = token_label(token, size=size, width=LABEL_WIDTH)
+        axes.annotate(text, (0, row + 0.5), (-4, 0), ha="right", va="center", **shared)
+    for column, token in enumerate(keys):
+        text = token_label(token, size=size, width=LABEL_WIDTH)
+        axes.annotate(text, (column + 0.5, 0), (0, 4), ha="center", va="bottom", rotation=90, **shared)
+
+
+def label_room(tokens: Sequence[str]) -> float:
+    """The points that the longest label takes, with its distance from the map."""
+    labels = (token_label(token, size=LABEL_SIZE, width=LABEL_WIDTH) for token in tokens)
+    return 6.0 + max((text_width(label, LABEL_SIZE) for label in labels), default=0.0)
+
+
+def cell_size(queries: int, keys: int) -> float:
+    """The points of a cell in a map of its own."""
+    return max(LEAST_CELL, min(CELL, LARGEST_MAP / max(queries, keys, 1)))
+
+
+@style.look()
+def head_figure(
+    weights: Map,
+    *,
+    queries: Sequence[str],
+    keys: Sequence[str],
+    title: str,
+    axis_names: tuple[str, str],
+    **links: Links,
+) -> Figure:
+    """One head, as large as its tokens need.
+
+    Args:
+        axis_names: what the queries and the keys are, as "target" and "source".
+        links: `sure` and `possible`, as in `draw_map`.
+    """
+    cell, left, top = cell_size(len(queries), len(keys)), 14 + label_room(queries), 44 + label_room(keys)
+    width, height = cell * len(keys), cell * len(queries)
+    sheet = _page(title, left + width, top + height + 46)
+    axes = sheet.axes(MARGIN + left, top, width, height)
+    draw_map(axes, weights, queries=queries, keys=keys, **links)
+    name_axes(sheet, MARGIN + left, top, label_room(queries), label_room(keys), axis_names)
+    add_colour_bar(sheet.axes(MARGIN + left, top + height + 12, 150, 6))
+    return sheet.figure
+
+
+def _page(title: str, width: float, height: float) -> Sheet:
+    """A sheet for so much between its margins, and for its title."""
+    room = max(width, min(TITLE_WIDTH, text_width(title, TITLE_SIZE, "bold") + 2), 230.0)
+    sheet = Sheet(room + 2 * MARGIN, height)
+    sheet.line(MARGIN, 20, title, size=TITLE_SIZE, width=room, weight="bold")
+    return sheet
+
+
+def name_axes(
+    sheet: Sheet, x: float, y: float, rows: float, columns: float, axis_names: tuple[str, str], *, size: float = 7.5
+) -> None:
+    """Beside labels of these sizes around a map with its corner at (x, y), what they are."""
+    queries, keys = axis_names
+    shared = {"size": size, "color": style.MUTED}
+    sheet.line(x, y - columns - 3, f"{keys} →", width=200, **shared)
+    place = {"rotation": 90, "va": "top", "ha": "right"}
+    sheet.line(x - rows - 3, y, f"← {queries}", width=200, **place, **shared)
+
+
+@style.look()
+def grid_figure(
+    weights: Any,
+    *,
+    title: str,
+    axis_names: tuple[str, str],
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Figure:
+    """All heads of a model, [layer, head, query, key], a row for each layer.
+
+    Args:
+        layers: the numbers of the layers, if they are not all of them; `heads` likewise.
+    """
+    rows, columns, queries, keys = np.shape(weights)
+    width, height = thumbnail_size(queries, keys)
+    left, top = 44.0, 46.0
+    sheet = _page(title, left + columns * (width + GAP), top + rows * (height + GAP) + 52)
+    draw_grid(sheet, MARGIN + left, top, weights, width=width, height=height, layers=layers, heads=heads)
+    bottom = top + rows * (height + GAP)
+    names = f"in each: {axis_names[1]} → on x, {axis_names[0]} ↓ on y"
+    sheet.line(MARGIN + left, bottom + 8, names, size=7.5, width=200, color=style.MUTED)
+    add_colour_bar(sheet.axes(MARGIN + left, bottom + 18, 150, 6))
+    return sheet.figure
+
+
+def thumbnail_size(queries: int, keys: int) -> tuple[float, float]:
+    """The width and height of a small map of square cells."""
+    scale = THUMBNAIL / max(queries, keys, 1)
+    return max(scale * keys, 16.0), max(scale * queries, 16.0)
+
+
+def draw_grid(
+    sheet: Sheet,
+    x: float,
+    y: float,
+    weights: Any,
+    *,
+    width: float,
+    height: float,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    marked: tuple[int, int] | None = None,
+    **links: Links,
+) -> None:
+    """Small maps of all heads, [layer, head, query, key], on one colour scale, numbered above and on the left.
+
+    Args:
+        width: of one map, in points.
+        height: of one.
+        layers: the numbers of the layers; by default from 0.
+        heads: those of the heads.
+        marked: the layer and head that is framed.
+        links: as in `draw_map`.
+    """
+    rows, columns = np.shape(weights)[:2]
+    layers, heads = layers or range(rows), heads or range(columns)
+    for row, layer in enumerate(layers):
+        top = y + row * (height + GAP)
+        sheet.line(x - 7, top + height / 2 + 3, f"layer {layer}", size=7.5, width=60, ha="right")
+        for column, head in enumerate(heads):
+            axes = sheet.axes(x + column * (width + GAP), top, width, height)
+            draw_map(axes, weights[row][column], **links)
+            if (layer, head) == marked:
+                for spine in axes.spines.values():
+                    spine.set(color=style.ACCENT, linewidth=2.0)
+    for column, head in enumerate(heads):
+        middle = x + column * (width + GAP) + width / 2
+        sheet.line(middle, y - 5, f"head {head}", size=7.5, width=60, ha="center")
+
+
+def add_colour_bar(axes: Axes, label: str = "attention weight") -> None:
+    """The colour scale of the weights, lying in these axes."""
+    bar = axes.get_figure().colorbar(
+        ScalarMappable(Normalize(0, 1), weight_colours()), cax=axes, orientation="horizontal"
+    )
+    bar.outline.set(edgecolor=style.FAINT, linewidth=0.6)
+    bar.set_ticks([0, 0.5, 1], labels=["0", "0.5", "1"])
+    axes.set_xlabel(label, fontsize=7.5, labelpad=1)
+    axes.tick_params(labelsize=7, length=2.5)
