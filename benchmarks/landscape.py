@@ -101,7 +101,7 @@ def compare(config: Config) -> dict[str, Any]:
         runners = {"jaxrl_llm": ours(lm, params, directions), "torch": theirs(folders[0], folders[1:])}
     axis = landscape.axis(1.0, config.points)
     for run in runners.values():
-        run(axis[:1], axis[:2])  # compile, warm up
+        run(axis[:1], axis)  # compile, warm up: a row, as long as those that are timed
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     apart = 0.0
     for alphas in tqdm(np.array_split(axis, config.bands), unit="band"):

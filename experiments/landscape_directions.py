@@ -66,11 +66,13 @@ def run(config: Config) -> dict[str, Any]:
         sections[name] = section(config, place, directions[0], name, top)
         numbers.append(landscapes.centre_number(NAMES[name], place, losses))
         numbers.append(landscapes.cosine_number(NAMES[name], surfaces[name]))
+        numbers.append(step_number(NAMES[name], surfaces[name], least=1.5 if name == "hessian" else None))
     numbers += comparison(planes, sections, top)
     return {
         "claim": "What a landscape looks like is decided by its directions. Through the same model, on the same axes "
-        "and as long, a random plane shows a wide bowl, and the Hessian's top eigenvectors a crevice: the curvature "
-        "along a random direction is thousands of times below the sharpness.",
+        "and as long, a random plane shows a wide bowl; along the Hessian's top eigenvectors the loss is many times "
+        "higher one grid step away. The curvature along a random direction is more than ten thousand times below the "
+        "sharpness, and the Hessian's parabola along its top eigenvector holds for less than a thousandth of the axis.",
         "numbers": numbers,
         "data": rounded(
             {"model": config.model, "surfaces": surfaces, "sections": sections, "sharpness": float(top.values[0])}
@@ -114,6 +116,20 @@ def spectrum_numbers(top: landscape.Eigenpairs) -> list[dict[str, Any]]:
     ]
 
 
+def step_number(name: str, surface: dict[str, Any], *, least: float | None) -> dict[str, Any]:
+    """The lowest of the four points next to the model, over the loss of the model."""
+    middle = len(surface["alphas"]) // 2
+    losses = surface["loss"]
+    beside = [losses[middle + i][middle + j] for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    return ledger.number(
+        f"lowest loss one grid step from the model over the loss at it, {name}",
+        min(beside) / surface["centre"],
+        interval=(least, None),
+        unit="",
+        source="measured",
+    )
+
+
 def comparison(planes: dict[str, Any], sections: dict[str, Any], top: landscape.Eigenpairs) -> list[dict[str, Any]]:
     """The curvature along the eigenvector is its eigenvalue; along random directions it is far below."""
     length = float(landscape.norm(planes["hessian"][0]))
@@ -122,7 +138,7 @@ def comparison(planes: dict[str, Any], sections: dict[str, Any], top: landscape.
         ledger.number(
             f"sharpness over curvature per squared length, {NAMES[name]}",
             float(top.values[0]) / abs(sections[name]["per_length"]),
-            interval=(1000.0, None),
+            interval=(1e4, None),
             unit="times",
             source="a random direction has the mean eigenvalue, weighted by how the norms are spread",
         )

@@ -50,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
         ("even", config.text, config.even_points),
     ):
         place = landscapes.of_text(loaded, words)
-        shown = words if len(words) < 28 else words[:24].rstrip() + "…"
+        shown = words if len(words) < 28 else words[:24].rsplit(" ", 1)[0] + " …"
         surfaces[name], losses = landscapes.surface_of(
             place, directions, points=points, title=f"“{shown}”, {points} × {points}"
         )

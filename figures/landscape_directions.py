@@ -31,7 +31,8 @@ def draw(results: dict[str, Any]) -> Figure:
         colours = landscape.draw_contour(panels[-1], surface, limits=limits)
         panels[-1].set_title(f"({'abc'[column]}) {surface['title']}")
         axes = figure.add_subplot(grid[1, column])
-        landscape.draw_section(axes, [section | {"label": "loss"}], xlabel="α, first direction")
+        shown = section | {"label": "per squared length", "curvature": section["per_length"]}
+        landscape.draw_section(axes, [shown], xlabel="α, first direction")
         axes.set_title(f"({'def'[column]}) the first direction, near the model")
     landscape.add_colour_bar(panels, colours)
     return figure

@@ -62,7 +62,7 @@ def test_checkpoint_and_page(run, tmp_path):
     assert status == 0 and "to be turned by hand: page.html" in first
     assert "I have a dream" in (tmp_path / "page.html").read_text()
     kept = json.loads((tmp_path / "kept.json").read_text())
-    assert len(kept["losses"]) == 9
+    assert [len(row) for row in kept["losses"]] == [3, 3, 3]
     status, again, _ = run("I have a dream", *SMALL, "--checkpoint", "kept.json", "--html", "page.html")
     assert (status, again) == (0, first)
     status, _, error = run("I have a dream", *SMALL, "--checkpoint", "kept.json", "--seed", "1")
@@ -86,6 +86,12 @@ def test_hessian_directions_come_with_the_sharpness(monkeypatch, capsys):
     assert sharpness == 5.5 and asked["max_iterations"] == 7
     for direction in directions:
         np.testing.assert_allclose(landscape.norm(direction), landscape.norm(loaded.params), rtol=1e-5)
+
+
+def test_holes_are_counted_and_nothing_else_is_said(run):
+    status, out, error = run("I have a dream", "--points", "3", "--radius", "1e19", "--directions", "none")
+    assert status == 0 and re.search(r"no finite loss at \d+ of 9 points", out)
+    assert "LossHole" not in error
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,5 @@ def section_of(place: Place, direction: Params, *, radius: float, points: int, l
         "alphas": axis,
         "loss": [float(loss) if np.isfinite(loss) else None for loss in losses],
         "quadratic": place.centre + slope * axis + curvature * axis**2 / 2,
-        "slope": slope,
         "curvature": curvature,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,15 +59,7 @@ class Landscape:
         tokens = text.encode(require_tokenizer(loaded, self.model), self.text)
         loss_fn = landscape.next_token_loss(loaded.model, jnp.asarray([tokens]))
         directions, sharpness = self._directions(loss_fn, loaded.params)
-        losses = landscape.loss_surface(
-            loss_fn,
-            loaded.params,
-            directions,
-            axis,
-            axis,
-            memory_budget=self.memory_budget,
-            checkpoint=self.checkpoint,
-        )
+        losses = self._surface(loss_fn, loaded.params, directions, axis)
         surface = landscape.describe(
             axis,
             axis,
@@ -96,6 +89,27 @@ class Landscape:
         top = landscape.top_eigenpairs(loss_fn, params, key, max_iterations=self.iterations, progress=True)
         length = landscape.norm(params)
         return tuple(landscape.rescaled(vector, length) for vector in top.vectors), float(top.values[0])
+
+    def _surface(self, loss_fn: Any, params: Any, directions: tuple[Any, Any], axis: Any) -> Any:
+        """The losses; holes are reported with the other numbers, and an interruption with what goes on."""
+        import warnings
+
+        import numpy as np
+
+        from jaxrl_llm.analysis import landscape
+
+        options = {"memory_budget": self.memory_budget, "checkpoint": self.checkpoint}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", landscape.LossHole)
+                losses = landscape.loss_surface(loss_fn, params, directions, axis, axis, **options)
+        except KeyboardInterrupt:
+            if self.checkpoint is not None:
+                print(f"the rows that are done are in {self.checkpoint}: the same command goes on.", file=sys.stderr)
+            raise
+        if not np.isfinite(losses).any():
+            raise ValueError(f"the loss is finite nowhere on the grid: take a --radius below {self.radius:g}.")
+        return losses
 
     def _print(self, surface: dict[str, Any]) -> None:
         where = "" if surface["centre_on_grid"] else ", not on the grid"

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrl_llm.plots import style
 from jaxrl_llm.plots.loss_grid import LossGrid, read_grid
-from jaxrl_llm.plots.loss_scale import LOSS, digits, is_log, loss_limits, loss_norm, ticks
+from jaxrl_llm.plots.loss_scale import digits, is_log, loss_limits, loss_norm, ticks
 
 COLOURS = "Viridis"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -111,7 +111,7 @@ def _colour_values(grid: LossGrid, *, log: bool) -> list[list[float | None]]:
 
 def _bar(grid: LossGrid, *, log: bool) -> dict[str, Any]:
     """A colour bar whose ticks are losses, also where the colours are of their logarithms."""
-    bar = {"title": {"text": LOSS, "side": "right"}, "thickness": 16, "len": 0.7, "outlinewidth": 0}
+    bar = {"title": {"text": grid.label, "side": "right"}, "thickness": 16, "len": 0.7, "outlinewidth": 0}
     if not log:
         return bar | {"tickmode": "auto"}
     low, high = float(grid.loss.min()), float(grid.loss.max())
@@ -156,7 +156,7 @@ def _layout(grids: Sequence[LossGrid], menus: list[dict[str, Any]], *, log: bool
     scene |= {"camera": {"eye": {"x": -1.0, "y": -1.6, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.12}}}
     layout = {"margin": {"l": 0, "r": 0, "t": 40 if len(grids) > 1 else 0, "b": 24}, "updatemenus": menus}
     layout |= {"font": {"family": FONT, "size": 13, "color": style.INK}, "uirevision": "kept"}
-    scene |= {"zaxis": axis | {"title": {"text": LOSS}} | _height(grids, log=log)}
+    scene |= {"zaxis": axis | {"title": {"text": grids[0].label}} | _height(grids, log=log)}
     return layout | {"scene": scene, "paper_bgcolor": "white"}
 
 

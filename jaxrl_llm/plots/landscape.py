@@ -2,8 +2,8 @@
 
 A *surface* is a dict: `title`; `alphas` [A] and `betas` [B], the steps along the two directions; `loss` [A][B], None
 where it is not finite (a hole); `centre`, the loss at the origin; and for the facts under a figure's title `minimum`,
-`maximum`, `cosine` (between the directions) and, where known, `sharpness` (the Hessian's top eigenvalue). Losses are in
-nats per token. Alpha runs along x, beta along y.
+`maximum`, `cosine` (between the directions) and, where known, `sharpness` (the Hessian's top eigenvalue) and `unit`
+(else nats per token). Alpha runs along x, beta along y.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def landscape_figure(surface: dict[str, Any], *, model: str, paths: Sequence[dic
     _write(figure, 20, f"{surface['title']}, {model}", size=12, weight="bold")
     _write(figure, 36, facts, size=8, color=style.MUTED)
     grid = figure.add_gridspec(1, 2, width_ratios=(1.1, 1))
-    draw_surface(figure.add_subplot(grid[0], projection="3d"), surface)
+    draw_surface(figure.add_subplot(grid[0], projection="3d"), surface, label=read_grid(surface).label)
     contour = figure.add_subplot(grid[1])
     colours = draw_contour(contour, surface, paths=paths)
-    add_colour_bar(contour, colours)
+    add_colour_bar(contour, colours, label=read_grid(surface).label)
     return figure
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+LOSS = "loss (nats per token)"
+
 
 @dataclasses.dataclass(frozen=True)
 class LossGrid:
@@ -18,12 +20,14 @@ class LossGrid:
         betas: [B] the steps along the second direction, ascending; drawn along y.
         loss: [A, B] masked where the loss is not finite.
         centre: the loss at the origin, whether or not that is a point of the grid.
+        label: of an axis of losses, with their unit.
     """
 
     alphas: np.ndarray
     betas: np.ndarray
     loss: np.ma.MaskedArray
     centre: float
+    label: str = LOSS
 
     @property
     def holes(self) -> int:
@@ -61,7 +65,8 @@ def read_grid(surface: dict[str, Any]) -> LossGrid:
     (centre,) = np.asarray([surface["centre"]], float)
     if not np.isfinite(centre):
         raise ValueError(f"the loss at the origin must be a finite number, found {surface['centre']}.")
-    return LossGrid(alphas, betas, loss, float(centre))
+    label = f"loss ({surface['unit']})" if "unit" in surface else LOSS
+    return LossGrid(alphas, betas, loss, float(centre), label)
 
 
 def read_steps(values: Sequence[float], name: str, *, least: int = 2) -> np.ndarray:

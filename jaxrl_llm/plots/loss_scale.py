@@ -13,9 +13,8 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from jaxrl_llm.plots.loss_grid import LossGrid, read_grid
+from jaxrl_llm.plots.loss_grid import LOSS, LossGrid, read_grid
 
-LOSS = "loss (nats per token)"
 LOG_RATIO = 5  # a highest loss more than so many times the lowest is drawn on a log scale
 TAIL = 10
 BEYOND = "#dfe3e7"  # of losses beyond the limits, and of the arrows of the colour bar

@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.loss_grid import read_losses, read_steps
-from jaxrl_llm.plots.loss_scale import LOSS, digits, is_log, loss_norm, scaled, ticks
+from jaxrl_llm.plots.loss_grid import LOSS, read_losses, read_steps
+from jaxrl_llm.plots.loss_scale import digits, is_log, loss_norm, scaled, ticks
 
 
 def draw_section(

@@ -11,9 +11,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.loss_grid import LossGrid, read_grid
+from jaxrl_llm.plots.loss_grid import LOSS, LossGrid, read_grid
 from jaxrl_llm.plots.loss_marks import ALPHA, BETA, ORIGIN, halo, span
-from jaxrl_llm.plots.loss_scale import LOSS, digits, is_log, loss_colours, loss_limits, loss_norm, scaled, ticks
+from jaxrl_llm.plots.loss_scale import digits, is_log, loss_colours, loss_limits, loss_norm, scaled, ticks
 from jaxrl_llm.plots.sheet import size_in_points
 
 LABELS = 26.0  # points for the labels around the box

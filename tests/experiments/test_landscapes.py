@@ -4,10 +4,12 @@ import json
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import preference_landscape
+from experiments.parts import landscapes
 from jaxrl_llm import models
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -62,6 +64,16 @@ def test_sections_touch_their_parabola_at_the_centre():
         loss, quadratic = (np.asarray(section[kind], float) for kind in ("loss", "quadratic"))
         np.testing.assert_allclose(loss[near], quadratic[near], atol=2e-3)
         assert section["sharpness"] == entry("landscape_directions")["data"]["sharpness"]
+
+
+def test_the_parabola_of_a_quadratic_loss_is_the_loss():
+    def loss(params):
+        return 3 * params["w"][0] ** 2 - params["w"][0] + jnp.square(params["w"][1] - 1)
+
+    place = landscapes.Place.of(loss, {"w": jnp.asarray([0.5, 0.2])})
+    section = landscapes.section_of(place, {"w": jnp.asarray([1.0, 2.0])}, radius=0.7, points=9, label="")
+    np.testing.assert_allclose(section["quadratic"], section["loss"], rtol=1e-5)
+    np.testing.assert_allclose(section["curvature"], 14, rtol=1e-6)
 
 
 def test_dpo_starts_at_log_two_and_leaves_by_its_own_plane():

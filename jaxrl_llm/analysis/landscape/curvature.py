@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +12,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from jaxrl_llm.analysis.landscape.trees import accurate_sum, check_like, check_params, inner
+from jaxrl_llm.analysis.landscape.trees import LossFn, accurate_sum, check_like, check_params, inner, orthonormal
 from jaxrl_llm.language_model import Params
-
-LossFn = Callable[[Params], Float[Array, ""]]
+from jaxrl_llm.objectives.numerics import wide
 
 # Weights of the eighth-order central second difference at distances 0 to 4 (Fornberg 1988, table 1).
 SECOND_DIFFERENCE = (-205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560)
@@ -69,7 +67,7 @@ def second_difference(values: Float[np.ndarray, "point"], spacing: float) -> flo
     """The second derivative in the middle of an odd number of equally spaced values, 9 of them or more.
 
     The central difference of eighth order (Fornberg 1988): its error is f⁽¹⁰⁾ h⁸ / 3150, and that of rounding some
-    five times that of the values over h².
+    six times that of the values over h².
 
     Raises:
         ValueError: if the values are fewer than 9, even in number or not finite in the middle, or spacing is not
@@ -104,7 +102,7 @@ def top_eigenpairs(
     those of H as (λ, Q s), with the residual β |s_m| (Parlett 1980, chapter 13). Every new vector is made orthogonal
     to all before, twice, so that no eigenvalue appears twice that is single; where the space is exhausted a new random
     vector goes on, so that those that are multiple are found too. It holds `max_iterations` vectors of the size of the
-    parameters in memory.
+    parameters in memory. Parameters narrower than float32 are widened.
 
     Args:
         tolerance: stop when the residuals are below this share of the largest |λ| found.
@@ -114,18 +112,19 @@ def top_eigenpairs(
         FloatingPointError: if the loss has no finite curvature at `params`.
     """
     check_params(params)
-    start, unravel = ravel_pytree(params)
-    size = start.size
+    params = jax.tree.map(lambda leaf: wide(jnp.asarray(leaf)), params)
+    flat, unravel = ravel_pytree(params)
+    size, dtype = flat.size, flat.dtype
     if not 1 <= count <= min(size, max_iterations):
         raise ValueError(
             f"count must lie in [1, {min(size, max_iterations)}], by the numbers in params and max_iterations, "
             f"but is {count}."
         )
     most = min(max_iterations, size)
-    basis = jnp.zeros((most, size), start.dtype)
+    basis = jnp.zeros((most, size), dtype)
     diagonal, beside = [], []
     start_key, restart_key = jax.random.split(key)
-    vector, _ = _orthonormal(basis, jax.random.normal(start_key, (size,), start.dtype))
+    vector, _ = _orthonormal(basis, jax.random.normal(start_key, (size,), dtype))
     bar = tqdm(range(most), unit="product", desc="Lanczos", leave=False, disable=not progress)
     for step in bar:
         basis, image, alpha = _lanczos_step(loss_fn, unravel, params, basis, vector, step)
@@ -135,20 +134,19 @@ def top_eigenpairs(
         vector, beta = _orthonormal(basis, image)
         values, shares = _tridiagonal_eigh(diagonal, beside)
         scale = np.abs(values).max()
-        exhausted = float(beta) <= size**0.5 * float(jnp.finfo(start.dtype).eps) * scale
-        residuals = np.abs(shares[-1]) * (0.0 if exhausted else float(beta))
+        exhausted = float(beta) <= 8 * float(jnp.finfo(dtype).eps) * scale
+        residuals = np.abs(shares[-1]) * float(beta)
         # An exhausted space may hold one vector of a multiple eigenvalue: only further ones can tell.
         if step + 1 >= count and not exhausted and (residuals[:count] <= tolerance * scale).all():
             break
         if exhausted and step + 1 < most:
-            vector, _ = _orthonormal(basis, jax.random.normal(jax.random.fold_in(restart_key, step), (size,)))
+            vector, _ = _orthonormal(basis, jax.random.normal(jax.random.fold_in(restart_key, step), (size,), dtype))
         beside.append(0.0 if exhausted else float(beta))
     bar.close()
     used = basis[: len(diagonal)]
-    vectors = _orthonormal_rows(jnp.asarray(shares[:, :count].T, used.dtype) @ used)
-    return Eigenpairs(
-        values[:count], [unravel(vector) for vector in vectors], residuals[:count], float(values[-1]), len(diagonal)
-    )
+    # Orthonormal but for the rounding of the long sums in the basis, and made so by accurate ones.
+    vectors = orthonormal([unravel(jnp.asarray(shares[:, i], dtype) @ used) for i in range(count)])
+    return Eigenpairs(values[:count], vectors, residuals[:count], float(values[-1]), len(diagonal))
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "unravel"), donate_argnames="basis")
@@ -171,21 +169,12 @@ def _orthonormal(
     basis: Float[Array, "most size"], vector: Float[Array, "size"]
 ) -> tuple[Float[Array, "size"], Float[Array, ""]]:
     """The part of a vector beside the basis, with norm 1, and that part's norm. Rows of zeros take nothing."""
-    for _ in range(2):  # the second time takes away what rounding left
+    lengths = []
+    for _ in range(3):  # what rounding left is taken away, also where little more than that was left
         vector = vector - (basis @ vector) @ basis
-    length = jnp.sqrt(accurate_sum(jnp.square(vector)))
-    return vector / jnp.where(length > 0, length, 1), length
-
-
-@jax.jit
-def _orthonormal_rows(rows: Float[Array, "count size"]) -> Float[Array, "count size"]:
-    """Rows that are orthonormal but for the rounding of long sums, made so by accurate ones (Gram and Schmidt)."""
-    done: list[Array] = []
-    for row in rows:
-        for earlier in done * 2:
-            row = row - accurate_sum(earlier * row) * earlier
-        done.append(row / jnp.sqrt(accurate_sum(jnp.square(row))))
-    return jnp.stack(done)
+        lengths.append(jnp.sqrt(accurate_sum(jnp.square(vector))))
+        vector = vector / jnp.where(lengths[-1] > 0, lengths[-1], 1)
+    return vector, lengths[0] * lengths[1]
 
 
 def _tridiagonal_eigh(diagonal: list[float], beside: list[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,14 +6,22 @@ import functools
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxrl_llm.analysis.landscape.trees import accurate_sum, check_like, check_params, inner, name_of, norm
+from jaxrl_llm.analysis.landscape.trees import (
+    accurate_sum,
+    check_like,
+    check_params,
+    inner,
+    name_of,
+    norm,
+    orthonormal,
+)
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.objectives.numerics import wide
 
@@ -57,14 +65,14 @@ def random_directions(params: Params, key: Key[Array, ""], *, scale: Scale = "pa
     check_params(params)
     if scale == "none":
         return _unscaled(params, key)
-    pairs = jax.tree_util.tree_map_with_path(lambda path, leaf: _scaled_pair(path, leaf, key, scale), params)
-    first, beside = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
-    alone = jax.tree_util.tree_map_with_path(lambda path, leaf: _group_size(path, leaf, scale) == 1, params)
-    cos = _common_cosine(first, beside, alone)
-    if cos == 0:
-        return first, beside
-    sin = math.sqrt(1 - cos**2)
-    return first, jax.tree.map(lambda u, v, lone: v if lone else cos * u + sin * v, first, beside, alone)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(jax.tree.map(jnp.asarray, params))
+    firsts, besides = zip(*(_scaled_pair(path, leaf, key, scale) for path, leaf in leaves), strict=True)
+    alone = [_group_size(path, leaf, scale) == 1 for path, leaf in leaves]
+    cos = _common_cosine(firsts, besides, alone)
+    if cos != 0:
+        sin = math.sqrt(1 - cos**2)
+        besides = [v if lone else cos * u + sin * v for u, v, lone in zip(firsts, besides, alone, strict=True)]
+    return structure.unflatten(firsts), structure.unflatten(besides)
 
 
 def _draw(path: tuple, leaf: Array, key: Array, number: int) -> Array:
@@ -74,16 +82,15 @@ def _draw(path: tuple, leaf: Array, key: Array, number: int) -> Array:
 
 
 def _unscaled(params: Params, key: Array) -> Directions:
-    first, second = (
-        jax.tree_util.tree_map_with_path(lambda path, leaf, i=i: _draw(path, leaf, key, i), params) for i in (0, 1)
-    )
-    length = norm(second)
-    for _ in range(2):  # the second time takes away what rounding left
-        share = inner(first, second) / inner(first, first)
-        second = jax.tree.map(lambda a, b, share=share: b - share * a, first, second)
-    if not norm(second) > 1e-3 * length:
-        raise ValueError("two orthogonal directions need at least two numbers in params.")
-    return first, rescaled(second, length)
+    draws = [
+        jax.tree_util.tree_map_with_path(lambda path, leaf, i=i: _draw(path, jnp.asarray(leaf), key, i), params)
+        for i in (0, 1)
+    ]
+    try:
+        _, second = orthonormal(draws)
+    except ValueError:
+        raise ValueError("two orthogonal directions need at least two numbers in params.") from None
+    return draws[0], rescaled(second, norm(draws[1]))
 
 
 def _group_axes(path: tuple, leaf: Array, scale: Scale) -> tuple[int, ...] | None:
@@ -129,17 +136,20 @@ def _orthogonal_pair(leaf: Array, first: Array, second: Array, axes: tuple[int, 
     return target * first, target * second
 
 
-def _common_cosine(first: Params, beside: Params, alone: Any) -> float:
+def _common_cosine(firsts: Sequence[Array], besides: Sequence[Array], alone: Sequence[bool]) -> float:
     """c: 0, or what makes up for the groups of a single number."""
-    squares = jax.tree.map(lambda a, b: (float(inner(a, a)), float(inner(a, b))), first, beside)
-    triples = zip(jax.tree.leaves(squares, is_leaf=lambda x: isinstance(x, tuple)), jax.tree.leaves(alone), strict=True)
     free = lone = weight = 0.0
-    for (square, product), single in triples:
-        free += 0.0 if single else square
-        lone += product if single else 0.0
+    for first, beside, single in zip(firsts, besides, alone, strict=True):
+        square = float(inner(first, first))
         weight += square
+        if single:
+            lone += float(inner(first, beside))
+        else:
+            free += square
     if weight == 0:
         raise ValueError("params have norm 0 wherever a direction would be scaled to them: take scale='none'.")
+    if not math.isfinite(weight):
+        raise ValueError("the norm of params is out of their dtype's range.")
     if abs(lone) >= free and lone != 0:
         raise ValueError(
             "params are mostly single numbers, in which a direction has no choice but its sign, so that two cannot be "
@@ -188,7 +198,7 @@ def principal_directions(checkpoints: Sequence[Params], origin: Params) -> Princ
 
     Uncentred, by the eigenvectors of the checkpoints' Gram matrix (Li et al. 2018, section 7, whose matrix has these
     differences as its rows). They are orthogonal, and as long as the farthest checkpoint reaches along each, so that
-    the path fits into [−1, 1]².
+    the path fits into [−1, 1]²; the first checkpoint lies at positive coordinates.
 
     Raises:
         ValueError: if trees do not match, or all checkpoints lie on one line through the origin.
@@ -201,20 +211,20 @@ def principal_directions(checkpoints: Sequence[Params], origin: Params) -> Princ
     values, vectors = values[::-1][:2], vectors[:, ::-1][:, :2]
     if len(values) < 2 or values[1] <= count * _rounding(differences[0]) * values[0]:
         raise ValueError(f"{count} checkpoints span no plane around the origin: they lie on a line through it.")
-    reach = np.sqrt(values) * np.abs(vectors).max(axis=0)
-    vectors = vectors * np.where(vectors[0] < 0, -1, 1)  # the first checkpoint in the upper right
-    weights = vectors / np.sqrt(values) * reach
-    directions = tuple(_combined(differences, weights[:, i]) for i in (0, 1))
-    return PrincipalDirections(directions, vectors * np.sqrt(values) / reach, values / np.trace(gram))
+    vectors = vectors * np.where(vectors[0] < 0, -1, 1)
+    # The second is short, so that rounding of the first would tilt it: they are made orthogonal again.
+    axes = orthonormal([_combined(differences, vectors[:, i]) for i in (0, 1)])
+    places = np.asarray([[float(inner(each, axis)) for axis in axes] for each in differences])
+    reach = np.abs(places).max(axis=0)
+    directions = tuple(rescaled(axis, length) for axis, length in zip(axes, reach, strict=True))
+    return PrincipalDirections(directions, places / reach, np.square(places).sum(axis=0) / np.trace(gram))
 
 
 def _combined(trees: Sequence[Params], weights: np.ndarray) -> Params:
-    return jax.tree.map(
-        lambda *leaves: functools.reduce(
-            jnp.add, (leaf * jnp.asarray(w, leaf.dtype) for leaf, w in zip(leaves, weights, strict=True))
-        ),
-        *trees,
-    )
+    def total(*leaves: Array) -> Array:
+        return sum(jnp.asarray(weight, leaf.dtype) * leaf for weight, leaf in zip(weights, leaves, strict=True))
+
+    return jax.tree.map(total, *trees)
 
 
 def _rounding(tree: Params) -> float:

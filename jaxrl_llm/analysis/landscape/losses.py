@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.analysis.landscape.trees import LossFn
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
 from jaxrl_llm.objectives import preference, reward_model
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
-
-LossFn = Callable[[Params], Float[Array, ""]]
 
 
 class Answers(NamedTuple):

@@ -17,6 +17,7 @@ def describe(
     centre: float,
     cosine: float,
     sharpness: float | None = None,
+    unit: str = "nats per token",
 ) -> dict[str, Any]:
     """Grid, losses (None where they are not finite), and the numbers that go with them.
 
@@ -24,6 +25,7 @@ def describe(
         centre: the loss at the origin, which an even grid does not hold.
         cosine: of the two directions.
         sharpness: the largest eigenvalue of the Hessian at the centre.
+        unit: of the loss.
 
     Raises:
         ValueError: if the shapes do not match, or no loss is finite.
@@ -36,6 +38,7 @@ def describe(
         raise ValueError(f"none of the {losses.size} losses is finite.")
     surface = {
         "title": title,
+        "unit": unit,
         "alphas": [float(alpha) for alpha in alphas],
         "betas": [float(beta) for beta in betas],
         "loss": [[float(loss) if np.isfinite(loss) else None for loss in row] for row in losses],

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,11 +18,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jaxrl_llm.analysis.landscape.trees import check_like, check_params
+from jaxrl_llm.analysis.landscape.trees import LossFn, check_like, check_params
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.objectives.numerics import wide
-
-LossFn = Callable[[Params], Float[Array, ""]]
 
 
 class LossHole(UserWarning):
@@ -217,7 +215,7 @@ def _block_size(loss_fn: LossFn, params: Params, direction: Params, budget: int 
     alone = max(1, program.memory_analysis().temp_size_in_bytes)
     if alone > budget:
         raise ValueError(f"memory_budget must be at least {alone} bytes, what one point needs, but is {budget}.")
-    return min(budget // alone, most)
+    return -(-most // -(-most // min(budget // alone, most)))  # blocks of equal size, that none is half empty
 
 
 def _report_holes(losses: np.ndarray, *axes: np.ndarray) -> None:
@@ -277,9 +275,16 @@ class _Rows:
         os.replace(partial, self.path)
 
 
-def _fingerprint(loss_fn: LossFn, params: Params, directions: Sequence[Params], *axes: np.ndarray) -> str:
-    """Of grid, parameters, directions, and of the loss by its value at the parameters."""
-    digest = hashlib.sha256(json.dumps([axis.tolist() for axis in axes]).encode())
-    for leaf in jax.tree.leaves((params, directions, jax.jit(loss_fn)(params))):
+def _fingerprint(
+    loss_fn: LossFn, params: Params, directions: tuple[Params, Params], alphas: np.ndarray, betas: np.ndarray
+) -> str:
+    """Of grid, parameters, directions, and of the loss by its values in two corners.
+
+    Not in the middle: there every loss of DPO around its reference is log 2.
+    """
+    first, second = directions
+    corners = [float(_loss_alone(loss_fn, params, _sum(params, first, alphas[i]), second, betas[i])) for i in (0, -1)]
+    digest = hashlib.sha256(json.dumps([alphas.tolist(), betas.tolist(), *map(repr, corners)]).encode())
+    for leaf in jax.tree.leaves((params, directions)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()

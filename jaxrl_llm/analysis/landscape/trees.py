@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.objectives.numerics import is_concrete, wide
+
+LossFn = Callable[[Params], Float[Array, ""]]
 
 BLOCK = 1024  # numbers added up in one go
 
@@ -38,6 +41,25 @@ def norm(tree: Params) -> Float[Array, ""]:
 def cosine(first: Params, second: Params) -> Float[Array, ""]:
     """The cosine of the angle between two trees, over all their numbers together; NaN if one of them is 0."""
     return inner(first, second) / (norm(first) * norm(second))
+
+
+def orthonormal(trees: Sequence[Params]) -> list[Params]:
+    """The trees made orthogonal to those before them, over all numbers together, and of norm 1 (Gram and Schmidt).
+
+    Raises:
+        ValueError: if one of them is 0, or a combination of those before.
+    """
+    done: list[Params] = []
+    for tree in trees:
+        length = norm(tree)
+        for earlier in done * 2:  # the second time takes away what rounding left
+            share = inner(earlier, tree)
+            tree = jax.tree.map(lambda leaf, e, share=share: wide(leaf) - share.astype(e.dtype) * e, tree, earlier)
+        remaining = norm(tree)
+        if not remaining > 1e-3 * length:
+            raise ValueError("the vectors to be made orthogonal depend on each other.")
+        done.append(jax.tree.map(lambda leaf, r=remaining: wide(leaf) / r.astype(wide(leaf).dtype), tree))
+    return done
 
 
 def name_of(path: tuple) -> str:

@@ -103,6 +103,14 @@ def test_directions_of_bfloat16_parameters_are_float32():
     assert abs(cosine64(first, second)) < 1e-6
 
 
+def test_trees_of_tuples_lists_and_plain_numbers():
+    params = {"layers": (jnp.ones((3, 4)), [jnp.ones((4, 2)), 2.0])}
+    first, second = landscape.random_directions(params, jax.random.key(0))
+    assert jax.tree.structure(first) == jax.tree.structure(second) == jax.tree.structure(params)
+    assert abs(cosine64(first, second)) < 1e-6
+    np.testing.assert_allclose(leaf_norms(second), leaf_norms(params), rtol=1e-6)
+
+
 def test_a_parameter_of_norm_zero_stays_where_it_is():
     params = {"bias": jnp.zeros(4), "kernel": jnp.ones((3, 4))}
     for scale in ("parameter", "filter"):
@@ -123,6 +131,7 @@ def test_a_parameter_of_norm_zero_stays_where_it_is():
         ({}, "parameter", "no numbers"),
         ({"w": jnp.ones(3, jnp.int32)}, "parameter", "w is int32"),
         ({"layer": {"w": jnp.asarray([1.0, jnp.nan])}}, "parameter", "layer/w is not"),
+        ({"w": jnp.full(9, 1e30)}, "parameter", "out of their dtype's range"),
         ({"w": jnp.ones(3)}, "layer", "scale must be one of parameter, filter, none, but is 'layer'"),
     ],
 )
@@ -159,9 +168,21 @@ def test_principal_directions_are_those_of_a_singular_value_decomposition(quadra
         np.testing.assert_allclose(abs(unit @ axes[i]), 1, rtol=1e-5)
     assert abs(cosine64(*found.directions)) < 1e-5
     np.testing.assert_allclose(np.abs(found.coordinates).max(axis=0), 1, rtol=1e-5)
+    assert (found.coordinates[0] > 0).all()
     for checkpoint, place in zip(checkpoints, found.coordinates, strict=False):
         np.testing.assert_allclose(landscape.coordinates(checkpoint, origin, found.directions), place, atol=1e-4)
     np.testing.assert_allclose(found.coordinates[-1], 0, atol=1e-6)
+
+
+def test_principal_directions_are_orthogonal_also_when_the_second_is_short():
+    rng = np.random.default_rng(0)
+    along, across = (jnp.asarray(rng.normal(size=1000), jnp.float32) for _ in range(2))
+    checkpoints = [{"w": t * along + 0.006 * np.sin(9 * t) * across} for t in np.linspace(0.1, 1, 10)]
+    found = landscape.principal_directions(checkpoints, {"w": jnp.zeros(1000)})
+    assert abs(cosine64(*found.directions)) < 1e-6
+    for checkpoint, place in zip(checkpoints, found.coordinates, strict=True):
+        at = landscape.coordinates(checkpoint, {"w": jnp.zeros(1000)}, found.directions)
+        np.testing.assert_allclose(at, place, atol=1e-5)
 
 
 def test_coordinates_in_a_slanted_plane(quadratic):

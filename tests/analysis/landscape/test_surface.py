@@ -83,6 +83,7 @@ def test_blocks_and_meshes_agree(small):
     line = surface_module._line.lower(loss, params, params, directions[1], jnp.zeros(1), block=1).compile()
     budget = 2 * line.memory_analysis().temp_size_in_bytes
     assert surface_module._block_size(loss, params, directions[1], budget, most=5) == 2  # the last block is filled up
+    assert surface_module._block_size(loss, params, directions[1], 10 * budget, most=21) == 11  # not 20 and 1
     np.testing.assert_allclose(surface_of(loss, params, directions, *grid, memory_budget=budget), wanted, rtol=2e-6)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "grid")
     np.testing.assert_allclose(surface_of(loss, params, directions, *grid, mesh=mesh), wanted, rtol=2e-6)
@@ -173,6 +174,16 @@ def test_a_section_is_a_row_of_the_surface(small):
     alphas = landscape.axis(0.5, 9)
     section = landscape.loss_section(loss, params, directions[0], alphas)
     np.testing.assert_allclose(section, surface_of(loss, params, directions, alphas, [0.0])[:, 0], rtol=2e-6)
+    assert section[4] == jax.jit(loss)(params)
+
+
+@pytest.mark.parametrize("time", [4, 16])
+def test_the_middle_of_a_section_is_the_loss_bit_for_bit(time):
+    lm = TINY["gpt2"]
+    params = random_params(lm)
+    loss = landscape.next_token_loss(lm, jnp.asarray(np.random.default_rng(time).integers(0, 23, size=(1, time))))
+    direction = landscape.random_directions(params, jax.random.key(0))[0]
+    assert landscape.loss_section(loss, params, direction, landscape.axis(1, 3))[1] == jax.jit(loss)(params)
 
 
 @pytest.mark.parametrize("points", [1, 20, 21, 441])
@@ -265,6 +276,16 @@ def test_holes_survive_a_checkpoint(tmp_path):
     for _ in range(2):
         with pytest.warns(landscape.LossHole, match="9 of 25"):
             surface_of(broken_loss, params, directions, grid, grid, checkpoint=tmp_path / "surface.json")
+
+
+def test_a_checkpoint_tells_losses_apart_that_agree_at_the_parameters(small, tmp_path):
+    """Every loss of DPO is log 2 around its reference."""
+    _, params, directions = small
+    width, path = params["wte"]["embedding"], tmp_path / "surface.json"
+    losses = [lambda p, s=s: s * jnp.square(p["wte"]["embedding"] - width).sum() for s in (1.0, 2.0)]
+    surface_of(losses[0], params, directions, [0.0, 1.0], [0.0], checkpoint=path)
+    with pytest.raises(ValueError, match="another surface"):
+        surface_of(losses[1], params, directions, [0.0, 1.0], [0.0], checkpoint=path)
 
 
 def test_the_checkpoint_of_another_surface_is_refused(small, tmp_path):
