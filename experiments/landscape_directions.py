@@ -66,12 +66,12 @@ def run(config: Config) -> dict[str, Any]:
         sections[name] = section(config, place, directions[0], name, top)
         numbers.append(landscapes.centre_number(NAMES[name], place, losses))
         numbers.append(landscapes.cosine_number(NAMES[name], surfaces[name]))
-        numbers.append(step_number(NAMES[name], surfaces[name], least=1.5 if name == "hessian" else None))
+        numbers.append(step_number(NAMES[name], surfaces[name], least=2.0 if name == "hessian" else None))
     numbers += comparison(planes, sections, top)
     return {
         "claim": "What a landscape looks like is decided by its directions. Through the same model, on the same axes "
-        "and as long, a random plane shows a wide bowl; along the Hessian's top eigenvectors the loss is many times "
-        "higher one grid step away. The curvature along a random direction is more than ten thousand times below the "
+        "and as long, a random plane shows a wide bowl; along the Hessian's top eigenvectors the loss has more than "
+        "doubled one grid step away. The curvature along a random direction is more than ten thousand times below the "
         "sharpness, and the Hessian's parabola along its top eigenvector holds for less than a thousandth of the axis.",
         "numbers": numbers,
         "data": rounded(

@@ -16,7 +16,7 @@ def draw(results: dict[str, Any]) -> Figure:
     """The contours on one scale, and under each the section along its first direction with its parabola."""
     data = results["data"]
     surfaces, sections = ([data[kind][name] for name in ORDER] for kind in ("surfaces", "sections"))
-    figure = Figure(figsize=(10.4, 6.4), layout="constrained")
+    figure = Figure(figsize=(11.4, 6.6), layout="constrained")
     figure.suptitle(
         f"The directions decide what the loss around {data['model']} looks like",
         fontsize=12,
@@ -31,7 +31,7 @@ def draw(results: dict[str, Any]) -> Figure:
         colours = landscape.draw_contour(panels[-1], surface, limits=limits)
         panels[-1].set_title(f"({'abc'[column]}) {surface['title']}")
         axes = figure.add_subplot(grid[1, column])
-        shown = section | {"label": "per squared length", "curvature": section["per_length"]}
+        shown = section | {"label": "per ‖d‖²", "curvature": section["per_length"]}
         landscape.draw_section(axes, [shown], xlabel="α, first direction")
         axes.set_title(f"({'def'[column]}) the first direction, near the model")
     landscape.add_colour_bar(panels, colours)
