@@ -75,7 +75,7 @@ def test_a_copy_must_not_contradict_the_embedding(tmp_path, copy):
         return stored | {copy: other}
 
     with pytest.raises(ValueError, match=f"{copy} is not the embedding"):
-        models.load(variant(tmp_path, "t5-1", tensors=contradicted))
+        models.load(variant(tmp_path, "t5-1", tensors=contradicted, config={"scale_decoder_outputs": ABSENT}))
 
 
 def test_what_is_missing_unknown_or_of_another_shape_is_named(tmp_path):
@@ -113,6 +113,32 @@ def test_the_forms_of_before_and_after_transformers_5_are_one(tmp_path, name, co
 def test_a_tied_head_without_scale_is_what_it_says(tmp_path):
     loaded = models.load(variant(tmp_path, "t5-1", config={"scale_decoder_outputs": False}))
     assert loaded.model.config.tie_word_embeddings and loaded.model.config.output_scale == 1
+
+
+@pytest.mark.parametrize("name", ["scaled and untied", "untied", "tied", "tied, not scaled"])
+def test_a_model_that_transformers_5_has_saved_again_is_the_same(tmp_path, name):
+    """It says that every head is tied, and reads one with other values than the embedding's as a head of its own."""
+    t5 = SAVED[name]
+    params = random_params(t5)
+    models.save(tmp_path, t5, params)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": True}))
+    loaded = models.load(tmp_path)
+    kept = (loaded.model.config.tie_word_embeddings, loaded.model.config.output_scale)
+    assert kept == (t5.config.tie_word_embeddings, t5.config.output_scale)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("embedding", ["shared.weight", "lm_head.weight"])
+def test_a_head_that_repeats_the_embedding_or_stands_for_it_is_tied(tmp_path, scaled, embedding):
+    def repeated(stored):
+        rest = {each: tensor for each, tensor in stored.items() if each != "shared.weight"}
+        tables = {each: stored["shared.weight"].copy() for each in ("lm_head.weight", embedding)}
+        return rest | tables
+
+    loaded = models.load(variant(tmp_path, "t5-1", tensors=repeated, config={"scale_decoder_outputs": scaled}))
+    assert loaded.model.config.tie_word_embeddings and (loaded.model.config.output_scale != 1) == scaled
 
 
 def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
