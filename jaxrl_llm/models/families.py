@@ -142,8 +142,8 @@ def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]
     """What T5's configurations say in more than one way.
 
     Before version 5 of transformers, `tie_word_embeddings` decided over the head and its scale. Since then it is always
-    written as true, `scale_decoder_outputs` decides over the scale, and the head is tied if the files hold no other, with
-    other values than the embedding's.
+    written as true, `scale_decoder_outputs` decides over the scale, and the head is tied if the files hold no other
+    (one with the embedding's values is none).
     """
     tied, scaled = config.get("tie_word_embeddings"), config.get("scale_decoder_outputs")
     tied = True if tied is None else tied
