@@ -8,6 +8,7 @@ python -m experiments.pretrain_gpt2 --preset full     # train it: an hour or two
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -80,6 +81,11 @@ def trained_tokenizer(config: Config, documents: list[corpus.Document]) -> Token
     return tokenizer
 
 
+def digest(data: np.ndarray) -> str:
+    """What tells one stream of tokens from another."""
+    return hashlib.sha256(np.ascontiguousarray(data)).hexdigest()
+
+
 def train(config: Config) -> None:
     """Train or resume, evaluate on all held-out text, and write the embedded model with its log and card."""
     documents, held_out = corpus.split(corpus.load(config.corpus))
@@ -87,6 +93,7 @@ def train(config: Config) -> None:
     data = bpe.stream(tokenizer, [document.text for document in documents])
     sizes = {name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     lm = GPT2(GPT2Config(**sizes))
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)}
     state = pretrain.fit(
         lm,
         muon(
@@ -104,6 +111,7 @@ def train(config: Config) -> None:
         folder=config.work_dir,
         evaluate=probe(lm, bpe.stream(tokenizer, [document.text for document in held_out])),
         evaluate_every=config.eval_every,
+        config=fields | {"data": digest(data)},
     )
     bpe.save(tokenizer, EMBEDDED)
     ids = {"bos_token_id": 0, "eos_token_id": 0}
@@ -111,7 +119,7 @@ def train(config: Config) -> None:
     loaded = models.load(EMBEDDED)  # from here on, what is measured is what is stored
     sample = held_out_sample(held_out)
     record = {
-        "config": {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)},
+        "config": fields,
         "log": RunLog(config.work_dir / "log.jsonl").rows(),
         "train_tokens": len(data),
         "train_bytes": sum(len(document.text.encode()) for document in documents),

@@ -116,6 +116,7 @@ def train(config: Config) -> None:
     step = seq2seq.make_pair_step(model, optimizer)
     batches = Names(split.train, batch_size=config.batch_size, seed=config.seed)
     held_out = [encoded(part) for part in np.array_split(split.held_out[::2], BATCHES_OF_HELD_OUT)]
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)}
     state = loop.run(
         loop.initial_state(model.init(jax.random.key(config.seed)), optimizer),
         lambda state, done: step(state, batches(done)),
@@ -124,13 +125,14 @@ def train(config: Config) -> None:
         tokens=batches.tokens,
         evaluate=seq2seq.held_out_loss(model, held_out),
         evaluate_every=config.eval_every,
+        config=fields,
     )
     ids = {"eos_token_id": number_tokenizer.EOS_ID, "pad_token_id": number_tokenizer.PAD_ID}
     models.save(EMBEDDED, model, state.params, config=ids, dtype=jnp.float16)
     number_tokenizer.save(TOKENIZER, EMBEDDED)
     loaded = models.load(EMBEDDED)  # from here on, what is measured is what is stored
     record = {
-        "config": {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)},
+        "config": fields,
         "log": RunLog(config.work_dir / "log.jsonl").rows(),
         "train_names": len(split.train),
         "exact": exact_by_length(loaded, split.held_out),

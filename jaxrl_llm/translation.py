@@ -61,16 +61,16 @@ def translate(
     A decoder-only model's translation ends where its line ends.
 
     Raises:
-        ValueError: if the model has no tokenizer, a sentence is empty or has no word that the tokenizer knows, or as
-            `generate` and `beam_search` do.
+        ValueError: if the model has no tokenizer, a sentence (named by its number, from 1) is empty or has a word that
+            the tokenizer does not know, or as `generate` and `beam_search` do.
     """
     if loaded.tokenizer is None:
         raise ValueError("the model has no tokenizer files, so that text cannot be turned into tokens.")
-    if not all(sentence.strip() for sentence in sentences):
-        raise ValueError("a sentence to translate is empty.")
     form = Form.of(loaded) if form is None else form
-    rows = [text.encode(loaded.tokenizer, f"{form.prefix}{sentence}{form.suffix}") for sentence in sentences]
-    _check_known(loaded.tokenizer, sentences, rows)
+    rows = [
+        known_tokens(loaded.tokenizer, sentence, form=form, name=f"sentence {number}")
+        for number, sentence in enumerate(sentences, 1)
+    ]
     eos = text.eos_ids(loaded.tokenizer, loaded.config)
     translations = []
     for task in conditionals(loaded, rows, batch_size=batch_size):
@@ -111,8 +111,37 @@ def decoded(
     return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
 
-def _check_known(tokenizer: Any, sentences: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
-    special = set(tokenizer.all_special_ids)
-    for sentence, row in zip(sentences, rows, strict=True):
-        if tokenizer.unk_token_id in row and special >= set(row):
-            raise ValueError(f"the model's tokenizer knows no word of {sentence!r}.")
+def known_tokens(tokenizer: Any, sentence: str, *, form: Form | None = None, name: str = "the text") -> list[int]:
+    """The tokens of a sentence in its form, each of which stands for what is written there.
+
+    An unknown word is an error: a model answers as if there were some other one.
+
+    Args:
+        form: by default the plain sentence.
+        name: what errors call the sentence.
+
+    Raises:
+        ValueError: if the sentence is empty, or the tokenizer does not know a word of it.
+    """
+    if not sentence.strip():
+        raise ValueError(f"{name} is empty.")
+    form = Form() if form is None else form
+    whole = f"{form.prefix}{sentence}{form.suffix}"
+    tokens = text.encode(tokenizer, whole)
+    # Where bytes are tokens, nothing is unknown, and the unknown token is often that of a text's beginning or end.
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if unknown & set(tokens):
+        words = ", ".join(map(repr, _unknown_words(tokenizer, whole))) or "a word of it"
+        raise ValueError(f"{name}, {sentence!r}: the model's tokenizer does not know {words}.")
+    return tokens
+
+
+def _unknown_words(tokenizer: Any, whole: str) -> list[str]:
+    """What the unknown tokens stand for, each once; nothing where a tokenizer in Python does not tell."""
+    if not tokenizer.is_fast:
+        return []
+    encoding = tokenizer(whole, return_offsets_mapping=True)
+    places = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    return list(
+        dict.fromkeys(whole[slice(*place)].strip() for token, place in places if token == tokenizer.unk_token_id)
+    )

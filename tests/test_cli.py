@@ -429,7 +429,7 @@ def test_a_decoder_only_model_continues_the_prompt_form_to_the_end_of_the_line(r
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["hello world"], "the model's tokenizer knows no word of 'hello world'"),
+        (["one hello"], "sentence 1, 'one hello': the model's tokenizer does not know 'hello'"),
         (["one", "--num-beams", "0"], "--num-beams must be at least 1, but is 0"),
         (["one", "--length-penalty", "2"], "--length-penalty ranks beams: it needs --num-beams of 2 or more"),
         (["one", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, but is 0"),
@@ -496,19 +496,19 @@ def test_attention_prints_entropy_and_links_of_one_head(run, t5, tmp_path):
     assert printed.endswith(f"drawn: {out}\n")
 
 
-def test_attention_of_every_head_takes_the_strongest(run, t5, tmp_path):
+def test_attention_of_every_head_prints_links_of_their_mean(run, t5, tmp_path):
     command = ("attention", "six hundred", "--model", t5, "--kind", "encoder", "--out", tmp_path / "a.svg")
     status, printed, err = run(*command, "--target", "acht")
     assert (status, err) == (0, "") and b"<svg" in (tmp_path / "a.svg").read_bytes()
-    weights = np.asarray(weights_of(t5, "six hundred", "acht").encoder)[:, 0]
-    best = weights.max(axis=(0, 1, 3))
-    assert [link[2] for link in printed_links(printed)] == np.round(best.astype(float), 3).tolist()
-    for query, (_, key, _, layer, head) in enumerate(printed_links(printed)):
-        assert weights[layer, head, query, ["six", "hundred", "</s>"].index(key)] == best[query]
+    mean = np.asarray(weights_of(t5, "six hundred", "acht").encoder, float)[:, 0].mean(axis=(0, 1))
+    source = ["six", "hundred", "</s>"]
+    expected = [(word, source[row.argmax()], f"{row.max():.3f}") for word, row in zip(source, mean, strict=True)]
+    pattern = r"^  (\S+) +→ (\S+) +(\d\.\d+)  mean of 6 heads$"
+    assert re.findall(pattern, printed, re.MULTILINE) == expected
     assert "layer 1" in printed and "layer 2" not in printed
     _, fewer, _ = run(*command, "--links", 1)
-    (kept,) = printed_links(fewer)
-    assert kept[2] == round(float(best.max()), 3)
+    ((_, _, kept),) = re.findall(pattern, fewer, re.MULTILINE)
+    assert kept == f"{mean.max():.3f}"
 
 
 def test_attention_translates_greedily_where_no_target_is_given(run, t5, tmp_path):
@@ -543,6 +543,7 @@ def test_attention_of_a_decoder_only_model(run, model, tmp_path):
         (["--kind", "encoder", "--layer", "2"], "--layer must be from 0 to 1"),
         (["--head", "-4"], "--head must be from 0 to 2 (or −3 to −1), but is -4"),
         (["--links", "-1"], "--links must be 0 or above, but is -1"),
+        (["--target", "hello"], "the target, 'hello': the model's tokenizer does not know 'hello'"),
     ],
 )
 def test_a_wrong_option_of_attention_is_one_line(run, t5, tmp_path, monkeypatch, arguments, said):

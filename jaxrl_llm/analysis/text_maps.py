@@ -35,12 +35,10 @@ class TextMaps(NamedTuple):
 
 
 class Link(NamedTuple):
-    """The key that a query looks at most, and the head which does so."""
+    """The key that a query looks at most, and its weight."""
 
     query: int
     key: int
-    layer: int
-    head: int
     weight: float
 
 
@@ -50,12 +48,13 @@ def text_maps(
     """The maps of a text under a loaded model.
 
     Args:
-        source: the text; of an encoder-decoder, what is to be translated.
+        source: the text; of an encoder-decoder, what is to be translated, put to it as `translation.Form.of` says.
         kind: of an encoder-decoder "cross" (the default), "encoder" or "decoder"; else "self".
         target: an encoder-decoder's output; by default what greedy decoding gives, in at most `max_new_tokens`.
 
     Raises:
-        ValueError: if the model has no tokenizer or no attention of this kind, or the text does not fit.
+        ValueError: if the model has no tokenizer or no attention of this kind, or a text is empty, has a word that the
+            tokenizer does not know, or does not fit.
     """
     if loaded.tokenizer is None:
         raise ValueError("the model has no tokenizer files, so that text cannot be turned into tokens.")
@@ -63,8 +62,10 @@ def text_maps(
     kind = kinds[0] if kind is None else kind
     if kind not in kinds:
         raise ValueError(f"this model has attention of kind {', '.join(kinds)}, but none of kind {kind}.")
-    tokens = text.encode(loaded.tokenizer, source)
-    if isinstance(loaded.model, T5):
+    translates = isinstance(loaded.model, T5)  # another model reads the text as it stands
+    form = translation.Form.of(loaded) if translates else None
+    tokens = translation.known_tokens(loaded.tokenizer, source, form=form)
+    if translates:
         return _translated(loaded, source, tokens, kind, target, max_new_tokens)
     if target is not None:
         raise ValueError("a target is for encoder-decoder models: this one has no other text than its own.")
@@ -76,7 +77,11 @@ def text_maps(
 def _translated(loaded: Loaded, source: str, tokens: list[int], kind: Kind, target: str | None, limit: int) -> TextMaps:
     """Of an encoder-decoder."""
     tokenizer, batch = loaded.tokenizer, jnp.asarray([tokens], jnp.int32)
-    written = _greedy(loaded, batch, limit) if target is None else text.encode(tokenizer, target)
+    written = (
+        _greedy(loaded, batch, limit)
+        if target is None
+        else translation.known_tokens(tokenizer, target, name="the target")
+    )
     shown = tokenizer.decode(written, skip_special_tokens=True) if target is None else target
     read = [loaded.model.config.decoder_start_token_id, *written[:-1]]
     maps = loaded.model.attention(loaded.params, batch, jnp.asarray([read], jnp.int32))
@@ -99,14 +104,14 @@ def _greedy(loaded: Loaded, source: Any, limit: int) -> list[int]:
 
 
 def strongest_links(maps: TextMaps, *, layers: Sequence[int], heads: Sequence[int]) -> list[Link]:
-    """For each query that has a choice, the largest weight among these layers and heads; in the order of the text."""
-    chosen = maps.weights[np.ix_(layers, heads)]
-    links = []
-    for query in np.flatnonzero(maps.allowed.sum(axis=-1) > 1):
-        layer, head, key = np.unravel_index(np.argmax(chosen[:, :, query]), chosen[:, :, query].shape)
-        weight = float(chosen[layer, head, query, key])
-        links.append(Link(int(query), int(key), int(layers[layer]), int(heads[head]), weight))
-    return links
+    """For each query that has a choice, the key of most weight; in the order of the text.
+
+    The weights are means over these layers and heads: a head that looks at one key whatever the query is counts as one
+    among them, where a maximum would show nothing else.
+    """
+    mean = maps.weights[np.ix_(layers, heads)].mean(axis=(0, 1))
+    queries = np.flatnonzero(maps.allowed.sum(axis=-1) > 1)
+    return [Link(int(query), int(mean[query].argmax()), float(mean[query].max())) for query in queries]
 
 
 def _allowed(queries: Sequence[int], keys: Sequence[int] | None = None, *, causal: bool = False) -> np.ndarray:

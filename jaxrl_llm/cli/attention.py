@@ -35,7 +35,7 @@ class Attention:
     target: str | None = None
     """A T5's output; by default what it translates greedily."""
     links: int = 20
-    """Print the strongest link of so many tokens, those with the most weight."""
+    """Print the strongest link of so many tokens, those with the most weight; of several heads, in their mean."""
     out: Path = Path("attention.png")
     """Where to draw it; the suffix decides the format (.png, .svg, .pdf)."""
 
@@ -55,7 +55,9 @@ class Attention:
         style.save_as(self._figure(maps, layers, heads), self.out)
         print(f"{self.model}, {NAMES[maps.kind]}: {maps.source}" + (f" → {maps.target}" if maps.target else ""))
         _print_entropies(maps, layers, heads)
-        _print_links(text_maps.strongest_links(maps, layers=layers, heads=heads), maps, self.links)
+        count = len(layers) * len(heads)
+        where = f"mean of {count} heads" if count > 1 else f"layer {layers[0]}, head {heads[0]}"
+        _print_links(text_maps.strongest_links(maps, layers=layers, heads=heads), maps, self.links, where)
         print(f"drawn: {self.out}")
 
     def _figure(self, maps: Any, layers: list[int], heads: list[int]) -> Any:
@@ -90,7 +92,7 @@ def _print_entropies(maps: Any, layers: list[int], heads: list[int]) -> None:
         print(f"  layer {layer}: {entropies[layer, heads].mean():.3f}   heads {each}")
 
 
-def _print_links(links: list[Any], maps: Any, limit: int) -> None:
+def _print_links(links: list[Any], maps: Any, limit: int, where: str) -> None:
     """The strongest, in the order of the text."""
     kept = sorted(links, key=lambda link: -link.weight)[:limit]
     rows = [(maps.queries[link.query], maps.keys[link.key], link) for link in sorted(kept)]
@@ -100,7 +102,6 @@ def _print_links(links: list[Any], maps: Any, limit: int) -> None:
     shown = [(_visible(query), _visible(key), link) for query, key, link in rows]
     wide = [max(len(row[side]) for row in shown) for side in (0, 1)]
     for query, key, link in shown:
-        where = f"layer {link.layer}, head {link.head}"
         print(f"  {query:{wide[0]}} → {key:{wide[1]}}  {link.weight:.3f}  {where}")
 
 

@@ -121,9 +121,17 @@ def split_words(text: str) -> list[str]:
 
 
 def english_lengths(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-    """How many words the English name of each number has, 1 to 9."""
+    """How many words the English name of each number has, 1 to 9.
+
+    Raises:
+        ValueError: if one is not a whole number from 0 to 999,999.
+    """
+    numbers = np.asarray(numbers)
+    if numbers.dtype.kind not in "iu" or ((numbers < 0) | (numbers >= LIMIT)).any():
+        for number in numbers.ravel().tolist():
+            _checked(number)
     table = np.asarray([len(_below_thousand(n, last=True).source) for n in range(1000)])
-    thousands, rest = np.divmod(np.asarray(numbers), 1000)
+    thousands, rest = np.divmod(numbers.astype(int), 1000)
     return np.maximum(table[thousands] + (thousands > 0) + table[rest], 1)
 
 

@@ -84,7 +84,8 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
     """The model that a `config.json` describes.
 
     Args:
-        tensor_names: of the files beside it, for what the configuration does not tell.
+        tensor_names: of the files beside it, for what the configuration does not tell; `lm_head.weight` is one of them
+            if it has values of its own.
 
     Raises:
         ValueError: for an architecture, or a setting of one, that is not supported.
@@ -141,12 +142,13 @@ def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]
     """What T5's configurations say in more than one way.
 
     Before version 5 of transformers, `tie_word_embeddings` decided over the head and its scale. Since then it is always
-    written as true, `scale_decoder_outputs` decides over the scale, and the head is tied if the files hold no other.
+    written as true, `scale_decoder_outputs` decides over the scale, and the head is tied if the files hold no other
+    (one with the embedding's values is none).
     """
     tied, scaled = config.get("tie_word_embeddings"), config.get("scale_decoder_outputs")
     tied = True if tied is None else tied
     values = {"scale_decoder_outputs": tied if scaled is None else scaled, "tie_word_embeddings": tied}
-    if tied is True and scaled is False and "lm_head.weight" in tensor_names():
+    if tied is True and isinstance(scaled, bool) and "lm_head.weight" in tensor_names():
         values["tie_word_embeddings"] = False
     if config.get("decoder_start_token_id") is None:
         values["decoder_start_token_id"] = config.get("pad_token_id") or 0

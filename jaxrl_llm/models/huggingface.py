@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models.families import Family, config_of, family_of
+from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of
 from jaxrl_llm.models.network import Network
 
 TensorPath = tuple[str | int, ...]
@@ -130,7 +130,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The names of the folder's tensors."""
+    """The names of the folder's tensors, without a head that is the embedding once more or stands for it."""
     from safetensors import SafetensorError, safe_open
 
     names = set()
@@ -140,17 +140,29 @@ def tensor_names(folder: Path) -> set[str]:
                 names |= set(file.keys())
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
-    return names
+    return names if _has_own_head(folder, names) else names - {"lm_head.weight"}
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the folder's safetensors, single or sharded, one at a time."""
+def _has_own_head(folder: Path, names: set[str]) -> bool:
+    """Whether there is a head with other values than the embedding: one with the same ones says nothing."""
+    family = FAMILIES["t5"]  # of the others, `config.json` alone says it
+    embeddings = [name for name in (family.embedding, *family.copies) if name in names and name != "lm_head.weight"]
+    if "lm_head.weight" not in names or not embeddings:
+        return False
+    tables = dict(read_tensors(folder, only=("lm_head.weight", embeddings[0])))
+    return not np.array_equal(tables["lm_head.weight"], tables[embeddings[0]])
+
+
+def read_tensors(folder: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor (or those with these names) of the folder's safetensors, single or sharded, one at a time."""
     from safetensors import SafetensorError, safe_open
 
     for path in _safetensors_files(folder):
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if only is not None and name not in only:
+                        continue
                     try:
                         tensor = file.get_tensor(name)
                     except (AttributeError, TypeError):  # a type that numpy does not have

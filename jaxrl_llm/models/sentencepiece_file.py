@@ -19,28 +19,31 @@ from jaxrl_llm import runtime
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of pieces
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # kinds of pieces
 UNIGRAM = 1  # kind of model
 ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 EXTRA_IDS = 100  # sentinels, counted down at the end of the vocabulary, where tokenizer_config.json gives no number
+HIDDEN = "\u2028unused\u2028"  # before a piece that no text is cut into: words hold no white space, so it never matches
 
 
 def load(folder: Path) -> PreTrainedTokenizerFast:
     """The T5 tokenizer of the folder's `spiece.model`: `</s>` behind each text, sentinels behind the vocabulary.
 
     Raises:
-        ValueError: if the file is damaged, or no unigram model.
+        ValueError: if the file is damaged, or no unigram model, or the folder's `tokenizer_config.json` is not what it
+            must be.
     """
     runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 
-    path, settings = folder / "spiece.model", folder / "tokenizer_config.json"
-    configured = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    pieces, kinds, unknown, charsmap = read(path)
-    sentinels = [f"<extra_id_{index}>" for index in reversed(range(configured.get("extra_ids", EXTRA_IDS)))]
+    pieces, kinds, unknown, charsmap = read(folder / "spiece.model")
+    sentinels = [f"<extra_id_{index}>" for index in reversed(range(_extra_ids(folder / "tokenizer_config.json")))]
     known = {piece for piece, _ in pieces}
     special = [piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind in (UNKNOWN, CONTROL)]
     own = [piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind == USER_DEFINED]
+    # As sentencepiece does, an unused piece keeps its id and its text, but no text is cut into it.
+    hidden = [kind == UNUSED and piece not in sentinels for (piece, _), kind in zip(pieces, kinds, strict=True)]
+    pieces = [(HIDDEN + each[0], 0.0) if hide else each for each, hide in zip(pieces, hidden, strict=True)]
     backend = _backend([*pieces, *((each, 0.0) for each in sentinels if each not in known)], unknown, charsmap)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*special, *sentinels)])
     backend.add_tokens([AddedToken(token, normalized=False) for token in own])
@@ -63,8 +66,23 @@ def _backend(vocabulary: list[tuple[str, float]], unknown: int, charsmap: bytes)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
     )
-    backend.decoder = decoders.Metaspace(**spaces)
+    backend.decoder = decoders.Sequence([decoders.Replace(HIDDEN, ""), decoders.Metaspace(**spaces)])
     return backend
+
+
+def _extra_ids(path: Path) -> int:
+    """How many sentinels the `tokenizer_config.json` at this path says."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(settings).__name__}.")
+    count = settings.get("extra_ids")
+    count = EXTRA_IDS if count is None else count
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"{path}: extra_ids must be a whole number from 0 on, but is {count!r}.")
+    return count
 
 
 def read(path: Path) -> tuple[list[tuple[str, float]], list[int], int, bytes]:

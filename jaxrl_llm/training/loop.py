@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time as clock
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.training import run_config
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.run_log import RunLog
 
@@ -56,6 +57,7 @@ def run(
     tokens: Callable[[int], int],
     evaluate: Callable[[Params], float],
     evaluate_every: int,
+    config: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Train for `steps` steps in `folder`, or go on from the last checkpoint there, with a progress bar.
 
@@ -67,12 +69,22 @@ def run(
         state: before the first step.
         advance: `(state, steps done) -> (state, loss)`, one step; it may donate the state.
         tokens: how many were predicted in so many steps.
+        config: whatever decides what the run does, as JSON has it: kept in `run.json`, and a run is resumed only with
+            the same one. Of `steps` it says nothing by itself: with them in `config` (as a schedule that ends with them
+            needs) a run cannot be made longer, without them it can.
 
     Raises:
         FloatingPointError: if the loss is not finite; the last checkpoint stays.
+        ValueError: if the folder holds the checkpoint of a run with another configuration (its fields and both values
+            are named), with none to compare, or of more steps; or if `config` is not JSON.
     """
     checkpoints, log = Checkpoints(folder / "checkpoints"), RunLog(folder / "log.jsonl")
-    if checkpoints.latest_step() is not None:
+    started_before = checkpoints.latest_step()
+    if (started_before or 0) > steps:
+        raise ValueError(f"{folder} holds a run of {started_before} steps already: steps must not be {steps}.")
+    if config is not None:
+        run_config.claim(folder / "run.json", config, resumed=started_before is not None)
+    if started_before is not None:
         state = checkpoints.restore(state)
     done = int(state.step)
     log.truncate(done)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +58,12 @@ def fit(
     folder: Path,
     evaluate: Callable[[Params], float],
     evaluate_every: int,
+    config: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Train for `steps` steps in `folder`, or go on from the last checkpoint there, as `loop.run` does.
 
     Raises:
-        FloatingPointError: if the loss is not finite; the last checkpoint stays.
+        FloatingPointError, ValueError: as `loop.run` does.
     """
     params_key, batch_key = jax.random.split(key)
     train_step = make_train_step(lm, optimizer, batch_size=batch_size, time=time)
@@ -74,6 +76,7 @@ def fit(
         tokens=lambda step: step * batch_size * time,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
+        config=config,
     )
 
 

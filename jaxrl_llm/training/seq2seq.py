@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.conditional import given
 from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
+from jaxrl_llm.objectives.numerics import is_concrete
 from jaxrl_llm.training import loop
 from jaxrl_llm.training.loop import TrainState
 
@@ -49,12 +51,32 @@ def target_log_probs(model: Network, params: Params, batch: PairBatch) -> Float[
 
     Teacher forcing: the model reads what stands before (a T5's start token, or a decoder-only model's source) and the
     target without its last token. Values at padding mean nothing.
+
+    Raises:
+        ValueError: as `check_sources` does, where masks can be read: not inside `jit`.
     """
+    check_sources(model, batch)
     source, source_mask, target, target_mask = map(jnp.asarray, batch)
     lm, params, prompts, mask = given(model, params, source, source_mask)
     tokens = jnp.concatenate([prompts, target[:, :-1]], axis=1)
     hidden, _ = lm.hidden(params, tokens, mask=jnp.concatenate([mask, target_mask[:, :-1]], axis=1))
     return token_log_probs(lm.logits(params, hidden[:, prompts.shape[1] - 1 :]), target)
+
+
+def check_sources(model: Network, batch: PairBatch) -> None:
+    """Raise if a decoder-only model would predict the first target token from padding behind the source.
+
+    Raises:
+        ValueError: naming the first row whose last source token is padding. A T5 takes padding on either side.
+    """
+    if isinstance(model, T5) or not is_concrete(batch.source_mask):
+        return
+    ends = np.asarray(batch.source_mask)[:, -1]
+    if not ends.all():
+        raise ValueError(
+            "sources of a decoder-only model must be padded on the left, each ending in a real token, "
+            f"but source_mask is false at the end of row {ends.argmin()}."
+        )
 
 
 def pair_loss(model: Network, params: Params, batch: PairBatch) -> Float[Array, ""]:
@@ -65,12 +87,27 @@ def pair_loss(model: Network, params: Params, batch: PairBatch) -> Float[Array, 
 def make_pair_step(
     model: Network, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, PairBatch], tuple[TrainState, Float[Array, ""]]]:
-    """One jitted step `(state, batch) -> (state, loss)`; the state is donated. Each shape of batches compiles once."""
-    return loop.make_step(lambda params, step, batch: pair_loss(model, params, batch), optimizer)
+    """One jitted step `(state, batch) -> (state, loss)`; the state is donated. Each shape of batches compiles once.
+
+    The step raises ValueError as `check_sources` does.
+    """
+    step = loop.make_step(lambda params, step, batch: pair_loss(model, params, batch), optimizer)
+
+    def checked(state: TrainState, batch: PairBatch) -> tuple[TrainState, Array]:
+        check_sources(model, batch)
+        return step(state, batch)
+
+    return checked
 
 
 def held_out_loss(model: Network, batches: Sequence[PairBatch]) -> Callable[[Params], float]:
-    """The loss over all target tokens of some batches, in nats a token, as a function of the parameters."""
+    """The loss over all target tokens of some batches, in nats a token, as a function of the parameters.
+
+    Raises:
+        ValueError: as `check_sources` does.
+    """
+    for batch in batches:
+        check_sources(model, batch)
 
     @jax.jit
     def nats(params: Params, batch: PairBatch) -> Array:
@@ -81,7 +118,9 @@ def held_out_loss(model: Network, batches: Sequence[PairBatch]) -> Callable[[Par
 
 
 class Epochs:
-    """Batches of pairs, every pair once an epoch, in an order that depends on the seed alone.
+    """Batches of pairs, every pair at most once an epoch, in an order that depends on the seed alone.
+
+    Batches are full: where `batch_size` does not divide the pairs, each epoch leaves out some, which chance chooses.
 
     Pairs of like length stand together, so that little is padding: each epoch is shuffled and cut into pools of
     `pool` batches, a pool is sorted by length, and its batches are shuffled.
@@ -97,7 +136,7 @@ class Epochs:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches of an epoch; the pairs that are left over wait for another one."""
+        """Full batches of an epoch; the pairs that are left over are not in it."""
         return len(self._sources) // self._batch_size
 
     def rows(self, step: int) -> Int[np.ndarray, "batch"]:

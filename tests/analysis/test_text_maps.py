@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
+from jaxrl_llm import models
 from jaxrl_llm.analysis.text_maps import START, strongest_links, text_maps
 from jaxrl_llm.data import number_tokenizer
 from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded, T5Config
@@ -61,11 +62,28 @@ def test_the_strongest_link_of_each_query_that_has_a_choice():
     maps = text_maps(loaded(GPT2(GPT2Config(vocab_size=SIZE, n_positions=8, n_embd=8, n_layer=2, n_head=2))), "six")
     assert maps.queries == maps.keys == ["six", "</s>"] and maps.target is None
     (link,) = strongest_links(maps, layers=[0, 1], heads=[0, 1])
-    best = maps.weights[:, :, 1].max()
-    assert link.query == 1 and link.weight == pytest.approx(best)
-    assert maps.weights[link.layer, link.head, 1, link.key] == best
+    mean = maps.weights[:, :, 1].mean(axis=(0, 1))
+    assert (link.query, link.key) == (1, mean.argmax()) and link.weight == pytest.approx(mean.max())
     (second,) = strongest_links(maps, layers=[1], heads=[0])
-    assert (second.layer, second.head) == (1, 0) and second.weight == pytest.approx(maps.weights[1, 0, 1].max())
+    assert second.weight == pytest.approx(maps.weights[1, 0, 1].max())
+
+
+def test_a_head_that_always_looks_at_one_key_does_not_hide_the_others(t5):
+    maps = text_maps(t5, "forty-two", target="zwei-und-vierzig")
+    saturated = np.eye(3)[[0, 0, 0, 0]]
+    aligned = 0.9 * np.eye(3)[[1, 1, 2, 2]] + 0.05
+    maps = maps._replace(weights=np.stack([saturated, aligned, aligned])[None])
+    links = strongest_links(maps, layers=[0], heads=[0, 1, 2])
+    assert [link.key for link in links] == [1, 1, 2, 2]
+    assert [link.weight for link in links] == pytest.approx([2 * 0.95 / 3] * 4)
+    assert [link.key for link in strongest_links(maps, layers=[0], heads=[0])] == [0] * 4
+
+
+def test_the_source_is_put_as_translation_puts_it(t5):
+    declared = dataclasses.replace(t5, config=CONFIG | {"translation": {"prefix": "six "}})
+    maps, plain = (text_maps(t5, source) for t5, source in ((declared, "forty-two"), (t5, "six forty-two")))
+    assert maps.keys == ["six", *SOURCE] and (maps.source, maps.target) == ("forty-two", plain.target)
+    np.testing.assert_allclose(maps.weights, plain.weights, atol=1e-6)
 
 
 def test_what_cannot_be_shown_is_refused(t5):
@@ -73,3 +91,15 @@ def test_what_cannot_be_shown_is_refused(t5):
         text_maps(t5, "six", kind="self")
     with pytest.raises(ValueError, match="no tokenizer"):
         text_maps(dataclasses.replace(t5, tokenizer=None), "six")
+    with pytest.raises(ValueError, match="the text, 'six hello': the model's tokenizer does not know 'hello'"):
+        text_maps(t5, "six hello")
+    with pytest.raises(ValueError, match="the target, 'hello': the model's tokenizer does not know 'hello'"):
+        text_maps(t5, "six", target="hello")
+    with pytest.raises(ValueError, match="the target is empty"):
+        text_maps(t5, "six", target="")
+
+
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-gpt2"])
+def test_an_empty_text_is_refused(name):
+    with pytest.raises(ValueError, match="the text is empty"):
+        text_maps(models.load(name), " ")

@@ -253,3 +253,17 @@ def test_every_word_can_be_learnt_without_the_held_out():
 def test_a_split_that_misses_a_length_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         number_names.split(**options)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "found"),
+    [([3, -1, -1000], "-1"), ([LIMIT], "1000000"), ([1.5], "1.5"), (["1"], "'1'"), ([10**30], str(10**30))],
+)
+def test_lengths_are_of_numbers_that_have_names(numbers, found):
+    with pytest.raises(ValueError, match=f"a number must be a whole one from 0 to 999,999, but is {found}"):
+        number_names.english_lengths(numbers)
+
+
+def test_lengths_of_no_numbers_and_of_small_integers():
+    assert number_names.english_lengths([]).shape == (0,)
+    assert number_names.english_lengths(np.asarray([21, 255], np.uint8)).tolist() == [2, 4]

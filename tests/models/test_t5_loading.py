@@ -75,7 +75,7 @@ def test_a_copy_must_not_contradict_the_embedding(tmp_path, copy):
         return stored | {copy: other}
 
     with pytest.raises(ValueError, match=f"{copy} is not the embedding"):
-        models.load(variant(tmp_path, "t5-1", tensors=contradicted))
+        models.load(variant(tmp_path, "t5-1", tensors=contradicted, config={"scale_decoder_outputs": ABSENT}))
 
 
 def test_what_is_missing_unknown_or_of_another_shape_is_named(tmp_path):
@@ -113,6 +113,32 @@ def test_the_forms_of_before_and_after_transformers_5_are_one(tmp_path, name, co
 def test_a_tied_head_without_scale_is_what_it_says(tmp_path):
     loaded = models.load(variant(tmp_path, "t5-1", config={"scale_decoder_outputs": False}))
     assert loaded.model.config.tie_word_embeddings and loaded.model.config.output_scale == 1
+
+
+@pytest.mark.parametrize("name", ["scaled and untied", "untied", "tied", "tied, not scaled"])
+def test_a_model_that_transformers_5_has_saved_again_is_the_same(tmp_path, name):
+    """It says that every head is tied, and reads one with other values than the embedding's as a head of its own."""
+    t5 = SAVED[name]
+    params = random_params(t5)
+    models.save(tmp_path, t5, params)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": True}))
+    loaded = models.load(tmp_path)
+    kept = (loaded.model.config.tie_word_embeddings, loaded.model.config.output_scale)
+    assert kept == (t5.config.tie_word_embeddings, t5.config.output_scale)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("embedding", ["shared.weight", "lm_head.weight"])
+def test_a_head_that_repeats_the_embedding_or_stands_for_it_is_tied(tmp_path, scaled, embedding):
+    def repeated(stored):
+        rest = {each: tensor for each, tensor in stored.items() if each != "shared.weight"}
+        tables = {each: stored["shared.weight"].copy() for each in ("lm_head.weight", embedding)}
+        return rest | tables
+
+    loaded = models.load(variant(tmp_path, "t5-1", tensors=repeated, config={"scale_decoder_outputs": scaled}))
+    assert loaded.model.config.tie_word_embeddings and (loaded.model.config.output_scale != 1) == scaled
 
 
 def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
@@ -235,6 +261,28 @@ def test_the_number_of_sentinels_is_the_configured_one(spiece):
     assert len(tokenizer) == 63 and tokenizer.convert_tokens_to_ids("<extra_id_0>") == 62
 
 
+def test_no_number_of_sentinels_is_a_hundred(spiece):
+    (spiece / "tokenizer_config.json").write_text('{"extra_ids": null}')
+    assert len(models.load(spiece).tokenizer) == 160
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[3]", "must hold a JSON object, but holds a list"),
+        ('{"extra_ids": "3"}', "extra_ids must be a whole number from 0 on, but is '3'"),
+        ('{"extra_ids": -1}', "extra_ids must be a whole number from 0 on, but is -1"),
+        ('{"extra_ids": true}', "extra_ids must be a whole number from 0 on, but is True"),
+    ],
+)
+def test_a_wrong_tokenizer_config_is_named(spiece, text, said):
+    (spiece / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        sentencepiece_file.load(spiece)
+    assert said in str(error.value) and str(spiece / "tokenizer_config.json") in str(error.value)
+
+
 def test_it_is_saved_as_tokenizer_json_and_goes_before_spiece_model(spiece, tmp_path):
     loaded = models.load(spiece)
     models.save(tmp_path / "saved", loaded.model, loaded.params, loaded.tokenizer)
@@ -257,6 +305,7 @@ def piece(text, score, kind):
 
 
 WHOLE = piece("<unk>", 0, 2) + piece("▁a", -1.5, 1) + piece("b", -2, 1)
+TRAINER_OF_2 = bytes([3 << 3, 1, 40 << 3 & 127 | 128, 40 >> 4, 2])  # unigram; the unknown piece is number 2
 TRAINER = bytes([2 << 3 | 2, 5, 3 << 3, 1]) + bytes([40 << 3 & 127 | 128, 40 >> 4, 0])
 
 
@@ -280,3 +329,17 @@ def test_another_kind_of_model_is_an_error(tmp_path):
     (tmp_path / "spiece.model").write_bytes(WHOLE + field(2, 2, field(3, 0, 2)))
     with pytest.raises(ValueError, match=r"must hold a unigram model \(kind 1\), but its kind is 2"):
         sentencepiece_file.load(tmp_path)
+
+
+UNUSED = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁ab", -1, 5), ("▁a", -2, 1), ("b", -3, 1), ("c", -1, 5)]
+
+
+def test_no_text_is_cut_into_a_piece_that_is_not_used(tmp_path):
+    """As sentencepiece 0.2.3 cuts it. Such a piece still has its text; "c", which no other piece has, is unknown."""
+    (tmp_path / "spiece.model").write_bytes(b"".join(piece(*each) for each in UNUSED) + field(2, 2, TRAINER_OF_2))
+    tokenizer = sentencepiece_file.load(tmp_path)
+    assert [tokenizer(text).input_ids for text in ("ab", "ab a", "abc")] == [[4, 5, 1], [4, 5, 4, 1], [4, 5, 2, 1]]
+    assert tokenizer.decode([4, 3, 6]) == "a abc" and tokenizer.decode([3]) == "ab"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again("abc").input_ids == [4, 5, 2, 1] and again.decode([4, 3, 6]) == "a abc"

@@ -87,6 +87,23 @@ def test_what_stands_at_padding_changes_neither_loss_nor_gradient(model):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=0, atol=1e-6), grads, same_grads)
 
 
+def test_sources_that_end_in_padding_are_refused_but_of_a_t5():
+    batch = seq2seq.pad_pairs(*PAIRS, multiple=8)
+    turned = batch._replace(source=batch.source.copy(), source_mask=batch.source_mask.copy())
+    for side in (turned.source, turned.source_mask):
+        side[2] = np.roll(side[2], len(PAIRS[0][2]))  # from the right end to the left
+    gpt2 = MODELS["gpt2"]
+    said = "must be padded on the left, .* false at the end of row 2"
+    with pytest.raises(ValueError, match=said):
+        seq2seq.target_log_probs(gpt2, initial(gpt2), turned)
+    with pytest.raises(ValueError, match=said):
+        seq2seq.held_out_loss(gpt2, [batch, turned])
+    with pytest.raises(ValueError, match=said):
+        seq2seq.make_pair_step(gpt2, OPTIMIZER)(loop.initial_state(initial(gpt2), OPTIMIZER), turned)
+    t5 = MODELS["t5"]
+    assert float(loss_of(t5, initial(t5), turned)) == pytest.approx(float(loss_of(t5, initial(t5), batch)), abs=1e-5)
+
+
 def test_the_held_out_loss_weighs_tokens_and_not_batches(model):
     """One pair of 3 target tokens, repeated to the shape of four others with 10."""
     first = seq2seq.pad_pairs(PAIRS[0][:1], PAIRS[1][:1], multiple=8)
@@ -157,6 +174,16 @@ def test_target_tokens_are_counted():
     epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=6, seed=3)
     assert epochs.tokens(0) == 0
     assert epochs.tokens(9) == sum(int(epochs(step).target_mask.sum()) for step in range(9))
+
+
+def test_pairs_that_fill_no_batch_are_left_out_of_their_epoch():
+    epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=6, seed=3)
+    left_out = []
+    for epoch in range(3):
+        rows = np.concatenate([epochs.rows(6 * epoch + step) for step in range(epochs.steps_per_epoch)])
+        assert len(rows) == len(set(rows)) == 36
+        left_out.append(sorted(set(range(40)) - set(rows)))
+    assert left_out[0] != left_out[1] != left_out[2]
 
 
 @pytest.mark.parametrize("batch_size", [0, 41])
