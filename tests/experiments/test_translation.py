@@ -1,0 +1,148 @@
+"""The translation experiment on tiny models and files: training, evaluation, models of one's own, and the results."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import ledger, translation
+from experiments.parts import translation_scores, translation_training
+from figures import translation as figure
+from jaxrl_llm import models
+from jaxrl_llm.translation import Form, translate
+
+TEXT = "the cat sat on a mat and saw its own red hat by far not so big as that"
+SMALL = {
+    "vocab_size": 290,
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "batch_size": 8,
+    "limit": 11,
+    "test_limit": 11,
+    "held_out": 6,
+}
+FEW = {"sentences": 5, "beams": (1, 2), "penalties": (0.0, 1.0), "beams_of_penalties": 2, "new_tokens": 6}
+SHORT = {"steps": 4, "warmup_steps": 1, "decay_steps": 2, "eval_every": 2, "resamples": 20}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Sentences, and as their translation the same backwards."""
+    folder, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    lines = [" ".join(rng.choice(TEXT.split(), rng.integers(1, 4))) for _ in range(80)]
+    (folder / "all.en").write_text("\n".join(lines) + "\n")
+    (folder / "all.xx").write_text("\n".join(line[::-1] for line in lines) + "\n")
+    return folder / "all.en", folder / "all.xx"
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """The configuration and the result of a whole run."""
+    own = {"source": files[0], "target": files[1], "work_dir": tmp_path_factory.mktemp("run")}
+    config = translation.Config(train=True, **own, **SMALL, **FEW, **SHORT)
+    return config, translation.run(translation.checked(config))
+
+
+def number(result, name):
+    (found,) = [each for each in result["numbers"] if each["name"] == name]
+    return found
+
+
+def test_both_models_are_trained_on_the_same_target_tokens(trained):
+    config, result = trained
+    assert number(result, "target tokens seen, T5 − decoder-only")["value"] == 0
+    logs = result["data"]["logs"]
+    assert [[row["tokens"] for row in logs[name]] for name in logs] == [[row["tokens"] for row in logs["t5"]]] * 2
+    records = translation_training.records({name: config.work_dir / f"tiny-{name}" for name in ("t5", "gpt2")})
+    assert records["t5"]["log"][-1]["step"] == 4
+
+
+def test_the_table_has_every_model_and_decoder(trained):
+    _, result = trained
+    rows = result["data"]["table"]
+    assert {(row["kind"], row["beams"], row["length_penalty"]) for row in rows} == {
+        (kind, *decoder) for kind in ("t5", "gpt2") for decoder in ((1, 1.0), (2, 1.0), (2, 0.0))
+    }
+    for row in rows:
+        assert row["chrf"]["low"] <= row["chrf"]["estimate"] <= row["chrf"]["high"]
+        assert row["length_ratio"] >= 0 and row["seconds"] is None, "one batch is not timed: it compiles"
+    json.dumps(result, allow_nan=False)
+    assert figure.draw(result).axes
+
+
+def test_nothing_held_out_was_trained_on(trained):
+    config, _ = trained
+    parts = translation_training.pairs_of(config)
+    assert len(parts.train) > 0 and len(parts.test) > 0
+    for part in (parts.validation, parts.test):
+        assert not {pair.source for pair in part} & {pair.source for pair in parts.train}
+        assert not {pair.target for pair in part} & {pair.target for pair in parts.train}
+    assert not set(parts.validation) & set(parts.test)
+
+
+def test_short_pairs_are_those_within_the_limit_on_both_sides(trained):
+    config, _ = trained
+    loaded = models.load(config.work_dir / "tiny-t5")
+    pairs = translation_training.pairs_of(config).train
+    kept = translation_training.short_pairs(loaded.tokenizer.backend_tokenizer, pairs, 6)
+    lengths = {
+        pair: max(len(loaded.tokenizer(side, add_special_tokens=False)["input_ids"]) for side in pair) for pair in pairs
+    }
+    assert kept == [pair for pair in pairs if lengths[pair] <= 6] and 0 < len(kept) < len(pairs)
+
+
+def test_models_and_files_of_ones_own_are_compared(trained, files):
+    """Without training: prefixes and suffixes reach the models, and all the lines of the files are the test."""
+    config, _ = trained
+    folders = {name: str(config.work_dir / f"tiny-{name}") for name in ("t5", "gpt2")}
+    own = translation.Config(
+        t5=folders["t5"], gpt=folders["gpt2"], source=files[0], target=files[1], t5_prefix="mat ", gpt_suffix=" hat",
+        **FEW, resamples=20,
+    )  # fmt: skip
+    result = translation.run(translation.checked(own))
+    assert number(result, "sentence pairs")["value"] == 5 and result["data"]["logs"] == {}
+    source = files[0].read_text().splitlines()[0]
+    assert result["data"]["examples"][0]["source"] == source
+    for name, form in (("t5", Form("mat ", "")), ("gpt2", Form("", " hat"))):
+        loaded = models.load(folders[name])
+        (expected,) = translate(loaded, [source], form=form, num_beams=2, length_penalty=1.0, max_new_tokens=6)
+        assert result["data"]["examples"][0][name] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"t5": "x"}, "--t5 and --gpt belong together"),
+        ({"source": "x"}, "--source and --target belong together"),
+        ({"t5": "x", "gpt": "y"}, "--t5 and --gpt need --source and --target"),
+        ({"t5": "x", "gpt": "y", "source": "a", "target": "b", "train": True}, "are not trained"),
+        ({"source": "a", "target": "b"}, "are for --preset full"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        translation.checked(dataclasses.replace(translation.Config(), **given))
+
+
+def test_too_few_lines_are_refused(files, tmp_path):
+    config = translation.Config(train=True, source=files[0], target=files[1], work_dir=tmp_path)
+    with pytest.raises(ValueError, match="are too few to hold out twice 400 of them"):
+        translation_training.pairs_of(config)
+
+
+def test_the_length_ratio_is_of_the_corpus():
+    pairs = [translation.SentencePair("a", "one two three"), translation.SentencePair("b", "four")]
+    decoder = translation_scores.Decoder(1, 1.0)
+    found = {"t5": {decoder: translation_scores.Decoded(["one two", "four"], 0.5)}}
+    (row,) = translation_scores.table(translation.Config(resamples=10), {"t5": "x"}, found, pairs)
+    assert row["length_ratio"] == 3 / 4 and row["seconds"] == 0.5
+
+
+def test_the_results_say_what_they_must():
+    entry = json.loads((ledger.RESULTS / "translation.json").read_text(encoding="utf-8"))
+    assert number(entry, "sentence pairs")["value"] >= 100
+    assert number(entry, "target tokens seen, T5 − decoder-only")["tolerance"] == 0
+    assert {row["beams"] for row in entry["data"]["table"]} == {1, 2, 4, 8, 16}
+    assert len({row["length_penalty"] for row in entry["data"]["table"]}) >= 4
