@@ -445,6 +445,14 @@ def test_a_wrong_translation_is_one_line(run, arguments, said):
     assert_one_line(run("translate", *arguments, stdin="\n"), said)
 
 
+def test_lines_of_translate_end_in_a_line_feed_alone_and_a_byte_order_mark_is_none_of_them(run, tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_bytes(b"\xef\xbb\xbftwenty-one\r\none\x0cthousand\n\nthree")
+    expected = "ein-und-zwanzig\nein-tausend\n\ndrei\n"
+    assert run("translate", "--file", path) == (0, expected, "")
+    assert run("translate", stdin=path.read_bytes().decode()) == (0, expected, "")
+
+
 def test_a_terminal_is_not_waited_for_by_translate(run):
     assert_one_line(run("translate", stdin=Terminal("one")), 'or lines on standard input ("-")')
 

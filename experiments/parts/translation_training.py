@@ -138,6 +138,7 @@ def _trained(config: Any, name: str, model: Network, rows: tuple, held_out: tupl
         tokens=epochs.tokens,
         evaluate=seq2seq.held_out_loss(model, batches),
         evaluate_every=config.eval_every,
+        config=_identity(config),
     )
     return state.params, RunLog(folder / "log.jsonl").rows()
 
@@ -160,10 +161,15 @@ def _save(folder: Path, name: str, model: Network, params: Any, tokenizer: Token
     bpe.save(own, folder)
 
 
-def _record(config: Any, folder: Path, log: list[dict[str, Any]], counts: dict[str, int]) -> None:
+def _identity(config: Any) -> dict[str, Any]:
+    """The fields that decide a run."""
     fields = ("seed", "limit", "vocab_size", "width", "layers", "heads", "batch_size", "steps", "warmup_steps")
     fields += ("decay_steps", "learning_rate", "weight_decay")
-    record = {"config": {name: getattr(config, name) for name in fields}, **counts, "log": log}
+    return {name: getattr(config, name) for name in fields}
+
+
+def _record(config: Any, folder: Path, log: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    record = {"config": _identity(config), **counts, "log": log}
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

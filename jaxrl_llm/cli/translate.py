@@ -73,11 +73,17 @@ def read_lines(text: str | None, file: Path | None) -> list[str]:
     if text not in (None, "-"):
         lines, where = [text], "the text"
     elif file is not None:
-        lines, where = file.read_text(encoding="utf-8").splitlines(), str(file)
+        lines, where = split_lines(file.read_bytes().decode("utf-8")), str(file)
     elif text is None and sys.stdin.isatty():
         raise ValueError('give a text, a file with --file, or lines on standard input ("-").')
     else:
-        lines, where = sys.stdin.read().splitlines(), "standard input"
+        lines, where = split_lines(sys.stdin.read()), "standard input"
     if not any(line.strip() for line in lines):
         raise ValueError(f"there is nothing to translate in {where}.")
     return lines
+
+
+def split_lines(content: str) -> list[str]:
+    """Lines end in a line feed, with or without a carriage return, in nothing else; a byte order mark is dropped."""
+    lines = content.removeprefix("\ufeff").removesuffix("\n").split("\n")
+    return [line.removesuffix("\r") for line in lines]
