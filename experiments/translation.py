@@ -51,15 +51,16 @@ class Config:
     gpt_suffix: str | None = None
     work_dir: Path = Path("runs/translation")
     seed: int = 0
-    sentences: int = 128  # that are translated
+    sentences: int = 100  # that are translated
+    sentences_at_once: int = 25
     held_out: int = 400  # lines of the user's files, for validation and for testing each
     limit: int = 32  # tokens of the longest sentence, on either side
-    test_limit: int = 31  # the same of those that are translated: 32 with the separator, which decoders pad less
+    test_limit: int = 24  # the same of those that are translated
     beams: tuple[int, ...] = (1, 2, 4, 8, 16)
-    penalties: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
+    penalties: tuple[float, ...] = (0.0, 1.0, 2.0)
     beams_of_penalties: int = 2
     length_penalty: float = 1.0
-    new_tokens: int = 40
+    new_tokens: int = 32
     resamples: int = 1000
     vocab_size: int = 4096
     width: int = 160
@@ -74,7 +75,16 @@ class Config:
     eval_every: int = 100
 
 
-PRESETS = {"quick": Config(), "full": Config(train=True, sentences=256, beams_of_penalties=4)}
+FULL = Config(
+    train=True,
+    sentences=256,
+    sentences_at_once=32,
+    test_limit=31,  # 32 with the separator, which decoders pad less
+    penalties=(0.0, 0.5, 1.0, 1.5, 2.0),
+    beams_of_penalties=4,
+    new_tokens=40,
+)
+PRESETS = {"quick": Config(), "full": FULL}
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -48,10 +48,10 @@ def label(name: str, folder: str | Path, loaded: Loaded) -> str:
 
 def translations(config: Any, loaded: Loaded, form: Form, pairs: Sequence[SentencePair]) -> dict[Decoder, Decoded]:
     """Each decoder's translations, timed from the second batch on: in the first the program compiles."""
-    sources, size, found = [pair.source for pair in pairs], translation.BATCH, {}
+    sources, size, found = [pair.source for pair in pairs], config.sentences_at_once, {}
     for decoder in tqdm(decoders(config), unit="decoder"):
         options = {"num_beams": decoder.beams, "length_penalty": decoder.penalty, "max_new_tokens": config.new_tokens}
-        translate = functools.partial(translation.translate, loaded, form=form, **options)
+        translate = functools.partial(translation.translate, loaded, form=form, batch_size=size, **options)
         texts = translate(sources[:size])
         started = time.perf_counter()
         texts += translate(sources[size:])
