@@ -4,6 +4,8 @@ from jaxrl_llm import runtime
 
 runtime.set_up()  # before jax: compiled programs are kept from one run to the next
 
+from pathlib import Path  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -54,6 +56,17 @@ TINY = {
     "t5": T5Given(TINY_T5.config, num_sources=1),
     "tabular": TabularLM(vocab_size=3, horizon=8),
 }
+
+
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 25_000  # Linux allows a process 65,530 memory maps; XLA crashes beyond
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs_before_they_are_too_many():
+    """Every compiled program keeps a few memory maps, and a worker runs thousands of tests."""
+    yield
+    if MAPS.is_file() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
 
 
 def random_params(lm, seed=0, *, dtype=jnp.float32):
