@@ -28,6 +28,7 @@ from jaxrl_llm.models import T5, T5Config  # noqa: E402
 from jaxrl_llm.training import loop, seq2seq  # noqa: E402
 from jaxrl_llm.training.optimizers import muon  # noqa: E402
 from jaxrl_llm.training.run_log import RunLog  # noqa: E402
+from jaxrl_llm.training.steps import initial_state  # noqa: E402
 
 EMBEDDED = Path(models.__file__).parent / "embedded" / "tiny-t5"
 LONGEST = 12  # tokens of the longest name, with its end
@@ -116,14 +117,16 @@ def train(config: Config) -> None:
     step = seq2seq.make_pair_step(model, optimizer)
     batches = Names(split.train, batch_size=config.batch_size, seed=config.seed)
     held_out = [encoded(part) for part in np.array_split(split.held_out[::2], BATCHES_OF_HELD_OUT)]
+    held_out_loss = seq2seq.held_out_loss(model, held_out)
     fields = {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)}
+    key = jax.random.key(config.seed)
     state = loop.run(
-        loop.initial_state(model.init(jax.random.key(config.seed)), optimizer),
+        initial_state(model.init(key), optimizer, key),
         lambda state, done: step(state, batches(done)),
         steps=config.steps,
         folder=config.work_dir,
         tokens=batches.tokens,
-        evaluate=seq2seq.held_out_loss(model, held_out),
+        evaluate=lambda params: {"held_out_loss": held_out_loss(params)},
         evaluate_every=config.eval_every,
         config=fields,
     )

@@ -20,6 +20,7 @@ from jaxrl_llm.models.network import Network
 from jaxrl_llm.training import loop, seq2seq
 from jaxrl_llm.training.optimizers import muon
 from jaxrl_llm.training.run_log import RunLog
+from jaxrl_llm.training.steps import initial_state
 
 SEPARATOR = "\n"  # between a source and its target, in the one sequence of the decoder-only model
 CONTEXT = 128  # tokens of the decoder-only model: source, separator and target
@@ -130,13 +131,15 @@ def _trained(config: Any, name: str, model: Network, rows: tuple, held_out: tupl
         seq2seq.pad_pairs(*(side[start : start + size] for side in held_out), multiple=12)
         for start in range(0, min(len(held_out[0]), 4 * size), size)
     ]
+    held_out_loss = seq2seq.held_out_loss(model, batches)
+    key = jax.random.key(config.seed)
     state = loop.run(
-        loop.initial_state(model.init(jax.random.key(config.seed)), optimizer),
+        initial_state(model.init(key), optimizer, key),
         lambda state, done: step(state, epochs(done)),
         steps=config.steps,
         folder=folder,
         tokens=epochs.tokens,
-        evaluate=seq2seq.held_out_loss(model, batches),
+        evaluate=lambda params: {"held_out_loss": held_out_loss(params)},
         evaluate_every=config.eval_every,
         config=_identity(config),
     )

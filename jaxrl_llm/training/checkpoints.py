@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 State = TypeVar("State")
 
@@ -14,20 +16,80 @@ class Checkpoints:
     """The checkpoints in one folder, the newest `keep` of them."""
 
     def __init__(self, folder: Path, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, but is {keep}.")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: State) -> None:
-        """Write `state` as the checkpoint of `step`."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Write `state` as the checkpoint of `step`, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written (a full disk, say), naming the checkpoint that remains.
+        """
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
+        except Exception as error:  # the libraries below raise errors of many kinds for one cause
+            last = self.latest_step()
+            remains = "and there is none yet" if last is None else f"the last good one is that of step {last}"
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self._folder}: {reason}; {remains}."
+            ) from error
 
     def restore(self, like: State) -> State:
-        """The newest checkpoint, with the structure, shapes and dtypes of `like`."""
+        """The newest checkpoint, with the structure, shapes, dtypes and shardings of `like`.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is of another model or optimiser, naming what differs.
+        """
         step = self.latest_step()
         if step is None:
-            raise FileNotFoundError(f"no checkpoint in {self._manager.directory}.")
-        return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            raise FileNotFoundError(f"no checkpoint in {self._folder}.")
+        storable = _storable(like)
+        self._check_same(self._manager.item_metadata(step), storable)
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(storable))
+        return jax.tree.map(_as, like, restored)
+
+    def _check_same(self, stored: PyTree, wanted: PyTree) -> None:
+        found, expected = _shapes(stored), _shapes(wanted)
+        shared = [path for path in expected if path in found and found[path] != expected[path]]
+        differences = [f"{path} is {found[path]}, not {expected[path]}" for path in shared]
+        differences += [f"{path} is missing" for path in expected if path not in found]
+        differences += [f"{path} is not of this run" for path in found if path not in expected]
+        if differences:
+            more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise ValueError(
+                f"the checkpoint in {self._folder} is of another model or optimiser: {', '.join(differences[:3])}{more}."
+            )
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+    """A leaf's path as one string, the same for tuples, named tuples and dicts."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def _storable(state: State) -> State:
+    """Keys as the numbers that they are made of."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+
+
+def _as(like: Any, restored: Any) -> Any:
+    return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(like)) if _is_key(like) else restored
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)

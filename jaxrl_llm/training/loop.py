@@ -1,106 +1,176 @@
-"""One loop for every training run: donated optimiser steps, checkpoints, a log, and a run that can be resumed."""
+"""One loop for every training run: steps, checkpoints, a log, and a run that can be stopped and resumed."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import math
+import signal
+import threading
 import time as clock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.training import run_config
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.run_log import RunLog
-
-
-class TrainState(NamedTuple):
-    """All that a run is: parameters, optimiser state, steps done."""
-
-    params: Params
-    opt_state: optax.OptState
-    step: Int[Array, ""]
-
-
-def initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-
-def make_step(
-    loss: Callable[..., Float[Array, ""]], optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, Float[Array, ""]]]:
-    """One jitted step `(state, *inputs) -> (state, loss)` for `loss(params, step, *inputs)`; the state is donated."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, *inputs: Any) -> tuple[TrainState, Array]:
-        value, grads = jax.value_and_grad(loss)(state.params, state.step, *inputs)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
-
-    return train_step
+from jaxrl_llm.training.steps import Metrics, TrainState
 
 
 def run(
     state: TrainState,
-    advance: Callable[[TrainState, int], tuple[TrainState, Float[Array, ""]]],
+    advance: Callable[[TrainState, int], tuple[TrainState, Metrics]],
     *,
     steps: int,
     folder: Path,
-    tokens: Callable[[int], int],
-    evaluate: Callable[[Params], float],
+    evaluate: Callable[[Params], Mapping[str, float | str]] = lambda params: {},
     evaluate_every: int,
+    log_every: int | None = None,
+    tokens: Callable[[int], int] | None = None,
     config: Mapping[str, Any] | None = None,
+    watch: Sequence[str] = ("loss",),
+    describe: Callable[[int], str] = lambda step: "",
+    keep: int = 2,
+    tensorboard: bool = False,
 ) -> TrainState:
     """Train for `steps` steps in `folder`, or go on from the last checkpoint there, with a progress bar.
 
-    Every `evaluate_every` steps and at the end it writes a checkpoint and a line of `log.jsonl`: step, tokens, mean
-    training loss since the last line, `evaluate(params)` (both in nats a token), seconds. A resumed run ends with the
-    same parameters as an uninterrupted one, if `advance` depends on nothing but its arguments.
+    Every `log_every` steps it writes a line of `log.jsonl`: step, the metrics' means since the last line, seconds,
+    tokens and tokens per second. Every `evaluate_every` steps and at the end the line has what `evaluate` gives as
+    well, texts are shown on the terminal, and a checkpoint is written. Ctrl-C and SIGTERM finish the step, write a
+    checkpoint and raise KeyboardInterrupt; a second one stops at once.
+
+    A resumed run ends with the same parameters as an uninterrupted one, bit for bit on one kind of machine, if
+    `advance` depends on nothing but its arguments.
 
     Args:
         state: before the first step.
-        advance: `(state, steps done) -> (state, loss)`, one step; it may donate the state.
+        advance: `(state, steps done) -> (state, metrics)`, one step; it may donate the state. `loss` is a metric.
         tokens: how many were predicted in so many steps.
         config: whatever decides what the run does, as JSON has it: kept in `run.json`, and a run is resumed only with
             the same one. Of `steps` it says nothing by itself: with them in `config` (as a schedule that ends with them
             needs) a run cannot be made longer, without them it can.
+        watch: the metrics that the progress bar shows.
+        describe: what the batch of a step is, for the error that names it.
+        keep: how many of the newest checkpoints stay.
+        tensorboard: write the numbers as TensorBoard's events too (needs the extra `tensorboard`).
 
     Raises:
-        FloatingPointError: if the loss is not finite; the last checkpoint stays.
+        FloatingPointError: if the loss or the norm of the gradient is not finite; the last checkpoint stays.
+        OSError: if a checkpoint cannot be written; the one before stays.
         ValueError: if the folder holds the checkpoint of a run with another configuration (its fields and both values
-            are named), with none to compare, or of more steps; or if `config` is not JSON.
+            are named), with none to compare, of another model, or of more steps; if `config` is not JSON; or if
+            `log_every` does not divide `evaluate_every`.
     """
-    checkpoints, log = Checkpoints(folder / "checkpoints"), RunLog(folder / "log.jsonl")
+    log_every = evaluate_every if log_every is None else log_every
+    if log_every < 1 or evaluate_every % log_every:
+        raise ValueError(f"log_every must divide evaluate_every, {evaluate_every}, but is {log_every}.")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=keep)
+    state = _resumed(state, checkpoints, folder, steps, config)
+    done = int(state.step)
+    log = RunLog(folder / "log.jsonl", tensorboard=folder / "tensorboard" if tensorboard else None)
+    log.truncate(done)
+    window = _Window(done, tokens)
+    progress = tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="step")
+    with _interruptions() as interrupted, contextlib.closing(log):
+        for step in progress:
+            state, metrics = advance(state, step - 1)
+            found = {name: float(value) for name, value in metrics.items()}
+            progress.set_postfix({name: f"{found[name]:.3g}" for name in watch if name in found})
+            _check_finite(found, step, describe, checkpoints)
+            window.add(found)
+            last = step == steps
+            if step % log_every == 0 or last:
+                evaluated = dict(evaluate(state.params)) if step % evaluate_every == 0 or last else {}
+                _show(progress, step, evaluated)
+                # The row first: a run that stops between the two drops it and does these steps again.
+                log.append(step=step, **window.row(step), **evaluated)
+                window = _Window(step, tokens)
+            if step % evaluate_every == 0 or last or interrupted:
+                checkpoints.save(step, state)
+            if interrupted and not last:
+                raise KeyboardInterrupt(f"stopped after step {step} of {steps}; the run in {folder} can be resumed.")
+    return state
+
+
+def _resumed(
+    state: TrainState, checkpoints: Checkpoints, folder: Path, steps: int, config: Mapping[str, Any] | None
+) -> TrainState:
+    """The newest checkpoint of this very run, or the state before its first step."""
     started_before = checkpoints.latest_step()
     if (started_before or 0) > steps:
         raise ValueError(f"{folder} holds a run of {started_before} steps already: steps must not be {steps}.")
     if config is not None:
         run_config.claim(folder / "run.json", config, resumed=started_before is not None)
-    if started_before is not None:
-        state = checkpoints.restore(state)
-    done = int(state.step)
-    log.truncate(done)
-    losses, started = [], clock.perf_counter()
-    progress = tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="step")
-    for step in progress:
-        state, loss = advance(state, step - 1)
-        losses.append(float(loss))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
-        if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss became {losses[-1]} at step {step}.")
-        if step % evaluate_every == 0 or step == steps:
-            row = {"loss": float(np.mean(losses)), "held_out_loss": evaluate(state.params)}
-            seconds = clock.perf_counter() - started
-            # The row first: a run that stops between the two drops it and does these steps again.
-            log.append(step=step, tokens=tokens(step), **row, seconds=round(seconds, 1))
-            checkpoints.save(step, state)
-            losses, started = [], clock.perf_counter()
-    return state
+    return state if started_before is None else checkpoints.restore(state)
+
+
+class _Window:
+    """The steps since the last row of the log."""
+
+    def __init__(self, step: int, tokens: Callable[[int], int] | None):
+        self._step, self._tokens, self._rows, self._started = step, tokens, [], clock.perf_counter()
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        self._rows.append(metrics)
+
+    def row(self, step: int) -> dict[str, float]:
+        """The metrics' means, the tokens predicted so far, and how long it took."""
+        seconds = clock.perf_counter() - self._started
+        means = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in self._rows[-1]}
+        if self._tokens is None:
+            return means | {"seconds": round(seconds, 1)}
+        total = self._tokens(step)
+        speed = (total - self._tokens(self._step)) / max(seconds, 1e-9)
+        return {"tokens": total, **means, "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
+
+
+def _check_finite(
+    metrics: Mapping[str, float], step: int, describe: Callable[[int], str], checkpoints: Checkpoints
+) -> None:
+    for name, spoken in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            batch = describe(step - 1)
+            last = checkpoints.latest_step()
+            remains = (
+                "there is no checkpoint yet" if last is None else f"the last good checkpoint is that of step {last}"
+            )
+            raise FloatingPointError(
+                f"the {spoken} became {metrics[name]} at step {step}{f' ({batch})' if batch else ''}; {remains}."
+            )
+
+
+def _show(progress: tqdm, step: int, evaluated: Mapping[str, float | str]) -> None:
+    for name, value in evaluated.items():
+        if isinstance(value, str):
+            progress.write(f"step {step}, {name}: {value}")
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C or SIGTERM puts its number into; after it they act as before.
+
+    Python hands signals to the main thread alone: elsewhere nothing is caught.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives.logprobs import token_log_probs
 from jaxrl_llm.training import loop
-from jaxrl_llm.training.loop import TrainState
+from jaxrl_llm.training.steps import Loss, Metrics, TrainState, initial_state, make_step
 
 
 def next_token_log_probs(
@@ -36,14 +36,14 @@ def random_windows(key: Array, data: Int[Array, "total"], batch_size: int, time:
 
 def make_train_step(
     lm: LanguageModel, optimizer: optax.GradientTransformation, *, batch_size: int, time: int
-) -> Callable[[TrainState, Int[Array, "total"], Array], tuple[TrainState, Float[Array, ""]]]:
-    """One jitted step `(state, data, key) -> (state, loss)`; the state is donated, key and step choose the batch."""
+) -> Callable[[TrainState, Int[Array, "total"]], tuple[TrainState, Metrics]]:
+    """One jitted step `(state, data) -> (state, metrics)`; the state is donated, its key and step choose the batch."""
 
-    def loss(params: Params, step: Array, data: Array, key: Array) -> Array:
-        tokens = random_windows(jax.random.fold_in(key, step), data, batch_size, time + 1)
-        return -next_token_log_probs(lm, params, tokens).mean()
+    def loss(params: Params, data: Array, frozen: None, key: Array) -> Loss:
+        tokens = random_windows(key, data, batch_size, time + 1)
+        return Loss(-next_token_log_probs(lm, params, tokens).mean())
 
-    return loop.make_step(loss, optimizer)
+    return make_step(loss, optimizer)
 
 
 def fit(
@@ -69,12 +69,12 @@ def fit(
     train_step = make_train_step(lm, optimizer, batch_size=batch_size, time=time)
     data = jnp.asarray(data)
     return loop.run(
-        loop.initial_state(lm.init(params_key), optimizer),
-        lambda state, step: train_step(state, data, batch_key),
+        initial_state(lm.init(params_key), optimizer, batch_key),
+        lambda state, step: train_step(state, data),
         steps=steps,
         folder=folder,
         tokens=lambda step: step * batch_size * time,
-        evaluate=evaluate,
+        evaluate=lambda params: {"held_out_loss": evaluate(params)},
         evaluate_every=evaluate_every,
         config=config,
     )

@@ -1,4 +1,4 @@
-"""The log of a run that can be resumed: JSON lines, one an evaluation."""
+"""The log of a run that can be resumed: JSON lines, and TensorBoard's events beside them if asked for."""
 
 from __future__ import annotations
 
@@ -8,24 +8,61 @@ from pathlib import Path
 
 
 class RunLog:
-    """Rows with a `step` each. A resumed run drops those of the steps that it will do again."""
+    """Rows with a `step` each. A resumed run drops those of the steps that it will do again.
 
-    def __init__(self, path: Path):
+    Args:
+        path: of the JSON lines.
+        tensorboard: a folder for the same numbers as events.
+
+    Raises:
+        ModuleNotFoundError: if events are asked for and tensorboardX is not installed.
+    """
+
+    def __init__(self, path: Path, *, tensorboard: Path | None = None):
         self.path = path
+        self._tensorboard = tensorboard
+        self._events = None
+        if tensorboard is not None:
+            _event_writer()  # found missing now, not after the first steps
 
     def rows(self) -> list[dict[str, float]]:
         """All rows so far; a last line that a crash cut short is none."""
-        text = self.path.read_text() if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def truncate(self, step: int) -> None:
         """Keep the rows up to `step`."""
         kept = [row for row in self.rows() if row["step"] <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self.path)
+        if self._tensorboard is not None:
+            self._events = _event_writer()(str(self._tensorboard), purge_step=step + 1)
 
-    def append(self, **row: float) -> None:
+    def append(self, **row: float | str) -> None:
         """Add a row."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            for name, value in row.items():
+                if isinstance(value, str):
+                    self._events.add_text(name, value, row["step"])
+                elif name != "step":
+                    self._events.add_scalar(name, value, row["step"])
+            self._events.flush()
+
+    def close(self) -> None:
+        """No more rows will come."""
+        if self._events is not None:
+            self._events.close()
+
+
+def _event_writer() -> type:
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "TensorBoard's events need the package tensorboardX: pip install 'jaxrl_llm[tensorboard]'"
+        ) from error
+    return SummaryWriter

@@ -18,8 +18,7 @@ from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
 from jaxrl_llm.objectives.numerics import is_concrete
-from jaxrl_llm.training import loop
-from jaxrl_llm.training.loop import TrainState
+from jaxrl_llm.training.steps import Loss, Metrics, TrainState, make_step
 
 Rows = Sequence[Sequence[int]]
 
@@ -86,14 +85,14 @@ def pair_loss(model: Network, params: Params, batch: PairBatch) -> Float[Array, 
 
 def make_pair_step(
     model: Network, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, PairBatch], tuple[TrainState, Float[Array, ""]]]:
-    """One jitted step `(state, batch) -> (state, loss)`; the state is donated. Each shape of batches compiles once.
+) -> Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]:
+    """One jitted step `(state, batch) -> (state, metrics)`; the state is donated. Each shape of batches compiles once.
 
     The step raises ValueError as `check_sources` does.
     """
-    step = loop.make_step(lambda params, step, batch: pair_loss(model, params, batch), optimizer)
+    step = make_step(lambda params, batch, frozen, key: Loss(pair_loss(model, params, batch)), optimizer)
 
-    def checked(state: TrainState, batch: PairBatch) -> tuple[TrainState, Array]:
+    def checked(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         check_sources(model, batch)
         return step(state, batch)
 

@@ -2,22 +2,24 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from jaxrl_llm.training import loop
+from jaxrl_llm.training.steps import Loss, initial_state, make_step
 
 CONFIG = {"learning_rate": 0.1, "seed": 0, "sizes": (4, 2)}
 
 
-def fit(folder, config=None, *, steps=2, evaluate=lambda params: 0.0):
+def fit(folder, config=None, *, steps=2, evaluate=lambda params: {}):
     optimizer = optax.sgd(0.1)
-    step = loop.make_step(lambda params, step: jnp.square(params["w"] - 1).sum(), optimizer)
+    step = make_step(lambda params, *_: Loss(jnp.square(params["w"] - 1).sum()), optimizer)
     return loop.run(
-        loop.initial_state({"w": jnp.zeros(2)}, optimizer),
-        lambda state, done: step(state),
+        initial_state({"w": jnp.zeros(2)}, optimizer, jax.random.key(0)),
+        lambda state, done: step(state, None),
         steps=steps,
         folder=folder,
         tokens=lambda steps: steps,

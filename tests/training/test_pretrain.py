@@ -13,6 +13,7 @@ from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.training import pretrain
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.run_log import RunLog
+from jaxrl_llm.training.steps import TrainState, initial_state
 
 VOCAB, TIME, BATCH = 11, 8, 4
 LM = GPT2(GPT2Config(vocab_size=VOCAB, n_positions=TIME, n_embd=16, n_layer=1, n_head=2))
@@ -26,12 +27,13 @@ initial = functools.cache(lambda seed: LM.init(jax.random.key(seed)))
 apply = jax.jit(lambda params, tokens: LM.apply(params, tokens)[0])
 
 
-def fresh(seed=0, step=0):
+def fresh(seed=0, step=0, key=KEY):
     params = jax.tree.map(jnp.copy, initial(seed))  # a step takes the state's memory
-    return pretrain.TrainState(params, OPTIMIZER.init(params), jnp.asarray(step, jnp.int32))
+    return TrainState(params, OPTIMIZER.init(params), jnp.asarray(step, jnp.int32), jnp.copy(key))
 
 
 def assert_equal_bits(tree, expected):
+    tree, expected = (each._replace(key=jax.random.key_data(each.key)) for each in (tree, expected))
     jax.tree.map(np.testing.assert_array_equal, tree, expected)
     assert jax.tree.map(lambda leaf: leaf.dtype, tree) == jax.tree.map(lambda leaf: leaf.dtype, expected)
 
@@ -50,8 +52,8 @@ def test_steps_lower_the_loss_on_a_repeating_text():
     """From log 11, a uniform guess, to almost nothing: what follows the 1s alone needs the token before."""
     state, losses = fresh(), []
     for _ in range(150):
-        state, loss = STEP(state, jnp.asarray(REPEATING), KEY)
-        losses.append(float(loss))
+        state, metrics = STEP(state, jnp.asarray(REPEATING))
+        losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(VOCAB), abs=0.1)
     assert np.mean(losses[-10:]) < 0.25
     assert int(state.step) == 150
@@ -63,19 +65,19 @@ def test_the_loss_is_the_mean_over_the_batch_of_its_key_and_step():
         state = fresh(step=step)
         batch = pretrain.random_windows(jax.random.fold_in(KEY, step), jnp.asarray(REPEATING), BATCH, TIME + 1)
         expected = -log_probs_by_hand(state.params, np.asarray(batch)).mean()
-        _, loss = STEP(state, jnp.asarray(REPEATING), KEY)
-        assert float(loss) == pytest.approx(expected, abs=1e-5)
+        _, metrics = STEP(state, jnp.asarray(REPEATING))
+        assert float(metrics["loss"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_batches_depend_on_key_and_step_only():
     data = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, len(REPEATING)), jnp.uint16)
 
     def loss(key, step):
-        return float(STEP(fresh(step=step), data, key)[1])
+        return float(STEP(fresh(step=step, key=key), data)[1]["loss"])
 
     first = loss(KEY, 3)
-    trained, _ = STEP(fresh(step=2), data, KEY)
-    again, _ = STEP(fresh(seed=1, step=2), data, KEY)
+    trained, _ = STEP(fresh(step=2), data)
+    again, _ = STEP(fresh(seed=1, step=2), data)
     assert int(trained.step) == int(again.step) == 3
     assert loss(KEY, 3) == first, "another step in between leaves no trace"
     assert len({first, loss(KEY, 4), loss(jax.random.key(6), 3)}) == 3
@@ -93,7 +95,7 @@ def test_windows_are_consecutive_and_reach_both_ends():
 def test_data_of_exactly_one_window_and_of_less():
     np.testing.assert_array_equal(pretrain.random_windows(KEY, jnp.arange(5), 2, 5), [np.arange(5)] * 2)
     with pytest.raises(ValueError, match="data must hold at least one window of 9 tokens, but holds 8"):
-        STEP(fresh(), jnp.arange(8), KEY)
+        STEP(fresh(), jnp.arange(8))
 
 
 def test_next_token_log_probs_are_those_of_the_tokens_after():
@@ -170,7 +172,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, uninterrupted):
     assert_equal_bits(state, expected)
     assert int(state.step) == 10
     ours, theirs = (RunLog(each / "log.jsonl").rows() for each in (tmp_path, folder))
-    without_seconds = [[{**row, "seconds": 0} for row in rows] for rows in (ours, theirs)]
+    without_seconds = [[{**row, "seconds": 0, "tokens_per_second": 0} for row in rows] for rows in (ours, theirs)]
     assert without_seconds[0] == without_seconds[1] and [row["step"] for row in ours] == [4, 8, 10]
 
 
@@ -209,10 +211,10 @@ def test_the_log_says_what_was_measured(uninterrupted):
     assert all(row["held_out_loss"] == 0.5 for row in rows)
     params_key, batch_key = jax.random.split(KEY)
     params = LM.init(params_key)
-    state, losses = pretrain.TrainState(params, OPTIMIZER.init(params), jnp.zeros((), jnp.int32)), []
+    state, losses = initial_state(params, OPTIMIZER, batch_key), []
     for _ in range(10):
-        state, loss = STEP(state, jnp.asarray(REPEATING), batch_key)
-        losses.append(float(loss))
+        state, metrics = STEP(state, jnp.asarray(REPEATING))
+        losses.append(float(metrics["loss"]))
     means = [np.mean(losses[start:end]) for start, end in ((0, 4), (4, 8), (8, 10))]
     np.testing.assert_allclose([row["loss"] for row in rows], means, rtol=1e-6)
 
@@ -231,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
-    state, _ = STEP(fresh(), jnp.asarray(REPEATING), KEY)
+    state, _ = STEP(fresh(), jnp.asarray(REPEATING))
     Checkpoints(tmp_path).save(1, state)
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step() == 1

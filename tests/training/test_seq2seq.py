@@ -12,6 +12,7 @@ import pytest
 from jaxrl_llm.models import GPT2, T5, GPT2Config, T5Config
 from jaxrl_llm.training import loop, seq2seq
 from jaxrl_llm.training.run_log import RunLog
+from jaxrl_llm.training.steps import initial_state
 
 VOCAB, EOS = 13, 1
 MODELS = {
@@ -99,7 +100,7 @@ def test_sources_that_end_in_padding_are_refused_but_of_a_t5():
     with pytest.raises(ValueError, match=said):
         seq2seq.held_out_loss(gpt2, [batch, turned])
     with pytest.raises(ValueError, match=said):
-        seq2seq.make_pair_step(gpt2, OPTIMIZER)(loop.initial_state(initial(gpt2), OPTIMIZER), turned)
+        seq2seq.make_pair_step(gpt2, OPTIMIZER)(initial_state(initial(gpt2), OPTIMIZER, jax.random.key(0)), turned)
     t5 = MODELS["t5"]
     assert float(loss_of(t5, initial(t5), turned)) == pytest.approx(float(loss_of(t5, initial(t5), batch)), abs=1e-5)
 
@@ -199,18 +200,22 @@ def fit(model, folder: Path, *, steps, evaluate=lambda params: 0.5, seed=0):
     epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=8, seed=0, multiple=8)
     step = seq2seq.make_pair_step(model, OPTIMIZER)
     return loop.run(
-        loop.initial_state(model.init(jax.random.key(seed)), OPTIMIZER),
+        initial_state(model.init(jax.random.key(seed)), OPTIMIZER, jax.random.key(seed)),
         lambda state, done: step(state, epochs(done)),
         steps=steps,
         folder=folder,
         tokens=epochs.tokens,
-        evaluate=evaluate,
+        evaluate=lambda params: {"held_out_loss": evaluate(params)},
         evaluate_every=20,
     )
 
 
 class Crash(Exception):
     """What happens to a run in the night."""
+
+
+def untimed(row):
+    return {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
 
 
 def test_it_learns_and_a_resumed_run_ends_with_the_same_bits(model, tmp_path):
@@ -230,14 +235,14 @@ def test_it_learns_and_a_resumed_run_ends_with_the_same_bits(model, tmp_path):
     with pytest.raises(Crash):
         fit(model, tmp_path / "resumed", steps=60, evaluate=evaluate)
     resumed = fit(model, tmp_path / "resumed", steps=60)
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    jax.tree.map(np.testing.assert_array_equal, resumed[:3], whole[:3])
     again = RunLog(tmp_path / "resumed" / "log.jsonl").rows()
-    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+    assert [untimed(row) for row in again] == [untimed(row) for row in rows]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model = MODELS["t5"]
-    state = loop.initial_state(initial(model, factor=jnp.inf), OPTIMIZER)
+    state = initial_state(initial(model, factor=jnp.inf), OPTIMIZER, jax.random.key(0))
     step = seq2seq.make_pair_step(model, OPTIMIZER)
     batch = seq2seq.pad_pairs(SOURCES[:8], TARGETS[:8], multiple=8)
     with pytest.raises(FloatingPointError, match="the loss became nan at step 1"):
@@ -247,7 +252,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             steps=3,
             folder=tmp_path,
             tokens=lambda steps: steps,
-            evaluate=lambda params: 0.0,
             evaluate_every=2,
         )
     assert not RunLog(tmp_path / "log.jsonl").rows()
