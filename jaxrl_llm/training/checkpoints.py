@@ -68,7 +68,8 @@ class Checkpoints:
         if differences:
             more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise ValueError(
-                f"the checkpoint in {self._folder} is of another model or optimiser: {', '.join(differences[:3])}{more}."
+                f"the checkpoint in {self._folder} is of another model or optimiser: "
+                f"{', '.join(differences[:3])}{more}."
             )
 
 

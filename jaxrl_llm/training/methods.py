@@ -1,0 +1,103 @@
+"""What tells the policy-gradient methods from each other, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from jaxrl_llm.objectives.aggregate import Mode
+
+Advantage = Literal["returns", "rloo", "grpo", "centered", "gae"]
+Surrogate = Literal["reinforce", "ppo_clip", "gspo", "cispo"]
+Divergence = Literal["reverse", "forward"]
+
+CHOICE = {"static": True}  # marks a field that programs are compiled for
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A policy-gradient method: how advantages are made of rewards, and a loss of them. `METHODS` has the known ones.
+
+    Numbers are leaves: another value of one never recompiles. Choices are fixed when compiling.
+
+    The penalty β KL(π‖π_ref) is in the reward of each token as −β k1, the estimator whose expectation and policy
+    gradient are both right. With `kl_loss` it is a term of the loss instead, by the estimator whose gradient is that of
+    the divergence named: "reverse", KL(π‖ref) of whole answers, by k2 of their summed log-ratios; "forward",
+    KL(ref‖π) token by token, by k3, which is what GRPO's paper adds. They are different penalties with different
+    optima: see `objectives.kl`.
+
+    Args:
+        advantage: "returns": the rewards to come, no baseline; "rloo", "grpo", "centered": within the group of answers
+            to one prompt; "gae": against a critic.
+        surrogate: the loss of `objectives.policy_gradient`.
+        mode: how its values become one (`objectives.aggregate`); `normaliser`: tokens a row, for "constant".
+        group_size: answers to each prompt.
+        beta: β in units of reward per nat. gamma: γ of the term γ E[log π] over pretraining text, per token.
+        clip_low, clip_high, dual_clip: of the ratio, as in `ppo_clip_loss`.
+        importance_cap: C of the weight min(π_old/μ, C) per token, μ the law that tokens were really drawn from (after
+            top-p, say, or in another precision). It is 1 where μ is the policy. Tokens that μ removes stay unseen.
+        epochs, minibatches: how often, and in how many parts, each batch of answers is gone through.
+        discount, lambda_: γ and λ of GAE. value_coefficient, value_clip: of the critic's loss.
+        whiten: advantages of the batch to mean 0 and variance 1.
+        bootstrap: an answer that was cut off, without EOS, is worth what the critic says of its end (for "gae"), as
+            though it went on. Else it ends there, which is right where the reward is of the cut-off text.
+    """
+
+    advantage: Advantage = dataclasses.field(default="rloo", metadata=CHOICE)
+    surrogate: Surrogate = dataclasses.field(default="reinforce", metadata=CHOICE)
+    mode: Mode = dataclasses.field(default="sequence_sum", metadata=CHOICE)
+    group_size: int = dataclasses.field(default=4, metadata=CHOICE)
+    kl_loss: Divergence | None = dataclasses.field(default=None, metadata=CHOICE)
+    epochs: int = dataclasses.field(default=1, metadata=CHOICE)
+    minibatches: int = dataclasses.field(default=1, metadata=CHOICE)
+    value_clip: float | None = dataclasses.field(default=0.2, metadata=CHOICE)
+    dual_clip: float | None = dataclasses.field(default=None, metadata=CHOICE)
+    whiten: bool = dataclasses.field(default=False, metadata=CHOICE)
+    bootstrap: bool = dataclasses.field(default=False, metadata=CHOICE)
+    beta: float = 0.05
+    gamma: float = 0.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    importance_cap: float = 2.0
+    discount: float = 1.0
+    lambda_: float = 0.95
+    value_coefficient: float = 0.5
+    normaliser: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.beta, float | int):
+            return  # traced, or a placeholder of jax
+        if self.group_size < 1 or self.epochs < 1 or self.minibatches < 1:
+            raise ValueError(
+                "group_size, epochs and minibatches must be at least 1, but are "
+                f"{self.group_size}, {self.epochs}, {self.minibatches}."
+            )
+        if self.advantage in ("rloo", "grpo", "centered") and self.group_size < 2:
+            raise ValueError(f"{self.advantage} compares the answers to a prompt: group_size must be 2 or more.")
+        if self.kl_loss not in (None, "reverse", "forward"):
+            raise ValueError(
+                f'kl_loss must name a divergence, "reverse" or "forward", or be None, but is {self.kl_loss!r}: '
+                "as a loss, k1 has the gradient 0 in expectation, and k3 that of the forward divergence."
+            )
+        if min(self.beta, self.gamma) < 0:
+            raise ValueError(f"beta and gamma must not be negative, but are {self.beta} and {self.gamma}.")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained beside the policy."""
+        return self.advantage == "gae"
+
+
+METHODS: dict[str, Method] = {
+    "reinforce": Method(advantage="returns", group_size=1),
+    "rloo": Method(advantage="rloo"),
+    "ppo": Method(advantage="gae", surrogate="ppo_clip", mode="token_mean", group_size=1, epochs=4, whiten=True),
+    "grpo": Method(advantage="grpo", surrogate="ppo_clip", mode="sequence_mean"),
+    "dr_grpo": Method(advantage="centered", surrogate="ppo_clip", mode="constant", normaliser=32.0),
+    "dapo": Method(advantage="grpo", surrogate="ppo_clip", mode="token_mean", clip_high=0.28),
+    "gspo": Method(advantage="grpo", surrogate="gspo", mode="sequence_mean", clip_low=3e-4, clip_high=4e-4),
+    "cispo": Method(advantage="grpo", surrogate="cispo", mode="token_mean", clip_low=1.0, clip_high=4.0),
+}

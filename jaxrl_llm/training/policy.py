@@ -1,0 +1,225 @@
+"""Online training: draw answers, reward them, and update the policy by any of `METHODS`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.objectives import kl, policy_gradient, rlhf
+from jaxrl_llm.objectives.aggregate import aggregate
+from jaxrl_llm.objectives.numerics import bounded_exp
+from jaxrl_llm.training import steps
+from jaxrl_llm.training.experience import Experience, critic_values, experience, policy_of
+from jaxrl_llm.training.methods import Method
+from jaxrl_llm.training.rewards import RewardFn, rewards_of
+from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
+from jaxrl_llm.training.sequences import Sequences, log_probs
+from jaxrl_llm.training.steps import Loss, LossFn, Metrics, TrainState, View
+
+
+class Online(NamedTuple):
+    """The three parts of a step of online training, each jitted; the reward is computed between the first two."""
+
+    draw: Callable[[TrainState, Prompts, Sampler, PyTree], Rollout]
+    score: Callable[..., tuple[Experience, Metrics]]  # (state, rollout, rewards, method, frozen, temperature)
+    update: Callable[..., tuple[TrainState, Metrics]]  # (state, experience, method, frozen, text), the state donated
+
+    def step(
+        self,
+        state: TrainState,
+        prompts: Prompts,
+        reward: RewardFn,
+        *,
+        method: Method,
+        sampler: Sampler,
+        frozen: PyTree,
+        text: Sequences | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        """One step: answers of the present policy, their rewards, and the update.
+
+        Traceable where the reward is, so that a whole run can be one program.
+
+        Args:
+            prompts: each gets `method.group_size` answers.
+            frozen: {"ref": the reference's parameters}, and what a view takes.
+            text: pretraining text for the term γ E[log π]; None leaves it out.
+
+        Raises:
+            ValueError, RuntimeError: as `rewards_of`.
+        """
+        drawn = self.draw(state, prompts, sampler, frozen, group_size=method.group_size, critic=method.has_critic)
+        rewards = rewards_of(reward, drawn)
+        batch, described = self.score(state, drawn, rewards, method, frozen, sampler.temperature)
+        state, metrics = self.update(state, batch, method, frozen, text, sampler.temperature)
+        return state, described | metrics
+
+
+def online(
+    lm: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    critic: ScalarHead | None = None,
+    microbatches: int = 1,
+    view: View | None = None,
+) -> Online:
+    """The parts of online training for a model.
+
+    For methods with a critic the trained parameters are {"policy": ..., "critic": those of `critic`}; else they are
+    the policy's.
+
+    Args:
+        critic: the model of values; never the policy's own parameters, so that no value loss moves the policy.
+        microbatches: as in `make_step`, of each minibatch.
+        view: as in `make_step`: what policy (and critic) are, given what is trained and what is frozen.
+    """
+
+    def seen(state: TrainState, frozen: PyTree) -> Params:
+        return state.params if view is None else view(state.params, frozen)
+
+    @functools.partial(jax.jit, static_argnames=("group_size", "critic"))
+    def draw(state, prompts, sampler, frozen, *, group_size, critic):
+        params = seen(state, frozen)
+        policy = params["policy"] if critic else params
+        key = jax.random.fold_in(state.step_key, 0)
+        return rollout(lm, policy, prompts, key, sampler, group_size=group_size)
+
+    @jax.jit
+    def score(state, drawn, rewards, method, frozen, temperature=1.0):
+        params = seen(state, frozen)
+        return experience(lm, method, params, frozen["ref"], drawn, rewards, critic=critic, temperature=temperature)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, batch, method, frozen, text=None, temperature=1.0):
+        inputs = {"ref": frozen, "text": text, "temperature": temperature}
+        loss = policy_loss(lm, method, critic=critic)
+        viewed = None if view is None else lambda params, inputs: view(params, inputs["ref"])
+
+        def one(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
+            part = jax.tree.map(lambda leaf: leaf[rows], batch)
+            return steps.update(loss, optimizer, state, part, inputs, microbatches=microbatches, view=viewed)
+
+        order = minibatch_rows(method, batch.advantages.shape[0], jax.random.fold_in(state.step_key, 1))
+        first_step = state.step
+        state, metrics = jax.lax.scan(one, state, order)
+        # A step of the run is one batch of answers, however many updates it took.
+        return state._replace(step=first_step + 1), jax.tree.map(lambda leaf: leaf.mean(axis=0), metrics)
+
+    return Online(draw, score, update)
+
+
+def minibatch_rows(method: Method, rows: int, key: Array) -> Array:
+    """Which rows each update takes: every one once an epoch, in random order, [epochs · minibatches, rows].
+
+    A single minibatch keeps the order.
+
+    Raises:
+        ValueError: if the minibatches do not divide the rows.
+    """
+    if rows % method.minibatches:
+        raise ValueError(f"{method.minibatches} minibatches must divide the {rows} answers of a batch.")
+    if method.minibatches == 1:
+        return jnp.broadcast_to(jnp.arange(rows), (method.epochs, rows))
+    keys = jax.random.split(key, method.epochs)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys)
+    return orders.reshape(method.epochs * method.minibatches, rows // method.minibatches)
+
+
+def policy_loss(lm: LanguageModel, method: Method, *, critic: ScalarHead | None = None) -> LossFn:
+    """The loss of a method over `Experience`: surrogate, divergence, critic and pretraining text, as it has them.
+
+    Metrics: `clip_fraction`, the share of tokens whose ratio is outside of the clip; `ratio`, its mean; and of a critic
+    `value_loss` and `explained_variance`.
+    """
+
+    def loss(params: Params, batch: Experience, inputs: PyTree, key: Array) -> Loss:
+        answer = batch.sequences.answer
+        logp = log_probs(lm, policy_of(params, method), batch.sequences, temperature=inputs["temperature"])
+        value = _surrogate(method, logp, batch) + _divergence(method, logp, batch)
+        metrics = _ratios(method, logp, batch)
+        if method.has_critic:
+            critic_loss, described = _critic_loss(method, critic, params["critic"], batch)
+            value, metrics = value + method.value_coefficient * critic_loss, metrics | described
+        if inputs["text"] is not None:
+            text = inputs["text"]
+            text_logp = log_probs(lm, policy_of(params, method), text)
+            bonus = aggregate(rlhf.ptx_bonus(text_logp, gamma=method.gamma), text.answer, "token_mean")
+            value = value - bonus
+            metrics |= {"text_loss": -aggregate(text_logp, text.answer, "token_mean")}
+        return Loss(value, answer.sum() if method.mode == "token_mean" else answer.shape[0], metrics)
+
+    return loss
+
+
+def _surrogate(method: Method, logp: Array, batch: Experience) -> Float[Array, ""]:
+    answer, clips = batch.sequences.answer, {"clip_low": method.clip_low, "clip_high": method.clip_high}
+    if method.surrogate == "gspo":
+        sequence_advantage = batch.advantages.sum(axis=1) / jnp.maximum(answer.sum(axis=1), 1)  # the same at each token
+        weight = policy_gradient.truncated_importance_weight(
+            batch.logp_old.sum(axis=1), batch.logp_sampler.sum(axis=1), cap=method.importance_cap
+        )
+        return (weight * policy_gradient.gspo_loss(logp, batch.logp_old, sequence_advantage, answer, **clips)).mean()
+    if method.surrogate == "reinforce":
+        per_token = policy_gradient.reinforce_loss(logp, batch.advantages)
+    elif method.surrogate == "cispo":
+        per_token = policy_gradient.cispo_loss(logp, batch.logp_old, batch.advantages, **clips)
+    else:
+        per_token = policy_gradient.ppo_clip_loss(
+            logp, batch.logp_old, batch.advantages, **clips, dual_clip=method.dual_clip
+        )
+    weight = policy_gradient.truncated_importance_weight(batch.logp_old, batch.logp_sampler, cap=method.importance_cap)
+    return _aggregate(method, weight * per_token, answer)
+
+
+def _aggregate(method: Method, per_token: Array, answer: Array) -> Float[Array, ""]:
+    normaliser = {"normaliser": method.normaliser} if method.mode == "constant" else {}
+    return aggregate(per_token, answer, method.mode, **normaliser)
+
+
+def _divergence(method: Method, logp: Array, batch: Experience) -> Float[Array, ""] | float:
+    """β times the divergence that `kl_loss` names, by the estimator that has its gradient; 0 where it is in the reward.
+
+    After the first of several updates the answers are those of an older policy: the constant ratio makes up for it.
+    """
+    if method.kl_loss is None:
+        return 0.0
+    if method.kl_loss == "reverse":
+        ratio = bounded_exp(jax.lax.stop_gradient(logp - batch.logp_old).sum(axis=1))
+        return method.beta * (ratio * kl.k2(logp.sum(axis=1), batch.logp_ref.sum(axis=1))).mean()
+    ratio = bounded_exp(jax.lax.stop_gradient(logp - batch.logp_old))
+    return method.beta * _aggregate(method, ratio * kl.k3(logp, batch.logp_ref), batch.sequences.answer)
+
+
+def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
+    answer = batch.sequences.answer
+    ratio = jnp.exp(jnp.where(answer, jax.lax.stop_gradient(logp) - batch.logp_old, 0))
+    tokens = jnp.maximum(answer.sum(), 1)
+    outside = (ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)
+    return {
+        "clip_fraction": (outside & answer).sum() / tokens,
+        "ratio": jnp.where(answer, ratio, 0).sum() / tokens,
+    }
+
+
+def _critic_loss(
+    method: Method, critic: ScalarHead, params: Params, batch: Experience
+) -> tuple[Float[Array, ""], Metrics]:
+    answer = batch.sequences.answer
+    values, _ = critic_values(critic, params, batch.sequences)
+    per_token = policy_gradient.value_loss(values, batch.values_old, batch.returns, clip=method.value_clip)
+    value = aggregate(per_token, answer, "token_mean")
+    count = jnp.maximum(answer.sum(), 1)
+
+    def variance(array: Array) -> Array:
+        mean = jnp.where(answer, array, 0).sum() / count
+        return jnp.where(answer, jnp.square(array - mean), 0).sum() / count
+
+    explained = 1 - variance(batch.returns - batch.values_old) / jnp.maximum(variance(batch.returns), 1e-8)
+    return value, {"value_loss": value, "explained_variance": explained}

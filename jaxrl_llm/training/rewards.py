@@ -1,0 +1,75 @@
+"""What answers are worth: functions of text or tokens, or a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxrl_llm.language_model import Params
+from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.objectives.numerics import is_concrete
+from jaxrl_llm.training.rollout import Rollout
+from jaxrl_llm.training.sequences import Sequences
+
+RewardFn = Callable[[Rollout], Float[Array, "batch"]]
+TextReward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+def of_text(function: TextReward, tokenizer: Any) -> RewardFn:
+    """The reward `function(prompts, answers)` of texts: one number for each answer; it runs on the host."""
+
+    def reward(rollout: Rollout) -> np.ndarray:
+        return np.asarray(function(*texts(rollout.sequences, tokenizer)))
+
+    return reward
+
+
+def of_tokens(function: Callable[[Sequences], Float[Array, "batch"]]) -> RewardFn:
+    """The reward `function(sequences)` of tokens; of jax, it can be part of a jitted run."""
+    return lambda rollout: function(rollout.sequences)
+
+
+def of_model(head: ScalarHead, params: Params) -> RewardFn:
+    """The score of a reward model that reads the policy's own tokens."""
+    scores = jax.jit(lambda params, sequences: head.scores(params, sequences.tokens, mask=sequences.mask))
+    return lambda rollout: scores(params, rollout.sequences)
+
+
+def texts(sequences: Sequences, tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Prompts and answers as text, without special tokens."""
+    tokens, mask, answer = map(np.asarray, sequences)
+    sides = [[row[real].tolist() for row, real in zip(tokens, each, strict=True)] for each in (mask & ~answer, answer)]
+    return tuple([tokenizer.decode(row, skip_special_tokens=True) for row in side] for side in sides)
+
+
+def rewards_of(reward: RewardFn, rollout: Rollout) -> Float[Array, "batch"]:
+    """The rewards of a rollout, checked.
+
+    Raises:
+        ValueError: if there is not one real number for each answer, or one is not finite, naming the first such row.
+        RuntimeError: from whatever error the function itself raises.
+    """
+    count = rollout.sequences.tokens.shape[0]
+    try:
+        given = reward(rollout)
+    except Exception as error:
+        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
+    try:
+        found = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the reward function must return {count} numbers, but returned {given!r}.") from error
+    if found.shape != (count,) or not (jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "iub"):
+        raise ValueError(
+            f"the reward function must return one number for each of {count} answers, "
+            f"but returned {found.dtype}{list(found.shape)}."
+        )
+    found = found.astype(jnp.promote_types(found.dtype, jnp.float32) if found.dtype.kind == "f" else jnp.float32)
+    if is_concrete(found) and not np.isfinite(found).all():
+        row = int(np.isfinite(found).argmin())
+        raise ValueError(f"the reward of answer {row} is {float(found[row])}: rewards must be finite.")
+    return found
