@@ -1,11 +1,15 @@
 """A scalar head on any language model."""
 
 import dataclasses
-import jax, jax.numpy as jnp
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
 class ScalarHead:
+    """A head."""
+
     lm: object
 
     def init(self, key, lm_params=None, *, zero=False):

@@ -19,7 +19,7 @@ Out = TypeVar("Out", bound=PyTree)
 
 
 class Sequences(NamedTuple):
-    """Rows of tokens, padded on either side. Leaves may have further axes before `time`, such as answers of a prompt."""
+    """Rows of tokens, padded on either side. Further axes may stand before `time`, such as answers of a prompt."""
 
     tokens: Int[Array, "*batch time"]
     mask: Bool[Array, "*batch time"]  # real tokens
