@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
+from jaxrl_llm.objectives.numerics import is_concrete
 
 CHUNK_LOGITS = 2**24  # of the logits that are held at once: 64 MiB in float32
 Out = TypeVar("Out", bound=PyTree)
@@ -58,7 +59,7 @@ def check_sequences(lm: LanguageModel, sequences: Sequences, *, name: str = "seq
     check_tokens(lm, jnp.asarray(flat.tokens), jnp.asarray(flat.mask), name=f"{name}.tokens")
     if flat.answer.shape != flat.mask.shape:
         raise ValueError(f"{name}.answer must have the shape of {name}.mask, but has {list(flat.answer.shape)}.")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in flat):
+    if not all(map(is_concrete, flat)):
         return
     answer, mask = np.asarray(flat.answer), np.asarray(flat.mask)
     if (answer & ~mask).any():

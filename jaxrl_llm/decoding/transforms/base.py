@@ -99,7 +99,7 @@ def pytree(cls: type) -> type:
 
 def check(holds: bool | Array, name: str, expected: str, value: object) -> None:
     """Raise unless `holds`, where that can be known: a traced number was checked when it was made."""
-    if is_concrete(holds) and not jnp.all(holds):
+    if is_concrete(holds) and not np.all(np.asarray(holds)):
         raise ValueError(f"{name} must be {expected}, but is {value}.")
 
 
