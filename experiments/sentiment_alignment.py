@@ -16,6 +16,7 @@ from jaxrl_llm import runtime
 runtime.set_up()  # before jax: its compilation cache
 
 import dataclasses  # noqa: E402
+import functools  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
@@ -31,7 +32,8 @@ from experiments.parts import sentiment_policies as policies  # noqa: E402
 from jaxrl_llm import models  # noqa: E402
 from jaxrl_llm.data import reviews  # noqa: E402
 from jaxrl_llm.models.heads import ScalarHead  # noqa: E402
-from jaxrl_llm.training.rollout import rollout  # noqa: E402
+from jaxrl_llm.training.rollout import Prompts, rollout  # noqa: E402
+from jaxrl_llm.training.sequences import Sequences  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Config:
 
     model: str = "tiny-gpt2"
     seed: int = 0
-    seeds: int = 5
+    seeds: int = 4
+    methods: tuple[str, ...] = (*policies.OFFLINE, *policies.ONLINE)
+    promised: bool = True
+    """Whether the sizes are such that the gains are promised, and not only what holds at any size."""
     strengths: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     """β of RLHF and of the losses with a reference; simpo has β of its own."""
     simpo_strengths: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
@@ -59,12 +64,13 @@ class Config:
     scorer_steps: int = 300
     scorer_batch: int = 64
     scorer_learning_rate: float = 2e-4
-    pairs: int = 8192
-    offline_steps: int = 256
-    offline_batch: int = 64
+    pairs: int = 6144
+    pairs_at_once: int = 256
+    offline_steps: int = 192
+    offline_batch: int = 32
     offline_learning_rate: float = 1e-4
-    online_steps: int = 128
-    online_batch: int = 256
+    online_steps: int = 80
+    online_batch: int = 128
     online_learning_rate: float = 1e-4
     text_batch: int = 32
     snapshots: int = 8
@@ -74,6 +80,8 @@ class Config:
 PRESETS = {
     "quick": Config(
         seeds=3,
+        methods=("dpo", "kto", "ppo", "rloo"),
+        promised=False,
         strengths=(0.1,),
         simpo_strengths=(10.0,),
         ablation_strengths=(0.1,),
@@ -85,7 +93,8 @@ PRESETS = {
         sft_batch=32,
         scorer_steps=30,
         scorer_batch=16,
-        pairs=128,
+        pairs=64,
+        pairs_at_once=64,
         offline_steps=8,
         offline_batch=8,
         online_steps=4,
@@ -98,17 +107,16 @@ PRESETS = {
     ),
     "full": Config(),
 }
-METHODS = (*policies.OFFLINE, *policies.ONLINE)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train the models that judge, then every policy, and say how they compare."""
     tools, world, described = build(config)
     keys = jax.random.split(jax.random.key(config.seed + 1), config.seeds)
-    pairs = jax.jit(jax.vmap(lambda key: policies.judged_pairs(tools, world, key)))(keys)
+    pairs = jax.jit(jax.vmap(functools.partial(policies.judged_pairs, tools), in_axes=(None, 0)))(world, keys)
     found, samples = {}, {"reference": written(tools, world, world.reference)}
-    start = jax.jit(lambda key: policies.evaluated(tools, world, world.reference, key))(keys[0])
-    for name in tqdm(METHODS, unit="method"):
+    start = jax.jit(functools.partial(policies.evaluated, tools))(world, world.reference, keys[0])
+    for name in tqdm(config.methods, unit="method"):
         betas = jnp.asarray(config.simpo_strengths if name == "simpo" else config.strengths)
         lanes = policies.lanes(tools, name)(
             world, pairs if name in policies.OFFLINE else None, betas, jnp.zeros_like(betas), keys
@@ -119,7 +127,7 @@ def run(config: Config) -> dict[str, Any]:
         best = int(found[name]["snapshots"]["gold"][:, :, -1].mean(axis=0).argmax())
         samples[name] = written(tools, world, jax.tree.map(lambda leaf, at=best: leaf[0, at], lanes["params"]))
     ablation = ablated(tools, world, keys)
-    drawn = jax.device_get(policies.best_of_n(tools, world, keys[0]))
+    drawn = jax.device_get(jax.jit(functools.partial(policies.best_of_n, tools))(world, keys[0]))
     return numbers.result(config, described, jax.device_get(start), found, ablation, drawn, samples)
 
 
@@ -183,18 +191,23 @@ def ablated(tools: policies.Tools, world: policies.World, keys: jax.Array) -> li
 def written(tools: policies.Tools, world: policies.World, params: Any, count: int = 3) -> list[dict[str, str]]:
     """Some reviews of a policy, after the same prompts and keys for all of them."""
     asked = jax.tree.map(lambda leaf: leaf[:count], world.probes)
-    rows = rollout(tools.lm, params, asked, jax.random.key(tools.config.seed), tools.sampler).sequences
+    rows, golds = _written(tools, world, params, asked)
     tokenizer = models.load(tools.config.model).tokenizer
     decode = [
         tokenizer.decode(np.asarray(tokens)[np.asarray(real)], skip_special_tokens=True)
         for side in (rows.mask & ~rows.answer, rows.answer)
         for tokens, real in zip(rows.tokens, side, strict=True)
     ]
-    golds = np.asarray(tools.reward(world.gold, rows))
     return [
         {"prompt": prompt, "answer": answer, "gold": float(gold)}
-        for prompt, answer, gold in zip(decode[:count], decode[count:], golds, strict=True)
+        for prompt, answer, gold in zip(decode[:count], decode[count:], np.asarray(golds), strict=True)
     ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _written(tools: policies.Tools, world: policies.World, params: Any, asked: Prompts) -> tuple[Sequences, jax.Array]:
+    rows = rollout(tools.lm, params, asked, jax.random.key(tools.config.seed), tools.sampler).sequences
+    return rows, tools.reward(world.gold, rows)
 
 
 def main(preset: str = "quick") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,12 +100,16 @@ def ranked(data: Reviews, rows: Int[Array, "pairs 2"]) -> RankedBatch:
     return RankedBatch(data.take(rows), jnp.zeros(rows.shape, jnp.int32) + jnp.arange(2), jnp.ones(rows.shape, bool))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _score(head: ScalarHead, params: Params, part: Sequences) -> Array:
+    return head.scores(params, part.tokens, mask=part.mask)
+
+
 def scores(head: ScalarHead, params: Params, rows: Sequences, *, batch: int = 256) -> np.ndarray:
     """The raw scores of many rows."""
-    one = jax.jit(lambda params, part: head.scores(params, part.tokens, mask=part.mask))
     count = rows.tokens.shape[0]
     places = [np.minimum(np.arange(start, start + batch), count - 1) for start in range(0, count, batch)]
-    found = [one(params, jax.tree.map(lambda leaf, at=at: leaf[at], rows)) for at in places]
+    found = [_score(head, params, jax.tree.map(lambda leaf, at=at: leaf[at], rows)) for at in places]
     return np.concatenate([np.asarray(each) for each in found])[:count]
 
 

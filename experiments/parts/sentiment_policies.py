@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,15 +68,24 @@ def evaluated(tools: Tools, world: World, params: Params, key: Array) -> dict[st
 
 
 def judged_pairs(tools: Tools, world: World, key: Array) -> PairBatch:
-    """Two answers of the reference to each prompt; the better is chosen by chance, by the proxy's Bradley-Terry law."""
-    config = tools.config
+    """Two answers of the reference to each prompt; the better is chosen by chance, by the proxy's Bradley-Terry law.
+
+    Some prompts at a time, so that many fit.
+    """
+    parts = tools.config.pairs // tools.config.pairs_at_once
+    found = jax.lax.map(lambda key: _some_pairs(tools, world, key), jax.random.split(key, parts))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+
+
+def _some_pairs(tools: Tools, world: World, key: Array) -> PairBatch:
+    count = tools.config.pairs_at_once
     prompt_key, draw_key, judge_key = jax.random.split(key, 3)
-    rows = jax.random.randint(prompt_key, (config.pairs,), 0, world.prompts.tokens.shape[0])
+    rows = jax.random.randint(prompt_key, (count,), 0, world.prompts.tokens.shape[0])
     asked = jax.tree.map(lambda leaf: leaf[rows], world.prompts)
     drawn = rollout(tools.lm, world.reference, asked, draw_key, tools.sampler, group_size=2).sequences
     scores = tools.reward(world.proxy, drawn).reshape(-1, 2)
-    first_wins = jax.random.uniform(judge_key, (config.pairs,)) < jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
-    sides = jax.tree.map(lambda leaf: leaf.reshape(config.pairs, 2, -1), drawn)
+    first_wins = jax.random.uniform(judge_key, (count,)) < jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
+    sides = jax.tree.map(lambda leaf: leaf.reshape(count, 2, -1), drawn)
 
     def of(best: Array) -> Sequences:
         return jax.tree.map(lambda leaf: jnp.where(best[:, None], leaf[:, 0], leaf[:, 1]), sides)
@@ -198,17 +206,7 @@ def lanes(tools: Tools, name: str, *, with_text: bool = False) -> Callable[..., 
 
 def best_of_n(tools: Tools, world: World, key: Array) -> dict[str, Array]:
     """Proxy and gold reward of many answers of the reference to each probe, [probes, answers]."""
-    draw = jax.jit(functools.partial(rollout, tools.lm, group_size=tools.config.best_of))
-    rows = draw(world.reference, world.probes, key, tools.sampler).sequences
+    rows = rollout(tools.lm, world.reference, world.probes, key, tools.sampler, group_size=tools.config.best_of)
     shape = (-1, tools.config.best_of)
-    return {
-        name: jax.jit(tools.reward)(scorer, rows).reshape(shape)
-        for name, scorer in (("proxy", world.proxy), ("gold", world.gold))
-    }
-
-
-def optimizer_steps(config: Any, name: str) -> int:
-    """Updates of one run."""
-    if name in OFFLINE:
-        return config.offline_steps
-    return config.online_steps * METHODS[name].epochs * METHODS[name].minibatches
+    scorers = {"proxy": world.proxy, "gold": world.gold}
+    return {name: tools.reward(scorer, rows.sequences).reshape(shape) for name, scorer in scorers.items()}

@@ -1,9 +1,24 @@
 """The neural language models, from scratch, and how they are loaded and saved."""
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
 from jaxrl_llm.models.llama import Llama, LlamaConfig
 from jaxrl_llm.models.loading import Loaded, load, save
 from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.models.t5_layers import T5Config
 
-__all__ = ["GPT2", "T5", "GPT2Config", "Llama", "LlamaConfig", "Loaded", "T5Config", "load", "save"]
+__all__ = [
+    "GPT2",
+    "T5",
+    "GPT2Config",
+    "Llama",
+    "LlamaConfig",
+    "Loaded",
+    "LoadedReward",
+    "ScalarHead",
+    "T5Config",
+    "load",
+    "load_reward_model",
+    "save",
+    "save_reward_model",
+]

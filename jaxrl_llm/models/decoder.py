@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -42,6 +44,15 @@ def place(mask: Bool[Array, "batch time"], cache: Cache | None) -> Placed:
     return Placed(jnp.maximum(positions, 0), slots, allowed, start, cache)
 
 
+def checkpointed(block: nnx.Module) -> Callable[..., tuple[Array, KeyValue]]:
+    """The block without a cache, computed anew for the gradient; what it would have cached is not kept."""
+
+    def forward(x: Array, *places: Array) -> Array:
+        return block(x, *places, None, None, None)[0]
+
+    return lambda x, *places: (jax.checkpoint(forward)(x, *places), None)
+
+
 def empty_slots(
     layers: int, batch_size: int, heads: int, max_length: int, head_dim: int, dtype: Any
 ) -> tuple[list[KeyValue], Bool[Array, "batch slot"], Int[Array, ""]]:
@@ -53,8 +64,13 @@ def empty_slots(
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLM(Network, language_model.LanguageModel):
-    """A causal transformer behind the `LanguageModel` protocol."""
+    """A causal transformer behind the `LanguageModel` protocol.
 
+    With `checkpoint_blocks` a gradient keeps what stands between the blocks, and computes what is inside of each anew:
+    less memory for a second forward pass (Chen et al. 2016). Values are the same; a cache is not concerned.
+    """
+
+    checkpoint_blocks: bool = False
     min_prompt_length = 1
 
     @abc.abstractmethod

@@ -8,7 +8,7 @@ import math
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM
+from jaxrl_llm.models.decoder import DecoderLM, checkpointed
 from jaxrl_llm.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -115,8 +115,9 @@ class Block(nnx.Module):
 class GPT2Module(nnx.Module):
     """Token and position embeddings, `n_layer` blocks, a final norm, the (tied) unembedding."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, checkpoint_blocks: bool = False):
         std = config.initializer_range
+        self.checkpoint_blocks = checkpoint_blocks
         self.wte = Embedding(config.vocab_size, config.n_embd, std=std, rngs=rngs)
         self.wpe = Embedding(config.n_positions, config.n_embd, std=std / 2, rngs=rngs)  # 0.01 in the original code
         self.h = nnx.List([Block(config, layer, rngs=rngs) for layer in range(config.n_layer)])
@@ -136,7 +137,10 @@ class GPT2Module(nnx.Module):
         x = self.wte(tokens) + self.wpe(positions)
         written = []
         for layer, block in enumerate(self.h):  # unrolled: a scan would slice the stacked weights at every step
-            x, key_value = block(x, allowed, None if memory is None else memory[layer], start, record)
+            if self.checkpoint_blocks and memory is None and record is None:
+                x, key_value = checkpointed(block)(x, allowed)
+            else:
+                x, key_value = block(x, allowed, None if memory is None else memory[layer], start, record)
             written.append(key_value)
         return self.ln_f(x), written
 
@@ -159,4 +163,4 @@ class GPT2(DecoderLM):
         return self.config.n_layer, self.config.n_head, self.config.n_embd // self.config.n_head
 
     def build(self, rngs: nnx.Rngs) -> GPT2Module:
-        return GPT2Module(self.config, rngs=rngs)
+        return GPT2Module(self.config, rngs=rngs, checkpoint_blocks=self.checkpoint_blocks)

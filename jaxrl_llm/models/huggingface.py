@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of
 from jaxrl_llm.models.network import Network
 
 TensorPath = tuple[str | int, ...]
+SCORE = "score.weight"  # the head of a reward model, [1, width]
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------
@@ -193,8 +194,16 @@ def _safetensors_files(folder: Path) -> list[Path]:
     )
 
 
-def write_folder(folder: Path, model: Network, params: Params, *, dtype: Any, extra: dict[str, Any]) -> None:
-    """Write `config.json` and `model.safetensors`, each whole or not at all."""
+def write_folder(
+    folder: Path,
+    model: Network,
+    params: Params,
+    *,
+    dtype: Any,
+    extra: dict[str, Any],
+    further: Mapping[str, np.ndarray],
+) -> None:
+    """Write `config.json` and `model.safetensors`, each whole or not at all; with tensors beside the model's."""
     from safetensors.numpy import save_file
 
     _, family = family_of(model)
@@ -206,6 +215,7 @@ def write_folder(folder: Path, model: Network, params: Params, *, dtype: Any, ex
         value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
         full_name = name if path[0] == "lm_head" else family.prefix + name
         tensors[full_name] = np.ascontiguousarray(value.T if is_transposed(family, path) else value)
+    tensors |= further
     dtype_name = str(next(iter(tensors.values())).dtype)
     config = config_of(model) | {"dtype": dtype_name} | extra
     folder.mkdir(parents=True, exist_ok=True)

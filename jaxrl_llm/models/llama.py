@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM
+from jaxrl_llm.models.decoder import DecoderLM, checkpointed
 from jaxrl_llm.models.layers import Embedding, KeyValue, Linear, RMSNorm, attend, attention_weights, write_slots
 from jaxrl_llm.models.network import check_config
 
@@ -188,8 +188,9 @@ class Block(nnx.Module):
 class LlamaModule(nnx.Module):
     """Token embeddings, the blocks, a final norm, the unembedding (tied or not)."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, checkpoint_blocks: bool = False):
         std = config.initializer_range
+        self.checkpoint_blocks = checkpoint_blocks
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, rngs=rngs)
         self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
@@ -210,7 +211,10 @@ class LlamaModule(nnx.Module):
         angles = positions[..., None] * rope_frequencies(self.config)
         written = []
         for layer, block in enumerate(self.layers):
-            x, key_value = block(x, angles, allowed, None if memory is None else memory[layer], start, record)
+            if self.checkpoint_blocks and memory is None and record is None:
+                x, key_value = checkpointed(block)(x, angles, allowed)
+            else:
+                x, key_value = block(x, angles, allowed, None if memory is None else memory[layer], start, record)
             written.append(key_value)
         return self.norm(x), written
 
@@ -233,4 +237,4 @@ class Llama(DecoderLM):
         return self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_size
 
     def build(self, rngs: nnx.Rngs) -> LlamaModule:
-        return LlamaModule(self.config, rngs=rngs)
+        return LlamaModule(self.config, rngs=rngs, checkpoint_blocks=self.checkpoint_blocks)

@@ -8,11 +8,13 @@ import importlib.resources
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
@@ -64,7 +66,10 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     config = huggingface.read_config(path)
     tensor_names = functools.partial(huggingface.tensor_names, path)
     model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
-    params = huggingface.params_from_tensors(model, huggingface.read_tensors(path), dtype=dtype, source=str(path))
+    tensors = huggingface.read_tensors(path)
+    if str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):  # the model below the head
+        tensors = ((name, tensor) for name, tensor in tensors if name != huggingface.SCORE)
+    params = huggingface.params_from_tensors(model, tensors, dtype=dtype, source=str(path))
     return Loaded(model, params, load_tokenizer(path), config)
 
 
@@ -76,18 +81,22 @@ def save(
     *,
     config: dict[str, Any] | None = None,
     dtype: Any = None,
+    further: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write a folder that `load` and transformers load: configuration, safetensors, tokenizer.
 
     Args:
         config: further fields for `config.json`, such as `eos_token_id`; those of the tokenizer are added by itself.
         dtype: of the stored tensors; default that of `params`.
+        further: tensors beside the model's, such as those of a head, by their names in the file.
     """
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
     own = families.config_of(model)
-    extra = {name: value for name, value in extra.items() if name not in (*own, *DERIVED)}
-    huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra)
+    extra = {name: value for name, value in extra.items() if name == "architectures" or name not in (*own, *DERIVED)}
+    if "architectures" in extra and further is None:
+        del extra["architectures"]  # of a folder that the model came from
+    huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra, further=further or {})
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 

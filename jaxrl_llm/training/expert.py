@@ -43,9 +43,7 @@ def expert_iteration(
     draw = jax.jit(functools.partial(rollout, lm, group_size=group_size))
     train_step = steps.make_step(sft_loss(lm), optimizer)
 
-    def step(
-        state: TrainState, prompts: Prompts, reward: RewardFn, sampler: Sampler
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, prompts: Prompts, reward: RewardFn, sampler: Sampler) -> tuple[TrainState, Metrics]:
         drawn = draw(state.params, prompts, state.step_key, sampler)
         rewards = rewards_of(reward, drawn)
         state, metrics = train_step(state, best_answers(drawn, rewards, group_size=group_size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.analysis.landscape.trees import LossFn
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
+from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference, reward_model
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
-
-
-class Answers(NamedTuple):
-    """Prompts with their answers, padded on either side."""
-
-    tokens: Int[Array, "batch time"]
-    mask: Bool[Array, "batch time"]  # real tokens, of prompt and answer
-    answer: Bool[Array, "batch time"]  # the tokens of the answer alone
+from jaxrl_llm.training.sequences import Sequences as Answers
 
 
 def next_token_loss(
@@ -85,10 +79,10 @@ def reward_model_loss(lm: LanguageModel, chosen: Answers, rejected: Answers, **k
     """
     _check_pairs(lm, chosen, rejected)
 
+    head = ScalarHead(lm)
+
     def scores(params: Params, answers: Answers) -> Float[Array, "batch"]:
-        hidden, _ = lm.hidden(params["model"], answers.tokens, mask=answers.mask)
-        last = jnp.where(answers.mask, jnp.arange(answers.mask.shape[1]), 0).max(axis=1)
-        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0] @ params["head"]
+        return head.scores(params, answers.tokens, mask=answers.mask)
 
     def pair_loss(params: Params) -> Float[Array, ""]:
         return reward_model.pairwise_loss(scores(params, chosen), scores(params, rejected), **knobs).mean()
