@@ -186,15 +186,24 @@ def _aggregate(method: Method, per_token: Array, answer: Array) -> Float[Array, 
 def _divergence(method: Method, logp: Array, batch: Experience) -> Float[Array, ""] | float:
     """β times the divergence that `kl_loss` names, by the estimator that has its gradient; 0 where it is in the reward.
 
-    After the first of several updates the answers are those of an older policy: the constant ratio makes up for it.
+    The constant ratio makes up for answers of an older policy (after the first of several updates), and the truncated
+    weight for those of another law.
     """
     if method.kl_loss is None:
         return 0.0
+    logs = logp, batch.logp_old, batch.logp_sampler, batch.logp_ref
     if method.kl_loss == "reverse":
-        ratio = bounded_exp(jax.lax.stop_gradient(logp - batch.logp_old).sum(axis=1))
-        return method.beta * (ratio * kl.k2(logp.sum(axis=1), batch.logp_ref.sum(axis=1))).mean()
-    ratio = bounded_exp(jax.lax.stop_gradient(logp - batch.logp_old))
-    return method.beta * _aggregate(method, ratio * kl.k3(logp, batch.logp_ref), batch.sequences.answer)
+        policy, old, sampler, ref = (each.sum(axis=1) for each in logs)
+        return method.beta * (_weight(method, policy, old, sampler) * kl.k2(policy, ref)).mean()
+    policy, old, sampler, ref = logs
+    per_token = _weight(method, policy, old, sampler) * kl.k3(policy, ref)
+    return method.beta * _aggregate(method, per_token, batch.sequences.answer)
+
+
+def _weight(method: Method, logp: Array, logp_old: Array, logp_sampler: Array) -> Array:
+    """π/π_old · min(π_old/μ, C), a constant."""
+    truncated = policy_gradient.truncated_importance_weight(logp_old, logp_sampler, cap=method.importance_cap)
+    return truncated * bounded_exp(jax.lax.stop_gradient(logp) - logp_old)
 
 
 def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
