@@ -11,6 +11,7 @@ from jaxrl_llm.cli.attention import Attention
 from jaxrl_llm.cli.compare import Compare
 from jaxrl_llm.cli.generate import Generate
 from jaxrl_llm.cli.landscape import Landscape
+from jaxrl_llm.cli.train import Train
 from jaxrl_llm.cli.translate import Translate
 from jaxrl_llm.cli.tree import SearchTree
 
@@ -21,12 +22,18 @@ Command = (
     | Annotated[Landscape, tyro.conf.subcommand("landscape")]
     | Annotated[Attention, tyro.conf.subcommand("attention")]
     | Annotated[Translate, tyro.conf.subcommand("translate")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
 )
 
 
 def main() -> None:
     """Entry point of `jaxrl-llm`."""
-    command = tyro.cli(Command, prog="jaxrl-llm", description="Decode from language models and look at how.")
+    command = tyro.cli(
+        Command,
+        prog="jaxrl-llm",
+        description="Train language models, decode from them, and look at both.",
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
     from jaxrl_llm import runtime
 
     runtime.set_up()

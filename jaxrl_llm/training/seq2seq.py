@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.data.order import EpochOrder
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.conditional import given
 from jaxrl_llm.models.network import Network
@@ -117,33 +118,17 @@ def held_out_loss(model: Network, batches: Sequence[PairBatch]) -> Callable[[Par
 
 
 class Epochs:
-    """Batches of pairs, every pair at most once an epoch, in an order that depends on the seed alone.
-
-    Batches are full: where `batch_size` does not divide the pairs, each epoch leaves out some, which chance chooses.
-
-    Pairs of like length stand together, so that little is padding: each epoch is shuffled and cut into pools of
-    `pool` batches, a pool is sorted by length, and its batches are shuffled.
-    """
+    """Batches of pairs, every pair at most once an epoch, in an order that depends on the seed alone: `EpochOrder`."""
 
     def __init__(self, sources: Rows, targets: Rows, *, batch_size: int, seed: int, multiple: int = 8, pool: int = 16):
-        if not 0 < batch_size <= len(sources):
-            raise ValueError(f"batch_size must be from 1 to the {len(sources)} pairs, but is {batch_size}.")
-        self._sources, self._targets = sources, targets
-        self._batch_size, self._seed, self._multiple, self._pool = batch_size, seed, multiple, pool
-        self._lengths = np.asarray([max(map(len, pair)) for pair in zip(sources, targets, strict=True)])
-        self._epoch, self._order = -1, np.zeros((0, batch_size), int)
+        self._sources, self._targets, self._multiple = sources, targets, multiple
+        lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
+        self.rows = EpochOrder(lengths, batch_size=batch_size, seed=seed, pool=pool, unit="pairs")
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches of an epoch; the pairs that are left over are not in it."""
-        return len(self._sources) // self._batch_size
-
-    def rows(self, step: int) -> Int[np.ndarray, "batch"]:
-        """Which pairs are in the batch of a step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffled(np.random.default_rng([self._seed, epoch]))
-        return self._order[place]
+        return self.rows.steps_per_epoch
 
     def __call__(self, step: int) -> PairBatch:
         """The batch of a step."""
@@ -154,13 +139,6 @@ class Epochs:
     def tokens(self, steps: int) -> int:
         """How many target tokens the first so many steps predict."""
         return sum(len(self._targets[row]) for step in range(steps) for row in self.rows(step))
-
-    def _shuffled(self, rng: np.random.Generator) -> Int[np.ndarray, "step batch"]:
-        order = rng.permutation(len(self._sources))[: self.steps_per_epoch * self._batch_size]
-        size = self._pool * self._batch_size
-        pools = [order[start : start + size] for start in range(0, len(order), size)]
-        pools = [pool[np.argsort(self._lengths[pool], kind="stable")] for pool in pools]
-        return rng.permutation(np.concatenate(pools).reshape(-1, self._batch_size))
 
 
 def _padded(rows: Rows, multiple: int, pad_id: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -11,29 +11,23 @@ term, Ouyang et al. 2022, eq. 2.
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import dataclasses
+import functools
+from typing import Any
 
-runtime.set_up()  # before jax: its compilation cache
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-from typing import Any  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.parts import sentiment_models as stages  # noqa: E402
-from experiments.parts import sentiment_numbers as numbers  # noqa: E402
-from experiments.parts import sentiment_policies as policies  # noqa: E402
-from jaxrl_llm import models  # noqa: E402
-from jaxrl_llm.data import reviews  # noqa: E402
-from jaxrl_llm.models.heads import ScalarHead  # noqa: E402
-from jaxrl_llm.training.rollout import Prompts, rollout  # noqa: E402
-from jaxrl_llm.training.sequences import Sequences  # noqa: E402
+from experiments.parts import sentiment_models as stages
+from experiments.parts import sentiment_numbers as numbers
+from experiments.parts import sentiment_policies as policies
+from jaxrl_llm import models
+from jaxrl_llm.data import reviews
+from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.training.rollout import Prompts, rollout
+from jaxrl_llm.training.sequences import Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +202,3 @@ def written(tools: policies.Tools, world: policies.World, params: Any, count: in
 def _written(tools: policies.Tools, world: policies.World, params: Any, asked: Prompts) -> tuple[Sequences, jax.Array]:
     rows = rollout(tools.lm, params, asked, jax.random.key(tools.config.seed), tools.sampler).sequences
     return rows, tools.reward(world.gold, rows)
-
-
-def main(preset: str = "quick") -> None:
-    """Write results/sentiment_alignment.json."""
-    ledger.run_and_write("sentiment_alignment", run, PRESETS[preset], preset)
-
-
-if __name__ == "__main__":
-    tyro.cli(main)

@@ -1,0 +1,95 @@
+"""Files of JSON lines as sequences of records, checked once and read when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+Record = TypeVar("Record")
+NAMED = 5  # bad lines that an error names; all are counted
+LARGE = 2**24  # bytes from which on reading shows its progress
+
+
+class BadLine(NamedTuple):
+    """A line that is no record, and why."""
+
+    number: int
+    reason: str
+
+
+class JsonLines(Sequence[Record], Generic[Record]):
+    """The records of a file, one a line; blank lines are none.
+
+    Every line is parsed and checked when the file is opened. What is kept is where each begins, so that a file may be
+    larger than the memory.
+
+    Args:
+        path: UTF-8, with or without a byte order mark.
+        parse: from a JSON object to a record; it raises ValueError for one that is not.
+        on_bad: "raise" for the first bad lines, or "skip" them: they are then in `bad_lines`, for the caller to report.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the number of each bad line and its reason, or if the file holds no record.
+    """
+
+    def __init__(
+        self, path: Path, parse: Callable[[dict[str, Any]], Record], *, on_bad: Literal["raise", "skip"] = "raise"
+    ):
+        if on_bad not in ("raise", "skip"):
+            raise ValueError(f'on_bad must be "raise" or "skip", but is {on_bad!r}.')
+        self.path, self._parse, self._starts = Path(path), parse, []
+        self.bad_lines: list[BadLine] = []
+        self._open()
+        if self.bad_lines and on_bad == "raise":
+            raise ValueError(self._complaint())
+        if not self._starts:
+            raise ValueError(f"{self.path} holds no record{f': {self._complaint()}' if self.bad_lines else ''}.")
+
+    def _open(self) -> None:
+        size = self.path.stat().st_size
+        start = 0
+        with (
+            self.path.open("rb") as file,
+            tqdm(total=size, unit="B", unit_scale=True, disable=size < LARGE) as progress,
+        ):
+            for number, line in enumerate(file, 1):
+                if line.removeprefix(b"\xef\xbb\xbf").strip():
+                    try:
+                        self._record(line)
+                        self._starts.append(start)
+                    except ValueError as error:
+                        self.bad_lines.append(BadLine(number, str(error)))
+                start += len(line)
+                progress.update(len(line))
+
+    def _record(self, line: bytes) -> Record:
+        try:
+            found = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"it is not JSON: {error.msg} at character {error.pos + 1}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"it must be a JSON object, but is a {type(found).__name__}")
+        return self._parse(found)
+
+    def _complaint(self) -> str:
+        shown = "; ".join(f"line {bad.number}: {bad.reason}" for bad in self.bad_lines[:NAMED])
+        more = f"; and {len(self.bad_lines) - NAMED} more" if len(self.bad_lines) > NAMED else ""
+        return f"{self.path} has {len(self.bad_lines)} bad line{'s' * (len(self.bad_lines) > 1)}: {shown}{more}"
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return self._record(file.readline())

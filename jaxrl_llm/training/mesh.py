@@ -1,0 +1,109 @@
+"""From one device to many: which axis of which parameter lies where, by rules on names, through `jax.sharding`.
+
+Shard the state and the batches, and call the same steps: XLA puts the communication in. Rows of a batch are spread over
+the axis "data", the inner dimensions of the layers over "model", as in Megatron (Shoeybi et al. 2019).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+Tree = TypeVar("Tree", bound=PyTree)
+
+# A parameter's path, such as h/0/attn/c_attn/kernel: the first rule that its end matches. Kernels are [in, out].
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(c_attn|c_fc|q_proj|k_proj|v_proj|gate_proj|up_proj|q|k|v|wi|wi_0|wi_1)/kernel", P(None, "model")),
+    (r"(c_attn|c_fc|q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", P("model")),
+    (r"(c_proj|o_proj|down_proj|o|wo)/kernel", P("model", None)),
+    (r"(wte|embed_tokens|shared)/embedding", P("model", None)),  # by tokens, as the unembedding's rows
+    (r"lm_head/kernel", P(None, "model")),
+    (r".*", P()),
+)
+
+
+def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+    """A mesh of all devices, "data" × "model".
+
+    Args:
+        data: copies of the model, each with its share of the rows; −1 for as many as there are devices for.
+        model: devices that share the layers of one copy.
+
+    Raises:
+        ValueError: if the devices, of all processes, are not as many.
+    """
+    count = len(jax.devices())
+    data = count // model if data == -1 and model > 0 else data
+    if model < 1 or data < 1 or data * model != count:
+        raise ValueError(f"data × model must be the {count} devices there are, but is {data} × {model}.")
+    return Mesh(np.asarray(jax.devices()).reshape(data, model), ("data", "model"))
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Where a parameter of this path lies. An axis that the devices do not divide stays whole."""
+    for pattern, spec in RULES:
+        if re.fullmatch(rf"(.*/)?{pattern}", path):
+            spec = P() if len(spec) > len(shape) else spec
+            fits = [
+                name if name is None or size % mesh.shape[name] == 0 else None
+                for name, size in zip(spec, shape, strict=False)
+            ]
+            return P(*fits)
+    raise AssertionError("the last rule matches everything")
+
+
+def shard_state(tree: Tree, mesh: Mesh) -> Tree:
+    """Parameters, or a whole training state: an optimiser's moments lie where their parameters do, the rest on all."""
+
+    def place(path: Any, leaf: Any) -> Any:
+        name = "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path)
+        return _put(leaf, NamedSharding(mesh, spec_of(name, np.shape(leaf), mesh)))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """The rows of every leaf over "data". With several processes each gives its own rows, and they are put together.
+
+    Raises:
+        ValueError: if the rows do not divide.
+    """
+    parts = mesh.shape["data"]
+    sharding = NamedSharding(mesh, P("data"))
+
+    def place(leaf: Any) -> jax.Array:
+        rows = np.shape(leaf)[0] if np.ndim(leaf) else 0
+        if rows == 0 or rows * jax.process_count() % parts:
+            raise ValueError(f"{rows * jax.process_count()} rows cannot be spread over {parts} devices.")
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(place, batch)
+
+
+def initialize(coordinator: str, *, processes: int, process: int) -> None:
+    """Join several processes to one run, before anything else of jax is called; they then see all devices.
+
+    Args:
+        coordinator: "host:port" of process 0.
+        processes: how many there are. process: which one this is, from 0.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPUs; other platforms have their own
+    jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
