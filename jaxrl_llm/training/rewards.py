@@ -69,7 +69,7 @@ def rewards_of(reward: RewardFn, rollout: Rollout) -> Float[Array, "batch"]:
             f"but returned {found.dtype}{list(found.shape)}."
         )
     found = found.astype(jnp.promote_types(found.dtype, jnp.float32) if found.dtype.kind == "f" else jnp.float32)
-    if is_concrete(found) and not np.isfinite(found).all():
-        row = int(np.isfinite(found).argmin())
+    if is_concrete(found) and not bool(jnp.isfinite(found).all()):  # of all processes, which may hold some rows each
+        row = int(jnp.isfinite(found).argmin())
         raise ValueError(f"the reward of answer {row} is {float(found[row])}: rewards must be finite.")
     return found

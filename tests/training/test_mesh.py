@@ -1,0 +1,89 @@
+"""From one device to many: the same losses and parameters on 1 device, on 8, and from 2 processes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_llm.training import mesh as meshes
+from tests.conftest import TINY
+from tests.training import mesh_program
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARDED = {"8x1": [[32, 96]] * 8, "2x4": [[32, 24]] * 8}
+
+
+def launch(*arguments, devices):
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "tests.training.mesh_program", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def results(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    as_arrays = lambda tree: jax.tree.map(jnp.asarray, tree)  # noqa: E731
+    return mesh_program.two_steps(as_arrays, as_arrays, mesh_program.checksum)
+
+
+def assert_same(found, alone):
+    for name in ("dpo", "grpo"):
+        np.testing.assert_allclose(found[name], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_eight_devices_give_the_losses_and_parameters_of_one(alone):
+    for layout, found in zip(SHARDED, results(launch(",".join(SHARDED), devices=8)), strict=True):
+        assert_same(found, alone)
+        assert found["layout"] == SHARDED[layout], "parameters stay spread as they were"
+
+
+def test_two_processes_give_the_losses_and_parameters_of_one(alone):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [launch("2x1", address, str(process), devices=1) for process in range(2)]
+    for found in map(results, both):
+        assert_same(found[0], alone)
+
+
+def test_rules_know_where_a_parameter_lies():
+    two = types.SimpleNamespace(shape={"data": 4, "model": 2})
+    for path, shape, spec in [
+        ("params/h/0/attn/c_attn/kernel", (32, 96), P(None, "model")),
+        ("opt_state/1/0/mu/h/0/mlp/c_proj/kernel", (128, 32), P("model", None)),
+        ("layers/3/self_attn/o_proj/kernel", (32, 32), P("model", None)),
+        ("layers/3/mlp/gate_proj/kernel", (32, 33), P(None, None)),  # 33 is odd: it stays whole
+        ("h/0/attn/c_attn/bias", (96,), P("model")),
+        ("wte/embedding", (64, 32), P("model", None)),
+        ("ln_f/scale", (32,), P()),
+        ("step", (), P()),
+    ]:
+        assert meshes.spec_of(path, shape, two) == spec, path
+
+
+def test_what_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ValueError, match="must be the 1 devices there are, but is 2 × 1"):
+        meshes.make_mesh(2, 1)
+    mesh = meshes.make_mesh()
+    with pytest.raises(ValueError, match="0 rows cannot be spread over 1 devices"):
+        meshes.shard_batch({"x": np.zeros(())}, mesh)
+    params = meshes.shard_state(TINY["gpt2"].init(jax.random.key(0)), mesh)
+    assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,344 @@
+"""Online training: where rewards go, what the first step is, and where runs end."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm import oracle
+from jaxrl_llm.decoding.transforms import TopP
+from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.objectives import rlhf
+from jaxrl_llm.tabular import TabularLM
+from jaxrl_llm.training import policy, rewards, sequences, steps
+from jaxrl_llm.training.experience import Experience, critic_values, experience, token_rewards
+from jaxrl_llm.training.expert import best_answers, expert_iteration
+from jaxrl_llm.training.methods import METHODS, Method
+from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
+from jaxrl_llm.training.sequences import Measures, Sequences
+from tests.conftest import TINY, random_params
+
+LM = TINY["gpt2"]
+KEY = jax.random.key(0)
+PROMPTS = Prompts(
+    jnp.asarray([[0, 3, 1], [4, 1, 5], [0, 0, 9], [2, 6, 5]]), jnp.arange(3) >= jnp.asarray([[1], [0], [2], [0]])
+)
+SAMPLER = Sampler(6, eos_ids=(2,))
+TABLE = TabularLM(3, 2)
+EVERY = oracle.enumerate_sequences(TABLE)
+TABLE_REWARDS = jax.random.normal(jax.random.key(3), (len(EVERY),))
+BETA = 0.3
+
+
+def count_of(token):
+    return rewards.of_tokens(lambda rows: ((rows.tokens == token) & rows.answer).sum(axis=1) * 1.0)
+
+
+def started(method, optimizer, *, key=KEY):
+    params = random_params(LM)
+    critic = ScalarHead(LM) if method.has_critic else None
+    if critic is not None:
+        params = {"policy": params, "critic": critic.init(key, random_params(LM, 5))}
+    return policy.online(LM, optimizer, critic=critic), steps.initial_state(params, optimizer, key)
+
+
+VARIED = rewards.of_tokens(lambda rows: jnp.where(rows.answer, rows.tokens, 0).sum(axis=1) / 10.0)
+
+
+# The first step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_begins_with_ratio_1_and_divergence_0_and_leaves_the_reference(name):
+    method = METHODS[name]
+    trainer, state = started(method, optax.adam(1e-3))
+    ref = random_params(LM)
+    before = jax.tree.map(np.asarray, ref)
+    asked = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4 // method.group_size, axis=0), PROMPTS)
+    one_update = dataclasses.replace(method, epochs=1)
+    state, metrics = trainer.step(state, asked, VARIED, method=one_update, sampler=SAMPLER, frozen={"ref": ref})
+    assert float(metrics["ratio"]) == pytest.approx(1, abs=1e-5)
+    assert max(abs(float(metrics[kind])) for kind in ("kl", "kl_k1", "kl_k3")) < 1e-5
+    assert float(metrics["clip_fraction"]) < (0.2 if name == "gspo" else 1e-6)  # GSPO's clip is that of rounding
+    assert int(state.step) == 1 and 0 < float(metrics["entropy"]) < np.log(LM.vocab_size)
+    jax.tree.map(np.testing.assert_array_equal, ref, before)
+    trained = state.params["policy"] if method.has_critic else state.params
+    assert any((new != old).any() for new, old in zip(*map(jax.tree.leaves, (trained, ref)), strict=True))
+
+
+def gradient_of(method, params, ref):
+    """The expected gradient of the first update, over all groups that can be drawn, exactly."""
+
+    def loss(trained, groups):
+        def of_group(indices):
+            tokens = EVERY[indices]
+            whole = jnp.ones(tokens.shape, bool)
+            rows = Sequences(tokens, whole, whole)
+            old = sequences.log_probs(TABLE, params, rows)
+            drawn = Rollout(rows, old, jnp.zeros(len(indices), bool))
+            batch, _ = experience(TABLE, method, params, ref, drawn, TABLE_REWARDS[indices].astype(old.dtype))
+            inputs = {"ref": {"ref": ref}, "text": None, "temperature": 1.0}
+            return policy.policy_loss(TABLE, method)(trained, batch, inputs, KEY).value
+
+        return jax.vmap(of_group)(groups)
+
+    size = method.group_size
+    return jax.jit(lambda: oracle.gradient_moments(TABLE, params, loss, group_size=size).mean)()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "right"),
+    [
+        ("reinforce", {}, True),
+        ("rloo", {}, True),
+        ("rloo", {"kl_loss": "reverse"}, True),
+        ("dr_grpo", {"normaliser": 0.5}, True),  # 1/2 = 1 − 1/N: centred advantages are short by that factor
+        ("rloo", {"kl_loss": "forward"}, False),
+        ("grpo", {"mode": "sequence_sum"}, False),
+    ],
+)
+def test_the_expected_first_update_is_the_policy_gradient_or_is_known_not_to_be(name, changes, right):
+    with jax.enable_x64(True):
+        ref, params = (random_params(TABLE, seed, dtype=jnp.float64) for seed in (0, 1))
+        size = 1 if name == "reinforce" else 2
+        method = dataclasses.replace(METHODS[name], beta=BETA, group_size=size, importance_cap=1e9, **changes)
+        found = gradient_of(method, params, ref)["logits"]
+        exact = -oracle.objective_grad(TABLE, params, ref, TABLE_REWARDS.astype(jnp.float64), beta=BETA)["logits"]
+        error = float(jnp.abs(found - exact).max() / jnp.abs(exact).max())
+    assert error < 1e-10 if right else error > 0.05
+
+
+# Rewards and advantages -----------------------------------------------------------------------------------------------
+
+
+def test_the_reward_stands_at_the_last_token_of_the_answer_and_the_penalty_at_each():
+    answer = jnp.asarray([[False, True, True, False], [False, False, True, True]])
+    rows = Sequences(jnp.zeros((2, 4), jnp.int32), answer, answer)
+    found = Measures(jnp.full((2, 4), -1.0), jnp.full((2, 4), -3.0), jnp.zeros((2, 4)), jnp.zeros((2, 4)))
+    in_reward = token_rewards(Method(beta=0.5), found, rows, jnp.asarray([10.0, 20.0]))
+    np.testing.assert_allclose(in_reward, [[0, -1, 9, 0], [0, 0, -1, 19]])
+    in_loss = token_rewards(Method(beta=0.5, kl_loss="reverse"), found, rows, jnp.asarray([10.0, 20.0]))
+    np.testing.assert_allclose(in_loss, [[0, 0, 10, 0], [0, 0, 0, 20]])
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_an_answer_that_was_cut_off_ends_or_goes_on(bootstrap):
+    """With γ = λ = 1, the advantage is the return minus the value: the end is worth 0, or what the critic says."""
+    critic = ScalarHead(LM)
+    params = {"policy": random_params(LM), "critic": critic.init(KEY, random_params(LM, 4))}
+    method = dataclasses.replace(METHODS["ppo"], bootstrap=bootstrap, lambda_=1.0, whiten=False, beta=0.0)
+    drawn = jax.jit(functools.partial(rollout, LM))(params["policy"], PROMPTS, KEY, SAMPLER)
+    earned = jnp.arange(4.0)
+    batch, _ = jax.jit(functools.partial(experience, LM, critic=critic))(
+        method, params, params["policy"], drawn, earned
+    )
+    values, end = critic_values(critic, params["critic"], drawn.sequences)
+    last = np.where(bootstrap & ~np.asarray(drawn.ended), end, 0)
+    expected = np.where(drawn.sequences.answer, (earned + last)[:, None] - values, 0)
+    np.testing.assert_allclose(batch.advantages, expected, atol=1e-4)
+    np.testing.assert_allclose(batch.returns, np.where(drawn.sequences.answer, (earned + last)[:, None], 0), atol=1e-4)
+
+
+def test_values_are_those_before_each_token_and_do_not_see_it():
+    critic = ScalarHead(LM)
+    params = critic.init(KEY, random_params(LM))
+    rows = sequences.pad_answers([[3, 1], [4]], [[1, 5], [9, 2, 6]], length=6)
+    values, _ = critic_values(critic, params, jax.tree.map(jnp.asarray, rows))
+    changed = rows._replace(tokens=np.where(np.arange(6) == 3, 7, rows.tokens))
+    others, _ = critic_values(critic, params, jax.tree.map(jnp.asarray, changed))
+    np.testing.assert_allclose(values[:, :4], others[:, :4], atol=1e-6)
+    plain = critic.values(params, jnp.asarray(rows.tokens), mask=jnp.asarray(rows.mask))
+    np.testing.assert_allclose(values[0, 2:4], plain[0, 1:3], atol=1e-5)
+
+
+# The law that samples -------------------------------------------------------------------------------------------------
+
+
+def test_sampler_and_trainer_have_one_temperature():
+    sampler = dataclasses.replace(SAMPLER, temperature=0.6)
+    params = random_params(LM)
+    drawn = jax.jit(functools.partial(rollout, LM))(params, PROMPTS, KEY, sampler)
+    found = jax.jit(functools.partial(sequences.log_probs, LM))(params, drawn.sequences, temperature=0.6)
+    np.testing.assert_allclose(found, drawn.logp_sampler, atol=1e-4)
+
+
+def test_what_a_filter_took_away_is_made_up_for_up_to_the_cap():
+    """The weight is π/μ, the kept mass, at each token."""
+    params = random_params(LM)
+    sampler = dataclasses.replace(SAMPLER, transform=TopP(0.5))
+    drawn = jax.jit(functools.partial(rollout, LM))(params, PROMPTS, KEY, sampler)
+    method = dataclasses.replace(METHODS["rloo"], group_size=2, importance_cap=0.55)
+    batch, _ = jax.jit(functools.partial(experience, LM))(method, params, params, drawn, jnp.arange(4.0))
+    ratio = np.exp(np.asarray(batch.logp_old - batch.logp_sampler))
+    answer = np.asarray(drawn.sequences.answer)
+    assert (ratio[answer] < 1.0001).all() and (ratio[answer] < 0.55).any() and (ratio[answer] > 0.55).any()
+    inputs = {"ref": {}, "text": None, "temperature": 1.0}
+    found = jax.jit(policy.policy_loss(LM, method))(params, batch, inputs, KEY).value
+    per_token = -np.minimum(ratio, 0.55) * np.asarray(batch.advantages * batch.logp_old)
+    assert float(found) == pytest.approx(np.where(answer, per_token, 0).sum(axis=1).mean(), rel=1e-4)
+
+
+def test_answers_follow_their_prompts_in_groups_and_say_whether_they_ended():
+    drawn = jax.jit(functools.partial(rollout, LM, group_size=3))(random_params(LM), PROMPTS, KEY, SAMPLER)
+    tokens, mask, answer = map(np.asarray, drawn.sequences)
+    np.testing.assert_array_equal(tokens[:, :3], np.repeat(PROMPTS.tokens, 3, axis=0))
+    assert not answer[:, :3].any() and (answer[:, 3:] == mask[:, 3:]).all()
+    ended = [2 in row[real] for row, real in zip(tokens, answer, strict=True)]
+    np.testing.assert_array_equal(drawn.ended, ended)
+    assert len({tuple(row) for row in tokens[:3, 3:]}) > 1, "the answers to one prompt differ"
+
+
+# Updates --------------------------------------------------------------------------------------------------------------
+
+
+def test_minibatches_take_every_row_once_an_epoch():
+    method = dataclasses.replace(METHODS["grpo"], epochs=3, minibatches=4)
+    rows = np.asarray(policy.minibatch_rows(method, 8, KEY))
+    assert rows.shape == (12, 2)
+    for epoch in rows.reshape(3, 8):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(8))
+    assert (rows[:4] != rows[4:8]).any()
+    with pytest.raises(ValueError, match="4 minibatches must divide the 6 answers"):
+        policy.minibatch_rows(method, 6, KEY)
+
+
+def test_the_pretraining_text_pulls_its_own_loss_down():
+    method = dataclasses.replace(METHODS["rloo"], gamma=5.0, group_size=2)
+    trainer, state = started(method, optax.adam(3e-3))
+    text = jax.tree.map(jnp.asarray, sequences.pad_answers([[1], [2]], [[5, 3, 5, 3], [5, 3, 5]], length=8))
+    losses = []
+    for _ in range(12):
+        state, metrics = trainer.step(
+            state, PROMPTS, count_of(7), method=method, sampler=SAMPLER, frozen={"ref": random_params(LM)}, text=text
+        )
+        losses.append(float(metrics["text_loss"]))
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_accumulation_gives_the_update_of_the_whole_batch():
+    method = dataclasses.replace(METHODS["grpo"], group_size=2)
+    found = []
+    for microbatches in (1, 2):
+        optimizer = optax.sgd(0.1)
+        trainer = policy.online(LM, optimizer, microbatches=microbatches)
+        state = steps.initial_state(random_params(LM), optimizer, KEY)
+        state, _ = trainer.step(
+            state, PROMPTS, count_of(7), method=method, sampler=SAMPLER, frozen={"ref": random_params(LM, 1)}
+        )
+        found.append(state.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *found)
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf(name):
+    """As one program, over two seeds; figures/exact_alignment.py has all methods."""
+    exact = {"whiten": False, "lambda_": 1.0, "mode": "sequence_sum", "epochs": 2, "value_clip": None}
+    method = dataclasses.replace(METHODS[name], beta=0.5, **(exact if name == "ppo" else {}))
+    critic = ScalarHead(TABLE) if method.has_critic else None
+    ref = random_params(TABLE)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 600 * method.epochs))
+    trainer = policy.online(TABLE, optimizer, critic=critic)
+    empty = (512 // method.group_size, 0)
+    prompts = Prompts(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, bool))
+    reward = rewards.of_tokens(lambda rows: TABLE_REWARDS[(rows.tokens * jnp.asarray([3, 1])).sum(axis=1)])
+
+    def initial(key):
+        return steps.initial_state({"policy": ref, "critic": critic.init(key)} if critic else ref, optimizer, key)
+
+    def advance(state):
+        return trainer.step(state, prompts, reward, method=method, sampler=Sampler(2), frozen={"ref": ref})
+
+    states, metrics = jax.jit(jax.vmap(steps.whole_run(initial, advance, steps=600)))(jax.random.split(KEY, 2))
+    best = rlhf.gibbs_optimum(oracle.sequence_log_probs(TABLE, ref), TABLE_REWARDS, beta=0.5)
+    for seed in range(2):
+        params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states.params["policy"] if critic else states.params)
+        found = oracle.sequence_log_probs(TABLE, params)
+        assert float((jnp.exp(found) * (found - best)).sum()) < 1e-3
+    assert metrics["reward"].shape == (2, 600)
+
+
+def test_expert_iteration_keeps_the_best_answer_of_each_group_and_learns_from_it():
+    rows = Sequences(jnp.arange(12).reshape(6, 2), jnp.ones((6, 2), bool), jnp.ones((6, 2), bool))
+    drawn = Rollout(rows, jnp.zeros((6, 2)), jnp.zeros(6, bool))
+    kept = best_answers(drawn, jnp.asarray([1.0, 3.0, 3.0, -1.0, -2.0, 0.0]), group_size=3)
+    np.testing.assert_array_equal(kept.tokens, rows.tokens[jnp.asarray([1, 5])])
+    optimizer = optax.adam(1e-2)
+    step = expert_iteration(LM, optimizer, group_size=8)
+    state, found = steps.initial_state(random_params(LM), optimizer, KEY), []
+    for _ in range(15):
+        state, metrics = step(state, PROMPTS, count_of(7), SAMPLER)
+        found.append(float(metrics["reward"]))
+    assert np.mean(found[-3:]) > 2 * np.mean(found[:3]) + 0.2
+    with pytest.raises(ValueError, match="group_size must be 2 or more answers to choose from, but is 1"):
+        expert_iteration(LM, optimizer, group_size=1)
+
+
+def test_numbers_of_a_method_are_leaves_and_choices_are_checked():
+    assert len(jax.tree.leaves(METHODS["ppo"])) == 9
+    for wrong, said in [
+        ({"kl_loss": "k1"}, 'must name a divergence, "reverse" or "forward", or be None'),
+        ({"group_size": 1}, "group_size must be 2 or more"),
+        ({"epochs": 0}, "must be at least 1"),
+        ({"beta": -1.0}, "must not be negative"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Method(**wrong)
+    assert isinstance(Experience._fields, tuple)
+
+
+# Rewards --------------------------------------------------------------------------------------------------------------
+
+
+def drawn_of(count):
+    whole = jnp.ones((count, 2), bool)
+    return Rollout(Sequences(jnp.zeros((count, 2), jnp.int32), whole, whole), jnp.zeros((count, 2)), whole[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "said"),
+    [
+        ([1.0, float("nan"), 2.0], ValueError, "the reward of answer 1 is nan"),
+        ([1.0, 2.0], ValueError, r"one number for each of 3 answers, but returned float32\[2\]"),
+        (["a", "b", "c"], ValueError, "must return 3 numbers, but returned"),
+        (None, ValueError, "must return 3 numbers, but returned None"),
+        (ZeroDivisionError("by zero"), RuntimeError, "the reward function raised ZeroDivisionError: by zero"),
+    ],
+)
+def test_a_reward_function_that_fails_is_named(returned, error, said):
+    def reward(rollout):
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    with pytest.raises(error, match=said):
+        rewards.rewards_of(reward, drawn_of(3))
+
+
+def test_rewards_may_be_whole_numbers_or_truths():
+    for given in ([1, 0, 2], [True, False, True], np.asarray([1.5, 2, 3], np.float64)):
+        found = rewards.rewards_of(lambda rollout, given=given: given, drawn_of(3))
+        np.testing.assert_allclose(found, np.asarray(given, float))
+        assert found.dtype == jnp.float32
+
+
+def test_texts_are_without_special_tokens_and_a_reward_model_reads_the_tokens():
+    from jaxrl_llm import models
+
+    tokenizer = models.load("tiny-gpt2").tokenizer
+    asked, given = tokenizer("The sea")["input_ids"], tokenizer(" is wide.")["input_ids"]
+    rows = jax.tree.map(jnp.asarray, sequences.pad_answers([[0, *asked]], [[*given, 0]], length=16))
+    drawn = Rollout(rows, jnp.zeros((1, 16)), jnp.ones(1, bool))
+    assert rewards.texts(rows, tokenizer) == (["The sea"], [" is wide."])
+    longer = rewards.of_text(lambda prompts, answers: [len(prompts[0]) + 100 * len(answers[0])], tokenizer)
+    assert float(rewards.rewards_of(longer, drawn)[0]) == 7 + 100 * 9
+    head = ScalarHead(LM)
+    params = head.init(KEY, random_params(LM))
+    small = sequences.pad_answers([[1, 2]], [[3, 4]], length=6)
+    found = rewards.of_model(head, params)(
+        Rollout(jax.tree.map(jnp.asarray, small), jnp.zeros((1, 6)), jnp.ones(1, bool))
+    )
+    np.testing.assert_allclose(found, head.scores(params, jnp.asarray([[1, 2, 3, 4]])), rtol=1e-5)

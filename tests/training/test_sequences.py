@@ -1,0 +1,126 @@
+"""Log-probabilities of answers: shifted, masked, the same however rows are padded and however places are cut."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.objectives import kl
+from jaxrl_llm.training import sequences
+from jaxrl_llm.training.sequences import Sequences
+from tests.conftest import TINY, VOCAB, log_softmax, random_params
+
+ROWS = [([3, 1, 4], [1, 5, 9, 2]), ([6], [5, 3]), ([5, 8, 9, 7], [9])]  # prompts and answers, of 3 to 7 tokens
+LENGTH = 12
+MODELS = {name: TINY[name] for name in ("gpt2", "llama")}
+log_probs = functools.partial(jax.jit, static_argnums=0)(sequences.log_probs)
+measures = functools.partial(jax.jit, static_argnums=0)(sequences.measures)
+
+
+def batch(side, length=LENGTH):
+    right = sequences.pad_answers(*zip(*ROWS, strict=True), length=length)
+    if side == "right":
+        return right
+    shifts = length - right.mask.sum(axis=1)
+    return Sequences(*(np.stack([np.roll(row, by) for row, by in zip(leaf, shifts, strict=True)]) for leaf in right))
+
+
+def by_hand(lm, params, temperature=1.0):
+    """Σ log p of each answer, row by row without padding to speak of, in float64."""
+    apply = jax.jit(lambda tokens: lm.apply(params, tokens)[0])
+    sums = []
+    for prompt, answer in ROWS:
+        row = np.zeros(LENGTH, np.int32)
+        row[: len(prompt) + len(answer)] = prompt + answer  # what follows changes nothing before it
+        logits = np.asarray(apply(row[None])[0], np.float64) / temperature
+        places = np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        sums.append(log_softmax(logits)[places, answer].sum())
+    return np.asarray(sums)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_they_are_the_models_own_of_the_tokens_that_count(name, side, temperature):
+    lm, params = MODELS[name], random_params(MODELS[name])
+    rows = batch(side)
+    found = log_probs(lm, params, rows, temperature=temperature)
+    assert (np.asarray(found)[~rows.answer] == 0).all() and (np.asarray(found)[rows.answer] < 0).all()
+    np.testing.assert_allclose(found.sum(axis=1), by_hand(lm, params, temperature), rtol=2e-5)
+
+
+@pytest.mark.parametrize("length", [8, 17])
+def test_the_bucket_changes_nothing(gpt2, length):
+    lm, params = gpt2
+    found = log_probs(lm, params, batch("right", length)).sum(axis=1)
+    np.testing.assert_allclose(found, log_probs(lm, params, batch("right")).sum(axis=1), rtol=1e-5)
+
+
+def test_a_model_with_a_root_predicts_first_tokens_too(tabular):
+    lm, params = tabular
+    tokens = np.asarray([[0, 2, 1, 1], [1, 0, 0, 2]])
+    whole = np.ones(tokens.shape, bool)
+    rows = np.asarray(params["logits"], np.float64)
+    expected = []
+    for sequence in tokens:
+        index, total = 0, 0.0
+        for time, token in enumerate(sequence):
+            first = sum(3**shorter for shorter in range(time))
+            total += log_softmax(rows[first + index])[token]
+            index = index * 3 + token
+        expected.append(total)
+    found = log_probs(lm, params, Sequences(tokens, whole, whole))
+    np.testing.assert_allclose(found.sum(axis=1), expected, rtol=1e-5)
+
+
+def test_places_that_are_cut_give_the_same_values_and_gradients(gpt2, monkeypatch):
+    lm, params = gpt2
+    rows = batch("left", 13)
+
+    def total(params):
+        return sequences.log_probs(lm, params, rows).sum()
+
+    whole = jax.jit(jax.value_and_grad(total))(params)
+    monkeypatch.setattr(sequences, "CHUNK_LOGITS", 4 * 3 * VOCAB)  # 4 places of 13 at a time
+    assert "scan" in str(jax.make_jaxpr(lambda params: sequences.log_probs(lm, params, rows))(params))
+    cut = jax.jit(jax.value_and_grad(lambda params: total(params)))(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), cut, whole)
+
+
+def test_measures_are_those_of_both_laws(gpt2):
+    lm, params = gpt2
+    ref, rows = random_params(lm, 1), batch("left")
+    found = measures(lm, params, ref, rows)
+    np.testing.assert_allclose(found.logp_policy, log_probs(lm, params, rows), atol=1e-5)
+    np.testing.assert_allclose(found.logp_ref, log_probs(lm, ref, rows), atol=1e-5)
+    apply = jax.jit(lambda params: lm.apply(params, rows.tokens, mask=rows.mask)[0][:, :-1])
+    laws = apply(params), apply(ref)
+    expected = np.asarray(kl.exact_kl(*laws))
+    np.testing.assert_allclose(found.kl[:, 1:][rows.answer[:, 1:]], expected[rows.answer[:, 1:]], rtol=1e-4)
+    log_p = log_softmax(laws[0])
+    entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
+    np.testing.assert_allclose(found.entropy[:, 1:][rows.answer[:, 1:]], entropy[rows.answer[:, 1:]], rtol=1e-4)
+    assert all((np.asarray(leaf)[~rows.answer] == 0).all() for leaf in found)
+
+
+def test_rows_that_cannot_be_trained_on_are_named(gpt2):
+    lm, _ = gpt2
+    rows = batch("right")
+    sequences.check_sequences(lm, rows)
+    cases = [
+        (rows._replace(answer=~rows.mask), "must mark real tokens, but marks padding in row 0"),
+        (rows._replace(answer=rows.answer & (np.arange(3) != 1)[:, None]), "row 1 of sequences has no answer"),
+        (rows._replace(answer=rows.mask), "row 0 of sequences has an answer without 1 token before it"),
+        (rows._replace(tokens=rows.tokens + 20), "must lie in"),
+        (rows._replace(answer=rows.answer[:, :3]), "must have the shape of"),
+    ]
+    for wrong, said in cases:
+        with pytest.raises(ValueError, match=said):
+            sequences.check_sequences(lm, wrong)
+    with pytest.raises(ValueError, match="answer 1 is empty"):
+        sequences.pad_answers([[1], [2]], [[3], []])
+    with pytest.raises(ValueError, match="1 prompts for 2"):
+        sequences.pad_answers([[1]], [[3], [4]])
+    with pytest.raises(ValueError, match=r"one padded length, but have \[8, 12\]"):
+        sequences.stacked(batch("right"), batch("right", 8))

@@ -1,0 +1,143 @@
+"""One step: what accumulates, what is donated, what stays."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.training import preference, sequences, steps
+from jaxrl_llm.training.precision import compute_in
+from jaxrl_llm.training.preference import PairBatch, preference_loss
+from jaxrl_llm.training.reward import RankedBatch, reward_loss
+from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.steps import Loss
+from tests.conftest import TINY, VOCAB, random_params
+
+LM = TINY["gpt2"]
+OPTIMIZER = optax.sgd(0.1)
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def answers(count=8, length=12, seed=0):
+    """Rows of very different lengths."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(1, 4, count)]
+    given = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(1, 9, count)]
+    return jax.tree.map(jnp.asarray, sequences.pad_answers(prompts, given, length=length))
+
+
+PAIRS = PairBatch(answers(seed=0), answers(seed=1), weight=jnp.asarray(RNG.uniform(0.1, 2, 8), jnp.float32))
+RANKED = RankedBatch(
+    jax.tree.map(lambda leaf: leaf.reshape(4, 2, -1), answers(seed=2)),
+    jnp.asarray([[0, 1], [1, 0], [0, 1], [0, 1]]),
+    jnp.ones((4, 2), bool),
+)
+HEAD = ScalarHead(LM)
+CASES = {
+    "sft": (sft_loss(LM), answers(), None),
+    "sft by sequence": (sft_loss(LM, mode="sequence_mean"), answers(), None),
+    "reward": (reward_loss(HEAD, centering=0.1), RANKED, "head"),
+    "dpo": (preference_loss(LM, "dpo"), PAIRS, None),
+    "orpo": (preference_loss(LM, "orpo"), PAIRS, None),
+}
+
+
+def start(kind):
+    params = random_params(LM)
+    return HEAD.init(KEY, params) if kind == "head" else params
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_parts_of_a_batch_add_up_to_the_whole(name, microbatches):
+    """Though they hold different numbers of tokens."""
+    loss, batch, kind = CASES[name]
+    frozen = {"ref": random_params(LM, 1)}
+    found = []
+    for parts in (1, microbatches):
+        state = steps.initial_state(start(kind), OPTIMIZER, KEY)
+        found.append(steps.make_step(loss, OPTIMIZER, microbatches=parts)(state, batch, frozen))
+    (whole, metrics), (added, added_metrics) = found
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), added.params, whole.params)
+    for metric in ("loss", "grad_norm"):
+        assert float(added_metrics[metric]) == pytest.approx(float(metrics[metric]), rel=1e-4)
+
+
+def test_rows_that_the_parts_do_not_divide_are_refused():
+    step = steps.make_step(sft_loss(LM), OPTIMIZER, microbatches=3)
+    with pytest.raises(ValueError, match="a number of rows that 3 microbatches divide"):
+        step(steps.initial_state(start(None), OPTIMIZER, KEY), answers())
+
+
+def test_the_state_is_donated_and_nothing_else():
+    params, batch = random_params(LM), answers()
+    frozen = {"ref": random_params(LM, 1)}
+    state = steps.initial_state(params, optax.adam(1e-2), KEY)
+    loss = preference_loss(LM, "dpo")
+    new, _ = steps.make_step(loss, optax.adam(1e-2))(state, PAIRS, frozen)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    for kept in (params, frozen, PAIRS, batch):
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
+    assert not KEY.is_deleted() and int(new.step) == 1
+
+
+def test_every_step_has_a_key_of_its_own_that_depends_on_seed_and_step():
+    def loss(params, batch, frozen, key):
+        return Loss(params["w"] ** 2, metrics={"drawn": jax.random.uniform(key)})
+
+    step = steps.make_step(loss, OPTIMIZER)
+    state, drawn = steps.initial_state({"w": jnp.ones(())}, OPTIMIZER, KEY), []
+    for _ in range(3):
+        state, metrics = step(state, None)
+        drawn.append(float(metrics["drawn"]))
+    expected = [float(jax.random.uniform(jax.random.fold_in(KEY, place))) for place in range(3)]
+    assert drawn == expected and len(set(drawn)) == 3
+
+
+def test_a_whole_run_is_a_function_of_its_key_and_maps_over_seeds():
+    def initial(key):
+        return steps.initial_state({"w": jax.random.normal(key, (3,))}, OPTIMIZER, key)
+
+    def loss(params, batch, frozen, key):
+        return Loss(jnp.square(params["w"] - jax.random.normal(key, (3,))).sum())
+
+    run = steps.whole_run(initial, lambda state: steps.update(loss, OPTIMIZER, state, None), steps=5)
+    keys = jax.random.split(KEY, 3)
+    states, metrics = jax.jit(jax.vmap(run))(keys)
+    assert metrics["loss"].shape == (3, 5)
+    for place, key in enumerate(keys):
+        state, alone = jax.jit(run)(key)
+        np.testing.assert_allclose(states.params["w"][place], state.params["w"], rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss"][place], alone["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_bfloat16_computes_and_float32_remembers(microbatches):
+    loss, batch, _ = CASES["sft"]
+    optimizer = optax.sgd(1e-4)  # steps far below bfloat16's spacing of 2⁻⁸
+    plain, narrow = (
+        steps.make_step(loss, optimizer, microbatches=microbatches, view=view)
+        for view in (None, compute_in(jnp.bfloat16))
+    )
+    states = [steps.initial_state(start(None), optimizer, KEY) for _ in range(2)]
+    begun = start(None)
+    for _ in range(3):
+        (states[0], wide), (states[1], low) = plain(states[0], batch), narrow(states[1], batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(states[1].params)} == {jnp.dtype(jnp.float32)}
+    assert float(low["loss"]) == pytest.approx(float(wide["loss"]), rel=0.02)
+    moved = [jax.tree.map(lambda new, old: new - old, state.params, begun) for state in states]
+    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)]) for each in moved]
+    cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    assert cosine > 0.97, "small steps add up, and in the same direction"
+    with pytest.raises(ValueError, match="dtype must be a floating type, but is int32"):
+        compute_in(jnp.int32)
+
+
+def test_ktos_reference_point_is_that_of_each_part():
+    """So that its parts need not add up: the docstring says so."""
+    assert "part of it under accumulation" in preference._kto_loss.__doc__
