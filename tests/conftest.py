@@ -1,7 +1,13 @@
 """What the tests share: tiny models with large random parameters, and naive references to hold results against."""
 
+import os
+
 from jaxrl_llm import runtime
 
+# Thousands of tiny programs are compiled once and run once: without XLA's expensive passes that takes a third of the
+# time. `make optimised` runs some of the tests with them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 runtime.set_up()  # before jax: compiled programs are kept from one run to the next
 
 from pathlib import Path  # noqa: E402
