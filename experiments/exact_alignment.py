@@ -222,7 +222,7 @@ def run(config: Config) -> dict[str, Any]:
                 worst if arrives else best,
                 unit="nats",
                 source="the farthest of all seeds" if arrives else "the nearest of all seeds",
-                interval=(0.0, NEAR) if arrives else (FAR, None),
+                interval=(None, NEAR) if arrives else (FAR, None),
             )
         )
     right = sum(arrives for arrives, _ in found.values())

@@ -25,14 +25,14 @@ def draw(results: dict[str, Any]) -> Figure:
         fontsize=10.5,
     )
     axes = figure.subplots()
-    axes.axhspan(1e-6, data["near"], color=style.FAINT, alpha=0.35, linewidth=0)
+    axes.axhspan(1e-8, data["near"], color=style.FAINT, alpha=0.35, linewidth=0)
     axes.annotate(
         f"reached: below {data['near']:g} nats", (1.2, data["near"]), xytext=(0, -11), textcoords="offset points",
         color=style.MUTED, fontsize=8,
     )  # fmt: skip
     for place, curve in enumerate(data["curves"]):
         _draw_curve(axes, curve, style.PALETTE[place % len(style.PALETTE)])
-    axes.set(xscale="symlog", yscale="log", xlabel="step", ylabel="KL(π‖π*) (nats)", xlim=(0, None), ylim=(1e-5, 4))
+    axes.set(xscale="symlog", yscale="log", xlabel="step", ylabel="KL(π‖π*) (nats)", xlim=(0, None), ylim=(1e-7, 4))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return figure
 

@@ -61,12 +61,12 @@ class Batches:
     ):
         self._records, self._encode, self._collate = records, encode, collate
         self._multiple, self._most = multiple, most
-        self._lengths = np.asarray([self._encoded(place).length for place in range(len(records))])
+        self._lengths = np.asarray([self.rows(place).length for place in range(len(records))])
         self.order = EpochOrder(self._lengths, batch_size=batch_size, seed=seed, unit="records")
 
     def __call__(self, step: int) -> PyTree:
         """The batch of a step."""
-        rows = [self._encoded(place) for place in self.order(step)]
+        rows = [self.rows(place) for place in self.order(step)]
         length = -(-max(row.length for row in rows) // self._multiple) * self._multiple
         return self._collate(rows, length if self._most is None else min(length, self._most))
 
@@ -89,7 +89,8 @@ class Batches:
         """The share of places that are padding, in the first epoch."""
         return self.order.pad_waste(multiple=self._multiple)
 
-    def _encoded(self, place: Int[np.ndarray, ""] | int) -> Rows:
+    def rows(self, place: Int[np.ndarray, ""] | int) -> Rows:
+        """A record as tokens."""
         try:
             return self._encode(self._records[int(place)])
         except ValueError as error:

@@ -338,14 +338,13 @@ def _sampled(setup: Setup, asked: Prompts, sampler: Sampler) -> Callable[[Params
 
     def sample(params: Params) -> str:
         drawn = rollout(setup.lm, params, one, jax.random.key(0), sampler)
-        return " ".join(side[0] for side in rewards.texts(drawn.sequences, setup.loaded.tokenizer))
+        return "".join(side[0] for side in rewards.texts(drawn.sequences, setup.loaded.tokenizer))
 
     return sample
 
 
 def _one_prompt(setup: Setup, batches: Batches) -> Prompts:
-    room = setup.lm.max_length - 48
-    prompt = batches._encoded(0).prompt[-max(1, room) :]
+    prompt = batches.rows(0).prompt[-max(1, setup.lm.max_length - 48) :]
     return Prompts(np.asarray([prompt], np.int32), np.ones((1, len(prompt)), bool))
 
 
