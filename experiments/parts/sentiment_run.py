@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from experiments.parts import sentiment_models as stages
 from experiments.parts import sentiment_numbers as numbers
 from experiments.parts import sentiment_policies as policies
+from experiments.parts.stages import kept
 from jaxrl_llm import models
 from jaxrl_llm.data import reviews
 from jaxrl_llm.models.heads import ScalarHead
@@ -69,6 +72,8 @@ class Config:
     text_batch: int = 32
     snapshots: int = 8
     best_of: int = 64
+    work_dir: Path | None = None
+    """Where the models and every method's run are kept, so that a run that was cut goes on; by default nowhere."""
 
 
 PRESETS = {
@@ -112,17 +117,32 @@ def run(config: Config) -> dict[str, Any]:
     start = jax.jit(functools.partial(policies.evaluated, tools))(world, world.reference, keys[0])
     for name in tqdm(config.methods, unit="method"):
         betas = jnp.asarray(config.simpo_strengths if name == "simpo" else config.strengths)
-        lanes = policies.lanes(tools, name)(
-            world, pairs if name in policies.OFFLINE else None, betas, jnp.zeros_like(betas), keys
-        )
-        found[name] = {"beta": np.asarray(betas)} | jax.device_get(
-            {each: lanes[each] for each in ("snapshots", "steps")}
-        )
-        best = int(found[name]["snapshots"]["gold"][:, :, -1].mean(axis=0).argmax())
-        samples[name] = written(tools, world, jax.tree.map(lambda leaf, at=best: leaf[0, at], lanes["params"]))
+        own = pairs if name in policies.OFFLINE else None
+        lanes = kept(_place(config, name), functools.partial(_lanes, tools, world, name, own, betas, keys))
+        found[name] = {"beta": np.asarray(betas), "snapshots": lanes["snapshots"], "steps": lanes["steps"]}
+        samples[name] = written(tools, world, lanes["best"])
     ablation = ablated(tools, world, keys)
     drawn = jax.device_get(jax.jit(functools.partial(policies.best_of_n, tools))(world, keys[0]))
     return numbers.result(config, described, jax.device_get(start), found, ablation, drawn, samples)
+
+
+def _lanes(tools: Any, world: Any, name: str, pairs: Any, betas: jax.Array, keys: jax.Array) -> dict[str, Any]:
+    """A method's runs, and of its policies the first seed's at the strength that pleased the gold scorer most."""
+    lanes = policies.lanes(tools, name)(world, pairs, betas, jnp.zeros_like(betas), keys)
+    best = int(lanes["snapshots"]["gold"][:, :, -1].mean(axis=0).argmax())
+    return {
+        "snapshots": lanes["snapshots"],
+        "steps": lanes["steps"],
+        "best": jax.tree.map(lambda leaf: leaf[0, best], lanes["params"]),
+    }
+
+
+def _place(config: Config, name: str) -> Path | None:
+    """The file of a stage, in a folder of this very configuration."""
+    if config.work_dir is None:
+        return None
+    settings = dataclasses.replace(config, work_dir=None)
+    return config.work_dir / hashlib.sha256(str(settings).encode()).hexdigest()[:12] / f"{name}.safetensors"
 
 
 def build(config: Config) -> tuple[policies.Tools, policies.World, dict[str, Any]]:
@@ -133,10 +153,26 @@ def build(config: Config) -> tuple[policies.Tools, policies.World, dict[str, Any
     halves = reviews.split(reviews.load(), seed=config.seed)
     parts = stages.parts_of(tokenizer, halves, config)
     sft_key, gold_key, proxy_key, draw_key = jax.random.split(jax.random.key(config.seed), 4)
-    reference, losses = stages.fine_tuned(lm, loaded.params, parts["all"], config, sft_key)
+    tuned = kept(
+        _place(config, "reference"),
+        lambda: dict(
+            zip(
+                ("params", "losses"),
+                stages.fine_tuned(lm, loaded.params, parts["all"], config, sft_key),
+                strict=True,
+            )
+        ),
+    )
+    reference, losses = jax.tree.map(jnp.asarray, tuned["params"]), tuned["losses"]
     held_out = parts["held_out"].take(jnp.arange(config.held_out_reviews))
     raw = {
-        name: stages.scorer(head, reference, parts[name], config, key)
+        name: jax.tree.map(
+            jnp.asarray,
+            kept(
+                _place(config, f"scorer-{name}"),
+                functools.partial(stages.scorer, head, reference, parts[name], config, key),
+            ),
+        )
         for name, key in (("gold", gold_key), ("proxy", proxy_key))
     }
     probes = stages.prompts_of(tokenizer, halves.held_out, config.prompt_tokens)
