@@ -31,7 +31,8 @@ def test_the_score_is_the_number_at_the_last_real_token_on_either_side(name):
     params = head.init(jax.random.key(0), random_params(lm))
     rows = [np.asarray(row) % lm.vocab_size for row in ROWS]
     scores = jax.jit(head.scores)
-    expected = [float(head.lm.hidden(params["model"], row[None])[0][0, -1] @ params["head"]) for row in rows]
+    last = jax.jit(lambda row: head.lm.hidden(params["model"], row[None])[0][0, -1] @ params["head"])
+    expected = [float(last(row)) for row in rows]
     for side in ("left", "right"):
         tokens, mask = padded(side)
         np.testing.assert_allclose(scores(params, tokens % lm.vocab_size, mask), expected, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from jaxrl_llm.training.methods import METHODS
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
 
-LM = GPT2(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+LM = GPT2(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=4))
 
 
 def batches():
