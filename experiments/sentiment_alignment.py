@@ -59,29 +59,30 @@ class Config:
     simpo_margin: float = 0.5
     gammas: tuple[float, ...] = (1.0,)
     """γ of the pretraining term, in the ablation, beside γ = 0."""
+    ablation_strengths: tuple[float, ...] = (0.03, 0.3)
     review_tokens: int = 48
     prompt_tokens: int = 6
     new_tokens: int = 24
-    probes: int = 128
-    held_out_reviews: int = 128
+    probes: int = 96
+    held_out_reviews: int = 96
     sft_steps: int = 400
     sft_batch: int = 32
     sft_learning_rate: float = 1e-3
-    scorer_steps: int = 250
-    scorer_batch: int = 32
+    scorer_steps: int = 200
+    scorer_batch: int = 24
     scorer_learning_rate: float = 2e-4
-    pairs: int = 2048
+    pairs: int = 1536
     pairs_at_once: int = 256
-    offline_steps: int = 128
+    offline_steps: int = 96
     offline_batch: int = 16
     offline_learning_rate: float = 2e-4
-    online_steps: int = 60
+    online_steps: int = 42
     online_batch: int = 64
     online_learning_rate: float = 2e-4
     epochs: int = 2
     """At most so many over each batch of answers, for ppo."""
     text_batch: int = 16
-    snapshots: int = 4
+    snapshots: int = 3
     best_of: int = 64
     work_dir: Path | None = None
     """Where the models and every run are kept, so that a run that was cut goes on; by default nowhere."""
@@ -92,6 +93,7 @@ PRESETS = {
         methods=("dpo", "rloo"),
         promised=False,
         strengths=(0.1,),
+        ablation_strengths=(0.1,),
         review_tokens=32,
         new_tokens=12,
         probes=16,
@@ -234,10 +236,13 @@ def ablated(
     tools: policies.Tools, world: policies.World, found: dict[str, Any], keys: jax.Array
 ) -> list[dict[str, Any]]:
     """RLOO with the pretraining term at each γ, and each β: what T1b asks, on a GPT-2. γ = 0 is what has been run."""
-    rows = [{"gamma": 0.0} | {part: found["rloo"][part] for part in ("beta", "snapshots")}]
+    betas = tools.config.ablation_strengths
+    places = [tools.config.strengths.index(beta) for beta in betas]
+    without = jax.tree.map(lambda leaf: leaf[:, places], found["rloo"]["snapshots"])
+    rows = [{"gamma": 0.0, "beta": np.asarray(betas), "snapshots": without}]
     for gamma in tools.config.gammas:
-        lanes = every_run(tools, world, "rloo", [], tools.config.strengths, keys, gamma=gamma)
-        rows.append({"gamma": gamma, "beta": np.asarray(tools.config.strengths), "snapshots": lanes["snapshots"]})
+        lanes = every_run(tools, world, "rloo", [], betas, keys, gamma=gamma)
+        rows.append({"gamma": gamma, "beta": np.asarray(betas), "snapshots": lanes["snapshots"]})
     return rows
 
 
