@@ -28,7 +28,7 @@ from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.policy import online
 from jaxrl_llm.training.precision import compute_in
-from jaxrl_llm.training.preference import check_name, preference_loss
+from jaxrl_llm.training.preference import LOSSES, check_name, preference_loss
 from jaxrl_llm.training.reward import reward_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 from jaxrl_llm.training.sft import sft_loss
@@ -89,7 +89,8 @@ def preference(
     setup = prepare(run, say)
     kind = "judged" if loss == "kto" else "preferences"
     watch = ("loss", "margin", "chosen_logp", "rejected_logp")
-    return _offline(run, setup, kind, preference_loss(setup.lm, loss, **knobs), watch=watch, reference=True)
+    reference = loss == "kto" or LOSSES[loss].needs_reference
+    return _offline(run, setup, kind, preference_loss(setup.lm, loss, **knobs), watch=watch, reference=reference)
 
 
 def reward(run: Run, *, centering: float = 0.0, say: Callable[[str], None] = print) -> Path:
@@ -274,7 +275,7 @@ def _fit(
         return measured | ({} if sample is None else {"sample": sample(params)})
 
     state = loop.run(
-        initial_state(params, optimizer, jax.random.key(run.seed)),
+        initial_state(params, optimizer, jax.random.key(run.seed), copy="ref" in frozen),
         lambda state, done: step(state, jax.tree.map(jnp.asarray, batches(done)), frozen),
         steps=run.steps,
         folder=run.out,

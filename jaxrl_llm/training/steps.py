@@ -45,9 +45,17 @@ class Loss(NamedTuple):
 LossFn = Callable[[Params, PyTree, PyTree, Array], Loss]  # (params, batch, frozen, key) -> Loss
 
 
-def initial_state(params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
-    """The state before the first step. It owns its buffers: the first step donates a copy, not `params` themselves."""
-    params, key = jax.tree.map(jnp.copy, (params, key))
+def initial_state(
+    params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, copy: bool = True
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        copy: the state has buffers of its own, and `params` stay. Without it the first step donates `params`
+            themselves: nothing may read them any more, and the memory never holds them twice.
+    """
+    if copy:
+        params, key = jax.tree.map(jnp.copy, (params, key))
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
 
 

@@ -85,6 +85,14 @@ def test_the_state_is_donated_and_nothing_else():
     assert not KEY.is_deleted() and int(new.step) == 1
 
 
+def test_without_a_copy_the_parameters_themselves_are_donated():
+    params, step = {"w": jnp.ones(3)}, steps.make_step(lambda p, *_: Loss((p["w"] ** 2).sum()), OPTIMIZER)
+    copied, _ = step(steps.initial_state(params, OPTIMIZER, jax.random.key(0)), None)
+    given, _ = step(steps.initial_state(params, OPTIMIZER, jax.random.key(0), copy=False), None)
+    assert params["w"].is_deleted()
+    np.testing.assert_array_equal(given.params["w"], copied.params["w"])
+
+
 def test_every_step_has_a_key_of_its_own_that_depends_on_seed_and_step():
     def loss(params, batch, frozen, key):
         return Loss(params["w"] ** 2, metrics={"drawn": jax.random.uniform(key)})
