@@ -21,7 +21,7 @@ import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
 import itertools  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
@@ -120,26 +120,29 @@ def run(config: Config) -> dict[str, Any]:
     """Train the models that judge, then every policy, and say how they compare."""
     tools, world, described = build(config)
     keys = jax.random.split(jax.random.key(config.seed + 1), config.seeds)
-    drawn_pairs = jax.jit(functools.partial(policies.judged_pairs, tools))
-    pairs = [drawn_pairs(world, key) for key in keys]
-    start = jax.jit(functools.partial(policies.evaluated, tools))(world, world.reference, keys[0])
+    draw_pairs, evaluate, draw_many = (
+        jax.jit(functools.partial(part, tools))
+        for part in (policies.judged_pairs, policies.evaluated, policies.best_of_n)
+    )
+    pairs = functools.cache(lambda seed: draw_pairs(world, keys[seed]))
+    start = [jax.device_get(evaluate(world, world.reference, policies.evaluation_key(key))) for key in keys]
     found, samples = {}, {"reference": written(tools, world, world.reference)}
     for name in config.methods:
         betas = config.simpo_strengths if name == "simpo" else config.strengths
         lanes = every_run(tools, world, name, pairs, betas, keys)
         found[name] = {"beta": np.asarray(betas), "snapshots": lanes["snapshots"], "steps": lanes["steps"]}
         samples[name] = written(tools, world, lanes["best"])
-    drawn = jax.device_get(jax.jit(functools.partial(policies.best_of_n, tools))(world, keys[0]))
+    drawn = [jax.device_get(draw_many(world, key)) for key in keys]
     samples["best of n"] = picked(tools, world)
     ablation = ablated(tools, world, found, keys)
-    return numbers.result(config, described, jax.device_get(start), found, ablation, drawn, samples)
+    return numbers.result(config, described, start, found, ablation, drawn, samples)
 
 
 def every_run(
     tools: policies.Tools,
     world: policies.World,
     name: str,
-    pairs: list[Any],
+    pairs: Callable[[int], Any] | None,
     betas: Sequence[float],
     keys: jax.Array,
     *,
@@ -149,9 +152,9 @@ def every_run(
     one = policies.runner(tools, name, with_text=gamma > 0)
     lanes = []
     for seed, beta in tqdm(list(itertools.product(range(len(keys)), betas)), desc=f"{name}, γ = {gamma:g}", unit="run"):
-        own = pairs[seed] if name in policies.OFFLINE else None
 
-        def compute(own: Any = own, beta: float = beta, seed: int = seed) -> dict[str, Any]:
+        def compute(beta: float = beta, seed: int = seed) -> dict[str, Any]:
+            own = pairs(seed) if name in policies.OFFLINE else None
             lane = one(world, own, jnp.float32(beta), jnp.float32(gamma), keys[seed])
             return lane if seed == 0 else {part: lane[part] for part in ("snapshots", "steps")}
 
@@ -241,7 +244,7 @@ def ablated(
     without = jax.tree.map(lambda leaf: leaf[:, places], found["rloo"]["snapshots"])
     rows = [{"gamma": 0.0, "beta": np.asarray(betas), "snapshots": without}]
     for gamma in tools.config.gammas:
-        lanes = every_run(tools, world, "rloo", [], betas, keys, gamma=gamma)
+        lanes = every_run(tools, world, "rloo", None, betas, keys, gamma=gamma)
         rows.append({"gamma": gamma, "beta": np.asarray(betas), "snapshots": lanes["snapshots"]})
     return rows
 
@@ -263,7 +266,7 @@ def written(tools: policies.Tools, world: policies.World, params: Any, count: in
 
 
 def _told(tools: policies.Tools, rows: Sequences, golds: jax.Array) -> list[dict[str, str]]:
-    tokenizer = models.load(tools.config.model).tokenizer
+    tokenizer = _tokenizer(tools.config.model)
     prompts, answers = (
         [
             tokenizer.decode(np.asarray(tokens)[np.asarray(real)], skip_special_tokens=True)
@@ -284,6 +287,11 @@ def _written(
     key = jax.random.key(tools.config.seed)
     rows = rollout(tools.lm, params, asked, key, tools.sampler, group_size=group_size).sequences
     return rows, tools.reward(world.gold, rows), tools.reward(world.proxy, rows)
+
+
+@functools.cache
+def _tokenizer(model: str) -> Any:
+    return models.load(model).tokenizer
 
 
 def main(preset: Literal["quick", "full"] = "quick", work_dir: Path | None = None) -> None:

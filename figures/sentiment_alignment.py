@@ -50,7 +50,7 @@ def _title(data: dict[str, Any]) -> str:
     apart = "more" if lead["mean"] > lead["half_width"] else "not more"
     return (
         f"Gold sentiment: {LABELS[first]} leads {LABELS[second]} by {lead['mean']:.2f} ± {lead['half_width']:.2f} "
-        f"log-odds at the best β of each, {apart} than chance"
+        f"log-odds, each at the β that the proxy likes best: {apart} than chance"
     )
 
 
@@ -69,7 +69,9 @@ def _draw_frontier(axes: Axes, data: dict[str, Any]) -> None:
     axes.plot(0, data["start"]["gold"], marker="*", markersize=9, color=COLOURS["reference"], linestyle="")
     _draw_best_of(axes, data, np.asarray, "gold", "-")
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlim=(-0.1, None), xticks=(ticks := (0, 0.5, 1, 2, 5, 10, 20)), xticklabels=[f"{tick:g}" for tick in ticks])
+    axes.set(
+        xlim=(-0.1, None), xticks=(ticks := (0, 0.5, 1, 2, 5, 10, 20)), xticklabels=[f"{tick:g}" for tick in ticks]
+    )
     axes.legend(ncols=2)
 
 
@@ -82,36 +84,44 @@ def _draw_optimised(axes: Axes, data: dict[str, Any]) -> None:
     )
     for method in data["ranked"]:
         path = min((path for path in data["paths"] if path["method"] == method), key=lambda path: path["beta"])
-        root = np.sqrt([0.0, *path["kl"]])
+        root = np.sqrt([0.0, *path["kl"]["mean"]])
         for name, line in (("gold", "-"), ("proxy", "--")):
-            axes.plot(root, [data["start"][name], *path[name]], line, color=COLOURS[method], linewidth=1.2)
-    _draw_best_of(axes, data, np.sqrt, "gold", "-")
-    _draw_best_of(axes, data, np.sqrt, "proxy", "--")
+            mean, half = (
+                [first, *path[name][part]] for part, first in (("mean", data["start"][name]), ("half_width", 0))
+            )
+            axes.errorbar(root, mean, yerr=half, color=COLOURS[method], linestyle=line, linewidth=1.2, elinewidth=0.5)
+    for name, line in (("gold", "-"), ("proxy", "--")):
+        _draw_best_of(axes, data, np.sqrt, name, line)
 
 
 def _draw_best_of(axes: Axes, data: dict[str, Any], scale: Any, name: str, line: str) -> None:
     rows = data["best_of_n"]
-    kl, reward = scale([row["kl"] for row in rows]), [row[name] for row in rows]
-    label = LABELS["best of n"] + f" (to {rows[-1]['n']})" if line == "-" else None
-    axes.plot(kl, reward, line, color=COLOURS["best of n"], marker=".", linewidth=1.2, label=label)
+    mean, half = ([row[name][part] for row in rows] for part in ("mean", "half_width"))
+    label = f"best of n to {rows[-1]['n']}, KL ≤ log n − (n − 1)/n" if line == "-" else None
+    axes.errorbar(
+        scale([row["kl_bound"] for row in rows]), mean, yerr=half, linestyle=line, color=COLOURS["best of n"],
+        marker=".", linewidth=1.2, elinewidth=0.5, label=label,
+    )  # fmt: skip
 
 
 def _draw_times(axes: Axes, data: dict[str, Any]) -> None:
-    """How likely the chosen and the rejected answers are on the way, since the first steps."""
+    """How much likelier than to the reference chosen and rejected answers are, on the way."""
     axes.set(
         title="Chosen (line) and rejected (dashed) answers",
         xlabel="share of the training",
-        ylabel="log π, less that at the start (nats)",
+        ylabel="log π − log π_ref (nats an answer)",
     )
     for method in data["ranked"]:
-        curves = [curve for curve in data["curves"] if curve["method"] == method and "chosen_logp" in curve]
+        curves = [curve for curve in data["curves"] if curve["method"] == method and "kl_chosen" in curve]
         if not curves:
             continue
         middle = sorted(curves, key=lambda curve: curve["beta"])[len(curves) // 2]
-        for name, line in (("chosen_logp", "-"), ("rejected_logp", "--")):
-            values = np.asarray([part.mean() for part in np.array_split(middle[name], min(12, len(middle[name])))])
+        for name, line in (("kl_chosen", "-"), ("kl_rejected", "--")):
+            mean, half = (np.asarray(middle[name][part]) for part in ("mean", "half_width"))
+            at = (np.arange(len(mean)) + 0.5) / len(mean)
             label = f"{LABELS[method]}, β = {middle['beta']:g}" if line == "-" else None
-            axes.plot(np.linspace(0, 1, len(values)), values - values[0], line, color=COLOURS[method], label=label)
+            axes.plot(at, mean, line, color=COLOURS[method], label=label)
+            axes.fill_between(at, mean - half, mean + half, color=COLOURS[method], alpha=0.1, linewidth=0)
     axes.legend()
 
 

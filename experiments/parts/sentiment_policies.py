@@ -67,6 +67,11 @@ def evaluated(tools: Tools, world: World, params: Params, key: Array) -> dict[st
     }
 
 
+def evaluation_key(key: Array) -> Array:
+    """Of a seed's key, the one that it is evaluated with: the reference too, so that gains are paired."""
+    return jax.random.split(key, 3)[2]
+
+
 def judged_pairs(tools: Tools, world: World, key: Array) -> PairBatch:
     """Two answers of the reference to each prompt; the better is chosen by chance, by the proxy's Bradley-Terry law.
 
@@ -101,7 +106,7 @@ def offline(tools: Tools, world: World, name: str, pairs: PairBatch, beta: Array
     optimizer = adam(config.offline_learning_rate, config.offline_steps)
     knobs = {"gamma": config.simpo_margin} if name == "simpo" else {}
     loss = preference_loss(tools.lm, name, beta=beta, **knobs)
-    order_key, state_key, eval_key = jax.random.split(key, 3)
+    order_key, state_key, _ = jax.random.split(key, 3)
     size = config.offline_batch
     total = config.offline_steps * size
     epochs = -(-total // config.pairs)
@@ -114,7 +119,7 @@ def offline(tools: Tools, world: World, name: str, pairs: PairBatch, beta: Array
         return steps.update(loss, optimizer, state, batch)
 
     return _snapshots(
-        tools, world, steps.initial_state(world.reference, optimizer, state_key), advance, order, eval_key
+        tools, world, steps.initial_state(world.reference, optimizer, state_key), advance, order, evaluation_key(key)
     )
 
 
@@ -141,7 +146,7 @@ def online(tools: Tools, world: World, name: str, beta: Array, gamma: Array, key
     optimizer = adam(config.online_learning_rate, config.online_steps * method.epochs * method.minibatches)
     trainer = policy.online(tools.lm, optimizer, critic=critic)
     frozen = {"ref": world.reference}
-    state_key, critic_key, eval_key = jax.random.split(key, 3)
+    state_key, critic_key, _ = jax.random.split(key, 3)
     params = world.reference
     if critic is not None:
         params = {"policy": params, "critic": critic.init(critic_key, world.reference, zero=True)}
@@ -167,7 +172,7 @@ def online(tools: Tools, world: World, name: str, beta: Array, gamma: Array, key
 
     start = steps.initial_state(params, optimizer, state_key)
     order = jnp.arange(config.online_steps).reshape(config.snapshots, -1)
-    return _snapshots(tools, world, start, advance, order, eval_key, critic=critic is not None)
+    return _snapshots(tools, world, start, advance, order, evaluation_key(key), critic=critic is not None)
 
 
 def _snapshots(

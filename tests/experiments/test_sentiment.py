@@ -28,14 +28,16 @@ def test_the_interval_is_students():
 def test_the_best_of_n_is_the_mean_over_all_ways_to_draw_n():
     rng = np.random.default_rng(1)
     drawn = {"proxy": rng.normal(size=(3, 8)), "gold": rng.normal(size=(3, 8))}
-    rows = {row["n"]: row for row in sentiment_numbers.best_of(drawn)}
+    rows = {row["n"]: row for row in sentiment_numbers.best_of([drawn, drawn])}
     assert sorted(rows) == [1, 2, 4, 8]
     for n, row in rows.items():
         ways = [list(way) for way in itertools.combinations(range(8), n)]
         picked = np.array([[way[drawn["proxy"][p, way].argmax()] for way in ways] for p in range(3)])
         for name in drawn:
-            np.testing.assert_allclose(row[name], np.take_along_axis(drawn[name], picked, axis=1).mean(), rtol=1e-10)
-        np.testing.assert_allclose(row["kl"], np.log(n) - (n - 1) / n, rtol=1e-6, atol=1e-12)
+            expected = np.take_along_axis(drawn[name], picked, axis=1).mean()
+            np.testing.assert_allclose(row[name]["mean"], expected, rtol=1e-10)
+            assert row[name]["half_width"] == pytest.approx(0, abs=1e-9)
+        np.testing.assert_allclose(row["kl_bound"], np.log(n) - (n - 1) / n, rtol=1e-6, atol=1e-12)
 
 
 def test_the_area_under_the_curve_counts_pairs_and_ties_half():
@@ -43,6 +45,15 @@ def test_the_area_under_the_curve_counts_pairs_and_ties_half():
     pairs = [(good, bad) for good in values[positive] for bad in values[~positive]]
     expected = np.mean([(good > bad) + 0.5 * (good == bad) for good, bad in pairs])
     assert sentiment_models.area_under_curve(values, positive) == pytest.approx(expected)
+
+
+def test_gains_pair_the_seeds_with_the_reference():
+    snapshots = {name: np.zeros((2, 1, 3)) for name in sentiment_numbers.MEASURED}
+    snapshots["gold"][:, 0, -1] = [1.0, 3.0]
+    start = [{"gold": 0.5}, {"gold": 2.3}]
+    (row,) = sentiment_numbers.summary({"dpo": {"beta": np.array([0.1]), "snapshots": snapshots}}, start)
+    expected = scipy.stats.ttest_1samp([0.5, 0.7], 0).confidence_interval(0.95)
+    assert row["gain"]["mean"] - row["gain"]["half_width"] == pytest.approx(expected.low)
 
 
 def test_the_lead_pairs_the_seeds():
