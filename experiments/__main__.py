@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +19,34 @@ def names() -> list[str]:
     return [file.stem for file in files if "\ndef main(" in file.read_text(encoding="utf-8")]
 
 
-def main(preset: Literal["quick", "full"] = "quick") -> None:
+def main(preset: Literal["quick", "full"] = "quick", jobs: int = 2) -> None:
     """Run every experiment, each in a process of its own, and stop at the first that fails.
 
     Args:
         preset: `quick` takes minutes on two cores; `full` is what the committed results may come from.
+        jobs: how many run at a time. Compiling keeps about one core busy.
     """
-    for name in tqdm(names(), unit="experiment"):
-        tqdm.write(f"--- {name}")
-        subprocess.run([sys.executable, "-m", f"experiments.{name}", "--preset", preset], check=True)
+    commands = {name: [sys.executable, "-m", f"experiments.{name}", "--preset", preset] for name in names()}
+    with tqdm(total=len(commands), unit="experiment") as progress:
+        for name, done in finished(commands, jobs=jobs):
+            progress.write(f"--- {name}\n{done.stdout.rstrip()}")
+            progress.update()
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{done.stderr}")
+
+
+def finished(commands: dict[str, Sequence[str]], *, jobs: int) -> Iterator[tuple[str, subprocess.CompletedProcess]]:
+    """Run commands, so many at a time, and give each when it ends; who stops asking stops those that wait."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {
+            pool.submit(subprocess.run, command, capture_output=True, text=True): name
+            for name, command in commands.items()
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

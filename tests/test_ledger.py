@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,16 @@ def test_to_run_every_experiment_is_no_experiment():
     names = every_experiment.names()
     assert {"pretrain_gpt2", "search_trees"} <= set(names)
     assert not {"__main__", "__init__", "ledger"} & set(names)
+
+
+def test_experiments_run_side_by_side_and_end_at_the_first_that_fails():
+    write = "import sys; print(sys.argv[1]); sys.exit(int(sys.argv[2]))"
+    commands = {name: [sys.executable, "-c", write, name, code] for name, code in [("a", "0"), ("b", "3"), ("c", "0")]}
+    ended = {name: (done.stdout.strip(), done.returncode) for name, done in every_experiment.finished(commands, jobs=2)}
+    assert ended == {"a": ("a", 0), "b": ("b", 3), "c": ("c", 0)}
+
+
+def test_a_failing_experiment_is_named_with_what_it_said(monkeypatch, capsys):
+    monkeypatch.setattr(every_experiment, "names", lambda: ["no_such_experiment"])
+    with pytest.raises(SystemExit, match=r"no_such_experiment failed:\n(.|\n)*No module named"):
+        every_experiment.main("quick")
