@@ -54,12 +54,13 @@ class Config:
     promised: bool = True
     """Whether the sizes are such that the gains are promised, and not only what holds at any size."""
     strengths: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """β of RLHF and of the losses with a reference; simpo has β of its own."""
+    """β of the preference losses with a reference; simpo has β of its own."""
+    online_strengths: tuple[float, ...] = (0.03, 0.3)
+    """β of RLHF: its runs take longest."""
     simpo_strengths: tuple[float, ...] = (3.0, 10.0, 30.0)
     simpo_margin: float = 0.5
     gammas: tuple[float, ...] = (1.0,)
     """γ of the pretraining term, in the ablation, beside γ = 0."""
-    ablation_strengths: tuple[float, ...] = (0.03, 0.3)
     review_tokens: int = 48
     prompt_tokens: int = 6
     new_tokens: int = 24
@@ -93,7 +94,7 @@ PRESETS = {
         methods=("dpo", "rloo"),
         promised=False,
         strengths=(0.1,),
-        ablation_strengths=(0.1,),
+        online_strengths=(0.1,),
         review_tokens=32,
         new_tokens=12,
         probes=16,
@@ -128,7 +129,8 @@ def run(config: Config) -> dict[str, Any]:
     start = [jax.device_get(evaluate(world, world.reference, policies.evaluation_key(key))) for key in keys]
     found, samples = {}, {"reference": written(tools, world, world.reference)}
     for name in config.methods:
-        betas = config.simpo_strengths if name == "simpo" else config.strengths
+        betas = config.online_strengths if name in policies.ONLINE else config.strengths
+        betas = config.simpo_strengths if name == "simpo" else betas
         lanes = every_run(tools, world, name, pairs, betas, keys)
         found[name] = {"beta": np.asarray(betas), "snapshots": lanes["snapshots"], "steps": lanes["steps"]}
         samples[name] = written(tools, world, lanes["best"])
@@ -158,7 +160,10 @@ def every_run(
             lane = one(world, own, jnp.float32(beta), jnp.float32(gamma), keys[seed])
             return lane if seed == 0 else {part: lane[part] for part in ("snapshots", "steps")}
 
-        lanes.append(kept(_place(tools.config, f"{name}-gamma{gamma:g}-beta{beta:g}-seed{seed}"), compute))
+        run_name = f"{name}-gamma{gamma:g}-beta{beta:g}-seed{seed}"
+        lanes.append(kept(_place(tools.config, run_name), compute))
+        ends = {measure: float(values[-1]) for measure, values in lanes[-1]["snapshots"].items()}
+        tqdm.write(" ".join([run_name, *(f"{measure} {value:.3f}" for measure, value in ends.items())]))
     best = max(lanes[: len(betas)], key=lambda lane: float(lane["snapshots"]["gold"][-1]))["params"]
     shape = (len(keys), len(betas))
     told = [{part: lane[part] for part in ("snapshots", "steps")} for lane in lanes]
@@ -239,10 +244,8 @@ def ablated(
     tools: policies.Tools, world: policies.World, found: dict[str, Any], keys: jax.Array
 ) -> list[dict[str, Any]]:
     """RLOO with the pretraining term at each γ, and each β: what T1b asks, on a GPT-2. γ = 0 is what has been run."""
-    betas = tools.config.ablation_strengths
-    places = [tools.config.strengths.index(beta) for beta in betas]
-    without = jax.tree.map(lambda leaf: leaf[:, places], found["rloo"]["snapshots"])
-    rows = [{"gamma": 0.0, "beta": np.asarray(betas), "snapshots": without}]
+    betas = tools.config.online_strengths
+    rows = [{"gamma": 0.0, "beta": np.asarray(betas), "snapshots": found["rloo"]["snapshots"]}]
     for gamma in tools.config.gammas:
         lanes = every_run(tools, world, "rloo", None, betas, keys, gamma=gamma)
         rows.append({"gamma": gamma, "beta": np.asarray(betas), "snapshots": lanes["snapshots"]})
