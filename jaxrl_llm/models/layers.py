@@ -71,6 +71,12 @@ def unembed(x: Float[Array, "rows features"], table: Float[Array, "vocab feature
     return jnp.einsum("nd,vd->nv", x, table, preferred_element_type=dtype)
 
 
+def standardise(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
+    """(x − mean) / √(variance + ε) over the last axis."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+
+
 class LayerNorm(nnx.Module):
     """(x − mean) / √(variance + ε) · scale + bias over the last axis (Ba et al. 2016)."""
 
@@ -80,9 +86,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+        return standardise(x, self.epsilon) * self.scale[...] + self.bias[...]
 
 
 class RMSNorm(nnx.Module):

@@ -266,9 +266,9 @@ def test_silu_goes_by_other_names(tmp_path, act):
 @pytest.mark.parametrize(
     ("name", "config", "said"),
     [
-        ("gpt2-1", {"model_type": ABSENT}, "model_type must be one of gpt2, llama, t5, but is None"),
-        ("gpt2-1", {"model_type": "mamba"}, "model_type must be one of gpt2, llama, t5, but is 'mamba'"),
-        ("gpt2-1", {"model_type": ["gpt2"]}, "model_type must be one of gpt2, llama, t5, but is ['gpt2']"),
+        ("gpt2-1", {"model_type": ABSENT}, "model_type must be one of gpt2, llama, stablelm, t5, but is None"),
+        ("gpt2-1", {"model_type": "mamba"}, "model_type must be one of gpt2, llama, stablelm, t5, but is 'mamba'"),
+        ("gpt2-1", {"model_type": ["gpt2"]}, "model_type must be one of gpt2, llama, stablelm, t5, but is ['gpt2']"),
         ("gpt2-1", {"activation_function": "mish"}, "activation_function must be one of gelu_new,"),
         ("gpt2-1", {"activation_function": None}, "activation_function must be a name, but is None"),
         ("gpt2-1", {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
