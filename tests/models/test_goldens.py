@@ -1,4 +1,4 @@
-"""GPT-2, Llama and StableLM against what transformers + torch computed with the same files (tests/goldens/make_goldens.py)."""
+"""GPT-2, Llama and StableLM against what transformers + torch computed of the same files (goldens/make_goldens.py)."""
 
 import functools
 from pathlib import Path
