@@ -23,6 +23,7 @@ import scipy.stats  # noqa: E402
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from jaxrl_llm.models.llama import Llama, LlamaConfig  # noqa: E402
+from jaxrl_llm.models.stablelm import StableLM, StableLMConfig  # noqa: E402
 from jaxrl_llm.models.t5 import T5, T5Given  # noqa: E402
 from jaxrl_llm.models.t5_layers import T5Config  # noqa: E402
 from jaxrl_llm.tabular import TabularLM  # noqa: E402
@@ -59,6 +60,19 @@ TINY = {
             attention_bias=True,
             mlp_bias=True,
             tie_word_embeddings=False,
+        )
+    ),
+    "stablelm": StableLM(
+        StableLMConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=CONTEXT,
+            use_qkv_bias=True,
+            qk_layernorm=True,
         )
     ),
     "t5": T5Given(TINY_T5.config, num_sources=1),

@@ -4,6 +4,7 @@ from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
 from jaxrl_llm.models.llama import Llama, LlamaConfig
 from jaxrl_llm.models.loading import Loaded, load, save
+from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
 from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.models.t5_layers import T5Config
 
@@ -16,6 +17,8 @@ __all__ = [
     "Loaded",
     "LoadedReward",
     "ScalarHead",
+    "StableLM",
+    "StableLMConfig",
     "T5Config",
     "load",
     "load_reward_model",

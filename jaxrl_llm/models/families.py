@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
+from jaxrl_llm.models.llama import Llama, LlamaConfig
 from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.rotary import rope_from_config, rope_parameters
+from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
 from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.models.t5_layers import T5Config
 
@@ -29,6 +31,10 @@ class Family:
     embedding: str
 
 
+ROTARY_BUFFERS = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rotary_emb\.inv_freq")
+SILU = (None, "silu", "swish")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 FAMILIES = {
     "gpt2": Family(
         GPT2,
@@ -47,8 +53,19 @@ FAMILIES = {
         "LlamaForCausalLM",
         prefix="model.",
         transposed=True,
-        buffers=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rotary_emb\.inv_freq"),
-        refused={"hidden_act": (None, "silu", "swish"), "partial_rotary_factor": (None, 1)},
+        buffers=ROTARY_BUFFERS,
+        refused={"hidden_act": SILU},
+        copies=("lm_head.weight",),
+        embedding="embed_tokens.weight",
+    ),
+    "stablelm": Family(
+        StableLM,
+        StableLMConfig,
+        "StableLmForCausalLM",
+        prefix="model.",
+        transposed=True,
+        buffers=ROTARY_BUFFERS,
+        refused={"hidden_act": SILU},
         copies=("lm_head.weight",),
         embedding="embed_tokens.weight",
     ),
@@ -67,7 +84,8 @@ FAMILIES = {
 
 REQUIRED = {  # what a config.json must say
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head"),
-    "llama": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "llama": SIZES,
+    "stablelm": SIZES,
     "t5": ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
 }
 
@@ -99,11 +117,8 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
     known = {field.name for field in dataclasses.fields(family.config)}
     values = {name: value for name, value in config.items() if name in known}
-    if model_type == "llama":
-        values |= _rope(config, source)
-        values["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
-        # Where the format's default is not that of our configuration:
-        values = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | values
+    if model_type in ("llama", "stablelm"):
+        values |= _rotary(model_type, config, source)
     if model_type == "t5":
         values |= _t5(config, source, tensor_names)
     missing = [name for name in REQUIRED[model_type] if name not in config]
@@ -115,27 +130,16 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
         raise ValueError(f"{source}: {error}") from error
 
 
-def _rope(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Rotary settings of the old form (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`)."""
-    settings = {"rope_theta": config.get("rope_theta")}
-    for form in ("rope_scaling", "rope_parameters"):
-        given = config.get(form) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
-        settings |= given
-    if settings.get("partial_rotary_factor") not in (None, 1):
-        raise ValueError(f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported.")
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
-    theta = settings["rope_theta"]
-    values = {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": None}
-    if rope_type != "default":
-        known = {field.name for field in dataclasses.fields(RopeScaling)}
-        scaling = {name: value for name, value in settings.items() if name in known} | {"rope_type": rope_type}
-        try:
-            values["rope_scaling"] = RopeScaling(**scaling)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: rope scaling {settings}: {error}") from error
-    return values
+def _rotary(model_type: str, config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Rotary settings of either form, and heads; for Llama, the format's defaults where ours are others."""
+    values = rope_from_config(config, source, rotated=0.25 if model_type == "stablelm" else 1)
+    values["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    if model_type == "stablelm":
+        return values
+    if (factor := values.pop("partial_rotary_factor")) != 1:
+        raise ValueError(f"{source}: partial_rotary_factor = {factor!r} is not supported.")
+    formats = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+    return {name: value for name, value in formats.items() if name not in config} | values
 
 
 def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]]) -> dict[str, Any]:
@@ -163,15 +167,14 @@ def config_of(model: Network) -> dict[str, Any]:
     """The `config.json` of a model of ours."""
     model_type, family = family_of(model)
     config = dataclasses.asdict(model.config)
-    if model_type == "llama":
-        scaling = config.pop("rope_scaling")
-        rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-        if scaling is not None:
-            fields = ("rope_type", "factor") if scaling["rope_type"] == "linear" else tuple(scaling)
-            rope |= {name: scaling[name] for name in fields}
-        config["rope_parameters"] = rope
-        config["head_dim"] = model.config.head_size
+    if model_type in ("llama", "stablelm"):
+        del config["rope_scaling"]
+        config["rope_parameters"] = rope_parameters(model.config.rope_theta, model.config.rope_scaling)
         config["hidden_act"] = "silu"
+    if model_type == "llama":
+        config["head_dim"] = model.config.head_size
+    if model_type == "stablelm":
+        config["rope_parameters"]["partial_rotary_factor"] = model.config.partial_rotary_factor
     if model_type == "t5":
         config["num_decoder_layers"] = model.config.decoder_layers
         config["scale_decoder_outputs"] = model.config.output_scale != 1

@@ -15,7 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models import families, huggingface, loading
 
-ARCHITECTURES = {"gpt2": "GPT2ForSequenceClassification", "llama": "LlamaForSequenceClassification"}
+ARCHITECTURES = {
+    "gpt2": "GPT2ForSequenceClassification",
+    "llama": "LlamaForSequenceClassification",
+    "stablelm": "StableLmForSequenceClassification",
+}
 
 
 @dataclasses.dataclass(frozen=True)

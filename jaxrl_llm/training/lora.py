@@ -20,7 +20,12 @@ from jaxrl_llm.models.network import Network
 from jaxrl_llm.training.steps import View
 
 Adapter = dict[str, dict[str, Array]]  # the tensor's name: {"a": [in, rank], "b": [rank, out]}
-DEFAULT_TARGETS = {"gpt2": ("c_attn",), "llama": ("q_proj", "v_proj"), "t5": ("q", "v")}
+DEFAULT_TARGETS = {
+    "gpt2": ("c_attn",),
+    "llama": ("q_proj", "v_proj"),
+    "stablelm": ("q_proj", "v_proj"),
+    "t5": ("q", "v"),
+}
 
 
 class Lora(NamedTuple):

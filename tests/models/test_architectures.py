@@ -1,4 +1,4 @@
-"""GPT-2 and Llama as functions: their sizes, their initial parameters, and what may and may not change their logits."""
+"""GPT-2, Llama and StableLM as functions: sizes, initial parameters, and what may and may not change their logits."""
 
 import functools
 import math
@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl_llm.models.gpt2 import ACTIVATIONS, GPT2, GPT2Config
 from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
+from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
 
 VOCAB, CONTEXT = 29, 16
 GPT2_SIZES = {"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 12, "n_layer": 2, "n_head": 3}
@@ -24,9 +25,23 @@ LLAMA_SIZES = {
     "max_position_embeddings": CONTEXT,
     "rope_theta": 100.0,
 }
-BOTH = {
+STABLELM_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": CONTEXT,
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.7,  # 4 of 6 coordinates
+}
+STABLELM_OPTIONS = {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True}
+MODELS = {
     "gpt2": GPT2(GPT2Config(**GPT2_SIZES)),
     "llama": Llama(LlamaConfig(**LLAMA_SIZES, attention_bias=True, mlp_bias=True)),
+    "stablelm": StableLM(StableLMConfig(**STABLELM_SIZES)),
+    "stablelm-options": StableLM(StableLMConfig(**STABLELM_SIZES, **STABLELM_OPTIONS, tie_word_embeddings=True)),
 }
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 10))
 
@@ -51,9 +66,9 @@ def logits_of(lm, params, tokens, mask=None):
     return np.asarray(apply(lm, params, jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)))
 
 
-@pytest.fixture(scope="module", params=BOTH)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    return BOTH[request.param], random_params(BOTH[request.param])
+    return MODELS[request.param], random_params(MODELS[request.param])
 
 
 # Sizes and initial parameters -----------------------------------------------------------------------------------------
@@ -80,8 +95,9 @@ def model(request):
             ),
             1_100_048_384,
         ),
+        (StableLM(), 2_795_443_200),  # StableLM-Zephyr-3B
     ],
-    ids=["gpt2", "gpt2-medium", "gpt2-untied", "smollm2-135m", "tinyllama-1.1b"],
+    ids=["gpt2", "gpt2-medium", "gpt2-untied", "smollm2-135m", "tinyllama-1.1b", "stablelm-zephyr-3b"],
 )
 def test_the_number_of_parameters_is_the_published_one(lm, count):
     assert lm.num_params() == count
@@ -108,6 +124,19 @@ INITIAL = {
             num_key_value_heads=4,
             attention_bias=True,
             mlp_bias=True,
+            initializer_range=0.05,
+        )
+    ),
+    "stablelm": StableLM(
+        StableLMConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            use_qkv_bias=True,
+            qk_layernorm=True,
             initializer_range=0.05,
         )
     ),
@@ -138,14 +167,17 @@ def test_gpt2_starts_as_published():
     assert len(leaves) == 2 + 3 * 12 + 2 + 1
 
 
-def test_llama_starts_as_published():
-    leaves = initial("llama")
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama", 1 + 2 * (2 + 7 * 2) + 1), ("stablelm", 1 + 2 * (4 + 7 + 3 + 8) + 2 + 1)]
+)
+def test_llama_and_stablelm_start_as_published(name, count):
+    leaves = initial(name)
     for name, leaf in leaves.items():
         if name.endswith(("scale", "bias")):
             np.testing.assert_array_equal(leaf, 1 if name.endswith("scale") else 0, err_msg=name)
         else:
             assert_std(name, leaf, 0.05)
-    assert len(leaves) == 1 + 2 * (2 + 7 * 2) + 1
+    assert len(leaves) == count
 
 
 @pytest.mark.parametrize("name", INITIAL)
@@ -196,6 +228,17 @@ def test_parameters_are_a_plain_nested_dict_of_arrays(name):
         (lambda: LlamaConfig(head_dim=9), "must be even for rotary positions, but is 9"),
         (lambda: LlamaConfig(rope_theta=0.0), "rope_theta must be above 0"),
         (lambda: LlamaConfig(rms_norm_eps=-1e-6), "rms_norm_eps must be a finite number, 0 or above, but is -1e-06"),
+        (lambda: StableLMConfig(num_key_value_heads=12), "they are 32 and 12"),
+        (lambda: StableLMConfig(hidden_size=2561), "hidden_size must be a multiple of num_attention_heads"),
+        (
+            lambda: StableLMConfig(partial_rotary_factor=0.6, hidden_size=160),
+            "a head's 5 coordinates to turn, 2 or more",
+        ),
+        (lambda: StableLMConfig(partial_rotary_factor=0.0), "2 or more, but is 0.0"),
+        (lambda: StableLMConfig(partial_rotary_factor=1.5), "2 or more, but is 1.5"),
+        (lambda: StableLMConfig(partial_rotary_factor=0.15, hidden_size=640), "20 coordinates to turn, 2 or more, but"),
+        (lambda: StableLMConfig(layer_norm_eps=math.inf), "layer_norm_eps must be a finite number"),
+        (lambda: StableLMConfig(qk_layernorm=1), "qk_layernorm must be true or false, but is 1"),
         (lambda: RopeScaling("yarn", 2.0), "rope_type must be default, linear or llama3, but is 'yarn'"),
         (lambda: RopeScaling("llama3", 8.0), "rope_type llama3 needs original_max_position_embeddings"),
         (lambda: RopeScaling("linear", 0.0), "factor must be above 0"),
@@ -215,17 +258,19 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_models_are_equal_and_hash_by_their_configuration():
-    assert GPT2(GPT2Config(**GPT2_SIZES)) == BOTH["gpt2"] and hash(GPT2(GPT2Config(**GPT2_SIZES))) == hash(BOTH["gpt2"])
-    assert GPT2(GPT2Config(**GPT2_SIZES | {"n_head": 2})) != BOTH["gpt2"]
+    assert GPT2(GPT2Config(**GPT2_SIZES)) == MODELS["gpt2"] and hash(GPT2(GPT2Config(**GPT2_SIZES))) == hash(
+        MODELS["gpt2"]
+    )
+    assert GPT2(GPT2Config(**GPT2_SIZES | {"n_head": 2})) != MODELS["gpt2"]
     scaled = [
         Llama(LlamaConfig(**LLAMA_SIZES, rope_scaling=RopeScaling("linear", factor))) for factor in (2.0, 2.0, 4.0)
     ]
     assert scaled[0] == scaled[1] != scaled[2] and len(set(scaled)) == 2
-    assert BOTH["gpt2"] != BOTH["llama"]
+    assert MODELS["gpt2"] != MODELS["llama"]
 
 
 def test_an_equal_model_compiles_nothing_anew():
-    lm, params = BOTH["gpt2"], random_params(BOTH["gpt2"])
+    lm, params = MODELS["gpt2"], random_params(MODELS["gpt2"])
     logits_of(lm, params, TOKENS)
     compiled = apply._cache_size()
     logits_of(GPT2(GPT2Config(**GPT2_SIZES)), params, TOKENS)
@@ -314,11 +359,51 @@ def llama_by_definition(config, params, tokens):
     return norm(params["norm"], x) @ params["embed_tokens"]["embedding"].T
 
 
+def stablelm_by_definition(config, params, tokens):
+    size, time = config.head_size, len(tokens)
+    turned = int(size * config.partial_rotary_factor)
+
+    def norm(x, scale, bias=0):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / np.sqrt(x.var(axis=-1, keepdims=True) + config.layer_norm_eps) * scale + bias
+
+    def rotate(x):
+        """Coordinate pair by coordinate pair, among the first ones."""
+        x, half = x.copy(), turned // 2
+        for i in range(half):
+            angle = np.arange(time) * config.rope_theta ** (-2 * i / turned)
+            first, second = x[..., i].copy(), x[..., i + half].copy()
+            x[..., i] = first * np.cos(angle) - second * np.sin(angle)
+            x[..., i + half] = first * np.sin(angle) + second * np.cos(angle)
+        return x
+
+    def heads(attn, name, x):
+        split = linear(attn[f"{name}_proj"], x).reshape(time, -1, size).swapaxes(0, 1)
+        if name != "v":
+            if config.qk_layernorm:
+                scales = attn[f"{name}_layernorm"]["norms"]
+                split = np.stack([norm(head, scales[i]["scale"]) for i, head in enumerate(split)])
+            split = rotate(split)
+        return np.repeat(split, config.num_attention_heads // len(split), axis=0)
+
+    x = params["embed_tokens"]["embedding"][tokens]
+    for layer in range(config.num_hidden_layers):
+        block = params["layers"][layer]
+        attn, mlp, y = block["self_attn"], block["mlp"], norm(x, **block["input_layernorm"])
+        mixed = linear(attn["o_proj"], attention(*(heads(attn, name, y) for name in "qkv"), size**-0.5))
+        if not config.use_parallel_residual:
+            y = norm(x + mixed, **block["post_attention_layernorm"])
+        gate = linear(mlp["gate_proj"], y)
+        x = x + mixed + linear(mlp["down_proj"], gate / (1 + np.exp(-gate)) * linear(mlp["up_proj"], y))
+    x = norm(x, **params["norm"])
+    return x @ params["embed_tokens"]["embedding"].T if config.tie_word_embeddings else linear(params["lm_head"], x)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_logits_are_those_of_the_definition(model, dtype):
     """float64 parameters are computed with in float64 throughout; float32 ones in float32 also where x64 is on."""
     lm, _ = model
-    by_definition = {"GPT2": gpt2_by_definition, "Llama": llama_by_definition}[type(lm).__name__]
+    by_definition = {"GPT2": gpt2_by_definition, "Llama": llama_by_definition, "StableLM": stablelm_by_definition}
     with jax.enable_x64(True):
         params = random_params(lm, dtype)
         logits = logits_of(lm, params, TOKENS)
@@ -326,13 +411,13 @@ def test_logits_are_those_of_the_definition(model, dtype):
         hidden, _ = jax.eval_shape(lm.hidden, params, jnp.asarray(TOKENS))
         assert str(hidden.dtype) == dtype
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    expected = np.stack([by_definition(lm.config, exact, row) for row in TOKENS])
+    expected = np.stack([by_definition[type(lm).__name__](lm.config, exact, row) for row in TOKENS])
     assert expected.std() > 0.5
     np.testing.assert_allclose(logits, expected, rtol=0, atol={"float32": 2e-5, "float64": 1e-12}[dtype])
 
 
 def test_grouped_heads_are_repeated_heads():
-    grouped, params = BOTH["llama"], random_params(BOTH["llama"])
+    grouped, params = MODELS["llama"], random_params(MODELS["llama"])
     config = LlamaConfig(**LLAMA_SIZES | {"num_key_value_heads": 6}, attention_bias=True, mlp_bias=True)
 
     def repeat(path, leaf):

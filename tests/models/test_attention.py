@@ -1,4 +1,4 @@
-"""The attention weights of GPT-2 and Llama, on request."""
+"""The attention weights of GPT-2, Llama and StableLM, on request."""
 
 import functools
 
@@ -18,6 +18,12 @@ MASKS = {
 }
 
 
+@pytest.fixture(scope="module", params=["gpt2", "llama", "stablelm"])
+def neural(request):
+    """The decoder-only transformers: the model and its parameters."""
+    return TINY[request.param], random_params(TINY[request.param])
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def weights_of(lm, params, tokens, mask=None):
     return lm.attention(params, tokens, mask=mask)
@@ -27,7 +33,7 @@ def weights_of(lm, params, tokens, mask=None):
 def test_rows_sum_to_one_over_the_valid_past_and_are_zero_elsewhere(neural, mask):
     lm, params = neural
     weights = np.asarray(weights_of(lm, params, TOKENS, mask))
-    heads = {"GPT2": 2, "Llama": 4}[type(lm).__name__]
+    heads = {"GPT2": 2, "Llama": 4, "StableLM": 2}[type(lm).__name__]
     assert weights.shape == (1, 3, heads, 8, 8) and weights.dtype == np.float32
     valid = np.ones(TOKENS.shape, bool) if mask is None else mask
     may = valid[:, :, None] & valid[:, None] & np.tril(np.ones((8, 8), bool))

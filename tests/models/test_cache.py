@@ -10,11 +10,13 @@ import pytest
 
 from jaxrl_llm.models.gpt2 import GPT2
 from jaxrl_llm.models.llama import Llama
+from jaxrl_llm.models.stablelm import StableLM
 from tests.conftest import TINY, random_params
 
 DEEPER = {  # what a layer writes into its memory depends on what the layer below read from its own
     "gpt2": GPT2(dataclasses.replace(TINY["gpt2"].config, n_layer=2)),
     "llama": Llama(dataclasses.replace(TINY["llama"].config, num_hidden_layers=2)),
+    "stablelm": StableLM(dataclasses.replace(TINY["stablelm"].config, num_hidden_layers=2)),
     "t5": TINY["t5"],
     "tabular": TINY["tabular"],
 }
@@ -36,9 +38,9 @@ def any_model(request):
     return DEEPER[request.param], random_params(DEEPER[request.param])
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "stablelm"])
 def neural(request):
-    """GPT-2 and Llama: the model and its parameters."""
+    """The decoder-only transformers: the model and its parameters."""
     return DEEPER[request.param], random_params(DEEPER[request.param])
 
 

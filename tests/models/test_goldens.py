@@ -1,4 +1,4 @@
-"""GPT-2 and Llama against what transformers + torch computed with the same files (tests/goldens/make_goldens.py)."""
+"""GPT-2, Llama and StableLM against what transformers + torch computed of the same files (goldens/make_goldens.py)."""
 
 import functools
 from pathlib import Path
@@ -13,7 +13,7 @@ from jaxrl_llm import models
 from jaxrl_llm.decoding import generate
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-NAMES = ("gpt2-0", "gpt2-1", "llama-0", "llama-1")
+NAMES = ("gpt2-0", "gpt2-1", "llama-0", "llama-1", "stablelm-0", "stablelm-1")
 EOS, PAD = 1, 0
 
 
@@ -61,9 +61,14 @@ def test_the_goldens_try_what_they_should():
     assert all(len(set(row)) > 1 for each in expected for row in each["generated"].tolist()), "no row repeats one token"
     configs = [models.load(GOLDENS / name).model.config for name in NAMES]
     assert {config.tie_word_embeddings for config in configs} == {True, False}
-    assert {config.rope_scaling.rope_type for config in configs[2:]} == {"linear", "llama3"}
-    assert {config.attention_bias for config in configs[2:]} == {True, False}
-    assert any(config.num_key_value_heads < config.num_attention_heads for config in configs[2:])
+    assert {config.rope_scaling.rope_type for config in configs[2:4]} == {"linear", "llama3"}
+    assert {config.attention_bias for config in configs[2:4]} == {True, False}
+    assert any(config.num_key_value_heads < config.num_attention_heads for config in configs[2:4])
+    plain, full = configs[4:]
+    options = ("use_qkv_bias", "qk_layernorm", "use_parallel_residual", "tie_word_embeddings", "rope_scaling")
+    assert not any(getattr(plain, each) for each in options) and all(getattr(full, each) for each in options)
+    assert plain.num_key_value_heads == plain.num_attention_heads and full.num_key_value_heads == 2
+    assert [(config.rotary_dim, config.head_size) for config in (plain, full)] == [(4, 16), (12, 16)]
     assert {config.scale_attn_by_inverse_layer_idx for config in configs[:2]} == {True, False}
 
 

@@ -1,6 +1,7 @@
 """Models as they are found in the wild, whole and damaged: the goldens, rewritten."""
 
 import ast
+import dataclasses
 import fnmatch
 import functools
 import http.server
@@ -67,7 +68,7 @@ def logits(loaded):
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("gpt2-0", "transformer."), ("gpt2-1", "transformer."), ("llama-0", "model."), ("llama-1", "model.")],
+    [("gpt2-0", "transformer."), ("gpt2-1", "transformer."), ("llama-0", "model."), ("stablelm-0", "model.")],
 )
 def test_tensor_names_may_lack_the_prefix(tmp_path, name, prefix):
     def without(tensors):
@@ -253,6 +254,35 @@ def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
     assert (config.rope_theta, config.tie_word_embeddings, config.attention_bias) == (10000.0, False, False)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_scaling": None},  # as the files of 2024 say it
+        {"rope_theta": 10000, "rope_scaling": None},  # the format's default is a quarter
+        {},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "partial_rotary_factor": 0.25},
+        {"rope_parameters": {"partial_rotary_factor": 0.25}, "partial_rotary_factor": 0.5},  # the new form goes before
+        {"rope_parameters": {"partial_rotary_factor": None}, "partial_rotary_factor": 0.25},
+    ],
+)
+def test_the_share_of_a_head_that_turns_is_read_in_every_form(tmp_path, settings):
+    loaded = models.load(variant(tmp_path, "stablelm-0", config={"rope_parameters": ABSENT} | settings))
+    config = golden("stablelm-0").model.config
+    assert loaded.model.config == dataclasses.replace(config, partial_rotary_factor=0.25)
+    np.testing.assert_array_equal(logits(loaded), logits(golden("stablelm-0")))  # 0.25 · 16 and 0.3 · 16 are both 4
+
+
+def test_stablelms_absent_fields_have_the_defaults_of_the_format(tmp_path):
+    fields = ("num_key_value_heads", "layer_norm_eps", "rope_parameters", "tie_word_embeddings", "use_qkv_bias")
+    fields += ("qk_layernorm", "use_parallel_residual", "max_position_embeddings", "initializer_range", "hidden_act")
+    loaded = models.load(variant(tmp_path, "stablelm-0", config=dict.fromkeys(fields, ABSENT)))
+    expected = dataclasses.replace(
+        golden("stablelm-0").model.config, partial_rotary_factor=0.25, max_position_embeddings=4096
+    )
+    assert loaded.model.config == expected
+
+
 @pytest.mark.parametrize("value", [ABSENT, None])
 def test_without_num_key_value_heads_every_head_has_its_own(tmp_path, value):
     assert_is_golden(models.load(variant(tmp_path, "llama-0", config={"num_key_value_heads": value})), "llama-0")
@@ -266,9 +296,9 @@ def test_silu_goes_by_other_names(tmp_path, act):
 @pytest.mark.parametrize(
     ("name", "config", "said"),
     [
-        ("gpt2-1", {"model_type": ABSENT}, "model_type must be one of gpt2, llama, t5, but is None"),
-        ("gpt2-1", {"model_type": "mamba"}, "model_type must be one of gpt2, llama, t5, but is 'mamba'"),
-        ("gpt2-1", {"model_type": ["gpt2"]}, "model_type must be one of gpt2, llama, t5, but is ['gpt2']"),
+        ("gpt2-1", {"model_type": ABSENT}, "model_type must be one of gpt2, llama, stablelm, t5, but is None"),
+        ("gpt2-1", {"model_type": "mamba"}, "model_type must be one of gpt2, llama, stablelm, t5, but is 'mamba'"),
+        ("gpt2-1", {"model_type": ["gpt2"]}, "model_type must be one of gpt2, llama, stablelm, t5, but is ['gpt2']"),
         ("gpt2-1", {"activation_function": "mish"}, "activation_function must be one of gelu_new,"),
         ("gpt2-1", {"activation_function": None}, "activation_function must be a name, but is None"),
         ("gpt2-1", {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
@@ -299,6 +329,14 @@ def test_silu_goes_by_other_names(tmp_path, act):
         ("llama-0", {"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor must be above 0"),
         ("llama-0", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "factor must be a finite number"),
         ("llama-0", {"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a finite number"),
+        ("stablelm-0", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ("stablelm-0", {"hidden_size": ABSENT}, "the configuration lacks hidden_size"),
+        ("stablelm-0", {"model_type": "stablelm_epoch"}, "but is 'stablelm_epoch'"),
+        ("stablelm-0", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "16 coordinates to turn, 2 or more, but"),
+        ("stablelm-0", {"rope_parameters": {"partial_rotary_factor": "1"}}, "must be a finite number, 0 or above, but"),
+        ("stablelm-0", {"qk_layernorm": "yes"}, "qk_layernorm must be true or false, but is 'yes'"),
+        ("stablelm-0", {"use_qkv_bias": True}, "missing layers.0.self_attn.k_proj.bias"),
+        ("stablelm-0", {"use_parallel_residual": True}, "unknown model.layers.0.post_attention_layernorm.bias"),
         (
             "llama-0",
             {"rope_parameters": {"partial_rotary_factor": 0.25}},

@@ -1,5 +1,6 @@
 """What `models.save` writes, `models.load` reads back bit for bit, and transformers understands."""
 
+import dataclasses
 import json
 import os
 
@@ -15,6 +16,7 @@ from jaxrl_llm import models
 from jaxrl_llm.data import bpe
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
+from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
 from jaxrl_llm.tabular import TabularLM
 
 GPT2_SIZES = {"vocab_size": 19, "n_positions": 24, "n_embd": 12, "n_layer": 2, "n_head": 3}
@@ -28,6 +30,16 @@ LLAMA_SIZES = {
     "max_position_embeddings": 24,
 }
 LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.5, high_freq_factor=5.0, original_max_position_embeddings=16)
+STABLELM_SIZES = LLAMA_SIZES | {"hidden_size": 24}
+STABLELM_OPTIONS = {
+    "partial_rotary_factor": 1.0,
+    "rope_theta": 77.0,
+    "rope_scaling": RopeScaling("linear", 4.0),
+    "use_qkv_bias": True,
+    "qk_layernorm": True,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": True,
+}
 LMS = {
     "gpt2": GPT2(GPT2Config(**GPT2_SIZES)),
     "gpt2-untied": GPT2(GPT2Config(**GPT2_SIZES, tie_word_embeddings=False, n_inner=10, activation_function="relu")),
@@ -45,6 +57,8 @@ LMS = {
     "llama-biases": Llama(LlamaConfig(**LLAMA_SIZES, attention_bias=True, mlp_bias=True, rope_theta=77.0)),
     "llama-linear": Llama(LlamaConfig(**LLAMA_SIZES, rope_scaling=RopeScaling("linear", 4.0))),
     "llama-llama3": Llama(LlamaConfig(**LLAMA_SIZES, rope_scaling=LLAMA3)),
+    "stablelm": StableLM(StableLMConfig(**STABLELM_SIZES, partial_rotary_factor=0.5)),
+    "stablelm-options": StableLM(StableLMConfig(**STABLELM_SIZES, **STABLELM_OPTIONS, layer_norm_eps=1e-3)),
 }
 
 
@@ -74,8 +88,8 @@ def test_the_same_model_and_parameters_come_back(tmp_path, name):
     models.save(tmp_path / "new" / "folder", lm, params)
     loaded = models.load(tmp_path / "new" / "folder")
     # head_dim None is written out as the number that it means
-    config = lm.config if isinstance(lm, GPT2) else LlamaConfig(**vars(lm.config) | {"head_dim": lm.config.head_size})
-    assert loaded.model.config == config
+    written = {"head_dim": lm.config.head_size} if isinstance(lm, Llama) else {}
+    assert loaded.model == dataclasses.replace(lm, config=dataclasses.replace(lm.config, **written))
     assert_equal_bits(loaded.params, params)
     assert loaded.tokenizer is None
 
@@ -87,14 +101,18 @@ def test_transformers_reads_the_configuration(tmp_path, name):
     models.save(tmp_path, lm, random_params(lm))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert config.model_type == name.split("-")[0]
-    assert config.architectures == [{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[config.model_type]]
+    architectures = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "stablelm": "StableLmForCausalLM"}
+    assert config.architectures == [architectures[config.model_type]]
     ours = dict(vars(lm.config))
-    if isinstance(lm, Llama):
+    if not isinstance(lm, GPT2):
         rope = {"rope_theta": ours.pop("rope_theta"), "rope_type": "default"}
         if (scaling := ours.pop("rope_scaling")) is not None:
             rope |= {field: config.rope_parameters[field] for field in vars(scaling) if field in config.rope_parameters}
             assert all(getattr(scaling, field) == rope[field] for field in rope if field != "rope_theta")
+        if isinstance(lm, StableLM):
+            rope["partial_rotary_factor"] = ours.pop("partial_rotary_factor")
         assert config.rope_parameters == rope
+    if isinstance(lm, Llama):
         ours["head_dim"] = lm.config.head_size
     assert {field: getattr(config, field) for field in ours} == ours
 
@@ -112,6 +130,14 @@ def test_tensors_have_the_names_and_shapes_of_published_checkpoints(tmp_path):
     assert shapes["model.layers.1.self_attn.k_proj.weight"] == (8, 12)  # [out, in]
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (12, 20)
     assert shapes["lm_head.weight"] == (19, 12)
+    models.save(tmp_path, LMS["stablelm"], random_params(LMS["stablelm"]))
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert len(shapes) == 1 + 2 * 11 + 2 + 1
+    assert shapes["model.layers.1.post_attention_layernorm.bias"] == shapes["model.norm.bias"] == (24,)
+    models.save(tmp_path, LMS["stablelm-options"], random_params(LMS["stablelm-options"]))
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert len(shapes) == 1 + 2 * (2 + 7 + 3 + 6 + 2) + 2
+    assert shapes["model.layers.1.self_attn.q_layernorm.norms.5.weight"] == (4,)
 
 
 def test_a_tied_head_is_not_written(tmp_path):
@@ -185,7 +211,7 @@ def test_a_configuration_of_the_old_form_is_written_in_the_new(tmp_path):
 
 def test_a_model_without_a_published_form_is_an_error(tmp_path):
     lm = TabularLM(vocab_size=2, horizon=2)
-    with pytest.raises(ValueError, match="TabularLM has no Hugging Face form; gpt2, llama, t5 have one"):
+    with pytest.raises(ValueError, match="TabularLM has no Hugging Face form; gpt2, llama, stablelm, t5 have one"):
         models.save(tmp_path, lm, lm.init(jax.random.key(0)))
     assert not list(tmp_path.iterdir())
 

@@ -87,6 +87,8 @@ def random_config(rng: np.random.Generator, family: str) -> transformers.Pretrai
             "original_max_position_embeddings": 16,
         },
     ][rng.integers(3)]
+    if family == "stablelm":
+        return stablelm_config(rng, heads, kv_heads, layers, vocab, rope, special)
     bias = bool(rng.integers(2))
     return transformers.LlamaConfig(
         vocab_size=vocab,
@@ -101,6 +103,27 @@ def random_config(rng: np.random.Generator, family: str) -> transformers.Pretrai
         rope_parameters=rope,
         attention_bias=bias,
         mlp_bias=bias,
+        tie_word_embeddings=bool(rng.integers(2)),
+        **special,
+    )
+
+
+def stablelm_config(rng, heads, kv_heads, layers, vocab, rope, special) -> transformers.StableLmConfig:
+    """A random StableLM, of heads that have coordinates enough to turn a quarter of."""
+    head_dim = int(rng.choice([8, 16]))
+    return transformers.StableLmConfig(
+        vocab_size=vocab,
+        hidden_size=heads * head_dim,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=48,
+        layer_norm_eps=float(rng.choice([1e-5, 1e-3])),
+        rope_parameters=rope | {"partial_rotary_factor": float(rng.choice([0.25, 0.3, 0.5, 0.75, 1.0]))},
+        use_qkv_bias=bool(rng.integers(2)),
+        qk_layernorm=bool(rng.integers(2)),
+        use_parallel_residual=bool(rng.integers(2)),
         tie_word_embeddings=bool(rng.integers(2)),
         **special,
     )

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 TOKENS = np.random.default_rng(0).integers(1, 23, (3, 9))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
 def test_transformers_gives_a_reward_models_scores(name, tmp_path):
     """Also where rows end before their last place: padding is a token of its own."""
     import torch
@@ -34,7 +34,7 @@ def test_transformers_gives_a_reward_models_scores(name, tmp_path):
     np.testing.assert_allclose(head.scores(params, tokens, mask), found.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
 def test_peft_loads_an_adapter_onto_the_same_model(name, tmp_path):
     import peft
     import torch

@@ -24,7 +24,7 @@ def theirs():
     return reference, make_beam_goldens
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "stablelm"])
 @pytest.mark.parametrize("seed", range(4))
 def test_beams_agree_token_for_token(theirs, family, seed, tmp_path):
     reference, goldens = theirs

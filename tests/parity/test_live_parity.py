@@ -1,4 +1,4 @@
-"""GPT-2 and Llama against transformers + torch, live, over random configurations; run by `make parity`."""
+"""GPT-2, Llama and StableLM against transformers + torch, live, over random configurations; run by `make parity`."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ def reference():
     return reference
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "stablelm"])
 @pytest.mark.parametrize("seed", range(20))
 def test_logits_and_greedy_generation_agree(reference, family, seed, tmp_path):
     rng = np.random.default_rng([seed, 7])
@@ -43,7 +43,7 @@ def test_logits_and_greedy_generation_agree(reference, family, seed, tmp_path):
     np.testing.assert_array_equal(generation.tokens, expected["generated"])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "stablelm"])
 def test_transformers_loads_what_we_save(reference, family, tmp_path):
     import torch
     import transformers

@@ -58,7 +58,7 @@ def test_logits_attention_greedy_and_beams_agree(theirs, seed, tmp_path):
         np.testing.assert_allclose(beams.score, expected["scores"][index], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "stablelm"])
 def test_attention_weights_of_decoders_agree(theirs, family, tmp_path):
     import torch
 

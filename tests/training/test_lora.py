@@ -28,7 +28,7 @@ def drawn(given, seed=1):
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
 def test_merging_adds_the_scaled_product_and_unmerging_takes_it_off(name):
     lm, params = TINY[name], random_params(TINY[name])
     given = lora.lora(lm, rank=2, alpha=6)
@@ -62,7 +62,7 @@ def test_training_moves_the_adapter_alone(gpt2):
     assert losses[-1] < losses[0] - 0.3 and set(state.params) == set(given.names)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
 def test_the_files_are_pefts_and_come_back(name, tmp_path):
     lm = TINY[name]
     given = lora.lora(lm, rank=3, alpha=5)

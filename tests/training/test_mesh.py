@@ -73,10 +73,21 @@ def test_rules_know_where_a_parameter_lies():
         ("layers/3/mlp/gate_proj/kernel", (32, 33), P(None, None)),  # 33 is odd: it stays whole
         ("h/0/attn/c_attn/bias", (96,), P("model")),
         ("wte/embedding", (64, 32), P("model", None)),
+        ("layers/0/self_attn/q_layernorm/norms/3/scale", (8,), P()),
         ("ln_f/scale", (32,), P()),
         ("step", (), P()),
     ]:
         assert meshes.spec_of(path, shape, two) == spec, path
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm", "t5"])
+def test_every_matrix_of_every_family_is_shared_out(name):
+    one = types.SimpleNamespace(shape={"data": 1, "model": 1})
+    for path, leaf in jax.tree_util.tree_leaves_with_path(TINY[name].abstract_params):
+        where = "/".join(str(entry.key) for entry in path)
+        small = where.endswith(("wpe/embedding", "relative_attention_bias/embedding"))
+        if leaf.ndim == 2 and not small:
+            assert "model" in meshes.spec_of(where, leaf.shape, one), where
 
 
 def test_what_does_not_fit_the_devices_is_refused():

@@ -1,0 +1,107 @@
+"""Rotary position embedding (Su et al. 2021): its frequencies, the turn, and its settings in a `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrl_llm.models.network import check_config
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies were stretched for a longer context: `linear`, or `llama3` (Llama 3.1)."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None  # llama3 needs it
+
+    def __post_init__(self):
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(f"rope_type must be default, linear or llama3, but is {self.rope_type!r}.")
+        if self.rope_type == "llama3" and not self.original_max_position_embeddings:
+            raise ValueError("rope_type llama3 needs original_max_position_embeddings.")
+        check_config(self)
+        if self.factor == 0:
+            raise ValueError("factor must be above 0.")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                "low_freq_factor must be below high_freq_factor, "
+                f"but they are {self.low_freq_factor} and {self.high_freq_factor}."
+            )
+
+
+def rope_frequencies(dim: int, *, theta: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
+    """Radians a position for each pair of `dim` coordinates: θ^(−2i/dim), stretched as `scaling` says."""
+    half = dim // 2
+    frequencies = float(theta) ** (-jnp.arange(half) / half)
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    # llama3: wavelengths beyond the original context are stretched, short ones kept, those between interpolated.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = jnp.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(
+    x: Float[Array, "batch head time head_dim"], angles: Float[Array, "batch time half"]
+) -> Float[Array, "batch head time head_dim"]:
+    """Coordinates i and i + half turn by their angle; those beyond 2 · half stay as they are."""
+    half = angles.shape[-1]
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def rope_from_config(config: dict[str, Any], source: str, *, rotated: float) -> dict[str, Any]:
+    """The fields `rope_theta`, `rope_scaling` and `partial_rotary_factor` of ours.
+
+    They stand in the old form (side by side) or the new (in `rope_parameters`), which goes before.
+
+    Args:
+        rotated: the share of a head that turns where the configuration does not say it.
+    """
+    settings = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    for form in ("rope_scaling", "rope_parameters"):
+        given = config.get(form) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
+        settings |= {name: value for name, value in given.items() if value is not None}
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    theta, factor = settings["rope_theta"], settings["partial_rotary_factor"]
+    values = {
+        "rope_theta": 10000.0 if theta is None else theta,
+        "rope_scaling": None,
+        "partial_rotary_factor": rotated if factor is None else factor,
+    }
+    if rope_type != "default":
+        known = {field.name for field in dataclasses.fields(RopeScaling)}
+        scaling = {name: value for name, value in settings.items() if name in known} | {"rope_type": rope_type}
+        try:
+            values["rope_scaling"] = RopeScaling(**scaling)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: rope scaling {settings}: {error}") from error
+    return values
+
+
+def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The settings in the new form."""
+    rope = {"rope_type": "default", "rope_theta": theta}
+    if scaling is None:
+        return rope
+    fields = dataclasses.asdict(scaling)
+    return rope | {
+        name: fields[name] for name in (("rope_type", "factor") if scaling.rope_type == "linear" else fields)
+    }
