@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+def encode(tokenizer: Any, prompt: str, *, chat: bool = False, lead: str = "") -> list[int]:
     """The tokens of a prompt; with `chat`, of the prompt as a user's message in the model's chat template.
 
-    An empty prompt is the beginning of a text: the tokenizer's BOS token.
+    An empty prompt is the beginning of a text: the tokenizer's BOS token. `lead` is what the answer begins with.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or no BOS token to stand for an empty prompt.
@@ -24,8 +24,8 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
             raise ValueError("this model has no chat template: it is not an instruct model.")
         message = [{"role": "user", "content": prompt}]
         rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has written BOS itself
-    tokens = tokenizer(prompt)["input_ids"]
+        return tokenizer(rendered + lead, add_special_tokens=False)["input_ids"]  # the template has written BOS itself
+    tokens = tokenizer(prompt + lead)["input_ids"]
     if not tokens and tokenizer.bos_token_id is None:
         raise ValueError("the prompt is empty, and the tokenizer has no BOS token to start a text with.")
     return tokens or [tokenizer.bos_token_id]
