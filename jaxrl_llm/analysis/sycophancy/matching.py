@@ -54,7 +54,7 @@ def matching_ratios(
         ValueError: if there are not as many probabilities as items, or as `matching_ratio`, naming the place (from 1).
     """
     if len(probabilities) != len(items):
-        raise ValueError(f"{source} has probabilities for {len(probabilities)} items, but there are {len(items)} items.")
+        raise ValueError(f"{source} has probabilities of {len(probabilities)} items, but there are {len(items)}.")
     ratios = []
     for place, (given, item) in enumerate(zip(probabilities, items, strict=True), 1):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +69,9 @@ def word_row(tokenizer: Any, question: str, lead: str, answers: Sequence[str]) -
         ValueError: if an answer has no token of its own.
     """
     wholes = [_opened(tokenizer, question, lead + answer) for answer in answers]
-    given = os.path.commonprefix([_opened(tokenizer, question, lead), *wholes])  # a token may reach over the seam
+    given = _opened(tokenizer, question, lead)
+    while any(whole[: len(given)] != given for whole in wholes):  # a token reaches over the seam
+        given = given[:-1]
     answered = [whole[len(given) :] for whole in wholes]
     if not all(answered):
         raise ValueError(f"an answer adds no token to the question: {answers[answered.index([])]!r}.")
