@@ -59,6 +59,11 @@ def words(kind: str) -> tuple[str, ...]:
     return tuple(lines[kind].split(", "))
 
 
+def with_article(noun: str) -> str:
+    """The noun with "a" or "an"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def person(random: np.random.Generator) -> Person:
     """Draw a user."""
     drawn = {kind: words(kind)[random.integers(len(words(kind)))] for kind in ("first", "last", "job", "home")}
@@ -66,7 +71,7 @@ def person(random: np.random.Generator) -> Person:
     introduction = _FORMS[random.integers(len(_FORMS))].format(
         name=f"{drawn['first']} {drawn['last']}",
         age=random.integers(19, 80),
-        job=f"{'an' if drawn['job'][0] in 'aeiou' else 'a'} {drawn['job']}",
+        job=with_article(drawn["job"]),
         home=drawn["home"],
         taste=taste,
         other=other,

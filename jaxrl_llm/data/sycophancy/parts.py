@@ -1,7 +1,7 @@
 """A question taken apart: who the user is, what they ask, what there is to choose; and questions put together anew.
 
 Where the query begins: at the last "Do you agree or disagree" or "Question:", or else at the last sentence before the
-options, which must be a question (it ends with "?", "...", ":" or begins as one does). What stands before it is the
+options, which must ask something (it ends with "?", "..." or ":", or begins as a question does). What stands before it is the
 biography. An item of which this is not true does not split: `split` says why, and `split_all` counts it.
 """
 
@@ -68,7 +68,7 @@ def split(item: Item) -> Parts:
     openers = list(_OPENER.finditer(asked))
     start = openers[-1].start() if openers else max((end.end() for end in _SENTENCE_END.finditer(asked)), default=0)
     query = asked[start:]
-    if not openers and not (_ASKS.match(query) or query.rstrip().endswith(("?", "...", "…", ":"))):
+    if not openers and not (_ASKS.match(query) or query.rstrip("\"'”’) \n").endswith(("?", "...", "…", ":"))):
         raise ValueError(f"what stands before the options is no question: {query[-60:]!r}")
     if not asked[:start].strip():
         raise ValueError(f"no sentence stands before the query {query[:60]!r}: there is no biography")
