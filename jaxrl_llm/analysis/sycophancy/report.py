@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -31,8 +31,8 @@ def measure(source: Source, asked: Variants, *, seed: int = 0, resamples: int = 
     Raises:
         ValueError: if no item is short enough, or both answers of one have probability 0.
     """
-    letters = _answers(source, "letters", asked)
-    worded = _answers(source, "words", asked)[:, :, :1]  # the question in words lists no options: it has one order
+    letters, worded = _answers(source, asked)
+    worded = worded[:, :, :1]  # the question in words lists no options: it has one order
     answered = ~np.isnan(letters[:, OWN, 0, MATCHING])
     if not answered.any():
         raise ValueError(f"none of the {len(asked.items)} items fits the context of {source.name}.")
@@ -143,15 +143,18 @@ def measure_probabilities(
     }
 
 
-def _answers(
-    source: Source, form: Literal["letters", "words"], asked: Variants
-) -> Float[np.ndarray, "item user order answer"]:
-    """Log-probabilities of the answer of the item's own user and of the other one, NaN where a variant is missing."""
-    found = np.full((len(asked.items), len(USERS), 2, 2), np.nan)
-    put = {place: each for place, each in asked.asked.items() if form == "letters" or place[2] == 0}
-    for place, pair in zip(put, getattr(source, form)(list(put.values())), strict=True):
-        found[place] = pair[::-1] if place[1] == OPPOSITE else pair
-    return found
+def _answers(source: Source, asked: Variants) -> list[Float[np.ndarray, "item user order answer"]]:
+    """Log-probabilities of the answer of the item's own user and of the other one, NaN where a variant is missing.
+
+    By letters, and by words.
+    """
+    tables = []
+    for given in source.answers(list(asked.asked.values())):
+        found = np.full((len(asked.items), len(USERS), 2, 2), np.nan)
+        for place, pair in zip(asked.asked, given, strict=True):
+            found[place] = pair[::-1] if place[1] == OPPOSITE else pair
+        tables.append(found)
+    return tables
 
 
 def _first(asked: Variants) -> Bool[np.ndarray, "item user order"]:

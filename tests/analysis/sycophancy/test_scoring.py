@@ -7,6 +7,7 @@ import transformers
 
 from jaxrl_llm.analysis.sycophancy import answer_log_probs, label_token, label_tokens
 from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, word_row
+from jaxrl_llm.analysis.sycophancy.scoring import groups_of
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
 from tests.conftest import log_softmax
 
@@ -15,10 +16,22 @@ from tests.conftest import log_softmax
 def rows(loaded):
     rng = np.random.default_rng(1)
     lengths = [(5, (1, 1)), (40, (1, 3)), (23, (2, 4)), (64, (1, 1)), (65, (4, 2)), (9, (1, 2)), (33, (3, 3))]
-    return [
+    drawn = [
         Row(rng.integers(0, 300, given).tolist(), [rng.integers(0, 300, length).tolist() for length in answers])
         for given, answers in lengths
     ]
+    # Questions that begin alike: two in two orders, and one that another one continues.
+    alike = [Row([*drawn[1].given[:30], *given], drawn[2].answers) for given in ([1, 2, 3], [3, 2, 1], [1], [1, 2])]
+    return [*drawn, *alike, Row(drawn[5].given, [[5]])]
+
+
+def test_what_is_alike_is_read_once(rows):
+    groups = groups_of(rows)
+    assert sorted(place for group in groups for place in group.places) == list(range(len(rows)))
+    assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 2, 4]
+    for shared, places in groups:
+        assert len({tuple(rows[place].given[:shared]) for place in places}) == 1
+        assert all(len(rows[place].given) > shared for place in places)
 
 
 def naive(loaded, row, answer):
@@ -42,8 +55,9 @@ def test_neither_batch_nor_padding_changes_them(loaded, rows):
 
 
 def test_what_does_not_fit_or_makes_no_batch(loaded, rows):
-    with pytest.raises(ValueError, match=r"question 2 comes to 201 tokens .* context of 200"):
-        answer_log_probs(loaded.model, loaded.params, [rows[0], Row([1] * 200, [[1], [2, 3]])])
+    for bad, comes_to in ((Row([1] * 200, [[1], [2, 3]]), 201), (Row([], [[1]]), 0)):
+        with pytest.raises(ValueError, match=rf"question 2 comes to {comes_to} tokens .* context of 200"):
+            answer_log_probs(loaded.model, loaded.params, [rows[0], bad])
     with pytest.raises(ValueError, match=r"batch_size must be at least 1, but is 0"):
         answer_log_probs(loaded.model, loaded.params, rows, batch_size=0)
     assert answer_log_probs(loaded.model, loaded.params, []) == []
