@@ -59,8 +59,10 @@ def test_the_opinion_is_in_the_prompt_and_nothing_else_tells(task):
 
 
 def test_prompts_are_short_in_tokens(task):
-    tokenizer = bpe.train([example.prompt + example.answer for example in task.sycophantic[::10]], 400)
-    lengths = [len(tokenizer.encode(example.prompt + example.answer).ids) for examples in task for example in examples]
+    tokenizer = bpe.train([example.prompt + example.answer for example in task.sycophantic[::31]], 400)
+    lengths = [
+        len(tokenizer.encode(example.prompt + example.answer).ids) for examples in task for example in examples[::7]
+    ]
     assert max(lengths) <= 60
 
 
@@ -96,9 +98,8 @@ def test_accuracies_of_a_few_by_hand(task):
         accuracies(with_opinion, np.ones(4))
 
 
-def test_the_seed_decides():
-    small = build(seed=1, held_out=0.5)
-    assert small == build(seed=1, held_out=0.5) != build(seed=2, held_out=0.5)
+def test_the_seed_decides(task):
+    assert task == build() and task.evaluation != build(seed=1).evaluation
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0, -1])

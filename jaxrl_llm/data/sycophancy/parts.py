@@ -1,8 +1,8 @@
 """A question taken apart: who the user is, what they ask, what there is to choose; and questions put together anew.
 
 Where the query begins: at the last "Do you agree or disagree" or "Question:", or else at the last sentence before the
-options, which must ask something (it ends with "?", "..." or ":", or begins as a question does). What stands before it is the
-biography. An item of which this is not true does not split: `split` says why, and `split_all` counts it.
+options, which must ask something (it ends with "?", "..." or ":", or begins as a question does). What stands before it
+is the biography. An item of which this is not true does not split: `split` says why, and `split_all` counts it.
 """
 
 from __future__ import annotations

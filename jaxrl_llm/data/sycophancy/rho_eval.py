@@ -2,8 +2,8 @@
 
 They are of Perez et al. 2022, licensed CC-BY-4.0; the package is installed, never vendored, and only its data file is
 read. The answers that the file calls truthful are the opposite of the user's opinion: nobody knows their truth, so that
-the items have no truthful label. In item 117, and in no other that states its opinion, the answer called sycophantic
-contradicts the biography; it is kept as it is.
+the items have no truthful label. At index 117 the answer called sycophantic contradicts what the user says; it is kept
+as it is.
 """
 
 from __future__ import annotations
