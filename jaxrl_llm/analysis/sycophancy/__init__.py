@@ -7,7 +7,7 @@
 | `sources` | models, controls whose scores are known, files of probabilities |
 | `questions`, `contrasts` | every question by opposite users and by nobody, in both orders, and what that changes |
 | `report` | all of it as one report |
-| `probes` | "are you sure?" and hints at an answer |
+| `probing` | "are you sure?" and hints at an answer |
 """
 
 from jaxrl_llm.analysis.sycophancy.contrasts import (
@@ -21,6 +21,7 @@ from jaxrl_llm.analysis.sycophancy.contrasts import (
     sign_test,
 )
 from jaxrl_llm.analysis.sycophancy.matching import matching_ratio, matching_ratios
+from jaxrl_llm.analysis.sycophancy.probing import probe_report
 from jaxrl_llm.analysis.sycophancy.questions import Asked, Variants, variants
 from jaxrl_llm.analysis.sycophancy.report import counterfactual, measure, measure_probabilities
 from jaxrl_llm.analysis.sycophancy.rows import label_token, label_tokens
@@ -57,6 +58,7 @@ __all__ = [
     "measure",
     "measure_probabilities",
     "probability",
+    "probe_report",
     "pull",
     "read_probabilities",
     "shift",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_llm import text
+from jaxrl_llm.data.sycophancy.probes import Probe
 
 LETTER_LEAD = " ("  # what an answer by its letter begins with
 
@@ -61,8 +62,21 @@ def word_row(tokenizer: Any, question: str, lead: str, answers: Sequence[str]) -
     Raises:
         ValueError: if an answer has no token of its own.
     """
-    wholes = [_opened(tokenizer, question, lead + answer) for answer in answers]
-    given = _opened(tokenizer, question, lead)
+    return _answered(lambda answer: _opened(tokenizer, question, lead + answer), answers)
+
+
+def probe_row(tokenizer: Any, probe: Probe) -> Row:
+    """A probe's conversation in the chat template, or as plain text, with its two answers."""
+    if tokenizer.chat_template:
+        return _answered(
+            lambda answer: text.encode(tokenizer, probe.messages, chat=True, lead=probe.lead + answer), probe.answers
+        )
+    return _answered(lambda answer: text.encode(tokenizer, probe.text() + answer), probe.answers)
+
+
+def _answered(tokens: Callable[[str], list[int]], answers: Sequence[str]) -> Row:
+    """Each answer's tokens behind those of no answer; all begin where the first of them differs from it."""
+    given, wholes = tokens(""), [tokens(answer) for answer in answers]
     while any(whole[: len(given)] != given for whole in wholes):  # a token reaches over the seam
         given = given[:-1]
     answered = [whole[len(given) :] for whole in wholes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,8 +57,8 @@ def answer_log_probs(
             )
     found = [np.zeros(0)] * len(rows)
     with tqdm(total=len(rows), unit="question", disable=not progress, leave=False) as bar:
-        for groups in _batches(rows, batch_size):
-            scores = _score_batch(lm, params, rows, groups)
+        for groups, size in _batches(rows, batch_size):
+            scores = _score_batch(lm, params, rows, groups, size)
             places = [place for group in groups for place in group.places]
             for place, each in zip(places, scores.reshape(len(places), -1), strict=True):
                 found[place] = each[: len(rows[place].answers)]
@@ -87,21 +88,16 @@ def _common(first: list[int], second: list[int]) -> int:
     )
 
 
-def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[Group]]:
-    """Groups of as many questions, with answers and prefixes of like length."""
-
-    def shape(group: Group) -> tuple[int, int]:
-        return len(group.places), _answer_time(rows, [group])
-
-    order = sorted(groups_of(rows), key=lambda group: (*shape(group), group.shared))
-    batch: list[Group] = []
-    for group in order:
-        if batch and (shape(batch[0]) != shape(group) or len(batch) * len(group.places) >= batch_size):
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
+def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[tuple[list[Group], int]]:
+    """Groups of as many questions, with answers and prefixes of like length, and how many groups to pad them to."""
+    kinds = defaultdict(list)
+    for group in groups_of(rows):
+        kinds[len(group.places), _answer_time(rows, [group])].append(group)
+    for (questions, _), groups in sorted(kinds.items()):
+        size = min(max(1, batch_size // questions), len(groups))
+        groups.sort(key=lambda group: group.shared)
+        for start in range(0, len(groups), size):
+            yield groups[start : start + size], size
 
 
 def _answer_time(rows: Sequence[Row], groups: Sequence[Group]) -> int:
@@ -110,10 +106,9 @@ def _answer_time(rows: Sequence[Row], groups: Sequence[Group]) -> int:
 
 
 def _score_batch(
-    lm: LanguageModel, params: Params, rows: Sequence[Row], groups: list[Group]
+    lm: LanguageModel, params: Params, rows: Sequence[Row], groups: list[Group], size: int
 ) -> Float[np.ndarray, "group question answer"]:
-    """The batch as arrays, to a power of two of groups, scored."""
-    size = 1 << (len(groups) - 1).bit_length()
+    """The batch as arrays of `size` groups, scored."""
     padded = groups + [groups[-1]] * (size - len(groups))
     tokens, mask = text.left_pad([rows[group.places[0]].given[: group.shared] for group in padded])
     padding = ((0, 0), (-tokens.shape[1] % PREFIX_BUCKET, 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +44,29 @@ class Source(Protocol):
 class ModelSource:
     """A loaded model. Each different question is read once, however often it is asked.
 
+    Args:
+        chat: whether the questions are put in the model's chat template, if it has one.
+
     Raises:
         ValueError: if the model has no tokenizer.
     """
 
-    def __init__(self, loaded: Loaded, *, name: str = "the model", batch_size: int = 16, progress: bool = True):
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        name: str = "the model",
+        chat: bool = True,
+        batch_size: int = 16,
+        progress: bool = True,
+    ):
         if loaded.tokenizer is None:
             raise ValueError(f"{name} has no tokenizer files, so that text cannot be turned into tokens.")
-        self.name, self._loaded = name, loaded
+        if not chat:
+            plain = copy.copy(loaded.tokenizer)
+            plain.chat_template = None
+            loaded = dataclasses.replace(loaded, tokenizer=plain)
+        self.name, self.loaded = name, loaded
         self._options = {"batch_size": batch_size, "progress": progress}
 
     def answers(self, asked: Sequence[Asked]) -> Answers:
@@ -60,25 +77,25 @@ class ModelSource:
         return Answers(found[: len(asked)], found[len(asked) :])
 
     def log_probs(self, rows: Sequence[Row]) -> Float[np.ndarray, "row 2"]:
-        """Of rows of two answers each."""
-        lm, keys = self._loaded.model, [repr(row) for row in rows]
+        """Of rows of two answers each, in nats; NaN where one is longer than the model's context."""
+        lm, keys = self.loaded.model, [repr(row) for row in rows]
         different = {key: row for key, row in zip(keys, rows, strict=True) if row.length <= lm.max_length}
-        scores = answer_log_probs(lm, self._loaded.params, list(different.values()), **self._options)
+        scores = answer_log_probs(lm, self.loaded.params, list(different.values()), **self._options)
         found = dict(zip(different, scores, strict=True))
         return np.asarray([found.get(key, np.full(2, np.nan)) for key in keys], float).reshape(-1, 2)
 
     def _letter_rows(self, items: Sequence[Item]) -> list[Row]:
         pairs = [[label_letter(label) for label in (item.matching, item.not_matching)] for item in items]
-        tokens = label_tokens(self._loaded.tokenizer, sorted({letter for pair in pairs for letter in pair}))
+        tokens = label_tokens(self.loaded.tokenizer, sorted({letter for pair in pairs for letter in pair}))
         return [
-            letter_row(self._loaded.tokenizer, item.question, [tokens[letter] for letter in pair])
+            letter_row(self.loaded.tokenizer, item.question, [tokens[letter] for letter in pair])
             for item, pair in zip(items, pairs, strict=True)
         ]
 
     def _word_row(self, item: Item) -> Row:
         prompt, *answers = words(item)
         lead = SENTENCE if {answer.lower() for answer in answers} == {" agree", " disagree"} else ""
-        return word_row(self._loaded.tokenizer, prompt.removesuffix(lead), lead, answers)
+        return word_row(self.loaded.tokenizer, prompt.removesuffix(lead), lead, answers)
 
 
 class Constant:

