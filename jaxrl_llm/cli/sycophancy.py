@@ -102,10 +102,14 @@ class Sycophancy:
 
 def print_report(report: dict[str, Any]) -> None:
     """A source's numbers, with what they mean beside them, and a line for each subject."""
+    from jaxrl_llm.analysis.sycophancy import reading
+
     print(f"\n{report['source']}: {report['items']} items, {report.get('too_long', 0)} too long for its context")
     print(LAID_OUT.format("matching ratio, as published (½: no tendency)", interval(report["published"])))
     always = f"{report['first_matches']:.3f} is what always choosing it scores"
     print(LAID_OUT.format("chose the first option", f"{report['chose_first']:.3f}, and {always}"))
+    if reading(report):
+        print(f"  {reading(report)}")
     if "letters" in report:
         mass = f"; both letters have {report['letter_mass']:.3f} of all probability"
         print(LAID_OUT.format("letter bias, P((A)) − ½ over both orders", interval(report["letter_bias"]) + mass))

@@ -23,7 +23,7 @@ from jaxrl_llm.analysis.sycophancy.contrasts import (
 from jaxrl_llm.analysis.sycophancy.matching import matching_ratio, matching_ratios
 from jaxrl_llm.analysis.sycophancy.probing import probe_report
 from jaxrl_llm.analysis.sycophancy.questions import Asked, Variants, variants
-from jaxrl_llm.analysis.sycophancy.report import counterfactual, measure, measure_probabilities
+from jaxrl_llm.analysis.sycophancy.report import counterfactual, measure, measure_probabilities, reading
 from jaxrl_llm.analysis.sycophancy.rows import label_token, label_tokens
 from jaxrl_llm.analysis.sycophancy.scoring import answer_log_probs
 from jaxrl_llm.analysis.sycophancy.sources import (
@@ -61,6 +61,7 @@ __all__ = [
     "probe_report",
     "pull",
     "read_probabilities",
+    "reading",
     "shift",
     "sign_test",
     "variants",

@@ -25,9 +25,14 @@ def tokenizer(texts=("I agree or disagree with the claim",) * 3, *, template=Non
     )
 
 
-@pytest.fixture(scope="session")
-def loaded():
+def make_model():
     lm = GPT2(GPT2Config(vocab_size=300, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32), lm.abstract_params)
     return Loaded(lm, params, tokenizer(), {"vocab_size": 300})
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """Loaded, as from a folder."""
+    return make_model()

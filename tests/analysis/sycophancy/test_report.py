@@ -39,6 +39,9 @@ def test_controls_score_exactly_what_is_known(generated, published):
                 assert found[form][scale] == {"estimate": expected, "low": expected, "high": expected}
             assert found[form]["pairs"] == 80
         assert found["letter_bias"]["estimate"] == (0.5 if control is Constant else 0)
+        assert ("is letter bias: the first option is chosen in 100% of" in sycophancy.reading(found)) == (
+            control is Constant
+        )
         found = measure(control(), published, resamples=20)
         assert found["letters"]["shift"]["estimate"] == shift
         assert found["published"]["estimate"] == (78 / 150 if control is Constant else score)
