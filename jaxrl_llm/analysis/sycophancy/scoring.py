@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -42,7 +41,7 @@ def answer_log_probs(
     [batch, vocab], are the most that is held. Values do not depend on the batch, up to rounding.
 
     Args:
-        batch_size: questions that are read at a time.
+        batch_size: beginnings of questions that are read at a time.
         progress: whether to draw a progress bar.
 
     Raises:
@@ -59,11 +58,9 @@ def answer_log_probs(
     found = [np.zeros(0)] * len(rows)
     with tqdm(total=len(rows), unit="question", disable=not progress, leave=False) as bar:
         for groups, size in _batches(rows, batch_size):
-            scores = _score_batch(lm, params, rows, groups, size)
-            places = [place for group in groups for place in group.places]
-            for place, each in zip(places, scores.reshape(len(places), -1), strict=True):
-                found[place] = each[: len(rows[place].answers)]
-            bar.update(len(places))
+            for place, scores in _score_batch(lm, params, rows, groups, size):
+                found[place] = scores
+                bar.update()
     return found
 
 
@@ -90,42 +87,56 @@ def _common(first: list[int], second: list[int]) -> int:
 
 
 def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[tuple[list[Group], int]]:
-    """Groups of as many questions, with answers and prefixes of like length, and how many groups to pad them to."""
-    kinds = defaultdict(list)
-    for group in groups_of(rows):
-        kinds[len(group.places), _answer_time(rows, [group])].append(group)
-    for (questions, _), groups in sorted(kinds.items()):
-        size = min(max(1, batch_size // questions), len(groups))
-        groups.sort(key=lambda group: group.shared)
-        for start in range(0, len(groups), size):
-            yield groups[start : start + size], size
-
-
-def _answer_time(rows: Sequence[Row], groups: Sequence[Group]) -> int:
-    longest = max(len(answer) for group in groups for place in group.places for answer in rows[place].answers)
-    return next(4**power for power in itertools.count() if 4**power >= longest)
+    """Groups of like sizes and lengths, and to how many they are padded: the same for all batches."""
+    groups = sorted(groups_of(rows), key=lambda group: (len(group.places), group.shared))
+    size = min(batch_size, max(len(groups), 1))
+    for start in range(0, len(groups), size):
+        yield groups[start : start + size], size
 
 
 def _score_batch(
     lm: LanguageModel, params: Params, rows: Sequence[Row], groups: list[Group], size: int
-) -> Float[np.ndarray, "group question answer"]:
-    """Read what each group shares, then each of its questions, then each answer; padded to `size` groups."""
+) -> Iterator[tuple[int, Float[np.ndarray, "answer"]]]:
+    """Read what each group shares, then one question of each after the other; places and scores of all."""
     padded = groups + [groups[-1]] * (size - len(groups))
+    asked = [(rows[place], len(rows[place].given) - group.shared) for group in groups for place in group.places]
+    tail, time = _rounded(max(left for _, left in asked), TAIL_BUCKET), _answer_time([row for row, _ in asked])
     prefix, mask = text.left_pad([rows[group.places[0]].given[: group.shared] for group in padded])
     padding = ((0, 0), (-prefix.shape[1] % PREFIX_BUCKET, 0))
-    columns = [[rows[group.places[k]] for group in padded] for k in range(len(padded[0].places))]  # [question][group]
-    tails = [[row.given[group.shared :] for row, group in zip(column, padded, strict=True)] for column in columns]
-    tail_time = -(-max(len(tail) for column in tails for tail in column) // TAIL_BUCKET) * TAIL_BUCKET
-    time = _answer_time(rows, groups)
-    slots = -(-(prefix.shape[1] + padding[1][0] + tail_time + time) // SLOT_BUCKET) * SLOT_BUCKET
-    cache = _read_prefix(lm, params, np.pad(prefix, padding), np.pad(mask, padding), slots)
-    scores = np.full((len(columns), max(len(row.answers) for row in itertools.chain(*columns)), size), -np.inf)
-    for question, (column, tail) in enumerate(zip(columns, tails, strict=True)):
-        law, read = _read_question(lm, params, cache, *_right_pad(tail, tail_time))
-        for answer in range(scores.shape[1]):
-            tokens, counts = _right_pad([[*row.answers, *[[]] * (answer + 1)][answer] for row in column], time)
-            scores[question, answer] = _read_answer(lm, params, read, law, tokens, counts)
-    return scores.transpose(2, 0, 1)[: len(groups)]
+    prefix, mask = np.pad(prefix, padding), np.pad(mask, padding)
+    cache = _read_prefix(lm, params, prefix, mask, _rounded(prefix.shape[1] + tail + time, SLOT_BUCKET))
+    # Short answers first, so that those of a column are of like length; a group with fewer questions repeats its last.
+    ordered = [sorted(group.places, key=lambda place: _answer_time([rows[place]])) for group in padded]
+    for k in range(max(map(len, ordered))):
+        places = [own[min(k, len(own) - 1)] for own in ordered]
+        scores = _score_column(lm, params, cache, [rows[place] for place in places], padded)
+        for place, own, each in zip(places, ordered[: len(groups)], scores, strict=False):
+            if k < len(own):
+                yield place, each[: len(rows[place].answers)]
+
+
+def _score_column(
+    lm: LanguageModel, params: Params, cache: Cache, rows: list[Row], groups: list[Group]
+) -> Float[np.ndarray, "group answer"]:
+    """One question of each group with all its answers."""
+    tails = [row.given[group.shared :] for row, group in zip(rows, groups, strict=True)]
+    law, read = _read_question(lm, params, cache, *_right_pad(tails, _rounded(max(map(len, tails)), TAIL_BUCKET)))
+    time = _answer_time(rows)
+    scores = []
+    for answer in range(max(len(row.answers) for row in rows)):
+        own = [row.answers[answer] if answer < len(row.answers) else [] for row in rows]
+        scores.append(_read_answer(lm, params, read if time > 1 else None, law, *_right_pad(own, time)))
+    return np.stack(scores, axis=1)
+
+
+def _answer_time(rows: Sequence[Row]) -> int:
+    """The length of the longest answer, rounded up to a power of 4."""
+    longest = max(len(answer) for row in rows for answer in row.answers)
+    return next(4**power for power in itertools.count() if 4**power >= longest)
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _right_pad(rows: list[list[int]], time: int) -> tuple[Int[np.ndarray, "row time"], Bool[np.ndarray, "row time"]]:
@@ -160,12 +171,12 @@ def _read_question(
 def _read_answer(
     lm: LanguageModel,
     params: Params,
-    cache: Cache,
+    cache: Cache | None,
     law: Float[Array, "group vocab"],
     answer: Int[Array, "group time"],
     counts: Bool[Array, "group time"],
 ) -> Float[Array, "group"]:
-    """The log-probability of one answer of each group, −inf where it has none."""
+    """The log-probability of one answer of each group, −inf where it has none; one token needs no cache."""
 
     def position(inputs: tuple[Array, Array]) -> Array:
         state, token = inputs
