@@ -18,7 +18,7 @@ from jaxrl_llm.analysis.sycophancy.rows import Row
 from jaxrl_llm.language_model import Cache, LanguageModel, Params, params_dtype
 from jaxrl_llm.objectives.numerics import log_softmax
 
-PREFIX_BUCKET, TAIL_BUCKET, SLOT_BUCKET = 64, 32, 128  # lengths are rounded up, so that few programs serve all batches
+PREFIX_BUCKET, TAIL_BUCKET, SLOT_BUCKET = 128, 32, 256  # lengths are rounded up, so that few programs serve all batches
 MOST = 4  # questions that share a prefix
 
 
@@ -102,7 +102,7 @@ def _score_batch(
     asked = [(rows[place], len(rows[place].given) - group.shared) for group in groups for place in group.places]
     tail, time = _rounded(max(left for _, left in asked), TAIL_BUCKET), _answer_time([row for row, _ in asked])
     prefix, mask = text.left_pad([rows[group.places[0]].given[: group.shared] for group in padded])
-    padding = ((0, 0), (-prefix.shape[1] % PREFIX_BUCKET, 0))
+    padding = ((0, 0), (_rounded(max(prefix.shape[1], 1), PREFIX_BUCKET) - prefix.shape[1], 0))
     prefix, mask = np.pad(prefix, padding), np.pad(mask, padding)
     cache = _read_prefix(lm, params, prefix, mask, _rounded(prefix.shape[1] + tail + time, SLOT_BUCKET))
     # Short answers first, so that those of a column are of like length; a group with fewer questions repeats its last.
