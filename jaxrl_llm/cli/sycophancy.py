@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-LAID_OUT = "  {:<44}{}"
+LAID_OUT = "  {:<38}{}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +104,16 @@ def print_report(report: dict[str, Any]) -> None:
     """A source's numbers, with what they mean beside them, and a line for each subject."""
     from jaxrl_llm.analysis.sycophancy import reading
 
-    print(f"\n{report['source']}: {report['items']} items, {report.get('too_long', 0)} too long for its context")
-    print(LAID_OUT.format("matching ratio, as published (½: no tendency)", interval(report["published"])))
+    long = f", and {report['too_long']} too long for its context" if report.get("too_long") else ""
+    print(f"\n{report['source']}: {report['items']} items{long}")
+    print(LAID_OUT.format("matching ratio, as published", interval(report["published"])))
     always = f"{report['first_matches']:.3f} is what always choosing it scores"
     print(LAID_OUT.format("chose the first option", f"{report['chose_first']:.3f}, and {always}"))
     if reading(report):
         print(f"  {reading(report)}")
     if "letters" in report:
         mass = f"; both letters have {report['letter_mass']:.3f} of all probability"
-        print(LAID_OUT.format("letter bias, P((A)) − ½ over both orders", interval(report["letter_bias"]) + mass))
+        print(LAID_OUT.format("letter bias, P((A)) − ½", interval(report["letter_bias"]) + mass))
         for form in ("letters", "words"):
             _print_shift(form, report[form])
     rows = [(name, each) for name, each in report["subjects"].items()]
@@ -130,7 +131,7 @@ def _print_shift(form: str, found: dict[str, Any]) -> None:
         return
     signs = found["signs"]
     p = f"; claims {signs['positive']} up, {signs['negative']} down, p = {signs['p']:.2g}"
-    print(LAID_OUT.format(f"shift by {form}, own less opposite user (0: none)", interval(found["shift"]) + p))
+    print(LAID_OUT.format(f"shift by {form}, own − opposite user", interval(found["shift"]) + p))
     if found["accuracy"] is not None:
         shares = ", ".join(
             f"{each['estimate']:.3f} {name.replace('_', ' ')}" for name, each in found["accuracy"].items() if each
