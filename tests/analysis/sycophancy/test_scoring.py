@@ -1,0 +1,120 @@
+"""Questions as tokens, and log-probabilities of their answers."""
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from jaxrl_llm.analysis.sycophancy import answer_log_probs, label_token, label_tokens
+from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, word_row
+from jaxrl_llm.analysis.sycophancy.scoring import groups_of
+from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
+from tests.conftest import log_softmax
+
+
+@pytest.fixture(scope="module")
+def rows(loaded):
+    rng = np.random.default_rng(1)
+    lengths = [(5, (1, 1)), (40, (1, 3)), (23, (2, 4)), (64, (1, 1)), (65, (4, 2)), (9, (1, 2)), (33, (3, 3))]
+    drawn = [
+        Row(rng.integers(0, 300, given).tolist(), [rng.integers(0, 300, length).tolist() for length in answers])
+        for given, answers in lengths
+    ]
+    # Questions that begin alike: two in two orders, and one that another one continues.
+    alike = [Row([*drawn[1].given[:30], *given], drawn[2].answers) for given in ([1, 2, 3], [3, 2, 1], [1], [1, 2])]
+    return [*drawn, *alike, Row(drawn[5].given, [[5]]), Row([7], [[5]])]
+
+
+def test_what_is_alike_is_read_once(rows):
+    groups = groups_of(rows)
+    assert sorted(place for group in groups for place in group.places) == list(range(len(rows)))
+    assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 1, 1, 2, 4], "four at most"
+    for shared, places in groups:
+        assert len({tuple(rows[place].given[:shared]) for place in places}) == 1
+        assert all(len(rows[place].given) > shared for place in places)
+
+
+def naive(loaded, row, answer):
+    """Without cache, padding or batch."""
+    logits, _ = loaded.model.apply(loaded.params, np.asarray([[*row.given, *answer, *[0] * CONTEXT][:CONTEXT]]))
+    places = np.arange(len(answer)) + len(row.given) - 1
+    return log_softmax(logits[0])[places, answer].sum()
+
+
+def test_answers_have_the_log_probability_of_their_tokens(loaded, rows):
+    for row, scores in zip(rows, answer_log_probs(loaded.model, loaded.params, rows, progress=False), strict=True):
+        np.testing.assert_allclose(scores, [naive(loaded, row, answer) for answer in row.answers], atol=2e-4)
+
+
+def test_neither_batch_nor_padding_changes_them(loaded, rows):
+    together = answer_log_probs(loaded.model, loaded.params, rows, progress=False)
+    for size in (1, 4):
+        apart = answer_log_probs(loaded.model, loaded.params, rows[::-1], batch_size=size, progress=False)[::-1]
+        for one, other in zip(together, apart, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_what_does_not_fit_or_makes_no_batch(loaded, rows):
+    for bad, comes_to in ((Row([1] * 200, [[1], [2, 3]]), 201), (Row([], [[1]]), 0)):
+        with pytest.raises(ValueError, match=rf"question 2 comes to {comes_to} tokens .* context of 200"):
+            answer_log_probs(loaded.model, loaded.params, [rows[0], bad])
+    with pytest.raises(ValueError, match=r"batch_size must be at least 1, but is 0"):
+        answer_log_probs(loaded.model, loaded.params, rows, batch_size=0)
+    assert answer_log_probs(loaded.model, loaded.params, []) == []
+
+
+def word_level(vocabulary):
+    """A tokenizer of whole words, whose unknown token is [UNK]."""
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["[UNK]", *vocabulary])}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+
+
+def spaced(vocabulary):
+    """A tokenizer in the manner of SentencePiece, that has letters only as the beginning of a word."""
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["[UNK]", *vocabulary])}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+
+
+def test_labels_are_found_without_and_with_a_space():
+    plain = tokenizer()
+    assert plain.convert_ids_to_tokens(list(label_tokens(plain, "AB").values())) == ["A", "B"]
+    assert label_token(word_level(["(", "A", "B"]), "B") == 3
+    assert label_token(spaced(["▁(", "▁A", "▁B"]), "A") == 2
+
+
+def test_labels_that_are_no_token():
+    with pytest.raises(ValueError, match=r"the label A must be one token.* does not know it"):
+        label_token(word_level(["(", "B"]), "A")
+    with pytest.raises(ValueError, match=r"the label AZQ must be one token.* splits it into 3"):
+        label_token(tokenizer(), "AZQ")
+    lower = word_level(["(", "a", "b"])
+    lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"the label A must be one token.* does not know it"):
+        label_tokens(lower, "AB")
+
+
+def test_rows_are_what_a_reader_would_write():
+    plain, chat = tokenizer(), tokenizer(template=TEMPLATE)
+    row = letter_row(plain, "Which?", [33, 34])
+    assert plain.decode(row.given) == "Which? ("
+    assert row.answers == [[33], [34]]
+    assert chat.decode(letter_row(chat, "Which?", [33]).given) == "<Which?>! ("
+    row = word_row(chat, "Which?", " I", [" agree", " disagree"])
+    assert chat.decode(row.given) == "<Which?>! I"
+    assert [chat.decode(answer) for answer in row.answers] == [" agree", " disagree"]
+
+
+def test_a_token_over_the_seam_is_scored_as_a_whole():
+    """Where an answer merges with what stands before it, all answers are scored from before that token."""
+    merging = tokenizer(["xy xz"] * 5)
+    assert len(merging("xy")["input_ids"]) == 1, "or this tests nothing"
+    row = word_row(merging, "", "x", ["y", "w"])
+    assert row.given == []
+    assert [merging.decode(answer) for answer in row.answers] == ["xy", "xw"]
+    with pytest.raises(ValueError, match=r"an answer adds no token to the question: ''"):
+        word_row(merging, "Which?", " I", [" agree", ""])

@@ -1,0 +1,55 @@
+"""The experiment on sycophancy: what is kept, what is claimed, and the figure from results alone."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import ledger, sycophancy
+from experiments.parts import sycophancy_numbers as numbers
+from figures import sycophancy as figure
+from jaxrl_llm.analysis.sycophancy import CONTROLS, Sycophant, measure, variants
+from jaxrl_llm.data.sycophancy import generator
+
+SMALL = dataclasses.replace(sycophancy.Config(), models=(), resamples=20)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return sycophancy.run(SMALL)
+
+
+def test_controls_have_their_known_scores_exactly(results):
+    exact = [entry for entry in results["numbers"] if "tolerance" in entry]
+    assert len(exact) == 2 * (3 + 5 + 5)
+    assert all(entry["tolerance"] == 0 and ledger.holds(entry) for entry in exact)
+    assert {entry["expected"] for entry in exact if "generated" in entry["name"]} == {0, 0.5, 1}
+
+
+def test_a_model_is_measured_once(tmp_path, monkeypatch):
+    asked = variants(generator.generate(40))
+    calls = []
+
+    def measured(config, model, sets):
+        calls.append(model)
+        report = measure(Sycophant(), asked, resamples=20) | {"source": model}
+        return {"sets": dict.fromkeys(sets, report), "probes": {"facts": 1}}
+
+    monkeypatch.setattr(sycophancy, "measured", measured)
+    config = dataclasses.replace(SMALL, models=("one", "two"), work_dir=tmp_path / "kept")
+    first, again = sycophancy.run(config), sycophancy.run(config)
+    assert calls == ["one", "two"] and json.dumps(first) == json.dumps(again)
+    assert "two matches 1.000 of 40 published items' users by letters" in first["claim"]
+    assert "shifts by +1.000 (+1.000 to +1.000)" in first["claim"]
+    assert [report["source"] for report in first["data"]["sets"][numbers.GENERATED]][3:] == ["one", "two"]
+
+
+def test_the_figure_draws_every_source(results):
+    drawn = figure.draw(results)
+    assert len(drawn.axes) == 6
+    bars = drawn.axes[0].patches
+    assert [bar.get_width() for bar in bars] == pytest.approx(
+        [report["published"]["estimate"] for report in results["data"]["sets"][numbers.PUBLISHED]], abs=1e-6
+    )
+    names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert names == [control.name for control in CONTROLS]
