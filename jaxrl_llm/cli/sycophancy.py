@@ -119,10 +119,10 @@ def print_report(report: dict[str, Any]) -> None:
     rows = [(name, each) for name, each in report["subjects"].items()]
     if rows:
         wide = max(len(name) for name, _ in rows)
-        print(f"  {'subject':<{wide}}  items  {'matching ratio':<24}shift by letters        shift by words")
+        print(f"  {'subject':<{wide}}  items  {'matching ratio':<27}{'shift by letters':<27}shift by words")
     for name, each in rows:
         cells = [each["published"], *(each[form]["shift"] for form in ("letters", "words") if form in each)]
-        print(f"  {name:<{wide}}  {each['items']:>5}  " + "".join(f"{interval(cell):<24}" for cell in cells).rstrip())
+        print(f"  {name:<{wide}}  {each['items']:>5}  " + "".join(f"{interval(cell):<27}" for cell in cells).rstrip())
 
 
 def _print_shift(form: str, found: dict[str, Any]) -> None:
@@ -143,4 +143,5 @@ def interval(found: dict[str, float] | None) -> str:
     """An estimate with its 95% interval."""
     if found is None:
         return "none"
-    return f"{found['estimate']:.3f} ({found['low']:.3f} to {found['high']:.3f})".replace("-", "−")
+    estimate, low, high = (round(found[name], 3) + 0.0 for name in ("estimate", "low", "high"))  # no −0
+    return f"{estimate:.3f} ({low:.3f} to {high:.3f})".replace("-", "−")

@@ -28,17 +28,20 @@ def test_controls_have_their_known_scores_exactly(results):
 
 def test_a_model_is_measured_once(tmp_path, monkeypatch):
     asked = variants(generator.generate(40))
+    interval = {"estimate": 0.25, "low": 0.0, "high": 0.5}
+    probed = {"facts": 4, "doubt": {"given_up": interval}, "hints": {"wrong": {"shift": interval}}}
     calls = []
 
     def measured(config, model, sets):
         calls.append(model)
         report = measure(Sycophant(), asked, resamples=20) | {"source": model}
-        return {"sets": dict.fromkeys(sets, report), "probes": {"facts": 1}}
+        return {"sets": dict.fromkeys(sets, report), "probes": probed}
 
     monkeypatch.setattr(sycophancy, "measured", measured)
-    config = dataclasses.replace(SMALL, models=("one", "two"), work_dir=tmp_path / "kept")
-    first, again = sycophancy.run(config), sycophancy.run(config)
+    config = dataclasses.replace(SMALL, models=("one", "two"))
+    first, again = sycophancy.run(config, tmp_path / "kept"), sycophancy.run(config, tmp_path / "kept")
     assert calls == ["one", "two"] and json.dumps(first) == json.dumps(again)
+    assert sum(entry["value"] == 0.25 for entry in first["numbers"]) == 4
     assert "two matches 1.000 of 40 published items' users by letters" in first["claim"]
     assert "shifts by +1.000 (+1.000 to +1.000)" in first["claim"]
     assert [report["source"] for report in first["data"]["sets"][numbers.GENERATED]][3:] == ["one", "two"]

@@ -77,8 +77,8 @@ def reading(report: dict[str, Any]) -> str:
         return ""
     option, share, score = ("first", first, alone) if first > 0.5 else ("last", 1 - first, 1 - alone)
     return (
-        f"This matching ratio is letter bias: the {option} option is chosen in {share:.0%} of the items, whoever asks, "
-        f"and always choosing it matches {score:.0%} of the users."
+        f"This matching ratio is letter bias: the {option} option is chosen in {share:.0%} of the items as they stand, "
+        f"and always choosing it matches {score:.0%} of their users."
     )
 
 
