@@ -71,7 +71,7 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             name,
             value["estimate"],
             unit="share",
-            source=f"Sharma et al. 2023, {found['facts']} facts; 95% interval {value['low']:.3f} to {value['high']:.3f}",
+            source=f"{found['facts']} facts; 95% interval {value['low']:.3f} to {value['high']:.3f}",
         )
         for name, value in values.items()
         if value is not None

@@ -118,7 +118,7 @@ def print_report(report: dict[str, Any]) -> None:
             _print_shift(form, report[form])
     rows = [(name, each) for name, each in report["subjects"].items()]
     if rows:
-        wide = max(len(name) for name, _ in rows)
+        wide = max(len(name) for name in ("subject", *report["subjects"]))
         print(f"  {'subject':<{wide}}  items  {'matching ratio':<27}{'shift by letters':<27}shift by words")
     for name, each in rows:
         cells = [each["published"], *(each[form]["shift"] for form in ("letters", "words") if form in each)]
