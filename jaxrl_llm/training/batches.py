@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,8 +10,9 @@ from jaxtyping import Int, PyTree
 
 from jaxrl_llm.data.jsonl import JsonLines
 from jaxrl_llm.data.order import EpochOrder
-from jaxrl_llm.training.collate import Rows, rounded
+from jaxrl_llm.training.collate import COLLATE, Rows, encoder_of, rounded
 
+__all__ = ["COLLATE", "Batches", "Rows", "encoder_of"]
 Record = TypeVar("Record")
 
 
@@ -20,8 +21,8 @@ class Batches:
 
     Args:
         records: a list, or `JsonLines`.
-        encode: from a record to its tokens; see `collate.encoder_of`.
-        collate: from rows and the multiple to a batch; see `collate.COLLATE`.
+        encode: from a record to its tokens; see `encoder_of`.
+        collate: from rows and the multiple to a batch; see `COLLATE`.
         multiple: padded lengths are multiples of it, so that few programs serve all batches.
         vocab_size: the model's; with it, a token that the model does not have is refused.
 
@@ -56,16 +57,12 @@ class Batches:
         return self._collate([self.rows(place) for place in self.order(step)], self._multiple)
 
     def records(self, step: int) -> list[Record]:
-        """The records of a step's batch, row by row."""
-        return [self._records[place] for place in self.order(step)]
+        """The records of a step's batch, row by row.
 
-    def fields(self, step: int, *, group_size: int = 1) -> list[Mapping[str, Any]]:
-        """What the lines of a step's prompts hold beside them, for each of `group_size` answers, as a rollout has them.
-
-        A reward function that needs them, such as a known solution, is closed over those of the step:
-        `rewards.of_text(lambda prompts, answers: function(prompts, answers, fields), tokenizer)`.
+        Of prompts they hold what else stands in their lines, such as a known solution, for a function of rewards:
+        `rewards.of_text(function, tokenizer, fields=[record.fields for record in batches.records(step)])`.
         """
-        return [record.fields for record in self.records(step) for _ in range(group_size)]
+        return [self._records[place] for place in self.order(step)]
 
     def describe(self, step: int) -> str:
         """Which records are in the batch of a step: the lines they stand in, or their places in a list from 1."""
@@ -88,7 +85,7 @@ class Batches:
     def _size(self, rows: Rows) -> tuple[int, int, int, int]:
         """Tokens of the prompt and of the longest sequence, the number of sequences, and the tokens of all of them."""
         self._mismatched = rows.mismatched
-        return len(rows.prompt), max(rows.lengths), len(rows.lengths), sum(rows.lengths)
+        return len(rows.prompt), rows.length, len(rows.lengths), sum(rows.lengths)
 
     def _counts(self, places: Int[np.ndarray, "step batch"]) -> tuple[Int[np.ndarray, "step"], Int[np.ndarray, "step"]]:
         """Real tokens of batches, and the places they take."""

@@ -34,6 +34,11 @@ class Rows(NamedTuple):
         return [len(self.prompt) + len(answer) for answer in self.answers or [[]]]
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest of its sequences."""
+        return max(self.lengths)
+
+    @property
     def highest(self) -> int:
         """The largest id of its tokens."""
         return max(max(each, default=0) for each in (self.prompt, *self.answers))

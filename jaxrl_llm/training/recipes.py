@@ -23,9 +23,8 @@ from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.heads import ScalarHead, load_reward_model, save_reward_model
 from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training import lora as adapters
-from jaxrl_llm.training.batches import Batches
+from jaxrl_llm.training.batches import COLLATE, Batches, encoder_of
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.collate import COLLATE, encoder_of
 from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.policy import online
 from jaxrl_llm.training.precision import compute_in
@@ -201,15 +200,11 @@ def batches_of(run: Run, setup: Setup, path: Path, kind: str, *, room: int = 0) 
     records = JsonLines(path, PARSERS[kind], on_bad=run.on_bad)
     encoder = setup.encoder
     cut_before = encoder.cut_prompts, encoder.cut_answers
-    batches = Batches(
-        records, encoder_of(encoder, room=room), COLLATE[kind], batch_size=run.batch_size, seed=run.seed,
-        vocab_size=setup.lm.vocab_size,
-    )  # fmt: skip
+    batches = Batches(records, encoder_of(encoder, room=room), COLLATE[kind], batch_size=run.batch_size, seed=run.seed)
     cut = encoder.cut_prompts - cut_before[0], encoder.cut_answers - cut_before[1]
     setup.say(
         f"{path}: {len(records)} records, {len(records.bad_lines)} bad lines skipped, "
-        f"{cut[0]} prompts and {cut[1]} answers cut, {batches.order.left_over} left out of each epoch, "
-        f"{batches.pad_waste:.0%} of places are padding."
+        f"{cut[0]} prompts and {cut[1]} answers cut, {batches.pad_waste:.0%} of places are padding."
     )
     for bad in records.bad_lines:
         setup.say(f"{path}, line {bad.number}: {bad.reason}")

@@ -9,8 +9,7 @@ from jaxrl_llm.data import records
 from jaxrl_llm.data.encoding import Encoder
 from jaxrl_llm.data.jsonl import JsonLines
 from jaxrl_llm.data.records import Demonstration, Judged, Preference, Prompt, Ranked
-from jaxrl_llm.training.batches import Batches
-from jaxrl_llm.training.collate import COLLATE, encoder_of
+from jaxrl_llm.training.batches import COLLATE, Batches, encoder_of
 
 
 class Letters:
@@ -123,10 +122,10 @@ def test_lines_are_named_as_the_file_counts_them(tmp_path):
     assert batches_of("prompts", found[:2]).describe(0) in ("records 1, 2", "records 2, 1")
 
 
-def test_fields_are_those_of_the_prompts_once_for_each_answer():
-    batches = batches_of("prompts", ragged("prompts"))
-    asked = [record.prompt for record in batches.records(1)]
-    assert rows_as_text(batches(1)) == asked
-    solutions = [record.fields["solution"] for record in batches.records(1)]
-    given = batches.fields(1, group_size=3)
-    assert [fields["solution"] for fields in given] == [each for each in solutions for _ in range(3)]
+def test_the_records_of_a_step_are_its_rows_with_what_else_stands_in_their_lines():
+    given = ragged("prompts")
+    batches = batches_of("prompts", given)
+    for step in (0, 4):
+        found = batches.records(step)
+        assert rows_as_text(batches(step)) == [record.prompt for record in found]
+        assert all(record == given[record.fields["solution"]] for record in found)

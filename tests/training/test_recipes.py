@@ -12,8 +12,7 @@ import pytest
 from jaxrl_llm import models
 from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.training import recipes
-from jaxrl_llm.training.batches import Batches
-from jaxrl_llm.training.collate import COLLATE, encoder_of
+from jaxrl_llm.training.batches import COLLATE, Batches, encoder_of
 from jaxrl_llm.training.methods import METHODS
 from jaxrl_llm.training.recipes import Run
 from jaxrl_llm.training.rollout import Sampler
