@@ -73,9 +73,7 @@ class JsonLines(Sequence[Record], Generic[Record]):
         try:
             text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
             found = json.loads(text)
-            if (
-                "\\u" in text
-            ):  # JSON can write half a surrogate pair, which is no character and which no tokenizer takes
+            if "\\u" in text:  # then JSON can hold half a surrogate pair, which is no character: no tokenizer takes it
                 json.dumps(found, ensure_ascii=False).encode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
