@@ -69,7 +69,9 @@ def _draw_frontier(axes: Axes, data: dict[str, Any]) -> None:
     axes.plot(0, data["start"]["gold"], marker="*", markersize=9, color=COLOURS["reference"], linestyle="")
     _draw_best_of(axes, data, np.asarray, "gold", "-")
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlim=(-0.1, None), xticks=(ticks := (0, 0.5, 1, 2, 5, 10, 20)), xticklabels=[f"{tick:g}" for tick in ticks])
+    axes.set(
+        xlim=(-0.1, None), xticks=(ticks := (0, 0.5, 1, 2, 5, 10, 20)), xticklabels=[f"{tick:g}" for tick in ticks]
+    )
     axes.legend(ncols=2)
 
 

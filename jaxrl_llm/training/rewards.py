@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +25,8 @@ TextReward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 def of_text(function: TextReward, tokenizer: Any) -> RewardFn:
     """The reward `function(prompts, answers)` of texts: one number for each answer; it runs on the host."""
 
-    def reward(rollout: Rollout) -> np.ndarray:
-        return np.asarray(function(*texts(rollout.sequences, tokenizer)))
+    def reward(rollout: Rollout) -> Sequence[float]:
+        return function(*texts(rollout.sequences, tokenizer))
 
     return reward
 
@@ -58,9 +60,11 @@ def rewards_of(reward: RewardFn, rollout: Rollout) -> Float[Array, "batch"]:
     try:
         given = reward(rollout)
     except Exception as error:
-        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(at.filename).name}, line {at.lineno}"
+        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error} ({place})") from error
     try:
-        found = jnp.asarray(given)
+        found = jnp.asarray(given if isinstance(given, jax.Array) else np.asarray(given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the reward function must return {count} numbers, but returned {given!r}.") from error
     if found.shape != (count,) or not (jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "iub"):

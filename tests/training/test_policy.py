@@ -301,7 +301,12 @@ def drawn_of(count):
         ([1.0, 2.0], ValueError, r"one number for each of 3 answers, but returned float32\[2\]"),
         (["a", "b", "c"], ValueError, "must return 3 numbers, but returned"),
         (None, ValueError, "must return 3 numbers, but returned None"),
-        (ZeroDivisionError("by zero"), RuntimeError, "the reward function raised ZeroDivisionError: by zero"),
+        (
+            ZeroDivisionError("by zero"),
+            RuntimeError,
+            r"raised ZeroDivisionError: by zero \(test_policy\.py, line \d+\)",
+        ),
+        ([[1.0], [2.0, 3.0], [1.0]], ValueError, "must return 3 numbers, but returned"),
     ],
 )
 def test_a_reward_function_that_fails_is_named(returned, error, said):
