@@ -111,5 +111,5 @@ class Batches:
         many = "s" if len(places) > 1 else ""
         if isinstance(self._records, JsonLines):
             lines = ", ".join(str(self._records.line(int(place))) for place in places)
-            return f"record{many} of {self._records.path}, line{many} {lines}"
+            return f"record{many} of line{many} {lines}"
         return f"record{many} {', '.join(str(place + 1) for place in places)}"

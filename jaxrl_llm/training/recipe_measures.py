@@ -25,7 +25,7 @@ def held_out(run: Run, setup: Setup, loss: LossFn, kind: str, trained: Trained) 
     batches = batches_of(run, setup, run.eval_data, kind, batch_size=1)
     rows = sorted(map(batches.rows, range(batches.order.steps_per_epoch)), key=lambda row: row.length)
     parts = [
-        COLLATE[kind]([rows[place] for place in places], -(-rows[places[-1]].length // 32) * 32)
+        COLLATE[kind]([rows[place] for place in places], 32)
         for places in _parts(len(rows), run.batch_size // run.microbatches)
     ]
 

@@ -79,11 +79,13 @@ def batches_of(run: Run, setup: Setup, path: Path, kind: str, *, batch_size: int
     cut_before = encoder.cut_prompts, encoder.cut_answers
     try:
         encode = encoder_of(encoder, room=room)
-        batches = Batches(records, encode, COLLATE[kind], batch_size=batch_size, seed=run.seed)
+        batches = Batches(
+            records, encode, COLLATE[kind], batch_size=batch_size, seed=run.seed, vocab_size=setup.lm.vocab_size
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     cut = encoder.cut_prompts - cut_before[0], encoder.cut_answers - cut_before[1]
-    left = len(records) % batch_size
+    left = batches.order.left_over
     setup.say(
         f"{path}: {len(records)} records, {len(records.bad_lines)} bad lines skipped, "
         f"{cut[0]} prompts and {cut[1]} answers cut"
