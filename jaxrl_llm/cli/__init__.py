@@ -44,8 +44,10 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         raise SystemExit(0) from None
-    except (ValueError, FloatingPointError, OSError, OverflowError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, OverflowError, ModuleNotFoundError, RuntimeError) as error:
         print(f"jaxrl-llm: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # a run says that it can be resumed
+        if str(interrupt):
+            print(f"jaxrl-llm: {interrupt}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -141,27 +141,40 @@ class Grpo(Options):
     """Weight of KL(policy‖reference), in units of reward per nat."""
     kl_loss: Literal["reverse", "forward"] | None = None
     """The divergence as a term of the loss, named; by default it is in the reward."""
+    text: Path | None = None
+    """Pretraining text, lines as `train sft` takes them, for the term gamma E[log policy]."""
+    gamma: float = 0.0
+    """Weight of that term, in units of reward per nat of a token."""
     epochs: int = 1
     """Updates by each batch of answers."""
     minibatches: int = 1
     """Parts of each batch, updated on one after the other."""
+    clip_low: float | None = None
+    """A ratio below 1 - clip_low is clipped; by default as the method has it."""
+    clip_high: float | None = None
+    """A ratio above 1 + clip_high is clipped; by default as the method has it."""
+    importance_cap: float = 2.0
+    """The largest weight of a token that another law than the policy drew."""
 
     def run(self) -> None:
         """Train, and write the model."""
         from jaxrl_llm.decoding.transforms import TopP
         from jaxrl_llm.training import recipes
-        from jaxrl_llm.training.methods import METHODS
+        from jaxrl_llm.training.methods import METHODS, Method
         from jaxrl_llm.training.rollout import Sampler
 
-        fields = ("beta", "kl_loss", "epochs", "minibatches", "group_size")
-        method = dataclasses.replace(METHODS[self.method], **{name: getattr(self, name) for name in fields})
+        names = {field.name for field in dataclasses.fields(Method)}
+        changes = {name: value for name, value in vars(self).items() if name in names and value is not None}
+        if isinstance(self, Ppo):
+            changes["value_clip"] = self.value_clip
         transform = None if self.top_p >= 1 else TopP(self.top_p)
         recipes.policy_gradient(
             self.settings(),
-            method=method,
+            method=dataclasses.replace(METHODS[self.method], **changes),
             sampler=Sampler(self.max_new_tokens, self.temperature, transform),
             reward_model=None if self.reward_model is None else str(self.reward_model),
             reward_function=self.reward,
+            text=self.text,
         )
 
 
@@ -175,6 +188,20 @@ class Ppo(Grpo):
     """Answers to each prompt."""
     epochs: int = 4
     """Updates by each batch of answers."""
+    discount: float = 1.0
+    """Of rewards a token later."""
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95
+    """Of GAE: 1 trusts the rewards that came, 0 the critic."""
+    value_coefficient: float = 0.5
+    """Weight of the critic's loss."""
+    value_clip: float | None = 0.2
+    """How far a value may move in one batch before its loss is held, in units of reward; None for no such bound."""
+    dual_clip: float | None = None
+    """The largest ratio that counts against an answer, above 1; None for no such bound."""
+    whiten: bool = True
+    """Advantages of a batch to mean 0 and variance 1."""
+    bootstrap: bool = False
+    """An answer that was cut off is worth what the critic says of its end."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,8 @@ class JsonLines(Sequence[Record], Generic[Record]):
     ):
         if on_bad not in ("raise", "skip"):
             raise ValueError(f'on_bad must be "raise" or "skip", but is {on_bad!r}.')
-        self.path, self._parse, self._starts = Path(path), parse, []
+        self.path, self._parse = Path(path), parse
+        self._starts, self._numbers = [], []
         self.bad_lines: list[BadLine] = []
         self._open()
         if self.bad_lines and on_bad == "raise":
@@ -62,6 +63,7 @@ class JsonLines(Sequence[Record], Generic[Record]):
                     try:
                         self._record(line)
                         self._starts.append(start)
+                        self._numbers.append(number)
                     except ValueError as error:
                         self.bad_lines.append(BadLine(number, str(error)))
                 start += len(line)
@@ -69,9 +71,15 @@ class JsonLines(Sequence[Record], Generic[Record]):
 
     def _record(self, line: bytes) -> Record:
         try:
-            found = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+            found = json.loads(text)
+            if "\\u" in text:  # then JSON can hold half a surrogate pair, which is no character: no tokenizer takes it
+                json.dumps(found, ensure_ascii=False).encode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise ValueError(f"it holds \\u{half:04x}, half a surrogate pair, which is no character") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"it is not JSON: {error.msg} at character {error.pos + 1}") from None
         if not isinstance(found, dict):
@@ -82,6 +90,10 @@ class JsonLines(Sequence[Record], Generic[Record]):
         shown = "; ".join(f"line {bad.number}: {bad.reason}" for bad in self.bad_lines[:NAMED])
         more = f"; and {len(self.bad_lines) - NAMED} more" if len(self.bad_lines) > NAMED else ""
         return f"{self.path} has {len(self.bad_lines)} bad line{'s' * (len(self.bad_lines) > 1)}: {shown}{more}"
+
+    def line(self, index: int) -> int:
+        """The number of the line that a record stands in, from 1."""
+        return self._numbers[index]
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -34,19 +34,21 @@ class EpochOrder:
         """Full batches of an epoch; the rows that are left over are not in it."""
         return len(self._lengths) // self._batch_size
 
+    @property
+    def left_over(self) -> int:
+        """Rows that each epoch leaves out, less than a batch of them."""
+        return len(self._lengths) % self._batch_size
+
     def __call__(self, step: int) -> Int[np.ndarray, "batch"]:
         """Which rows are in the batch of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffled(np.random.default_rng([self._seed, epoch]))
+            self._epoch, self._order = epoch, self.epoch(epoch)
         return self._order[place]
 
-    def pad_waste(self, *, multiple: int = 1) -> float:
-        """The share of the first epoch's places that are padding, lengths rounded up to a multiple."""
-        rows = np.stack([self(step) for step in range(self.steps_per_epoch)])
-        lengths = self._lengths[rows]
-        places = -(-lengths.max(axis=1) // multiple) * multiple * self._batch_size
-        return float(1 - lengths.sum() / places.sum())
+    def epoch(self, number: int) -> Int[np.ndarray, "step batch"]:
+        """Which rows are in the batches of an epoch, counted from 0."""
+        return self._shuffled(np.random.default_rng([self._seed, number]))
 
     def _shuffled(self, rng: np.random.Generator) -> Int[np.ndarray, "step batch"]:
         order = rng.permutation(len(self._lengths))[: self.steps_per_epoch * self._batch_size]

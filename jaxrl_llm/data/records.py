@@ -69,14 +69,23 @@ def demonstration(line: Fields) -> Demonstration:
         messages = _text(line, "messages")
         if isinstance(messages, str) or messages[-1]["role"] != "assistant":
             raise ValueError("messages must end with one of the assistant, to be imitated")
+        if len(messages) < 2:
+            raise ValueError("messages must hold one before the assistant's last, to be answered")
         return Demonstration(messages[:-1], messages[-1:])
     if "text" in line:
+        if not isinstance(line["text"], str):
+            raise ValueError(f"text must be a string, but is {str(line['text'])[:60]!r}")
         return Demonstration("", _text(line, "text"))
-    return Demonstration(_text(line, "prompt"), _text(line, "completion" if "completion" in line else "answer"))
+    answer = _text(line, "completion" if "completion" in line else "answer")
+    asked, (answer,) = alike(_text(line, "prompt"), (answer,))
+    return Demonstration(asked, answer)
 
 
 def preference(line: Fields) -> Preference:
-    """{"prompt", "chosen", "rejected"}; or two conversations without a prompt, which is then what they share."""
+    """{"prompt", "chosen", "rejected"}; or two conversations without a prompt, which is then what they share.
+
+    Strings and messages may be mixed: see `alike`.
+    """
     chosen, rejected = _text(line, "chosen"), _text(line, "rejected")
     if "prompt" in line:
         asked = _text(line, "prompt")
@@ -89,6 +98,7 @@ def preference(line: Fields) -> Preference:
             raise ValueError("there is no prompt, and the two conversations do not begin alike")
     else:
         raise ValueError(f"prompt is missing: there are {', '.join(line)}")
+    asked, (chosen, rejected) = alike(asked, (chosen, rejected))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same answer")
     return Preference(asked, chosen, rejected)
@@ -110,7 +120,7 @@ def ranked(line: Fields) -> Ranked:
     answers = line["answers"]
     if not isinstance(answers, list) or len(answers) < 2:
         raise ValueError("answers must be a list of two or more")
-    found = tuple(_text({"answers": each}, "answers") for each in answers)
+    asked, found = alike(_text(line, "prompt"), tuple(_text({"answers": each}, "answers") for each in answers))
     ranks = line.get("ranks", list(range(len(answers))))
     whole = isinstance(ranks, list) and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
     if not whole or len(ranks) != len(answers):
@@ -120,7 +130,7 @@ def ranked(line: Fields) -> Ranked:
     for first in range(len(found)):
         if any(found[first] == found[other] and ranks[first] != ranks[other] for other in range(first)):
             raise ValueError(f"answer {first + 1} stands there twice with different ranks")
-    return Ranked(_text(line, "prompt"), found, tuple(ranks))
+    return Ranked(asked, found, tuple(ranks))
 
 
 PARSERS: dict[str, Callable[[Fields], Any]] = {
@@ -130,6 +140,39 @@ PARSERS: dict[str, Callable[[Fields], Any]] = {
     "judged": judged,
     "ranked": ranked,
 }
+
+
+def alike(asked: Text, answers: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:
+    """A prompt and its answers as strings all, or as messages all if one of them is a conversation.
+
+    As messages, a prompt is the user's and an answer the assistant's. An answer that is the whole conversation begins
+    with its prompt, which is then left out of it.
+
+    Raises:
+        ValueError: for an answer that, without its prompt, does not begin with the assistant's message; or an empty
+            prompt that is not a string among strings.
+    """
+    if all(isinstance(each, str) for each in (asked, *answers)):
+        return asked, tuple(answers)
+    if not asked:
+        raise ValueError("the prompt is empty, but an answer is a conversation")
+    asked = _messages(asked, "user")
+    return asked, tuple(_without(asked, _messages(answer, "assistant")) for answer in answers)
+
+
+def _messages(value: Text, role: str) -> tuple[Message, ...]:
+    return ({"role": role, "content": value},) if isinstance(value, str) else tuple(value)
+
+
+def _without(asked: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
+    if len(answer) > len(asked) and answer[: len(asked)] == asked:
+        answer = answer[len(asked) :]
+    if answer[0]["role"] != "assistant":
+        raise ValueError(
+            f"an answer must begin with the assistant's message or with the whole prompt, "
+            f"but begins with one of the role {answer[0]['role']!r}"
+        )
+    return answer
 
 
 def _text(line: Fields, name: str) -> Text:

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from jaxrl_llm import text
-from jaxrl_llm.data.encoding import Encoder
+from jaxrl_llm.data.jsonl import JsonLines
 from jaxrl_llm.data.order import EpochOrder
-from jaxrl_llm.data.records import Demonstration, Judged, Preference, Prompt, Ranked
-from jaxrl_llm.training.preference import JudgedBatch, PairBatch
-from jaxrl_llm.training.reward import RankedBatch
-from jaxrl_llm.training.rollout import Prompts
-from jaxrl_llm.training.sequences import Sequences, pad_answers, rows_of
+from jaxrl_llm.training.collate import COLLATE, Rows, encoder_of, rounded
 
+__all__ = ["COLLATE", "Batches", "Rows", "encoder_of"]
 Record = TypeVar("Record")
-
-
-class Rows(NamedTuple):
-    """A record as tokens: a prompt, its answers, and what is said of them."""
-
-    prompt: list[int]
-    answers: list[list[int]]
-    said: Any = None
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest of its sequences."""
-        return len(self.prompt) + max(map(len, self.answers), default=0)
 
 
 class Batches:
@@ -39,13 +22,15 @@ class Batches:
     Args:
         records: a list, or `JsonLines`.
         encode: from a record to its tokens; see `encoder_of`.
-        collate: from rows and a length to a batch; see `COLLATE`.
+        collate: from rows and the multiple to a batch; see `COLLATE`.
         multiple: padded lengths are multiples of it, so that few programs serve all batches.
+        vocab_size: the model's; with it, a token that the model does not have is refused.
 
-    `pad_waste` is the share of places that are padding; `tokens(steps)` how many real ones the first steps hold.
+    `order.left_over` is how many records each epoch leaves out.
 
     Raises:
-        ValueError: for a record that cannot be encoded, naming its place, or a batch size that does not fit.
+        ValueError: for a record that cannot be encoded or whose tokens the model lacks, naming its line; or a batch
+            size that does not fit.
     """
 
     def __init__(
@@ -57,115 +42,74 @@ class Batches:
         batch_size: int,
         seed: int,
         multiple: int = 32,
-        most: int | None = None,
+        vocab_size: int | None = None,
     ):
         self._records, self._encode, self._collate = records, encode, collate
-        self._multiple, self._most = multiple, most
-        self._lengths = np.asarray([self.rows(place).length for place in range(len(records))])
-        self.order = EpochOrder(self._lengths, batch_size=batch_size, seed=seed, unit="records")
+        self._multiple, self._vocab_size = multiple, vocab_size
+        self._mismatched = None
+        sizes = np.asarray([self._size(self.rows(place)) for place in range(len(records))], int).reshape(-1, 4)
+        self._prompts, self._longest, self._sequences, self._real = sizes.T
+        self.order = EpochOrder(self._longest, batch_size=batch_size, seed=seed, unit="records")
+        self._tokens = np.zeros(1, int)  # of the first so many steps, as far as they were asked for
 
     def __call__(self, step: int) -> PyTree:
         """The batch of a step."""
-        rows = [self.rows(place) for place in self.order(step)]
-        length = -(-max(row.length for row in rows) // self._multiple) * self._multiple
-        return self._collate(rows, length if self._most is None else min(length, self._most))
+        return self._collate([self.rows(place) for place in self.order(step)], self._multiple)
 
     def records(self, step: int) -> list[Record]:
-        """The records of a step's batch."""
+        """The records of a step's batch, row by row.
+
+        Of prompts they hold what else stands in their lines, such as a known solution, for a function of rewards:
+        `rewards.of_text(function, tokenizer, fields=[record.fields for record in batches.records(step)])`.
+        """
         return [self._records[place] for place in self.order(step)]
 
     def describe(self, step: int) -> str:
-        """Which records are in the batch of a step, counted from 1."""
-        return "records " + ", ".join(str(place + 1) for place in self.order(step))
+        """Which records are in the batch of a step: the lines they stand in, or their places in a list from 1."""
+        return self._named(self.order(step))
 
     def tokens(self, steps: int) -> int:
-        """Real tokens of the first so many steps."""
-        whole, rest = divmod(steps, self.order.steps_per_epoch)
-        epoch = sum(int(self._lengths[self.order(step)].sum()) for step in range(self.order.steps_per_epoch))
-        return whole * epoch + sum(int(self._lengths[self.order(step)].sum()) for step in range(rest))
+        """Real tokens of the first so many steps, in all their sequences."""
+        while steps >= len(self._tokens):
+            epoch = (len(self._tokens) - 1) // self.order.steps_per_epoch
+            real, _ = self._counts(self.order.epoch(epoch))
+            self._tokens = np.concatenate([self._tokens, self._tokens[-1] + np.cumsum(real)])
+        return int(self._tokens[steps])
 
     @property
     def pad_waste(self) -> float:
-        """The share of places that are padding, in the first epoch."""
-        return self.order.pad_waste(multiple=self._multiple)
+        """The share of places that are padding in the first epoch; those that a ranking has no answer for are, too."""
+        real, places = self._counts(self.order.epoch(0))
+        return float(1 - real.sum() / places.sum())
+
+    def _size(self, rows: Rows) -> tuple[int, int, int, int]:
+        """Tokens of the prompt and of the longest sequence, the number of sequences, and the tokens of all of them."""
+        self._mismatched = rows.mismatched
+        return len(rows.prompt), rows.length, len(rows.lengths), sum(rows.lengths)
+
+    def _counts(self, places: Int[np.ndarray, "step batch"]) -> tuple[Int[np.ndarray, "step"], Int[np.ndarray, "step"]]:
+        """Real tokens of batches, and the places they take."""
+        prompts, longest = self._prompts[places], self._longest[places]
+        real, length, sequences = self._real[places].sum(axis=1), longest, self._sequences[places].max(axis=1)
+        if self._mismatched is not None:
+            others = np.minimum(prompts + np.roll(longest - prompts, 1, axis=1), self._mismatched)
+            real, length, sequences = real + others.sum(axis=1), np.maximum(length, others), 2
+        return real, rounded(length.max(axis=1), self._multiple) * sequences * places.shape[1]
 
     def rows(self, place: Int[np.ndarray, ""] | int) -> Rows:
         """A record as tokens."""
+        place = int(place)
         try:
-            return self._encode(self._records[int(place)])
+            rows = self._encode(self._records[place])
+            if self._vocab_size is not None and rows.highest >= self._vocab_size:
+                raise ValueError(f"the tokenizer writes token {rows.highest}, but the model has {self._vocab_size}.")
         except ValueError as error:
-            raise ValueError(f"record {int(place) + 1}: {error}") from error
+            raise ValueError(f"{self._named([place])}: {error}") from error
+        return rows
 
-
-def encoder_of(encoder: Encoder, *, room: int = 0) -> Callable[[Any], Rows]:
-    """From a record of any kind to its tokens.
-
-    Args:
-        room: tokens that a prompt alone has to leave for its answer.
-    """
-
-    def encode(record: Any) -> Rows:
-        match record:
-            case Prompt():
-                return Rows(encoder.prompt(record.prompt, room=room), [])
-            case Demonstration():
-                return Rows(*encoder(record.prompt, [record.answer]))
-            case Judged():
-                return Rows(*encoder(record.prompt, [record.answer]), record.good)
-            case Preference():
-                return Rows(*encoder(record.prompt, [record.chosen, record.rejected]))
-            case Ranked():
-                return Rows(*encoder(record.prompt, record.answers), record.ranks)
-        raise ValueError(f"{type(record).__name__} is no record.")
-
-    return encode
-
-
-def prompts(rows: list[Rows], length: int) -> Prompts:
-    """Prompts, padded on the left."""
-    tokens, mask = text.left_pad([row.prompt for row in rows])
-    padding = ((0, 0), (length - tokens.shape[1], 0))
-    return Prompts(np.pad(tokens, padding), np.pad(mask, padding))
-
-
-def demonstrations(rows: list[Rows], length: int) -> Sequences:
-    """Prompts with the one answer to each."""
-    return _padded([row.prompt for row in rows], [row.answers[0] for row in rows], length)
-
-
-def preferences(rows: list[Rows], length: int) -> PairBatch:
-    """Chosen and rejected answers."""
-    asked = [row.prompt for row in rows]
-    return PairBatch(*(_padded(asked, [row.answers[side] for row in rows], length) for side in (0, 1)))
-
-
-def judged(rows: list[Rows], length: int) -> JudgedBatch:
-    """Good and bad answers, and each prompt with the answer to the one before, cut where it does not fit."""
-    asked, answers = [row.prompt for row in rows], [row.answers[0] for row in rows]
-    others = [answer[: length - len(prompt)] for prompt, answer in zip(asked, [answers[-1], *answers], strict=False)]
-    good = np.asarray([row.said for row in rows], bool)
-    return JudgedBatch(_padded(asked, answers, length), good, _padded(asked, others, length))
-
-
-def ranked(rows: list[Rows], length: int) -> RankedBatch:
-    """K answers to each prompt, K that of the longest ranking; the places that are left repeat the first answer."""
-    most = max(len(row.answers) for row in rows)
-    filled = [[*row.answers, *[row.answers[0]] * (most - len(row.answers))] for row in rows]
-    flat = _padded([row.prompt for row in rows for _ in range(most)], [each for row in filled for each in row], length)
-    answers = Sequences(*(leaf.reshape(len(rows), most, length) for leaf in rows_of(flat)))
-    ranks = np.asarray([[*row.said, *[0] * (most - len(row.said))] for row in rows], np.int32)
-    real = np.asarray([[place < len(row.answers) for place in range(most)] for row in rows])
-    return RankedBatch(answers, ranks, real)
-
-
-COLLATE: dict[str, Callable[[list[Rows], int], PyTree]] = {
-    "prompts": prompts,
-    "demonstrations": demonstrations,
-    "preferences": preferences,
-    "judged": judged,
-    "ranked": ranked,
-}
-
-
-def _padded(asked: list[list[int]], answers: list[list[int]], length: int) -> Sequences:
-    return pad_answers(asked, answers, length=length)
+    def _named(self, places: Sequence[int]) -> str:
+        many = "s" if len(places) > 1 else ""
+        if isinstance(self._records, JsonLines):
+            lines = ", ".join(str(self._records.line(int(place))) for place in places)
+            return f"record{many} of line{many} {lines}"
+        return f"record{many} {', '.join(str(place + 1) for place in places)}"

@@ -153,6 +153,11 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
         raise ValueError(f"{folder} is no plain LoRA adapter, but {config.get('peft_type')}.")
+    varied = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
+    if varied or config.get("bias", "none") != "none":
+        raise ValueError(
+            f"{folder} has more than one rank and one alpha for all layers: {', '.join(varied) or 'bias'}."
+        )
     given = lora(model, rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"])
     _, family = families.family_of(model)
     found: Adapter = {}

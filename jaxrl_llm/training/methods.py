@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
+import numpy as np
 
 from jaxrl_llm.objectives.aggregate import Mode
+from jaxrl_llm.objectives.numerics import check_knob, is_concrete
 
 Advantage = Literal["returns", "rloo", "grpo", "centered", "gae"]
 Surrogate = Literal["reinforce", "ppo_clip", "gspo", "cispo"]
 Divergence = Literal["reverse", "forward"]
 
+RANGES = {
+    "beta": (0, float("inf")),
+    "gamma": (0, float("inf")),
+    "clip_low": (0, float("inf")),
+    "clip_high": (0, float("inf")),
+    "importance_cap": (0, float("inf")),
+    "discount": (0, 1),
+    "lambda_": (0, 1),
+    "value_coefficient": (0, float("inf")),
+    "normaliser": (0, float("inf")),
+}
 CHOICE = {"static": True}  # marks a field that programs are compiled for
 
 
@@ -21,13 +34,14 @@ CHOICE = {"static": True}  # marks a field that programs are compiled for
 class Method:
     """A policy-gradient method: how advantages are made of rewards, and a loss of them. `METHODS` has the known ones.
 
-    Numbers are leaves: another value of one never recompiles. Choices are fixed when compiling.
+    Numbers are leaves: another value of one never recompiles. Choices are fixed when compiling, and so are `value_clip`
+    and `dual_clip`, which may be None.
 
     The penalty β KL(π‖π_ref) is in the reward of each token as −β k1, the estimator whose expectation and policy
     gradient are both right. With `kl_loss` it is a term of the loss instead, by the estimator whose gradient is that of
-    the divergence named: "reverse", KL(π‖ref) of whole answers, by k2 of their summed log-ratios; "forward",
-    KL(ref‖π) token by token, by k3, which is what GRPO's paper adds. They are different penalties with different
-    optima: see `objectives.kl`.
+    the divergence named: "reverse", KL(π‖ref) of whole answers, by k2 of their summed log-ratios, divided by what
+    `mode` divides the surrogate by, so that β weighs the same against the reward; "forward", KL(ref‖π) token by token,
+    by k3, which is what GRPO's paper adds. They are different penalties with different optima: see `objectives.kl`.
 
     Args:
         advantage: "returns": the rewards to come, no baseline; "rloo", "grpo", "centered": within the group of answers
@@ -40,7 +54,8 @@ class Method:
         importance_cap: C of the weight min(π_old/μ, C) per token, μ the law that tokens were really drawn from (after
             top-p, say, or in another precision). It is 1 where μ is the policy. Tokens that μ removes stay unseen.
         epochs, minibatches: how often, and in how many parts, each batch of answers is gone through.
-        discount, lambda_: γ and λ of GAE. value_coefficient, value_clip: of the critic's loss.
+        discount, lambda_: γ and λ of GAE. value_coefficient, value_clip: of the critic's loss, a mean over tokens with
+            the mode "token_mean", else over answers of their means.
         whiten: advantages of the batch to mean 0 and variance 1.
         bootstrap: an answer that was cut off, without EOS, is worth what the critic says of its end (for "gae"), as
             though it went on. Else it ends there, which is right where the reward is of the cut-off text.
@@ -68,8 +83,23 @@ class Method:
     normaliser: float = 1.0
 
     def __post_init__(self):
-        if not isinstance(self.beta, float | int):
-            return  # traced, or a placeholder of jax
+        self._check_choices()
+        for name, value in vars(self).items():
+            if name in RANGES and _is_known(value):
+                low, high = RANGES[name]
+                check_knob(low, high, open_low=name in ("importance_cap", "normaliser"), **{name: value})
+        if self.surrogate in ("ppo_clip", "gspo") and _is_known(self.clip_low):
+            check_knob(0, 1, clip_low=self.clip_low)
+
+    def _check_choices(self) -> None:
+        for name, choices in (("advantage", Advantage), ("surrogate", Surrogate), ("mode", Mode)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, is {getattr(self, name)!r}.")
+        if self.kl_loss not in (None, *get_args(Divergence)):
+            raise ValueError(
+                f'kl_loss must name a divergence, "reverse" or "forward", or be None, but is {self.kl_loss!r}: '
+                "as a loss, k1 has the gradient 0 in expectation, and k3 that of the forward divergence."
+            )
         if self.group_size < 1 or self.epochs < 1 or self.minibatches < 1:
             raise ValueError(
                 "group_size, epochs and minibatches must be at least 1, but are "
@@ -77,18 +107,22 @@ class Method:
             )
         if self.advantage in ("rloo", "grpo", "centered") and self.group_size < 2:
             raise ValueError(f"{self.advantage} compares the answers to a prompt: group_size must be 2 or more.")
-        if self.kl_loss not in (None, "reverse", "forward"):
-            raise ValueError(
-                f'kl_loss must name a divergence, "reverse" or "forward", or be None, but is {self.kl_loss!r}: '
-                "as a loss, k1 has the gradient 0 in expectation, and k3 that of the forward divergence."
-            )
-        if min(self.beta, self.gamma) < 0:
-            raise ValueError(f"beta and gamma must not be negative, but are {self.beta} and {self.gamma}.")
+        if self.surrogate == "gspo" and self.mode != "sequence_mean":
+            raise ValueError(f"gspo has one ratio for each answer: its mode is sequence_mean, not {self.mode}.")
+        if self.dual_clip is not None and self.surrogate != "ppo_clip":
+            raise ValueError(f"dual_clip is for the surrogate ppo_clip, not for {self.surrogate}.")
 
     @property
     def has_critic(self) -> bool:
         """Whether a critic is trained beside the policy."""
         return self.advantage == "gae"
+
+
+def _is_known(value: Any) -> bool:
+    """Whether it is a number, or a concrete array of them: a leaf may be traced, or a placeholder of jax."""
+    return isinstance(value, int | float | np.number | np.ndarray) or (
+        isinstance(value, jax.Array) and is_concrete(value)
+    )
 
 
 METHODS: dict[str, Method] = {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jaxrl_llm.decoding.checks import check_room
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import kl, policy_gradient, rlhf
@@ -53,6 +54,7 @@ class Online(NamedTuple):
             text: pretraining text for the term γ E[log π]; None leaves it out.
 
         Raises:
+            ValueError: for a prompt that leaves no room for an answer in the model's context.
             ValueError, RuntimeError: as `rewards_of`.
         """
         drawn = self.draw(state, prompts, sampler, frozen, group_size=method.group_size, critic=method.has_critic)
@@ -85,11 +87,16 @@ def online(
         return state.params if view is None else view(state.params, frozen)
 
     @functools.partial(jax.jit, static_argnames=("group_size", "critic"))
-    def draw(state, prompts, sampler, frozen, *, group_size, critic):
+    def drawn(state, prompts, sampler, frozen, *, group_size, critic):
         params = seen(state, frozen)
         policy = params["policy"] if critic else params
         key = jax.random.fold_in(state.step_key, 0)
         return rollout(lm, policy, prompts, key, sampler, group_size=group_size)
+
+    def draw(state, prompts, sampler, frozen, *, group_size, critic):
+        if getattr(prompts.mask, "is_fully_addressable", True):  # not a part of another process
+            check_room(lm, prompts.mask, sampler.max_new_tokens)  # which jit cannot read
+        return drawn(state, prompts, sampler, frozen, group_size=group_size, critic=critic)
 
     @jax.jit
     def score(state, drawn, rewards, method, frozen, temperature=1.0):
@@ -98,9 +105,9 @@ def online(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, batch, method, frozen, text=None, temperature=1.0):
-        inputs = {"ref": frozen, "text": text, "temperature": temperature}
+        inputs = {"frozen": frozen, "text": text, "temperature": temperature}
         loss = policy_loss(lm, method, critic=critic)
-        viewed = None if view is None else lambda params, inputs: view(params, inputs["ref"])
+        viewed = None if view is None else lambda params, inputs: view(params, inputs["frozen"])
 
         def one(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
             part = jax.tree.map(lambda leaf: leaf[rows], batch)
@@ -135,8 +142,9 @@ def minibatch_rows(method: Method, rows: int, key: Array) -> Array:
 def policy_loss(lm: LanguageModel, method: Method, *, critic: ScalarHead | None = None) -> LossFn:
     """The loss of a method over `Experience`: surrogate, divergence, critic and pretraining text, as it has them.
 
-    Metrics: `clip_fraction`, the share of tokens whose ratio is outside of the clip; `ratio`, its mean; and of a critic
-    `value_loss` and `explained_variance`.
+    Metrics: `clip_fraction`, the share of tokens (for "gspo": of answers) whose ratio is outside of the clip; `ratio`,
+    its mean; and of a critic `value_loss` and `explained_variance`. Of a step with several updates they are means over
+    those: the first update alone has the ratio 1.
     """
 
     def loss(params: Params, batch: Experience, inputs: PyTree, key: Array) -> Loss:
@@ -191,13 +199,17 @@ def _divergence(method: Method, logp: Array, batch: Experience) -> Float[Array, 
     """
     if method.kl_loss is None:
         return 0.0
+    answer = batch.sequences.answer
     logs = logp, batch.logp_old, batch.logp_sampler, batch.logp_ref
     if method.kl_loss == "reverse":
         policy, old, sampler, ref = (each.sum(axis=1) for each in logs)
-        return method.beta * (_weight(method, policy, old, sampler) * kl.k2(policy, ref)).mean()
+        whole = _weight(method, policy, old, sampler) * kl.k2(policy, ref)
+        # Spread over the answer's tokens, so that it is divided by what the surrogate is divided by.
+        spread = whole[:, None] / jnp.maximum(answer.sum(axis=1, keepdims=True), 1)
+        return method.beta * _aggregate(method, jnp.where(answer, spread, 0), answer)
     policy, old, sampler, ref = logs
     per_token = _weight(method, policy, old, sampler) * kl.k3(policy, ref)
-    return method.beta * _aggregate(method, per_token, batch.sequences.answer)
+    return method.beta * _aggregate(method, per_token, answer)
 
 
 def _weight(method: Method, logp: Array, logp_old: Array, logp_sampler: Array) -> Array:
@@ -207,13 +219,17 @@ def _weight(method: Method, logp: Array, logp_old: Array, logp_sampler: Array) -
 
 
 def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
-    answer = batch.sequences.answer
-    ratio = jnp.exp(jnp.where(answer, jax.lax.stop_gradient(logp) - batch.logp_old, 0))
-    tokens = jnp.maximum(answer.sum(), 1)
+    """Of tokens; of whole answers, the geometric means that GSPO clips, for "gspo"."""
+    counted = batch.sequences.answer
+    log_ratio = jnp.where(counted, jax.lax.stop_gradient(logp) - batch.logp_old, 0)
+    if method.surrogate == "gspo":
+        log_ratio = log_ratio.sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1)
+        counted = counted.any(axis=1)
+    ratio, count = bounded_exp(log_ratio), jnp.maximum(counted.sum(), 1)
     outside = (ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)
     return {
-        "clip_fraction": (outside & answer).sum() / tokens,
-        "ratio": jnp.where(answer, ratio, 0).sum() / tokens,
+        "clip_fraction": (outside & counted).sum() / count,
+        "ratio": jnp.where(counted, ratio, 0).sum() / count,
     }
 
 
@@ -223,7 +239,8 @@ def _critic_loss(
     answer = batch.sequences.answer
     values, _ = critic_values(critic, params, batch.sequences)
     per_token = policy_gradient.value_loss(values, batch.values_old, batch.returns, clip=method.value_clip)
-    value = aggregate(per_token, answer, "token_mean")
+    # What `policy_loss` weighs by tokens is a mean over tokens, what it weighs by answers one over answers.
+    value = aggregate(per_token, answer, "token_mean" if method.mode == "token_mean" else "sequence_mean")
     count = jnp.maximum(answer.sum(), 1)
 
     def variance(array: Array) -> Array:

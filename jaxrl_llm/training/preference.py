@@ -181,7 +181,7 @@ def _reference(frozen: PyTree) -> Params:
 
 
 def _kto_loss(lm: LanguageModel, knobs: dict[str, Any]) -> LossFn:
-    """KTO over judged answers. The reference point is that of the batch, or of a part of it under accumulation."""
+    """KTO over judged answers. Its reference point is the batch's: parts of one do not add up, and are refused."""
 
     def loss(params: Params, batch: JudgedBatch, frozen: PyTree, key: Array) -> Loss:
         if not isinstance(batch, JudgedBatch):
@@ -202,6 +202,7 @@ def _kto_loss(lm: LanguageModel, knobs: dict[str, Any]) -> LossFn:
         means |= {"margin": (good - bad) * (logp - logp_ref)}
         return _mean(per_answer, _weights(batch.weight, per_answer), means)
 
+    loss.needs_whole_batch = True
     return loss
 
 

@@ -23,13 +23,14 @@ class RankedBatch(NamedTuple):
 
 
 def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
-    """K-choose-2: −log σ(r_better − r_worse) over all pairs of each prompt's answers, averaged; for K = 2 pairwise.
+    """K-choose-2: −log σ(r_better − r_worse) averaged over a prompt's pairs, then over prompts; for K = 2 pairwise.
 
     The batch is a `RankedBatch`; parameters are the head's; nothing is frozen. Metrics: `accuracy`, the share of the
     pairs in the right order (a tie of scores counts half), `margin`, their mean difference in score, and `score`.
 
     Args:
-        centering: weight of (r_i + r_j)², which holds the scores, that no comparison fixes, around 0.
+        centering: weight of (r_i + r_j)², averaged as the loss is; it holds the scores, which no comparison fixes,
+            around 0.
 
     Source: Ouyang et al. 2022, eq. 1; centering: Eisenstein et al. 2023.
     """
@@ -41,7 +42,8 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
         value = per_prompt.mean()
         if centering:
             first, second = jnp.broadcast_arrays(scores[:, :, None], scores[:, None, :])
-            value += _mean(reward_model.centering_loss(first, second, coefficient=centering), pairs)
+            squares = jnp.where(pairs, reward_model.centering_loss(first, second, coefficient=centering), 0)
+            value += (squares.sum(axis=(1, 2)) / jnp.maximum(pairs.sum(axis=(1, 2)), 1)).mean()
         lead = scores[:, :, None] - scores[:, None, :]
         metrics = {
             "accuracy": _mean((lead > 0) + (lead == 0) / 2, pairs),

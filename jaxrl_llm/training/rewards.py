@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,16 +22,59 @@ from jaxrl_llm.training.rollout import Rollout
 from jaxrl_llm.training.sequences import Sequences
 
 RewardFn = Callable[[Rollout], Float[Array, "batch"]]
-TextReward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+TextReward = Callable[..., Sequence[float]]  # (prompts, answers), and fields if it has such a parameter
 
 
-def of_text(function: TextReward, tokenizer: Any) -> RewardFn:
-    """The reward `function(prompts, answers)` of texts: one number for each answer; it runs on the host."""
+def of_text(function: TextReward, tokenizer: Any, *, fields: Sequence[Mapping[str, Any]] | None = None) -> RewardFn:
+    """The reward `function(prompts, answers)` of texts: one number for each answer; it runs on the host.
 
-    def reward(rollout: Rollout) -> np.ndarray:
-        return np.asarray(function(*texts(rollout.sequences, tokenizer)))
+    Args:
+        fields: what else is known of each prompt, such as its right answer. A function that has a parameter of this
+            name is given it, once for each answer.
+
+    Raises:
+        ValueError: when answers lie on several processes, of which none reads them all: `of_tokens` is for these.
+    """
+
+    def reward(rollout: Rollout) -> Sequence[float]:
+        prompts, answers = texts(rollout.sequences, tokenizer)
+        if fields is None or not _takes_fields(function):
+            return function(prompts, answers)
+        group = len(answers) // len(fields)
+        return function(prompts, answers, fields=[each for each in fields for _ in range(group)])
 
     return reward
+
+
+def _takes_fields(function: Callable[..., Any]) -> bool:
+    try:
+        return "fields" in inspect.signature(function).parameters
+    except ValueError:  # some functions written in C have none
+        return False
+
+
+def function_at(place: str) -> Callable[..., Any]:
+    """The function at "file.py:name" or "module:name".
+
+    Raises:
+        ValueError: if there is none, or what stands there cannot be imported.
+    """
+    where, _, name = place.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        found = getattr(module, name)
+    except Exception as error:  # whatever a module raises when it is run
+        raise ValueError(
+            f'a reward function is given as "file.py:name" or "module:name"; {place}: {type(error).__name__}: {error}'
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{place} must be a function(prompts, answers), but is a {type(found).__name__}.")
+    return found
 
 
 def of_tokens(function: Callable[[Sequences], Float[Array, "batch"]]) -> RewardFn:
@@ -42,6 +90,8 @@ def of_model(head: ScalarHead, params: Params) -> RewardFn:
 
 def texts(sequences: Sequences, tokenizer: Any) -> tuple[list[str], list[str]]:
     """Prompts and answers as text, without special tokens."""
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in sequences):
+        raise ValueError("the answers lie on several processes: take a reward of tokens, `of_tokens` or `of_model`.")
     tokens, mask, answer = map(np.asarray, sequences)
     sides = [[row[real].tolist() for row, real in zip(tokens, each, strict=True)] for each in (mask & ~answer, answer)]
     return tuple([tokenizer.decode(row, skip_special_tokens=True) for row in side] for side in sides)
@@ -58,9 +108,11 @@ def rewards_of(reward: RewardFn, rollout: Rollout) -> Float[Array, "batch"]:
     try:
         given = reward(rollout)
     except Exception as error:
-        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(at.filename).name}, line {at.lineno}"
+        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error} ({place})") from error
     try:
-        found = jnp.asarray(given)
+        found = jnp.asarray(given if isinstance(given, jax.Array) else np.asarray(given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the reward function must return {count} numbers, but returned {given!r}.") from error
     if found.shape != (count,) or not (jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "iub"):

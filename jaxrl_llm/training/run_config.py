@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 
 def claim(path: Path, config: Mapping[str, Any], *, resumed: bool) -> None:
     """Write a new run's configuration to `path`, complete or not at all; compare that of a resumed one.
+
+    Of several processes the first one writes.
 
     Raises:
         ValueError: if `config` is not JSON, or the resumed run was begun with another one or with none.
@@ -21,6 +25,8 @@ def claim(path: Path, config: Mapping[str, Any], *, resumed: bool) -> None:
         raise ValueError(f"a run's configuration must be a dict of what JSON can hold, but is {config!r}.") from error
     if resumed:
         _compare(path, json.loads(text))
+        return
+    if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

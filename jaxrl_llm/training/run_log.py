@@ -6,9 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import jax
+
 
 class RunLog:
     """Rows with a `step` each. A resumed run drops those of the steps that it will do again.
+
+    Of several processes the first one writes.
 
     Args:
         path: of the JSON lines.
@@ -21,7 +25,7 @@ class RunLog:
     def __init__(self, path: Path, *, tensorboard: Path | None = None):
         self.path = path
         self._tensorboard = tensorboard
-        self._events = None
+        self._events, self._writes = None, jax.process_index() == 0
         if tensorboard is not None:
             _event_writer()  # found missing now, not after the first steps
 
@@ -32,6 +36,8 @@ class RunLog:
 
     def truncate(self, step: int) -> None:
         """Keep the rows up to `step`."""
+        if not self._writes:
+            return
         kept = [row for row in self.rows() if row["step"] <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
@@ -41,9 +47,11 @@ class RunLog:
             self._events = _event_writer()(str(self._tensorboard), purge_step=step + 1)
 
     def append(self, **row: float | str) -> None:
-        """Add a row."""
+        """Add a row; ValueError for a number that JSON cannot hold."""
+        if not self._writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._events is not None:
             for name, value in row.items():
                 if isinstance(value, str):

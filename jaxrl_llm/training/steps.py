@@ -75,7 +75,7 @@ def make_step(
     The metrics hold `loss`, `grad_norm` (before any clipping) and those of the loss.
 
     Raises:
-        ValueError: if the rows of a batch cannot be cut into so many parts.
+        ValueError: if the rows of a batch cannot be cut into so many parts, or the loss is no mean over rows, as KTO's.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -96,6 +96,10 @@ def update(
     view: View | None = None,
 ) -> tuple[TrainState, Metrics]:
     """What `make_step` jits, to be part of a larger program."""
+    if microbatches > 1 and getattr(loss, "needs_whole_batch", False):
+        raise ValueError(
+            "this loss compares with all rows of a batch, so that its parts do not add up: no microbatches."
+        )
 
     def seen(params: Params, part: PyTree, key: Array) -> Loss:
         return loss(params if view is None else view(params, frozen), part, frozen, key)

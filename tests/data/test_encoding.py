@@ -49,6 +49,14 @@ def test_conversations_go_through_the_template_and_answers_are_what_they_add(cha
     assert all(each.count(EOS) == 1 for each in answers)
 
 
+def test_a_string_among_conversations_is_encoded_as_one_of_them(chat):
+    encode = Encoder(chat, max_length=64)
+    said = {"role": "assistant", "content": "Hello"}
+    expected = encode((user("Hi"),), [(said,)])
+    for asked, answer in [("Hi", (said,)), ("Hi", (user("Hi"), said)), ((user("Hi"),), (user("Hi"), said))]:
+        assert encode(asked, [answer]) == expected
+
+
 def test_left_cuts_the_prompt_and_both_answers_follow_the_same_one(tokenizer):
     encode = Encoder(tokenizer, max_length=16, cut="left")
     whole = Encoder(tokenizer, max_length=200)("word " * 30, [" yes", " no, by no means at all"])
@@ -56,6 +64,19 @@ def test_left_cuts_the_prompt_and_both_answers_follow_the_same_one(tokenizer):
     assert answers == whole.answers and prompt == whole.prompt[-len(prompt) :]
     assert len(prompt) + max(map(len, answers)) == 16
     assert (encode.cut_prompts, encode.cut_answers) == (1, 0)
+
+
+def test_a_prompt_that_is_cut_keeps_the_token_it_began_with(tokenizer):
+    asked = tokenizer.bos_token + "word " * 30
+    encode = Encoder(tokenizer, max_length=16)
+    whole = Encoder(tokenizer, max_length=200)(asked, [" yes"])
+    prompt, answers = encode(asked, [" yes"])
+    assert answers == whole.answers and len(prompt) + len(answers[0]) == 16
+    assert prompt == [tokenizer.bos_token_id, *whole.prompt[-len(prompt) + 1 :]]
+    assert encode.prompt(asked, room=10) == [tokenizer.bos_token_id, *whole.prompt[-5:]]
+    assert encode.cut_prompts == 2
+    with pytest.raises(ValueError, match="leaves no room for 15 more"):
+        encode.prompt(asked, room=15)
 
 
 def test_right_cuts_the_answers_that_are_too_long(tokenizer):

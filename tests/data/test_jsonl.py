@@ -18,6 +18,7 @@ def test_records_are_read_in_any_order_and_blank_lines_are_none(tmp_path):
     found = JsonLines(path, records.prompt)
     assert len(found) == 2
     assert found[1] == records.Prompt("b", {"answer": 7}) and found[0] == records.Prompt("ä")
+    assert (found.line(0), found.line(1)) == (1, 3)
     assert [each.prompt for each in found] == ["ä", "b"] and found[-1] == found[1] and found[:1] == [found[0]]
 
 
@@ -37,6 +38,16 @@ def test_bad_lines_are_named_by_number_with_their_reason(tmp_path):
     for part in ("line 2: it is not JSON", "line 4: it must be a JSON object, but is a list",
                  "line 5: prompt is missing: there are question", "line 6: it is not UTF-8"):  # fmt: skip
         assert part in said
+
+
+def test_half_a_surrogate_pair_is_a_bad_line_and_a_whole_one_is_not(tmp_path):
+    good, bad = b'{"prompt": "\\ud83d\\ude00"}', b'{"prompt": "a\\uD83D"}'
+    assert JsonLines(write(tmp_path / "good.jsonl", good), records.prompt)[0].prompt == "\U0001f600"
+    key = b'{"prompt": "a", "\\ude00": 1}'
+    with pytest.raises(
+        ValueError, match=r"line 2: it holds \\ud83d, half a surrogate pair.*; line 3: it holds \\ude00"
+    ):
+        JsonLines(write(tmp_path / "bad.jsonl", good, bad, key), records.prompt)
 
 
 def test_bad_lines_can_be_skipped_and_are_kept_for_the_report(tmp_path):

@@ -30,13 +30,21 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert any((EpochOrder(lengths, batch_size=4, seed=4)(step) != batches[step]).any() for step in range(8))
 
 
-def test_rows_of_like_length_stand_together_and_the_waste_is_what_is_padded():
+def test_an_epoch_is_the_batches_of_its_steps_and_says_how_many_rows_it_leaves_out():
+    order = EpochOrder(np.random.default_rng(0).integers(1, 90, 30), batch_size=4, seed=3)
+    assert (order.steps_per_epoch, order.left_over) == (7, 2)
+    for number in (1, 0):
+        np.testing.assert_array_equal(order.epoch(number), [order(7 * number + step) for step in range(7)])
+
+
+def test_rows_of_like_length_stand_together():
     lengths = np.random.default_rng(0).integers(1, 90, 640)
-    pooled, single = (EpochOrder(lengths, batch_size=8, seed=0, pool=pool) for pool in (16, 1))
-    assert pooled.pad_waste() < 0.1 < 0.3 < single.pad_waste()
-    batches = [lengths[single(step)] for step in range(single.steps_per_epoch)]
-    places = sum(-(-batch.max() // 32) * 32 * 8 for batch in batches)
-    assert single.pad_waste(multiple=32) == pytest.approx(1 - lengths.sum() / places)
+
+    def waste(pool):
+        rows = lengths[EpochOrder(lengths, batch_size=8, seed=0, pool=pool).epoch(0)]
+        return 1 - rows.sum() / (8 * rows.max(axis=1)).sum()
+
+    assert waste(16) < 0.1 < 0.3 < waste(1)
 
 
 def test_a_batch_size_that_does_not_fit_is_refused():

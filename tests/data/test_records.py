@@ -23,6 +23,19 @@ def test_preferences_are_strings_or_conversations_with_or_without_their_prompt()
     assert records.preference(explicit) == records.preference(implicit) == Preference((USER,), (GOOD,), (BAD,))
 
 
+def test_strings_and_messages_that_are_mixed_become_messages():
+    """UltraFeedback's form among them: the prompt as a string, and whole conversations that begin with it."""
+    for asked in ("Hi", [USER]):
+        for chosen, rejected in [("Hello", [BAD]), ([GOOD], "No"), ([USER, GOOD], [USER, BAD]), ([USER, GOOD], "No")]:
+            found = records.preference({"prompt": asked, "chosen": chosen, "rejected": rejected})
+            assert found == Preference((USER,), (GOOD,), (BAD,))
+    assert records.demonstration({"prompt": "Hi", "answer": [USER, GOOD]}) == Demonstration((USER,), (GOOD,))
+    assert records.judged({"prompt": [USER], "answer": "No", "label": 0}) == Judged((USER,), (BAD,), False)
+    assert records.ranked({"prompt": "Hi", "answers": ["Hello", [USER, BAD]]}) == Ranked(
+        (USER,), ((GOOD,), (BAD,)), (0, 1)
+    )
+
+
 def test_answers_are_judged_or_ranked():
     assert records.judged({"prompt": "a", "completion": "b", "label": False}) == Judged("a", "b", False)
     assert records.judged({"text": "b", "label": 1}) == Judged("", "b", True)
@@ -43,6 +56,12 @@ def test_answers_are_judged_or_ranked():
         ("preferences", {"chosen": "b", "rejected": "c"}, "prompt is missing: there are chosen, rejected"),
         ("preferences", {"chosen": [GOOD], "rejected": [BAD]}, "do not begin alike"),
         ("preferences", {"prompt": "a", "chosen": "b"}, "rejected is missing"),
+        ("preferences", {"prompt": "Hi", "chosen": "No", "rejected": [USER, BAD]}, "are the same answer"),
+        ("preferences", {"prompt": "Who?", "chosen": [USER, GOOD], "rejected": "No"}, "one of the role 'user'"),
+        ("preferences", {"prompt": "", "chosen": [GOOD], "rejected": [BAD]}, "prompt is empty"),
+        ("demonstrations", {"messages": [GOOD]}, "one before the assistant's last"),
+        ("demonstrations", {"text": [GOOD]}, "text must be a string"),
+        ("ranked", {"prompt": "Hi", "answers": ["No", [USER, BAD]]}, "answer 2 stands there twice"),
         ("judged", {"text": "b", "label": "yes"}, "label must be true or false, but is 'yes'"),
         ("judged", {"text": "b"}, "label must be true or false, but is None"),
         ("ranked", {"prompt": "a", "answers": ["x"]}, "two or more"),

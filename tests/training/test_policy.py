@@ -81,7 +81,7 @@ def gradient_of(method, params, ref):
             old = sequences.log_probs(TABLE, params, rows)
             drawn = Rollout(rows, old, jnp.zeros(len(indices), bool))
             batch, _ = experience(TABLE, method, params, ref, drawn, TABLE_REWARDS[indices].astype(old.dtype))
-            inputs = {"ref": {"ref": ref}, "text": None, "temperature": 1.0}
+            inputs = {"frozen": {"ref": ref}, "text": None, "temperature": 1.0}
             return policy.policy_loss(TABLE, method)(trained, batch, inputs, KEY).value
 
         return jax.vmap(of_group)(groups)
@@ -177,7 +177,7 @@ def test_what_a_filter_took_away_is_made_up_for_up_to_the_cap():
     ratio = np.exp(np.asarray(batch.logp_old - batch.logp_sampler))
     answer = np.asarray(drawn.sequences.answer)
     assert (ratio[answer] < 1.0001).all() and (ratio[answer] < 0.55).any() and (ratio[answer] > 0.55).any()
-    inputs = {"ref": {}, "text": None, "temperature": 1.0}
+    inputs = {"frozen": {}, "text": None, "temperature": 1.0}
     found = jax.jit(policy.policy_loss(LM, method))(params, batch, inputs, KEY).value
     per_token = -np.minimum(ratio, 0.55) * np.asarray(batch.advantages * batch.logp_old)
     assert float(found) == pytest.approx(np.where(answer, per_token, 0).sum(axis=1).mean(), rel=1e-4)
@@ -301,7 +301,12 @@ def drawn_of(count):
         ([1.0, 2.0], ValueError, r"one number for each of 3 answers, but returned float32\[2\]"),
         (["a", "b", "c"], ValueError, "must return 3 numbers, but returned"),
         (None, ValueError, "must return 3 numbers, but returned None"),
-        (ZeroDivisionError("by zero"), RuntimeError, "the reward function raised ZeroDivisionError: by zero"),
+        (
+            ZeroDivisionError("by zero"),
+            RuntimeError,
+            r"raised ZeroDivisionError: by zero \(test_policy\.py, line \d+\)",
+        ),
+        ([[1.0], [2.0, 3.0], [1.0]], ValueError, "must return 3 numbers, but returned"),
     ],
 )
 def test_a_reward_function_that_fails_is_named(returned, error, said):

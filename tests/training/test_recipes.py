@@ -192,5 +192,4 @@ def test_batches_hold_what_the_records_say(folder, kind):
         assert other == asked[1].prompt + asked[0].answer
     if kind == "ranked":
         np.testing.assert_array_equal(batch.real.sum(axis=1), [len(record.answers) for record in asked])
-    assert batches.describe(1).startswith("records ") and 0 <= batches.pad_waste < 1
-    assert batches.tokens(3) == batches.tokens(2) + batches.tokens(1) or batches.tokens(3) > batches.tokens(2)
+    assert batches.describe(1).startswith("records of lines ")
