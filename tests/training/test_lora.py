@@ -4,7 +4,6 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -96,4 +95,8 @@ def test_what_does_not_fit_is_named(gpt2, tmp_path):
     lora.save(tmp_path, given, given.init(KEY))
     with pytest.raises(ValueError, match="targets must be among"):
         lora.load(tmp_path, TINY["llama"])
-    assert jnp.isfinite(given.scale)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change in ({"alpha_pattern": {"c_attn": 4}}, {"rank_pattern": {"c_attn": 1}}, {"bias": "all"}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=f"more than one rank and one alpha for all layers: {min(change)}"):
+            lora.load(tmp_path, lm)

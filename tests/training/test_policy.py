@@ -96,6 +96,9 @@ def gradient_of(method, params, ref):
         ("reinforce", {}, True),
         ("rloo", {}, True),
         ("rloo", {"kl_loss": "reverse"}, True),
+        ("rloo", {"kl_loss": "reverse", "mode": "sequence_mean"}, True),
+        ("rloo", {"kl_loss": "reverse", "mode": "token_mean"}, True),
+        ("rloo", {"kl_loss": "reverse", "mode": "constant", "normaliser": 2.0}, True),
         ("dr_grpo", {"normaliser": 0.5}, True),  # 1/2 = 1 − 1/N: centred advantages are short by that factor
         ("rloo", {"kl_loss": "forward"}, False),
         ("grpo", {"mode": "sequence_sum"}, False),
@@ -108,6 +111,8 @@ def test_the_expected_first_update_is_the_policy_gradient_or_is_known_not_to_be(
         method = dataclasses.replace(METHODS[name], beta=BETA, group_size=size, importance_cap=1e9, **changes)
         found = gradient_of(method, params, ref)["logits"]
         exact = -oracle.objective_grad(TABLE, params, ref, TABLE_REWARDS.astype(jnp.float64), beta=BETA)["logits"]
+        if method.mode in ("sequence_mean", "token_mean") or method.normaliser == 2:
+            exact /= 2  # tokens of every answer: β weighs the divergence against the reward as before
         error = float(jnp.abs(found - exact).max() / jnp.abs(exact).max())
     assert error < 1e-10 if right else error > 0.05
 
@@ -220,18 +225,64 @@ def test_the_pretraining_text_pulls_its_own_loss_down():
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_accumulation_gives_the_update_of_the_whole_batch():
-    method = dataclasses.replace(METHODS["grpo"], group_size=2)
-    found = []
-    for microbatches in (1, 2):
-        optimizer = optax.sgd(0.1)
-        trainer = policy.online(LM, optimizer, microbatches=microbatches)
-        state = steps.initial_state(random_params(LM), optimizer, KEY)
-        state, _ = trainer.step(
-            state, PROMPTS, count_of(7), method=method, sampler=SAMPLER, frozen={"ref": random_params(LM, 1)}
-        )
-        found.append(state.params)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *found)
+def ragged_experience():
+    """Answers of 1 to 8 tokens, whose parts hold different numbers of them, by an older policy and another law."""
+    rng = np.random.default_rng(0)
+    given = [rng.integers(0, LM.vocab_size, size).tolist() for size in (1, 8, 2, 5)]
+    rows = jax.tree.map(jnp.asarray, sequences.pad_answers([[1], [2, 3], [4], [5, 6]], given, length=12))
+    logs = [jnp.where(rows.answer, jnp.asarray(rng.normal(size=(4, 12)) - 3, jnp.float32), 0) for _ in range(6)]
+    return Experience(rows, *logs)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("grpo", {"kl_loss": "forward"}),
+        ("dapo", {"kl_loss": "reverse"}),
+        ("ppo", {"mode": "sequence_sum"}),
+        ("ppo", {}),
+        ("gspo", {"kl_loss": "reverse"}),
+    ],
+)
+def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):
+    method, batch = dataclasses.replace(METHODS[name], **changes), ragged_experience()
+    critic = ScalarHead(LM) if method.has_critic else None
+    params = random_params(LM)
+    if critic is not None:
+        params = {"policy": params, "critic": critic.init(KEY, random_params(LM, 5))}
+    loss = policy.policy_loss(LM, method, critic=critic)
+    inputs = {"frozen": {}, "text": None, "temperature": 1.0}
+
+    @jax.jit
+    def both(params, batch):
+        found = lambda params, part, key: loss(params, part, inputs, key)  # noqa: E731
+        return [steps.gradients(found, params, batch, KEY, microbatches=parts)[0] for parts in (1, 2)]
+
+    whole, added = both(params, batch)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / scale, b / scale, atol=1e-5), added, whole)
+
+
+def test_gspo_counts_the_answers_whose_ratio_it_clips():
+    answer = jnp.asarray([[True, True, False], [True, True, True]])
+    rows = Sequences(jnp.zeros((2, 3), jnp.int32), answer, answer)
+    zeros = jnp.zeros((2, 3))
+    logp = jnp.log(jnp.asarray([[1.5, 1 / 1.5, 9.0], [1.1, 1.0, 1.0]]))  # of answers: 1, and the cube root of 1.1
+    batch = Experience(rows, *[zeros] * 6)
+    found = policy._ratios(METHODS["gspo"], logp, batch)
+    assert float(found["clip_fraction"]) == 0.5
+    assert float(found["ratio"]) == pytest.approx((1 + 1.1 ** (1 / 3)) / 2, rel=1e-5)
+    of_tokens = policy._ratios(METHODS["grpo"], logp, batch)
+    assert float(of_tokens["clip_fraction"]) == pytest.approx(2 / 5)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_drawn():
+    method = dataclasses.replace(METHODS["rloo"], group_size=2)
+    trainer, state = started(method, optax.sgd(0.1))
+    whole = jnp.ones((2, LM.max_length), bool)
+    full = Prompts(jnp.ones(whole.shape, jnp.int32), whole.at[0].set(False).at[0, -1].set(True))
+    with pytest.raises(ValueError, match="prompt 1 has 42 tokens, and 6 new ones do not fit"):
+        trainer.step(state, full, VARIED, method=method, sampler=SAMPLER, frozen={"ref": state.params})
 
 
 def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
@@ -279,11 +330,20 @@ def test_numbers_of_a_method_are_leaves_and_choices_are_checked():
         ({"kl_loss": "k1"}, 'must name a divergence, "reverse" or "forward", or be None'),
         ({"group_size": 1}, "group_size must be 2 or more"),
         ({"epochs": 0}, "must be at least 1"),
-        ({"beta": -1.0}, "must not be negative"),
+        ({"beta": -1.0}, "beta must lie in"),
+        ({"beta": jnp.asarray(-1.0)}, "beta must lie in"),
+        ({"gamma": float("nan")}, "gamma must lie in"),
+        ({"surrogate": "gsop"}, "surrogate must be one of reinforce, .*, is 'gsop'"),
+        ({"advantage": "loo"}, "advantage must be one of returns"),
+        ({"beta": jnp.asarray(1.0), "mode": "mean"}, "mode must be one of token_mean"),
+        ({"surrogate": "gspo"}, "its mode is sequence_mean, not sequence_sum"),
+        ({"surrogate": "ppo_clip", "clip_low": 2.0}, "clip_low must lie in"),
+        ({"dual_clip": 3.0}, "dual_clip is for the surrogate ppo_clip, not for reinforce"),
     ]:
         with pytest.raises(ValueError, match=said):
             Method(**wrong)
-    assert isinstance(Experience._fields, tuple)
+    with pytest.raises(ValueError, match="surrogate must be one of"):  # of a traced method too
+        jax.eval_shape(lambda beta: Method(beta=beta, surrogate="gsop").beta, 0.1)
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
@@ -324,6 +384,36 @@ def test_rewards_may_be_whole_numbers_or_truths():
         found = rewards.rewards_of(lambda rollout, given=given: given, drawn_of(3))
         np.testing.assert_allclose(found, np.asarray(given, float))
         assert found.dtype == jnp.float32
+
+
+def test_a_reward_of_text_is_given_what_else_the_line_says():
+    class Words:
+        def decode(self, row, *, skip_special_tokens):
+            return " ".join(map(str, row))
+
+    def right(prompts, answers, fields):
+        return [float(each["gold"] + len(prompts) - len(answers)) for each in fields]
+
+    fields = [{"gold": 1}, {"gold": 2}]
+    found = rewards.rewards_of(rewards.of_text(right, Words(), fields=fields), drawn_of(4))
+    np.testing.assert_array_equal(found, [1, 1, 2, 2])
+    plain = rewards.of_text(lambda prompts, answers: [1.0] * len(answers), Words(), fields=fields)
+    np.testing.assert_array_equal(rewards.rewards_of(plain, drawn_of(4)), 1)
+
+
+def test_a_reward_function_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("def reward(:")
+    (tmp_path / "exits.py").write_text("1 / 0")
+    for place, said in [
+        (f"{tmp_path / 'broken.py'}:reward", "SyntaxError"),
+        (f"{tmp_path / 'exits.py'}:reward", "ZeroDivisionError"),
+        (f"{tmp_path / 'none.py'}:reward", "FileNotFoundError"),
+        ("math:nothing", "AttributeError"),
+        ("math:pi", "must be a function"),
+        ("nothing", "ValueError"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            rewards.function_at(place)
 
 
 def test_texts_are_without_special_tokens_and_a_reward_model_reads_the_tokens():

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.training import preference, sequences, steps
+from jaxrl_llm.training import sequences, steps
 from jaxrl_llm.training.precision import compute_in
-from jaxrl_llm.training.preference import PairBatch, preference_loss
+from jaxrl_llm.training.preference import JudgedBatch, PairBatch, preference_loss
 from jaxrl_llm.training.reward import RankedBatch, reward_loss
 from jaxrl_llm.training.sft import sft_loss
 from jaxrl_llm.training.steps import Loss
@@ -33,9 +33,9 @@ def answers(count=8, length=12, seed=0):
 
 PAIRS = PairBatch(answers(seed=0), answers(seed=1), weight=jnp.asarray(RNG.uniform(0.1, 2, 8), jnp.float32))
 RANKED = RankedBatch(
-    jax.tree.map(lambda leaf: leaf.reshape(4, 2, -1), answers(seed=2)),
-    jnp.asarray([[0, 1], [1, 0], [0, 1], [0, 1]]),
-    jnp.ones((4, 2), bool),
+    jax.tree.map(lambda leaf: leaf.reshape(4, 3, -1), answers(count=12, seed=2)),
+    jnp.asarray([[0, 1, 2], [1, 0, 0], [0, 1, 1], [2, 0, 1]]),
+    jnp.asarray([[True, True, True], [True, True, False], [True, True, True], [True, False, True]]),
 )
 HEAD = ScalarHead(LM)
 CASES = {
@@ -145,6 +145,9 @@ def test_bfloat16_computes_and_float32_remembers(microbatches):
         compute_in(jnp.int32)
 
 
-def test_ktos_reference_point_is_that_of_each_part():
-    """So that its parts need not add up: the docstring says so."""
-    assert "part of it under accumulation" in preference._kto_loss.__doc__
+def test_parts_of_a_batch_of_kto_are_refused():
+    """Its reference point is that of the whole batch."""
+    batch = JudgedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
+    step = steps.make_step(preference_loss(LM, "kto"), OPTIMIZER, microbatches=2)
+    with pytest.raises(ValueError, match="compares with all rows of a batch"):
+        step(steps.initial_state(start(None), OPTIMIZER, KEY), batch, {"ref": random_params(LM, 1)})
