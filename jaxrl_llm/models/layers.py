@@ -40,7 +40,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         kernel = self.kernel[...]
-        y = jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=accumulator(kernel.dtype))
+        # As rows: with two axes before `in`, XLA's CPU backend would copy an input of the kernel's gradient transposed.
+        rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
+        y = jnp.matmul(rows, kernel, preferred_element_type=accumulator(kernel.dtype))
+        y = y.reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + self.bias[...]
 
 
