@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -91,7 +92,8 @@ class MLP(nnx.Module):
         self.activation = config.activation_function
 
     def __call__(self, x: Array) -> Array:
-        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+        # The gradient keeps one array of the inner width, not three: the activation is cheap to compute anew.
+        return jax.checkpoint(lambda inner: self.c_proj(ACTIVATIONS[self.activation](inner)))(self.c_fc(x))
 
 
 class Block(nnx.Module):
