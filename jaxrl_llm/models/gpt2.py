@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -68,8 +70,11 @@ class Attention(nnx.Module):
         record: list[Array] | None,
     ):
         batch, time, width = x.shape
-        qkv = self.c_attn(x).reshape(batch, time, 3, self.heads, width // self.heads)
-        query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each [batch, head, time, head_dim]
+        # Split, not indexed: the gradient of an index is a padded copy of the whole.
+        query, key, value = (
+            part.reshape(batch, time, self.heads, width // self.heads).transpose(0, 2, 1, 3)
+            for part in jnp.split(self.c_attn(x), 3, axis=-1)
+        )  # each [batch, head, time, head_dim]
         dtype = self.c_attn.kernel[...].dtype
         memory = (key.astype(dtype), value.astype(dtype)) if memory is None else write_slots(memory, key, value, start)
         weights = attention_weights(query, memory[0], allowed, scale=self.scale, record=record)
@@ -87,7 +92,8 @@ class MLP(nnx.Module):
         self.activation = config.activation_function
 
     def __call__(self, x: Array) -> Array:
-        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+        # The gradient keeps one array of the inner width, not three: the activation is cheap to compute anew.
+        return jax.checkpoint(lambda inner: self.c_proj(ACTIVATIONS[self.activation](inner)))(self.c_fc(x))
 
 
 class Block(nnx.Module):

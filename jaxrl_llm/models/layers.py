@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -53,12 +54,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         kernel = self.kernel[...]
-        x, dtype = x.astype(kernel.dtype), accumulator(kernel.dtype)
-        if is_one_bfloat16_row(x):
-            y = jnp.matmul(twice(x.reshape(1, -1)), kernel, preferred_element_type=dtype)[0]
-            y = y.reshape(*x.shape[:-1], -1)
-        else:
-            y = jnp.matmul(x, kernel, preferred_element_type=dtype)
+        # As rows: with two axes before `in`, XLA's CPU backend would copy an input of the kernel's gradient transposed.
+        rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
+        rows = twice(rows) if is_one_bfloat16_row(rows) else rows
+        y = jnp.matmul(rows, kernel, preferred_element_type=accumulator(kernel.dtype))
+        y = y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -123,5 +123,5 @@ def exp_minus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def log_softmax(logits: Float[Array, "... vocab"]) -> Float[Array, "... vocab"]:
     """log softmax over the last axis; a row that is all `-inf` stays so. The gradient is finite there too."""
-    empty = (logits == -jnp.inf).all(axis=-1, keepdims=True)
+    empty = logits.max(axis=-1, keepdims=True) == -jnp.inf
     return jnp.where(empty, -jnp.inf, jax.nn.log_softmax(jnp.where(empty, 0, logits), axis=-1))
