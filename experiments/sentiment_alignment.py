@@ -303,8 +303,11 @@ def main(preset: Literal["quick", "full"] = "quick", work_dir: Path | None = Non
     Args:
         work_dir: keep the models and every run there, so that a run that was cut goes on where it was.
     """
-    config = dataclasses.replace(PRESETS[preset], work_dir=work_dir)
-    ledger.run_and_write("sentiment_alignment", run, config, preset)
+
+    def run_there(config: Config) -> dict[str, Any]:
+        return run(dataclasses.replace(config, work_dir=work_dir))  # the place is no part of what was run
+
+    ledger.run_and_write("sentiment_alignment", run_there, PRESETS[preset], preset)
 
 
 if __name__ == "__main__":
