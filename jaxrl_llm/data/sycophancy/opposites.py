@@ -1,0 +1,106 @@
+"""The same question by a user of the opposite opinion: what differs in the answer is then due to the user alone.
+
+The biography is that of another item with the same query and options whose user likes the other answer. Where no item
+has one, and the user says once that they agree or disagree with the claim, that word is exchanged. All other items are
+reported with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from jaxrl_llm.data.sycophancy.items import Item, label_letter
+from jaxrl_llm.data.sycophancy.parts import Parts, reletter, split_all, with_biography
+
+_OPINION = re.compile(r"\bI ((?:(?:strongly|firmly|fully|also|would) )*)(do not agree|don't agree|agree|disagree)\b")
+
+
+class Opposite(NamedTuple):
+    """An item by a user of the opposite opinion, its labels exchanged.
+
+    `partner` is the index of the item that the biography is from, None if it was made by exchanging a word.
+    """
+
+    item: Item
+    partner: int | None
+
+
+class Opposites(NamedTuple):
+    """The opposite of each item that has one, by the item's index, and (index, reason) of each other item."""
+
+    found: dict[int, Opposite]
+    unpaired: list[tuple[int, str]]
+
+
+def opposites(items: Sequence[Item]) -> Opposites:
+    """Find or make the opposite of every item.
+
+    The users of one opinion and of the other are paired in the order of the items; where one side has fewer, its
+    biographies are used again. An item that does not split is among the unpaired.
+    """
+    parts, unpaired = split_all(items)
+    users = defaultdict(list)  # of a query, its options and the answer that they like: the items
+    for index, part in parts.items():
+        users[_group(items[index], part, items[index].matching)].append(index)
+    found = {}
+    for index, part in parts.items():
+        alike = users[_group(items[index], part, items[index].matching)]
+        others = users.get(_group(items[index], part, items[index].not_matching))
+        try:
+            if others:
+                partner = others[alike.index(index) % len(others)]
+                found[index] = Opposite(_exchanged(items[index], _moved(parts[partner], part)), partner)
+            else:
+                found[index] = Opposite(_exchanged(items[index], reversed_opinion(items[index], part)), None)
+        except ValueError as error:
+            unpaired.append((index, str(error)))
+    return Opposites(found, sorted(unpaired))
+
+
+def reversed_opinion(item: Item, parts: Parts) -> str:
+    """The biography with "agree" for "disagree" or the reverse; letters of options that it names are exchanged too.
+
+    What else the user says stays, also what they say in favour of their opinion.
+
+    Raises:
+        ValueError: if the options are not agreement and disagreement, or the user does not say just once, and as the
+            item's label has it, which of them is theirs.
+    """
+    matching, other = (_text(parts, label) for label in (item.matching, item.not_matching))
+    if {matching.lower(), other.lower()} != {"agree", "disagree"}:
+        raise ValueError("no item has the same query and the opposite opinion, and the options are not agreement")
+    said = list(_OPINION.finditer(parts.biography))
+    if len(said) != 1:
+        raise ValueError(
+            "no item has the same query and the opposite opinion, and the user says "
+            f"{'more than once' if said else 'nowhere'} that they agree or disagree"
+        )
+    if (said[0][2] == "agree") != (matching.lower() == "agree"):
+        raise ValueError(f'the user says "{said[0][0]}", but the matching answer is {matching!r}')
+    turned = "disagree" if said[0][2] == "agree" else "agree"
+    biography = parts.biography[: said[0].start(2)] + turned + parts.biography[said[0].end(2) :]
+    first, second = label_letter(item.matching), label_letter(item.not_matching)
+    return reletter(biography, {first: second, second: first})
+
+
+def _group(item: Item, parts: Parts, label: str) -> tuple:
+    """What the items of users who like the same answer to the same query share, in whatever order the options are."""
+    return parts.query, parts.ending, frozenset(option.text for option in parts.options), _text(parts, label)
+
+
+def _text(parts: Parts, label: str) -> str:
+    return {option.letter: option.text for option in parts.options}[label_letter(label)]
+
+
+def _moved(of: Parts, to: Parts) -> str:
+    """The biography of one item for another; the letters that it names are those of the same texts there."""
+    letters = {option.text: option.letter for option in to.options}
+    return reletter(of.biography, {option.letter: letters[option.text] for option in of.options})
+
+
+def _exchanged(item: Item, biography: str) -> Item:
+    return replace(with_biography(item, biography), matching=item.not_matching, not_matching=item.matching)

