@@ -67,16 +67,17 @@ class Config:
 PRESETS = {
     "quick": Config(),
     "full": Config(
-        seeds=5,
+        seeds=4,
         references=(0.5, 0.3),
         sft_steps=300,
         shares=(0.4, 0.6, 0.75, 0.9),
         betas=(1.0, 0.5, 0.25, 0.1),
-        dpo_steps=300,
+        dpo_steps=250,
         online=("ppo", "rloo"),
         online_betas=(1.0, 0.5, 0.1),
-        online_steps=200,
-        repeats=64,
+        online_steps=150,
+        online_learning_rate=0.01,
+        repeats=32,
     ),
 }
 
