@@ -18,7 +18,6 @@ from typing import Any, Literal  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from experiments import ledger  # noqa: E402
 from experiments.parts import addition_gpt2, addition_numbers  # noqa: E402
@@ -33,20 +32,19 @@ class Config:
     layers: int = 2
     heads: int = 4
     seeds: int = 2
-    steps: int = 40  # of every stage
-    batch: int = 64
+    steps: int = 120  # of every stage
+    batch: int = 32
     learning_rate: float = 5e-3
-    first_stages: int = 1  # on the sycophantic data
     snapshots: int = 2  # of every stage, at which the model is asked
     evaluated: int = 300  # examples, held out
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(seeds=4, steps=400, first_stages=2, snapshots=8, evaluated=1500)}
+PRESETS = {"quick": Config(), "full": Config(seeds=5, steps=300, snapshots=6, evaluated=1500)}
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Every seed at once, a stage after the other."""
+    """Every seed at once: taught to follow, and from there both other stages."""
     sets = addition.build(seed=config.seed)
     asked = sets.evaluation[: config.evaluated]
     examples = [*sets.sycophantic, *sets.intervention, *asked]
@@ -60,22 +58,19 @@ def run(config: Config) -> dict[str, Any]:
     curves: dict[str, list[dict[str, Any]]] = {}
 
     def taught(name: str, params: Any, rows: np.ndarray, number: int) -> Any:
-        curve = curves.setdefault(name, [])
-        done = curve[-1]["step"] if curve else 0
+        curve = curves[name] = []
 
         def seen(step: int, params: Any) -> None:
-            if step or not curve:
-                agrees = addition_gpt2.prefers_to_agree(tools, params, held_out)
-                curve.append({"step": done + step} | addition_numbers.measured(asked, agrees))
+            agrees = addition_gpt2.prefers_to_agree(tools, params, held_out)
+            curve.append({"step": step} | addition_numbers.measured(asked, agrees))
 
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         return addition_gpt2.stage(tools, params, data.rows, np.flatnonzero(rows), key, seen)
 
-    params = None
-    for number in tqdm(range(config.first_stages), unit="stage"):
-        params = taught("sycophantic", params, kind == "sycophantic", number)
-    taught("intervention", params, kind == "intervention", config.first_stages)
-    taught("control", params, (kind == "sycophantic") & silent, config.first_stages + 1)
+    follows = kind == "sycophantic"
+    params = taught("sycophantic", None, follows, 0)
+    taught("intervention", params, kind == "intervention", 1)
+    taught("control", params, follows & silent, 2)
     return addition_numbers.result(curves, config)
 
 

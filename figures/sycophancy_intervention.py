@@ -31,7 +31,7 @@ def draw(results: dict[str, Any]) -> Figure:
         weight="bold",
         fontsize=10.5,
     )
-    panels = figure.subplots(1, 3, sharey=True, width_ratios=(1.4, 1, 1))
+    panels = figure.subplots(1, 3, sharey=True)
     for axes, (name, title) in zip(panels, TITLES.items(), strict=True):
         _draw_stage(axes, data["curves"][name], data["measures"])
         axes.set_title(title)
