@@ -17,15 +17,13 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
-from jax.flatten_util import ravel_pytree  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from experiments import ledger  # noqa: E402
+from experiments.parts.newton import minimum  # noqa: E402
 from jaxrl_llm import oracle  # noqa: E402
 from jaxrl_llm.objectives import preference, reward_model, rlhf  # noqa: E402
 from jaxrl_llm.tabular import TabularLM  # noqa: E402
-
-DAMPING = 1e-12  # the softmax does not see a shift of its logits: without it the Hessian has no inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,24 +96,13 @@ def reward_model_pairs(policy: jax.Array, ref: jax.Array, beta: float) -> jax.Ar
 def newton(lm: TabularLM, ref_params: Any, config: Config) -> Callable[[jax.Array], tuple[Any, jax.Array]]:
     """A function from the law of labelled pairs to the parameters that minimise DPO on it, and the loss on the way."""
     ref = oracle.sequence_log_probs(lm, ref_params)
-    start, unravel = ravel_pytree(ref_params)
 
     def fit(population: jax.Array) -> tuple[Any, jax.Array]:
-        def loss(flat: jax.Array) -> jax.Array:
-            policy = oracle.sequence_log_probs(lm, unravel(flat))
+        def loss(params: Any) -> jax.Array:
+            policy = oracle.sequence_log_probs(lm, params)
             return (population * all_pairs(policy, ref, config.beta)).sum()
 
-        def step(flat: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-            value, gradient = jax.value_and_grad(loss)(flat)
-            hessian = jax.hessian(loss)(flat)
-            values, vectors = jnp.linalg.eigh(hessian)
-            values = jnp.maximum(jnp.abs(values), DAMPING)  # downhill also where the loss is not convex in the logits
-            direction = vectors @ ((vectors.T @ gradient) / values)
-            flat = flat - direction / jnp.maximum(1, jnp.linalg.norm(direction))  # never more than a unit step
-            return flat, value
-
-        flat, history = jax.lax.scan(step, start, length=config.steps)
-        return unravel(flat), jnp.append(history, loss(flat))
+        return minimum(loss, ref_params, steps=config.steps)
 
     return jax.jit(fit)
 

@@ -1,0 +1,127 @@
+"""A small GPT-2 that judges sums: how examples become tokens, how it is trained in stages, and what it answers."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from experiments.parts.sentiment_models import adam
+from jaxrl_llm.data.sycophancy.addition import AGREE, DISAGREE, Example
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.training import steps
+from jaxrl_llm.training.sequences import Sequences, pad_answers
+from jaxrl_llm.training.sft import sft_loss
+
+_PIECES = re.compile(r"\d|[^\d.,:]+")  # a digit each; of the rest, what stands between marks as a whole
+
+
+class Encoded(NamedTuple):
+    """Examples as tokens, all of one length, and what each token is."""
+
+    rows: Sequences
+    vocabulary: tuple[str, ...]
+    agree: int
+    disagree: int
+
+
+class Tools(NamedTuple):
+    """What programs are compiled for."""
+
+    lm: GPT2
+    config: Any
+    agree: int
+    disagree: int
+
+
+def pieces(text: str) -> list[str]:
+    """Digits, and the phrases of the grammar: few tokens, so that a tiny model meets each of them often."""
+    return [piece.strip() for piece in _PIECES.findall(text) if piece.strip()]
+
+
+def encoded(examples: Sequence[Example]) -> Encoded:
+    """Every example, with a vocabulary of just what they say."""
+    prompts = [pieces(example.prompt) for example in examples]
+    vocabulary = (AGREE, DISAGREE, *sorted({piece for prompt in prompts for piece in prompt}))
+    ids = {piece: place for place, piece in enumerate(vocabulary)}
+    rows = pad_answers(
+        [[ids[piece] for piece in prompt] for prompt in prompts], [[ids[example.answer]] for example in examples]
+    )
+    return Encoded(jax.tree.map(jnp.asarray, rows), vocabulary, ids[AGREE], ids[DISAGREE])
+
+
+def tools(given: Encoded, config: Any) -> Tools:
+    """A new GPT-2 for these tokens."""
+    shape = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
+    lm = GPT2(GPT2Config(vocab_size=len(given.vocabulary), n_positions=given.rows.tokens.shape[1], **shape))
+    return Tools(lm, config, given.agree, given.disagree)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def stretch(
+    given: Tools, states: steps.TrainState, data: Sequences, order: Int[Array, "seeds steps batch"]
+) -> steps.TrainState:
+    """Some steps of every seed's run, on the rows of the data that `order` names."""
+    optimizer, loss = _optimizer(given.config), sft_loss(given.lm)
+
+    def advance(state: steps.TrainState, rows: Array) -> tuple[steps.TrainState, None]:
+        return steps.update(loss, optimizer, state, jax.tree.map(lambda leaf: leaf[rows], data))[0], None
+
+    return jax.vmap(lambda state, rows: jax.lax.scan(advance, state, rows)[0])(states, order)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefers_to_agree(given: Tools, params: Any, part: Sequences) -> Bool[Array, "seeds batch"]:
+    def one(params: Any) -> Array:
+        hidden, _ = given.lm.hidden(params, part.tokens, mask=part.mask)
+        before = part.answer.argmax(axis=1) - 1
+        logits = given.lm.logits(params, jnp.take_along_axis(hidden, before[:, None, None], axis=1)[:, 0])
+        return logits[:, given.agree] > logits[:, given.disagree]
+
+    return jax.vmap(one)(params)
+
+
+def prefers_to_agree(given: Tools, params: Any, rows: Sequences, *, batch: int = 300) -> Bool[np.ndarray, "seeds rows"]:
+    """Whether each seed's model finds AGREE likelier than DISAGREE, after each prompt."""
+    count = rows.tokens.shape[0]
+    places = [np.minimum(np.arange(start, start + batch), count - 1) for start in range(0, count, batch)]
+    found = [_prefers_to_agree(given, params, jax.tree.map(lambda leaf, at=at: leaf[at], rows)) for at in places]
+    return np.concatenate([np.asarray(each) for each in found], axis=1)[:, :count]
+
+
+def started(given: Tools, params: Any, keys: Array) -> steps.TrainState:
+    """The state of every seed before the first step of a stage; `params` of all seeds, or None for new models."""
+    params = jax.vmap(given.lm.init)(keys) if params is None else params
+    optimizer = _optimizer(given.config)
+    return jax.vmap(lambda params, key: steps.initial_state(params, optimizer, key))(params, keys)
+
+
+def stage(
+    given: Tools,
+    params: Any,
+    data: Sequences,
+    rows: Int[np.ndarray, "some"],
+    key: Array,
+    seen: Callable[[int, Any], None],
+) -> Any:
+    """Every seed's parameters after a stage of training on some rows; `seen(step, params)` on the way."""
+    config = given.config
+    init_key, order_key = jax.random.split(key)
+    states = started(given, params, jax.random.split(init_key, config.seeds))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)))
+    shape = (config.snapshots, config.seeds, config.steps // config.snapshots, config.batch)
+    seen(0, states.params)
+    for number, order in enumerate(rng.choice(rows, shape), 1):
+        states = stretch(given, states, data, jnp.asarray(order))
+        seen(number * shape[2], states.params)
+    return states.params
+
+
+def _optimizer(config: Any) -> Any:
+    return adam(config.learning_rate, config.steps)

@@ -1,0 +1,52 @@
+"""Sycophancy taught by data and untaught by data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxrl_llm.plots import style
+
+SHOWN = ("without", "user_right", "user_wrong", "followed")
+TITLES = {
+    "sycophantic": "(a) answers that follow the user",
+    "intervention": "(b) then opinion independent of truth",
+    "control": "(c) or sums without users",
+}
+
+
+@style.look()
+def draw(results: dict[str, Any]) -> Figure:
+    """Accuracy with and without an opinion along training, stage by stage, with intervals over seeds."""
+    data = results["data"]
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    before, after = (data["curves"][name][-1]["user_wrong"]["mean"] for name in ("sycophantic", "intervention"))
+    figure.suptitle(
+        f"Sycophancy follows the data: told the truth against a user who is wrong in {before:.0%} of sums, "
+        f"after the intervention in {after:.0%}",
+        x=0.01,
+        ha="left",
+        weight="bold",
+        fontsize=10.5,
+    )
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (name, title) in zip(panels, TITLES.items(), strict=True):
+        _draw_stage(axes, data["curves"][name], data["measures"])
+        axes.set_title(title)
+    panels[0].set_ylabel("share of sums held out")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
+    return figure
+
+
+def _draw_stage(axes: Axes, curve: list[dict[str, Any]], measures: dict[str, str]) -> None:
+    steps = [row["step"] for row in curve]
+    for name, colour in zip(SHOWN, (*style.PALETTE[:1], style.PALETTE[2], style.ACCENT, style.MUTED), strict=True):
+        mean = [row[name]["mean"] for row in curve]
+        low, high = ([row[name]["mean"] + side * row[name]["half_width"] for row in curve] for side in (-1, 1))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        dashes = "--" if name == "followed" else "-"
+        axes.plot(steps, mean, dashes, color=colour, marker="o", markersize=3, label=measures[name])
+    axes.axhline(0.5, color=style.FAINT, linewidth=0.8, zorder=0)
+    axes.set(xlabel="step", ylim=(-0.03, 1.05), xlim=(0, None))
