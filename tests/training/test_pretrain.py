@@ -151,7 +151,7 @@ def uninterrupted(tmp_path_factory):
     return folder, fit(folder, steps=10)
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """What happens to a run in the night."""
 
 

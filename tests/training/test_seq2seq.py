@@ -210,7 +210,7 @@ def fit(model, folder: Path, *, steps, evaluate=lambda params: 0.5, seed=0):
     )
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """What happens to a run in the night."""
 
 
