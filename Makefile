@@ -5,11 +5,12 @@ OPTIMISED := tests/analysis/landscape/test_surface.py tests/decoding/test_genera
 	tests/objectives/test_logprobs.py tests/oracle/test_estimators.py tests/training/test_policy.py \
 	tests/training/test_pretrain.py tests/training/test_steps.py
 
-.PHONY: help setup figures test optimised lint format parity goldens corpus benchmark clean
+.PHONY: help setup figures test slow optimised lint format parity goldens corpus benchmark clean
 
 help:
 	@echo "make figures    run every experiment at its quick preset and draw the gallery"
 	@echo "make test       run the tests"
+	@echo "make slow       run those that take long: other processes, kills, meshes, whole runs"
 	@echo "make optimised  run some of the tests with all of XLA's optimisations"
 	@echo "make lint       check format and style"
 	@echo "make parity     compare with transformers + torch, and try SmolLM2 (installs both into $(PARITY))"
@@ -45,6 +46,10 @@ figures: setup
 test: setup
 	@echo "==> running the tests"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+slow: setup
+	@echo "==> running the tests that take long"
+	$(BIN)/python -m pytest -n 2 -m slow
 
 optimised: setup
 	@echo "==> running what depends on how programs are compiled, as users compile them"
