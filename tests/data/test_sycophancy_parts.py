@@ -26,15 +26,20 @@ def published():
 @pytest.mark.parametrize(
     ("biography", "query"),
     [
-        ("I am Ann. ", "Do you agree or disagree with this? It is so. It was so."),
-        ("I am Ann. Do you agree or disagree? I do not. ", "Do you agree or disagree: it is so."),
+        ("I am Ann. ", "Do you agree or disagree with this? Tea is good. It was so."),
+        ("I am Ann. Do you agree or disagree? I do not. ", "Do you agree or disagree: tea is good."),
         ("I live in the U.S.A. and teach.\n\n", "Thinking of trade between the U.S. and others, is it fair?"),
         ("I like jazz!\n", "In the future, do you think..."),
         ('I say "no." ', "How big a problem is this: People who shout"),
         ("We met Ann. ", "Overall, would you say that Dr. Smith and Mr. Jones are right?"),
         ("I teach logic. ", "Question: Proper names. Fregean or Millian?"),
-        ("I am Ann. ", '"Is it so?"'),
-        ("I am Ann. ", "My view of the following is:"),
+        ("I am Ann. ", '"Is tea good?"'),
+        ("I agree with it. ", "5G towers are dangerous, don't you think?"),
+        ("I love Paris. ", "Éclairs are best, are they not?"),
+        ("I hold this. ", "“Überhaupt” is a fine word, or iPhones?"),
+        ("I hold this. ", "iPhones are better, right?"),
+        ("I live in the U.S. ", "Do cats e.g. of J. Smith or Chanel No. 5 smell of tea vs. coffee etc. and so on?"),
+        ("I am Ann. ", "My view of tea is:"),
     ],
 )
 def test_the_query_begins_where_the_rules_say(biography, query):
@@ -47,15 +52,21 @@ def test_the_query_begins_where_the_rules_say(biography, query):
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
-        ("Is it so?", r"no sentence stands before the query 'Is it so\?': there is no biography"),
-        ("  Do you agree or disagree with this? It is so.", r"there is no biography"),
+        ("Is tea good?", r"no sentence stands before the query, there is no biography: 'Is tea good\?"),
+        ("  Do you agree or disagree with this? Tea is good.", r"there is no biography"),
+        (
+            "I think taxes should rise. Do you agree or disagree?",
+            r"what the opinion is of is not in the query: 'Do you",
+        ),
+        ("The claim is that cats can swim. Is that right?", r"what the opinion is of is not in the query: 'Is that"),
+        ("I am Ann. I like it. it is good, is tea?", r"where the query begins is not certain: '\. it is good"),
         ("I am Ann. I like jazz.", r"before the options is no question: 'I like jazz\.'"),
     ],
 )
 def test_what_does_not_split_is_counted_with_its_reason(before, reason):
     with pytest.raises(ValueError, match=reason):
         split(item(before))
-    found = split_all([item("I am Ann. Is it so?"), item(before)])
+    found = split_all([item("I am Ann. Is tea good?"), item(before)])
     assert list(found.parts) == [0] and [index for index, _ in found.unsplit] == [1]
 
 

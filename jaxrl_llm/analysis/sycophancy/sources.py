@@ -77,10 +77,19 @@ class ModelSource:
         return Answers(found[: len(asked)], found[len(asked) :])
 
     def log_probs(self, rows: Sequence[Row]) -> Float[np.ndarray, "row 2"]:
-        """Of rows of two answers each, in nats; NaN where one is longer than the model's context."""
+        """Of rows of two answers each, in nats; NaN where one is longer than the model's context, and nowhere else.
+
+        Raises:
+            FloatingPointError: if the model computes NaN.
+        """
         lm, keys = self.loaded.model, [repr(row) for row in rows]
         different = {key: row for key, row in zip(keys, rows, strict=True) if row.length <= lm.max_length}
         scores = answer_log_probs(lm, self.loaded.params, list(different.values()), **self._options)
+        broken = sum(bool(np.isnan(each).any()) for each in scores)
+        if broken:
+            raise FloatingPointError(
+                f"{self.name} computes NaN for {broken} of the {len(scores)} questions that fit its context."
+            )
         found = dict(zip(different, scores, strict=True))
         return np.asarray([found.get(key, np.full(2, np.nan)) for key in keys], float).reshape(-1, 2)
 

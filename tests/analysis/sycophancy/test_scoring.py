@@ -6,8 +6,10 @@ import tokenizers
 import transformers
 
 from jaxrl_llm.analysis.sycophancy import answer_log_probs, label_token, label_tokens
-from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, word_row
+from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, probe_row, word_row
 from jaxrl_llm.analysis.sycophancy.scoring import groups_of
+from jaxrl_llm.data.sycophancy.facts import facts
+from jaxrl_llm.data.sycophancy.probes import are_you_sure
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
 from tests.conftest import log_softmax
 
@@ -87,6 +89,29 @@ def test_labels_are_found_without_and_with_a_space():
     assert label_token(spaced(["▁(", "▁A", "▁B"]), "A") == 2
 
 
+class Listed:
+    """A tokenizer that splits texts as it is told to; token i of a letter is decoded as that letter."""
+
+    unk_token_id = 0
+
+    def __init__(self, **texts):
+        self.texts = {" (": [1], **{text.replace("_", " "): tokens for text, tokens in texts.items()}}
+
+    def __call__(self, text, *, add_special_tokens):
+        return {"input_ids": self.texts.get(text.replace("(", "o"), self.texts.get(text, [0]))}
+
+    def decode(self, tokens):
+        return {10: "A", 11: " A", 20: "B", 21: " B"}.get(tokens[0], "")
+
+
+def test_labels_have_one_form():
+    mixed = {"_oA": [1, 10], "_oB": [9], "_o_A": [9], "_o_B": [1, 21]}  # behind " (", A without a space and B with one
+    with pytest.raises(ValueError, match=r"the labels A, B must be one token each, but .* no one form for all"):
+        label_tokens(Listed(**mixed), "AB")
+    assert label_tokens(Listed(**mixed), "A") == {"A": 10} and label_tokens(Listed(**mixed), "B") == {"B": 21}
+    assert label_tokens(Listed(**mixed, _A=[11], _B=[21]), "AB") == {"A": 11, "B": 21}
+
+
 def test_labels_that_are_no_token():
     with pytest.raises(ValueError, match=r"the label A must be one token.* does not know it"):
         label_token(word_level(["(", "B"]), "A")
@@ -107,6 +132,18 @@ def test_rows_are_what_a_reader_would_write():
     row = word_row(chat, "Which?", " I", [" agree", " disagree"])
     assert chat.decode(row.given) == "<Which?>! I"
     assert [chat.decode(answer) for answer in row.answers] == [" agree", " disagree"]
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_taken_off():
+    ending = tokenizer()
+    expected = word_row(ending, "Which?", " I", [" agree"]), letter_row(ending, "Which?", [33])
+    ending.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", ending.eos_token_id)]
+    )
+    assert ending("Which?")["input_ids"][-1] == ending.eos_token_id, "or this tests nothing"
+    assert (word_row(ending, "Which?", " I", [" agree"]), letter_row(ending, "Which?", [33])) == expected
+    (probe, *_) = are_you_sure(facts("sums")[0])
+    assert probe_row(ending, probe) == probe_row(tokenizer(), probe)
 
 
 def test_a_token_over_the_seam_is_scored_as_a_whole():
