@@ -7,7 +7,7 @@ import transformers
 
 from jaxrl_llm.analysis.sycophancy import answer_log_probs, label_token, label_tokens
 from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, probe_row, word_row
-from jaxrl_llm.analysis.sycophancy.scoring import groups_of
+from jaxrl_llm.analysis.sycophancy.scoring import PREFIX_BUCKET, groups_of
 from jaxrl_llm.data.sycophancy.facts import facts
 from jaxrl_llm.data.sycophancy.probes import are_you_sure
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
@@ -24,13 +24,17 @@ def rows(loaded):
     ]
     # Questions that begin alike: two in two orders, and one that another one continues.
     alike = [Row([*drawn[1].given[:30], *given], drawn[2].answers) for given in ([1, 2, 3], [3, 2, 1], [1], [1, 2])]
-    return [*drawn, *alike, Row(drawn[5].given, [[5]]), Row([7], [[5]])]
+    # Two that share more than a bucket and come with their answers to the whole context.
+    shared = rng.integers(0, 300, PREFIX_BUCKET + 2).tolist()
+    edge = [Row([*shared, *rng.integers(0, 300, CONTEXT - 2 - len(shared))], [[1, 2, 3], [4]]) for _ in range(2)]
+    return [*drawn, *alike, Row(drawn[5].given, [[5]]), Row([7], [[5]]), *edge]
 
 
 def test_what_is_alike_is_read_once(rows):
     groups = groups_of(rows)
     assert sorted(place for group in groups for place in group.places) == list(range(len(rows)))
-    assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 1, 1, 2, 4], "four at most"
+    assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 1, 1, 2, 2, 4], "four at most"
+    assert max(row.length for row in rows) == CONTEXT and max(group.shared for group in groups) > PREFIX_BUCKET
     for shared, places in groups:
         assert len({tuple(rows[place].given[:shared]) for place in places}) == 1
         assert all(len(rows[place].given) > shared for place in places)
@@ -51,8 +55,9 @@ def test_answers_have_the_log_probability_of_their_tokens(loaded, rows):
 def test_neither_batch_nor_padding_changes_them(loaded, rows):
     together = answer_log_probs(loaded.model, loaded.params, rows, progress=False)
     for size in (1, 4):
-        apart = answer_log_probs(loaded.model, loaded.params, rows[::-1], batch_size=size, progress=False)[::-1]
-        for one, other in zip(together, apart, strict=True):
+        some = rows[-3::-1]  # without the longest, for which other programs would be compiled
+        apart = answer_log_probs(loaded.model, loaded.params, some, batch_size=size, progress=False)[::-1]
+        for one, other in zip(together[:-2], apart, strict=True):
             np.testing.assert_allclose(one, other, atol=2e-5)
 
 
