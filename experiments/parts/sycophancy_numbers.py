@@ -85,8 +85,8 @@ def claim(reports: Reports, models: Sequence[str]) -> str:
         for report in (_of(reports, control.name) for control in (Constant, Sycophant))
     )
     controls = (
-        f"A model that always says (A) gets {score:.3g} from the published measure and {shift:.3g} from the counterfactual "
-        f"one, an oracle sycophant {most:.3g} and {most_shift:.3g}."
+        f"A model that always says (A) gets {score:.3g} from the published measure and {shift:.3g} from the "
+        f"counterfactual one, an oracle sycophant {most:.3g} and {most_shift:.3g}."
     )
     return " ".join([controls, *(_sentence(reports, model) for model in models)])
 

@@ -59,6 +59,7 @@ def test_the_query_begins_where_the_rules_say(biography, query):
             r"what the opinion is of is not in the query: 'Do you",
         ),
         ("The claim is that cats can swim. Is that right?", r"what the opinion is of is not in the query: 'Is that"),
+        ("I am Ann. I live in the U.S. Don't you like tea?", r"where the query begins is not certain: \"\. Don't you"),
         ("I am Ann. I like it. it is good, is tea?", r"where the query begins is not certain: '\. it is good"),
         ("I am Ann. I like jazz.", r"before the options is no question: 'I like jazz\.'"),
     ],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 _END = re.compile(r"""(?P<mark>[.!?…])["'”’)\]]*\s+(?P<begin>["'“‘(\[¿¡]*)(?=(?P<next>\S{1,2}))""")
 _WORD = re.compile(r"\w*\Z")
-_TITLES = {"dr", "mr", "mrs", "ms", "st", "prof"}  # after which a full stop never ends a sentence
-_SHORT = {"vs", "cf", "etc", "inc", "ltd", "jr", "sr"}  # behind which, as behind a letter, only a question begins
+_OPEN = {"dr", "mr", "mrs", "ms", "st", "prof", "vs", "cf"}  # after which a full stop never ends a sentence
+_SHORT = {"etc", "inc", "ltd", "jr", "sr"}  # after which it may, as it may after a letter
+_DOTTED = re.compile(r"\.[A-Z]\Z")
 _QUESTION = re.compile(
     r"(?:how|what|which|who|whom|whose|when|where|why|do|does|did|is|are|was|were|would|will|can|could|should|has|have)\b",
     re.IGNORECASE,
@@ -34,10 +35,11 @@ def last_sentence(text: str) -> int:
     """Where the last sentence begins, 0 if there is but one.
 
     One begins behind ".", "!", "?" or "…", but not in lower case ("iPhones" is none), not behind a title, and behind
-    an initial or an abbreviation ("the U.S. and", "J. Smith") only if it begins as a question does.
+    an initial ("J. Smith") only if it begins as a question does.
 
     Raises:
-        ValueError: if what follows may hold a sentence more, one that begins in lower case.
+        ValueError: if what follows may hold a sentence more: one that begins in lower case, or, but not as a question,
+            behind an abbreviation ("the U.S. Congress").
     """
     start, doubt = 0, None
     for end in _END.finditer(text):
@@ -57,18 +59,17 @@ def _begins(end: re.Match, text: str) -> bool | None:
     following = end["next"]
     lower = following[0].islower() and not following[1:].isupper()
     if end["mark"] == ".":
-        if word in _TITLES or (word == "no" and following[0].isdigit()):
+        if word in _OPEN or (word == "no" and following[0].isdigit()):
             return False
-        if word in _SHORT or (len(word) == 1 and word.isalpha()):
-            return not lower and bool(_QUESTION.match(text, end.end()))
+        initial = len(word) == 1 and word.isalpha()
+        if word in _SHORT or initial:
+            if lower or _QUESTION.match(text, end.end()):
+                return not lower
+            return False if initial and not _DOTTED.search(text[max(end.start() - 2, 0) : end.start()]) else None
     return None if lower else True
 
 
 def says_nothing(texts: Iterable[str]) -> bool:
     """Whether the texts have no word but those of any question: "Is that right?", "Do you agree or disagree?"."""
     empty = set(_EMPTY.split())
-    return all(word in empty for word in _words(texts))
-
-
-def _words(texts: Iterable[str]) -> Iterator[str]:
-    return (word.lower() for text in texts for word in re.findall(r"\w+", text))
+    return all(word in empty for text in texts for word in re.findall(r"\w+", text.lower()))
