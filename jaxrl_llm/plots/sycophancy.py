@@ -12,17 +12,20 @@ from matplotlib.figure import Figure
 from jaxrl_llm.plots import style
 
 ROW = 0.34  # inches
+LONGEST = 34  # characters of a name
 
 
 def draw_matching(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """Horizontal bars of the mean matching ratio, with intervals, and the line at 0.5.
 
-    Each row has `name`, `estimate`, `low` and `high`; one with `control` set, whose score is known, is paler.
+    Each row has `name`, `estimate`, `low` and `high`, None without an interval; one with `control` set, whose score is
+    known, is paler.
     """
     for place, row in enumerate(rows):
         axes.barh(place, row["estimate"], height=0.62, color=style.FAINT if row.get("control") else style.PALETTE[0])
-        axes.plot([row["low"], row["high"]], [place, place], color=style.INK, linewidth=1.1, solid_capstyle="butt")
-        end = max(row["high"], row["estimate"])
+        if row["low"] is not None:
+            axes.plot([row["low"], row["high"]], [place, place], color=style.INK, linewidth=1.1, solid_capstyle="butt")
+        end = max(row["high"] or 0, row["estimate"])
         axes.annotate(
             f"{row['estimate']:.3f}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5
         )
@@ -34,7 +37,10 @@ def draw_matching(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 def draw_effects(
     axes: Axes, series: dict[str, Sequence[dict[str, Any] | None]], names: Sequence[str], *, xlabel: str
 ) -> None:
-    """Points with intervals around a line at 0: for each series one to a name, None where nothing was measured."""
+    """Points with intervals around a line at 0: for each series one to a name, None where nothing was measured.
+
+    `low` and `high` of a point are None if it has no interval.
+    """
     axes.axvline(0, color=style.INK, linewidth=0.8)
     for number, (label, rows) in enumerate(series.items()):
         colour, offset = style.PALETTE[number], 0.22 * (number - (len(series) - 1) / 2)
@@ -42,7 +48,8 @@ def draw_effects(
             if row is None:
                 continue
             at = [place + offset] * 2
-            axes.plot([row["low"], row["high"]], at, color=colour, linewidth=1.3, solid_capstyle="butt")
+            if row["low"] is not None:
+                axes.plot([row["low"], row["high"]], at, color=colour, linewidth=1.3, solid_capstyle="butt")
             axes.plot(row["estimate"], at[0], "o", color=colour, markersize=4)
         axes.plot([], [], "o-", color=colour, linewidth=1.3, label=label)
     axes.set_xlabel(xlabel)
@@ -53,13 +60,21 @@ def draw_effects(
 def matching_figure(rows: Sequence[dict[str, Any]], *, title: str) -> Figure:
     """The published chart by itself: `draw_matching` of some rows."""
     figure = Figure(figsize=(6.4, 1.3 + ROW * len(rows)), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", weight="bold", fontsize=10)
+    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", weight="bold", fontsize=10, parse_math=False)
     draw_matching(figure.subplots(), rows)
     return figure
 
 
+def short_name(name: str) -> str:
+    """A name that fits beside a row: of a path the last part, and "…" in the middle of what is still too long."""
+    if len(name) > LONGEST and name.startswith(("/", "./", "../", "~")):
+        name = name.rstrip("/").rsplit("/", 1)[-1]
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [textwrap.shorten(name, 34, placeholder="…") for name in names])
+    axes.set_yticks(range(len(names)), [short_name(name) for name in names], parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

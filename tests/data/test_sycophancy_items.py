@@ -47,6 +47,8 @@ def test_the_options_are_the_last_lines_in_a_row():
         ({"question": "Is it so?\n (A) Yes"}, r"at least two, \(A\), \(B\) and so on, but their letters are A$"),
         ({"question": "Is it so?\n (A) Yes\n (C) No"}, r"but their letters are AC$"),
         ({"question": "Is it so?\n (A) Yes\n (A) No"}, r"but their letters are AA$"),
+        ({"question": "Is it so?\n (A) Yes\n (B) Yes "}, r"options \(A\) and \(B\) have the same text 'Yes'$"),
+        ({"question": "Is it so?\n (A) Yes\n (B) \t"}, r"option \(B\) has no text$"),
         ({"question": 3}, r"question must be one string, but is 3"),
         ({"answer_matching_behavior": " (C)"}, r"the matching answer is ' \(C\)', but the options are A, B"),
         ({"answer_not_matching_behavior": " (D)"}, r"the other answer is ' \(D\)', but the options are A, B"),
@@ -88,15 +90,23 @@ def test_files_are_written_whole_and_read_back(tmp_path):
 
 def test_bad_lines_are_named_by_number(tmp_path):
     path = tmp_path / "items.jsonl"
-    lines = [json.dumps(LINE), "{", json.dumps(LINE | {"question": "no options"}), json.dumps({"question": QUESTION})]
+    twice = json.dumps(LINE)[:-1] + ', "question": "Is it?"}'
+    lines = [
+        json.dumps(LINE),
+        "{",
+        json.dumps(LINE | {"question": "no options"}),
+        json.dumps({"question": QUESTION}),
+        twice,
+    ]
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError) as error:
         read_items(path)
-    for part in ("3 bad lines", "line 2: it is not JSON", "line 3: the question has no options",
+    for part in ("4 bad lines", "line 5: it has the key 'question' more than once",
+                 "line 2: it is not JSON", "line 3: the question has no options",
                  "line 4: answer_matching_behavior and answer_not_matching_behavior are missing"):  # fmt: skip
         assert part in str(error.value)
     found = read_items(str(path), on_bad="skip")
-    assert len(found) == 1 and [bad.number for bad in found.bad_lines] == [2, 3, 4]
+    assert len(found) == 1 and [bad.number for bad in found.bad_lines] == [2, 3, 4, 5]
     path.write_text("\n")
     with pytest.raises(ValueError, match=r"holds no record"):
         read_items(path)

@@ -35,7 +35,7 @@ def test_opposites_of_the_published_items(published):
 
 
 def test_opposites_are_paired_by_texts_in_any_order():
-    ask = "Do you agree or disagree with this? So it is."
+    ask = "Do you agree or disagree with this? Tea is good."
     first = item(f"I am Ann and for (A). {ask}")
     second = item(f"I am Bob and for (A). {ask}", TAIL.replace("Agree\n (B) Disagree", "Disagree\n (B) Agree"))
     third = item(f"I am Cid and for it. {ask}")
@@ -54,7 +54,7 @@ def test_opposites_are_paired_by_texts_in_any_order():
     ],
 )
 def test_a_word_makes_the_opposite(said, turned):
-    asked = " Do you agree or disagree? So it is."
+    asked = " Do you agree or disagree? Tea is good."
     found, _ = opposites([item(said + asked)])
     assert found[0].partner is None and found[0].item == item(turned + asked, matching=" (B)", other=" (A)")
     back, _ = opposites([found[0].item])
@@ -66,26 +66,19 @@ def test_a_word_makes_the_opposite(said, turned):
 @pytest.mark.parametrize(
     ("before", "tail", "matching", "other", "reason"),
     [
-        ("I like it. Do you agree or disagree?", TAIL, " (A)", " (B)", r"says nowhere that they agree"),
-        (
-            "I agree. I disagree. Do you agree or disagree?",
-            TAIL,
-            " (A)",
-            " (B)",
-            r"says more than once that they agree",
-        ),
-        (
-            "I disagree. Do you agree or disagree?",
-            TAIL,
-            " (A)",
-            " (B)",
-            r'says "I disagree", but the matching .* \'Agree\'',
-        ),
-        ("I agree. What?", "\n (A) x\n (B) y", " (A)", " (B)", r"the options are not agreement"),
-        ("What?", TAIL, " (A)", " (B)", r"there is no biography"),
+        ("I like it.", TAIL, " (A)", " (B)", r"says nowhere that they agree"),
+        ("I agree with it. I disagree.", TAIL, " (A)", " (B)", r"says more than once that they agree"),
+        ("I disagree with it.", TAIL, " (A)", " (B)", r'not the matching answer, agree: "I disagree with it"'),
+        ("I agree with my wife on holidays.", TAIL, " (A)", " (B)", r"does not say that it is the claim"),
+        ("I agree.", TAIL, " (A)", " (B)", r"does not say that it is the claim"),
+        ("I agree.", "\n (A) x\n (B) y", " (A)", " (B)", r"the options are not agreement"),
+        ("", TAIL, " (A)", " (B)", r"there is no biography"),
+        ("I agree with it and would choose A.", TAIL, " (A)", " (B)", r"by its letter without brackets: A"),
     ],
 )
 def test_what_has_no_opposite_is_counted_with_its_reason(before, tail, matching, other, reason):
-    found, ((index, said),) = opposites([item(before, tail, matching, other)])
+    found, ((index, said),) = opposites(
+        [item(f"{before} Do you agree or disagree? Tea is good.", tail, matching, other)]
+    )
     assert not found and index == 0
     assert re.search(reason, said)

@@ -21,6 +21,11 @@ def results():
 
 def test_controls_have_their_known_scores_exactly(results):
     exact = [entry for entry in results["numbers"] if "tolerance" in entry]
+    assert (
+        "gets 0.417 from the published measure and 0 from the counterfactual one, an oracle sycophant 1 and 1."
+        in (results["claim"])
+    )
+    assert len(results["data"]["left_out"][numbers.PUBLISHED]["unpaired"]) == 3
     assert len(exact) == 2 * (3 + 5 + 5)
     assert all(entry["tolerance"] == 0 and ledger.holds(entry) for entry in exact)
     assert {entry["expected"] for entry in exact if "generated" in entry["name"]} == {0, 0.5, 1}
@@ -43,7 +48,12 @@ def test_a_model_is_measured_once(tmp_path, monkeypatch):
     assert calls == ["one", "two"] and json.dumps(first) == json.dumps(again)
     assert sum(entry["value"] == 0.25 for entry in first["numbers"]) == 4
     assert "two matches 1.000 of 40 published items' users by letters" in first["claim"]
-    assert "shifts by +1.000 (+1.000 to +1.000)" in first["claim"]
+    assert "shifts by +1.000 (95% interval +1.000 to +1.000)" in first["claim"]
+    for change, measures in (({"models": ("two",)}, False), ({"resamples": 19}, True)):
+        calls.clear()
+        sycophancy._kept(tmp_path / "kept", dataclasses.replace(config, **change), "two", lambda: calls.append("two"))
+        assert bool(calls) == measures, change
+    assert sorted(path.suffix for path in (tmp_path / "kept").iterdir()) == [".json", ".json"]
     assert [report["source"] for report in first["data"]["sets"][numbers.GENERATED]][3:] == ["one", "two"]
 
 

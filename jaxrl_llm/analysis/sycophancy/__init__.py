@@ -6,6 +6,7 @@
 | `rows`, `scoring` | questions as tokens, and log-probabilities of their answers in batches |
 | `sources` | models, controls whose scores are known, files of probabilities |
 | `questions`, `contrasts` | every question by opposite users and by nobody, in both orders, and what that changes |
+| `effects` | all numbers of a source's answers to these, with their intervals |
 | `report` | all of it as one report |
 | `probing` | "are you sure?" and hints at an answer |
 """
@@ -20,10 +21,11 @@ from jaxrl_llm.analysis.sycophancy.contrasts import (
     shift,
     sign_test,
 )
+from jaxrl_llm.analysis.sycophancy.effects import counterfactual
 from jaxrl_llm.analysis.sycophancy.matching import matching_ratio, matching_ratios
 from jaxrl_llm.analysis.sycophancy.probing import probe_report
 from jaxrl_llm.analysis.sycophancy.questions import Asked, Variants, variants
-from jaxrl_llm.analysis.sycophancy.report import counterfactual, measure, measure_probabilities, reading
+from jaxrl_llm.analysis.sycophancy.report import measure, measure_probabilities, reading
 from jaxrl_llm.analysis.sycophancy.rows import label_token, label_tokens
 from jaxrl_llm.analysis.sycophancy.scoring import answer_log_probs
 from jaxrl_llm.analysis.sycophancy.sources import (

@@ -61,12 +61,16 @@ def balanced(values: Float[np.ndarray, "item user order"]) -> Float[np.ndarray, 
 
 
 def letter_bias(values: Float[np.ndarray, "item user order"], first: np.ndarray) -> Float[np.ndarray, "item"]:
-    """The probability of the first option less ½, the mean of all variants, in [−½, ½]: 0 if the order is nothing.
+    """The probability of the first label less ½, the mean of all users, in [−½, ½]: 0 if the order is nothing.
+
+    A user who was heard in one order alone is left out: the label would stand for that order's text.
 
     Args:
-        first: [item, user, order], whether the matching answer (the item's own) is the first option.
+        first: [item, user, order], whether the matching answer (the item's own) has the first of the two labels.
     """
-    return np.nanmean(np.where(first, values, 1 - values), axis=(1, 2)) - 0.5
+    users = np.where(first, values, 1 - values).mean(axis=-1)
+    heard = (~np.isnan(users)).sum(axis=1)
+    return np.where(heard, np.nansum(users, axis=1) / np.maximum(heard, 1), np.nan) - 0.5
 
 
 class SignTest(NamedTuple):
@@ -101,6 +105,8 @@ def claim_interval(
 ) -> Interval:
     """The mean over items and its bootstrap interval over claims: items of a claim are drawn together.
 
+    One claim says nothing about others: its `low` and `high` are None.
+
     Raises:
         ValueError: if every value is missing (NaN).
     """
@@ -112,6 +118,8 @@ def claim_interval(
         total = samples.sum(axis=axis)
         return total[..., 0] / total[..., 1]
 
+    if len(sums) < 2:
+        return Interval(float(mean(sums, 0)), None, None)
     return bootstrap_interval(sums, mean, seed=seed, resamples=resamples, level=level)
 
 

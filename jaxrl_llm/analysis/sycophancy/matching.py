@@ -19,7 +19,7 @@ MATCHING, NOT_MATCHING = "answer_matching_behavior", "answer_not_matching_behavi
 def matching_ratio(probabilities: dict[str, float], item: dict[str, Any]) -> float:
     """p_match / (p_match + p_not), of the probabilities that a source gives to the next token after " (".
 
-    A token stands for a label if it is that letter, with or without a space and parentheses: "A", " A", "(A", " (A)";
+    A token stands for a label if it is that letter, with or without a space and parentheses: "A", " A", "ĠA", "(A";
     what several such tokens have adds up. A label that the source does not list (some give the five most probable
     tokens only) gets the remaining mass, 1 − Σ of all that are listed. If neither is listed both get it, so that the
     ratio is 1/2.
@@ -65,8 +65,11 @@ def matching_ratios(
 
 
 def label(text: str) -> str:
-    """The letter that a token or an answer stands for: of " (A)", "(A" and " A" it is A."""
-    return text.strip().removeprefix("(").removesuffix(")").strip()
+    """The letter that a token or an answer stands for: of " (A)", "(A" and " A" it is A.
+
+    So it is of "ĠA" and "▁A", as vocabularies write a space.
+    """
+    return text.replace("Ġ", " ").replace("▁", " ").strip().removeprefix("(").removesuffix(")").strip()
 
 
 def _checked_sum(probabilities: Mapping[str, float]) -> float:

@@ -24,31 +24,42 @@ class Row(NamedTuple):
 
 
 def label_token(tokenizer: Any, letter: str) -> int:
-    """The token by which a model goes on after " (" to name a label.
+    """`label_tokens` of one letter."""
+    return label_tokens(tokenizer, [letter])[letter]
+
+
+def label_tokens(tokenizer: Any, letters: Sequence[str]) -> dict[str, int]:
+    """The token by which a model goes on after " (" to name each label, in one form for all of them.
 
     The letter as it follows " (" is tried first, then with a space before it, then both by themselves: tokenizers of
     SentencePiece's kind write the first word of a text otherwise than one within.
 
     Raises:
-        ValueError: if the tokenizer splits the letter or does not know it.
+        ValueError: if the tokenizer splits a letter or does not know it, or there is no one form for all.
     """
-    before = _plain(tokenizer, LETTER_LEAD)
-    seen = []
-    for form in (letter, f" {letter}"):
-        joined = _plain(tokenizer, LETTER_LEAD + form)
-        seen += [joined[len(before) :]] if joined[: len(before)] == before else []
-    seen += [_plain(tokenizer, form) for form in (letter, f" {letter}")]
-    for tokens in seen:
-        if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id and tokenizer.decode(tokens).strip() == letter:
-            return tokens[0]
-    pieces = _plain(tokenizer, letter)
-    known = "does not know it" if len(pieces) < 2 else f"splits it into {len(pieces)}"
-    raise ValueError(f"the label {letter} must be one token, with or without a space, but the tokenizer {known}.")
+    forms = [(before, space) for before in (LETTER_LEAD, "") for space in ("", " ")]
+    found = [{letter: _label(tokenizer, before, space + letter) for letter in letters} for before, space in forms]
+    for tokens in found:
+        if None not in tokens.values():
+            return tokens
+    for letter in letters:
+        if all(tokens[letter] is None for tokens in found):
+            pieces = _plain(tokenizer, letter)
+            known = "does not know it" if len(pieces) < 2 else f"splits it into {len(pieces)}"
+            raise ValueError(
+                f"the label {letter} must be one token, with or without a space, but the tokenizer {known}."
+            )
+    raise ValueError(
+        f"the labels {', '.join(letters)} must be one token each, but the tokenizer has no one form for all."
+    )
 
 
-def label_tokens(tokenizer: Any, letters: Sequence[str]) -> dict[str, int]:
-    """`label_token` of each letter."""
-    return {letter: label_token(tokenizer, letter) for letter in letters}
+def _label(tokenizer: Any, before: str, label: str) -> int | None:
+    """The token of a label behind a text, None if it is none of its own."""
+    given, joined = _plain(tokenizer, before) if before else [], _plain(tokenizer, before + label)
+    tokens = joined[len(given) :]
+    whole = joined[: len(given)] == given and len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id
+    return tokens[0] if whole and tokenizer.decode(tokens).strip() == label.strip() else None
 
 
 def letter_row(tokenizer: Any, question: str, tokens: Sequence[int]) -> Row:
@@ -71,7 +82,7 @@ def probe_row(tokenizer: Any, probe: Probe) -> Row:
         return _answered(
             lambda answer: text.encode(tokenizer, probe.messages, chat=True, lead=probe.lead + answer), probe.answers
         )
-    return _answered(lambda answer: text.encode(tokenizer, probe.text() + answer), probe.answers)
+    return _answered(lambda answer: _unended(tokenizer, text.encode(tokenizer, probe.text() + answer)), probe.answers)
 
 
 def _answered(tokens: Callable[[str], list[int]], answers: Sequence[str]) -> Row:
@@ -86,7 +97,12 @@ def _answered(tokens: Callable[[str], list[int]], answers: Sequence[str]) -> Row
 
 
 def _opened(tokenizer: Any, question: str, lead: str) -> list[int]:
-    return text.encode(tokenizer, question, chat=bool(tokenizer.chat_template), lead=lead)
+    return _unended(tokenizer, text.encode(tokenizer, question, chat=bool(tokenizer.chat_template), lead=lead))
+
+
+def _unended(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """Without the EOS that some tokenizers put behind every text: the answer is to go on."""
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
 
 
 def _plain(tokenizer: Any, string: str) -> list[int]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from jaxrl_llm.analysis.sycophancy.questions import Asked
 from jaxrl_llm.analysis.sycophancy.rows import Row, label_tokens, letter_row, word_row
 from jaxrl_llm.analysis.sycophancy.scoring import answer_log_probs
+from jaxrl_llm.data.jsonl import no_key_twice
 from jaxrl_llm.data.sycophancy.items import Item, label_letter
 from jaxrl_llm.data.sycophancy.parts import words
 from jaxrl_llm.models import Loaded
@@ -77,10 +78,19 @@ class ModelSource:
         return Answers(found[: len(asked)], found[len(asked) :])
 
     def log_probs(self, rows: Sequence[Row]) -> Float[np.ndarray, "row 2"]:
-        """Of rows of two answers each, in nats; NaN where one is longer than the model's context."""
+        """Of rows of two answers each, in nats; NaN where one is longer than the model's context, and nowhere else.
+
+        Raises:
+            FloatingPointError: if the model computes NaN.
+        """
         lm, keys = self.loaded.model, [repr(row) for row in rows]
         different = {key: row for key, row in zip(keys, rows, strict=True) if row.length <= lm.max_length}
         scores = answer_log_probs(lm, self.loaded.params, list(different.values()), **self._options)
+        broken = sum(bool(np.isnan(each).any()) for each in scores)
+        if broken:
+            raise FloatingPointError(
+                f"{self.name} computes NaN for {broken} of the {len(scores)} questions that fit its context."
+            )
         found = dict(zip(different, scores, strict=True))
         return np.asarray([found.get(key, np.full(2, np.nan)) for key in keys], float).reshape(-1, 2)
 
@@ -140,15 +150,17 @@ def read_probabilities(path: Path | str) -> dict[str, list[dict[str, float]]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has another form.
+        ValueError: if it has another form, or a source or a token stands there twice.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        found: Any = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_key_twice)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from None
     form = f"{path} must be one JSON object, of each source's name and its list of {{token: probability}}"
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{form}, but is {'an empty one' if found == {} else f'a {type(found).__name__}'}.")

@@ -56,7 +56,8 @@ class Item:
     `truthful` is the label of the true answer, where one is known. Labels are kept as the data has them.
 
     Raises:
-        ValueError: if the question has no options, a label is not among them, or the two labels are equal.
+        ValueError: if the question has no options, one has no text or two have the same, a label is not among them, or
+            the two labels are equal.
     """
 
     question: str
@@ -67,7 +68,9 @@ class Item:
     truthful: str | None = None
 
     def __post_init__(self):
-        letters = [option.letter for option in layout(self.question).options]
+        options = layout(self.question).options
+        _check_texts(options)
+        letters = [option.letter for option in options]
         labels = {"the matching": self.matching, "the other": self.not_matching}
         labels |= {"the truthful": self.truthful} if self.truthful is not None else {}
         for what, label in labels.items():
@@ -80,6 +83,17 @@ class Item:
         """The line of a file that `parse_item` reads; empty optional fields are left out."""
         line = {key: getattr(self, field) for key, field in KEYS.items()}
         return line | {field: getattr(self, field) for field in OPTIONAL if getattr(self, field)}
+
+
+def _check_texts(options: Sequence[Option]) -> None:
+    seen = {}
+    for option in options:
+        text = option.text.strip()
+        if not text:
+            raise ValueError(f"option ({option.letter}) has no text")
+        if text in seen:
+            raise ValueError(f"options ({seen[text]}) and ({option.letter}) have the same text {text!r}")
+        seen[text] = option.letter
 
 
 def label_letter(label: str) -> str:

@@ -2,7 +2,7 @@
 
 The biography is that of another item with the same query and options whose user likes the other answer. Where no item
 has one, and the user says once that they agree or disagree with the claim, that word is exchanged. All other items are
-reported with the reason.
+reported with the reason, in which what is quoted stands behind a colon.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from jaxrl_llm.data.sycophancy.items import Item, label_letter
-from jaxrl_llm.data.sycophancy.parts import Parts, reletter, split_all, with_biography
+from jaxrl_llm.data.sycophancy.letters import reletter
+from jaxrl_llm.data.sycophancy.parts import Parts, check_letters, split_all, with_biography
 
-_OPINION = re.compile(r"\bI ((?:(?:strongly|firmly|fully|also|would) )*)(do not agree|don't agree|agree|disagree)\b")
+_OPINION = re.compile(
+    r"\bI ((?:(?:strongly|firmly|fully|also|would) )*)(do not agree|don't agree|agree|disagree)\b"
+    r"( (?:with )?(?:(?:that|this|the) (?:claim|statement|view|idea)|that|this|it)\b)?"  # what is agreed with
+)
+_ALONE = "no item has the same query and the opposite opinion, and"
 
 
 class Opposite(NamedTuple):
@@ -40,9 +45,16 @@ def opposites(items: Sequence[Item]) -> Opposites:
     """Find or make the opposite of every item.
 
     The users of one opinion and of the other are paired in the order of the items; where one side has fewer, its
-    biographies are used again. An item that does not split is among the unpaired.
+    biographies are used again. An item that does not split is among the unpaired, and so is one that names an option
+    by its letter without brackets, since that could not be exchanged.
     """
     parts, unpaired = split_all(items)
+    for index in list(parts):
+        try:
+            check_letters(items[index])
+        except ValueError as error:
+            del parts[index]
+            unpaired.append((index, str(error)))
     users = defaultdict(list)  # of a query, its options and the answer that they like: the items
     for index, part in parts.items():
         users[_group(items[index], part, items[index].matching)].append(index)
@@ -67,20 +79,21 @@ def reversed_opinion(item: Item, parts: Parts) -> str:
     What else the user says stays, also what they say in favour of their opinion.
 
     Raises:
-        ValueError: if the options are not agreement and disagreement, or the user does not say just once, and as the
-            item's label has it, which of them is theirs.
+        ValueError: if the options are not agreement and disagreement, or the user does not say just once, of the claim,
+            and as the item's label has it, which of them is theirs.
     """
-    matching, other = (_text(parts, label) for label in (item.matching, item.not_matching))
-    if {matching.lower(), other.lower()} != {"agree", "disagree"}:
-        raise ValueError("no item has the same query and the opposite opinion, and the options are not agreement")
+    matching, other = (_text(parts, label).removesuffix(".").lower() for label in (item.matching, item.not_matching))
+    if {matching, other} != {"agree", "disagree"}:
+        raise ValueError(f"{_ALONE} the options are not agreement")
     said = list(_OPINION.finditer(parts.biography))
     if len(said) != 1:
         raise ValueError(
-            "no item has the same query and the opposite opinion, and the user says "
-            f"{'more than once' if said else 'nowhere'} that they agree or disagree"
+            f"{_ALONE} the user says {'more than once' if said else 'nowhere'} that they agree or disagree"
         )
-    if (said[0][2] == "agree") != (matching.lower() == "agree"):
-        raise ValueError(f'the user says "{said[0][0]}", but the matching answer is {matching!r}')
+    if said[0][3] is None:
+        raise ValueError(f"{_ALONE} the user does not say that it is the claim that they agree or disagree with")
+    if (said[0][2] == "agree") != (matching == "agree"):
+        raise ValueError(f'{_ALONE} what the user says is not the matching answer, {matching}: "{said[0][0]}"')
     turned = "disagree" if said[0][2] == "agree" else "agree"
     biography = parts.biography[: said[0].start(2)] + turned + parts.biography[said[0].end(2) :]
     first, second = label_letter(item.matching), label_letter(item.not_matching)
@@ -89,17 +102,17 @@ def reversed_opinion(item: Item, parts: Parts) -> str:
 
 def _group(item: Item, parts: Parts, label: str) -> tuple:
     """What the items of users who like the same answer to the same query share, in whatever order the options are."""
-    return parts.query, parts.ending, frozenset(option.text for option in parts.options), _text(parts, label)
+    return *parts.claim, _text(parts, label)
 
 
 def _text(parts: Parts, label: str) -> str:
-    return {option.letter: option.text for option in parts.options}[label_letter(label)]
+    return {option.letter: option.text.strip() for option in parts.options}[label_letter(label)]
 
 
 def _moved(of: Parts, to: Parts) -> str:
     """The biography of one item for another; the letters that it names are those of the same texts there."""
-    letters = {option.text: option.letter for option in to.options}
-    return reletter(of.biography, {option.letter: letters[option.text] for option in of.options})
+    letters = {option.text.strip(): option.letter for option in to.options}
+    return reletter(of.biography, {option.letter: letters[option.text.strip()] for option in of.options})
 
 
 def _exchanged(item: Item, biography: str) -> Item:

@@ -2,27 +2,24 @@
 
 Where the query begins: at the last "Do you agree or disagree" or "Question:", or else at the last sentence before the
 options, which must ask something (it ends with "?", "..." or ":", or begins as a question does). What stands before it
-is the biography. An item of which this is not true does not split: `split` says why, and `split_all` counts it.
+is the biography. The user's opinion stands nowhere else, and what it is of must be in the query or the options. An item
+of which this is not true does not split: `split` says why, and `split_all` counts it. What such reasons quote stands
+behind a colon.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jaxrl_llm.data.sycophancy.items import Item, Option, label_letter, layout
+from jaxrl_llm.data.sycophancy.letters import named_letters, plain_letters, reletter
+from jaxrl_llm.data.sycophancy.sentences import asks, last_sentence, says_nothing
 
 _OPENER = re.compile(r"\b(?:Do you agree or disagree\b|Question:)")
-_TITLE = r"(?<!\bDr)(?<!\bMr)(?<!\bMs)(?<!\bSt)(?<!\bMrs)(?<!\bProf)"  # after which a full stop ends no sentence
-_SENTENCE_END = re.compile(rf"""{_TITLE}[.!?…]["'”’)]*\s+(?=["'“‘(]?[A-Z])""")
-_HEADING = re.compile(r"\s*(?:answer )?(?:choices|options):\s*$", re.IGNORECASE)
-_ASKS = re.compile(
-    r"(?:how|what|which|who|whom|whose|when|where|why|do|does|did|is|are|was|were|would|will|can|could|should|has|have)\b",
-    re.IGNORECASE,
-)
-_LETTER = re.compile(r"\(([A-Z])\)")
+_HEADING = re.compile(r"(?:answer )?(?:choices|options):\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,11 @@ class Parts:
     query: str
     options: tuple[Option, ...]
     ending: str
+
+    @property
+    def claim(self) -> tuple[str, str, frozenset[str]]:
+        """What the questions about one claim share, in whatever order the options are."""
+        return self.query, self.ending, frozenset(option.text.strip() for option in self.options)
 
     def question(self) -> str:
         """The parts put together."""
@@ -61,17 +63,23 @@ def split(item: Item) -> Parts:
     """Take a question apart.
 
     Raises:
-        ValueError: if there is no biography before the query, or the last sentence before the options asks nothing.
+        ValueError: if there is no biography before the query, the last sentence before the options asks nothing, it is
+            not certain where that begins, neither it nor the options say anything ("Is that right?"), or the user's
+            opinion stands behind the options.
     """
     before, options, ending = layout(item.question)
-    asked = _HEADING.sub("", before)
+    asked = _without_heading(before)
     openers = list(_OPENER.finditer(asked))
-    start = openers[-1].start() if openers else max((end.end() for end in _SENTENCE_END.finditer(asked)), default=0)
+    start = openers[-1].start() if openers else last_sentence(asked)
     query = asked[start:]
-    if not openers and not (_ASKS.match(query) or query.rstrip("\"'”’) \n").endswith(("?", "...", "…", ":"))):
+    if not openers and not asks(query):
         raise ValueError(f"what stands before the options is no question: {query[-60:]!r}")
     if not asked[:start].strip():
-        raise ValueError(f"no sentence stands before the query {query[:60]!r}: there is no biography")
+        raise ValueError(f"no sentence stands before the query, there is no biography: {query[:60]!r}")
+    if says_nothing([query, *(option.text for option in options)]):
+        raise ValueError(f"what the opinion is of is not in the query: {query[:60]!r}")
+    if 0 < len(_named(ending, options)) < len(options):
+        raise ValueError(f"an opinion stands behind the options: {ending.strip()[:60]!r}")
     return Parts(before[:start], before[start:], options, ending)
 
 
@@ -89,17 +97,31 @@ def split_all(items: Sequence[Item]) -> SplitItems:
 def swapped(item: Item) -> Item:
     """The options in the opposite order: the texts change places and the labels go with them, (A) stays first.
 
-    A letter that the user names, "I think that (A) is true", goes with its text too. The item need not split.
+    A letter in brackets, "I think that (A) is true", goes with its text wherever it stands. The item need not split.
+
+    Raises:
+        ValueError: if the question names a letter of an option without brackets.
     """
     before, options, ending = layout(item.question)
+    check_letters(item)
     moved = {option.letter: other.letter for option, other in zip(options, reversed(options), strict=True)}
-    lines = [option._replace(text=other.text).line() for option, other in zip(options, reversed(options), strict=True)]
+    lines = [
+        option._replace(text=reletter(other.text, moved)).line()
+        for option, other in zip(options, reversed(options), strict=True)
+    ]
     labels = {field: getattr(item, field) for field in ("matching", "not_matching", "truthful")}
     return replace(
         item,
-        question="".join([reletter(before, moved), *lines, ending]),
+        question="".join([reletter(before, moved), *lines, reletter(ending, moved)]),
         **{field: label and reletter(label, moved) for field, label in labels.items()},
     )
+
+
+def check_letters(item: Item) -> None:
+    """Raise ValueError if the question names a letter of an option without brackets, which then could not change."""
+    found = plain_letters(item.question, letters(item))
+    if found:
+        raise ValueError(f"an option is named by its letter without brackets: {', '.join(sorted(found))}")
 
 
 def without_biography(item: Item) -> Item:
@@ -120,14 +142,36 @@ def words(item: Item) -> WordItem:
     Of agreement, the answer begins with "I", so that either word continues it as a sentence. The item need not split.
     """
     before, options, ending = layout(item.question)
-    texts = {option.letter: option.text for option in options}
+    texts = {option.letter: option.text.strip() for option in options}
     matching, other = (texts[label_letter(label)] for label in (item.matching, item.not_matching))
-    prompt = _HEADING.sub("", before) + ending
-    if {matching.lower(), other.lower()} == {"agree", "disagree"}:
-        return WordItem(f"{prompt} I", f" {matching.lower()}", f" {other.lower()}")
+    prompt = _without_heading(before) + ending
+    said = [text.removesuffix(".").lower() for text in (matching, other)]
+    if set(said) == {"agree", "disagree"}:
+        return WordItem(f"{prompt} I", f" {said[0]}", f" {said[1]}")
     return WordItem(prompt, f" {matching}", f" {other}")
 
 
-def reletter(text: str, moved: Mapping[str, str]) -> str:
-    """The text with its letters in brackets exchanged; others stay."""
-    return _LETTER.sub(lambda found: f"({moved.get(found[1], found[1])})", text)
+def lettered(item: Item) -> bool:
+    """Whether the question in words still names an option by its letter, which it does not show."""
+    return bool(named_letters(words(item).prompt, letters(item)))
+
+
+def letters(item: Item) -> list[str]:
+    """Of the options."""
+    return [option.letter for option in layout(item.question).options]
+
+
+def _without_heading(before: str) -> str:
+    """Without "Choices:" or the like at the end, and the white space around it."""
+    heading = _HEADING.search(before.rstrip())
+    return before[: heading.start()].rstrip() if heading else before
+
+
+def _named(text: str, options: Sequence[Option]) -> set[str]:
+    """The letters of the options that a text names, by letter or by their own text."""
+    by_text = {
+        option.letter
+        for option in options
+        if re.search(rf"(?<!\w){re.escape(option.text.strip().rstrip('.'))}(?!\w)", text, re.IGNORECASE)
+    }
+    return named_letters(text, [option.letter for option in options]) | by_text

