@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,10 @@ from typing import Literal
 
 import tyro
 from tqdm import tqdm
+
+
+# With several processes at a time, each compiles its programs in one piece: parts side by side take a fifth longer.
+ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"} | os.environ
 
 
 def names() -> list[str]:
@@ -39,7 +44,7 @@ def finished(commands: dict[str, Sequence[str]], *, jobs: int) -> Iterator[tuple
     """Run commands, so many at a time, and give each when it ends; who stops asking stops those that wait."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
-            pool.submit(subprocess.run, command, capture_output=True, text=True): name
+            pool.submit(subprocess.run, command, capture_output=True, text=True, env=ENVIRONMENT): name
             for name, command in commands.items()
         }
         try:

@@ -504,6 +504,7 @@ def test_attention_prints_entropy_and_links_of_one_head(run, t5, tmp_path):
     assert printed.endswith(f"drawn: {out}\n")
 
 
+@pytest.mark.slow
 def test_attention_of_every_head_prints_links_of_their_mean(run, t5, tmp_path):
     command = ("attention", "six hundred", "--model", t5, "--kind", "encoder", "--out", tmp_path / "a.svg")
     status, printed, err = run(*command, "--target", "acht")
@@ -531,6 +532,7 @@ def test_attention_translates_greedily_where_no_target_is_given(run, t5, tmp_pat
     assert printed.split("\n")[0].endswith(f"forty-two → {expected}")
 
 
+@pytest.mark.slow
 def test_attention_of_a_decoder_only_model(run, model, tmp_path):
     command = ("attention", "the cat sat", "--model", model, "--head", -1, "--out", tmp_path / "a.png")
     status, printed, err = run(*command)

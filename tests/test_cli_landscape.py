@@ -52,11 +52,13 @@ def test_it_prints_the_numbers_of_the_surface_and_draws_it(run, tmp_path):
     assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_even_grid_says_that_the_centre_is_not_on_it(run):
     status, out, _ = run("I have a dream", "--points", "2", "--out", "even.svg")
     assert status == 0 and re.search(r"centre 3\.\d+ nats per token, not on the grid", out)
 
 
+@pytest.mark.slow
 def test_checkpoint_and_page(run, tmp_path):
     status, first, _ = run("I have a dream", *SMALL, "--checkpoint", "kept.json", "--html", "page.html")
     assert status == 0 and "to be turned by hand: page.html" in first
@@ -69,6 +71,7 @@ def test_checkpoint_and_page(run, tmp_path):
     assert status == 2 and "kept.json is the checkpoint of another surface" in error
 
 
+@pytest.mark.slow
 def test_hessian_directions_come_with_the_sharpness(monkeypatch, capsys):
     """The eigenvectors of tiny-gpt2 take too long to compile here: the command is given others."""
     loaded = models.load("tiny-gpt2")

@@ -138,6 +138,7 @@ def writer(tokenizer, sentence, written):
     return Loaded(lm, params, tokenizer, {"vocab_size": SIZE})
 
 
+@pytest.mark.slow
 def test_a_decoder_only_model_translates_to_the_end_of_its_line():
     tokenizer = byte_tokenizer()
     for written, expected in (("mat\nhat\n", "mat"), (" mat sat", "mat sat")):

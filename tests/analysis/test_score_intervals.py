@@ -77,6 +77,7 @@ def test_several_references_and_empty_hypotheses():
         assert interval([""] * 60, REFERENCES, seed=0) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_score_of_a_large_corpus():
     references, good, _ = systems(4000, 2)
     truth = corpus_bleu(good, references)

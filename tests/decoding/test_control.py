@@ -148,6 +148,7 @@ def test_a_minimum_length_holds_and_the_law_before_and_after_it_is_the_enumerate
     np.testing.assert_allclose(np.asarray(out.logp_sampler).sum(axis=1), log_law[outcomes], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_neither_padding_nor_the_other_rows_nor_a_stream_change_a_token():
     keys = jax.random.split(jax.random.key(1), 3)
     prompts, mask = np.asarray([[0, 2], [1, 1], [2, 0]]), np.asarray([[1, 1], [0, 1], [1, 0]], bool)
@@ -264,6 +265,7 @@ def test_only_rows_that_are_alive_count():
         np.testing.assert_array_equal(memory, [2, 0])
 
 
+@pytest.mark.slow
 def test_lengths_and_forced_tokens_of_each_row_in_a_decoder(gpt2):
     eos = 4
 

@@ -62,6 +62,7 @@ def test_the_nodes_are_those_that_cannot_be_left_out():
     assert needed + 1 <= found.num_nodes <= 40
 
 
+@pytest.mark.slow
 def test_it_is_what_a_beam_search_may_miss(gpt2):
     lm, params = gpt2
     prompt = np.asarray([3, 1, 4])

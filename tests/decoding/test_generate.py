@@ -539,6 +539,7 @@ MESH = """
 """
 
 
+@pytest.mark.slow
 def test_a_batch_spread_over_eight_devices_gives_the_same_tokens():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(MESH), str(Path(__file__).resolve().parents[2])]

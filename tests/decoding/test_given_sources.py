@@ -87,7 +87,10 @@ def log_probs_of(row, tokens):
     return np.take_along_axis(laws, np.asarray(tokens)[:, None], axis=1)[:, 0]
 
 
-@pytest.mark.parametrize("name", DECODERS)
+FAST = ("greedy", "beams")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in DECODERS])
 def test_a_row_among_padded_sources_is_the_row_alone_without_padding(name):
     together = DECODERS[name](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
     tokens = np.asarray(together.tokens).reshape(3, -1)
@@ -156,6 +159,7 @@ def test_speculation_is_exact(kind):
         assert (found.acceptance_rate == 1) == (kind == "the same weights")
 
 
+@pytest.mark.slow
 def test_speculation_follows_the_law_of_the_target():
     rows, (lm, given, _) = 6000, one(0)
     other = T5_SMALL.start(random_params(T5_SMALL, 9), SOURCE[:1], MASK[:1]).params
@@ -170,6 +174,7 @@ def test_speculation_follows_the_law_of_the_target():
     assert_follows(after[:, 1], exact[1])
 
 
+@pytest.mark.slow
 def test_the_samples_of_best_of_n_read_the_prompts_own_source():
     options = {"n": 4, "key": KEYS, "score": lambda samples: samples.logp.sum(axis=-1)}
     found = best_of_n(LM, GIVEN, PROMPTS, **options, **LAYOUT)

@@ -38,10 +38,15 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory):
-    """The configuration and the result of a whole run."""
+def config(files, tmp_path_factory):
+    """Of a whole run."""
     own = {"source": files[0], "target": files[1], "work_dir": tmp_path_factory.mktemp("run")}
-    config = translation.Config(train=True, **own, **SMALL, **FEW, **SHORT)
+    return translation.Config(train=True, **own, **SMALL, **FEW, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def trained(config):
+    """The configuration and the result of a whole run."""
     return config, translation.run(translation.checked(config))
 
 
@@ -50,6 +55,7 @@ def number(result, name):
     return found
 
 
+@pytest.mark.slow
 def test_both_models_are_trained_on_the_same_target_tokens(trained):
     config, result = trained
     assert number(result, "target tokens seen, T5 − decoder-only")["value"] == 0
@@ -59,6 +65,7 @@ def test_both_models_are_trained_on_the_same_target_tokens(trained):
     assert records["t5"]["log"][-1]["step"] == 4
 
 
+@pytest.mark.slow
 def test_the_table_has_every_model_and_decoder(trained):
     _, result = trained
     rows = result["data"]["table"]
@@ -72,8 +79,7 @@ def test_the_table_has_every_model_and_decoder(trained):
     assert figure.draw(result).axes
 
 
-def test_nothing_held_out_was_trained_on(trained):
-    config, _ = trained
+def test_nothing_held_out_was_trained_on(config):
     parts = translation_training.pairs_of(config)
     assert len(parts.train) > 0 and len(parts.test) > 0
     for part in (parts.validation, parts.test):
@@ -82,6 +88,7 @@ def test_nothing_held_out_was_trained_on(trained):
     assert not set(parts.validation) & set(parts.test)
 
 
+@pytest.mark.slow
 def test_short_pairs_are_those_within_the_limit_on_both_sides(trained):
     config, _ = trained
     loaded = models.load(config.work_dir / "tiny-t5")
@@ -93,6 +100,7 @@ def test_short_pairs_are_those_within_the_limit_on_both_sides(trained):
     assert kept == [pair for pair in pairs if lengths[pair] <= 6] and 0 < len(kept) < len(pairs)
 
 
+@pytest.mark.slow
 def test_models_and_files_of_ones_own_are_compared(trained, files):
     """Without training: prefixes and suffixes reach the models, and all the lines of the files are the test."""
     config, _ = trained

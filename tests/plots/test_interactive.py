@@ -112,6 +112,7 @@ def test_words_of_others_stay_words():
     assert "<h1>&lt;/script&gt;" in page
 
 
+@pytest.mark.slow
 def test_equal_surfaces_give_equal_bytes():
     """In another process too."""
     page = surface_html([tilted(4, 3)], title="t")

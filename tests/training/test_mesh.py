@@ -49,12 +49,14 @@ def assert_same(found, alone):
         np.testing.assert_allclose(found[name], alone[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_and_parameters_of_one(alone):
     for layout, found in zip(SHARDED, results(launch(",".join(SHARDED), devices=8)), strict=True):
         assert_same(found, alone)
         assert found["layout"] == SHARDED[layout], "parameters stay spread as they were"
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_parameters_of_one(alone):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

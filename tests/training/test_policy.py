@@ -212,6 +212,7 @@ def test_minibatches_take_every_row_once_an_epoch():
         policy.minibatch_rows(method, 6, KEY)
 
 
+@pytest.mark.slow
 def test_the_pretraining_text_pulls_its_own_loss_down():
     method = dataclasses.replace(METHODS["rloo"], gamma=5.0, group_size=2)
     trainer, state = started(method, optax.adam(3e-3))
@@ -240,8 +241,8 @@ def ragged_experience():
         ("grpo", {"kl_loss": "forward"}),
         ("dapo", {"kl_loss": "reverse"}),
         ("ppo", {"mode": "sequence_sum"}),
-        ("ppo", {}),
-        ("gspo", {"kl_loss": "reverse"}),
+        pytest.param("ppo", {}, marks=pytest.mark.slow),
+        pytest.param("gspo", {"kl_loss": "reverse"}, marks=pytest.mark.slow),
     ],
 )
 def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):
@@ -285,6 +286,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_drawn():
         trainer.step(state, full, VARIED, method=method, sampler=SAMPLER, frozen={"ref": state.params})
 
 
+@pytest.mark.slow
 def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
     """As one program, over two seeds; the experiment exact_alignment has all methods."""
     method = dataclasses.replace(METHODS["rloo"], beta=0.5)

@@ -188,6 +188,7 @@ def test_what_a_recipe_cannot_do_is_said_before_anything_is_written(folder):
             recipes.policy_gradient(online, reward_function="math:sqrt", **knobs)
 
 
+@pytest.mark.slow
 def test_adapters_are_saved_beside_the_merged_model(folder):
     run = settings(folder, "preferences", "lora", lora_rank=2, checkpoint_blocks=True)
     recipes.preference(run, loss="ipo", say=lambda text: None)
@@ -197,6 +198,7 @@ def test_adapters_are_saved_beside_the_merged_model(folder):
     assert (run.out / "adapter" / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_trained_and_ppo_and_grpo_use_rewards(folder):
     recipes.reward(settings(folder, "ranked", "reward", steps=4), say=lambda text: None)
     head = models.load_reward_model(folder / "reward")

@@ -73,6 +73,7 @@ def uninterrupted(tmp_path_factory):
     return np.load(folder / "end.npy")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, uninterrupted):
     """Killed in the middle of its 8th step, then of the 5th of what is left; checkpoints are at 3, 6, 9 and 12."""
     for kill_at, reached in ((8, 6), (5, 9)):
@@ -85,6 +86,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, uninterrupte
     assert [row["step"] for row in RunLog(tmp_path / "log.jsonl").rows()] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_exits_and_the_run_goes_on(tmp_path, uninterrupted):
     process = launch(tmp_path, pause=0.4)
     log = tmp_path / "log.jsonl"

@@ -35,6 +35,7 @@ def test_next_token_loss_is_the_mean_over_real_tokens(neural, left):
     np.testing.assert_allclose(found, -np.concatenate(each).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
 def test_preference_loss_is_the_objective_of_summed_log_probs(neural, left):
     lm, params = neural
