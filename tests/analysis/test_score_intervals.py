@@ -36,16 +36,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_interval_is_that_of_counting_every_resample_anew(case):
     interval, difference, score, options = CASES[case]
-    fast = interval(GOOD, REFERENCES, seed=3, resamples=40, **options)
+    fast = interval(GOOD, REFERENCES, seed=3, resamples=12, **options)
     pairs = list(zip(GOOD, REFERENCES, strict=True))
-    slow = bootstrap_interval(pairs, lambda drawn: score(*zip(*drawn, strict=True), **options), seed=3, resamples=40)
+    slow = bootstrap_interval(pairs, lambda drawn: score(*zip(*drawn, strict=True), **options), seed=3, resamples=12)
     np.testing.assert_allclose(fast, slow, rtol=1e-12)
     assert fast.estimate == score(GOOD, REFERENCES, **options) and fast.low < fast.estimate < fast.high
     others = list(zip(BAD, REFERENCES, strict=True))
     slow = bootstrap_difference(
-        pairs, others, lambda drawn: score(*zip(*drawn, strict=True), **options), seed=3, resamples=40
+        pairs, others, lambda drawn: score(*zip(*drawn, strict=True), **options), seed=3, resamples=12
     )
-    np.testing.assert_allclose(difference(GOOD, BAD, REFERENCES, seed=3, resamples=40, **options), slow, rtol=1e-10)
+    np.testing.assert_allclose(difference(GOOD, BAD, REFERENCES, seed=3, resamples=12, **options), slow, rtol=1e-10)
 
 
 @pytest.mark.parametrize("case", ["bleu", "chrf"])

@@ -120,7 +120,10 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+FAST = ("none", "typical", "forced", "several")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in TRANSFORMS])
 def test_the_sampler_follows_the_enumerated_warped_law(name):
     out, outcomes = sampled(TRANSFORMS[name])
     log_law = np.asarray(warped_log_probs(TRANSFORMS[name]))

@@ -96,8 +96,8 @@ def gradient_of(method, params, ref):
         ("reinforce", {}, True),
         ("rloo", {}, True),
         ("rloo", {"kl_loss": "reverse"}, True),
-        ("rloo", {"kl_loss": "reverse", "mode": "sequence_mean"}, True),
-        ("rloo", {"kl_loss": "reverse", "mode": "token_mean"}, True),
+        pytest.param("rloo", {"kl_loss": "reverse", "mode": "sequence_mean"}, True, marks=pytest.mark.slow),
+        pytest.param("rloo", {"kl_loss": "reverse", "mode": "token_mean"}, True, marks=pytest.mark.slow),
         ("rloo", {"kl_loss": "reverse", "mode": "constant", "normaliser": 2.0}, True),
         ("dr_grpo", {"normaliser": 0.5}, True),  # 1/2 = 1 − 1/N: centred advantages are short by that factor
         ("rloo", {"kl_loss": "forward"}, False),

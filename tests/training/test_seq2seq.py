@@ -218,6 +218,7 @@ def untimed(row):
     return {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_resumed_run_ends_with_the_same_bits(model, tmp_path):
     whole = fit(model, tmp_path / "whole", steps=60)
     rows = RunLog(tmp_path / "whole" / "log.jsonl").rows()

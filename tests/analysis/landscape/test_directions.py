@@ -50,7 +50,9 @@ def test_of_any_shapes_they_are_orthogonal_and_of_the_right_norm_or_refused(shap
                 np.testing.assert_allclose(np.linalg.norm(found, axis=0), wanted, rtol=2e-6)
 
 
-@pytest.mark.parametrize("scale", ["parameter", "filter", "none"])
+@pytest.mark.parametrize(
+    "scale", ["parameter", *(pytest.param(scale, marks=pytest.mark.slow) for scale in ("filter", "none"))]
+)
 def test_of_tiny_gpt2_they_are_orthogonal_over_all_parameters_together(scale):
     params = models.load("tiny-gpt2").params
     first, second = landscape.random_directions(params, jax.random.key(0), scale=scale)
