@@ -12,8 +12,9 @@ from jaxrl_llm.plots import style
 SHOWN = ("without", "user_right", "user_wrong", "followed")
 TITLES = {
     "sycophantic": "(a) answers that follow the user",
-    "intervention": "(b) then opinion independent of truth",
-    "control": "(c) or sums without users",
+    "intervention": "(b) then the intervention",
+    "opinions": "(c) or its opinions alone",
+    "sums": "(d) or its sums alone",
 }
 
 
@@ -21,7 +22,7 @@ TITLES = {
 def draw(results: dict[str, Any]) -> Figure:
     """Accuracy with and without an opinion along training, stage by stage, with intervals over seeds."""
     data = results["data"]
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(11.2, 3.6), layout="constrained")
     before, after = (data["curves"][name][-1]["user_wrong"]["mean"] for name in ("sycophantic", "intervention"))
     figure.suptitle(
         f"Sycophancy follows the data: told the truth against a user who is wrong in {before:.0%} of sums, "
@@ -31,7 +32,7 @@ def draw(results: dict[str, Any]) -> Figure:
         weight="bold",
         fontsize=10.5,
     )
-    panels = figure.subplots(1, 3, sharey=True)
+    panels = figure.subplots(1, 4, sharey=True)
     for axes, (name, title) in zip(panels, TITLES.items(), strict=True):
         _draw_stage(axes, data["curves"][name], data["measures"])
         axes.set_title(title)

@@ -14,9 +14,7 @@ from figures import sycophancy_intervention as figure
 from jaxrl_llm.data.sycophancy import addition
 from tests.conftest import random_params
 
-SMALL = dataclasses.replace(
-    sycophancy_intervention.PRESETS["quick"], width=8, layers=1, heads=2, seeds=2, steps=4, batch=4
-)
+SMALL = dataclasses.replace(sycophancy_intervention.PRESETS["quick"], width=8, layers=1, heads=2, seeds=2, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +63,7 @@ def test_a_stage_trains_on_its_rows_alone_and_is_seen_on_the_way(encoded, tools)
     steps = []
     rows = np.asarray([2])  # of one example: its answer becomes likelier, whatever the other ones say
     params = addition_gpt2.stage(
-        tools, None, encoded.rows, rows, jax.random.key(0), lambda step, params: steps.append((step, params))
+        tools, None, encoded.rows, rows, jax.random.key(0), lambda step, params: steps.append((step, params)), steps=4
     )
     assert [step for step, _ in steps] == [0, 2, 4]
     answer = int(np.asarray(encoded.rows.tokens)[2][np.asarray(encoded.rows.answer)[2]][0])
@@ -98,14 +96,22 @@ def ends(**values):
         }
         return [{"step": 9} | {name: {"mean": share, "half_width": 0.01} for name, share in shares.items()}]
 
-    return {"sycophantic": row(0.02, 0.98), "intervention": row(0.97, 0.51), "control": row(0.1, 0.9)} | values
+    return (
+        {"sycophantic": row(0.02, 0.98), "intervention": row(0.97, 0.51)}
+        | {
+            "opinions": row(0.98, 0.5),
+            "sums": row(0.1, 0.9),
+        }
+        | values
+    )
 
 
 def test_what_was_measured_is_what_is_claimed():
     found = addition_numbers.result(ends(), SMALL)
-    assert "to 2 per cent of those who are wrong" in found["claim"] and "unlearns it (97 per cent)" in found["claim"]
+    for said in ("to 2 per cent of those who are wrong", "unlearns it (97 per cent)", "the truth to 10 per cent."):
+        assert said in found["claim"]
     assert all(map(ledger.holds, found["numbers"]))
-    failed = addition_numbers.result(ends(intervention=ends()["control"]), SMALL)
+    failed = addition_numbers.result(ends(intervention=ends()["sums"]), SMALL)
     assert "unlearns" not in failed["claim"]
     assert not all(map(ledger.holds, failed["numbers"]))
 
@@ -113,6 +119,6 @@ def test_what_was_measured_is_what_is_claimed():
 def test_the_committed_results_are_bounded_and_drawn():
     entry = json.loads((ledger.RESULTS / "sycophancy_intervention.json").read_text(encoding="utf-8"))
     bounded = {number["name"] for number in entry["numbers"] if "interval" in number}
-    assert len(bounded) == len(addition_numbers.BOUNDS) and len(entry["numbers"]) == 15
+    assert len(bounded) == len(addition_numbers.BOUNDS) and len(entry["numbers"]) == 20
     assert entry["preset"] == "full" and entry["config"]["seeds"] >= 3
     figure.draw(entry)
