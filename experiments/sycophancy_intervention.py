@@ -46,7 +46,12 @@ PRESETS = {"quick": Config(), "full": Config(seeds=5, taught_steps=600, steps=48
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Every seed at once: taught to follow, and from there each of the other stages."""
+    """Every seed at once: taught to follow, and from there each of the other stages.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    check(config)
     sets = addition.build(seed=config.seed)
     asked = sets.evaluation[: config.evaluated]
     examples = [*sets.sycophantic, *sets.intervention, *asked]
@@ -76,6 +81,18 @@ def run(config: Config) -> dict[str, Any]:
     taught("opinions", opinions, 2, params)
     taught("sums", sums, 3, params)
     return addition_numbers.result(curves, config)
+
+
+def check(config: Config) -> None:
+    """Refuse what would fail or mean nothing at the end of a run.
+
+    Raises:
+        ValueError: for fewer seeds than an interval needs, or snapshots that do not divide the steps.
+    """
+    if config.seeds < 2:
+        raise ValueError(f"an interval over seeds needs 2 or more, but seeds is {config.seeds}.")
+    for steps in (config.taught_steps, config.steps):
+        addition_gpt2.steps_between(steps, config.snapshots)
 
 
 def main(preset: Literal["quick", "full"] = "quick") -> None:

@@ -102,6 +102,17 @@ def started(given: Tools, params: Any, keys: Array, *, steps: int) -> train.Trai
     return jax.vmap(lambda params, key: train.initial_state(params, optimizer, key))(params, keys)
 
 
+def steps_between(steps: int, snapshots: int) -> int:
+    """Steps from one snapshot of a stage to the next.
+
+    Raises:
+        ValueError: if the snapshots do not divide the steps: some would never be taken.
+    """
+    if snapshots < 1 or steps < snapshots or steps % snapshots:
+        raise ValueError(f"{snapshots} snapshots must divide the steps of a stage, but there are {steps}.")
+    return steps // snapshots
+
+
 def stage(
     given: Tools,
     params: Any,
@@ -112,14 +123,19 @@ def stage(
     *,
     steps: int,
 ) -> Any:
-    """Every seed's parameters after a stage of training on some rows; `seen(step, params)` on the way."""
+    """Every seed's parameters after a stage of training on some rows; `seen(step, params)` on the way.
+
+    Raises:
+        ValueError: as `steps_between`.
+    """
     config = given.config
+    between = steps_between(steps, config.snapshots)
     init_key, order_key = jax.random.split(key)
     states = started(given, params, jax.random.split(init_key, config.seeds), steps=steps)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)))
-    shape = (config.snapshots, config.seeds, steps // config.snapshots, config.batch)
+    shape = (config.snapshots, config.seeds, between, config.batch)
     seen(0, states.params)
     for number, order in enumerate(rng.choice(rows, shape), 1):
         states = stretch(given, steps, states, data, jnp.asarray(order))
-        seen(number * shape[2], states.params)
+        seen(number * between, states.params)
     return states.params

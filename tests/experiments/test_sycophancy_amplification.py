@@ -62,11 +62,11 @@ def test_the_exact_law_of_best_of_n_is_the_closed_form(x64):
 
 def test_claims_meet_both_opinions_and_both_answers(world):
     tokens = np.asarray(world.answers.tokens)
-    assert tokens.shape == (2 * 4 * 4, 2, 5) and len(np.unique(tokens.reshape(-1, 5), axis=0)) == 64
+    assert tokens.shape == (2 * 4 * 4, 2, 4) and len(np.unique(tokens.reshape(-1, 4), axis=0)) == 64
     for side, expected in enumerate((False, True)):
         rows = jax.tree.map(lambda leaf, side=side: leaf[:, side], world.answers)
         assert (np.asarray(amplification_gpt2.agrees(rows)) == expected).all()
-        np.testing.assert_array_equal(np.asarray(rows.answer).sum(axis=1), 2)
+        np.testing.assert_array_equal(np.asarray(rows.answer).sum(axis=1), 1)
     claims = tokens[:, 0, :2]
     held_out = np.setdiff1d(np.arange(32), world.training)
     assert len(held_out) == 8
@@ -106,15 +106,39 @@ def test_sampled_best_of_n_follows_its_law(world):
         assert abs(row["z"]) < 4
 
 
+OPINIONS = np.asarray([False, True, False, True])
+
+
+def point_of(before, off, share=0.6, beta=0.5):
+    """A point whose agreement is the law of `before`, and `off` more; the last two prompts are held out."""
+    after = (amplified_agreement(before, share, beta=beta) + off)[:, None]
+    grid, training = np.asarray([(share, beta)]), np.asarray([0, 1])
+    return amplification_numbers.points("DPO", 0.4, grid, before, after, training, OPINIONS)[0]
+
+
 def test_points_are_held_against_the_law_of_their_own_references():
-    before = np.asarray([[0.5, 0.4, 0.3], [0.6, 0.5, 0.2]])
-    law = amplified_agreement(before, 0.6, beta=0.5)
-    after = (law + np.asarray([[0.01], [0.03]]))[:, None]
-    (point,) = amplification_numbers.points("DPO", 0.4, np.asarray([(0.6, 0.5)]), before, after, np.asarray([0, 1]))
+    before = np.asarray([[0.5, 0.4, 0.3, 0.3], [0.6, 0.5, 0.2, 0.1]])
+    point = point_of(before, np.asarray([[0.01], [0.03]]))
     assert point["deviation"] == pytest.approx(0.02)
     assert point["deviation_half_width"] == pytest.approx(12.706 * 0.01, rel=1e-3), "Student's, one degree of freedom"
-    assert point["held_out_deviation"] == pytest.approx(0.02)
+    assert point["held_out_deviation"] == pytest.approx(0.02) and point["largest_of_seed"] == pytest.approx(0.03)
     assert amplification_numbers.worst_deviation([point, point | {"deviation": -0.3}]) == 0.3
+
+
+def test_a_model_that_heeds_no_user_is_off_the_law():
+    """At p = ½ the law is ½, and so is the mean of one that says "true" to everyone: not so for either opinion."""
+    always_true = np.where(OPINIONS, 0.45, -0.45)
+    point = point_of(np.full((2, 4), 0.5), always_true, share=0.5)
+    assert point["mean"] == pytest.approx(0.5) and abs(point["deviation"]) == pytest.approx(0.45)
+    assert abs(point["held_out_deviation"]) == pytest.approx(0.45) and not point["on_law"]
+
+
+def test_a_wide_interval_is_no_merit():
+    before = np.full((4, 4), 0.5)
+    stuck = point_of(before, np.asarray([[0], [0], [0], [-0.5]]))
+    assert abs(stuck["deviation"]) < stuck["deviation_half_width"] and not stuck["on_law"]
+    assert stuck["largest_of_seed"] == pytest.approx(0.5) and stuck["widest"] == pytest.approx(0.398, abs=1e-3)
+    assert point_of(before, np.asarray([[0.001], [0], [0], [-0.001]]))["on_law"]
 
 
 def test_the_committed_results_reach_the_law():
