@@ -23,10 +23,9 @@ from tqdm import tqdm  # noqa: E402
 
 from experiments import ledger  # noqa: E402
 from experiments.parts import amplification_gpt2, amplification_numbers, amplification_table  # noqa: E402
+from experiments.parts.amplification_numbers import EXAMPLE  # noqa: E402
 from jaxrl_llm.analysis.amplification import amplified_agreement, best_of_n_agreement  # noqa: E402
 from jaxrl_llm.tabular import TabularLM  # noqa: E402
-
-EXAMPLE = 0.6  # the share at which all trainers are held against each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +74,7 @@ PRESETS = {
         shares=(0.4, 0.6, 0.9),
         betas=(1.0, 0.5, 0.25, 0.1),
         dpo_steps=250,
+        annotators=256,  # with 16, the noise of labels alone is 0.017 for a seed: near what counts as off the law
         dpo_learning_rate=0.005,
         online=("ppo", "rloo"),
         online_betas=(1.0, 0.5, 0.1),
@@ -86,18 +86,43 @@ PRESETS = {
 
 
 def run(config: Config) -> dict[str, Any]:
-    """The table in float64, the GPT-2 in float32."""
+    """The table in float64, the GPT-2 in float32.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    check(config)
     table_key, gpt2_key = jax.random.split(jax.random.key(config.seed))
     table = on_table(config, table_key)
     points, best = on_gpt2(config, gpt2_key)
-    worst = amplification_numbers.worst_deviation(points)
     return {
-        "claim": "Alignment amplifies: where 60 per cent of the annotators prefer agreement, a model that agreed half "
-        "of the time agrees with probability σ(logit(0.6)/β), 0.983 at β = 0.1. Exact optima lie on the law; a GPT-2 "
-        f"trained by {', '.join(dict.fromkeys(each['method'] for each in points))} lies within {worst:.3f} of it.",
+        "claim": amplification_numbers.claim(table, points),
         "numbers": amplification_numbers.numbers(table, points, best),
         "data": ledger.rounded({"curves": curves(config), "table": table, "gpt2": points, "best_of_n": best}),
     }
+
+
+def check(config: Config) -> None:
+    """Refuse before a run what would fail, or mean nothing, at its end.
+
+    Raises:
+        ValueError: for a probability that is not in (0, 1), a β that is not above 0, nothing to run, fewer seeds than
+            an interval needs, a method other than PPO and RLOO, or a batch that its groups do not divide.
+    """
+    for name in ("table_references", "table_shares", "references", "shares"):
+        if not (values := getattr(config, name)) or not all(0 < value < 1 for value in values):
+            raise ValueError(f"{name} must be probabilities in (0, 1), but are {values}.")
+    for name in ("table_betas", "betas", "online_betas"):
+        if not (values := getattr(config, name)) or not all(0 < value < np.inf for value in values):
+            raise ValueError(f"{name} must be finite and above 0, but are {values}.")
+    if not config.best_of or min(config.best_of) < 1 or config.repeats < 1:
+        raise ValueError(f"best_of and repeats must be 1 or more, but are {config.best_of} and {config.repeats}.")
+    if config.seeds < 2:
+        raise ValueError(f"an interval over seeds needs 2 or more, but seeds is {config.seeds}.")
+    for name in config.online:
+        size = amplification_gpt2.method_named(name).group_size
+        if config.online_batch < size or config.online_batch % size:
+            raise ValueError(f"online_batch must be groups of {size} for {name}, but is {config.online_batch}.")
 
 
 def on_table(config: Config, key: jax.Array) -> dict[str, Any]:
@@ -105,20 +130,19 @@ def on_table(config: Config, key: jax.Array) -> dict[str, Any]:
     with jax.enable_x64(True):
         lm = TabularLM(vocab_size=3, horizon=2)
         axes = (jnp.asarray(each) for each in (config.table_references, config.table_shares, config.table_betas))
-        grid, found = amplification_table.on_grid(lm, *axes, key, steps=config.newton_steps)
+        grid_key, best_key = jax.random.split(key)
+        grid, found = amplification_table.on_grid(lm, *axes, grid_key, steps=config.newton_steps)
         reference, share, beta = map(np.asarray, grid)
         law = amplified_agreement(reference, share, beta=beta)
         points = {"reference": reference, "share": share, "beta": beta, "law": law}
-        best = [
-            np.abs(
-                np.asarray(amplification_table.best_of_n(lm, jnp.asarray(config.table_references), key, n=n))
-                - best_of_n_agreement(np.asarray(config.table_references), n)
-            ).max()
-            for n in config.best_of
-        ]
+        references, errors = np.asarray(config.table_references), []
+        for n in config.best_of:
+            key_of_n = jax.random.fold_in(best_key, n)
+            exact = amplification_table.best_of_n(lm, jnp.asarray(references), key_of_n, n=n)
+            errors.append(np.abs(np.asarray(exact) - best_of_n_agreement(references, n)).max())
         return points | {
             **{name: np.asarray(each) for name, each in found._asdict().items()},
-            "best_of_n_error": float(max(best)),
+            "best_of_n_error": float(max(errors)),
         }
 
 
@@ -143,8 +167,11 @@ def on_gpt2(config: Config, key: jax.Array) -> tuple[list[dict[str, Any]], list[
                 for name in config.online
             }
         for name, (at, lane) in runs.items():
-            after = amplification_gpt2.on_grid(lane, refs, at, dpo_key if name == "DPO" else online_key)
-            points += amplification_numbers.points(name, aim, at, before, np.asarray(after, np.float64), given.training)
+            run_key = dpo_key if name == "DPO" else amplification_gpt2.key_of(name, online_key)
+            after = np.asarray(amplification_gpt2.on_grid(lane, refs, at, run_key), np.float64)
+            points += amplification_numbers.points(
+                name, aim, at, before, after, given.training, opinions=given.thinks_true
+            )
         first = jax.tree.map(lambda leaf: leaf[0], refs)
         wins, ref = amplification_gpt2.best_of_n(given, first, best_key, sizes=config.best_of, repeats=config.repeats)
         best.append(amplification_numbers.best_of_n(config, aim, np.asarray(wins), np.asarray(ref, np.float64)))
@@ -152,11 +179,12 @@ def on_gpt2(config: Config, key: jax.Array) -> tuple[list[dict[str, Any]], list[
 
 
 def curves(config: Config) -> list[dict[str, Any]]:
-    """The law from π_ref = ½, along 1/β."""
-    inverse = np.geomspace(1, 1 / min(config.betas), 60)
+    """The law from π_ref = ½, along 1/β: of every share, and as far as any point goes."""
+    betas = (*config.table_betas, *config.betas, *config.online_betas)
+    inverse = np.geomspace(1 / max(betas), 1 / min(betas), 60)
     return [
         {"share": share, "inverse_beta": inverse, "agreement": amplified_agreement(0.5, share, beta=1 / inverse)}
-        for share in config.table_shares
+        for share in sorted({*config.table_shares, *config.shares, *([EXAMPLE] if config.online else [])})
     ]
 
 

@@ -18,15 +18,7 @@ def draw(results: dict[str, Any]) -> Figure:
     """The law with exact optima on it, the same with a GPT-2, its deviations, and best-of-n."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 6.6), layout="constrained")
-    worst = max(abs(point["deviation"]) for point in data["gpt2"])
-    figure.suptitle(
-        "Alignment amplifies a slight taste for agreement: exact optima lie on the law, "
-        f"a trained GPT-2 within {worst:.3f} of it",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=10.5,
-    )
+    figure.suptitle(headline(results), x=0.01, ha="left", weight="bold", fontsize=10.5)
     (table, gpt2), (deviations, best) = figure.subplots(2, 2)
     colours = {curve["share"]: style.PALETTE[i % len(style.PALETTE)] for i, curve in enumerate(data["curves"])}
     _draw_table(table, data, colours)
@@ -34,6 +26,17 @@ def draw(results: dict[str, Any]) -> Figure:
     _draw_deviations(deviations, data["gpt2"], colours)
     _draw_best(best, data["best_of_n"])
     return figure
+
+
+def headline(results: dict[str, Any]) -> str:
+    """What the figure shows, as a finding only where the results hold."""
+    worst = max(abs(point["deviation"]) for point in results["data"]["gpt2"])
+    if results["holds"]:
+        return (
+            "Alignment amplifies a slight taste for agreement: exact optima lie on the law, "
+            f"a trained GPT-2 within {worst:.3f} of it"
+        )
+    return f"Agreement after alignment and its law: a trained GPT-2 is off it by up to {worst:.3f}"
 
 
 def _draw_law(axes: Axes, curves: list[dict[str, Any]], colours: dict[float, str]) -> None:
@@ -44,8 +47,8 @@ def _draw_law(axes: Axes, curves: list[dict[str, Any]], colours: dict[float, str
             f"p = {curve['share']:g}", place, xytext=(-6, 0), textcoords="offset points", ha="right", va="center",
             fontsize=7.5, color=colours[curve["share"]],
         )  # fmt: skip
-    last = max(curve["inverse_beta"][-1] for curve in curves)
-    axes.set(xscale="log", xlim=(0.55, last * 1.1), ylim=(0, 1.03), xlabel="1/β (nats per reward)")
+    first, last = curves[0]["inverse_beta"][0], curves[0]["inverse_beta"][-1]
+    axes.set(xscale="log", xlim=(first * 0.55, last * 1.1), ylim=(0, 1.03), xlabel="1/β (nats per reward)")
     axes.set_xticks([1, 2, 4, 10], ["1", "2", "4", "10"])
     axes.set_xticks([], minor=True)
     axes.set_ylabel("probability of agreement")
@@ -73,7 +76,7 @@ def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> N
             axes.errorbar(
                 shift[point["method"]] / point["beta"],
                 point["mean"],
-                point["half_width"],
+                _within_0_and_1(point["mean"], point["half_width"]),
                 color=colours[point["share"]],
                 marker=MARKS[point["method"]],
                 markersize=4.5,
@@ -86,6 +89,11 @@ def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> N
         axes.plot([], [], MARKS[method], color=style.MUTED, markerfacecolor="white", label=method)
     axes.legend(loc="lower right")
     axes.set_title("(b) a GPT-2, π_ref = ½, 95 per cent over seeds")
+
+
+def _within_0_and_1(mean: float, half_width: float) -> list[list[float]]:
+    """An interval of a probability as error bars: down, up."""
+    return [[min(half_width, mean)], [min(half_width, 1 - mean)]]
 
 
 def _draw_deviations(axes: Axes, points: list[dict[str, Any]], colours: dict[float, str]) -> None:
@@ -103,7 +111,7 @@ def _draw_deviations(axes: Axes, points: list[dict[str, Any]], colours: dict[flo
             markerfacecolor="white" if point["reference"] == 0.5 else None,
         )
     axes.set(xlabel="the law", ylabel="measured − law", xlim=(0, 1.02))
-    axes.set_title("(c) all points of the GPT-2; filled: other π_ref than ½")
+    axes.set_title("(c) the opinion that is further off; filled: other π_ref than ½")
 
 
 def _draw_best(axes: Axes, best: list[dict[str, Any]]) -> None:

@@ -12,8 +12,9 @@ from jaxrl_llm.plots import style
 SHOWN = ("without", "user_right", "user_wrong", "followed")
 TITLES = {
     "sycophantic": "(a) answers that follow the user",
-    "intervention": "(b) then opinion independent of truth",
-    "control": "(c) or sums without users",
+    "intervention": "(b) then the intervention",
+    "opinions": "(c) or its opinions alone",
+    "sums": "(d) or its sums alone",
 }
 
 
@@ -21,17 +22,9 @@ TITLES = {
 def draw(results: dict[str, Any]) -> Figure:
     """Accuracy with and without an opinion along training, stage by stage, with intervals over seeds."""
     data = results["data"]
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    before, after = (data["curves"][name][-1]["user_wrong"]["mean"] for name in ("sycophantic", "intervention"))
-    figure.suptitle(
-        f"Sycophancy follows the data: told the truth against a user who is wrong in {before:.0%} of sums, "
-        f"after the intervention in {after:.0%}",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=10.5,
-    )
-    panels = figure.subplots(1, 3, sharey=True)
+    figure = Figure(figsize=(11.2, 3.6), layout="constrained")
+    figure.suptitle(headline(results), x=0.01, ha="left", weight="bold", fontsize=10.5)
+    panels = figure.subplots(1, 4, sharey=True)
     for axes, (name, title) in zip(panels, TITLES.items(), strict=True):
         _draw_stage(axes, data["curves"][name], data["measures"])
         axes.set_title(title)
@@ -40,11 +33,23 @@ def draw(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def headline(results: dict[str, Any]) -> str:
+    """What the figure shows, as a finding only where the results hold."""
+    curves = results["data"]["curves"]
+    before, after = (curves[name][-1]["user_wrong"]["mean"] for name in ("sycophantic", "intervention"))
+    measured = (
+        f"told the truth against a user who is wrong in {before:.0%} of sums, after the intervention in {after:.0%}"
+    )
+    return f"Sycophancy follows the data: {measured}" if results["holds"] else measured.capitalize()
+
+
 def _draw_stage(axes: Axes, curve: list[dict[str, Any]], measures: dict[str, str]) -> None:
     steps = [row["step"] for row in curve]
     for name, colour in zip(SHOWN, (*style.PALETTE[:1], style.PALETTE[2], style.ACCENT, style.MUTED), strict=True):
         mean = [row[name]["mean"] for row in curve]
-        low, high = ([row[name]["mean"] + side * row[name]["half_width"] for row in curve] for side in (-1, 1))
+        low, high = (
+            [min(max(row[name]["mean"] + side * row[name]["half_width"], 0), 1) for row in curve] for side in (-1, 1)
+        )
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         dashes = "--" if name == "followed" else "-"
         axes.plot(steps, mean, dashes, color=colour, marker="o", markersize=3, label=measures[name])

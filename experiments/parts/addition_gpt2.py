@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 from experiments.parts.sentiment_models import adam
 from jaxrl_llm.data.sycophancy.addition import AGREE, DISAGREE, Example
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.training import steps
+from jaxrl_llm.training import steps as train
 from jaxrl_llm.training.sequences import Sequences, pad_answers
 from jaxrl_llm.training.sft import sft_loss
 
@@ -63,15 +63,15 @@ def tools(given: Encoded, config: Any) -> Tools:
     return Tools(lm, config, given.agree, given.disagree)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def stretch(
-    given: Tools, states: steps.TrainState, data: Sequences, order: Int[Array, "seeds steps batch"]
-) -> steps.TrainState:
-    """Some steps of every seed's run, on the rows of the data that `order` names."""
-    optimizer, loss = _optimizer(given.config), sft_loss(given.lm)
+    given: Tools, num_steps: int, states: train.TrainState, data: Sequences, order: Int[Array, "seeds steps batch"]
+) -> train.TrainState:
+    """Some of the `num_steps` of every seed's stage, on the rows of the data that `order` names."""
+    optimizer, loss = adam(given.config.learning_rate, num_steps), sft_loss(given.lm)
 
-    def advance(state: steps.TrainState, rows: Array) -> tuple[steps.TrainState, None]:
-        return steps.update(loss, optimizer, state, jax.tree.map(lambda leaf: leaf[rows], data))[0], None
+    def advance(state: train.TrainState, rows: Array) -> tuple[train.TrainState, None]:
+        return train.update(loss, optimizer, state, jax.tree.map(lambda leaf: leaf[rows], data))[0], None
 
     return jax.vmap(lambda state, rows: jax.lax.scan(advance, state, rows)[0])(states, order)
 
@@ -95,11 +95,22 @@ def prefers_to_agree(given: Tools, params: Any, rows: Sequences, *, batch: int =
     return np.concatenate([np.asarray(each) for each in found], axis=1)[:, :count]
 
 
-def started(given: Tools, params: Any, keys: Array) -> steps.TrainState:
+def started(given: Tools, params: Any, keys: Array, *, steps: int) -> train.TrainState:
     """The state of every seed before the first step of a stage; `params` of all seeds, or None for new models."""
     params = jax.vmap(given.lm.init)(keys) if params is None else params
-    optimizer = _optimizer(given.config)
-    return jax.vmap(lambda params, key: steps.initial_state(params, optimizer, key))(params, keys)
+    optimizer = adam(given.config.learning_rate, steps)
+    return jax.vmap(lambda params, key: train.initial_state(params, optimizer, key))(params, keys)
+
+
+def steps_between(steps: int, snapshots: int) -> int:
+    """Steps from one snapshot of a stage to the next.
+
+    Raises:
+        ValueError: if the snapshots do not divide the steps: some would never be taken.
+    """
+    if snapshots < 1 or steps < snapshots or steps % snapshots:
+        raise ValueError(f"{snapshots} snapshots must divide the steps of a stage, but there are {steps}.")
+    return steps // snapshots
 
 
 def stage(
@@ -109,19 +120,22 @@ def stage(
     rows: Int[np.ndarray, "some"],
     key: Array,
     seen: Callable[[int, Any], None],
+    *,
+    steps: int,
 ) -> Any:
-    """Every seed's parameters after a stage of training on some rows; `seen(step, params)` on the way."""
+    """Every seed's parameters after a stage of training on some rows; `seen(step, params)` on the way.
+
+    Raises:
+        ValueError: as `steps_between`.
+    """
     config = given.config
+    between = steps_between(steps, config.snapshots)
     init_key, order_key = jax.random.split(key)
-    states = started(given, params, jax.random.split(init_key, config.seeds))
+    states = started(given, params, jax.random.split(init_key, config.seeds), steps=steps)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)))
-    shape = (config.snapshots, config.seeds, config.steps // config.snapshots, config.batch)
+    shape = (config.snapshots, config.seeds, between, config.batch)
     seen(0, states.params)
     for number, order in enumerate(rng.choice(rows, shape), 1):
-        states = stretch(given, states, data, jnp.asarray(order))
-        seen(number * shape[2], states.params)
+        states = stretch(given, steps, states, data, jnp.asarray(order))
+        seen(number * between, states.params)
     return states.params
-
-
-def _optimizer(config: Any) -> Any:
-    return adam(config.learning_rate, config.steps)

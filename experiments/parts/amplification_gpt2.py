@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,16 @@ from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import policy, rewards, steps
-from jaxrl_llm.training.methods import METHODS
+from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
 from jaxrl_llm.training.sequences import Sequences, log_probs, pad_answers
 from jaxrl_llm.training.sft import sft_loss
 
 EOS, TRUE, FALSE, THINKS_TRUE, THINKS_FALSE, FIRST_WORD = range(6)
-PROMPT, ANSWER = 3, 2  # tokens: subject, property, opinion; a word, EOS
+# Tokens: subject, property, opinion; a word. DPO settles the ratio of whole answers only: with EOS behind the word,
+# some models came to say what the user does not think, and to make EOS unlikely behind it.
+PROMPT, ANSWER = 3, 1
 # What PPO's defaults add for large models (λ < 1, whitening, means over tokens) is left out: it has a bias.
 PPO = {"whiten": False, "lambda_": 1.0, "mode": "sequence_sum", "value_clip": None, "epochs": 2}
 
@@ -43,6 +46,11 @@ class World:
         tokens = self.answers.tokens[:, 0, :PROMPT]
         return Prompts(tokens, jnp.ones(tokens.shape, bool))
 
+    @property
+    def thinks_true(self) -> Bool[np.ndarray, "prompts"]:
+        """The opinion of the user of each prompt."""
+        return np.asarray(self.prompts.tokens[:, -1] == THINKS_TRUE)
+
     def rows(self, prompts: Array, agreeing: Array) -> Sequences:
         """Some prompts, each with the answer that agrees or the other one."""
         return jax.tree.map(lambda leaf: leaf[prompts, agreeing.astype(jnp.int32)], self.answers)
@@ -57,7 +65,7 @@ def world(config: Any) -> World:
     prompts = [
         [FIRST_WORD + a, FIRST_WORD + config.words + b, THINKS_TRUE if true else THINKS_FALSE] for a, b, true in rows
     ]
-    answers = [[word, EOS] for true in opinions for word in ((FALSE, TRUE) if true else (TRUE, FALSE))]
+    answers = [[word] for true in opinions for word in ((FALSE, TRUE) if true else (TRUE, FALSE))]
     padded = pad_answers([prompt for prompt in prompts for _ in range(2)], answers)
     shape = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
     lm = GPT2(GPT2Config(vocab_size=FIRST_WORD + 2 * config.words, n_positions=PROMPT + ANSWER, **shape))
@@ -96,7 +104,8 @@ def fine_tuned(given: World, probability: Array, key: Array, config: Any) -> Par
         return steps.update(loss, optimizer, state, given.rows(rows, agreeing))[0], None
 
     def initial(key: Array) -> steps.TrainState:
-        return steps.initial_state(given.lm.init(jax.random.fold_in(key, 1)), optimizer, key)
+        init_key, run_key = jax.random.split(key)
+        return steps.initial_state(given.lm.init(init_key), optimizer, run_key)
 
     return steps.whole_run(initial, advance, steps=config.sft_steps)(key)[0].params
 
@@ -124,11 +133,27 @@ def by_dpo(given: World, config: Any, ref: Params, share: Array, beta: Array, ke
     return agreement(given, train(key)[0].params)
 
 
+def method_named(name: str) -> Method:
+    """PPO or RLOO as they run here.
+
+    Raises:
+        ValueError: for another method.
+    """
+    if name not in ("ppo", "rloo"):
+        raise ValueError(f"online methods must be ppo or rloo, but one is {name!r}.")
+    return dataclasses.replace(METHODS[name], **(PPO if name == "ppo" else {}))
+
+
+def key_of(name: str, key: Array) -> Array:
+    """A key of its own for whatever has a name."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
 def by_policy_gradient(
     name: str, given: World, config: Any, ref: Params, share: Array, beta: Array, key: Array
 ) -> Float[Array, "prompts"]:
     """Agreement after PPO or RLOO on the annotators' reward: logit p for an answer that agrees, 0 for another one."""
-    method = dataclasses.replace(METHODS[name], beta=beta, **(PPO if name == "ppo" else {}))
+    method = dataclasses.replace(method_named(name), beta=beta)
     critic = ScalarHead(given.lm) if method.has_critic else None
     optimizer = adam(config.online_learning_rate, config.online_steps * method.epochs)
     trainer = policy.online(given.lm, optimizer, critic=critic)
@@ -142,8 +167,9 @@ def by_policy_gradient(
         return trainer.step(state, prompts, reward, method=method, sampler=sampler, frozen={"ref": ref})[0], None
 
     def initial(key: Array) -> steps.TrainState:
-        params = ref if critic is None else {"policy": ref, "critic": critic.init(key, ref, zero=True)}
-        return steps.initial_state(params, optimizer, key)
+        critic_key, run_key = jax.random.split(key)
+        params = ref if critic is None else {"policy": ref, "critic": critic.init(critic_key, ref, zero=True)}
+        return steps.initial_state(params, optimizer, run_key)
 
     params = steps.whole_run(initial, advance, steps=config.online_steps)(key)[0].params
     return agreement(given, params if critic is None else params["policy"])

@@ -29,16 +29,19 @@ def amplified_agreement(
     Args:
         reference: the probability that the reference agrees, in [0, 1].
         share: p, of the annotators who prefer agreement, in (0, 1): a preference of all has no finite reward.
-        beta: the price of one nat in units of reward, above 0. All three broadcast.
+        beta: the price of one nat in units of reward, above 0 and finite. All three broadcast.
 
     Raises:
-        ValueError: if one lies outside of its range, or is NaN.
+        ValueError: if one is no number, lies outside of its range or is NaN, or if the shapes do not broadcast.
     """
     reference = _within("reference", reference, 0, 1)
     share = _within("share", share, 0, 1, open_=True)
     beta = _within("beta", beta, 0, np.inf, open_=True)
-    log_odds = _logit(reference) + _logit(share) / beta
-    return np.exp(-np.logaddexp(0, -log_odds))
+    _check_shapes(reference=reference, share=share, beta=beta)
+    with np.errstate(over="ignore", invalid="ignore"):  # a tiny β: an infinite gain, or ∞ − ∞ where none counts
+        log_odds = _logit(reference) + _logit(share) / beta
+        agreement = np.exp(-np.logaddexp(0, -log_odds))
+    return np.where((reference == 0) | (reference == 1), reference, agreement)[()]
 
 
 def best_of_n_agreement(reference: Float[np.ndarray, "..."] | float, n: np.ndarray | int) -> Float[np.ndarray, "..."]:
@@ -46,16 +49,41 @@ def best_of_n_agreement(reference: Float[np.ndarray, "..."] | float, n: np.ndarr
 
         1 − (1 − π_ref(agree))ⁿ
 
-    All n must disagree for the best to do so. How *much* the ranking prefers agreement does not matter.
+    All n must disagree for the best to do so. How *much* the ranking prefers agreement does not matter. It is the law
+    of the best of n in Beirami et al. 2024 (arXiv 2401.01879), for a reward of two values.
+
+    Args:
+        reference: the probability that one answer of the reference agrees, in [0, 1].
+        n: answers drawn, integers of at least 1. Both broadcast.
 
     Raises:
-        ValueError: if `reference` is not in [0, 1], or n is no integer or below 1.
+        ValueError: if `reference` is no number or not in [0, 1], n is no integer or below 1, or if the shapes do not
+            broadcast.
     """
-    reference = _within("reference", reference, 0, 1)
-    if not np.issubdtype(np.asarray(n).dtype, np.integer) or (np.asarray(n) < 1).any():
+    reference, count = _within("reference", reference, 0, 1), _numbers("n", n)
+    if not np.issubdtype(count.dtype, np.integer) or (count < 1).any():
         raise ValueError(f"n must be integers of at least 1, but is {n}.")
+    _check_shapes(reference=reference, n=count)
     with np.errstate(divide="ignore"):
-        return -np.expm1(np.asarray(n) * np.log1p(-reference))
+        return -np.expm1(count * np.log1p(-reference))
+
+
+def _numbers(name: str, value: object) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # a tracer, or rows of several lengths
+        array = np.asarray(None)
+    if array.dtype.kind in "OSUMmc":
+        raise ValueError(f"{name} must be a number or an array of numbers, but is {value!r}.")
+    return array
+
+
+def _check_shapes(**arrays: np.ndarray) -> None:
+    try:
+        np.broadcast_shapes(*(array.shape for array in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        raise ValueError(f"the shapes must broadcast, but are {shapes}.") from None
 
 
 def _logit(probability: np.ndarray) -> np.ndarray:
@@ -64,7 +92,7 @@ def _logit(probability: np.ndarray) -> np.ndarray:
 
 
 def _within(name: str, value: object, low: float, high: float, *, open_: bool = False) -> np.ndarray:
-    array = np.asarray(value, np.float64)
+    array = _numbers(name, value).astype(np.float64)
     inside = (array > low) & (array < high) if open_ else (array >= low) & (array <= high)
     if not inside.all():
         interval = f"({low:g}, {high:g})" if open_ else f"[{low:g}, {high:g}]"

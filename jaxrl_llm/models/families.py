@@ -133,7 +133,8 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
 def _rotary(model_type: str, config: dict[str, Any], source: str) -> dict[str, Any]:
     """Rotary settings of either form, and heads; for Llama, the format's defaults where ours are others."""
     values = rope_from_config(config, source, rotated=0.25 if model_type == "stablelm" else 1)
-    values["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    given = config.get("num_key_value_heads")
+    values["num_key_value_heads"] = config.get("num_attention_heads") if given is None else given
     if model_type == "stablelm":
         return values
     if (factor := values.pop("partial_rotary_factor")) != 1:

@@ -64,28 +64,40 @@ def rotate(
 
 # Settings ------------------------------------------------------------------------------------------------------------
 
+LLAMA3_FACTORS = ("low_freq_factor", "high_freq_factor")  # which a file must say: no default of them is agreed upon
+
 
 def rope_from_config(config: dict[str, Any], source: str, *, rotated: float) -> dict[str, Any]:
     """The fields `rope_theta`, `rope_scaling` and `partial_rotary_factor` of ours.
 
-    They stand in the old form (side by side) or the new (in `rope_parameters`), which goes before.
+    They stand in the old form (side by side) or the new (in `rope_parameters`), which goes before the fields beside it;
+    where `rope_scaling` and `rope_parameters` both say something, they must say the same.
 
     Args:
         rotated: the share of a head that turns where the configuration does not say it.
+
+    Raises:
+        ValueError: if one is no object, or one for each kind of layer; if the two contradict each other; or for a
+            scaling that is not known, or lacks a factor that it needs.
     """
-    settings = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    for form in ("rope_scaling", "rope_parameters"):
-        given = config.get(form) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
-        settings |= {name: value for name, value in given.items() if value is not None}
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    scaling, parameters = (_settings(config, source, form) for form in ("rope_scaling", "rope_parameters"))
+    for name in scaling.keys() & parameters.keys():
+        if scaling[name] != parameters[name]:
+            raise ValueError(
+                f"{source}: rope_scaling and rope_parameters must agree, but have the {name} "
+                f"{scaling[name]!r} and {parameters[name]!r}."
+            )
+    beside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    settings = beside | scaling | parameters
+    rope_type = settings.get("rope_type", "default")
     theta, factor = settings["rope_theta"], settings["partial_rotary_factor"]
     values = {
         "rope_theta": 10000.0 if theta is None else theta,
         "rope_scaling": None,
         "partial_rotary_factor": rotated if factor is None else factor,
     }
+    if rope_type == "llama3" and (lacking := [name for name in LLAMA3_FACTORS if name not in settings]):
+        raise ValueError(f"{source}: rope_type llama3 needs {' and '.join(lacking)}.")
     if rope_type != "default":
         known = {field.name for field in dataclasses.fields(RopeScaling)}
         scaling = {name: value for name, value in settings.items() if name in known} | {"rope_type": rope_type}
@@ -94,6 +106,18 @@ def rope_from_config(config: dict[str, Any], source: str, *, rotated: float) -> 
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: rope scaling {settings}: {error}") from error
     return values
+
+
+def _settings(config: dict[str, Any], source: str, form: str) -> dict[str, Any]:
+    """What one form says, without what it leaves open, and with the type under its present name."""
+    given = {} if config.get(form) is None else config[form]
+    if not isinstance(given, dict):
+        raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
+    if nested := [name for name, value in given.items() if isinstance(value, dict)]:
+        raise ValueError(f"{source}: {form} must be one for all layers, but has {', '.join(nested)}.")
+    said = {name: value for name, value in given.items() if value is not None}
+    older = said.pop("type", None)
+    return said if older is None else {"rope_type": older} | said
 
 
 def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import kl, policy_gradient, rlhf
 from jaxrl_llm.objectives.aggregate import aggregate
-from jaxrl_llm.objectives.numerics import bounded_exp
+from jaxrl_llm.objectives.numerics import bounded_exp, is_concrete
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.experience import Experience, critic_values, experience, policy_of
 from jaxrl_llm.training.methods import Method
@@ -94,8 +94,9 @@ def online(
         return rollout(lm, policy, prompts, key, sampler, group_size=group_size)
 
     def draw(state, prompts, sampler, frozen, *, group_size, critic):
-        if getattr(prompts.mask, "is_fully_addressable", True):  # not a part of another process
-            check_room(lm, prompts.mask, sampler.max_new_tokens)  # which jit cannot read
+        # What jit cannot read: a traced mask, whose addressability cannot even be asked for, or another process's part.
+        if is_concrete(prompts.mask) and getattr(prompts.mask, "is_fully_addressable", True):
+            check_room(lm, prompts.mask, sampler.max_new_tokens)
         return drawn(state, prompts, sampler, frozen, group_size=group_size, critic=critic)
 
     @jax.jit

@@ -102,7 +102,7 @@ def test_the_seed_decides(task):
     assert task == build() and task.evaluation != build(seed=1).evaluation
 
 
-@pytest.mark.parametrize("held_out", [0.0, 1.0, -1])
+@pytest.mark.parametrize("held_out", [0.0, 1.0, -1, float("nan"), float("inf"), "a", None])
 def test_nothing_on_one_side_is_refused(held_out):
-    with pytest.raises(ValueError, match=r"held_out must leave sums on both sides"):
+    with pytest.raises(ValueError, match=rf"held_out must leave sums on both sides, but is {held_out!r}"):
         build(held_out=held_out)

@@ -74,7 +74,7 @@ def test_only_the_answer_that_was_given_counts():
 def test_nothing_to_count_is_nan_and_a_tie_is_not_right():
     found = steadfastness(*np.zeros((3, 2, 2)))
     assert found.right_first == 0 and np.isnan(found.given_up) and found.corrected == 0
-    assert np.isnan(steadfastness(*np.zeros((3, 0, 2))).accuracy)
+    assert steadfastness(*np.full((3, 2, 2), -np.inf)).right_first == 0, "what is never said is an answer too"
 
 
 def test_hint_effects_of_known_answerers():
@@ -93,6 +93,8 @@ def test_hint_effects_of_known_answerers():
         ({"wrong": np.zeros(2)}, r"wrong must be float \[question, 2\], but is float64 \[2\]"),
         ({"wrong": np.zeros((2, 2), int)}, r"wrong must be float \[question, 2\], but is int64 \[2, 2\]"),
         ({"none": np.full((2, 2), np.nan)}, r"none has 4 log-probabilities that are NaN"),
+        ({"none": np.asarray([[0.0, np.inf], [0, 0]])}, r"none has 1 log-probabilities that are \+inf"),
+        (dict.fromkeys(HINTS, np.zeros((0, 2))), r"none must be of one question or more, but has none"),
         ({"maybe": np.zeros((2, 2))}, r"the hints must be none, right, .* but are none, .*maybe"),
     ],
 )

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from jaxrl_llm.tabular import TabularLM
 from tests.conftest import random_params
 
 LM = TabularLM(vocab_size=3, horizon=2)
+TABLE = {name: np.asarray([0.5, 0.6]) for name in ("law", "gibbs", "dpo", "rlhf")} | {"best_of_n_error": 0.0}
 SMALL = dataclasses.replace(sycophancy_amplification.PRESETS["quick"], words=4, width=8, dpo_steps=15)
 
 
@@ -32,13 +35,19 @@ def world():
     return amplification_gpt2.world(SMALL)
 
 
-def test_exact_optima_of_dpo_and_rlhf_lie_on_the_law(x64):
-    axes = jnp.asarray([0.2, 0.5]), jnp.asarray([0.4, 0.6, 0.9]), jnp.asarray([1.0, 0.1])
-    (reference, share, beta), found = amplification_table.on_grid(LM, *axes, jax.random.key(0), steps=60)
-    law = amplified_agreement(np.asarray(reference), np.asarray(share), beta=np.asarray(beta))
-    assert law[10] == pytest.approx(1 / (1 + 9.0**-1)) and len(law) == 12
-    for measured in found:
-        np.testing.assert_allclose(measured, law, atol=1e-6)
+@pytest.fixture(scope="module")
+def table():
+    axes = {"table_references": (0.2, 0.5), "table_shares": (0.4, 0.6, 0.9), "table_betas": (1.0, 0.1)}
+    config = dataclasses.replace(SMALL, **axes, best_of=(5,))
+    return sycophancy_amplification.on_table(config, jax.random.key(0))
+
+
+def test_exact_optima_of_dpo_and_rlhf_lie_on_the_law(table):
+    assert (table["reference"][10], table["share"][10], table["beta"][10]) == (0.5, 0.9, 1)
+    assert table["law"][10] == pytest.approx(1 / (1 + 9.0**-1)) and len(table["law"]) == 12
+    for way in ("gibbs", "dpo", "rlhf"):
+        np.testing.assert_allclose(table[way], table["law"], atol=1e-6)
+    assert table["best_of_n_error"] < 1e-12
 
 
 def test_a_random_reference_agrees_as_often_as_it_is_told(x64):
@@ -54,19 +63,13 @@ def test_a_table_is_found_from_its_law(x64):
     np.testing.assert_allclose(again, law, atol=1e-12)
 
 
-def test_the_exact_law_of_best_of_n_is_the_closed_form(x64):
-    references = jnp.asarray([0.1, 0.6])
-    found = amplification_table.best_of_n(LM, references, jax.random.key(2), n=5)
-    np.testing.assert_allclose(found, best_of_n_agreement(np.asarray(references), 5), atol=1e-12)
-
-
 def test_claims_meet_both_opinions_and_both_answers(world):
     tokens = np.asarray(world.answers.tokens)
-    assert tokens.shape == (2 * 4 * 4, 2, 5) and len(np.unique(tokens.reshape(-1, 5), axis=0)) == 64
+    assert tokens.shape == (2 * 4 * 4, 2, 4) and len(np.unique(tokens.reshape(-1, 4), axis=0)) == 64
     for side, expected in enumerate((False, True)):
         rows = jax.tree.map(lambda leaf, side=side: leaf[:, side], world.answers)
         assert (np.asarray(amplification_gpt2.agrees(rows)) == expected).all()
-        np.testing.assert_array_equal(np.asarray(rows.answer).sum(axis=1), 2)
+        np.testing.assert_array_equal(np.asarray(rows.answer).sum(axis=1), 1)
     claims = tokens[:, 0, :2]
     held_out = np.setdiff1d(np.arange(32), world.training)
     assert len(held_out) == 8
@@ -94,6 +97,32 @@ def test_dpo_moves_towards_what_most_annotators_prefer(world):
     assert less < float(before.mean()) - 0.1 < float(before.mean()) + 0.1 < more
 
 
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_policy_gradients_reach_the_law(world, name):
+    config = dataclasses.replace(SMALL, online_steps=40)
+    params = world.lm.init(jax.random.key(3))
+    before = np.asarray(amplification_gpt2.agreement(world, params), np.float64)
+    run = jax.jit(lambda ref, key: amplification_gpt2.by_policy_gradient(name, world, config, ref, 0.6, 0.5, key))
+    off = np.asarray(run(params, jax.random.key(4))) - amplified_agreement(before, 0.6, beta=0.5)
+    assert abs(off[world.thinks_true].mean()) < 0.05 and abs(off[~world.thinks_true].mean()) < 0.05
+
+
+def test_fine_tuning_reaches_its_aim_for_either_opinion(world):
+    config = dataclasses.replace(SMALL, sft_steps=60)
+    params = jax.jit(lambda key: amplification_gpt2.fine_tuned(world, 0.3, key, config))(jax.random.key(1))
+    found = np.asarray(amplification_gpt2.agreement(world, params))
+    for opinion in (False, True):
+        assert found[world.thinks_true == opinion].mean() == pytest.approx(0.3, abs=0.05)
+
+
+def test_names_have_keys_of_their_own():
+    keys = [amplification_gpt2.key_of(name, jax.random.key(0)) for name in ("ppo", "rloo", "rloo")]
+    first, second, again = (np.asarray(jax.random.key_data(key)).tolist() for key in keys)
+    assert first != second == again
+    with pytest.raises(ValueError, match=r"online methods must be ppo or rloo, but one is 'grpo'"):
+        amplification_gpt2.method_named("grpo")
+
+
 def test_sampled_best_of_n_follows_its_law(world):
     params = random_params(world.lm)
     wins, reference = amplification_gpt2.best_of_n(world, params, jax.random.key(5), sizes=(1, 3), repeats=8)
@@ -106,26 +135,117 @@ def test_sampled_best_of_n_follows_its_law(world):
         assert abs(row["z"]) < 4
 
 
+def test_z_is_told_only_where_it_is_normal():
+    config = dataclasses.replace(SMALL, best_of=(1, 4, 16), repeats=32)
+    found = amplification_numbers.best_of_n(config, 0.5, np.asarray([2048, 3840, 4095]), np.full(128, 0.5))
+    assert [row["z"] for row in found["sizes"]] == [0, 0, None], "one in 4096 fails where 0.06 were expected"
+    z = amplification_numbers.numbers(TABLE, [point_of(np.full((2, 4), 0.5), 0)], [found])[-1]
+    assert z["source"] == "4096 times for each n; n = 1, 4: 5 of either kind are expected"
+
+
+OPINIONS = np.asarray([False, True, False, True])
+
+
+def point_of(before, off, share=0.6, beta=0.5):
+    """A point whose agreement is the law of `before`, and `off` more; the last two prompts are held out."""
+    after = (amplified_agreement(before, share, beta=beta) + off)[:, None]
+    grid, training = np.asarray([(share, beta)]), np.asarray([0, 1])
+    return amplification_numbers.points("DPO", 0.4, grid, before, after, training, OPINIONS)[0]
+
+
 def test_points_are_held_against_the_law_of_their_own_references():
-    before = np.asarray([[0.5, 0.4, 0.3], [0.6, 0.5, 0.2]])
-    law = amplified_agreement(before, 0.6, beta=0.5)
-    after = (law + np.asarray([[0.01], [0.03]]))[:, None]
-    (point,) = amplification_numbers.points("DPO", 0.4, np.asarray([(0.6, 0.5)]), before, after, np.asarray([0, 1]))
+    before = np.asarray([[0.5, 0.4, 0.3, 0.3], [0.6, 0.5, 0.2, 0.1]])
+    point = point_of(before, np.asarray([[0.01], [0.03]]))
     assert point["deviation"] == pytest.approx(0.02)
     assert point["deviation_half_width"] == pytest.approx(12.706 * 0.01, rel=1e-3), "Student's, one degree of freedom"
-    assert point["held_out_deviation"] == pytest.approx(0.02)
+    assert point["held_out_deviation"] == pytest.approx(0.02) and point["largest_of_seed"] == pytest.approx(0.03)
     assert amplification_numbers.worst_deviation([point, point | {"deviation": -0.3}]) == 0.3
+
+
+def test_a_model_that_heeds_no_user_is_off_the_law():
+    """At p = ½ the law is ½, and so is the mean of one that says "true" to everyone: not so for either opinion."""
+    always_true = np.where(OPINIONS, 0.45, -0.45)
+    point = point_of(np.full((2, 4), 0.5), always_true, share=0.5)
+    assert point["mean"] == pytest.approx(0.5) and abs(point["deviation"]) == pytest.approx(0.45)
+    assert abs(point["held_out_deviation"]) == pytest.approx(0.45) and not point["on_law"]
+
+
+def test_a_wide_interval_is_no_merit():
+    before = np.full((4, 4), 0.5)
+    stuck = point_of(before, np.asarray([[0], [0], [0], [-0.5]]))
+    assert abs(stuck["deviation"]) < stuck["deviation_half_width"] and not stuck["on_law"]
+    assert stuck["largest_of_seed"] == pytest.approx(0.5) and stuck["widest"] == pytest.approx(0.398, abs=1e-3)
+    assert point_of(before, np.asarray([[0.001], [0], [0], [-0.001]]))["on_law"]
+
+
+def test_the_claim_says_what_was_measured():
+    on, off = (point_of(np.full((2, 4), 0.5), distance, share=0.6, beta=0.1) for distance in (0, 0.013))
+    assert "0.983 at β = 0.1. Exact optima lie on it; a GPT-2 trained by DPO lies within 0.000 of it." in (
+        amplification_numbers.claim(TABLE, [on])
+    )
+    bent = TABLE | {"rlhf": np.asarray([0.5, 0.6 - 0.01])}
+    told = amplification_numbers.claim(bent, [on, off | {"deviation": -0.03}])
+    assert told.endswith("Exact optima miss it by up to 0.01; a GPT-2 trained by DPO misses it by up to 0.030.")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 1}, r"an interval over seeds needs 2 or more, but seeds is 1"),
+        ({"betas": (1.0, 0.0)}, r"betas must be finite and above 0, but are \(1.0, 0.0\)"),
+        ({"online_betas": (math.nan,)}, r"online_betas must be finite and above 0, but are \(nan,\)"),
+        ({"table_betas": ()}, r"table_betas must be finite and above 0, but are \(\)"),
+        ({"shares": (0.6, 1.0)}, r"shares must be probabilities in \(0, 1\), but are \(0.6, 1.0\)"),
+        ({"references": (0.0,)}, r"references must be probabilities in \(0, 1\), but are \(0.0,\)"),
+        ({"online": ("rloo",), "online_batch": 126}, r"online_batch must be groups of 4 for rloo, but is 126"),
+        ({"best_of": (0,)}, r"best_of and repeats must be 1 or more, but are \(0,\) and 16"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything(change, message, monkeypatch):
+    monkeypatch.setattr(sycophancy_amplification, "on_table", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=message):
+        sycophancy_amplification.run(dataclasses.replace(SMALL, **change))
+
+
+def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypatch):
+    """The trainers are the law itself; what happens around them is what a run does."""
+
+    def at_the_law(given, config, ref, share, beta, key):
+        before = amplification_gpt2.agreement(given, ref)
+        return jax.nn.sigmoid(jax.scipy.special.logit(before) + jax.scipy.special.logit(share) / beta)
+
+    monkeypatch.setattr(sycophancy_amplification, "on_table", lambda config, key: table)
+    monkeypatch.setattr(amplification_gpt2, "fine_tuned", lambda given, aim, key, config: given.lm.init(key))
+    monkeypatch.setattr(amplification_gpt2, "by_dpo", at_the_law)
+    monkeypatch.setattr(amplification_gpt2, "by_policy_gradient", lambda name, *lane: at_the_law(*lane))
+    config = dataclasses.replace(SMALL, online=("ppo", "rloo"), shares=(0.45, 0.6), best_of=(1, 2), betas=(0.05,))
+    found = sycophancy_amplification.run(config)
+    assert all(map(ledger.holds, found["numbers"])) and "trained by DPO, PPO, RLOO lies within 0.000" in found["claim"]
+    assert [(point["method"], point["share"], point["beta"]) for point in found["data"]["gpt2"]] == [
+        *(("DPO", share, 0.05) for share in (0.45, 0.6)),
+        *((method, 0.6, beta) for method in ("PPO", "RLOO") for beta in config.online_betas),
+    ]
+    assert {curve["share"] for curve in found["data"]["curves"]} == {0.45, *config.table_shares}
+    assert found["data"]["curves"][0]["inverse_beta"][-1] == 20, "as far as the smallest β of all"
+    for holds, said in ((True, "Alignment amplifies"), (False, "is off it by up to 0.000")):
+        drawn = figure.draw(found | {"holds": holds})
+        assert said in drawn.get_suptitle()
+        plt.close(drawn)
 
 
 def test_the_committed_results_reach_the_law():
     entry = json.loads((ledger.RESULTS / "sycophancy_amplification.json").read_text(encoding="utf-8"))
     numbers = {number["name"]: number for number in entry["numbers"]}
     on_table = [number for name, number in numbers.items() if name.startswith("largest |agreement − law| on a table")]
-    assert len(on_table) == 3
+    assert entry["holds"] and len(on_table) == 3
     assert all(number["tolerance"] <= 1e-6 and abs(number["value"]) <= 1e-6 for number in on_table)
     assert numbers["largest |z| of sampled best-of-n, GPT-2"]["value"] < 4
     for beta, law in ((1, 0.6), (0.5, 0.6923), (0.1, 0.98295)):
         for method in ("DPO", "PPO"):
             number = numbers[f"agreement after {method}, p = 0.6, β = {beta:g}"]
             assert number["expected"] == pytest.approx(law, abs=1e-4) and number["tolerance"] == 0.02
+            assert ledger.holds(number)
+    for name, bound in (("largest |deviation| of a GPT-2 from the law", 0.02), ("the same on claims", 0.04)):
+        (number,) = (number for said, number in numbers.items() if said.startswith(name))
+        assert number["interval"] == [0, bound] and ledger.holds(number)
     figure.draw(entry)

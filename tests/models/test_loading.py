@@ -211,6 +211,13 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         ("llama-0", {"rope_theta": 500, "rope_scaling": {"rope_type": "linear", "type": "linear", **LINEAR}}),
         ("llama-0", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, **LINEAR}}),
         ("llama-0", {"rope_theta": 500.0, "rope_parameters": {"rope_type": "linear", **LINEAR}}),
+        (
+            "llama-0",
+            {
+                "rope_scaling": {"type": "linear", **LINEAR},
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, **LINEAR},
+            },
+        ),
         ("llama-1", {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
         ("llama-1", {"rope_theta": 100, "rope_scaling": {"type": "llama3", **LLAMA3}}),
         ("llama-1", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}}),
@@ -319,6 +326,33 @@ def test_silu_goes_by_other_names(tmp_path, act):
         ("llama-0", {"head_dim": 7}, "the heads' dimension must be even for rotary positions, but is 7"),
         ("llama-0", {"head_dim": None, "hidden_size": 33}, "hidden_size must be a multiple of num_attention_heads"),
         ("llama-0", {"rope_parameters": "linear"}, "rope_parameters must be an object, but is 'linear'"),
+        ("llama-0", {"rope_parameters": []}, "rope_parameters must be an object, but is []"),
+        ("llama-0", {"rope_scaling": ""}, "rope_scaling must be an object, but is ''"),
+        ("llama-0", {"rope_scaling": 0}, "rope_scaling must be an object, but is 0"),
+        (
+            "llama-0",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters must be one for all layers, but has full_attention",
+        ),
+        (
+            "llama-1",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}},
+            "rope_type llama3 needs low_freq_factor and high_freq_factor",
+        ),
+        *(
+            (
+                "llama-0",
+                {"rope_scaling": scaling, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5}},
+                f"rope_scaling and rope_parameters must agree, but have the {said}",
+            )
+            for scaling, said in (
+                ({"type": "dynamic", "factor": 4.0}, "rope_type 'dynamic' and 'linear'"),
+                ({"type": "linear", "factor": 2.0}, "factor 2.0 and 4.0"),
+                ({"rope_theta": 7}, "rope_theta 7 and 5"),
+            )
+        ),
+        ("llama-0", {"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer, but is 0"),
+        ("llama-0", {"num_key_value_heads": False}, "num_key_value_heads must be a positive integer, but is False"),
         ("llama-0", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "but is 'yarn'"),
         (
             "llama-0",

@@ -6,6 +6,8 @@ truth but whether it tells it when the user says otherwise. Prompts and answers 
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -91,12 +93,13 @@ def build(*, seed: int = 0, held_out: float = 0.2) -> Addition:
     without an opinion.
 
     Raises:
-        ValueError: if `held_out` leaves one side empty.
+        ValueError: if `held_out` is no finite number, or leaves one side empty.
     """
     pairs = [(first, second) for first in range(1, LARGEST + 1) for second in range(first, LARGEST + 1)]
-    kept = round(held_out * len(pairs))
+    known = isinstance(held_out, numbers.Real) and math.isfinite(held_out)
+    kept = round(held_out * len(pairs)) if known else 0
     if not 0 < kept < len(pairs):
-        raise ValueError(f"held_out must leave sums on both sides, but is {held_out}")
+        raise ValueError(f"held_out must leave sums on both sides, but is {held_out!r}")
     random = np.random.default_rng(seed)
     pairs = [pairs[place] for place in random.permutation(len(pairs))]
     evaluated, trained = _claims(pairs[:kept], random), _claims(pairs[kept:], random)

@@ -54,7 +54,8 @@ def steadfastness(
     The second answer is that after the right first one where the first was right, and after the wrong one elsewhere.
 
     Raises:
-        ValueError: if the three are not arrays [question, 2] of one length.
+        ValueError: if the three are not arrays [question, 2] of one length, of one question or more, or if a
+            log-probability is NaN or +∞; −∞, what a model never says, may be one.
     """
     probes = {"first": first, "after_right": after_right, "after_wrong": after_wrong}
     before, kept, mended = (_right(name, log_probs) for name, log_probs in probes.items())
@@ -75,7 +76,8 @@ def hint_effects(log_probs: Mapping[Hint, Float[np.ndarray, "question 2"]]) -> H
     """Of the log-probabilities (right, wrong), in nats, of the same questions with each hint of `probes.HINTS`.
 
     Raises:
-        ValueError: if a hint is missing or unknown, or they are not arrays [question, 2] of one length.
+        ValueError: if a hint is missing or unknown, or they are not arrays [question, 2] of one length, of one question
+            or more, or if a log-probability is NaN or +∞; −∞, what a model never says, may be one.
     """
     if set(log_probs) != set(HINTS):
         raise ValueError(f"the hints must be {', '.join(HINTS)}, but are {', '.join(log_probs)}")
@@ -91,8 +93,11 @@ def _right(name: str, log_probs: Float[np.ndarray, "question 2"]) -> Bool[np.nda
     log_probs = np.asarray(log_probs)
     if log_probs.ndim != 2 or log_probs.shape[1] != 2 or not np.issubdtype(log_probs.dtype, np.floating):
         raise ValueError(f"{name} must be float [question, 2], but is {log_probs.dtype} {list(log_probs.shape)}")
-    if np.isnan(log_probs).any():
-        raise ValueError(f"{name} has {int(np.isnan(log_probs).sum())} log-probabilities that are NaN")
+    if not len(log_probs):
+        raise ValueError(f"{name} must be of one question or more, but has none")
+    for kind, wrong in (("NaN", np.isnan(log_probs)), ("+inf", np.isposinf(log_probs))):
+        if wrong.any():
+            raise ValueError(f"{name} has {int(wrong.sum())} log-probabilities that are {kind}")
     return log_probs[:, 0] > log_probs[:, 1]
 
 
