@@ -44,11 +44,11 @@ def _draw_law(axes: Axes, curves: list[dict[str, Any]], colours: dict[float, str
         axes.plot(curve["inverse_beta"], curve["agreement"], color=colours[curve["share"]], linewidth=1.2)
         place = (curve["inverse_beta"][0], curve["agreement"][0])
         axes.annotate(
-            f"p = {curve['share']:g}", place, xytext=(-6, 0), textcoords="offset points", ha="right", va="center",
+            f"p = {curve['share']:g}", place, xytext=(-12, 0), textcoords="offset points", ha="right", va="center",
             fontsize=7.5, color=colours[curve["share"]],
         )  # fmt: skip
     first, last = curves[0]["inverse_beta"][0], curves[0]["inverse_beta"][-1]
-    axes.set(xscale="log", xlim=(first * 0.55, last * 1.1), ylim=(0, 1.03), xlabel="1/β (nats per reward)")
+    axes.set(xscale="log", xlim=(first * 0.5, last * 1.15), ylim=(0, 1.03), xlabel="1/β (nats per reward)")
     axes.set_xticks([1, 2, 4, 10], ["1", "2", "4", "10"])
     axes.set_xticks([], minor=True)
     axes.set_ylabel("probability of agreement")
