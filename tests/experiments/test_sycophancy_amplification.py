@@ -97,7 +97,7 @@ def test_dpo_moves_towards_what_most_annotators_prefer(world):
     assert less < float(before.mean()) - 0.1 < float(before.mean()) + 0.1 < more
 
 
-@pytest.mark.parametrize("name", ["ppo", "rloo"])
+@pytest.mark.parametrize("name", ["ppo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_policy_gradients_reach_the_law(world, name):
     config = dataclasses.replace(SMALL, online_steps=40)
     params = world.lm.init(jax.random.key(3))
