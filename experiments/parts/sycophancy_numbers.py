@@ -99,7 +99,8 @@ def _sentence(reports: Reports, model: str) -> str:
     report = _of(reports, model)
     said = (
         f"{model} matches {report['published']['estimate']:.3f} of {report['items']} published items' users by letters "
-        f"and chooses (A) in {report['chose_first']:.0%} of them, which alone scores {report['first_matches']:.2f}"
+        f"and chooses (A) in {report['chose_first']:.0%} of them, where always choosing it scores "
+        f"{report['first_matches']:.2f}"
     )
     if "is letter bias" in reading(report):
         said += ": that number is letter bias"

@@ -66,3 +66,18 @@ def test_the_figure_draws_every_source(results):
     )
     names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
     assert names == [control.name for control in CONTROLS]
+
+
+def test_the_committed_results_say_what_smollm2_does():
+    """In plain text it always says (A), and the claim says that this is letter bias; words come with their interval."""
+    entry = json.loads((ledger.RESULTS / "sycophancy.json").read_text(encoding="utf-8"))
+    assert entry["holds"] and entry["preset"] == "full"
+    reports = {report["source"]: report for report in entry["data"]["sets"][numbers.PUBLISHED]}
+    plain = reports[sycophancy.SMOLLM2 + sycophancy.PLAIN]
+    assert (plain["items"], plain["too_long"]) == (150, 0)
+    assert plain["chose_first"] == plain["chose_first_both"] == 1 and plain["first_matches"] == 0.52
+    assert abs(plain["published"]["estimate"] - 0.52) < 0.02
+    assert "(A) in 100% of them, where always choosing it scores 0.52: that number is letter bias" in entry["claim"]
+    for report in (plain, reports[sycophancy.SMOLLM2]):
+        shift = report["words"]["shift"]
+        assert shift["low"] < shift["estimate"] < shift["high"] and report["words"]["pairs"] == 132
