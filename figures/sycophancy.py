@@ -21,6 +21,9 @@ def draw(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(10.2, 1.3 + len(data["sets"]) * (0.9 + 0.36 * rows)), layout="constrained")
     figure.suptitle(_title(data), x=0.01, ha="left", weight="bold", fontsize=10.5)
     grid = figure.subplots(len(data["sets"]), 3, squeeze=False, width_ratios=(1.1, 1.1, 0.8))
+    for row in grid:
+        row[1].sharex(grid[0, 1])
+        row[2].sharex(grid[0, 2])
     for (first, second, third), (name, reports) in zip(grid, data["sets"].items(), strict=True):
         names = [report["source"] for report in reports]
         bars = [
@@ -50,8 +53,8 @@ def _title(data: dict[str, Any]) -> str:
     reports = next(iter(data["sets"].values()))
     constant = reports[0]
     return (
-        f'Always saying (A) "matches" {constant["published"]["estimate"]:.0%} of the users: '
-        "the user's own effect is what changes with the user"
+        f'Always saying (A) "matches" {constant["published"]["estimate"]:.0%} of the users, '
+        "and nothing changes when the user thinks otherwise"
     )
 
 

@@ -40,6 +40,7 @@ def headline(results: dict[str, Any]) -> str:
 
 
 def _draw_law(axes: Axes, curves: list[dict[str, Any]], colours: dict[float, str]) -> None:
+    """A curve for each share that has points."""
     for curve in curves:
         axes.plot(curve["inverse_beta"], curve["agreement"], color=colours[curve["share"]], linewidth=1.2)
         place = (curve["inverse_beta"][0], curve["agreement"][0])
@@ -64,12 +65,12 @@ def _draw_table(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> 
             axes.plot(
                 1 / table["beta"][chosen], table[way][chosen], mark, color=colour, markersize=size, fillstyle="none"
             )
-    error = max(np.abs(table[way] - table["law"]).max() for way in ("dpo", "rlhf"))
-    axes.set_title(f"(a) a table, π_ref = ½: ○ DPO, × RLHF, exactly (to {max(error, 1e-15):.0e})")
+    axes.set_title("(a) a table, π_ref = ½: ○ DPO, × RLHF, exactly")
 
 
 def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> None:
-    _draw_law(axes, data["curves"], colours)
+    shares = {point["share"] for point in data["gpt2"]}
+    _draw_law(axes, [curve for curve in data["curves"] if curve["share"] in shares], colours)
     shift = {"DPO": 1.0, "PPO": 1.06, "RLOO": 0.94}  # beside each other, not upon each other
     for point in data["gpt2"]:
         if point["reference"] == 0.5:
@@ -88,7 +89,7 @@ def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> N
     for method in used:
         axes.plot([], [], MARKS[method], color=style.MUTED, markerfacecolor="white", label=method)
     axes.legend(loc="lower right")
-    axes.set_title("(b) a GPT-2, π_ref = ½, 95 per cent over seeds")
+    axes.set_title("(b) a GPT-2, π_ref = ½: means over seeds")
 
 
 def _within_0_and_1(mean: float, half_width: float) -> list[list[float]]:
@@ -111,7 +112,7 @@ def _draw_deviations(axes: Axes, points: list[dict[str, Any]], colours: dict[flo
             markerfacecolor="white" if point["reference"] == 0.5 else None,
         )
     axes.set(xlabel="the law", ylabel="measured − law", xlim=(0, 1.02))
-    axes.set_title("(c) the opinion that is further off; filled: other π_ref than ½")
+    axes.set_title("(c) deviation, 95 per cent; filled: π_ref not ½")
 
 
 def _draw_best(axes: Axes, best: list[dict[str, Any]]) -> None:

@@ -28,8 +28,10 @@ def draw(results: dict[str, Any]) -> Figure:
     for axes, (name, title) in zip(panels, TITLES.items(), strict=True):
         _draw_stage(axes, data["curves"][name], data["measures"])
         axes.set_title(title)
-    panels[0].set_ylabel("share of sums held out")
+    panels[0].set_ylabel("share of held-out sums")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
+    seeds = results["config"]["seeds"]
+    figure.supxlabel(f"Bands: 95 per cent over {seeds} seeds, as far as they lie within 0 and 1.", fontsize=7.5)
     return figure
 
 
@@ -37,9 +39,7 @@ def headline(results: dict[str, Any]) -> str:
     """What the figure shows, as a finding only where the results hold."""
     curves = results["data"]["curves"]
     before, after = (curves[name][-1]["user_wrong"]["mean"] for name in ("sycophantic", "intervention"))
-    measured = (
-        f"told the truth against a user who is wrong in {before:.0%} of sums, after the intervention in {after:.0%}"
-    )
+    measured = f"of users who are wrong about a sum, {before:.0%} are told so, after the intervention {after:.0%}"
     return f"Sycophancy follows the data: {measured}" if results["holds"] else measured.capitalize()
 
 

@@ -65,6 +65,7 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     values = {
         f"right answers given up when doubted, {model}": found["doubt"]["given_up"],
         f"accuracy with a hint at the wrong answer less without, {model}": found["hints"]["wrong"]["shift"],
+        f"accuracy with a hint away from the wrong answer less without, {model}": found["hints"]["not_wrong"]["shift"],
     }
     return [
         ledger.number(

@@ -34,7 +34,11 @@ def test_controls_have_their_known_scores_exactly(results):
 def test_a_model_is_measured_once(tmp_path, monkeypatch):
     asked = variants(generator.generate(40))
     interval = {"estimate": 0.25, "low": 0.0, "high": 0.5}
-    probed = {"facts": 4, "doubt": {"given_up": interval}, "hints": {"wrong": {"shift": interval}}}
+    probed = {
+        "facts": 4,
+        "doubt": {"given_up": interval},
+        "hints": {name: {"shift": interval} for name in ("wrong", "not_wrong")},
+    }
     calls = []
 
     def measured(config, model, sets):
@@ -46,7 +50,7 @@ def test_a_model_is_measured_once(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, models=("one", "two"))
     first, again = sycophancy.run(config, tmp_path / "kept"), sycophancy.run(config, tmp_path / "kept")
     assert calls == ["one", "two"] and json.dumps(first) == json.dumps(again)
-    assert sum(entry["value"] == 0.25 for entry in first["numbers"]) == 4
+    assert sum(entry["value"] == 0.25 for entry in first["numbers"]) == 6
     assert "two matches 1.000 of 40 published items' users by letters" in first["claim"]
     assert "shifts by +1.000 (95% interval +1.000 to +1.000)" in first["claim"]
     for change, measures in (({"models": ("two",)}, False), ({"resamples": 19}, True)):
@@ -78,6 +82,10 @@ def test_the_committed_results_say_what_smollm2_does():
     assert plain["chose_first"] == plain["chose_first_both"] == 1 and plain["first_matches"] == 0.52
     assert abs(plain["published"]["estimate"] - 0.52) < 0.02
     assert "(A) in 100% of them, where always choosing it scores 0.52: that number is letter bias" in entry["claim"]
+    hints = entry["data"]["probes"][sycophancy.SMOLLM2]["hints"]
+    assert [round(100 * hints[name]["accuracy"]) for name in ("none", "wrong", "not_wrong", "right", "not_right")] == [
+        *(80, 20, 22, 100, 98)
+    ], "it repeats what was named, as the guide says"
     for report in (plain, reports[sycophancy.SMOLLM2]):
         shift = report["words"]["shift"]
         assert shift["low"] < shift["estimate"] < shift["high"] and report["words"]["pairs"] == 132

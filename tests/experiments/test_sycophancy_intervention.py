@@ -171,8 +171,8 @@ def test_what_was_measured_is_what_is_claimed():
 
 
 def test_the_figure_claims_nothing_that_does_not_hold_and_bands_are_shares():
-    entry = addition_numbers.result(ends(), SMALL)
-    for holds, said in ((True, "Sycophancy follows the data: told"), (False, "Told the truth against a user")):
+    entry = addition_numbers.result(ends(), SMALL) | {"config": dataclasses.asdict(SMALL)}
+    for holds, said in ((True, "Sycophancy follows the data: of users"), (False, "Of users who are wrong about a sum")):
         drawn = figure.draw(entry | {"holds": holds})
         assert drawn.get_suptitle().startswith(said)
         for band in (band for axes in drawn.axes for band in axes.collections):
