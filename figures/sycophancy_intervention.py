@@ -29,9 +29,14 @@ def draw(results: dict[str, Any]) -> Figure:
         _draw_stage(axes, data["curves"][name], data["measures"])
         axes.set_title(title)
     panels[0].set_ylabel("share of held-out sums")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
     seeds = results["config"]["seeds"]
-    figure.supxlabel(f"Bands: 95 per cent over {seeds} seeds, as far as they lie within 0 and 1.", fontsize=7.5)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(SHOWN),
+        title=f"bands: 95 per cent over {seeds} seeds, as far as they lie within 0 and 1",
+        title_fontsize=7.5,
+    )
     return figure
 
 
