@@ -216,6 +216,7 @@ def test_beams_print_their_hypotheses_best_first(run, model):
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.slow
 def test_strategies_agree_where_they_are_the_same(run, model):
     greedy = run("generate", "the cat", "--model", model, "--greedy", "--max-new-tokens", 8)
     for same in (("beam", "--num-beams", 1), ("contrastive", "--alpha", 0)):
@@ -502,6 +503,7 @@ def test_attention_of_every_head_prints_links_of_their_mean(run, t5, tmp_path):
     assert kept == f"{mean.max():.3f}"
 
 
+@pytest.mark.slow
 def test_attention_translates_greedily_where_no_target_is_given(run, t5, tmp_path):
     loaded = models.load(t5)
     source = jnp.asarray([loaded.tokenizer("forty-two")["input_ids"]])

@@ -79,6 +79,7 @@ def test_hessian_directions_come_with_the_sharpness(monkeypatch, capsys):
         np.testing.assert_allclose(landscape.norm(direction), landscape.norm(loaded.params), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_holes_are_counted_and_nothing_else_is_said(run):
     status, out, error = run("I have a dream", "--points", "3", "--radius", "1e19", "--directions", "none")
     assert status == 0 and re.search(r"no finite loss at \d+ of 9 points", out)

@@ -39,6 +39,7 @@ def test_no_sentences_have_no_translations(tiny_t5):
     assert translate(tiny_t5, []) == []
 
 
+@pytest.mark.slow
 def test_beams_are_those_of_beam_search(tiny_t5):
     """Tokens of the first hypothesis, with the length penalty that was asked for."""
     rows = [tiny_t5.tokenizer(name)["input_ids"] for name in NAMES[:2]]

@@ -79,6 +79,7 @@ def test_a_head_that_always_looks_at_one_key_does_not_hide_the_others(t5):
     assert [link.key for link in strongest_links(maps, layers=[0], heads=[0])] == [0] * 4
 
 
+@pytest.mark.slow
 def test_the_source_is_put_as_translation_puts_it(t5):
     declared = dataclasses.replace(t5, config=CONFIG | {"translation": {"prefix": "six "}})
     maps, plain = (text_maps(t5, source) for t5, source in ((declared, "forty-two"), (t5, "six forty-two")))

@@ -304,6 +304,7 @@ def test_the_side_of_the_padding_does_not_matter(neural, choice, place):
     assert_same(found, searched(lm, choice))
 
 
+@pytest.mark.slow
 def test_batch_mates_and_the_bucket_do_not_matter(gpt2):
     lm, params = gpt2
     expected = searched(lm, "beam")

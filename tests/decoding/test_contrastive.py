@@ -179,6 +179,7 @@ def test_on_a_table_also_from_nothing_and_with_impossible_tokens(impossible):
     assert len(set(paths)) > 5
 
 
+@pytest.mark.slow
 def test_float64_parameters_give_float64_log_probabilities():
     with jax.enable_x64(True):
         table = random_params(LM, 1, dtype=jnp.float64)

@@ -125,6 +125,7 @@ def test_greedy_is_the_argmax_of_the_uncached_model():
             text.append(token)
 
 
+@pytest.mark.slow
 def test_streaming_is_generating():
     whole = DECODERS["sampling"](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
     pieces = stream(LM, GIVEN, PROMPTS, key=KEYS, transform=Temperature(1.5), tokens_at_a_time=4, **LAYOUT)
@@ -132,6 +133,7 @@ def test_streaming_is_generating():
     np.testing.assert_array_equal(tokens, whole.tokens[:, : tokens.shape[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_wide_beam_is_the_exact_search(penalty):
     narrow = T5(dataclasses.replace(TINY_T5.config, vocab_size=4, num_layers=1, num_decoder_layers=1))

@@ -225,6 +225,7 @@ def test_of_one_sample_it_is_generate_with_the_samples_key(gpt2):
     assert_same(best.generation, plain)
 
 
+@pytest.mark.slow
 def test_guidance_is_repeated_with_its_prompts(gpt2):
     lm, params = gpt2
     masks = np.asarray([[1, 1], [0, 1], [1, 1]], bool)
@@ -293,6 +294,7 @@ def test_scores_that_rank_nothing_are_named(gpt2):
         run((gpt2[0], broken))
 
 
+@pytest.mark.slow
 def test_other_numbers_compile_nothing_new():
     lm = TINY["tabular"]
     params = random_params(lm)

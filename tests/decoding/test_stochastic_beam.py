@@ -129,6 +129,7 @@ def test_as_many_beams_as_sequences_find_all_with_independent_noise(count):
     assert np.abs(correlation).max() * np.sqrt(rows) < 4
 
 
+@pytest.mark.slow
 def test_a_transform_shapes_the_law():
     beams = stochastic_beam_search(
         LM,
@@ -196,6 +197,7 @@ def test_log_prob_is_that_of_a_forward_pass_and_padding_and_batch_do_not_matter(
     assert_same(found, jax.tree.map(lambda leaf: leaf[order], beams))
 
 
+@pytest.mark.slow
 def test_other_keys_prompts_and_lengths_compile_nothing_new():
     lm = TabularLM(vocab_size=2, horizon=9)  # a model that no other test compiles
     before = draw._cache_size()

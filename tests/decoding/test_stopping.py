@@ -150,6 +150,7 @@ def test_eos_and_limits_end_rows_as_well():
         assert len(row) == 6 or row[-1] == 2 or b"ba" in b"".join(LETTERS[token] for token in row)
 
 
+@pytest.mark.slow
 def test_a_stream_stops_where_generation_does():
     stop = stop_strings(LETTERS, ["ba", "\n\n"])
     whole = generate(LM, PARAMS, PROMPTS, stop=stop, **OPTIONS)

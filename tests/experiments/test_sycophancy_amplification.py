@@ -50,6 +50,7 @@ def test_exact_optima_of_dpo_and_rlhf_lie_on_the_law(table):
     assert table["best_of_n_error"] < 1e-12
 
 
+@pytest.mark.slow
 def test_a_random_reference_agrees_as_often_as_it_is_told(x64):
     params = amplification_table.reference(LM, jnp.asarray(0.3), jax.random.key(1))
     assert float(amplification_table.agreement(LM, params)) == pytest.approx(0.3, abs=1e-12)
@@ -88,6 +89,7 @@ def test_agreement_is_read_at_the_place_of_the_answer(world):
     assert share == pytest.approx(probs[5, 1] / probs[5].sum(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dpo_moves_towards_what_most_annotators_prefer(world):
     refs = jax.tree.map(lambda leaf: leaf[None], world.lm.init(jax.random.key(3)))
     before = amplification_gpt2.agreement(world, jax.tree.map(lambda leaf: leaf[0], refs))
@@ -97,7 +99,8 @@ def test_dpo_moves_towards_what_most_annotators_prefer(world):
     assert less < float(before.mean()) - 0.1 < float(before.mean()) + 0.1 < more
 
 
-@pytest.mark.parametrize("name", ["ppo", pytest.param("rloo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
 def test_policy_gradients_reach_the_law(world, name):
     config = dataclasses.replace(SMALL, online_steps=40)
     params = world.lm.init(jax.random.key(3))
@@ -123,6 +126,7 @@ def test_names_have_keys_of_their_own():
         amplification_gpt2.method_named("grpo")
 
 
+@pytest.mark.slow
 def test_sampled_best_of_n_follows_its_law(world):
     params = random_params(world.lm)
     wins, reference = amplification_gpt2.best_of_n(world, params, jax.random.key(5), sizes=(1, 3), repeats=8)
@@ -207,6 +211,7 @@ def test_what_cannot_be_run_is_refused_before_anything(change, message, monkeypa
         sycophancy_amplification.run(dataclasses.replace(SMALL, **change))
 
 
+@pytest.mark.slow
 def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypatch):
     """The trainers are the law itself; what happens around them is what a run does."""
 

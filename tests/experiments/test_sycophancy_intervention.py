@@ -60,6 +60,7 @@ def test_agreement_is_read_where_the_prompt_ends(encoded, tools):
         assert agrees[seed, row] == (logits[tools.agree] > logits[tools.disagree])
 
 
+@pytest.mark.slow
 def test_a_stage_trains_on_its_rows_alone_and_is_seen_on_the_way(encoded, tools):
     steps = []
     rows = np.asarray([2])  # of one example: its answer becomes likelier, whatever the other ones say

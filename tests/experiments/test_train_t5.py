@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from experiments import ledger, train_t5
 from jaxrl_llm import models
@@ -23,6 +24,7 @@ def test_training_names_are_drawn_by_length_and_never_held_out():
     assert not texts & {tuple(row[kept]) for row, kept in zip(*held_out[:2], strict=True)}
 
 
+@pytest.mark.slow
 def test_the_embedded_model_translates_names_that_it_has_not_seen():
     """A sample of all lengths; the experiment measures the rest."""
     rows = train_t5.exact_by_length(models.load("tiny-t5"), number_names.split().held_out[::10])

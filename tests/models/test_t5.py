@@ -233,6 +233,7 @@ def test_rows_are_the_sources_each_repeated(model, copies):
     np.testing.assert_allclose(together, one_each, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eager_is_jit():
     t5 = VARIANTS["plain and tied"]
     params = random_params(t5)
@@ -262,6 +263,7 @@ def test_a_cache_of_several_sources_gives_what_no_cache_gives(name):
             cache, rows = cache.take(jnp.asarray(order)), rows[np.asarray(order)]
 
 
+@pytest.mark.slow
 def test_another_source_of_the_same_shape_compiles_nothing_new():
     t5 = T5(dataclasses.replace(TINY_T5.config, num_layers=1, d_ff=8))
     params, programs = random_params(t5), []

@@ -100,6 +100,7 @@ print("same means")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_global_mean():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", EIGHT_DEVICES]

@@ -112,6 +112,7 @@ def test_labels_of_a_tree_figure_do_not_overlap(shape):
     assert_legible(trees.tree_figure(make_tree(**shape), model="gpt_2 $"))
 
 
+@pytest.mark.slow
 def test_labels_of_the_whole_figure_do_not_overlap():
     assert_legible(search_trees.draw(make_results()))
 

@@ -310,6 +310,7 @@ def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
     assert metrics["reward"].shape == (2, 600)
 
 
+@pytest.mark.slow
 def test_expert_iteration_keeps_the_best_answer_of_each_group_and_learns_from_it():
     rows = Sequences(jnp.arange(12).reshape(6, 2), jnp.ones((6, 2), bool), jnp.ones((6, 2), bool))
     drawn = Rollout(rows, jnp.zeros((6, 2)), jnp.zeros(6, bool))
@@ -418,6 +419,7 @@ def test_a_reward_function_that_is_not_there_is_named(tmp_path):
             rewards.function_at(place)
 
 
+@pytest.mark.slow
 def test_texts_are_without_special_tokens_and_a_reward_model_reads_the_tokens():
     from jaxrl_llm import models
 

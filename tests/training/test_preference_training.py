@@ -96,6 +96,7 @@ def test_kto_takes_its_reference_point_from_mismatched_answers():
     assert float(found.value) == pytest.approx(float(expected.mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_the_reference_in_the_step_or_once_ahead(name):
     batch = batch_of(name)
@@ -106,7 +107,9 @@ def test_the_reference_in_the_step_or_once_ahead(name):
         first_step(name, POLICY, batch, None)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "kto"])
+@pytest.mark.parametrize(
+    "name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "simpo", "kto"))]
+)
 def test_no_step_changes_the_reference(name):
     before = jax.tree.map(np.asarray, REFERENCE)
     optimizer = optax.adam(0.01)
@@ -118,6 +121,7 @@ def test_no_step_changes_the_reference(name):
     assert any((new != old).any() for new, old in zip(*map(jax.tree.leaves, (state.params, REFERENCE)), strict=True))
 
 
+@pytest.mark.slow
 def test_on_the_populations_preferences_dpo_ends_at_the_optimum_of_rlhf():
     """And the metrics say what happens: the margin grows from 0."""
     lm, beta = TabularLM(3, 2), 0.5

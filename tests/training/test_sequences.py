@@ -74,6 +74,7 @@ def test_a_model_with_a_root_predicts_first_tokens_too(tabular):
     np.testing.assert_allclose(found.sum(axis=1), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_places_that_are_cut_give_the_same_values_and_gradients(gpt2, monkeypatch):
     lm, params = gpt2
     rows = batch("left", 13)

@@ -98,6 +98,7 @@ def test_the_same_name_shape_and_key_give_the_same_draw():
     assert not np.allclose(alone, other)
 
 
+@pytest.mark.slow
 def test_directions_of_bfloat16_parameters_are_float32():
     params = random_params(TINY["gpt2"], dtype=jnp.bfloat16)
     first, second = landscape.random_directions(params, jax.random.key(0))

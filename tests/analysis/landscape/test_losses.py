@@ -68,6 +68,7 @@ def test_reward_model_loss_reads_the_last_real_token(neural, left):
     np.testing.assert_allclose(found, np.logaddexp(0, -margin).mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_any_of_them_has_a_surface():
     lm = TINY["gpt2"]
     model, chosen, rejected = random_params(lm), rows(lm, seed=1, left=True), rows(lm, seed=2, left=True)

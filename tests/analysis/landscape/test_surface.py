@@ -117,6 +117,7 @@ print("equal on 8 devices")
 """
 
 
+@pytest.mark.slow
 def test_under_a_mesh_of_eight_devices_the_surface_is_the_same():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, env=os.environ | flags)
