@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxrl_llm.data.sycophancy.items import Item
+from jaxrl_llm.data.sycophancy.items import Item, single_spaced
 from jaxrl_llm.data.sycophancy.opposites import opposites
 from jaxrl_llm.data.sycophancy.parts import lettered, split_all, swapped, without_biography
 
@@ -43,7 +43,7 @@ class Variants:
             exchanged. The matching answer is that of the variant's own user, so an opposite user's is the item's other.
         wordless: the keys of `asked` of which the question in words names an option by its letter, and so is none.
         claims: of each item a number that it shares with the items of the same query and options, in either order;
-            of one that does not split, with those of the same question.
+            of one that does not split, with those of the same question. White space and line ends do not matter.
         unsplit: the items without a biography that can be taken off.
         unpaired: the items that no user of the opposite opinion puts; the unsplit are among them.
         lettered: the items that are not asked in words by their own user or by the opposite one.
@@ -82,7 +82,7 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
         [items[place] for place in places],
         asked,
         wordless,
-        _numbered([parts[place].claim if place in parts else items[place].question for place in places]),
+        _numbered([parts[place].claim if place in parts else single_spaced(items[place].question) for place in places]),
         *(_left_out(items, places, dict(reasons)) for reasons in (unsplit, unpaired, speak)),
     )
 
