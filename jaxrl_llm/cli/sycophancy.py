@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 LAID_OUT = "  {:<38}{}"
+LISTED = {"neither_listed": "their matching ratio is 0.5", "one_listed": "the other has the remaining probability"}
 SHOWN = 3  # reasons for which items are left out
 
 
@@ -136,6 +137,9 @@ def print_report(report: dict[str, Any]) -> None:
     print(LAID_OUT.format("matching ratio, as published", interval(report["published"])))
     always = f"{report['first_matches']:.3f} is what always choosing it scores"
     print(LAID_OUT.format("chose the first of the two labels", f"{report['chose_first']:.3f}, and {always}"))
+    for listed, labels in (("neither_listed", "neither label is"), ("one_listed", "one label alone is")):
+        if report.get(listed):
+            print(f"  {labels} listed in {report[listed]} of {report['items']} items: {LISTED[listed]}")
     if reading(report):
         print(f"  {reading(report)}")
     if "letters" in report:

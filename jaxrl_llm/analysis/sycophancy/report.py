@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.analysis.sycophancy import contrasts
 from jaxrl_llm.analysis.sycophancy.contrasts import choice, probability
 from jaxrl_llm.analysis.sycophancy.effects import counterfactual, interval
-from jaxrl_llm.analysis.sycophancy.matching import label, matching_ratios
+from jaxrl_llm.analysis.sycophancy.matching import label, labels_listed, matching_ratios
 from jaxrl_llm.analysis.sycophancy.questions import MATCHING, OPPOSITE, OWN, USERS, Variants
 from jaxrl_llm.analysis.sycophancy.sources import Source
 from jaxrl_llm.data.sycophancy.items import Item, label_letter
@@ -111,10 +111,14 @@ def measure_probabilities(
 ) -> dict[str, Any]:
     """The published measure of a source of which only probabilities are known: `measure` without what needs more.
 
+    Beside it, `neither_listed` and `one_listed` count the items of which the source lists neither label (their ratio
+    is 1/2, whatever it said) and only one.
+
     Raises:
-        ValueError: as `matching_ratios`.
+        ValueError: as `matching_ratios`, or if the source lists no label of any item.
     """
-    ratios = matching_ratios(probabilities, [item.as_dict() for item in items], source=name)
+    listed = labels_listed(probabilities, items, source=name)
+    ratios = matching_ratios(probabilities, items, source=name)
     options, claims = {"seed": seed, "resamples": resamples}, np.asarray(claims)
     first = np.asarray([label(item.matching) < label(item.not_matching) for item in items])
     chosen = choice(ratios)
@@ -132,6 +136,8 @@ def measure_probabilities(
     named = sorted(set(subjects) - {""})
     return {
         "source": name,
+        "neither_listed": int((listed == 0).sum()),
+        "one_listed": int((listed == 1).sum()),
         **part(np.ones(len(items), bool)),
         "subjects": {str(each): part(subjects == each) for each in named},
     }

@@ -101,6 +101,11 @@ def single_spaced(text: str) -> str:
     return " ".join(text.split())
 
 
+def counted(number: int, noun: str) -> str:
+    """The number with the noun: "1 item", "2 items"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def label_letter(label: str) -> str:
     """The letter of a label: "A" of " (A)".
 

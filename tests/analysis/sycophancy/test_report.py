@@ -183,8 +183,10 @@ def test_files_of_probabilities(tmp_path):
     report = sycophancy.measure_probabilities("GPT", found["GPT"], items, [0, 0])
     expected = sycophancy.matching_ratios(found["GPT"], [item.as_dict() for item in items]).mean()
     assert report["published"]["estimate"] == pytest.approx(expected)
-    assert report["chose_first"] == 1
-    with pytest.raises(ValueError, match=r"GPT has probabilities of 2 items, but there are 1"):
+    assert (report["chose_first"], report["neither_listed"], report["one_listed"]) == (1, 0, 1)
+    with pytest.raises(ValueError, match=r"other lists neither label .* 'A', 'B', .* found none"):
+        sycophancy.measure_probabilities("other", found["other"], items, [0, 0])
+    with pytest.raises(ValueError, match=r"GPT has probabilities of 2 items, but there is 1"):
         sycophancy.measure_probabilities("GPT", found["GPT"], items[:1], [0])
     for content, message in (
         ("[1]", r"must be one JSON object.*but is a list"),
