@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jaxrl_llm.analysis.sycophancy.checks import check_type
 from jaxrl_llm.data.sycophancy.items import Item, single_spaced
 from jaxrl_llm.data.sycophancy.opposites import opposites
 from jaxrl_llm.data.sycophancy.parts import lettered, split_all, swapped, without_biography
@@ -59,8 +60,14 @@ class Variants:
 
 
 def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Variants:
-    """The variants of all items, or of those at the places `chosen`; opposite users are looked for among all."""
+    """The variants of all items, or of those at the places `chosen`; opposite users are looked for among all.
+
+    Raises:
+        TypeError: if one is no `Item`.
+    """
     items = list(items)
+    for item in items:
+        check_type("every item", item, Item, "an Item, such as parse_item(...) makes of a dict")
     places = list(range(len(items)) if chosen is None else chosen)
     parts, unsplit = split_all(items)
     found, unpaired = opposites(items)
