@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +57,10 @@ class Sycophancy:
         from jaxrl_llm.plots import style
 
         asked = variants(items, chosen)
+        given = list(self._given(asked, chosen, len(items)))
         print_asked(self.items, asked)
         reports = []
-        for report in self._reports(asked, chosen, len(items)):
+        for report in itertools.chain(given, self._models(asked)):
             print_report(report)
             reports.append(report)
         if self.out is not None:
@@ -122,14 +124,19 @@ class Sycophancy:
                 f"{len(items)}."
             )
 
-    def _reports(self, asked: Any, chosen: list[int], whole: int) -> Iterator[dict[str, Any]]:
-        """What was measured of each source, as soon as it is."""
+    def _given(self, asked: Any, chosen: list[int], whole: int) -> Iterator[dict[str, Any]]:
+        """The report of each source in the file of probabilities."""
         from jaxrl_llm.analysis import sycophancy
 
         if self.probabilities is not None:
             for name, given in sycophancy.read_probabilities(self.probabilities).items():
                 given = self._drawn(name, given, chosen, whole)
                 yield sycophancy.measure_probabilities(name, given, asked.items, asked.claims, seed=self.seed)
+
+    def _models(self, asked: Any) -> Iterator[dict[str, Any]]:
+        """The report of each model, as soon as it is measured."""
+        from jaxrl_llm.analysis import sycophancy
+
         for name in self.model or (() if self.probabilities is not None else ("tiny-gpt2",)):
             from jaxrl_llm import models
 
