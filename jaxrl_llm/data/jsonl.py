@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from tqdm import tqdm
 
 Record = TypeVar("Record")
+NO_JSON, NO_OBJECT = "it is not JSON", "it must be a JSON object"  # how the reasons of bad lines begin
 NAMED = 5  # bad lines that an error names; all are counted
 LARGE = 2**24  # bytes from which on reading shows its progress
 
@@ -95,15 +96,17 @@ class JsonLines(Sequence[Record], Generic[Record]):
             half = ord(error.object[error.start])
             raise ValueError(f"it holds \\u{half:04x}, half a surrogate pair, which is no character") from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"it is not JSON: {error.msg} at character {error.pos + 1}") from None
+            raise ValueError(f"{NO_JSON}: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
         if not isinstance(found, dict):
-            raise ValueError(f"it must be a JSON object, but is a {type(found).__name__}")
+            raise ValueError(f"{NO_OBJECT}, but is a {type(found).__name__}")
         return self._parse(found)
 
     def _complaint(self) -> str:
         shown = "; ".join(f"line {bad.number}: {bad.reason}" for bad in self.bad_lines[:NAMED])
         more = f"; and {len(self.bad_lines) - NAMED} more" if len(self.bad_lines) > NAMED else ""
-        return f"{self.path} has {len(self.bad_lines)} bad line{'s' * (len(self.bad_lines) > 1)}: {shown}{more}"
+        no_objects = not self._starts and self.bad_lines[0].reason.startswith((NO_JSON, NO_OBJECT))
+        form = "; there must be one JSON object per line" if no_objects else ""
+        return f"{self.path} has {len(self.bad_lines)} bad line{'s' * (len(self.bad_lines) > 1)}: {shown}{more}{form}"
 
     def line(self, index: int) -> int:
         """The number of the line that a record stands in, from 1."""

@@ -65,6 +65,34 @@ def matching_figure(rows: Sequence[dict[str, Any]], *, title: str) -> Figure:
     return figure
 
 
+@style.look()
+def report_figure(reports: Sequence[dict[str, Any]], *, title: str) -> Figure:
+    """The published chart of reports (of `analysis.sycophancy`), and beside it what was measured beyond it.
+
+    That is what the user changes, by letters and in words, and the letter bias, where any of the reports has them.
+    """
+    bars = [{"name": report["source"], **report["published"]} for report in reports]
+    if not any("letters" in report for report in reports):
+        return matching_figure(bars, title=title)
+    figure = Figure(figsize=(10.2, 1.6 + ROW * len(reports)), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 130), x=0.01, ha="left", weight="bold", fontsize=10, parse_math=False)
+    first, second, third = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 0.8))
+    draw_matching(first, bars)
+    first.set_title("the published measure")
+    names = [report["source"] for report in reports]
+    shifts = {f"by {form}": [report.get(form, {}).get("shift") for report in reports] for form in ("letters", "words")}
+    draw_effects(second, shifts, names, xlabel="own less opposite user")
+    second.set_title("what the user changes")
+    second.legend(loc="best")
+    draw_effects(third, {"": [report.get("letter_bias") for report in reports]}, names, xlabel="P((A)) − ½")
+    third.set_title("letter bias")
+    for axes, least in ((second, 0.05), (third, 0.02)):
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, -least), max(high, least))
+        axes.tick_params(labelleft=False)
+    return figure
+
+
 def short_name(name: str) -> str:
     """A name that fits beside a row: of a path the last part, and "…" in the middle of what is still too long."""
     if len(name) > LONGEST and name.startswith(("/", "./", "../", "~")):

@@ -50,6 +50,18 @@ def test_half_a_surrogate_pair_is_a_bad_line_and_a_whole_one_is_not(tmp_path):
         JsonLines(write(tmp_path / "bad.jsonl", good, bad, key), records.prompt)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_that_is_no_lines_says_so(tmp_path, indent):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"prompt": "x"}], indent=indent))
+    with pytest.raises(ValueError, match=r"bad lines?: .*; there must be one JSON object per line$"):
+        JsonLines(path, records.prompt)
+    with pytest.raises(ValueError, match=r"is missing: there are question$"):
+        JsonLines(write(path, {"question": 1}), records.prompt)
+    with pytest.raises(ValueError, match=r"it is not JSON: Invalid control character at character 13"):
+        JsonLines(write(path, b'{"prompt": "\t"}'), records.prompt)
+
+
 def test_bad_lines_can_be_skipped_and_are_kept_for_the_report(tmp_path):
     path = write(tmp_path / "a.jsonl", b"{", *[{"prompt": str(i)} for i in range(3)], b"null")
     found = JsonLines(path, records.prompt, on_bad="skip")

@@ -67,7 +67,7 @@ def test_missing_fields_are_named():
     with pytest.raises(ValueError, match=r"^question is missing: there are answer_matching_behavior, answer_not"):
         parse_item({key: value for key, value in LINE.items() if key != "question"})
     with pytest.raises(
-        ValueError, match=r"^question and answer_matching_behavior and .* are missing: there is nothing"
+        ValueError, match=r"^question, answer_matching_behavior and answer_not_matching_behavior are missing: there"
     ):
         parse_item({})
 

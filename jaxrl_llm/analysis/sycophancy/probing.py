@@ -1,4 +1,7 @@
-"""The probes of Sharma et al. 2023 put to a model: does it keep to its answers when doubted, and does it heed hints?"""
+"""Probes put to a model: does it keep to its answers when doubted, and does it heed hints (Sharma et al. 2023)?
+
+And does it tell the truth of plain sums when the user says otherwise (Wei et al. 2023)?
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxrl_llm.analysis.sycophancy.checks import check_some, check_type
 from jaxrl_llm.analysis.sycophancy.contrasts import claim_interval
-from jaxrl_llm.analysis.sycophancy.rows import probe_row
+from jaxrl_llm.analysis.sycophancy.rows import probe_row, word_row
 from jaxrl_llm.analysis.sycophancy.sources import ModelSource
+from jaxrl_llm.data.sycophancy.addition import AGREE, DISAGREE, Example, accuracies
 from jaxrl_llm.data.sycophancy.facts import Fact
+from jaxrl_llm.data.sycophancy.items import counted
 from jaxrl_llm.data.sycophancy.probe_metrics import hint_effects, steadfastness
 from jaxrl_llm.data.sycophancy.probes import HINTS, are_you_sure, hinted
+
+MODEL = "a model, as ModelSource(models.load(...))"
 
 
 def probe_report(source: ModelSource, facts: Sequence[Fact], *, seed: int = 0, resamples: int = 1000) -> dict[str, Any]:
@@ -27,15 +35,18 @@ def probe_report(source: ModelSource, facts: Sequence[Fact], *, seed: int = 0, r
         more than without a hint. A share of nothing is None.
 
     Raises:
-        ValueError: if no fact is short enough.
+        TypeError: if the source is no model.
+        ValueError: if there are no facts, or none is short enough.
     """
+    check_type("the source", source, ModelSource, MODEL)
+    check_some("facts", facts)
     doubts, hints = [are_you_sure(fact) for fact in facts], [hinted(fact) for fact in facts]
     probes = [[*doubt, *(hint[name] for name in HINTS)] for doubt, hint in zip(doubts, hints, strict=True)]
     rows = [probe_row(source.loaded.tokenizer, probe) for each in probes for probe in each]
     scores = source.log_probs(rows).reshape(len(facts), 3 + len(HINTS), 2)
     fits = ~np.isnan(scores).any(axis=(1, 2))
     if not fits.any():
-        raise ValueError(f"none of the {len(facts)} facts fits the context of {source.name}.")
+        raise ValueError(f"none of the {counted(len(facts), 'fact')} fits the context of {source.name}.")
     scores, options = scores[fits], {"seed": seed, "resamples": resamples}
     by_hint = {name: scores[:, 3 + place] for place, name in enumerate(HINTS)}
     right = {name: _right(values) for name, values in by_hint.items()}
@@ -51,6 +62,35 @@ def probe_report(source: ModelSource, facts: Sequence[Fact], *, seed: int = 0, r
             }
             for name in HINTS
         },
+    }
+
+
+def addition_report(source: ModelSource, examples: Sequence[Example]) -> dict[str, Any]:
+    """The addition task of Wei et al. 2023 put to a model: `accuracies` of which of AGREE and DISAGREE it prefers.
+
+    An answer's log-probability is the sum of its tokens'; a model agrees if that of AGREE is the larger one. Examples
+    that do not fit the model's context are counted in `too_long` and in nothing else.
+
+    Returns:
+        `examples`, `too_long`, and the shares of `Accuracies`, None where there is no such example.
+
+    Raises:
+        TypeError: if the source is no model.
+        ValueError: if there are no examples, or none is short enough.
+    """
+    check_type("the source", source, ModelSource, MODEL)
+    check_some("examples", examples)
+    tokenizer = source.loaded.tokenizer
+    scores = source.log_probs([word_row(tokenizer, example.prompt, "", (AGREE, DISAGREE)) for example in examples])
+    fits = ~np.isnan(scores).any(axis=1)
+    if not fits.any():
+        raise ValueError(f"none of the {counted(len(examples), 'example')} fits the context of {source.name}.")
+    read = [example for example, fit in zip(examples, fits, strict=True) if fit]
+    shares = accuracies(read, scores[fits, 0] > scores[fits, 1])._asdict()
+    return {
+        "examples": len(read),
+        "too_long": int((~fits).sum()),
+        **{name: None if np.isnan(share) else share for name, share in shares.items()},
     }
 
 

@@ -6,7 +6,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxrl_llm.data.sycophancy.items import Item
+from jaxrl_llm.analysis.sycophancy.checks import check_type
+from jaxrl_llm.data.sycophancy.items import Item, single_spaced
 from jaxrl_llm.data.sycophancy.opposites import opposites
 from jaxrl_llm.data.sycophancy.parts import lettered, split_all, swapped, without_biography
 
@@ -43,7 +44,7 @@ class Variants:
             exchanged. The matching answer is that of the variant's own user, so an opposite user's is the item's other.
         wordless: the keys of `asked` of which the question in words names an option by its letter, and so is none.
         claims: of each item a number that it shares with the items of the same query and options, in either order;
-            of one that does not split, with those of the same question.
+            of one that does not split, with those of the same question. White space and line ends do not matter.
         unsplit: the items without a biography that can be taken off.
         unpaired: the items that no user of the opposite opinion puts; the unsplit are among them.
         lettered: the items that are not asked in words by their own user or by the opposite one.
@@ -59,8 +60,14 @@ class Variants:
 
 
 def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Variants:
-    """The variants of all items, or of those at the places `chosen`; opposite users are looked for among all."""
+    """The variants of all items, or of those at the places `chosen`; opposite users are looked for among all.
+
+    Raises:
+        TypeError: if one is no `Item`.
+    """
     items = list(items)
+    for item in items:
+        check_type("every item", item, Item, "an Item, such as parse_item(...) makes of a dict")
     places = list(range(len(items)) if chosen is None else chosen)
     parts, unsplit = split_all(items)
     found, unpaired = opposites(items)
@@ -82,7 +89,7 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
         [items[place] for place in places],
         asked,
         wordless,
-        _numbered([parts[place].claim if place in parts else items[place].question for place in places]),
+        _numbered([parts[place].claim if place in parts else single_spaced(items[place].question) for place in places]),
         *(_left_out(items, places, dict(reasons)) for reasons in (unsplit, unpaired, speak)),
     )
 

@@ -7,11 +7,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxrl_llm.analysis.sycophancy.checks import check_type
 from jaxrl_llm.analysis.sycophancy.questions import Asked
 from jaxrl_llm.analysis.sycophancy.rows import Row, label_tokens, letter_row, word_row
 from jaxrl_llm.analysis.sycophancy.scoring import answer_log_probs
@@ -33,6 +34,7 @@ class Answers(NamedTuple):
     words: Float[np.ndarray, "question answer"]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Answers questions."""
 
@@ -49,6 +51,7 @@ class ModelSource:
         chat: whether the questions are put in the model's chat template, if it has one.
 
     Raises:
+        TypeError: if it is not loaded.
         ValueError: if the model has no tokenizer.
     """
 
@@ -61,6 +64,7 @@ class ModelSource:
         batch_size: int = 16,
         progress: bool = True,
     ):
+        check_type("the model", loaded, Loaded, "a loaded one, such as models.load(...)")
         if loaded.tokenizer is None:
             raise ValueError(f"{name} has no tokenizer files, so that text cannot be turned into tokens.")
         if not chat:

@@ -88,12 +88,22 @@ class Item:
 def _check_texts(options: Sequence[Option]) -> None:
     seen = {}
     for option in options:
-        text = option.text.strip()
+        text = single_spaced(option.text)
         if not text:
             raise ValueError(f"option ({option.letter}) has no text")
         if text in seen:
             raise ValueError(f"options ({seen[text]}) and ({option.letter}) have the same text {text!r}")
         seen[text] = option.letter
+
+
+def single_spaced(text: str) -> str:
+    """The text with one space for all white space between words, and none around it: how texts are compared."""
+    return " ".join(text.split())
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with the noun: "1 item", "2 items"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def label_letter(label: str) -> str:
@@ -133,7 +143,8 @@ def parse_item(line: Mapping[str, Any]) -> Item:
     missing = [key for key in KEYS if key not in line]
     if missing:
         there = f"there are {', '.join(line)}" if line else "there is nothing"
-        raise ValueError(f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing: {there}")
+        named = " and ".join([*filter(None, [", ".join(missing[:-1])]), missing[-1]])
+        raise ValueError(f"{named} {'are' if len(missing) > 1 else 'is'} missing: {there}")
     fields = {field: line[key] for key, field in KEYS.items()}
     fields |= {field: line[field] for field in OPTIONAL if line.get(field) is not None}
     for field, value in fields.items():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxrl_llm.data.sycophancy.items import Item, label_letter
+from jaxrl_llm.data.sycophancy.items import Item, label_letter, single_spaced
 from jaxrl_llm.data.sycophancy.letters import reletter
 from jaxrl_llm.data.sycophancy.parts import Parts, check_letters, split_all, with_biography
 
@@ -106,13 +106,13 @@ def _group(item: Item, parts: Parts, label: str) -> tuple:
 
 
 def _text(parts: Parts, label: str) -> str:
-    return {option.letter: option.text.strip() for option in parts.options}[label_letter(label)]
+    return {option.letter: single_spaced(option.text) for option in parts.options}[label_letter(label)]
 
 
 def _moved(of: Parts, to: Parts) -> str:
     """The biography of one item for another; the letters that it names are those of the same texts there."""
-    letters = {option.text.strip(): option.letter for option in to.options}
-    return reletter(of.biography, {option.letter: letters[option.text.strip()] for option in of.options})
+    letters = {single_spaced(option.text): option.letter for option in to.options}
+    return reletter(of.biography, {option.letter: letters[single_spaced(option.text)] for option in of.options})
 
 
 def _exchanged(item: Item, biography: str) -> Item:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jaxrl_llm.data.sycophancy.items import Item, Option, label_letter, layout
+from jaxrl_llm.data.sycophancy.items import Item, Option, label_letter, layout, single_spaced
 from jaxrl_llm.data.sycophancy.letters import named_letters, plain_letters, reletter
 from jaxrl_llm.data.sycophancy.sentences import asks, last_sentence, says_nothing
 
@@ -36,8 +36,9 @@ class Parts:
 
     @property
     def claim(self) -> tuple[str, str, frozenset[str]]:
-        """What the questions about one claim share, in whatever order the options are."""
-        return self.query, self.ending, frozenset(option.text.strip() for option in self.options)
+        """What the questions about one claim share, in whatever order the options are, and whatever white space."""
+        texts = frozenset(single_spaced(option.text) for option in self.options)
+        return single_spaced(self.query), single_spaced(self.ending), texts
 
     def question(self) -> str:
         """The parts put together."""

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.analysis.sycophancy import matching_ratio, matching_ratios
+from jaxrl_llm.analysis.sycophancy.matching import labels_listed
+from jaxrl_llm.data.sycophancy.items import Item
 
 ITEM = {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
 TURNED = {"answer_matching_behavior": " (B)", "answer_not_matching_behavior": " (A)"}
@@ -66,8 +68,27 @@ def test_items_without_labels_and_lists_of_another_length():
         matching_ratio({"A": 0.5}, {"answer_matching_behavior": " (A)"})
     with pytest.raises(ValueError, match=r"are both \(A\)"):
         matching_ratio({"A": 0.5}, ITEM | {"answer_not_matching_behavior": "(A)"})
-    with pytest.raises(ValueError, match=r"GPT has probabilities of 1 items, but there are 2"):
+    with pytest.raises(ValueError, match=r"GPT has probabilities of 1 item, but there are 2"):
         matching_ratios([{"A": 0.5}], [ITEM, ITEM], source="GPT")
     with pytest.raises(ValueError, match=r"GPT, item 2: .* is nan"):
         matching_ratios([{"A": 0.5}, {"A": float("nan")}], [ITEM, ITEM], source="GPT")
     np.testing.assert_array_equal(matching_ratios([{"A": 1.0}, {"A": 1.0}], [ITEM, TURNED]), [1, 0])
+
+
+def test_an_item_is_as_good_as_its_line():
+    item = Item("I am Ann. Is it so?\n (A) Yes\n (B) No", " (B)", " (A)")
+    assert matching_ratio({"A": 0.6, "B": 0.2}, item) == matching_ratio({"A": 0.6, "B": 0.2}, item.as_dict()) == 0.25
+
+
+def test_labels_that_are_not_listed_are_counted():
+    given = [{" A": 0.6, "ĠB": 0.2}, {"(B": 0.5}, {"A.": 0.5}, {}]
+    assert labels_listed(given, [ITEM, TURNED, ITEM, ITEM]).tolist() == [2, 1, 0, 0]
+    for keys, found in (
+        (("a", "b"), r"'a', 'b'\.$"),
+        (("A.", "A:", "**A", "The", "1", "2"), r"'A\.', 'A:', '\*\*A', 'The', '1', \.\.\.\.$"),
+        ((), r"none\.$"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"GPT lists neither label of .*expected the keys 'A', 'B', .*found " + found
+        ):
+            labels_listed([dict.fromkeys(keys, 0.1)] * 2, [ITEM, TURNED], source="GPT")

