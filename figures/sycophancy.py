@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.sycophancy import draw_effects, draw_matching
+from jaxrl_llm.plots.sycophancy import WIDTHS, draw_report
 
 CONTROLS = 3
 
@@ -20,33 +20,14 @@ def draw(results: dict[str, Any]) -> Figure:
     rows = max(len(reports) for reports in data["sets"].values())
     figure = Figure(figsize=(10.2, 1.3 + len(data["sets"]) * (0.9 + 0.36 * rows)), layout="constrained")
     figure.suptitle(_title(data), x=0.01, ha="left", weight="bold", fontsize=10.5)
-    grid = figure.subplots(len(data["sets"]), 3, squeeze=False, width_ratios=(1.1, 1.1, 0.8))
-    for row in grid:
-        row[1].sharex(grid[0, 1])
-        row[2].sharex(grid[0, 2])
-    for (first, second, third), (name, reports) in zip(grid, data["sets"].items(), strict=True):
-        names = [report["source"] for report in reports]
-        bars = [
-            {"name": report["source"], "control": place < CONTROLS, **report["published"]}
-            for place, report in enumerate(reports)
-        ]
-        draw_matching(first, bars)
-        first.set_title(f"{name}: the published measure")
-        shifts = {f"by {form}": [report[form]["shift"] for report in reports] for form in ("letters", "words")}
-        draw_effects(second, shifts, names, xlabel="own less opposite user")
-        second.set_title("what the user changes")
-        second.legend(loc="lower right")
-        draw_effects(third, {"": [report["letter_bias"] for report in reports]}, names, xlabel="P((A)) − ½")
-        third.set_title("letter bias")
-        for axes, least in ((second, 0.05), (third, 0.02)):
-            axes.tick_params(labelleft=False)
-            axes.set_xlim(*_room(axes.get_xlim(), least))
+    grid = figure.subplots(len(data["sets"]), 3, squeeze=False, width_ratios=WIDTHS)
+    for panels, (name, reports) in zip(grid, data["sets"].items(), strict=True):
+        for axes, above in zip(panels[1:], grid[0, 1:], strict=True):
+            axes.sharex(above)
+        draw_report(panels, reports, controls=CONTROLS)
+        panels[0].set_title(f"{name}: the published measure")
     figure.supxlabel(textwrap.fill(_caption(data), 150), x=0.01, ha="left", fontsize=7.5, color=style.MUTED)
     return figure
-
-
-def _room(limits: tuple[float, float], least: float) -> tuple[float, float]:
-    return min(limits[0], -least), max(limits[1], least)
 
 
 def _title(data: dict[str, Any]) -> str:

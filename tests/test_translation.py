@@ -14,6 +14,8 @@ from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.models import GPT2, GPT2Config, Loaded
 from jaxrl_llm.translation import Form, translate
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "seven",
     "three hundred twenty-one thousand nine hundred eighty-seven",
@@ -39,7 +41,6 @@ def test_no_sentences_have_no_translations(tiny_t5):
     assert translate(tiny_t5, []) == []
 
 
-@pytest.mark.slow
 def test_beams_are_those_of_beam_search(tiny_t5):
     """Tokens of the first hypothesis, with the length penalty that was asked for."""
     rows = [tiny_t5.tokenizer(name)["input_ids"] for name in NAMES[:2]]
@@ -139,7 +140,6 @@ def writer(tokenizer, sentence, written):
     return Loaded(lm, params, tokenizer, {"vocab_size": SIZE})
 
 
-@pytest.mark.slow
 def test_a_decoder_only_model_translates_to_the_end_of_its_line():
     tokenizer = byte_tokenizer()
     for written, expected in (("mat\nhat\n", "mat"), (" mat sat", "mat sat")):

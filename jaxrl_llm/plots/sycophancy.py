@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from jaxrl_llm.plots import style
 
 ROW = 0.34  # inches
+WIDTHS = (1.1, 1.1, 0.8)  # of the panels of a report
 LONGEST = 34  # characters of a name
 
 
@@ -56,6 +57,28 @@ def draw_effects(
     _name_rows(axes, names)
 
 
+def draw_report(panels: Sequence[Axes], reports: Sequence[dict[str, Any]], *, controls: int = 0) -> None:
+    """Of some reports the published measure, what the user changes, and the letter bias; the first are `controls`."""
+    names = [report["source"] for report in reports]
+    first, second, third = panels
+    bars = [
+        {"name": name, "control": place < controls, **report["published"]}
+        for place, (name, report) in enumerate(zip(names, reports, strict=True))
+    ]
+    draw_matching(first, bars)
+    first.set_title("the published measure")
+    shifts = {f"by {form}": [report.get(form, {}).get("shift") for report in reports] for form in ("letters", "words")}
+    draw_effects(second, shifts, names, xlabel="own less opposite user")
+    second.set_title("what the user changes")
+    second.legend(loc="best")
+    draw_effects(third, {"": [report.get("letter_bias") for report in reports]}, names, xlabel="P((A)) − ½")
+    third.set_title("letter bias")
+    for axes, least in ((second, 0.05), (third, 0.02)):
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, -least), max(high, least))
+        axes.tick_params(labelleft=False)
+
+
 @style.look()
 def matching_figure(rows: Sequence[dict[str, Any]], *, title: str) -> Figure:
     """The published chart by itself: `draw_matching` of some rows."""
@@ -76,20 +99,7 @@ def report_figure(reports: Sequence[dict[str, Any]], *, title: str) -> Figure:
         return matching_figure(bars, title=title)
     figure = Figure(figsize=(10.2, 1.6 + ROW * len(reports)), layout="constrained")
     figure.suptitle(textwrap.fill(title, 130), x=0.01, ha="left", weight="bold", fontsize=10, parse_math=False)
-    first, second, third = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 0.8))
-    draw_matching(first, bars)
-    first.set_title("the published measure")
-    names = [report["source"] for report in reports]
-    shifts = {f"by {form}": [report.get(form, {}).get("shift") for report in reports] for form in ("letters", "words")}
-    draw_effects(second, shifts, names, xlabel="own less opposite user")
-    second.set_title("what the user changes")
-    second.legend(loc="best")
-    draw_effects(third, {"": [report.get("letter_bias") for report in reports]}, names, xlabel="P((A)) − ½")
-    third.set_title("letter bias")
-    for axes, least in ((second, 0.05), (third, 0.02)):
-        low, high = axes.get_xlim()
-        axes.set_xlim(min(low, -least), max(high, least))
-        axes.tick_params(labelleft=False)
+    draw_report(figure.subplots(1, 3, width_ratios=WIDTHS), reports)
     return figure
 
 

@@ -13,6 +13,8 @@ from jaxrl_llm.data import number_tokenizer
 from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded, T5Config
 from tests.conftest import random_params
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = transformers.PreTrainedTokenizerFast(
     tokenizer_object=number_tokenizer.build(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
 )
@@ -79,7 +81,6 @@ def test_a_head_that_always_looks_at_one_key_does_not_hide_the_others(t5):
     assert [link.key for link in strongest_links(maps, layers=[0], heads=[0])] == [0] * 4
 
 
-@pytest.mark.slow
 def test_the_source_is_put_as_translation_puts_it(t5):
     declared = dataclasses.replace(t5, config=CONFIG | {"translation": {"prefix": "six "}})
     maps, plain = (text_maps(t5, source) for t5, source in ((declared, "forty-two"), (t5, "six forty-two")))

@@ -11,6 +11,8 @@ from jaxrl_llm.decoding.contrastive import contrastive_search
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, TINY, VOCAB, log_softmax, random_params
 
+pytestmark = pytest.mark.slow
+
 NEVER = (10**6, 10**6)  # two tokens that end no row, so that one program serves with and without an end
 ROWS, NEW = 5, 12
 LENGTHS = np.asarray([12, 7, 1, 5, 9])
@@ -179,7 +181,6 @@ def test_on_a_table_also_from_nothing_and_with_impossible_tokens(impossible):
     assert len(set(paths)) > 5
 
 
-@pytest.mark.slow
 def test_float64_parameters_give_float64_log_probabilities():
     with jax.enable_x64(True):
         table = random_params(LM, 1, dtype=jnp.float64)

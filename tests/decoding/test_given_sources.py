@@ -26,6 +26,8 @@ from jaxrl_llm.decoding.transforms import Temperature
 from jaxrl_llm.models.t5 import T5
 from tests.conftest import TINY, TINY_T5, VOCAB, assert_follows, log_softmax, random_params
 
+pytestmark = pytest.mark.slow
+
 T5_SMALL = T5(dataclasses.replace(TINY_T5.config, num_layers=1, num_decoder_layers=1))
 PARAMS = random_params(T5_SMALL, 4)
 LENGTHS = (9, 3, 6)
@@ -87,10 +89,7 @@ def log_probs_of(row, tokens):
     return np.take_along_axis(laws, np.asarray(tokens)[:, None], axis=1)[:, 0]
 
 
-FAST = ("greedy", "beams")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in DECODERS])
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_row_among_padded_sources_is_the_row_alone_without_padding(name):
     together = DECODERS[name](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
     tokens = np.asarray(together.tokens).reshape(3, -1)
@@ -125,7 +124,6 @@ def test_greedy_is_the_argmax_of_the_uncached_model():
             text.append(token)
 
 
-@pytest.mark.slow
 def test_streaming_is_generating():
     whole = DECODERS["sampling"](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
     pieces = stream(LM, GIVEN, PROMPTS, key=KEYS, transform=Temperature(1.5), tokens_at_a_time=4, **LAYOUT)
@@ -133,7 +131,6 @@ def test_streaming_is_generating():
     np.testing.assert_array_equal(tokens, whole.tokens[:, : tokens.shape[1]])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_wide_beam_is_the_exact_search(penalty):
     narrow = T5(dataclasses.replace(TINY_T5.config, vocab_size=4, num_layers=1, num_decoder_layers=1))
@@ -161,7 +158,6 @@ def test_speculation_is_exact(kind):
         assert (found.acceptance_rate == 1) == (kind == "the same weights")
 
 
-@pytest.mark.slow
 def test_speculation_follows_the_law_of_the_target():
     rows, (lm, given, _) = 6000, one(0)
     other = T5_SMALL.start(random_params(T5_SMALL, 9), SOURCE[:1], MASK[:1]).params
@@ -176,7 +172,6 @@ def test_speculation_follows_the_law_of_the_target():
     assert_follows(after[:, 1], exact[1])
 
 
-@pytest.mark.slow
 def test_the_samples_of_best_of_n_read_the_prompts_own_source():
     options = {"n": 4, "key": KEYS, "score": lambda samples: samples.logp.sum(axis=-1)}
     found = best_of_n(LM, GIVEN, PROMPTS, **options, **LAYOUT)

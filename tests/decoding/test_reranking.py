@@ -16,6 +16,8 @@ from jaxrl_llm.decoding.transforms import Temperature
 from jaxrl_llm.objectives import rlhf
 from tests.conftest import TINY, VOCAB, assert_follows, random_params
 
+pytestmark = pytest.mark.slow
+
 BATCH, N = 4000, 4
 NOTHING = jnp.zeros((BATCH, 0), jnp.int32)
 NEVER = (10**6, 10**6)  # two tokens that end no row
@@ -225,7 +227,6 @@ def test_of_one_sample_it_is_generate_with_the_samples_key(gpt2):
     assert_same(best.generation, plain)
 
 
-@pytest.mark.slow
 def test_guidance_is_repeated_with_its_prompts(gpt2):
     lm, params = gpt2
     masks = np.asarray([[1, 1], [0, 1], [1, 1]], bool)
@@ -294,7 +295,6 @@ def test_scores_that_rank_nothing_are_named(gpt2):
         run((gpt2[0], broken))
 
 
-@pytest.mark.slow
 def test_other_numbers_compile_nothing_new():
     lm = TINY["tabular"]
     params = random_params(lm)

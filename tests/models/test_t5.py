@@ -19,6 +19,8 @@ from jaxrl_llm.models.t5_layers import T5Config, relative_buckets
 from jaxrl_llm.objectives.logprobs import token_log_probs
 from tests.conftest import TINY_T5, VOCAB, random_params
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = {
     "gated and untied": TINY_T5,
     "plain and tied": T5(
@@ -233,7 +235,6 @@ def test_rows_are_the_sources_each_repeated(model, copies):
     np.testing.assert_allclose(together, one_each, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_eager_is_jit():
     t5 = VARIANTS["plain and tied"]
     params = random_params(t5)
@@ -263,7 +264,6 @@ def test_a_cache_of_several_sources_gives_what_no_cache_gives(name):
             cache, rows = cache.take(jnp.asarray(order)), rows[np.asarray(order)]
 
 
-@pytest.mark.slow
 def test_another_source_of_the_same_shape_compiles_nothing_new():
     t5 = T5(dataclasses.replace(TINY_T5.config, num_layers=1, d_ff=8))
     params, programs = random_params(t5), []

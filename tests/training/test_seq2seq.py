@@ -14,6 +14,8 @@ from jaxrl_llm.training import loop, seq2seq
 from jaxrl_llm.training.run_log import RunLog
 from jaxrl_llm.training.steps import initial_state
 
+pytestmark = pytest.mark.slow
+
 VOCAB, EOS = 13, 1
 MODELS = {
     "t5": T5(T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)),
@@ -218,7 +220,6 @@ def untimed(row):
     return {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
 
 
-@pytest.mark.slow
 def test_it_learns_and_a_resumed_run_ends_with_the_same_bits(model, tmp_path):
     whole = fit(model, tmp_path / "whole", steps=60)
     rows = RunLog(tmp_path / "whole" / "log.jsonl").rows()

@@ -9,6 +9,8 @@ from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from tests.analysis.landscape.conftest import flat
 from tests.conftest import TINY, random_params
 
+pytestmark = pytest.mark.slow
+
 SMALL = GPT2(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=2))  # 320 numbers
 
 
@@ -50,7 +52,6 @@ def test_second_differences_of_the_surface_are_the_curvature_in_float64(scale):
             check_second_difference(loss, params, direction, spacing=0.004, tolerance=1e-8)
 
 
-@pytest.mark.slow
 def test_second_differences_of_the_surface_are_the_curvature_in_float32():
     """Along the gradient: where the curvature is next to nothing, rounding is all that float32 leaves of it."""
     params, loss = moderate(jnp.float32)
@@ -67,7 +68,6 @@ def test_second_difference_is_exact_for_polynomials_of_degree_nine():
     np.testing.assert_allclose(abs(error), 3628800 * 0.25**8 / 3150, rtol=1e-9)  # f⁽¹⁰⁾ h⁸ / 3150
 
 
-@pytest.mark.slow
 def test_lanczos_equals_the_dense_eigenvalues_of_a_small_gpt2():
     with jax.enable_x64(True):
         params, loss = random_params(SMALL, dtype=jnp.float64), small_loss()
@@ -126,7 +126,6 @@ def test_residuals_are_those_of_the_pairs_also_when_iterations_were_few():
     assert found.residuals[1] > 1e-5  # not converged, and said so
 
 
-@pytest.mark.slow
 def test_bfloat16_parameters_are_widened():
     params = random_params(SMALL, dtype=jnp.bfloat16)
     found = landscape.top_eigenpairs(small_loss(), params, jax.random.key(0), max_iterations=6)

@@ -10,6 +10,8 @@ from jaxrl_llm.analysis import landscape
 from tests.analysis.landscape.conftest import flat
 from tests.conftest import TINY, random_params
 
+pytestmark = pytest.mark.slow
+
 
 def cosine64(first, second):
     first, second = flat(first), flat(second)
@@ -50,9 +52,7 @@ def test_of_any_shapes_they_are_orthogonal_and_of_the_right_norm_or_refused(shap
                 np.testing.assert_allclose(np.linalg.norm(found, axis=0), wanted, rtol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "scale", ["parameter", *(pytest.param(scale, marks=pytest.mark.slow) for scale in ("filter", "none"))]
-)
+@pytest.mark.parametrize("scale", ["parameter", "filter", "none"])
 def test_of_tiny_gpt2_they_are_orthogonal_over_all_parameters_together(scale):
     params = models.load("tiny-gpt2").params
     first, second = landscape.random_directions(params, jax.random.key(0), scale=scale)
@@ -98,7 +98,6 @@ def test_the_same_name_shape_and_key_give_the_same_draw():
     assert not np.allclose(alone, other)
 
 
-@pytest.mark.slow
 def test_directions_of_bfloat16_parameters_are_float32():
     params = random_params(TINY["gpt2"], dtype=jnp.bfloat16)
     first, second = landscape.random_directions(params, jax.random.key(0))

@@ -7,6 +7,8 @@ from jaxrl_llm.analysis import landscape
 from jaxrl_llm.objectives import preference
 from tests.conftest import TINY, log_softmax, random_params
 
+pytestmark = pytest.mark.slow
+
 
 def rows(lm, *, seed, left):
     """Two rows of 4 and 6 real tokens in 7 columns, their last two the answer."""
@@ -35,7 +37,6 @@ def test_next_token_loss_is_the_mean_over_real_tokens(neural, left):
     np.testing.assert_allclose(found, -np.concatenate(each).mean(), rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
 def test_preference_loss_is_the_objective_of_summed_log_probs(neural, left):
     lm, params = neural
@@ -68,7 +69,6 @@ def test_reward_model_loss_reads_the_last_real_token(neural, left):
     np.testing.assert_allclose(found, np.logaddexp(0, -margin).mean(), rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_any_of_them_has_a_surface():
     lm = TINY["gpt2"]
     model, chosen, rejected = random_params(lm), rows(lm, seed=1, left=True), rows(lm, seed=2, left=True)
