@@ -34,7 +34,7 @@ class Config:
     heads: int = 4
     seeds: int = 2
     taught_steps: int = 200  # of the first stage
-    steps: int = 160  # of every later one
+    steps: int = 400  # of every later one
     batch: int = 32
     learning_rate: float = 5e-3
     snapshots: int = 2  # of every stage, at which the model is asked
