@@ -178,6 +178,7 @@ def assert_same(one, two):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_log_prob_is_that_of_a_forward_pass_and_padding_and_batch_do_not_matter(neural):
     lm, params = neural
     beams = stochastic_beam_search(lm, params, **padded("left"), **OPTIONS, key=KEYS)

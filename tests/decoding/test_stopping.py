@@ -167,6 +167,7 @@ def test_other_stop_strings_do_not_compile_again():
     assert decode._cache_size() == before
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_ends_with_the_stop_string():
     loaded = models.load("tiny-gpt2")
     strings, tokenizer = [".", " a"], loaded.tokenizer

@@ -77,6 +77,7 @@ def test_claims_meet_both_opinions_and_both_answers(world):
     assert not {tuple(row) for row in claims[held_out]} & {tuple(row) for row in claims[world.training]}
 
 
+@pytest.mark.slow
 def test_agreement_is_read_at_the_place_of_the_answer(world):
     params = random_params(world.lm)
     probs = np.asarray(amplification_gpt2.word_probs(world, params))

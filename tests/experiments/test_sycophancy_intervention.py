@@ -48,6 +48,7 @@ def test_every_example_can_be_read_from_its_tokens(examples, encoded):
         assert np.flatnonzero(answer).tolist() == [mask.sum() - 1], "the answer alone counts, and stands last"
 
 
+@pytest.mark.slow
 def test_agreement_is_read_where_the_prompt_ends(encoded, tools):
     params = [random_params(tools.lm, seed) for seed in range(2)]
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
