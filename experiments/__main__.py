@@ -13,7 +13,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-# With several processes at a time, each compiles its programs in one piece: parts side by side take a fifth longer.
+# With several processes at a time, each compiles its programs in one piece instead of in parts side by side.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"} | os.environ
 
 

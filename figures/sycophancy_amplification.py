@@ -65,7 +65,7 @@ def _draw_table(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> 
             axes.plot(
                 1 / table["beta"][chosen], table[way][chosen], mark, color=colour, markersize=size, fillstyle="none"
             )
-    axes.set_title("(a) a table, π_ref = ½: ○ DPO, × RLHF, exactly")
+    axes.set_title("(a) a table, π_ref = ½: ○ DPO, × RLHF")
 
 
 def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> None:

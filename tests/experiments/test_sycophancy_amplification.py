@@ -255,3 +255,6 @@ def test_the_committed_results_reach_the_law():
         (number,) = (number for said, number in numbers.items() if said.startswith(name))
         assert number["interval"] == [0, bound] and ledger.holds(number)
     figure.draw(entry)
+    readme = " ".join((ledger.RESULTS.parent / "README.md").read_text(encoding="utf-8").split())
+    worst = numbers["largest |deviation| of a GPT-2 from the law"]["value"]
+    assert f"within {worst:.3f} of it, in the mean over {entry['config']['seeds']} seeds" in readme

@@ -189,3 +189,6 @@ def test_the_committed_results_are_bounded_and_drawn():
     assert len(bounded) == len(addition_numbers.BOUNDS) and len(entry["numbers"]) == 20
     assert entry["preset"] == "full" and entry["config"]["seeds"] >= 3 and entry["holds"]
     figure.draw(entry)
+    readme = " ".join((ledger.RESULTS.parent / "README.md").read_text(encoding="utf-8").split())
+    after = entry["data"]["curves"]["intervention"][-1]["user_wrong"]["mean"]
+    assert f"tells the truth to {after:.0%} of those who are wrong" in readme

@@ -1,5 +1,7 @@
 """Questions as tokens, and log-probabilities of their answers."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import tokenizers
@@ -10,6 +12,7 @@ from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, probe_row, word_
 from jaxrl_llm.analysis.sycophancy.scoring import PREFIX_BUCKET, groups_of
 from jaxrl_llm.data.sycophancy.facts import facts
 from jaxrl_llm.data.sycophancy.probes import are_you_sure
+from jaxrl_llm.models.gpt2 import GPT2
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
 from tests.conftest import log_softmax
 
@@ -59,6 +62,21 @@ def test_neither_batch_nor_padding_changes_them(loaded, rows):
         apart = answer_log_probs(loaded.model, loaded.params, some, batch_size=size, progress=False)[::-1]
         for one, other in zip(together[:-2], apart, strict=True):
             np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+class Watched(GPT2):
+    """Remembers of how many places logits were taken at a time."""
+
+    leading: ClassVar[list[tuple[int, ...]]] = []
+
+    def logits(self, params, hidden):
+        self.leading.append(hidden.shape[:-1])
+        return super().logits(params, hidden)
+
+
+def test_logits_are_of_one_place_of_a_batch_at_a_time(loaded, rows):
+    found = answer_log_probs(Watched(loaded.model.config), loaded.params, rows[:7], batch_size=4, progress=False)
+    assert len(found) == 7 and set(Watched.leading) == {(4,)}, "never [batch, time, vocab]"
 
 
 def test_what_does_not_fit_or_makes_no_batch(loaded, rows):
