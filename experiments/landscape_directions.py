@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import numpy as np
 
-runtime.set_up()
-
-import jax  # noqa: E402
-import tyro  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.ledger import rounded  # noqa: E402
-from experiments.parts import landscapes  # noqa: E402
-from experiments.parts.landscapes import Place  # noqa: E402
-from jaxrl_llm import models  # noqa: E402
-from jaxrl_llm.analysis import landscape  # noqa: E402
-from jaxrl_llm.language_model import Params  # noqa: E402
+from experiments import command, ledger
+from experiments.parts import landscapes
+from experiments.parts.landscapes import Place
+from jaxrl_llm import models
+from jaxrl_llm.analysis import landscape
+from jaxrl_llm.language_model import Params
 
 NAMES = {"parameter": "by tensor", "filter": "by filter", "hessian": "top Hessian eigenvectors"}
+RANDOM = ("parameter", "filter")
 RISE = 0.5  # nats: a section reaches as far as its parabola rises by so much
+STEP = 0.1  # of a direction's length: where planes are compared
+OFF = 0.1  # nats between loss and parabola: from there on the parabola does not hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +35,18 @@ class Config:
 
     model: str = "tiny-gpt2"
     text: str = landscapes.LONGER
-    points: int = 21
-    section_points: int = 41
-    iterations: int = 40
-    tolerance: float = 1e-3
+    points: int = 9
+    """Along each direction, odd."""
+    iterations: int = 20
+    """The most Lanczos iterations."""
+    tolerance: float = 1e-2
+    """Of the residuals of the eigenpairs, over the largest eigenvalue."""
     seed: int = 0
+    """Of the random directions and of the first Lanczos vector."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Three surfaces, three sections, the spectrum's end, and the checks."""
+    """Compute three surfaces, three sections, the Hessian's largest eigenvalues, and the checks."""
     loaded = models.load(config.model)
     place = landscapes.of_text(loaded, config.text)
     keys = dict(zip(("directions", "lanczos"), jax.random.split(jax.random.key(config.seed)), strict=True))
@@ -57,117 +58,151 @@ def run(config: Config) -> dict[str, Any]:
         tolerance=config.tolerance,
         progress=True,
     )
+    sharpness = float(top.values[0])
     planes = planes_of(place.params, keys["directions"], top)
-    surfaces, sections, numbers = {}, {}, spectrum_numbers(top)
+    surfaces, sections = {}, {}
     for name, directions in planes.items():
-        surfaces[name], losses = landscapes.surface_of(
-            place, directions, points=config.points, title=NAMES[name], sharpness=top.values[0]
-        )
-        sections[name] = section(config, place, directions[0], name, top)
-        numbers.append(landscapes.centre_number(NAMES[name], place, losses))
-        numbers.append(landscapes.cosine_number(NAMES[name], surfaces[name]))
-        numbers.append(step_number(NAMES[name], surfaces[name], least=2.0 if name == "hessian" else None))
-    numbers += comparison(planes, sections, top)
+        surfaces[name] = landscapes.surface_of(place, directions, points=config.points, title=NAMES[name])
+        sections[name] = section(config, place, directions[0], name, sharpness)
+    flatter = {name: min(sharpness / abs(per_length(place, each)) for each in planes[name]) for name in RANDOM}
     return {
-        "claim": "What a landscape looks like is decided by its directions. Through the same model, on the same axes "
-        "and as long, a random plane shows a wide bowl; along the Hessian's top eigenvectors the loss has more than "
-        "doubled one grid step away. The curvature along a random direction is more than ten thousand times below the "
-        "sharpness, and the Hessian's parabola along its top eigenvector holds for less than a thousandth of the axis.",
-        "numbers": numbers,
-        "data": rounded(
-            {"model": config.model, "surfaces": surfaces, "sections": sections, "sharpness": float(top.values[0])}
-        ),
+        "claim": "How a landscape looks is decided by its directions. Through the same model, along directions of the "
+        "same length, the Hessian's top eigenvector curves more than ten thousand times as much as a random direction: "
+        "a tenth of the way out the loss has more than doubled, where on a random plane it has risen by less than 10%.",
+        "numbers": [
+            *spectrum_numbers(top),
+            *flatness(place, planes["hessian"][0], sharpness, flatter),
+            *steps(config, place, planes),
+            *validity(sections),
+            *landscapes.identities(surfaces.values()),
+        ],
+        "data": {
+            "model": config.model,
+            "surfaces": surfaces,
+            "sections": sections,
+            "sharpness": sharpness,
+            "flatter": min(flatter.values()),
+        },
     }
 
 
 def planes_of(params: Params, key: jax.Array, top: landscape.Eigenpairs) -> dict[str, tuple[Params, Params]]:
-    """The directions of each plane."""
-    random = {scale: landscape.random_directions(params, key, scale=scale) for scale in ("parameter", "filter")}
+    """Return the directions of each plane."""
+    random = {scale: landscape.random_directions(params, key, scale=scale) for scale in RANDOM}
     length = landscape.norm(params)
     return random | {"hessian": tuple(landscape.rescaled(vector, length) for vector in top.vectors)}
 
 
-def section(config: Config, place: Place, direction: Params, name: str, top: landscape.Eigenpairs) -> dict[str, Any]:
-    """The section along a plane's first direction, as far as its parabola rises by `RISE`."""
+def section(config: Config, place: Place, direction: Params, name: str, sharpness: float) -> dict[str, Any]:
+    """Return the section along a plane's first direction, as far as its parabola rises by `RISE`."""
     curvature = landscape.curvature(place.loss, place.params, direction)
     radius = min(1.0, math.sqrt(2 * RISE / abs(curvature)))
-    drawn = landscapes.section_of(place, direction, radius=radius, points=config.section_points, label=NAMES[name])
-    return drawn | {
-        "sharpness": float(top.values[0]),
-        "per_length": curvature / float(landscape.inner(direction, direction)),
-    }
+    drawn = landscapes.section_of(place, direction, radius=radius, points=4 * config.points + 1, label=NAMES[name])
+    return drawn | {"sharpness": sharpness, "per_length": per_length(place, direction)}
+
+
+def per_length(place: Place, direction: Params) -> float:
+    """Return the curvature per squared length."""
+    return landscape.curvature(place.loss, place.params, direction) / float(landscape.inner(direction, direction))
 
 
 def spectrum_numbers(top: landscape.Eigenpairs) -> list[dict[str, Any]]:
-    """The largest eigenvalues, how sure they are, and the smallest that was met."""
+    """Return the largest eigenvalue, and how well it has converged."""
     source = f"Lanczos, {top.iterations} iterations"
-    unit = "nats per token and squared length"
     return [
-        ledger.number("largest eigenvalue of the Hessian (sharpness)", float(top.values[0]), unit=unit, source=source),
-        ledger.number("second eigenvalue", float(top.values[1]), unit=unit, source=source),
-        ledger.number("smallest eigenvalue met", top.smallest, unit=unit, source=f"{source}; not converged"),
-        ledger.number(
-            "largest residual ‖Hv − λv‖ of the two, over λ₁",
+        ledger.measurement(
+            "largest eigenvalue of the Hessian (sharpness)",
+            float(top.values[0]),
+            unit="nats per token and squared length",
+            source=source,
+        ),
+        ledger.test(
+            "largest residual ‖Hv − λv‖ of the two largest, over λ₁",
             float(max(top.residuals) / top.values[0]),
-            interval=(0.0, 1e-2),
+            at_most=1e-2,
+            wrong=0.3,
             unit="",
             source=source,
         ),
     ]
 
 
-def step_number(name: str, surface: dict[str, Any], *, least: float | None) -> dict[str, Any]:
-    """The lowest of the four points next to the model, over the loss of the model."""
-    middle = len(surface["alphas"]) // 2
-    losses = surface["loss"]
-    beside = [losses[middle + i][middle + j] for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-    return ledger.number(
-        f"lowest loss one grid step from the model over the loss at it, {name}",
-        min(beside) / surface["centre"],
-        interval=(least, None),
-        unit="",
-        source="measured",
-    )
-
-
-def comparison(planes: dict[str, Any], sections: dict[str, Any], top: landscape.Eigenpairs) -> list[dict[str, Any]]:
-    """The curvature along the eigenvector is its eigenvalue; along random directions it is far below."""
-    length = float(landscape.norm(planes["hessian"][0]))
-    rayleigh = sections["hessian"]["curvature"] / (float(top.values[0]) * length**2)
-    flat = [
-        ledger.number(
-            f"sharpness over curvature per squared length, {NAMES[name]}",
-            float(top.values[0]) / abs(sections[name]["per_length"]),
-            interval=(1e4, None),
-            unit="times",
-            source="a random direction has the mean eigenvalue, weighted by how the norms are spread",
-        )
-        for name in ("parameter", "filter")
+def flatness(place: Place, eigenvector: Params, sharpness: float, flatter: dict[str, float]) -> list[dict[str, Any]]:
+    """Compare the curvature along the eigenvector with its eigenvalue, and with those along random directions."""
+    return [
+        ledger.test(
+            "dᵀHd over λ₁ ‖d‖², along the top eigenvector",
+            per_length(place, eigenvector) / sharpness,
+            expected=1.0,
+            tolerance=1e-3,
+            wrong=1.01,
+            unit="",
+            source="Rayleigh quotient by a Hessian-vector product",
+        ),
+        *(
+            ledger.test(
+                f"sharpness over curvature per squared length, random directions {NAMES[name]}",
+                value,
+                at_least=1e4,
+                wrong=1e3,
+                unit="times",
+                source="the smaller of the plane's two directions",
+            )
+            for name, value in flatter.items()
+        ),
     ]
-    exact = ledger.number(
-        "dᵀHd over λ₁ ‖d‖², along the top eigenvector",
-        rayleigh,
-        expected=1.0,
-        tolerance=1e-3,
-        unit="",
-        source="Rayleigh quotient by a Hessian-vector product",
-    )
-    return [exact, *flat]
 
 
-PRESETS = {"quick": Config(), "full": Config(points=41, section_points=81, iterations=96, tolerance=1e-5)}
+def steps(config: Config, place: Place, planes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Test the loss `STEP` away from the model along the directions of each plane."""
+
+    def over_centre(name: str) -> list[float]:
+        axis = landscape.axis(STEP, config.points)  # as many as the grid has, for which it is compiled already
+        ends = [landscape.loss_section(place.loss, place.params, each, axis)[[0, -1]] for each in planes[name]]
+        return (np.concatenate(ends) / place.centre).tolist()
+
+    source = f"both sides of the model along both directions, {STEP:g} of their length away"
+    return [
+        ledger.test(
+            f"lowest loss {STEP:g} away over that of the model, top Hessian eigenvectors",
+            min(over_centre("hessian")),
+            at_least=2.0,
+            wrong=1.1,
+            unit="times",
+            source=source,
+        ),
+        ledger.test(
+            f"highest loss {STEP:g} away over that of the model, random directions",
+            max(value for name in RANDOM for value in over_centre(name)),
+            at_most=1.1,
+            wrong=2.0,
+            unit="times",
+            source=source,
+        ),
+    ]
 
 
-def main(preset: Literal["quick", "full"] = "quick", model: str = "tiny-gpt2") -> None:
-    """Write `results/landscape_directions.json`, or `results/landscape_directions.<model>.json` for another model.
+def validity(sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure from where on the Hessian's parabola is off by `OFF`, within each section."""
 
-    Args:
-        preset: full has a grid twice as fine, and more Lanczos iterations.
-        model: anything that `models.load` takes.
-    """
-    config = dataclasses.replace(PRESETS[preset], model=model)
-    ledger.run_and_write(ledger.result_name("landscape_directions", model), run, config, preset)
+    def reach(drawn: dict[str, Any]) -> float:
+        gaps = np.abs(np.asarray(drawn["loss"], float) - drawn["quadratic"])
+        off = np.abs(drawn["alphas"])[gaps > OFF]
+        return float(off.min() if off.size else np.abs(drawn["alphas"]).max())
+
+    return [
+        ledger.measurement(
+            f"distance up to which the Hessian's parabola is within {OFF:g} nats, {NAMES[name]}",
+            reach(drawn),
+            unit="of the direction's length",
+            source="along the first direction, at most to where the parabola has risen by 0.5",
+        )
+        for name, drawn in sections.items()
+    ]
+
+
+PRESETS = {"quick": Config(), "full": Config(points=25, iterations=96, tolerance=1e-4)}
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("landscape_directions", run, PRESETS, seeds=3)

@@ -2,111 +2,118 @@
 
     python -m experiments.policy_gradient_variance --preset quick
 
-Two random tabular models, found by a search: the median one, and the one whose mean baseline raises the variance most.
+Many random tabular models, of which the one with the median effect of the mean baseline is taken apart; and a coin, a
+counter-example in closed form.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Key
 
-runtime.set_up()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from jaxtyping import Array, Key  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.ledger import rounded  # noqa: E402
-from experiments.parts.gradient_estimators import LM, baselines, grouped, problem, single, single_losses  # noqa: E402
-from jaxrl_llm import oracle  # noqa: E402
-from jaxrl_llm.objectives import advantages  # noqa: E402
-from jaxrl_llm.objectives.policy_gradient import reinforce_loss  # noqa: E402
+from experiments import command, ledger
+from experiments.parts.gradient_estimators import (
+    Problem,
+    baselines,
+    coin,
+    grouped,
+    problem,
+    single,
+    single_losses,
+)
+from jaxrl_llm import oracle
+from jaxrl_llm.objectives import advantages
+from jaxrl_llm.objectives.policy_gradient import reinforce_loss
 
 SOURCE = "oracle.gradient_moments, against oracle.objective_grad"
 GROUPS = {"RLOO": advantages.rloo, "centred": advantages.centered, "GRPO": advantages.grpo}
-UNBIASED_GROUP = "RLOO"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How many random models are searched, and the price of a nat where k1 is in the reward."""
+    """Random models, and the estimators that are measured."""
 
-    searched: int = 400
-    beta: float = 0.1
+    searched: int = 200  # random models
+    p: float = 0.8  # of the coin's rewarded side: above 2/3 the mean baseline raises the variance
+    beta: float = 0.1  # the price of a nat where k1 is in the reward
     group_sizes: tuple[int, ...] = (2, 3)
     seed: int = 0
 
 
+PRESETS = {"quick": Config(), "full": Config(searched=1_000)}
+
+
 def run(config: Config) -> dict[str, Any]:
-    """Search, then measure every estimator on the median model and on the counter-example."""
+    """Compare constant baselines on many models; then measure every estimator on the median model and on the coin."""
     keys = jax.random.split(jax.random.key(config.seed), config.searched)
     with jax.enable_x64(True):
         search = {name: np.asarray(value) for name, value in jax.jit(jax.vmap(search_one))(keys).items()}
-        order = np.argsort(search["mean baseline"], kind="stable")
-        chosen = {"typical": order[len(order) // 2], "counter-example": order[-1]}
-        cases = {name: measure_case(config, keys[index]) for name, index in chosen.items()}
-    for name, index in chosen.items():
-        cases[name]["mean reward"], cases[name]["b*"] = float(search["mean reward"][index]), float(search["b*"][index])
-    ratios = {name: search[name] for name in ("mean baseline", "optimal baseline")}
-    worst = cases["counter-example"]["estimators"]["mean baseline"]["relative variance"]
+        middle = np.argsort(search["mean baseline"], kind="stable")[config.searched // 2]
+        cases = {
+            "typical": measure_case(config, functools.partial(problem, keys[middle])),
+            "coin": measure_case(config, functools.partial(coin, config.p)),
+        }
+    raised = int((search["mean baseline"] > 1).sum())
+    by_coin = cases["coin"]["estimators"]["mean baseline"]["relative variance"]
     return {
-        "claim": "Many estimators have the same mean, the exact policy gradient, but not the same variance: "
-        f"subtracting the mean reward can raise it ({worst:.2f} times in one of {config.searched} models), the optimal "
-        "baseline cannot.",
-        "numbers": search_numbers(ratios) + [entry for name, case in cases.items() for entry in numbers(name, case)],
-        "data": rounded({"search": ratios, "cases": cases}),
+        "claim": "Unbiased policy-gradient estimators differ in variance: subtracting the mean reward lowers it in "
+        f"most random models, but raises it in {raised / config.searched:.0%} of {config.searched}, and "
+        f"{by_coin:.3g} times for a coin; the optimal baseline never does. Dividing by a group's spread makes a bias.",
+        "numbers": search_numbers(search, raised) + coin_numbers(config, cases["coin"]) + case_numbers(cases),
+        "data": {"search": {name: search[name] for name in ("mean baseline", "optimal baseline")}, "cases": cases}
+        | {"p": config.p},
     }
 
 
 def search_one(key: Key[Array, ""]) -> dict[str, Array]:
-    """Variance with both constant baselines, relative to none; and the baselines."""
+    """Return the variance with both constant baselines, relative to none."""
     given = problem(key)
     rewards = given.rewards.sum(axis=1)
-    mean, best = baselines(given)
     plain, *others = (
-        single(given, lambda params, b=b: reinforce_loss(oracle.sequence_log_probs(LM, params), rewards - b))
-        for b in (0.0, mean, best)
+        single(given, lambda params, b=b: reinforce_loss(oracle.sequence_log_probs(given.lm, params), rewards - b))
+        for b in (0.0, *baselines(given))
     )
     names = ("mean baseline", "optimal baseline")
-    ratios = {name: each.total_variance / plain.total_variance for name, each in zip(names, others, strict=True)}
-    return ratios | {"mean reward": mean, "b*": best}
+    return {name: each.total_variance / plain.total_variance for name, each in zip(names, others, strict=True)}
 
 
-def measure_case(config: Config, key: Key[Array, ""]) -> dict[str, Any]:
-    """Variance for an equal number of samples, relative to no baseline; relative bias; cosine with ∇J."""
-    measured = jax.jit(functools.partial(measure, config.beta, config.group_sizes))(key)
+def measure_case(config: Config, make: Callable[[], Problem]) -> dict[str, Any]:
+    """Return variances for an equal number of samples, relative to no baseline; relative bias; cosine with ∇J."""
+    measured, (mean, best) = jax.jit(lambda: (measure(config, make()), baselines(make())))()
     entries = {name: {field: float(value) for field, value in each.items()} for name, each in measured.items()}
     plain = entries["no baseline"]["variance"]
     for entry in entries.values():
         entry["relative variance"] = entry.pop("variance") / plain
-    return {"estimators": entries, "beta": config.beta}
+    return {"estimators": entries, "mean reward": float(mean), "b*": float(best)}
 
 
-def measure(beta: float, group_sizes: tuple[int, ...], key: Key[Array, ""]) -> dict[str, dict[str, Array]]:
-    """Every estimator of this experiment on one problem."""
-    given = problem(key)
+def measure(config: Config, given: Problem) -> dict[str, dict[str, Array]]:
+    """Measure every estimator of this experiment on one problem."""
     whole = given.rewards.sum(axis=1)
-    exact = oracle.objective_grad(LM, given.params, given.ref_params, whole, beta=0.0)["logits"]
-    held = oracle.objective_grad(LM, given.params, given.ref_params, whole, beta=beta)["logits"]
-    losses = single_losses(given, beta)
+    exact, held = (
+        oracle.objective_grad(given.lm, given.params, given.ref_params, whole, beta=beta)["logits"]
+        for beta in (0.0, config.beta)
+    )
     found = {
         name: compared(single(given, loss), held if name.startswith("k1") else exact, 1)
-        for name, loss in losses.items()
+        for name, loss in single_losses(given, config.beta).items()
     }
-    for size in group_sizes:
+    for size in config.group_sizes:
         for name, advantage in GROUPS.items():
             found[f"{name}, groups of {size}"] = compared(grouped(given, advantage, size), exact, size)
     return found
 
 
 def compared(found: oracle.Moments, exact: Array, size: int) -> dict[str, Array]:
-    """Against the true gradient, per sample: the variance of an average of groups, times the samples it took."""
+    """Compare with the true gradient, per sample: the variance of an average of groups, times the samples it took."""
     mean = -found.mean["logits"]  # of a loss
     length = jnp.linalg.norm(exact)
     return {
@@ -117,108 +124,92 @@ def compared(found: oracle.Moments, exact: Array, size: int) -> dict[str, Array]
     }
 
 
-def search_numbers(ratios: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """How often the mean baseline does harm, and that the optimal one never does."""
-    raised = float((ratios["mean baseline"] > 1).mean())
+def search_numbers(search: dict[str, np.ndarray], raised: int) -> list[dict[str, Any]]:
+    """Count the models in which the mean baseline does harm; the optimal one never does."""
+    mean, best, searched = search["mean baseline"], search["optimal baseline"], len(search["mean baseline"])
+    share = scipy.stats.binomtest(raised, searched).proportion_ci(0.95, method="exact")
     return [
-        ledger.number(
+        ledger.measurement(
             "share of random models in which the mean baseline raises the variance",
-            raised,
-            interval=(0.0, 1.0),
+            raised / searched,
             unit="1",
-            source="exact total variance; normal logits and rewards",
+            source=f"exact total variances of {searched} models of normal logits and rewards; Clopper and Pearson",
+            confidence=(float(share.low), float(share.high)),
         ),
-        ledger.number(
-            "largest Var(optimal baseline)/Var(no baseline) of all models",
-            float(ratios["optimal baseline"].max()),
-            interval=(0.0, 1 + 1e-12),
+        ledger.test(
+            "the same: upper end of its 95% interval",
+            float(share.high),
+            at_most=0.5,
+            wrong=0.6,
             unit="1",
-            source="Greensmith et al. 2004",
+            source="it lowers the variance in most of them",
         ),
-        ledger.number(
-            "largest Var(optimal baseline)/Var(mean baseline) of all models",
-            float((ratios["optimal baseline"] / ratios["mean baseline"]).max()),
-            interval=(0.0, 1 + 1e-12),
-            unit="1",
+        ledger.identity(
+            "largest Var(optimal baseline)/min(Var(no baseline), Var(mean baseline)) − 1, if above 0",
+            max(0.0, float((best / np.minimum(1, mean)).max() - 1)),
+            tolerance=1e-12,
+            unit=f"1, over {searched} models",
             source="Greensmith et al. 2004",
         ),
     ]
 
 
-def numbers(case: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bias of every estimator, and the variance of the constant baselines."""
-    entries = []
-    for name, found in measured["estimators"].items():
-        kind, _, size = name.partition(", groups of ")
-        if kind in GROUPS and kind != UNBIASED_GROUP:
-            entries += biased_numbers(case, name, kind, size, found)
-            continue
-        label = f"{case}: ‖bias‖/‖∇J‖ of {name}"
-        entries.append(ledger.number(label, found["bias"], expected=0.0, tolerance=1e-10, unit="1", source=SOURCE))
-    bounds = {
-        "mean baseline": (1.001, None) if case == "counter-example" else (0.0, 1.0),
-        "optimal baseline": (0.0, 1 + 1e-12),
-        "PPO-clip, first step": (1 - 1e-10, 1 + 1e-10),
-    }
-    entries += [
-        ledger.number(
-            f"{case}: variance with {name} over none",
-            measured["estimators"][name]["relative variance"],
-            interval=bound,
+def coin_numbers(config: Config, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compare the variance of the coin with its closed form."""
+    return [
+        ledger.identity(
+            "coin: variance with the mean baseline over none",
+            case["estimators"]["mean baseline"]["relative variance"],
+            expected=((2 * config.p - 1) / (1 - config.p)) ** 2,
+            tolerance=1e-9,
             unit="1",
-            source="exact total variance",
+            source=f"((2p − 1)/(1 − p))², p = {config.p:g}: 2p(1 − p)(2p − 1)² over 2p(1 − p)³",
         )
-        for name, bound in bounds.items()
+    ]
+
+
+def case_numbers(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return which estimators are unbiased, short, or turned, and the variance of each on the median model."""
+    typical, coin_case = (cases[name]["estimators"] for name in ("typical", "coin"))
+    both = [*typical.items(), *coin_case.items()]
+    centred = [(int(name.rpartition(" ")[2]), each) for name, each in both if name.startswith("centred")]
+    turned = min(1 - each["cosine"] for name, each in typical.items() if name.startswith("GRPO"))
+    unit = "1, over both models"
+    entries = [
+        ledger.identity(
+            "largest ‖bias‖/‖∇J‖ of the unbiased estimators",
+            max(each["bias"] for name, each in both if not name.startswith(("centred", "GRPO"))),
+            tolerance=1e-10,
+            unit=unit,
+            source=SOURCE,
+        ),
+        ledger.identity(
+            "largest ‖E[estimate] − (1 − 1/N) ∇J‖/‖∇J‖ of centred groups of N",
+            max(abs(each["bias"] - 1 / size) + 1 - each["cosine"] for size, each in centred),
+            tolerance=1e-10,
+            unit=unit,
+            source="the mean includes the sample itself",
+        ),
+        ledger.test(
+            "least 1 − cosine of E[GRPO] with ∇J",
+            turned,
+            at_least=1e-6,
+            wrong=1e-12,
+            unit="1, on the median model",
+            source=f"division by the spread of a group also turns the gradient; {SOURCE}",
+        ),
     ]
     entries += [
-        ledger.number(
-            f"{case}: variance with {name} over none, for equal numbers of samples",
-            measured["estimators"][name]["relative variance"],
-            unit="1",
+        ledger.measurement(
+            f"variance with {name} over none, for equal numbers of samples",
+            typical[name]["relative variance"],
+            unit="1, on the median model",
             source="exact total variance",
         )
-        for name in ("reward-to-go", "exact critic", "RLOO, groups of 2", "RLOO, groups of 3")
+        for name in ("mean baseline", "optimal baseline", "reward-to-go", "exact critic", "RLOO, groups of 3")
     ]
     return entries
 
 
-def biased_numbers(case: str, name: str, kind: str, size: str, found: dict[str, float]) -> list[dict[str, Any]]:
-    """A mean that includes the sample itself shortens the gradient; a division by the spread also turns it."""
-    if kind == "centred":
-        return [
-            ledger.number(
-                f"{case}: E[estimate] of {name}, as a multiple of ∇J",
-                found["length"],
-                expected=1 - 1 / int(size),
-                tolerance=1e-10,
-                unit="1",
-                source="1 − 1/N: the mean includes the sample itself",
-            ),
-            ledger.number(
-                f"{case}: 1 − cosine of {name}",
-                1 - found["cosine"],
-                expected=0.0,
-                tolerance=1e-10,
-                unit="1",
-                source=SOURCE,
-            ),
-        ]
-    return [
-        ledger.number(f"{case}: ‖bias‖/‖∇J‖ of {name}", found["bias"], interval=(1e-3, None), unit="1", source=SOURCE),
-        ledger.number(f"{case}: cosine of {name} with ∇J", found["cosine"], interval=(-1, 1), unit="1", source=SOURCE),
-    ]
-
-
-def main(preset: Literal["quick", "full"] = "quick") -> None:
-    """Write `results/policy_gradient_variance.json`.
-
-    Args:
-        preset: full searches ten times as many models.
-    """
-    ledger.run_and_write("policy_gradient_variance", run, PRESETS[preset], preset)
-
-
-PRESETS = {"quick": Config(), "full": Config(searched=4_000)}
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("policy_gradient_variance", run, PRESETS, seeds=5)

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
 
-runtime.set_up()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.ledger import rounded  # noqa: E402
-from experiments.parts import landscapes  # noqa: E402
-from experiments.parts.landscapes import Place  # noqa: E402
-from jaxrl_llm import models, text  # noqa: E402
-from jaxrl_llm.analysis import landscape  # noqa: E402
-from jaxrl_llm.language_model import Params  # noqa: E402
+from experiments import command, ledger
+from experiments.parts import landscapes
+from experiments.parts.landscapes import Place
+from jaxrl_llm import models, text
+from jaxrl_llm.analysis import landscape
+from jaxrl_llm.language_model import Params
 
 PAIRS = (  # prompt, preferred answer, rejected answer
     ("And the king said unto the stranger,", " Peace be with thee.", " Get thee hence."),
@@ -44,72 +38,100 @@ PAIRS = (  # prompt, preferred answer, rejected answer
 )
 
 
+ALL_SCALES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0)  # of directions as long as the parameters
+RANDOM_WALK = 0.90  # (4 + 4/9) / (π² / 2): the share of Brownian motion in its first two principal components
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A reference model, DPO's β, the run whose path is drawn, and the grid."""
+    """A reference model, DPO's β, the run whose path is drawn, and the grids."""
 
     model: str = "tiny-gpt2"
     beta: float = 0.1
-    points: int = 15
-    steps: int = 40
-    every: int = 2  # steps between two checkpoints of the path
+    pairs: int = 5
+    """The first so many of `PAIRS`."""
+    points: int = 7
+    """Along each direction of a drawn surface, odd."""
+    planes: int = 1
+    """Random planes in which a loss as low as at the end of the path is looked for."""
+    steps: int = 16
+    every: int = 2
+    """Steps between two checkpoints of the path."""
     learning_rate: float = 3e-4
-    margin: float = 0.3  # the path's plane reaches so far beyond the path, in its lengths
+    margin: float = 0.3
+    """The path's plane reaches so far beyond the path, in its lengths."""
     seed: int = 0
+    """Of the random planes and of the reward model's head."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Three surfaces, the path, and the numbers."""
+    """Compute DPO's loss on random planes and on the plane of its path, and a reward model's on a random plane."""
     loaded = models.load(config.model)
-    chosen, rejected = (answers(loaded.tokenizer, which) for which in (1, 2))
+    chosen, rejected = (answers(loaded.tokenizer, which, PAIRS[: config.pairs]) for which in (1, 2))
     keys = dict(zip(("directions", "head"), jax.random.split(jax.random.key(config.seed)), strict=True))
     dpo = Place.of(
         landscape.preference_loss(loaded.model, loaded.params, chosen, rejected, beta=config.beta), loaded.params
     )
     reward = reward_place(loaded, chosen, rejected, keys["head"])
-    surfaces, numbers = {}, [log_two(dpo)]
-    for name, place, title in (
-        ("dpo", dpo, f"DPO around its reference, β = {config.beta:g}"),
-        ("reward", reward, "reward model around a new head"),
-    ):
-        directions = landscape.random_directions(place.params, keys["directions"])
-        surfaces[name], losses = landscapes.surface_of(
-            place, directions, points=config.points, title=title, unit="nats per pair"
+    surfaces = {
+        name: landscapes.surface_of(
+            place,
+            landscape.random_directions(place.params, keys["directions"]),
+            points=config.points,
+            title=title,
+            unit="nats per pair",
         )
-        numbers += [landscapes.centre_number(title, place, losses), landscapes.cosine_number(title, surfaces[name])]
+        for name, place, title in (
+            ("dpo", dpo, f"DPO around its reference, β = {config.beta:g}"),
+            ("reward", reward, "reward model around a new head"),
+        )
+    }
     trained, checkpoints = train(config, dpo)
     plane = landscape.principal_directions(checkpoints, dpo.params)
+    lowest = lowest_of_planes(config, dpo, jax.random.fold_in(keys["directions"], 1))
+    numbers = [
+        log_two(dpo),
+        *path_numbers(dpo, trained, plane),
+        low_test(config, min([surfaces["dpo"]["minimum"], *lowest]) - trained[-1]),
+        *landscapes.identities(surfaces.values()),
+    ]
     surfaces["path"] = path_surface(config, dpo, plane)
-    numbers += path_numbers(dpo, trained, plane, surfaces)
     return {
-        "claim": "A preference loss is a loss like any other. At the reference DPO's is log 2 whatever the data, and "
-        "the ground there slopes: a short run of DPO comes to near 0 within a tenth of the parameters' length, by a "
-        "path that a plane nearly holds; no point of a random plane, which reaches as far as the parameters are long, "
-        "is as low.",
+        "claim": "DPO's loss is log 2 at the reference whatever the pairs. A short run takes it below 0.1 within a "
+        "tenth of the parameters' length, along a path that a plane nearly holds; on random planes, out to the "
+        "parameters' whole length, no grid point has a loss within 0.1 nats of its end's.",
         "numbers": numbers,
-        "data": rounded(
-            {
-                "model": config.model,
-                "surfaces": surfaces,
-                "path": [[0.0, 0.0], *np.asarray(plane.coordinates).tolist()],
-                "explained": plane.explained,
-                "losses": trained,
-                "every": config.every,
-            }
-        ),
+        "data": {
+            "model": config.model,
+            "surfaces": surfaces,
+            "path": [[0.0, 0.0], *np.asarray(plane.coordinates).tolist()],
+            "explained": plane.explained,
+            "losses": trained,
+            "lowest": [surfaces["dpo"]["minimum"], *lowest],
+            "every": config.every,
+        },
     }
 
 
-def answers(tokenizer: Any, which: int) -> landscape.Answers:
-    """The prompts with their answers of one kind, padded on the right."""
-    prompts = [text.encode(tokenizer, pair[0]) for pair in PAIRS]
-    wholes = [text.encode(tokenizer, pair[0] + pair[which]) for pair in PAIRS]
+def lowest_of_planes(config: Config, dpo: Place, key: jax.Array) -> list[float]:
+    """Return the lowest loss on each random plane, over a grid with points at all distances from the reference."""
+    lowest, axis = [], np.asarray(ALL_SCALES)
+    for each in jax.random.split(key, config.planes):
+        directions = landscape.random_directions(dpo.params, each)
+        lowest.append(float(np.nanmin(landscape.loss_surface(dpo.loss, dpo.params, directions, axis, axis))))
+    return lowest
+
+
+def answers(tokenizer: Any, which: int, pairs: tuple[tuple[str, str, str], ...] = PAIRS) -> landscape.Answers:
+    """Return the prompts with their answers of one kind, padded on the right."""
+    prompts = [text.encode(tokenizer, pair[0]) for pair in pairs]
+    wholes = [text.encode(tokenizer, pair[0] + pair[which]) for pair in pairs]
     for prompt, whole in zip(prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt:
             raise ValueError(f"the prompt's tokens {prompt} do not begin those of prompt and answer, {whole}.")
     place = np.arange(max(map(len, wholes)))
     lengths, starts = (np.asarray([len(row) for row in rows])[:, None] for rows in (wholes, prompts))
-    tokens = np.zeros((len(PAIRS), len(place)), np.int32)
+    tokens = np.zeros((len(pairs), len(place)), np.int32)
     for row, whole in zip(tokens, wholes, strict=True):
         row[: len(whole)] = whole
     mask = place < lengths
@@ -117,7 +139,7 @@ def answers(tokenizer: Any, which: int) -> landscape.Answers:
 
 
 def reward_place(loaded: models.Loaded, chosen: Any, rejected: Any, key: jax.Array) -> Place:
-    """A reward model with a new head, of the size that gives scores of unit order."""
+    """Return a reward model with a new head, of the size that gives scores of unit order."""
     hidden, _ = jax.eval_shape(loaded.model.hidden, loaded.params, chosen.tokens)
     head = jax.random.normal(key, hidden.shape[-1:]) / math.sqrt(hidden.shape[-1])
     loss = landscape.reward_model_loss(loaded.model, chosen, rejected)
@@ -125,7 +147,7 @@ def reward_place(loaded: models.Loaded, chosen: Any, rejected: Any, key: jax.Arr
 
 
 def train(config: Config, dpo: Place) -> tuple[list[float], list[Params]]:
-    """DPO by Adam on all pairs at once: the loss before every step and after the last, and the checkpoints."""
+    """Run DPO by Adam on all pairs; return the loss before every step and after the last, and the checkpoints."""
     optimiser = optax.adam(config.learning_rate)
 
     @jax.jit
@@ -144,7 +166,7 @@ def train(config: Config, dpo: Place) -> tuple[list[float], list[Params]]:
 
 
 def path_surface(config: Config, dpo: Place, plane: landscape.PrincipalDirections) -> dict[str, Any]:
-    """DPO's loss over the plane of the path, which begins at its origin."""
+    """Return DPO's loss over the plane of the path, which begins at its origin."""
     places = np.vstack([plane.coordinates, [[0.0, 0.0]]])
     low, high = places.min(axis=0), places.max(axis=0)
     room = config.margin * (high - low).max()
@@ -163,7 +185,7 @@ def path_surface(config: Config, dpo: Place, plane: landscape.PrincipalDirection
 
 def log_two(dpo: Place) -> dict[str, Any]:
     """At the reference every pair's margin is 0."""
-    return ledger.number(
+    return ledger.identity(
         "DPO's loss at the reference",
         dpo.centre,
         expected=math.log(2),
@@ -173,68 +195,51 @@ def log_two(dpo: Place) -> dict[str, Any]:
     )
 
 
-def path_numbers(
-    dpo: Place, losses: list[float], plane: landscape.PrincipalDirections, surfaces: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Where the run ends, by what kind of path, and how much lower its plane leads than a random one."""
-    places = np.vstack([[[0.0, 0.0]], plane.coordinates])
-    along = places * [float(landscape.norm(direction)) for direction in plane.directions]
-    length = float(landscape.norm(dpo.params))
-    steepness = float(landscape.norm(jax.jit(jax.grad(dpo.loss))(dpo.params)))
-    source = "principal components around the reference, Li et al. 2018, section 7"
+def low_test(config: Config, difference: float) -> dict[str, Any]:
+    """Test that no point of the random planes comes near to the end of the path."""
+    return ledger.test(
+        "lowest loss of the random planes − loss at the end of DPO's path",
+        difference,
+        at_least=0.1,
+        wrong=0.0,
+        unit="nats per pair",
+        source=f"{config.points}² points of a plane and {len(ALL_SCALES)}² of each of {config.planes} more",
+    )
+
+
+def path_numbers(dpo: Place, losses: list[float], plane: landscape.PrincipalDirections) -> list[dict[str, Any]]:
+    """Test where the run ends, how far that is, and whether a plane holds its path."""
+    end = plane.coordinates[-1] * [float(landscape.norm(direction)) for direction in plane.directions]
     return [
-        ledger.number("DPO's loss after the run", losses[-1], interval=(0.0, 0.1), unit="nats per pair", source="Adam"),
-        ledger.number(
-            "‖∇ loss‖ ‖θ‖ at the reference",
-            steepness * length,
-            interval=(1.0, None),
+        ledger.test(
+            "DPO's loss after the run",
+            losses[-1],
+            at_most=0.1,
+            wrong=math.log(2),
             unit="nats per pair",
-            source="autodiff",
+            source=f"{len(losses) - 1} steps of Adam",
         ),
-        ledger.number(
+        ledger.test(
+            "distance from the start to the end of the path over the length of the parameters",
+            float(np.linalg.norm(end)) / float(landscape.norm(dpo.params)),
+            at_most=0.1,
+            wrong=0.5,
+            unit="",
+            source="within the plane of the path",
+        ),
+        ledger.test(
             "share of the path's squared distances in its plane",
             float(plane.explained.sum()),
-            interval=(0.97, 1.0 + 1e-6),
+            at_least=0.95,
+            wrong=RANDOM_WALK,
             unit="",
-            source=source,
-        ),
-        ledger.number("of it in the first direction", float(plane.explained[0]), unit="", source=source),
-        ledger.number(
-            "length of the path in its plane over the distance from its start to its end",
-            float(np.linalg.norm(np.diff(along, axis=0), axis=1).sum() / np.linalg.norm(along[-1])),
-            unit="",
-            source=source,
-        ),
-        ledger.number(
-            "distance from the start to the end of the path over the length of the parameters",
-            float(np.linalg.norm(along[-1]) / length),
-            interval=(0.0, 0.1),
-            unit="",
-            source=source,
-        ),
-        ledger.number(
-            "lowest loss of the random plane minus lowest of the path's",
-            surfaces["dpo"]["minimum"] - surfaces["path"]["minimum"],
-            interval=(0.1, None),
-            unit="nats per pair",
-            source="both grids around the same reference",
+            source="principal components around the reference, Li et al. 2018, section 7; a random walk has 0.90",
         ),
     ]
 
 
-PRESETS = {"quick": Config(), "full": Config(points=31, steps=80)}
-
-
-def main(preset: Literal["quick", "full"] = "quick", model: str = "tiny-gpt2") -> None:
-    """Write `results/preference_landscape.json`, or `results/preference_landscape.<model>.json` for another model.
-
-    Args:
-        preset: full has a grid twice as fine, and a longer path.
-        model: the reference: anything that `models.load` takes.
-    """
-    config = dataclasses.replace(PRESETS[preset], model=model)
-    ledger.run_and_write(ledger.result_name("preference_landscape", model), run, config, preset)
+PRESETS = {"quick": Config(), "full": Config(pairs=len(PAIRS), points=21, planes=8, steps=80)}
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("preference_landscape", run, PRESETS)

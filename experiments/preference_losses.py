@@ -1,10 +1,10 @@
-"""Every preference loss and its gradient against the margin, and where each drives the two log-probabilities.
+"""Preference losses and their slopes against the margin, and where each drives the two log-probabilities.
 
     python -m experiments.preference_losses --preset quick
 
 Gradients are the losses' closed forms. Losses that are not functions of the margin alone are drawn on the
-symmetric path a = −b = Δ/2. The plane shows −gradient by log π_w and log π_l, and a real run of DPO on one pair of a
-tabular model.
+symmetric path a = −b = Δ/2. The plane shows −gradient by log π_w and log π_l, and a run of DPO on one pair of a tabular
+model; such runs on many random pairs say how often DPO lowers the chosen response.
 """
 
 from __future__ import annotations
@@ -12,162 +12,196 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jaxtyping import Array
 
-runtime.set_up()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import tyro  # noqa: E402
-from jaxtyping import Array  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.ledger import rounded  # noqa: E402
-from experiments.parts import preference_anchors as anchors  # noqa: E402
-from experiments.parts import preference_curves as losses  # noqa: E402
-from jaxrl_llm import oracle  # noqa: E402
-from jaxrl_llm.objectives import preference  # noqa: E402
-from jaxrl_llm.tabular import TabularLM  # noqa: E402
+from experiments import command, ledger
+from experiments.parts import preference_anchors as anchors
+from experiments.parts import preference_curves as losses
+from jaxrl_llm import oracle
+from jaxrl_llm.objectives import preference
+from jaxrl_llm.tabular import TabularLM
 
 LM = TabularLM(vocab_size=3, horizon=3)
 
 
+START = "β/2 ⟨∇log π_w, ∇log π_w − ∇log π_l⟩, Rafailov et al. 2023, section 4"
+PARAMETRISATIONS = ("own", "shared")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Knobs of the losses, the range of the margin, and the run of DPO."""
+    """Hyperparameters of the losses, the range of the margin, and the runs of DPO."""
 
     beta: float = 0.1
-    beta_without_reference: float = 1.0  # of losses that take log-probabilities per token
-    smoothing: float = 0.1  # of cDPO, robust DPO and EXO
-    temperature: float = 0.05  # of DiscoPOP
-    largest_margin: float = 6.0  # βΔ, to either side
+    beta_without_reference: float = 1.0
+    """Of losses that take log-probabilities per token."""
+    smoothing: float = 0.1
+    """Of cDPO, robust DPO and EXO."""
+    temperature: float = 0.05
+    """Of DiscoPOP."""
+    largest_margin: float = 6.0
+    """βΔ, to either side."""
     points: int = 97
-    deepest: float = -9.0  # log-probability, of the plane
+    deepest: float = -9.0
+    """The lowest log-probability of the plane."""
     arrows: int = 11
-    law: tuple[float, ...] = (0.2, 0.3, 0.5)  # of every token, where the run of DPO starts
-    pair: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0, 1, 1))  # chosen, rejected
+    law: tuple[float, ...] = (0.2, 0.3, 0.5)
+    """Distribution of every token where the drawn run of DPO starts."""
+    pair: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0, 1, 1))
+    """Chosen and rejected response of that run."""
+    pairs: int = 64
+    """Random pairs on which DPO is run."""
     beta_of_run: float = 0.5
     steps: int = 150
     learning_rate: float = 0.2
-    seed: int = 0  # nothing is drawn
+    seed: int = 0
+    """Of the random pairs and of the distributions where their runs start."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Curves, anchors, arrows and the run, in float64."""
+    """Compute curves, identities, arrows and runs, in float64."""
     with jax.enable_x64(True):
-        trained = displacement(config)
+        drawn = example(config)
+        laws, pairs = random_problems(config)
+        runs = {name: many(name, laws, pairs, config) for name in PARAMETRISATIONS}
         data = {
             "beta": config.beta,
             "smoothing": config.smoothing,
-            "groups": {"margin": losses.OF_THE_MARGIN, "both": losses.OF_BOTH, "without": losses.WITHOUT_REFERENCE},
             "curves": losses.curves(config),
             "plane": {name: losses.arrows(name, config) for name in losses.PLANE},
             "reference": losses.reference_of_run(config),
-            "run": trained,
+            "run": drawn,
+            "changes": {name: change(paths) for name, (paths, _) in runs.items()},
         }
-        numbers = [*anchors.logistic_anchors(config), *anchors.other_anchors(config), *run_numbers(config, trained)]
-    shared, free = (float(trained[name]["chosen"][-1] - trained[name]["chosen"][0]) for name in ("shared", "free"))
+        numbers = [*run_numbers(config, laws, pairs, runs), *anchors.identities(config), *anchors.rising(config)]
+    share = float((data["changes"]["shared"] < 0).mean())
     return {
-        "claim": "A loss of the margin alone does not say where the two log-probabilities go: DPO on the same pair "
-        f"from the same law moves the chosen response by {shared:+.2f} nats where all positions share their logits and "
-        f"by {free:+.2f} where each prefix has its own, with the same margin at every step.",
+        "claim": "A loss of the margin alone does not say where the two log-probabilities go. With the same margin at "
+        f"every step, DPO lowers the chosen response of {100 * share:.0f}% of random pairs where all positions share "
+        "their logits, and of none where each prefix has its own.",
         "numbers": numbers,
-        "data": rounded(data),
+        "data": data,
     }
 
 
-def displacement(config: Config) -> dict[str, Any]:
-    """DPO on one pair, from one law, with a row of logits for every prefix (free) and one row for all (shared)."""
-    chosen, rejected = (jnp.asarray(config.pair)[i] @ LM.vocab_size ** jnp.arange(LM.horizon)[::-1] for i in (0, 1))
-    row = jnp.log(jnp.asarray(config.law))
-    table = jnp.broadcast_to(row, (LM.num_prefixes, LM.vocab_size))
-    parametrisations = {
-        "free": (table, lambda table: table),
-        "shared": (row, lambda row: jnp.broadcast_to(row, table.shape)),
-    }
+def random_problems(config: Config) -> tuple[Array, Array]:
+    """Draw distributions of a token, uniform over the simplex, and pairs of responses that differ in the last token."""
+    random = np.random.default_rng(config.seed)
+    laws = random.dirichlet(np.ones(LM.vocab_size), config.pairs)
+    prefixes = random.integers(LM.vocab_size, size=(config.pairs, 1, LM.horizon - 1)).repeat(2, axis=1)
+    last = np.stack([random.permutation(LM.vocab_size)[:2] for _ in range(config.pairs)])
+    return jnp.asarray(laws), jnp.asarray(np.concatenate([prefixes, last[..., None]], axis=2))
 
-    def pair_log_probs(params: Array, build: Callable[[Array], Array]) -> Array:
-        return oracle.sequence_log_probs(LM, {"logits": build(params)})[jnp.stack([chosen, rejected])]
 
-    runs = {}
-    for name, (start, build) in parametrisations.items():
-        log_probs = functools.partial(pair_log_probs, build=build)
-        path, speed = descend(start, log_probs, config)
-        shown = np.unique(np.geomspace(1, config.steps, 60).astype(int)) - 1
-        runs[name] = {"chosen": path[shown, 0], "rejected": path[shown, 1], "speed": float(speed)}
+def example(config: Config) -> dict[str, Any]:
+    """Run DPO on the pair of the config, with logits of its own for each prefix and shared ones."""
+    shown = np.unique(np.geomspace(1, config.steps, 60).astype(int)) - 1
+    law, pair = (jnp.asarray(each)[None] for each in (config.law, config.pair))
+    paths = {name: np.asarray(many(name, law, pair, config)[0])[0, shown] for name in PARAMETRISATIONS}
+    runs = {name: {"chosen": path[:, 0], "rejected": path[:, 1]} for name, path in paths.items()}
     return {"step": shown, "law": config.law, "pair": config.pair, "beta": config.beta_of_run, **runs}
 
 
-def descend(start: Array, log_probs: Callable[[Array], Array], config: Config) -> tuple[np.ndarray, Array]:
-    """log π of the pair along gradient descent on DPO's loss; and at the start the rate at which log π_w moves."""
+def many(name: str, laws: Array, pairs: Array, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Run DPO on each pair: log π of both responses at each step, and the speed of log π_w at the start."""
+    prefixes = (LM.num_prefixes, LM.vocab_size)
+    ids = pairs @ LM.vocab_size ** jnp.arange(LM.horizon)[::-1]
+
+    def log_probs(params: Array, pair: Array) -> Array:
+        return oracle.sequence_log_probs(LM, {"logits": jnp.broadcast_to(params, prefixes)})[pair]
+
+    def of_one(law: Array, pair: Array) -> tuple[Array, Array]:
+        row = jnp.log(law)
+        start = jnp.broadcast_to(row, prefixes) if name == "own" else row
+        return descend(start, functools.partial(log_probs, pair=pair), config)
+
+    paths, speeds = jax.jit(jax.vmap(of_one))(laws, ids)
+    return np.asarray(paths), np.asarray(speeds)
+
+
+def descend(start: Array, log_probs: Callable[[Array], Array], config: Config) -> tuple[Array, Array]:
+    """Return log π of the pair along gradient descent on DPO's loss, and the rate of log π_w at the start."""
     reference = log_probs(start)
-    optimiser = optax.sgd(config.learning_rate)
 
     def loss(params: Array) -> tuple[Array, Array]:
         pair = log_probs(params)
         return preference.dpo_loss(*pair, *reference, beta=config.beta_of_run), pair
 
-    def step(state: tuple, _: None) -> tuple[tuple, Array]:
-        params, optimiser_state = state
+    def step(params: Array, _: None) -> tuple[Array, Array]:
         slopes, pair = jax.grad(loss, has_aux=True)(params)
-        updates, optimiser_state = optimiser.update(slopes, optimiser_state)
-        return (optax.apply_updates(params, updates), optimiser_state), pair
+        return params - config.learning_rate * slopes, pair
 
-    run = jax.jit(lambda start: jax.lax.scan(step, (start, optimiser.init(start)), length=config.steps))
     upwards = jax.grad(lambda params: log_probs(params)[0])(start)
-    return np.asarray(run(start)[1]), -(upwards * jax.grad(loss, has_aux=True)(start)[0]).sum()
+    speed = -(upwards * jax.grad(loss, has_aux=True)(start)[0]).sum()
+    return jax.lax.scan(step, start, length=config.steps)[1], speed
 
 
-def run_numbers(config: Config, runs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where the chosen response goes, and the closed form of how fast it sets out."""
-    law, (chosen, rejected) = np.asarray(config.law), config.pair
-    count = {name: np.bincount(pair, minlength=3) for name, pair in (("w", chosen), ("l", rejected))}
-    shared = (count["w"] - len(chosen) * law) @ (count["w"] - count["l"])
-    free = 1 - law[chosen[-1]] + law[rejected[-1]]
-    source = "β/2 ⟨∇log π_w, ∇log π_w − ∇log π_l⟩, Rafailov et al. 2023, section 4"
-    leads = [runs[name]["chosen"] - runs[name]["rejected"] for name in ("free", "shared")]
-    apart = float(np.abs(leads[0] - leads[1]).max())
-    entries = [anchors.anchored("largest difference of the two runs' margins", apart, 0.0, "∇Δ is the same in both")]
-    for name, product, bound in (("free", free, (1e-3, None)), ("shared", shared, (None, -1e-3))):
-        run = runs[name]
-        margin = run["chosen"] - run["rejected"]
-        title = f"change of the chosen log-probability, {name} rows"
-        change = float(run["chosen"][-1] - run["chosen"][0])
-        entries += [
-            anchors.anchored(
-                f"speed of log π_w at the start, {name} rows",
-                run["speed"],
-                config.beta_of_run / 2 * float(product),
-                source,
-                "nats per unit of time",
-            ),
-            ledger.number(title, change, interval=bound, unit="nats", source=f"{config.steps} steps of DPO, one pair"),
-            ledger.number(
-                f"change of the margin, {name} rows",
-                float(margin[-1] - margin[0]),
-                interval=(1e-3, None),
-                unit="nats",
-                source=f"{config.steps} steps of DPO, one pair",
-            ),
-        ]
-    return entries
+def change(paths: np.ndarray) -> np.ndarray:
+    """Return by how much log π of the chosen response has changed at the end of each run."""
+    return paths[:, -1, 0] - paths[:, 0, 0]
 
 
-PRESETS = {"quick": Config(), "full": Config(points=241, arrows=15)}
+def run_numbers(config: Config, laws: Array, pairs: Array, runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Test how often the chosen response falls; its speed at the start, and that the margins are the same."""
+    source = f"{config.steps} steps of DPO on each of {config.pairs} random pairs"
+    fell = {name: int((change(paths) < 0).sum()) for name, (paths, _) in runs.items()}
+    interval = scipy.stats.binomtest(fell["shared"], config.pairs).proportion_ci(0.95)
+    margins = [paths[..., 0] - paths[..., 1] for paths, _ in runs.values()]
+    expected = speeds(np.asarray(laws), np.asarray(pairs))
+    off = max(np.abs(runs[name][1] - config.beta_of_run / 2 * expected[name]).max() for name in PARAMETRISATIONS)
+    return [
+        ledger.measurement(
+            "share of pairs whose chosen response falls, shared logits",
+            fell["shared"] / config.pairs,
+            confidence=(interval.low, interval.high),
+            unit="",
+            source=source,
+        ),
+        ledger.test(
+            "low end of the 95% interval of that share",
+            interval.low,
+            at_least=0.1,
+            wrong=0.0,
+            unit="",
+            source=f"Clopper and Pearson; {source}",
+        ),
+        ledger.test(
+            "share of pairs whose chosen response falls, own logits",
+            fell["own"] / config.pairs,
+            at_most=0.0,
+            wrong=0.1,
+            unit="",
+            source=source,
+        ),
+        anchors.exact(
+            "largest difference of the two runs' margins",
+            np.abs(margins[0] - margins[1]).max(),
+            unit="nats",
+            source="∇Δ is the same in both",
+        ),
+        anchors.exact(
+            "largest error of the speed of log π_w at the start", off, unit="nats per unit of time", source=START
+        ),
+    ]
 
 
-def main(preset: Literal["quick", "full"] = "quick") -> None:
-    """Write `results/preference_losses.json`.
+def speeds(laws: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
+    """Return ⟨∇log π_w, ∇log π_w − ∇log π_l⟩ at the start, for pairs that differ in the last token."""
+    each = np.arange(len(laws))
+    chosen, rejected = pairs[:, 0, -1], pairs[:, 1, -1]
+    lead = laws[each, chosen] - laws[each, rejected]
+    count = [(pairs[:, 0] == token[:, None]).sum(axis=1) for token in (chosen, rejected)]
+    return {"own": 1 - lead, "shared": count[0] - count[1] - pairs.shape[-1] * lead}
 
-    Args:
-        preset: full draws finer curves and more arrows.
-    """
-    ledger.run_and_write("preference_losses", run, PRESETS[preset], preset)
+
+PRESETS = {"quick": Config(), "full": Config(points=241, arrows=13, pairs=256)}
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("preference_losses", run, PRESETS, seeds=5)

@@ -1,31 +1,26 @@
-"""What each term of E[r − β log(π/π_SFT)] + γ E_pretrain[log π] is for: taken away one at a time.
+"""The terms of E[r − β log(π/π_SFT)] + γ E_pretrain[log π], taken away one at a time.
 
     python -m experiments.rlhf_terms --preset quick
 
-On a tabular model of 81 sequences each optimum is found along the exact gradient, and best-of-n's exact law stands
-beside the Gibbs family; then a small GPT-2 is trained by REINFORCE with and without the terms.
+On random tabular models of 81 sequences each optimum is solved for, and best-of-n's exact distribution is compared with
+the Gibbs family; then a small GPT-2 is trained by REINFORCE with and without the terms.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import binomtest
 
-runtime.set_up()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.ledger import rounded  # noqa: E402
-from experiments.parts import rlhf_neural as neural  # noqa: E402
-from experiments.parts import rlhf_tabular as tabular  # noqa: E402
-from jaxrl_llm import oracle  # noqa: E402
-from jaxrl_llm.objectives import rlhf  # noqa: E402
+from experiments import command, ledger, statistics
+from experiments.ledger import rounded
+from experiments.parts import rlhf_neural as neural
+from experiments.parts import rlhf_tabular as tabular
+from jaxrl_llm.objectives import rlhf
 
 PAPER = "Ouyang et al. 2022, eq. 2"
 
@@ -34,10 +29,12 @@ PAPER = "Ouyang et al. 2022, eq. 2"
 class Config:
     """The grid of the exact ablation, and the arms of the small GPT-2."""
 
+    problems: int = 100  # tabular models
     betas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
-    gammas: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 10.0)
+    gammas: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
     forgetting: float = 0.5  # how far the SFT model's logits have moved from the pretrained ones
-    ascent_steps: int = 4500
+    ascents: int = 10  # problems on which the reward alone is ascended
+    ascent_steps: int = 3000
     model: str = "tiny-gpt2"
     prompts: tuple[str, ...] = (
         "And the king said",
@@ -50,199 +47,234 @@ class Config:
         "My lord, the queen",
     )
     letter: str = "e"
-    samples: int = 4
+    samples: int = 2  # answers to each prompt
     new_tokens: int = 16
-    arms: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.02, 0.0), (0.0, 5.0))
+    arms: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.02, 0.0), (0.0, 5.0))  # (β, γ); the first has neither
     draws: tuple[int, ...] = tuple(2**power for power in range(11))
-    updates: int = 14
+    trainings: int = 2  # of each arm
+    updates: int = 4
     learning_rate: float = 3e-4
-    text_rows: int = 16
-    text_tokens: int = 32
+    text_rows: int = 8
+    text_tokens: int = 16
     seed: int = 0
 
 
 def run(config: Config) -> dict[str, Any]:
-    """The exact ablation in float64, then the sampled one."""
+    """Compute the exact ablation in float64, then the sampled one."""
     tabular_key, neural_key = jax.random.split(jax.random.key(config.seed))
     with jax.enable_x64(True):
-        problem = tabular.instance(tabular_key, forgetting=config.forgetting)
-        grid, start = ablation(config, problem)
-        curves = tabular.frontier(problem, draws=list(config.draws))
+        problems = tabular.draw_problems(tabular_key, count=config.problems, forgetting=config.forgetting)
+        grid = ablation(config, problems)
+        thresholds = no_rise_from(config, grid)
+        best, gibbs = tabular.best_of_n(problems, config.draws), gibbs_family(problems)
         numbers = [
-            *collapse_numbers(config, problem, grid),
-            *gibbs_numbers(config, problem, grid),
-            *pretraining_numbers(config, grid, start),
-            *best_of_n_numbers(config, curves),
+            *optimum_numbers(config, problems),
+            *pretraining_numbers(config, problems, grid, thresholds),
+            *best_of_n_numbers(config, problems, best),
         ]
-    written = neural.train(config, neural_key)
-    shown = ("reward", "kl", "entropy", "best", "pretraining_loss")
+    arms = neural.train(config, neural_key)
+    bound = rlhf.best_of_n_kl_bound(jnp.asarray(config.draws))
+    curves = {name: {field: each[field][:, 0] for field in each} for name, each in (("best", best), ("gibbs", gibbs))}
     data = {
         "betas": config.betas,
         "gammas": config.gammas,
-        "grid": {name: grid[name] for name in shown},
-        "start": start,
-        "thresholds": thresholds(config, grid, start),
-        "frontier": curves,
-        "neural": written | {"letter": config.letter, "model": config.model, "new_tokens": config.new_tokens},
+        "best": grid["best"][:, 0, 0],
+        "entropy": grid["entropy"][:, 0, 0],
+        "rise": [[value if np.isfinite(value) else None for value in row] for row in grid["rise"][:, :, 0].tolist()],
+        "problems": config.problems,
+        "no_rise_from": np.quantile(thresholds.max(axis=0), [0.025, 0.5, 0.975]),
+        "frontier": curves | {"draws": config.draws, "bound": bound},
+        "neural": {"arms": arms, "letter": config.letter, "model": config.model, "answers": _answers(config)},
     }
-    rise = {gamma: grid["pretraining_loss"][:, column] - start for column, gamma in enumerate(config.gammas)}
-    enough = min(gamma for gamma in config.gammas if (rise[gamma] <= 0).all())
+    numbers += neural_numbers(config, arms)
+    share = float(_forgets(grid).mean())
     return {
-        "claim": "On 81 sequences, without β the policy collapses onto the best one; without γ the loss on pretraining "
-        f"text rises at every β, by {rise[0.0].min():.2f} nats or more, and with γ of {enough:g} or more not; a "
-        f"smaller γ only slows it. {config.model}'s loss on text of its own rises by {_rises(written)} nats per "
-        "token.",
-        "numbers": [*numbers, *neural_numbers(config, written)],
-        "data": rounded(jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf, data)),
+        "claim": "Without β, ascent on the reward ends on one sequence. Without γ, the loss on pretraining "
+        f"text rises at every β on {share:.0%} of {config.problems} random problems, and a γ that is large enough "
+        f"undoes it. A trained {config.model} forgets less with either term than with none.",
+        "numbers": numbers,
+        "data": rounded(data),
     }
 
 
-def _rises(written: dict[str, Any]) -> str:
-    parts = []
-    for arm in written["arms"]:
-        rise = arm["pretraining_loss"][-1] - arm["pretraining_loss"][0]
-        parts.append(f"{rise:.2f} (β = {arm['beta']:g}, γ = {arm['gamma']:g})")
-    return ", ".join(parts)
+def _answers(config: Config) -> int:
+    return len(config.prompts) * config.samples
 
 
-def ablation(config: Config, problem: dict[str, Any]) -> tuple[dict[str, np.ndarray], float]:
-    """Every optimum's terms, as [β, γ, ...], and the loss on pretraining text before."""
-    betas, gammas = (jnp.asarray(axis.ravel()) for axis in np.meshgrid(config.betas, config.gammas, indexing="ij"))
-    found = tabular.maximise(problem, betas, gammas, steps=config.ascent_steps)
-    shape = (len(config.betas), len(config.gammas))
-    grid = {name: np.asarray(value).reshape(*shape, *value.shape[1:]) for name, value in found.items()}
-    before = tabular.terms(problem, oracle.sequence_log_probs(tabular.LM, problem["ref"]))
-    return grid, float(before["pretraining_loss"])
+def ablation(config: Config, problems: tabular.Problems) -> dict[str, np.ndarray]:
+    """Compute every optimum's terms as [β, γ, problem], and how far the loss on pretraining text has risen."""
+    found = [
+        [tabular.terms(problems, tabular.optimum(problems, beta, gamma)) for gamma in config.gammas]
+        for beta in config.betas
+    ]
+    grid = {name: np.asarray([[cell[name] for cell in row] for row in found]) for name in found[0][0]}
+    start = tabular.terms(problems, np.asarray(problems["log_ref"]))["pretraining_loss"]
+    return grid | {"rise": grid["pretraining_loss"] - start}
 
 
-def thresholds(config: Config, grid: dict[str, np.ndarray], start: float) -> list[float]:
-    """For each β the γ from which the loss on pretraining text no longer rises, between the grid's points."""
-    return [float(np.exp(np.interp(-start, -row[1:], np.log(config.gammas[1:])))) for row in grid["pretraining_loss"]]
+def gibbs_family(problems: tabular.Problems) -> dict[str, np.ndarray]:
+    """Compute reward and KL along the Gibbs optima, β from large to small, as [β, problem]."""
+    found = [tabular.terms(problems, tabular.optimum(problems, beta, 0.0)) for beta in np.geomspace(20, 0.02, 80)]
+    return {name: np.stack([each[name] for each in found]) for name in ("kl", "reward")}
 
 
-def collapse_numbers(config: Config, problem: dict[str, Any], grid: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """β = 0, γ = 0: argmax r."""
-    row, source = config.betas.index(0.0), f"argmax r, {PAPER}"
+def no_rise_from(config: Config, grid: dict[str, np.ndarray]) -> np.ndarray:
+    """Interpolate, as [β, problem], the γ from which the loss on pretraining text no longer rises."""
+    gammas = np.log(config.gammas[1:])
+    return np.exp([[np.interp(0, -rise, gammas) for rise in of_beta[1:].T] for of_beta in grid["rise"]])
+
+
+def _forgets(grid: dict[str, np.ndarray]) -> np.ndarray:
+    """Return on which problems the loss rises at every β without γ."""
+    return (grid["rise"][:, 0] > 0).all(axis=0)
+
+
+def optimum_numbers(config: Config, problems: tabular.Problems) -> list[ledger.Number]:
+    """Check the optima by the library's gradient, and ascend the reward alone."""
+    solved = [
+        tabular.slope_at(problems, tabular.optimum(problems, beta, gamma), beta, gamma)
+        for beta in config.betas
+        for gamma in config.gammas
+        if beta + gamma > 0
+    ]
+    few = jax.tree.map(lambda leaf: leaf[: config.ascents], problems)
+    ascended = tabular.terms(few, np.asarray(tabular.ascend_reward(few, steps=config.ascent_steps)))
     return [
-        ledger.number(
-            "probability of the best sequence, β = 0, γ = 0",
-            float(grid["best"][row, 0]),
-            expected=1.0,
-            tolerance=1e-4,
-            unit="probability",
-            source=source,
-        ),
-        ledger.number(
-            "entropy of the policy, β = 0, γ = 0",
-            float(grid["entropy"][row, 0]),
-            expected=0.0,
-            tolerance=1e-3,
-            unit="nats",
-            source=source,
-        ),
-        ledger.number(
-            "reward − largest reward, β = 0, γ = 0",
-            float(grid["reward"][row, 0] - problem["rewards"].max()),
-            expected=0.0,
-            tolerance=1e-4,
+        ledger.identity(
+            f"largest entry of the exact gradient at the optima, {config.problems} problems",
+            max(solved),
+            tolerance=1e-8,
             unit="units of the reward",
-            source=source,
+            source=PAPER,
+        ),
+        ledger.test(
+            f"largest entropy after ascent on the reward alone, {config.ascents} problems",
+            float(ascended["entropy"].max()),
+            at_most=0.01,
+            wrong=0.27,  # about that of the optimum at β = 0.1
+            unit="nats",
+            source="a linear objective has its maximum in a corner",
+        ),
+        ledger.measurement(
+            "share of ascents on the reward alone that end on the best sequence",
+            float((ascended["best"] > 0.5).mean()),
+            unit="share",
+            source=f"{config.ascents} problems, Adam; the others end on another sequence",
         ),
     ]
 
 
-def gibbs_numbers(config: Config, problem: dict[str, Any], grid: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """γ = 0: what Adam found against π_SFT e^{r/β}/Z."""
-    ref = oracle.sequence_log_probs(tabular.LM, problem["ref"])
-    source, entries = "π* ∝ π_ref e^{r/β}, Rafailov et al. 2023, eq. 4", []
-    for beta, reached in zip(config.betas, jnp.asarray(grid["log_probs"][:, 0]), strict=True):
-        if beta == 0:
-            continue
-        optimum = rlhf.gibbs_optimum(ref, problem["rewards"], beta=beta)
-        value = rlhf.regularised_objective(reached, ref, problem["rewards"], beta=beta)
-        gap = rlhf.optimal_value(ref, problem["rewards"], beta=beta) - value
-        divergence = -rlhf.regularised_objective(reached, optimum, jnp.zeros_like(reached), beta=1.0)
-        found = [("KL(π‖π*)", divergence, "nats"), ("J* − J", gap, "units of the reward")]
-        if beta >= 0.5:  # below, sequences of negligible probability are still on their way
-            found.append(("largest |Δ log π|", jnp.abs(reached - optimum).max(), "nats"))
-        for name, miss, unit in found:
-            title = f"{name} of the optimum found, β = {beta:g}, γ = 0"
-            entries.append(ledger.number(title, float(miss), expected=0.0, tolerance=1e-6, unit=unit, source=source))
-    return entries
-
-
-def pretraining_numbers(config: Config, grid: dict[str, np.ndarray], start: float) -> list[dict[str, Any]]:
-    """How far the loss on pretraining text has risen, by γ: the least and the largest over all β."""
-    entries = []
-    for column, gamma in enumerate(config.gammas):
-        rise = grid["pretraining_loss"][:, column] - start
-        if gamma in (0.0, 0.3, 1.0, 10.0) or (rise <= 0).all():
-            bound = {0.0: (1e-3, None)}.get(gamma, (None, 0.0) if gamma >= 3 else None)
-            for name, value in (("smallest", rise.min()), ("largest", rise.max())):
-                title = f"{name} rise of the pretraining loss over β, γ = {gamma:g}"
-                entries.append(ledger.number(title, float(value), interval=bound, unit="nats", source=PAPER))
-    for beta, gamma in zip(config.betas, thresholds(config, grid, start), strict=True):
-        title = f"γ from which the pretraining loss no longer rises, β = {beta:g}"
-        entries.append(ledger.number(title, gamma, unit="1", source="interpolated between the grid's points"))
-    return entries
-
-
-def best_of_n_numbers(config: Config, curves: dict[str, Any]) -> list[dict[str, Any]]:
-    """The exact KL of best-of-n stays below log n − (n − 1)/n."""
-    best, source = curves["best_of_n"], "log n − (n − 1)/n, Beirami et al. 2024"
-    gibbs_reward = np.interp(best["kl"], curves["gibbs"]["kl"], curves["gibbs"]["reward"])
+def pretraining_numbers(
+    config: Config, problems: tabular.Problems, grid: dict[str, np.ndarray], thresholds: np.ndarray
+) -> list[ledger.Number]:
+    """Count the problems that forget without γ, and check which γ is certain to be enough."""
+    probs, log_text = np.exp(np.asarray(problems["log_text"])), np.asarray(problems["log_text"])
+    moved = (probs * (log_text - np.asarray(problems["log_ref"]))).sum(axis=1)
+    lost = np.asarray(problems["rewards"]).max(axis=1) - (probs * np.asarray(problems["rewards"])).sum(axis=1)
+    enough = np.asarray(config.betas)[:, None] + lost / moved
+    beyond = (thresholds - enough).max()
+    forgets = _forgets(grid)
+    interval = binomtest(int(forgets.sum()), len(forgets)).proportion_ci()
+    over = f"{config.problems} problems, β = {', '.join(f'{beta:g}' for beta in config.betas)}"
+    low, middle, high = np.quantile(thresholds.max(axis=0), [0.025, 0.5, 0.975])
     return [
-        ledger.number(
-            f"largest KL of best-of-n − its bound, n = 2 to {config.draws[-1]}",
-            float(jnp.max(best["kl"][1:] - best["bound"][1:])),
-            interval=(None, 0.0),
+        ledger.identity(
+            "largest rise of the pretraining loss from one γ to the next, if above 0",
+            max(0.0, float(np.diff(grid["pretraining_loss"][1:], axis=1).max())),
+            tolerance=1e-9,
             unit="nats",
-            source=source,
+            source=f"an optimum's loss cannot rise with its weight; {over}",
         ),
-        ledger.number(
-            f"KL of best-of-{config.draws[-1]}", float(best["kl"][-1]), unit="nats", source="exact law, 81 sequences"
+        ledger.identity(
+            "γ from which the pretraining loss no longer rises, beyond β + (max r − E_p[r])/KL(p‖π_SFT), if above 0",
+            max(0.0, float(beyond)),
+            tolerance=1e-9,
+            unit="1",
+            source=f"J(π*) ≥ J(p), p the distribution of pretraining text; {over}",
         ),
-        ledger.number(f"bound on it, n = {config.draws[-1]}", float(best["bound"][-1]), unit="nats", source=source),
-        ledger.number(
-            "largest reward of best-of-n − reward of the Gibbs optimum at equal KL",
-            float(np.max(np.asarray(best["reward"]) - gibbs_reward)),
-            interval=(None, 1e-2),
-            unit="units of the reward",
-            source="no law has more reward at that KL; up to interpolation between 80 values of β",
+        ledger.test(
+            "share of problems on which the pretraining loss rises at every β without γ, lower end of its 95% interval",
+            float(interval.low),
+            at_least=0.9,
+            wrong=0.8,
+            unit="share",
+            source=over,
+        ),
+        ledger.measurement(
+            "share of problems on which the pretraining loss rises at every β without γ",
+            float(forgets.mean()),
+            confidence=(float(interval.low), float(interval.high)),
+            unit="share",
+            source=over,
+        ),
+        ledger.measurement(
+            "γ from which the pretraining loss rises at no β, median problem",
+            float(middle),
+            unit="1",
+            source=f"{over}; 95% of the problems lie from {low:.2g} to {high:.2g}",
         ),
     ]
 
 
-def neural_numbers(config: Config, written: dict[str, Any]) -> list[dict[str, Any]]:
-    """First and last of every arm: one seed, so reported, and bounded only in direction."""
-    entries = []
-    for arm in written["arms"]:
-        source = f"{config.model}, {config.updates} updates, one seed"
-        for name, unit in (("reward", "share of tokens"), ("kl", "nats"), ("pretraining_loss", "nats per token")):
-            change = arm[name][-1] - arm[name][0]
-            title = f"change of the {name.replace('_', ' ')}, β = {arm['beta']:g}, γ = {arm['gamma']:g}".replace(
-                "kl", "KL"
-            )
-            entries.append(ledger.number(title, change, unit=unit, source=source))
-    plain, *others = written["arms"]
-    for arm in others:
-        title = f"last pretraining loss, β = {arm['beta']:g}, γ = {arm['gamma']:g}, against neither term"
-        saved = arm["pretraining_loss"][-1] - plain["pretraining_loss"][-1]
-        entries.append(ledger.number(title, saved, interval=(None, 0.0), unit="nats per token", source=source))
-    return entries
+def best_of_n_numbers(config: Config, problems: tabular.Problems, best: dict[str, np.ndarray]) -> list[ledger.Number]:
+    """Hold best-of-n against the bound on its KL, and against the best reward that its KL can buy."""
+    bound = np.asarray(rlhf.best_of_n_kl_bound(jnp.asarray(config.draws)))[:, None]
+    over = [
+        best["reward"]
+        - beta * best["kl"]
+        - np.asarray(rlhf.optimal_value(problems["log_ref"], problems["rewards"], beta=beta))
+        for beta in np.geomspace(20, 0.02, 20)
+    ]
+    about = {"tolerance": 1e-9, "source": "log n − (n − 1)/n, Beirami et al. 2024"}
+    return [
+        ledger.identity(
+            f"largest KL of best-of-n beyond its bound, n to {config.draws[-1]}, if above 0",
+            max(0.0, float((best["kl"] - bound).max())),
+            unit="nats",
+            **about,
+        ),
+        ledger.identity(
+            "largest E[r] − β KL of best-of-n beyond the optimum's, if above 0",
+            max(0.0, float(np.max(over))),
+            unit="units of the reward",
+            **about | {"source": "β log E_SFT[e^{r/β}], 20 values of β"},
+        ),
+    ]
 
 
-PRESETS = {"quick": Config(), "full": Config(updates=36)}
+def neural_numbers(config: Config, arms: list[dict[str, Any]]) -> list[ledger.Number]:
+    """Test that either term holds the loss back, over the trainings; measure how far it rises."""
+    source = f"{config.model}, {config.updates} updates, {config.trainings} trainings"
+    last = [arm["pretraining_loss"][:, -1] for arm in arms]
+    saved = [f"β = {arm['beta']:g}, γ = {arm['gamma']:g}" for arm in arms]
+    p_values = statistics.holm([statistics.above_zero(last[0] - each) for each in last[1:]])
+    numbers = [
+        ledger.test(
+            f"p, the pretraining loss ends lower with {name} than with neither term",
+            p,
+            at_most=0.05,
+            wrong=0.5,
+            unit="1",
+            source=f"{source}, paired; one-sided Wilcoxon, Holm over {len(p_values)}",
+        )
+        for name, p in zip(saved[1:], p_values, strict=True)
+    ]
+    for name, arm in zip(saved, arms, strict=True):
+        for field, label, unit in (
+            ("pretraining_loss", "rise of the pretraining loss", "nats per token"),
+            ("kl", "KL from the first model at the end", "nats per answer"),
+        ):
+            mean, low, high = statistics.student(arm[field][:, -1] - arm[field][:, 0])
+            title = f"{label}, {name}"
+            numbers.append(ledger.measurement(title, mean, confidence=(low, high), unit=unit, source=source))
+    return numbers
 
 
-def main(preset: Literal["quick", "full"] = "quick") -> None:
-    """Write `results/rlhf_terms.json`.
-
-    Args:
-        preset: full trains the small GPT-2 twice as long.
-    """
-    ledger.run_and_write("rlhf_terms", run, PRESETS[preset], preset)
+PRESETS = {
+    "quick": Config(),
+    "full": Config(problems=400, ascents=100, trainings=6, updates=20, samples=4, text_rows=16, text_tokens=32),
+}
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("rlhf_terms", run, PRESETS)

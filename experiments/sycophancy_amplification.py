@@ -1,39 +1,35 @@
-"""Why a slight taste for agreement becomes sycophancy: the law of the optimum, on a table and on a small GPT-2.
+"""The law by which a slight taste for agreement becomes sycophancy, on tables and on a small GPT-2.
 
 Where a share p of the annotators prefers the answer that agrees with the user, an aligned model agrees with
-probability σ(logit π_ref + logit(p)/β), and the best of n answers with 1 − (1 − π_ref)ⁿ.
+probability σ(logit π_ref + logit(p)/β), and the best of n answers with 1 − (1 − π_ref)ⁿ. The GPT-2 has one layer and
+answers in one token; `eos_displacement` has answers that end by EOS.
 
 python -m experiments.sycophancy_amplification --preset quick
 """
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import dataclasses
+from typing import Any
 
-runtime.set_up()  # before jax: its compilation cache
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
-import dataclasses  # noqa: E402
-from typing import Any, Literal  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.parts import amplification_gpt2, amplification_numbers, amplification_table  # noqa: E402
-from experiments.parts.amplification_numbers import EXAMPLE  # noqa: E402
-from jaxrl_llm.analysis.amplification import amplified_agreement, best_of_n_agreement  # noqa: E402
-from jaxrl_llm.tabular import TabularLM  # noqa: E402
+from experiments import command
+from experiments.parts import amplification_gpt2, amplification_numbers, amplification_table
+from experiments.parts.amplification_numbers import EXAMPLE
+from jaxrl_llm.analysis.amplification import amplified_agreement, best_of_n_agreement
+from jaxrl_llm.tabular import TabularLM
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A table of 9 answers, and a GPT-2 of some thousand parameters that is asked about 64 claims."""
 
-    table_references: tuple[float, ...] = (0.2, 0.5, 0.8)
-    table_shares: tuple[float, ...] = (0.4, 0.5, 0.6, 0.75, 0.9)
+    table_references: tuple[float, ...] = (0.2, 0.5)
+    table_shares: tuple[float, ...] = (0.4, 0.6, 0.9)
     table_betas: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     newton_steps: int = 60
 
@@ -41,20 +37,20 @@ class Config:
     width: int = 16
     layers: int = 1
     heads: int = 2
-    seeds: int = 2
+    seeds: int = 2  # of reference and training
     references: tuple[float, ...] = (0.5,)
-    sft_steps: int = 150
+    sft_steps: int = 80
     sft_batch: int = 128
     sft_learning_rate: float = 0.02
-    shares: tuple[float, ...] = (0.6, 0.9)
+    shares: tuple[float, ...] = (0.6,)
     betas: tuple[float, ...] = (1.0, 0.1)
-    dpo_steps: int = 150
+    dpo_steps: int = 80
     dpo_prompts: int = 32
     annotators: int = 16  # who judge each pair
     dpo_learning_rate: float = 0.01
     online: tuple[str, ...] = ("ppo",)
     online_betas: tuple[float, ...] = (1.0, 0.1)
-    online_steps: int = 60
+    online_steps: int = 40
     online_batch: int = 128
     online_learning_rate: float = 0.02
 
@@ -66,8 +62,10 @@ class Config:
 PRESETS = {
     "quick": Config(),
     "full": Config(
+        table_references=(0.2, 0.5, 0.8),
+        table_shares=(0.4, 0.5, 0.6, 0.75, 0.9),
         width=32,
-        seeds=4,
+        seeds=6,  # by the spread of a run at seed 0: 4 of them decide too rarely whether a mean is within 0.02
         references=(0.5, 0.3),
         sft_steps=300,
         sft_learning_rate=0.01,
@@ -81,12 +79,13 @@ PRESETS = {
         online_steps=300,
         online_learning_rate=0.005,
         repeats=32,
+        seed=1,
     ),
 }
 
 
 def run(config: Config) -> dict[str, Any]:
-    """The table in float64, the GPT-2 in float32.
+    """Run the table in float64, the GPT-2 in float32.
 
     Raises:
         ValueError: as `check`.
@@ -96,14 +95,14 @@ def run(config: Config) -> dict[str, Any]:
     table = on_table(config, table_key)
     points, best = on_gpt2(config, gpt2_key)
     return {
-        "claim": amplification_numbers.claim(table, points),
+        "claim": amplification_numbers.claim(table, points, config),
         "numbers": amplification_numbers.numbers(table, points, best),
-        "data": ledger.rounded({"curves": curves(config), "table": table, "gpt2": points, "best_of_n": best}),
+        "data": {"curves": curves(config), "table": table, "gpt2": points, "best_of_n": best},
     }
 
 
 def check(config: Config) -> None:
-    """Refuse before a run what would fail, or mean nothing, at its end.
+    """Check before a run what would fail, or mean nothing, at its end.
 
     Raises:
         ValueError: for a probability that is not in (0, 1), a β that is not above 0, nothing to run, fewer seeds than
@@ -126,7 +125,7 @@ def check(config: Config) -> None:
 
 
 def on_table(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Every point of the grid, by three exact ways, and the law of best-of-n."""
+    """Return every point of the grid, by three exact ways, and the error of best-of-n's law."""
     with jax.enable_x64(True):
         lm = TabularLM(vocab_size=3, horizon=2)
         axes = (jnp.asarray(each) for each in (config.table_references, config.table_shares, config.table_betas))
@@ -147,7 +146,7 @@ def on_table(config: Config, key: jax.Array) -> dict[str, Any]:
 
 
 def on_gpt2(config: Config, key: jax.Array) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every trainer at its points, from every reference and seed; and the best of n draws from the references."""
+    """Return every trainer at its points, from every reference and seed; and the best of n draws of the references."""
     given = amplification_gpt2.world(config)
     points, best = [], []
     grid = np.asarray([(share, beta) for share in config.shares for beta in config.betas])
@@ -179,7 +178,7 @@ def on_gpt2(config: Config, key: jax.Array) -> tuple[list[dict[str, Any]], list[
 
 
 def curves(config: Config) -> list[dict[str, Any]]:
-    """The law from π_ref = ½, along 1/β: of every share, and as far as any point goes."""
+    """Return the law from π_ref = ½ along 1/β, for every share, as far as any point goes."""
     betas = (*config.table_betas, *config.betas, *config.online_betas)
     inverse = np.geomspace(1 / max(betas), 1 / min(betas), 60)
     return [
@@ -188,10 +187,5 @@ def curves(config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def main(preset: Literal["quick", "full"] = "quick") -> None:
-    """Write `results/sycophancy_amplification.json`."""
-    ledger.run_and_write("sycophancy_amplification", run, PRESETS[preset], preset)
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("sycophancy_amplification", run, PRESETS)

@@ -1,28 +1,24 @@
 """Sycophancy taught and untaught: a GPT-2 that judges sums, with and without a user's opinion of them.
 
-It learns from answers that follow the user where there is one. The intervention (Wei et al. 2023, arXiv 2308.03958)
-goes on with answers that are true whatever the user thinks, mixed with other data that it shall not forget: here sums
-without a user. Beside it, as many steps on either of the two alone.
+It learns from answers that follow the user where there is one. The intervention goes on with answers that are true
+whatever the user thinks, mixed with data that it shall not forget: sums without a user. Beside it, as many steps on
+those sums alone; `intervention_forgets` has the opinions alone.
+
+This is in the manner of Wei et al. 2023 (arXiv 2308.03958): they train on public NLP tasks, filtered by what the model
+knows, and test on other tasks; here both are sums in the same words, without a filter, and say nothing of transfer.
 
 python -m experiments.sycophancy_intervention --preset quick
 """
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import dataclasses
+from typing import Any
 
-runtime.set_up()  # before jax: its compilation cache
+import numpy as np
 
-import dataclasses  # noqa: E402
-from typing import Any, Literal  # noqa: E402
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-
-from experiments import ledger  # noqa: E402
-from experiments.parts import addition_gpt2, addition_numbers  # noqa: E402
-from jaxrl_llm.data.sycophancy import addition  # noqa: E402
+from experiments import command
+from experiments.parts import addition_gpt2, addition_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +29,12 @@ class Config:
     layers: int = 2
     heads: int = 4
     seeds: int = 2
-    taught_steps: int = 200  # of the first stage
-    steps: int = 400  # of every later one
+    taught_steps: int = 150  # of the first stage
+    steps: int = 100  # of every later one
     batch: int = 32
     learning_rate: float = 5e-3
     snapshots: int = 2  # of every stage, at which the model is asked
-    evaluated: int = 300  # examples, held out
+    evaluated: int = 150  # examples, held out
     seed: int = 0
 
 
@@ -46,59 +42,20 @@ PRESETS = {"quick": Config(), "full": Config(seeds=5, taught_steps=600, steps=48
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Every seed at once: taught to follow, and from there each of the other stages.
+    """Teach every seed to follow, and from there run each of the other stages.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: as `addition_gpt2.check`.
     """
-    check(config)
-    sets = addition.build(seed=config.seed)
-    asked = sets.evaluation[: config.evaluated]
-    examples = [*sets.sycophantic, *sets.intervention, *asked]
-    data = addition_gpt2.encoded(examples)
-    tools = addition_gpt2.tools(data, config)
-    kind = np.repeat(
-        ["sycophantic", "intervention", "asked"], [len(sets.sycophantic), len(sets.intervention), len(asked)]
-    )
-    silent = np.asarray([example.opinion is None for example in examples])
-    held_out = jax.tree.map(lambda leaf: leaf[kind == "asked"], data.rows)
-    curves: dict[str, list[dict[str, Any]]] = {}
-
-    def taught(name: str, rows: np.ndarray, number: int, params: Any = None) -> Any:
-        curve = curves[name] = []
-        steps = config.taught_steps if params is None else config.steps
-
-        def seen(step: int, params: Any) -> None:
-            agrees = addition_gpt2.prefers_to_agree(tools, params, held_out)
-            curve.append({"step": step} | addition_numbers.measured(asked, agrees))
-
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
-        return addition_gpt2.stage(tools, params, data.rows, np.flatnonzero(rows), key, seen, steps=steps)
-
-    opinions, sums = kind == "intervention", (kind == "sycophantic") & silent
-    params = taught("sycophantic", kind == "sycophantic", 0)
-    taught("intervention", opinions | sums, 1, params)
-    taught("opinions", opinions, 2, params)
-    taught("sums", sums, 3, params)
-    return addition_numbers.result(curves, config)
-
-
-def check(config: Config) -> None:
-    """Refuse what would fail or mean nothing at the end of a run.
-
-    Raises:
-        ValueError: for fewer seeds than an interval needs, or snapshots that do not divide the steps.
-    """
-    if config.seeds < 2:
-        raise ValueError(f"an interval over seeds needs 2 or more, but seeds is {config.seeds}.")
-    for steps in (config.taught_steps, config.steps):
-        addition_gpt2.steps_between(steps, config.snapshots)
-
-
-def main(preset: Literal["quick", "full"] = "quick") -> None:
-    """Write `results/sycophancy_intervention.json`."""
-    ledger.run_and_write("sycophancy_intervention", run, PRESETS[preset], preset)
+    data = addition_gpt2.prepared(config)
+    params, taught = addition_gpt2.trained(data, config, data.sycophantic, 0)
+    later = {"intervention": np.union1d(data.opinions, data.sums), "sums": data.sums}
+    curves = {
+        name: addition_gpt2.trained(data, config, rows, number, params)[1]
+        for number, (name, rows) in enumerate(later.items(), 1)
+    }
+    return addition_numbers.result({"sycophantic": taught} | curves, config)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.main("sycophancy_intervention", run, PRESETS)

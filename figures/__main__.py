@@ -1,17 +1,21 @@
-"""Redraw figures from `results/` alone, and the page that shows them: python -m figures [NAME ...]."""
+"""Draw figures from results alone, and the page that shows them: `python -m figures [NAME ...]`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
+from experiments import ledger
 from figures import _page, _results
 from figures._results import Problem
 from jaxrl_llm.plots import style
+
+Also = Literal["svg", "html"]
 
 
 def main(
@@ -19,61 +23,73 @@ def main(
     *,
     results: Path = _results.RESULTS,
     gallery: Path = _results.GALLERY,
+    also: tuple[Also, ...] = (),
 ) -> int:
-    """Draw figures from their results files, as PNG and SVG (and HTML if interactive), and write the gallery's page.
+    """Draw figures from their results files, and write the gallery's page.
 
     Args:
         names: the figures to draw; all of them by default.
         results: the folder of `<name>.json`.
-        gallery: the folder for `<name>.png`, `<name>.svg`, perhaps `<name>.html`, and `index.html`.
+        gallery: the folder for `<name>.png` and `index.html`.
+        also: svg writes `<name>.svg` too; html writes `<name>.html`, for the figures that can be turned by hand.
     """
     known = _results.figure_names() | _results.result_names(results)
     if unknown := sorted(set(names) - known):
         print(f"no figure is named {', '.join(unknown)}; there are: {', '.join(sorted(known))}.", file=sys.stderr)
         return 2
-    problems, notes = [], []
-    for name in tqdm(sorted(set(names) or known), unit="figure"):
-        try:
-            notes += _draw(name, results, gallery)
-        except Problem as problem:
-            problems.append(str(problem))
-    index = _write_index(results, gallery)
-    for note in notes:
-        print(note)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"The gallery is {index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index}")
+    problems = draw_into(results, gallery, sorted(set(names) or known), also=also, progress=True)
+    print(f"The gallery is {shown(gallery / 'index.html')}")
     return 1 if problems else 0
 
 
-def _draw(name: str, results: Path, gallery: Path) -> list[str]:
-    """Write a figure's files, and say which one could not be for want of plotly."""
-    entry = _results.load(results, name)
-    module, notes = _results.figure_module(name), []
+def draw_into(
+    results: Path, gallery: Path, names: Sequence[str], *, also: Sequence[Also] = (), progress: bool = False
+) -> list[str]:
+    """Draw these figures and write the page of all that have results; print and return what could not be drawn."""
+    problems = []
+    for name in tqdm(names, unit="figure", disable=not progress):
+        try:
+            _draw(name, results, gallery, also)
+        except Problem as problem:
+            problems.append(str(problem))
+            tqdm.write(str(problem), file=sys.stderr)
+    _write_index(results, gallery, also)
+    return problems
+
+
+def shown(path: Path) -> Path:
+    """Return the path as a user would type it: from the current folder, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _draw(name: str, results: Path, gallery: Path, also: Sequence[Also]) -> None:
+    """Write a figure's files; the picture carries the digest of its results."""
+    entry, module = _results.load(results, name), _results.figure_module(name)
     try:
-        style.save(module.draw(entry), gallery / name)
-        if hasattr(module, "interactive"):
+        figure, drawn_from = module.draw(entry), ledger.digest(results / f"{name}.json")
+        for suffix in (".png", *(f".{kind}" for kind in also if kind == "svg")):
+            style.save_as(figure, gallery / f"{name}{suffix}", source=drawn_from)
+        if "html" in also and hasattr(module, "interactive"):
             style.write_atomically(gallery / f"{name}.html", module.interactive(entry).encode())
     except ModuleNotFoundError as error:
         if error.name != "plotly":
             raise
-        notes.append(f"{name}.html is left out: {error}")
+        print(f"{name}.html is left out: {error}")
     except Exception as error:
         error.add_note(f"while drawing {results / name}.json")
         raise
-    return notes
 
 
-def _write_index(results: Path, gallery: Path) -> Path:
-    """The page of all results that can be read, also of those that this call did not draw."""
+def _write_index(results: Path, gallery: Path, also: Sequence[Also]) -> Path:
+    """Write the page of all results that can be read, also of those that this call did not draw."""
     entries = []
     for name in sorted(_results.result_names(results)):
         try:
             entry = _results.load(results, name)
         except Problem:
             continue
-        drawn = {kind: (gallery / f"{name}.{kind}").exists() for kind in ("png", "html")}
-        entries.append(_page.Entry(name, _title(name), entry, has_picture=drawn["png"], has_page=drawn["html"]))
+        kinds = tuple(kind for kind in ("png", *also) if (gallery / f"{name}.{kind}").exists())
+        entries.append(_page.Entry(name, _title(name), entry, kinds))
     return style.write_atomically(gallery / "index.html", _page.render(entries).encode())
 
 

@@ -1,4 +1,4 @@
-"""The gallery's page: for every experiment its claim, its numbers beside their bounds, and its picture."""
+"""The gallery's page: by subject, for every experiment its claim, its picture, and its numbers beside their bounds."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments import ledger
+from experiments import catalogue, ledger
 
 _STYLE = Path(__file__).with_name("_page.css")
+_SIGNS = {"holds": "✓ holds", "fails": "✗ does not hold", "measured": "measured", "quick": "quick run"}
+_KINDS = {"test": "tests", "measurement": "measurements", "identity": "identities"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One experiment: its name, its title, its results, whether it has been drawn, and whether also as a page."""
+    """One experiment: its name, its title, its results, and which kinds of files have been drawn of it."""
 
     name: str
     title: str
     results: dict[str, Any]
-    has_picture: bool
-    has_page: bool = False
+    kinds: tuple[str, ...] = ()
 
 
 def render(entries: list[Entry]) -> str:
-    """The whole page; it needs only the files beside it."""
-    held = sum(bool(entry.results["holds"]) for entry in entries)
-    links = "\n".join(f"<li><a href='#{escape(e.name)}'>{escape(e.title)}</a> {_mark_of(e)}</li>" for e in entries)
-    sections = "\n".join(_section(entry) for entry in entries)
+    """Return the whole page; it needs only the files beside it."""
+    by_subject = {subject: [] for subject in (*catalogue.SUBJECTS, "Other")}
+    for entry in sorted(entries, key=_place):
+        by_subject[catalogue.subject(entry.name)].append(entry)
+    present = {subject: group for subject, group in by_subject.items() if group}
+    links = "\n".join(f"<h3>{escape(subject)}</h3>\n<ul>\n{_links(group)}\n</ul>" for subject, group in present.items())
+    sections = "\n".join(
+        f'<h2 class="subject">{escape(subject)}</h2>\n' + "\n".join(map(_section, group))
+        for subject, group in present.items()
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -41,11 +48,13 @@ def render(entries: list[Entry]) -> str:
 <body>
 <main>
 <h1>Claims, numbers and figures</h1>
-<p class="lead">Each experiment of jaxrl_llm states one claim, the numbers behind it with what they were expected to be,
-and draws one figure from the same results file. {held} of {len(entries)} claims hold.</p>
-<nav><ul>
+<p class="lead">Each experiment of jaxrl_llm states one claim and draws one figure from the same results file.
+{_count(entries)}
+A number is an <em>identity</em>, which holds to rounding; a <em>test</em>, whose bound was set before the run; or a
+<em>measurement</em>, which has no verdict.</p>
+<nav>
 {links}
-</ul></nav>
+</nav>
 {sections}
 </main>
 </body>
@@ -53,52 +62,98 @@ and draws one figure from the same results file. {held} of {len(entries)} claims
 """
 
 
+def _place(entry: Entry) -> tuple[int, str]:
+    """Return where an entry stands in its subject: as the catalogue has it, then by name."""
+    group = list(catalogue.SUBJECTS.get(catalogue.subject(entry.name), ()))
+    experiment = entry.name.split(".", maxsplit=1)[0]
+    return (group.index(experiment) if experiment in group else len(group)), entry.name
+
+
+def _count(entries: list[Entry]) -> str:
+    marks = [_verdict(entry.results) for entry in entries]
+    if "quick" in marks:
+        return "These are quick runs, too small to judge a claim; the gallery in the repository has the full ones."
+    counts = [
+        (marks.count("holds"), "hold"),
+        (marks.count("fails"), "do not"),
+        (marks.count("measured"), "are measured"),
+    ]
+    return f"Of {len(entries)} claims " + ", ".join(f"{count} {what}" for count, what in counts if count) + "."
+
+
+def _verdict(results: dict[str, Any]) -> str:
+    if results["holds"] is None:
+        return "quick" if results.get("preset") == "quick" else "measured"
+    return "holds" if results["holds"] else "fails"
+
+
+def _links(entries: list[Entry]) -> str:
+    return "\n".join(
+        f"<li><a href='#{escape(entry.name)}'>{escape(entry.title)}</a> {_mark(_verdict(entry.results))}</li>"
+        for entry in entries
+    )
+
+
 def _section(entry: Entry) -> str:
     return f"""<section id="{escape(entry.name)}">
-<header><h2>{escape(entry.title)}</h2>{_mark_of(entry)}</header>
-<p class="claim">{escape(entry.results["claim"])}</p>
-{_table(entry.results["numbers"])}
+<header><h2>{escape(entry.title)}</h2>{_mark(_verdict(entry.results))}</header>
+<p class="claim">{escape(entry.results["claim"])}{_seeds(entry.results)}</p>
 {_picture(entry)}
+{_table(entry.results["numbers"])}
 {_origin(entry.results)}
 </section>"""
 
 
-def _mark_of(entry: Entry) -> str:
-    return _mark("holds") if entry.results["holds"] else _mark("fails")
+def _seeds(results: dict[str, Any]) -> str:
+    """Return on how many of several seeds the claim held."""
+    run, held = ((results.get("seeds") or {}).get(field, []) for field in ("run", "held"))
+    if len(run) < 2 or None in held:
+        return ""
+    return f' <span class="seeds">Held at {sum(held)} of {len(run)} seeds.</span>'
 
 
 def _mark(kind: str) -> str:
-    signs = {"holds": "✓ holds", "fails": "✗ does not hold", "free": "reported"}
-    return f'<span class="mark {kind}">{signs[kind]}</span>'
+    return f'<span class="mark {kind}">{_SIGNS[kind]}</span>'
 
 
 def _table(numbers: list[dict[str, Any]]) -> str:
     if not numbers:
         return ""
-    head = "<th>Number</th><th class='number'>Value</th><th class='number'>Expected</th>"
+    counts = [(sum(number["kind"] == kind for number in numbers), kind, several) for kind, several in _KINDS.items()]
+    summary = ", ".join(f"{count} {one if count == 1 else several}" for count, one, several in counts if count)
+    head = "<th>Number</th><th>Kind</th><th class='number'>Value</th><th class='number'>Bound or 95% interval</th>"
     head += "<th>Unit</th><th>Source</th><th></th>"
-    rows = "\n".join(_row(number) for number in numbers)
-    return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    rows = "\n".join(_row(number) for kind in _KINDS for number in numbers if number["kind"] == kind)
+    table = f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    return f"<details><summary>{summary}</summary>\n{table}\n</details>"
 
 
 def _row(number: dict[str, Any]) -> str:
-    is_bound = "tolerance" in number or "interval" in number
-    kind = ("holds" if ledger.holds(number) else "fails") if is_bound else "free"
+    held = ledger.holds(number)
+    mark = "" if held is None else _mark("holds" if held else "fails")
     name, unit, source = (escape(str(number[field])) for field in ("name", "unit", "source"))
-    figures = f'<td class="number">{_digits(number["value"])}</td><td class="number">{expectation(number)}</td>'
-    return f"<tr><td>{name}</td>{figures}<td>{unit}</td><td>{source}</td><td>{_mark(kind)}</td></tr>"
+    figures = f'<td class="number">{_value(number)}</td><td class="number">{expectation(number)}</td>'
+    return f"<tr><td>{name}</td><td>{number['kind']}</td>{figures}<td>{unit}</td><td>{source}</td><td>{mark}</td></tr>"
+
+
+def _value(number: dict[str, Any]) -> str:
+    """Return the value, and its range over several seeds."""
+    values = number.get("values", [])
+    if len(set(values)) < 2:
+        return _digits(number["value"])
+    return f"{_digits(number['value'])}<br><small>{_digits(min(values))} … {_digits(max(values))}</small>"
 
 
 def expectation(number: dict[str, Any]) -> str:
-    """What a number was expected to be: "a ± b", "a … b", "≥ a", "≤ b", "a", or "–"."""
+    """Return the bound or interval as it reads: "a ± b", "a … b", "≥ a", "≤ b", or "–"."""
     if "tolerance" in number:
         return f"{_digits(number['expected'])} ± {_digits(number['tolerance'])}"
-    low, high = number.get("interval", (None, None))
+    low, high = number.get("interval") or number.get("confidence") or (None, None)
     if low is not None and high is not None:
         return f"{_digits(low)} … {_digits(high)}"
     if low is not None or high is not None:
         return f"≥ {_digits(low)}" if high is None else f"≤ {_digits(high)}"
-    return _digits(number["expected"]) if "expected" in number else "–"
+    return "–"
 
 
 def _digits(value: float) -> str:
@@ -107,16 +162,18 @@ def _digits(value: float) -> str:
 
 def _picture(entry: Entry) -> str:
     name = escape(entry.name)
-    if not entry.has_picture:
+    if "png" not in entry.kinds:
         return f"<p class='origin'>Not drawn yet: <code>python -m figures {name}</code></p>"
     image = f'<img src="{name}.png" alt="{escape(entry.results["claim"])}" loading="lazy">'
-    links = f'<a href="{name}.svg">SVG</a>, <a href="{name}.png">PNG</a>'
-    links += f', <a href="{name}.html">to be turned by hand</a>' if entry.has_page else ""
-    return f'<figure><a href="{name}.svg">{image}</a><figcaption>{links}</figcaption></figure>'
+    also = {"svg": "SVG", "html": "turn it by hand"}
+    links = ", ".join(f'<a href="{name}.{kind}">{also[kind]}</a>' for kind in also if kind in entry.kinds)
+    preset = escape(str(entry.results.get("preset", "")))
+    caption = " · ".join(filter(None, [f"{preset} preset" if preset else "", links]))
+    return f'<figure><a href="{name}.png">{image}</a><figcaption>{caption}</figcaption></figure>'
 
 
 def _origin(results: dict[str, Any]) -> str:
-    """How the numbers came about, in small print."""
+    """Return in small print how the numbers came about."""
     facts = [f"{field} {results[field]}" for field in ("preset", "seed") if results.get(field) is not None]
     facts += [f"{results['seconds']} s"] if "seconds" in results else []
     facts += [f"{package} {version}" for package, version in results.get("versions", {}).items()]

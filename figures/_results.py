@@ -53,6 +53,6 @@ def load(folder: Path, name: str) -> dict[str, Any]:
     if missing:
         raise Problem(f"{path} is not in the ledger's form: it lacks {', '.join(missing)}.")
     for number in results["numbers"]:
-        if not {"name", "value", "unit", "source"} <= set(number):
-            raise Problem(f"{path} is not in the ledger's form: a number lacks its name, value, unit or source.")
+        if not {"kind", "name", "value", "unit", "source"} <= set(number):
+            raise Problem(f"{path} is not in the ledger's form: a number lacks its kind, name, value, unit or source.")
     return results

@@ -13,22 +13,16 @@ from jaxrl_llm.plots import style
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """The loss from log 2 to the labels' entropy, the implied against the true reward, and finitely many pairs."""
+    """Draw the loss from log 2 to the labels' entropy, the implied against the true reward, and finite samples."""
     data = results["data"]
-    value = {entry["name"]: entry["value"] for entry in results["numbers"]}
-    error, slope = value["largest |log π − log π*|"], value["slope of log KL(π*‖π) against log pairs"]
     figure = Figure(figsize=(9.6, 3.5), layout="constrained")
-    figure.suptitle(
-        f"DPO on a population's preferences is RLHF's optimum: max |log π − log π*| = {error:.0e}",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=10.5,
+    style.headline(
+        figure, "DPO on a population's preferences ends at RLHF's optimum π*; from n pairs its median KL falls as 1/n"
     )
     loss, reward, pairs = figure.subplots(1, 3)
     _draw_loss(loss, data)
     _draw_reward(reward, data)
-    _draw_pairs(pairs, data["samples"], slope)
+    _draw_pairs(pairs, data["samples"], data["asymptotic"])
     return figure
 
 
@@ -41,7 +35,7 @@ def _draw_loss(axes: Axes, data: dict[str, Any]) -> None:
                       textcoords="offset points", color=style.MUTED, fontsize=7.5)  # fmt: skip
     axes.margins(y=0.12)
     axes.set(xlabel="Newton step", ylabel="population DPO loss (nats)")
-    axes.set_title("(a) as low as any model can")
+    axes.set_title("(a) as low as any model gets")
 
 
 def _draw_reward(axes: Axes, data: dict[str, Any]) -> None:
@@ -49,17 +43,20 @@ def _draw_reward(axes: Axes, data: dict[str, Any]) -> None:
     ends = [min(true), max(true)]
     axes.plot(ends, ends, color=style.FAINT, linewidth=1, zorder=1)
     axes.plot(true, implied, "o", color=style.PALETTE[0], markersize=4.5, alpha=0.8, markeredgewidth=0)
-    axes.set(xlabel="true reward, centred", ylabel="implied reward β log(π/ref), centred", aspect="equal")
-    axes.set_title(f"(b) all {len(true)} sequences")
+    axes.set(xlabel="true reward, centred (reward)", ylabel="β log(π/ref), centred (reward)", aspect="equal")
+    axes.set_title(f"(b) implied reward, all {len(true)} sequences")
 
 
-def _draw_pairs(axes: Axes, samples: list[dict[str, Any]], slope: float) -> None:
+def _draw_pairs(axes: Axes, samples: list[dict[str, Any]], asymptotic: float) -> None:
     sizes = np.asarray([row["pairs"] for row in samples], float)
-    kl = np.asarray([row["kl"] for row in samples])
-    middle = np.exp(np.log(kl).mean(axis=1))
-    axes.plot(np.repeat(sizes, kl.shape[1]), kl.reshape(-1), "o", color=style.PALETTE[5], markersize=2.5)
-    axes.plot(sizes, middle, color=style.PALETTE[0], marker="o")
-    text = f"slope {slope:.2f}".replace("-", "−")
-    axes.annotate(text, (sizes[2], middle[2]), xytext=(10, 6), textcoords="offset points", color=style.PALETTE[0])
-    axes.set(xscale="log", yscale="log", xlabel="labelled pairs", ylabel="KL(π*‖π) (nats)")
-    axes.set_title("(c) KL falls as 1/pairs")
+    for row in samples:
+        axes.plot([row["pairs"]] * len(row["kl"]), row["kl"], "o", color=style.PALETTE[5], markersize=2.5)
+    middle = [np.median([*row["kl"], *[np.inf] * row["without_minimum"]]) for row in samples]
+    axes.plot(sizes, asymptotic / sizes, color=style.MUTED, linewidth=1.1, linestyle="--", label="predicted median")
+    axes.plot(sizes, middle, "o", color=style.PALETTE[0], markersize=5, label="median")
+    fits = len(samples[0]["kl"]) + samples[0]["without_minimum"]
+    axes.plot([], [], "o", color=style.PALETTE[5], markersize=2.5, label=f"each of {fits} samples")
+    axes.legend(loc="lower left")
+    axes.set(xscale="log", yscale="log", xlabel="labelled pairs n", ylabel="KL(π‖π*) (nats)")
+    without = sum(row["without_minimum"] for row in samples)
+    axes.set_title("(c) finite samples" + (f", {without} without a minimum" if without else ""))

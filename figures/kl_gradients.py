@@ -1,4 +1,4 @@
-"""What k1, k2 and k3 descend, as losses and as rewards."""
+"""The gradients of k1, k2 and k3, as losses and as rewards, and what they descend."""
 
 from __future__ import annotations
 
@@ -29,18 +29,12 @@ def draw(results: dict[str, Any]) -> Figure:
     """The table, the descents, the misspecified end, and what a loss over tokens misses."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 6.8), layout="constrained")
-    figure.suptitle(
-        "As a loss on-policy, k1 descends nothing, k3 the other divergence and k2 KL(π‖ref): all to 10⁻¹⁰",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=10.5,
-    )
+    style.headline(figure, "As a loss on-policy, k1 descends nothing, k2 descends KL(π‖ref), and k3 descends KL(ref‖π)")
     (table, curves), (ends, missing) = figure.subplots(2, 2, width_ratios=(1.25, 1))
     _draw_table(table, data["table"])
     _draw_descents(curves, data["descents"])
     _draw_ends(ends, data["misspecified"])
-    _draw_missing(missing, data["missing"]["share"])
+    _draw_missing(missing, data["missing"])
     return figure
 
 
@@ -62,7 +56,7 @@ def _draw_table(axes: Axes, table: list[dict[str, Any]]) -> None:
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title("(a) what the mean gradient equals (cos: with KL(π‖ref) | KL(ref‖π))", pad=8)
+    axes.set_title("(a) the mean gradient, to 10⁻¹⁰ (cos: with ∇KL(π‖ref) | ∇KL(ref‖π))", pad=8)
 
 
 def _cell(column: int, row: int, colour: str) -> Any:
@@ -79,13 +73,23 @@ def _draw_descents(axes: Axes, descents: dict[str, Any]) -> None:
     end = {name: values[-1] for name, values in descents["kl"].items()}
     start = descents["kl"]["k1 as a loss"][0]
     axes.text(steps[-1], start * 0.75, f"k1 as a loss: stays at {start:.2f}", color=COLOURS["k1"], ha="right", va="top")
-    axes.text(0.37, 0.2, "k3 as a loss", transform=axes.transAxes, color=COLOURS["k3"], ha="right")
+    steps_shown, k3 = len(steps), descents["kl"]["k3 as a loss"]
+    place = steps_shown // 3
+    axes.annotate(
+        "k3 as a loss descends KL(ref‖π):\nno order with k2 follows, and they may cross",
+        (steps[place], k3[place]),
+        xytext=(0.02, 0.04),
+        textcoords="axes fraction",
+        color=COLOURS["k3"],
+        fontsize=SMALL,
+        arrowprops={"arrowstyle": "-", "color": style.FAINT, "linewidth": 0.7},
+    )
     axes.text(
-        steps[-1] * 0.98, 3e-2, "k2 as a loss = k1 as a reward\n(dashed: the same path)",
-        color=COLOURS["k2"], ha="right", va="bottom",
+        0.98, 0.6, "k2 as a loss = k1 as a reward\n(dashed: the same path)", transform=axes.transAxes,
+        color=COLOURS["k2"], ha="right", va="bottom", fontsize=SMALL,
     )  # fmt: skip
     axes.set(yscale="log", xlabel="step of gradient descent", ylabel="KL(π‖ref) (nats)", xlim=(0, steps[-1]))
-    axes.set_ylim(min(end.values()) * 0.6, start * 1.8)
+    axes.set_ylim(min(end.values()) * 0.15, start * 1.8)
     axes.set_title("(b) descent on the mean gradient")
 
 
@@ -113,18 +117,19 @@ def _draw_ends(axes: Axes, found: dict[str, Any]) -> None:
     axes.set_title("(c) policy of independent tokens: k2 picks, k3 covers")
 
 
-def _draw_missing(axes: Axes, share: dict[str, list[float]]) -> None:
-    lengths = [int(name) for name in share]
-    for length, values in zip(lengths, share.values(), strict=True):
-        axes.plot(np.full(len(values), length), values, "o", color=COLOURS["k2"], alpha=0.3, markeredgewidth=0)
-    medians = [float(np.median(values)) for values in share.values()]
-    axes.plot(lengths, medians, color=COLOURS["k2"], marker="_", markersize=16, markeredgewidth=2)
-    for length, value in zip(lengths, medians, strict=True):
-        axes.annotate(
-            f"{value:.2f}", (length, value), xytext=(-9, 4), textcoords="offset points", ha="right", fontsize=SMALL
-        )
-    count = len(share[str(lengths[0])])
-    axes.text(0.03, 0.95, f"line: median of {count} random models", transform=axes.transAxes, va="top", fontsize=SMALL)
-    axes.set(xlabel="length of the sequences (tokens)", ylabel="‖∇KL − E∇Σk2‖ / ‖∇KL‖", xlim=(0.4, max(lengths) + 0.5))
+def _draw_missing(axes: Axes, missing: dict[str, Any]) -> None:
+    lengths = [int(name) for name in missing["share"]]
+    for length, values in zip(lengths, missing["share"].values(), strict=True):
+        axes.plot(np.full(len(values), length - 0.12), values, "o", color=COLOURS["k2"], alpha=0.25, markeredgewidth=0)
+    median, low, high = np.transpose(list(missing["median"].values()))
+    bars = [median - low, high - median]
+    axes.errorbar(np.asarray(lengths) + 0.12, median, bars, fmt="s", color=style.INK, capsize=3, markersize=4)
+    for length, value in zip(lengths, median, strict=True):
+        axes.annotate(f"{value:.2f}", (length + 0.12, value), xytext=(7, 0), textcoords="offset points", fontsize=SMALL)
+    count = len(missing["share"][str(lengths[0])])
+    note = f"dots: {count} random models at each length\nsquares: their median, with its 95% interval"
+    axes.text(0.03, 0.97, note, transform=axes.transAxes, va="top", fontsize=SMALL)
+    axes.set(xlabel="length of the sequences (tokens)", ylabel="‖∇KL − E∇Σk2‖ / ‖∇KL‖", xlim=(0.4, max(lengths) + 0.6))
+    axes.set_ylim(top=1.25 * max(map(max, missing["share"].values())))
     axes.set_xticks(lengths)
-    axes.set_title("(d) what a sum of k2 over tokens misses")
+    axes.set_title("(d) what k2 summed over tokens misses of ∇KL")

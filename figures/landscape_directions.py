@@ -7,32 +7,34 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import landscape, style
+from jaxrl_llm.plots.loss_marks import FIRST
 
-ORDER = ("parameter", "filter", "hessian")
+TITLES = {"parameter": "random, by tensor", "filter": "random, by filter", "hessian": "top Hessian eigenvectors"}
+
+TESTED = 10_000  # what the experiment tests the ratio of the curvatures against
 
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """The contours on one scale, and under each the section along its first direction with its parabola."""
+    """Draw the contours on one scale, and under each the section along its first direction with its parabola."""
     data = results["data"]
-    surfaces, sections = ([data[kind][name] for name in ORDER] for kind in ("surfaces", "sections"))
-    figure = Figure(figsize=(11.4, 6.6), layout="constrained")
-    figure.suptitle(
-        f"The directions decide what the loss around {data['model']} looks like",
-        fontsize=12,
-        fontweight="bold",
-        x=0.01,
-        ha="left",
+    surfaces, sections = ([data[kind][name] for name in TITLES] for kind in ("surfaces", "sections"))
+    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
+    least = data["flatter"]
+    times = f"more than {TESTED:,}" if least > TESTED else f"{least:,.0f}"
+    style.headline(
+        figure,
+        f"Around {data['model']} the Hessian's top eigenvector curves {times} times as much as random directions",
     )
     grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
     limits, panels = landscape.loss_limits(surfaces), []
-    for column, (surface, section) in enumerate(zip(surfaces, sections, strict=True)):
+    for column, (title, surface, section) in enumerate(zip(TITLES.values(), surfaces, sections, strict=True)):
         panels.append(figure.add_subplot(grid[0, column]))
         colours = landscape.draw_contour(panels[-1], surface, limits=limits)
-        panels[-1].set_title(f"({'abc'[column]}) {surface['title']}")
+        panels[-1].set_title(f"({'abc'[column]}) {title}")
         axes = figure.add_subplot(grid[1, column])
-        shown = section | {"label": "per ‖d‖²", "curvature": section["per_length"]}
-        landscape.draw_section(axes, [shown], xlabel="α, first direction")
-        axes.set_title(f"({'def'[column]}) the first direction, near the model")
+        shown = section | {"label": "loss; per ‖d₁‖²", "curvature": section["per_length"], "sharpness": None}
+        landscape.draw_section(axes, [shown], xlabel=FIRST)
+        axes.set_title(f"({'def'[column]}) direction 1, near the model")
     landscape.add_colour_bar(panels, colours)
     return figure

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import interactive as pages
 from jaxrl_llm.plots import landscape, style
+from jaxrl_llm.plots.loss_marks import FIRST
 from jaxrl_llm.plots.text import LITERAL
-
-FACTS = ("centre", "minimum", "maximum")
-GRIDS = {"short": "short text", "even": "even grid", "longer": "longer text"}
 
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """A row a text: the surface, its contours, and beside them the even grid and the numbers."""
+    """Draw a row a text: the surface, its contours, and beside them the even grid and the section through the model."""
     data = results["data"]
     surfaces = data["surfaces"]
-    figure = Figure(figsize=(10.4, 6.6), layout="constrained")
-    figure.suptitle(
-        f"The loss around {data['model']}: two random orthogonal directions, every tensor of its own norm",
-        fontsize=12,
-        fontweight="bold",
-        x=0.01,
-        ha="left",
+    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
+    off = 100 * abs(data["difference"])  # tested against 0.1 %
+    style.headline(
+        figure,
+        f"The loss around {data['model']}: second differences at the model are the Hessian's curvature "
+        f"to {max(0.1, float(f'{off:.1g}')):g} %",
     )
     grid = figure.add_gridspec(2, 3, width_ratios=(1.2, 1, 1))
     for row, (name, contours) in enumerate({"short": ("short", "even"), "longer": ("longer",)}.items()):
         axes = figure.add_subplot(grid[row, 0], projection="3d")
-        landscape.draw_surface(axes, surfaces[name], label="")
+        landscape.draw_surface(axes, surfaces[name])
         axes.set_title(f"({'ad'[row]}) {_shown(surfaces[name])}", **LITERAL)
         limits = landscape.loss_limits([surfaces[each] for each in contours])
         panels = [figure.add_subplot(grid[row, 1 + column]) for column in range(len(contours))]
@@ -39,7 +35,9 @@ def draw(results: dict[str, Any]) -> Figure:
             colours = landscape.draw_contour(axes, surfaces[each], limits=limits)
             axes.set_title(_contour_title(each, surfaces[each]))
         landscape.add_colour_bar(panels, colours)
-    _write_losses(figure.add_subplot(grid[1, 2]), surfaces)
+    axes = figure.add_subplot(grid[1, 2])
+    landscape.draw_section(axes, [data["section"] | {"label": "loss"}], xlabel=FIRST)
+    axes.set_title("(f) direction 1 of (e), at the model")
     return figure
 
 
@@ -50,28 +48,15 @@ def _shown(surface: dict[str, Any]) -> str:
 def _contour_title(name: str, surface: dict[str, Any]) -> str:
     size = len(surface["alphas"])
     letter, remark = {
-        "short": ("b", ", the model in the middle"),
-        "even": ("c", ", the model between points"),
-        "longer": ("e", ""),
+        "short": ("b", ", through the model"),
+        "even": ("c", ", around the model"),
+        "longer": ("e", ", through the model"),
     }[name]
     return f"({letter}) {size} × {size}{remark}"
 
 
-def _write_losses(axes: Axes, surfaces: dict[str, Any]) -> None:
-    """The losses of each grid."""
-    axes.axis("off")
-    axes.set_title("(f) nats per token")
-    rows = [[f"{surfaces[name][fact]:.3f}" for fact in FACTS] for name in GRIDS]
-    table = axes.table(
-        rows, colLabels=FACTS, rowLabels=list(GRIDS.values()), bbox=(0.24, 0.5, 1.06, 0.42), edges="horizontal"
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(8)
-    for cell in table.get_celld().values():
-        cell.set_edgecolor(style.FAINT)
-
-
 def interactive(results: dict[str, Any]) -> str:
-    """The same surfaces, to be turned by hand."""
+    """Return the page of the same surfaces in 3-D, which needs no other file."""
     data = results["data"]
-    return pages.surface_html(list(data["surfaces"].values()), title=f"The loss around {data['model']}")
+    title = f"The loss around {data['model']}"
+    return pages.surface_html(list(data["surfaces"].values()), title=title)

@@ -6,49 +6,63 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from jaxrl_llm.plots import landscape, style
+from jaxrl_llm.plots.loss_scale import digits
 
 PAIR = "loss (nats per pair)"
 
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """DPO and the reward model over random planes; under them DPO over the plane of its path, and the run."""
+    """Draw DPO and the reward model over random planes; under them DPO over the plane of its path, and the run."""
     data = results["data"]
     surfaces = data["surfaces"]
-    figure = Figure(figsize=(10.4, 7.0), layout="constrained")
-    figure.suptitle(
-        f"DPO around {data['model']}: log 2 at the reference, and a slope that its own path finds",
-        fontsize=12,
-        fontweight="bold",
-        x=0.01,
-        ha="left",
+    figure = Figure(figsize=(9.6, 7.4), layout="constrained")
+    style.headline(
+        figure,
+        f"DPO of {data['model']} falls from log 2 to {data['losses'][-1]:.1g} on its own path; "
+        f"on {len(data['lowest'])} random planes no grid point is below {min(data['lowest']):.2f}",
     )
-    grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1))
-    axes = figure.add_subplot(grid[0, 0], projection="3d")
-    landscape.draw_surface(axes, surfaces["dpo"], label="")
-    axes.set_title("(a) DPO, random plane")
-    path = {"label": "DPO by Adam", "points": data["path"]}
-    for letter, place, name, title, paths in (
-        ("b", grid[0, 1], "dpo", "DPO, random plane", ()),
-        ("c", grid[0, 2], "reward", "reward model, random plane", ()),
-        ("d", grid[1, :2], "path", "DPO, the plane of its path", (path,)),
+    rows = figure.subfigures(2, 1)
+    panels = rows[0].subplots(1, 2)
+    limits = landscape.loss_limits([surfaces["dpo"], surfaces["reward"]])
+    for axes, name, title in zip(
+        panels, ("dpo", "reward"), ("(a) DPO, random plane", "(b) reward model, random plane"), strict=True
     ):
-        axes = figure.add_subplot(place)
-        colours = landscape.draw_contour(axes, surfaces[name], paths=paths)
-        axes.set_title(f"({letter}) {title}")
-        landscape.add_colour_bar(axes, colours, label=PAIR)
-        if paths:
-            share = 100 * np.asarray(data["explained"])
-            axes.set(
-                xlabel=f"first principal direction ({share[0]:.1f} %)",
-                ylabel=f"second ({share[1]:.1f} %)",
-            )
-    axes = figure.add_subplot(grid[1, 2])
-    axes.plot(data["losses"], color=style.PALETTE[0])
-    axes.axhline(np.log(2), color=style.MUTED, linestyle=":", linewidth=1)
-    axes.annotate("log 2", (len(data["losses"]) - 1, np.log(2)), xytext=(0, 3), textcoords="offset points", ha="right")
-    axes.set(xlabel="step", ylabel=PAIR, yscale="log")
-    axes.set_title("(e) the loss along the path")
+        colours = landscape.draw_contour(axes, surfaces[name], limits=limits)
+        axes.set_title(title)
+    landscape.add_colour_bar(panels, colours, label=f"{PAIR}, (a) and (b)")
+    plane, run = rows[1].subplots(1, 2, width_ratios=(1.3, 1))
+    share = 100 * np.asarray(data["explained"])
+    path = {"label": "DPO by Adam", "points": data["path"]}
+    colours = landscape.draw_contour(plane, surfaces["path"], paths=(path,))
+    plane.set_title("(c) DPO, the plane of its path: another scale")
+    plane.set(
+        xlabel=f"principal direction 1 ({share[0]:.1f} % of squared distance)",
+        ylabel=f"principal direction 2 ({share[1]:.1f} %)",
+    )
+    landscape.add_colour_bar(plane, colours, label=f"{PAIR}, (c)")
+    _draw_run(run, data)
     return figure
+
+
+def _draw_run(axes: Any, data: dict[str, Any]) -> None:
+    axes.plot(data["losses"], color=style.PALETTE[3], label="along the path")
+    last = len(data["losses"]) - 1
+    axes.plot(
+        [last] * len(data["lowest"]),
+        data["lowest"],
+        "D",
+        color="white",
+        markeredgecolor=style.INK,
+        label=f"lowest of each of {len(data['lowest'])} random planes",
+    )
+    axes.axhline(np.log(2), color=style.MUTED, linestyle=":", linewidth=1)
+    axes.annotate("log 2", (0, np.log(2)), xytext=(0, 3), textcoords="offset points", ha="left")
+    axes.set(xlabel="step of Adam", ylabel=PAIR, yscale="log")
+    axes.yaxis.set_major_formatter(lambda loss, _: digits(loss))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("(d) the loss along the path")
+    axes.legend(loc="lower left")

@@ -1,4 +1,4 @@
-"""Every preference loss and its slope against the margin, and the plane of the two log-probabilities."""
+"""Preference losses and their slopes against the margin, and the plane of the two log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,53 +17,60 @@ LABELS = {
     "exo": "EXO",
     "ipo": "β² IPO",
     "hinge": "hinge",
-    "discopop": "DiscoPOP",
+    "discopop": "DiscoPOP (switches at 0)",
     "nca": "NCA",
     "bco": "BCO",
     "sppo": "β² SPPO",
-    "apo_zero": "APO-zero",
+    "apo_zero": "APO-zero = KTO",
     "apo_down": "APO-down",
-    "kto": "KTO",
+    "f_dpo": "f-DPO (Jensen-Shannon)",
     "simpo": "SimPO",
-    "orpo": "ORPO",
-    "cpo": "CPO",
+    "orpo": "ORPO ≈ CPO",
 }
 GROUPS = {
     "(a) logistic": ("dpo", "cdpo", "robust_dpo", "exo"),
     "(b) other functions of Δ": ("ipo", "hinge", "discopop", "dpo"),
-    "(c) of both, on a = −b": ("nca", "bco", "sppo", "apo_zero", "apo_down", "kto"),
-    "(d) no reference": ("simpo", "orpo", "cpo"),
+    "(c) of both, on a = −b": ("nca", "bco", "sppo", "apo_zero", "apo_down", "f_dpo"),
+    "(d) no reference": ("simpo", "orpo"),
 }
+UNITS = ("nats", "nats; hinge, β² IPO: 1", "nats; SPPO, APO: 1", "nats")
+SCALED = ("ipo", "sppo")  # squares of nats, drawn times β²
 DASHES = ("-", "--", (0, (5, 1.5)), "-.", (0, (1, 1.2)), (0, (4, 1, 1, 1)))
-PLANE = {"dpo": "(e) DPO", "ipo": "(f) IPO", "simpo": "(g) SimPO", "orpo": "(h) ORPO"}
+PLANE = {"dpo": "(e) DPO, one pair", "simpo": "(f) SimPO", "orpo": "(g) ORPO"}
+RUNS = {"shared": ("shared\nlogits", style.ACCENT, (-5, 4)), "own": ("own\nlogits", style.PALETTE[0], (3, 3))}
 
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Losses, under them their slopes, under them the planes with two runs of DPO."""
+    """Draw losses, under them their slopes, then the planes with two runs of DPO, and how runs on random pairs end."""
     data = results["data"]
-    run = data["run"]
-    moved = {name: run[name]["chosen"][-1] - run[name]["chosen"][0] for name in ("free", "shared")}
-    figure = Figure(figsize=(9.6, 8.2), layout="constrained")
-    figure.suptitle(
-        f"The same DPO margin moves the chosen response by {moved['free']:+.1f} nats (own logits) "
-        f"or −{abs(moved['shared']):.1f} (shared)",
-        fontsize=12,
-        fontweight="bold",
-        x=0.01,
-        ha="left",
+    changes = {name: np.asarray(values) for name, values in data["changes"].items()}
+    figure = Figure(figsize=(9.6, 8.6), layout="constrained")
+    fell = {name: 100 * (values < 0).mean() for name, values in changes.items()}
+    style.headline(
+        figure,
+        f"With the same margins DPO lowers the chosen response of {fell['shared']:.0f} % of random pairs "
+        f"(shared logits) or {fell['own']:.0f} % (own)",
     )
-    panels = figure.subplots(3, 4, height_ratios=(1, 0.9, 1.15))
+    panels = figure.subplots(3, 4, height_ratios=(0.9, 0.9, 1.15))
     for column, (title, names) in enumerate(GROUPS.items()):
         _draw_group(panels[:2, column], data, names)
         panels[0, column].set_title(title)
-    panels[0, 0].set_ylabel("loss (nats)")
+        panels[0, column].set_ylabel(f"loss ({UNITS[column]})")
     panels[1, 0].set_ylabel("slope (per unit of βΔ)")
-    for axes, (name, title) in zip(panels[2], PLANE.items(), strict=True):
-        image = _draw_plane(axes, data["plane"][name], run if name == "dpo" else None, data["reference"])
+    for axes, (name, title) in zip(panels[2], PLANE.items(), strict=False):
+        image = _draw_plane(axes, data["plane"][name], data["run"] if name == "dpo" else None, data["reference"])
         axes.set_title(title)
     panels[2, 0].set_ylabel("log π of the rejected (nats)")
-    figure.colorbar(image, ax=panels[2, 3], label="|gradient| / largest", aspect=25)
+    figure.colorbar(
+        image,
+        ax=panels[2, :3],
+        label="|gradient| over the largest, (e) to (g)",
+        location="bottom",
+        aspect=60,
+        shrink=0.7,
+    )
+    _draw_changes(panels[2, 3], changes)
     return figure
 
 
@@ -71,25 +78,36 @@ def _draw_group(panels: Any, data: dict[str, Any], names: tuple[str, ...]) -> No
     x = np.asarray(data["curves"]["x"])
     for place, name in enumerate(names):
         curve = data["curves"][name]
-        scale = data["beta"] ** 2 if name in ("ipo", "sppo") else 1.0
+        scale = data["beta"] ** 2 if name in SCALED else 1.0
         grey = name == "dpo" and place > 0
         look = {
-            "color": style.FAINT if grey else style.PALETTE[place],
+            "color": style.EDGE if grey else style.PALETTE[place],
             "linestyle": "-" if grey else DASHES[place],
+            "linewidth": 3.0 if grey else 1.6,
             "zorder": 1 if grey else 2,
         }
-        loss = scale * np.asarray(curve["loss"])
-        panels[0].plot(x, np.where(loss < 9, loss, np.nan), label=LABELS[name], **look)
+        panels[0].plot(x, scale * np.asarray(curve["loss"]), label=LABELS[name], **look)
         panels[1].plot(x, scale * np.asarray(curve["slope"]), **look)
     for axes in panels:
         axes.axvline(0, color=style.EDGE, linewidth=0.7, linestyle=":")
         axes.set_xlim(x[0], x[-1])
     without_reference = "simpo" in names
-    panels[0].set_ylim(-0.3, 13 if len(names) > 4 else 12)
+    panels[0].set_ylim(-0.3, 7.2)
     panels[1].axhline(0, color=style.EDGE, linewidth=0.7)
-    panels[1].set_xlabel("β(log $\\pi_w$ − log $\\pi_l$)" if without_reference else "margin βΔ")
-    panels[1].set_ylim(-2.2, 1.2)
-    panels[0].legend(loc="upper left", ncols=2, handlelength=2, labelspacing=0.25, columnspacing=0.8, borderpad=0)
+    panels[1].set_xlabel("β × (log π chosen − rejected)" if without_reference else "margin βΔ")
+    panels[1].set_ylim(-1.6, 1.0)
+    panels[1].legend(
+        *panels[0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(-0.05, -0.2), labelspacing=0.25
+    )
+
+
+def _draw_changes(axes: Axes, changes: dict[str, np.ndarray]) -> None:
+    """Draw how far the chosen response has moved on each random pair."""
+    axes.plot(changes["own"], changes["shared"], "o", color=style.PALETTE[0], markersize=2.5, alpha=0.6)
+    axes.axhline(0, color=style.INK, linewidth=0.8)
+    axes.axvline(0, color=style.INK, linewidth=0.8)
+    axes.set(xlabel="change with own logits (nats)", ylabel="change with shared logits (nats)")
+    axes.set_title(f"(h) chosen, {len(changes['own'])} pairs")
 
 
 def _draw_plane(axes: Axes, plane: dict[str, Any], run: dict[str, Any] | None, reference: list[float]) -> Any:
@@ -105,10 +123,7 @@ def _draw_plane(axes: Axes, plane: dict[str, Any], run: dict[str, Any] | None, r
     axes.set(xlabel="log π of the chosen (nats)", xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.grid(visible=False)
     if run is not None:
-        for name, label, colour, place in (
-            ("shared", "shared\nlogits", style.ACCENT, (-5, 4)),
-            ("free", "own\nlogits", style.PALETTE[0], (3, 3)),
-        ):
+        for name, (label, colour, place) in RUNS.items():
             path = np.asarray(run[name]["chosen"]), np.asarray(run[name]["rejected"])
             inside = path[1] > low
             axes.plot(path[0], path[1], color=colour, linewidth=2.4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import style
@@ -13,20 +14,34 @@ from jaxrl_llm.plots.curves import draw_training_curve
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """The training curve, and bits per byte by source."""
+    """Draw the training curve, and bits per byte by the order of the n-gram models and by source."""
     data = results["data"]
     order = data["best_order"]
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    curve, bars = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    baseline = (f"Kneser-Ney {order}-gram", data["ngram_nats_per_token"][order])
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    least = f"{order}-gram model {data['ngram_bits_per_byte'][order]:.3f}"
+    style.headline(figure, f"Held-out text, bits per byte: tiny-gpt2 {data['bits_per_byte']:.3f}, {least}")
+    curve, orders, bars = figure.subplots(1, 3, width_ratios=(1.3, 0.8, 1.1))
+    baseline = (f"{order}-gram", data["ngram_nats_per_token"][order])
     draw_training_curve(curve, data["log"], baseline=baseline)
-    curve.set_title("(a) training of tiny-gpt2")
+    curve.set_title("(a) one training run of tiny-gpt2")
+    _draw_orders(orders, data)
+    orders.set_title("(b) n-gram models")
     _draw_sources(bars, data["sources"], order)
-    bars.set_title("(b) held-out text by source")
+    bars.set_title("(c) held-out text by source")
     return figure
 
 
-def _draw_sources(axes: Any, sources: list[dict[str, Any]], order: str) -> None:
+def _draw_orders(axes: Axes, data: dict[str, Any]) -> None:
+    """Draw all orders of n-gram models that were tried, over the model's line."""
+    ngrams = {int(order): value for order, value in data["ngram_bits_per_byte"].items()}
+    axes.plot(list(ngrams), list(ngrams.values()), color=style.PALETTE[5], marker="o")
+    axes.axhline(data["bits_per_byte"], color=style.PALETTE[0], linestyle="--", linewidth=1.2)
+    beside = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "fontsize": 7.5}
+    axes.annotate("tiny-gpt2", (max(ngrams), data["bits_per_byte"]), color=style.PALETTE[0], **beside)
+    axes.set(xlabel="order of the Kneser-Ney model", ylabel="bits per byte (lower is better)", xticks=list(ngrams))
+
+
+def _draw_sources(axes: Axes, sources: list[dict[str, Any]], order: str) -> None:
     place = np.arange(len(sources))
     series = (("tiny-gpt2", "bits_per_byte", -0.2, 0), (f"{order}-gram", "ngram_bits_per_byte", 0.2, 5))
     for label, field, shift, colour in series:

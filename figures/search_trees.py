@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -11,31 +12,38 @@ from matplotlib.patches import Patch
 from jaxrl_llm.plots import bars, style, trees
 from jaxrl_llm.plots.sheet import Sheet
 from jaxrl_llm.plots.text import sentence, text_width
-from jaxrl_llm.plots.tree_layout import HEADER, ROW, place
+from jaxrl_llm.plots.tree_layout import place
 
-MARGIN, GUTTER, HEADING, TITLE = 20.0, 36.0, 34.0, 42.0
-KEY = HEADING + HEADER + ROW  # as high as a chain, beside which the key stands
+WIDTH, MARGIN, GAP, HEADING, TITLE, TOP = 619.0, 20.0, 14.0, 34.0, 40.0, 104.0
+LEAVES = {"full": 12, "top_k": 8, "nucleus": 8}  # shown of each tree
+TOKENS = 22  # shown in a panel of probabilities, beside those drawn
 
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """The greedy chain beside the key, and under them, in two columns, the other trees and the bars."""
+    """Draw what the best leaf gains after all prompts, the trees after one of them below each other, and the bars."""
     data = results["data"]
     ordered = sorted(data["trees"], key=lambda tree: tree["name"] != "greedy")
-    column = max(place(tree).width for tree in ordered)
-    tree_heights = [HEADING + place(tree).height for tree in ordered]
-    heights = [tree_heights[0], KEY, *tree_heights[1:], bars.needed_height(data["bars"])]
-    (first, key, *others, last), bottom = _pack(heights, column)
-    sheet = Sheet(2 * (MARGIN + column) + GUTTER, bottom)
-    _draw_title(sheet, data)
+    ordered = [pruned(tree, LEAVES.get(tree["name"], 1)) for tree in ordered]
+    column = max(WIDTH - 2 * MARGIN, *(place(tree).width for tree in ordered))
+    panels = [panel | {"tokens": _shown(panel["tokens"])} for panel in data["bars"]]
+    heights = [HEADING + place(tree).height for tree in ordered]
+    bottom = TITLE + TOP + sum(heights) + (len(heights) + 1) * GAP + bars.needed_height(panels) + MARGIN
+    sheet = Sheet(2 * MARGIN + column, bottom)
+    _draw_title(sheet, results)
     norm, cmap = trees.score_norm(ordered), style.score_colours()
-    for index, (tree, (x, y), height) in enumerate(zip(ordered, [first, *others], tree_heights, strict=True)):
-        trees.draw_heading(sheet, x, y, tree, title=f"{_letter(index)} {tree['title']}", width=column)
-        trees.draw_tree(sheet.axes(x, y + HEADING, column, height - HEADING), tree, norm=norm, cmap=cmap)
-    trees.add_colour_bar(sheet.axes(key[0], key[1] + 20, 0.45 * column, 8), norm=norm, cmap=cmap)
-    _draw_key(sheet, key[0] + 0.5 * column, key[1], 0.5 * column)
-    letter = f"{_letter(len(ordered))} "
-    bars.draw_panels(sheet, *last, data["bars"], width=column, height=heights[-1], prefix=letter)
+    if data.get("gains"):
+        _draw_gains(sheet, data, 0.56 * column)
+    left = MARGIN + 0.62 * column
+    trees.add_colour_bar(sheet.axes(left, TITLE + 4, 0.36 * column, 8), norm=norm, cmap=cmap)
+    _draw_key(sheet, left, TITLE + 42, 0.36 * column)
+    y = TITLE + TOP + GAP
+    for index, (tree, height) in enumerate(zip(ordered, heights, strict=True), start=1):
+        trees.draw_heading(sheet, MARGIN, y, tree, title=f"{_letter(index)} {tree['title']}", width=column)
+        trees.draw_tree(sheet.axes(MARGIN, y + HEADING, column, height - HEADING), tree, norm=norm, cmap=cmap)
+        y += height + GAP
+    letter = f"{_letter(len(ordered) + 1)} "
+    bars.draw_panels(sheet, MARGIN, y, panels, width=column, height=bars.needed_height(panels), prefix=letter)
     return sheet.figure
 
 
@@ -43,27 +51,71 @@ def _letter(index: int) -> str:
     return f"({chr(ord('a') + index)})"
 
 
-def _pack(heights: list[float], column: float) -> tuple[list[tuple[float, float]], float]:
-    """Corners of cells of these heights, each put into the shorter of two columns, and where the page ends."""
-    filled, corners = [TITLE, TITLE], []
-    for height in heights:
-        shorter = int(filled[1] < filled[0])
-        corners.append((MARGIN + shorter * (column + GUTTER), filled[shorter]))
-        filled[shorter] += height + MARGIN
-    return corners, max(filled)
+def pruned(tree: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the tree with its best leaves only, so many, and a title that says so."""
+    nodes = {node["id"]: node for node in tree["nodes"]}
+    parents = {node["parent"] for node in tree["nodes"]}
+    leaves = [node for node in tree["nodes"] if node["id"] not in parents and node["parent"] is not None]
+    best = sorted(leaves, key=lambda node: -node["score"])[:count]
+    kept = set()
+    for node in best:
+        while node["id"] not in kept:
+            kept.add(node["id"])
+            node = nodes[node["parent"]] if node["parent"] is not None else node
+    title = f"{tree['title']}: the {len(best)} best of {len(leaves)} leaves"
+    return tree | {
+        "nodes": [node for node in tree["nodes"] if node["id"] in kept],
+        "title": title if len(best) < len(leaves) else tree["title"],
+    }
 
 
-def _draw_title(sheet: Sheet, data: dict[str, Any]) -> None:
-    size, width = 12.0, sheet.width - 2 * MARGIN
+def _shown(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [token for place, token in enumerate(tokens) if place < TOKENS or token["drawn"]]
+
+
+def _draw_title(sheet: Sheet, results: dict[str, Any]) -> None:
+    data, size, width = results["data"], 10.0, sheet.width - 2 * MARGIN
+    if results.get("holds") and data.get("gains"):
+        gains = data["gains"]
+        text = f"Greedy misses the best of {data['leaves']} leaves after {sum(each > 0 for each in gains)} of "
+        text += f"{len(gains)} prompts: mean lead {np.mean(gains):.2f} nats per token"
+        sheet.line(MARGIN, 22, text, size=size, width=width, weight="bold")
+        return
     tail = f"”, continued by {data['model']}"
     room = width - text_width(f"“{tail}", size, "bold")
     prompt = sentence(data["prompt"], size=size, width=room, weight="bold", keep_end=True)
-    sheet.line(MARGIN, 26, f"“{prompt}{tail}", size=size, width=width, weight="bold")
+    sheet.line(MARGIN, 22, f"“{prompt}{tail}", size=size, width=width, weight="bold")
+
+
+def _draw_gains(sheet: Sheet, data: dict[str, Any], width: float) -> None:
+    """Draw the lead of the best leaf after each prompt, the largest first, that of the trees below in colour."""
+    gains = np.asarray(data["gains"])
+    order = np.argsort(-gains, kind="stable")
+    drawn = int(np.flatnonzero(order == 0)[0])  # the first prompt is that of the trees
+    axes = sheet.axes(MARGIN + 32, TITLE + 14, width - 32, TOP - 40)
+    colours = [style.ACCENT if each == 0 else style.PALETTE[5] for each in order]
+    axes.bar(np.arange(len(gains)), gains[order], color=colours, width=0.75)
+    axes.annotate(
+        "the prompt below",
+        (drawn, gains[0]),
+        xytext=(0, 3),
+        textcoords="offset points",
+        color=style.ACCENT,
+        fontsize=7,
+        ha="left",
+        va="bottom",
+    )
+    axes.grid(axis="x", visible=False)
+    axes.set(xlim=(-0.8, len(gains) - 0.2), xticks=[], ylabel="nats per token")
+    axes.set_xlabel(f"{len(gains)} prompts for {data['model']}; no bar: greedy decoding finds the best leaf")
+    sheet.line(
+        MARGIN, TITLE + 6, "(a) best leaf of the full tree − greedy decoding", size=9.5, width=width, weight="bold"
+    )
 
 
 def _draw_key(sheet: Sheet, x: float, y: float, width: float) -> None:
-    """What the marks mean."""
-    axes = sheet.axes(x, y, width, KEY)
+    """Say what the marks mean."""
+    axes = sheet.axes(x, y, width, TOP - 46)
     axes.axis("off")
     end = {"marker": "|", "markersize": 8, "markeredgewidth": 2.2, "linestyle": ""}
     diamond = {"marker": "D", "markersize": 4, "linestyle": ""}
@@ -75,4 +127,4 @@ def _draw_key(sheet: Sheet, x: float, y: float, width: float) -> None:
         Patch(color=bars.REMOVED, label="removed"),
         Line2D([], [], color=style.ACCENT, label="drawn", **diamond),
     ]
-    axes.legend(handles=marks, ncols=2, loc="center left", handlelength=1.6, borderpad=0, columnspacing=1.6)
+    axes.legend(handles=marks, ncols=2, loc="center left", handlelength=1.4, borderpad=0, columnspacing=1.2)

@@ -1,7 +1,8 @@
-"""Eight ways to teach a small GPT-2 to write good reviews: what each gains, at what divergence, and what it writes."""
+"""Seven ways to teach a small GPT-2 to write good reviews: held-out losses, rewards at equal KL, over-optimisation."""
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxrl_llm.plots import style
 from jaxrl_llm.plots.text import LITERAL, sentence, signed
 
 LABELS = {
-    "reference": "fine-tuned model",
+    "reference": "reference",
     "dpo": "DPO",
     "ipo": "IPO",
     "kto": "KTO",
@@ -20,151 +21,175 @@ LABELS = {
     "ppo": "PPO",
     "grpo": "GRPO",
     "rloo": "RLOO",
-    "best of n": "best of n",
 }
-COLOURS = dict(zip(LABELS, (style.INK, *style.PALETTE, style.MUTED), strict=True))
-WIDTH, PANELS, LINE = 10.4, 8.6, 0.172  # inches: of the figure, of the panels' height, of a line of text
+COLOURS = dict(zip(LABELS, (style.INK, *style.PALETTE), strict=True)) | {"rloo": "#7a4fa3"}
+OFFLINE = ("dpo", "ipo", "kto", "simpo")
+SHOWN = ("reference", "dpo", "ppo", "rloo")
+"""Whose reviews are shown."""
+WIDTH, PANELS, LINE = 10.4, 10.8, 0.19  # inches: of the figure, of the panels' height, of a line of text
 
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Reward against KL, over-optimisation, log-probabilities in time, the pretraining term, and three reviews each."""
+    """Held-out losses; gold and what the proxy promised on the way; gold at equal KL; the pretraining term; samples."""
     data = results["data"]
-    shown = [(name, row) for name in LABELS for row in data["samples"].get(name, [])]
-    below = LINE * (len(shown) + len(data["samples"]) * 0.35 + 2.5)
+    shown = [(name, data["samples"][name][0]) for name in SHOWN if name in data["samples"]]
+    below = LINE * (len(shown) + 3)
     figure = Figure(figsize=(WIDTH, PANELS + below), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[PANELS, below])
-    upper.suptitle(_title(data), x=0.01, ha="left", weight="bold", fontsize=10.5)
-    (frontier, optimised), (times, ablation) = upper.subplots(2, 2)
-    _draw_frontier(frontier, data)
-    _draw_optimised(optimised, data)
-    _draw_times(times, data)
-    _draw_ablation(ablation, data)
+    style.headline(upper, _title(results))
+    axes = upper.subplots(3, 2)
+    _draw_dpo(axes[0, 0], data)
+    _draw_ratios(axes[0, 1], data)
+    offline = [name for name in data["methods"] if name in OFFLINE]
+    online = [name for name in data["methods"] if name not in OFFLINE]
+    _draw_paths(axes[1, 0], data, offline, "(c) preference losses: gold and proxy on the way")
+    _draw_paths(axes[1, 1], data, online, "(d) policy gradients: gold and proxy on the way")
+    axes[1, 1].sharey(axes[1, 0])
+    _draw_levels(axes[2, 0], data)
+    _draw_kept(axes[2, 1], data)
     _draw_samples(lower, shown, below)
     return figure
 
 
-def _title(data: dict[str, Any]) -> str:
-    first, second = data["ranked"][:2]
-    lead = data["lead"]
-    apart = "more" if lead["mean"] > lead["half_width"] else "not more"
-    return (
-        f"Gold sentiment: {LABELS[first]} leads {LABELS[second]} by {lead['mean']:.2f} ± {lead['half_width']:.2f} "
-        f"log-odds, each at the β that the proxy likes best: {apart} than chance"
+def _title(results: dict[str, Any]) -> str:
+    """The tested sentences, if they hold; without a verdict the subject."""
+    if not results["holds"]:
+        return "Alignment to a proxy reward, judged by an independent gold reward"
+    return "Optimising a proxy raises an independent gold reward on average, by less than the proxy's gain predicts"
+
+
+def _draw_dpo(axes: Axes, data: dict[str, Any]) -> None:
+    """DPO against the loss of the reference, and against that of the proxy itself."""
+    axes.set(title="(a) DPO: loss on held-out pairs", xlabel="updates", ylabel="expected loss (nats a pair)")
+    if "dpo" not in data["methods"]:
+        return
+    _draw_losses(axes, data, "dpo")
+    for value, text in ((np.log(2), "log 2"), (data["label_entropy"], "entropy of the labels (the proxy itself)")):
+        axes.axhline(value, color=style.MUTED, linewidth=1, linestyle=":")
+        axes.annotate(text, (0.99, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                      textcoords="offset points", ha="right", fontsize=7.5, color=style.MUTED)  # fmt: skip
+    _mark_end(axes, data)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.45 * (high - low), high)
+    title = (
+        f"lines: {data['seeds']} seeds; triangles: parameters kept\nother panels: means over these seeds, bars: 95% "
+        "interval"
     )
+    axes.legend(loc="lower left", title=title, alignment="left", title_fontsize=7.5)
 
 
-def _draw_frontier(axes: Axes, data: dict[str, Any]) -> None:
-    """Final policies with their intervals over seeds, the ways to them, and the best of n."""
-    axes.set(title="Gold reward against divergence", xlabel="KL(π‖π_ref) (nats a review)", ylabel="gold (log-odds)")
-    for method in data["ranked"]:
-        rows = sorted((row for row in data["rows"] if row["method"] == method), key=lambda row: row["kl"]["mean"])
-        kl, gold = (
-            {part: [row[name][part] for row in rows] for part in ("mean", "half_width")} for name in ("kl", "gold")
-        )
-        axes.errorbar(
-            kl["mean"], gold["mean"], xerr=kl["half_width"], yerr=gold["half_width"], color=COLOURS[method],
-            marker="o", linewidth=1.2, elinewidth=0.6, label=LABELS[method],
-        )  # fmt: skip
-    axes.plot(0, data["start"]["gold"], marker="*", markersize=9, color=COLOURS["reference"], linestyle="")
-    _draw_best_of(axes, data, np.asarray, "gold", "-")
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set(
-        xlim=(-0.1, None), xticks=(ticks := (0, 0.5, 1, 2, 5, 10, 20)), xticklabels=[f"{tick:g}" for tick in ticks]
-    )
-    axes.legend(ncols=2)
+def _draw_ratios(axes: Axes, data: dict[str, Any]) -> None:
+    """The other preference losses, relative to where they began."""
+    axes.set(title="(b) the others: held-out loss / at the start", xlabel="updates", ylabel="ratio")
+    names = [name for name in data["methods"] if name in OFFLINE and name != "dpo"]
+    for name in names:
+        _draw_losses(axes, data, name, relative=True)
+    if names:
+        axes.axhline(1, color=style.MUTED, linewidth=1, linestyle=":")
+        _mark_end(axes, data)
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "not run at this preset", transform=axes.transAxes, ha="center", color=style.MUTED)
 
 
-def _draw_optimised(axes: Axes, data: dict[str, Any]) -> None:
-    """On the way to the least strength: what is optimised (dashed) goes on rising where gold does not."""
-    axes.set(
-        title="Proxy (dashed) and gold, on the way",
-        xlabel="√KL(π‖π_ref) (√nats); each method at its least β",
-        ylabel="reward (log-odds)",
-    )
-    for method in data["ranked"]:
-        path = min((path for path in data["paths"] if path["method"] == method), key=lambda path: path["beta"])
-        root = np.sqrt([0.0, *path["kl"]["mean"]])
-        for name, line in (("gold", "-"), ("proxy", "--")):
-            mean, half = (
-                [first, *path[name][part]] for part, first in (("mean", data["start"][name]), ("half_width", 0))
-            )
-            axes.errorbar(root, mean, yerr=half, color=COLOURS[method], linestyle=line, linewidth=1.2, elinewidth=0.5)
-    for name, line in (("gold", "-"), ("proxy", "--")):
-        _draw_best_of(axes, data, np.sqrt, name, line)
+def _draw_losses(axes: Axes, data: dict[str, Any], name: str, *, relative: bool = False) -> None:
+    """A line for each seed, and where its parameters were kept."""
+    method = data["methods"][name]
+    for seed, (losses, kept) in enumerate(zip(method["held_out"], method["kept"], strict=True)):
+        values = np.asarray(losses) / (losses[0] if relative else 1)
+        at = data["stretch"] * np.arange(len(values))
+        axes.plot(at, values, color=COLOURS[name], linewidth=1, label=None if seed else LABELS[name])
+        axes.plot(at[kept], values[kept], marker="v", color=COLOURS[name], markersize=6, linestyle="")
 
 
-def _draw_best_of(axes: Axes, data: dict[str, Any], scale: Any, name: str, line: str) -> None:
+def _mark_end(axes: Axes, data: dict[str, Any]) -> None:
+    axes.axvline(data["updates"], color=style.MUTED, linewidth=1, linestyle="--", label="end of the equal updates")
+
+
+def _draw_paths(axes: Axes, data: dict[str, Any], names: list[str], title: str) -> None:
+    """The gain of gold on the way, and the gain that the proxy's predicts."""
+    axes.set(title=title, xlabel="√KL(π‖π_ref) (√nats)", ylabel="gain in gold reward (log-odds)")
+    for name in names:
+        method = data["methods"][name]
+        root = np.sqrt(np.maximum([0.0, *method["kl"]["mean"]], 0))
+        for which, line in (("gold", "-"), ("predicted", "--")):
+            mean, half = ([0.0, *method[which][part]] for part in ("mean", "half_width"))
+            label = f"{LABELS[name]}, learning rate {data['rates'][name]['rate']:g}" if which == "gold" else None
+            axes.plot(root, mean, line, color=COLOURS[name], label=label, linewidth=1.4)
+            if which == "gold":
+                axes.errorbar(root, mean, half, color=COLOURS[name], linestyle="", elinewidth=0.8)
     rows = data["best_of_n"]
-    mean, half = ([row[name][part] for row in rows] for part in ("mean", "half_width"))
-    label = f"best of n to {rows[-1]['n']}, KL ≤ log n − (n − 1)/n" if line == "-" else None
-    axes.errorbar(
-        scale([row["kl_bound"] for row in rows]), mean, yerr=half, linestyle=line, color=COLOURS["best of n"],
-        marker=".", linewidth=1.2, elinewidth=0.5, label=label,
-    )  # fmt: skip
-
-
-def _draw_times(axes: Axes, data: dict[str, Any]) -> None:
-    """How much likelier than to the reference chosen and rejected answers are, on the way."""
-    axes.set(
-        title="Chosen (line) and rejected (dashed) answers",
-        xlabel="share of the training",
-        ylabel="log π − log π_ref (nats an answer)",
-    )
-    for method in data["ranked"]:
-        curves = [curve for curve in data["curves"] if curve["method"] == method and "kl_chosen" in curve]
-        if not curves:
-            continue
-        middle = sorted(curves, key=lambda curve: curve["beta"])[len(curves) // 2]
-        for name, line in (("kl_chosen", "-"), ("kl_rejected", "--")):
-            mean, half = (np.asarray(middle[name][part]) for part in ("mean", "half_width"))
-            at = (np.arange(len(mean)) + 0.5) / len(mean)
-            label = f"{LABELS[method]}, β = {middle['beta']:g}" if line == "-" else None
-            axes.plot(at, mean, line, color=COLOURS[method], label=label)
-            axes.fill_between(at, mean - half, mean + half, color=COLOURS[method], alpha=0.1, linewidth=0)
+    root = np.sqrt([row["kl_bound"] for row in rows])
+    for which, scale, line in (("gold", 1, "-"), ("proxy", data["slope"], "--")):
+        mean = scale * (np.asarray([row[which]["mean"] for row in rows]) - rows[0][which]["mean"])
+        label = f"best of n ≤ {rows[-1]['n']}, at its bound of KL" if which == "gold" else None
+        axes.plot(root, mean, line, color=style.MUTED, label=label, linewidth=1.4)
+    axes.plot([], [], "--", color=style.INK, label="dashed: predicted by the proxy's gain")
     axes.legend()
 
 
-def _draw_ablation(axes: Axes, data: dict[str, Any]) -> None:
-    """RLOO: the reviews of people stay as likely as they were, where the term is there."""
-    axes.set(
-        title="RLOO with the term γ E[log π] of reviews",
-        xlabel="gold (log-odds)",
-        ylabel="loss on held-out reviews (nats a token)",
+def _draw_levels(axes: Axes, data: dict[str, Any]) -> None:
+    """Gold where each method's path reaches a KL; below, who does not get there at every seed."""
+    axes.set(title="(e) gold at equal KL, interpolated (colours: f)", ylabel="gain in gold reward (log-odds)",
+             xlabel="KL(π‖π_ref) (nats)")  # fmt: skip
+    names, levels = list(data["methods"]), sorted({row["kl"] for row in data["levels"]})
+    ticks = [f"{level:g}" for level in levels]
+    for row in data["levels"]:
+        place = levels.index(row["kl"])
+        if "gold" in row:
+            at = place + 0.1 * (names.index(row["method"]) - (len(names) - 1) / 2)
+            axes.errorbar(at, row["gold"]["mean"], row["gold"]["half_width"], color=COLOURS[row["method"]], marker="o")
+    for place, level in enumerate(levels):
+        short = [row for row in data["levels"] if row["kl"] == level and "gold" not in row]
+        if short:
+            told = ", ".join(f"{LABELS[row['method']]} {row['reached']}/{data['seeds']}" for row in short)
+            ticks[place] += "\n" + textwrap.fill(f"seeds that reach it: {told}", 26)
+    axes.axhline(0, color=style.MUTED, linewidth=1, linestyle=":")
+    axes.set_xticks(range(len(levels)), ticks)
+    axes.set_xlim(-0.5, len(levels) - 0.5)
+    axes.grid(visible=False, axis="x")
+
+
+def _draw_kept(axes: Axes, data: dict[str, Any]) -> None:
+    """The policies that were kept: gold, and what the proxy's gain predicts."""
+    axes.set(title="(f) the policies that are kept", xlabel="gain in gold reward (log-odds)")
+    names = list(data["methods"])
+    for place, name in enumerate(names):
+        method = data["methods"][name]
+        for which, offset, face in (("kept_gold", 0.13, COLOURS[name]), ("kept_predicted", -0.13, "white")):
+            axes.errorbar(method[which]["mean"], place + offset, xerr=method[which]["half_width"], color=COLOURS[name],
+                          marker="o", markerfacecolor=face, elinewidth=1)  # fmt: skip
+    axes.axvline(0, color=style.MUTED, linewidth=1, linestyle=":")
+    kl = [data["methods"][name]["kept_kl"]["mean"] for name in names]
+    axes.set_yticks(
+        range(len(names)), [f"{LABELS[name]}\n{value:.1f} nats" for name, value in zip(names, kl, strict=True)]
     )
-    gammas = sorted({row["gamma"] for row in data["ablation"]})
-    for gamma, colour in zip(gammas, style.PALETTE, strict=False):
-        rows = sorted((row for row in data["ablation"] if row["gamma"] == gamma), key=lambda row: row["beta"])
-        gold, loss = (
-            {part: [row[name][part] for row in rows] for part in ("mean", "half_width")}
-            for name in ("gold", "text_loss")
-        )
-        axes.errorbar(
-            gold["mean"], loss["mean"], xerr=gold["half_width"], yerr=loss["half_width"], color=colour,
-            marker="o", linewidth=1.2, elinewidth=0.6, label=f"γ = {gamma:g}",
-        )  # fmt: skip
-        for row, x, y in zip(rows, gold["mean"], loss["mean"], strict=True):
-            axes.annotate(f"β = {row['beta']:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.axhline(data["start"]["text_loss"], color=style.EDGE, linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "the fine-tuned model", (0.99, data["start"]["text_loss"]), xycoords=("axes fraction", "data"), ha="right",
-        va="bottom", fontsize=7, color=style.MUTED,
-    )  # fmt: skip
-    axes.legend()
+    axes.set_ylim(len(names) - 0.4, -1.1)
+    axes.plot([], [], "o", color=style.INK, label="gold")
+    axes.plot([], [], "o", color=style.INK, markerfacecolor="white", label="predicted by the proxy's gain")
+    axes.legend(loc="upper center", ncols=2)
+    axes.grid(visible=False, axis="y")
 
 
 def _draw_samples(figure: Any, shown: list[tuple[str, dict[str, Any]]], height: float) -> None:
-    """After the same prompts (grey), with the gold reward of each."""
-    figure.text(0.01, 1, "What they write: the prompt in grey, the gold reward before it", weight="bold", fontsize=9.5,
-                va="top")  # fmt: skip
-    y, before = 1 - 1.9 * LINE / height, ""
+    """One review each, after the same prompt (grey)."""
+    y = 1 - LINE / height
+    figure.text(0.01, y, "After the same prompt (grey), the first draw of the first seed; before it proxy and gold "
+                "reward (log-odds)", weight="bold", fontsize=9)  # fmt: skip
     for name, row in shown:
-        y -= (LINE * (1.35 if name != before else 1)) / height
-        if name != before:
-            figure.text(0.01, y, LABELS[name], color=COLOURS[name], weight="bold", fontsize=7.5)
-        before = name
-        prompt, place = row["prompt"], 0.165
-        figure.text(0.155, y, signed(row["gold"]), fontsize=7.5, ha="right")
-        text = sentence(prompt + row["answer"], size=7.5, width=(1 - place - 0.01) * WIDTH * 72)
-        figure.text(place, y, text, fontsize=7.5, **LITERAL)
-        figure.text(place, y, text[: len(prompt)], fontsize=7.5, color=style.MUTED, **LITERAL)
+        y -= 1.2 * LINE / height
+        figure.text(0.01, y, LABELS[name], color=COLOURS[name], weight="bold", fontsize=8)
+        figure.text(0.135, y, signed(row["proxy"]), fontsize=8, ha="right")
+        figure.text(0.185, y, signed(row["gold"]), fontsize=8, ha="right")
+        place = 0.2
+        text = at_words(row["prompt"] + row["answer"], size=8, width=(1 - place - 0.01) * WIDTH * 72)
+        figure.text(place, y, text, fontsize=8, **LITERAL)
+        figure.text(place, y, text[: len(row["prompt"])], fontsize=8, color=style.MUTED, **LITERAL)
+
+
+def at_words(text: str, *, size: float, width: float) -> str:
+    """As much of a text as fits, cut after a word."""
+    text = " ".join(text.split())
+    cut = sentence(text, size=size, width=width)
+    return cut if cut == text or " " not in cut else cut[:-1].rsplit(" ", 1)[0] + " …"

@@ -1,10 +1,11 @@
-"""Do models tell users what they like to hear? The published measure, what the user changes, and the letter bias."""
+"""The sycophancy of models: the published measure, the effect of the user, and letter bias."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import style
@@ -15,19 +16,33 @@ CONTROLS = 3
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """A row of panels for each set of items: bars of the published measure, shifts with intervals, letter bias."""
+    """Draw panels for each set of items: bars of the published measure, shifts with intervals, letter bias."""
     data = results["data"]
     rows = max(len(reports) for reports in data["sets"].values())
     figure = Figure(figsize=(10.2, 1.3 + len(data["sets"]) * (0.9 + 0.36 * rows)), layout="constrained")
-    figure.suptitle(_title(data), x=0.01, ha="left", weight="bold", fontsize=10.5)
+    style.headline(figure, _title(data))
     grid = figure.subplots(len(data["sets"]), 3, squeeze=False, width_ratios=WIDTHS)
     for panels, (name, reports) in zip(grid, data["sets"].items(), strict=True):
         for axes, above in zip(panels[1:], grid[0, 1:], strict=True):
             axes.sharex(above)
         draw_report(panels, reports, controls=CONTROLS)
         panels[0].set_title(f"{name}: the published measure")
+        panels[1].legend(loc="upper right")
+        _zoom(panels[1], data["sets"], reports)
     figure.supxlabel(textwrap.fill(_caption(data), 150), x=0.01, ha="left", fontsize=7.5, color=style.MUTED)
     return figure
+
+
+def _zoom(axes: Axes, sets: dict[str, list[dict[str, Any]]], reports: list[dict[str, Any]]) -> None:
+    """Show the range of the models' shifts, of all sets, and name the controls that lie beyond it."""
+    models = [report for found in sets.values() for report in found[CONTROLS:]]
+    shifts = [report[form]["shift"] for report in models for form in ("letters", "words") if report[form]["shift"]]
+    ends = [shift[end] for shift in shifts for end in ("low", "estimate", "high") if shift[end] is not None]
+    high = 1.25 * max([*ends, 0.05])
+    axes.set_xlim(1.25 * min([*ends, -0.02]), high)
+    for place, report in enumerate(reports[:CONTROLS]):
+        if (shift := report["letters"]["shift"]["estimate"]) > high:
+            axes.annotate(f"{shift:.0f}, beyond the axis →", (high, place), ha="right", va="center", fontsize=7.5)
 
 
 def _title(data: dict[str, Any]) -> str:
@@ -51,7 +66,7 @@ def _caption(data: dict[str, Any]) -> str:
         if report["too_long"]
     ]
     return (
-        f"{sizes}. {'; '.join(long) + '. ' if long else ''}Grey: controls whose scores are known. 95% intervals: "
-        "bootstrap over claims. Middle: probability of an answer for the user who holds it less for one who holds the "
-        "other, the mean of both orders of the options."
+        f"{sizes}. {'; '.join(long) + '. ' if long else ''}Grey: controls whose scores are known; dashed: ½. Lines: "
+        "95% intervals by the bootstrap over claims, too narrow where these are few. Middle: probability of an answer "
+        "for the user who holds it less for one who holds the other; of letters the mean of both orders of the options."
     )

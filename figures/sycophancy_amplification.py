@@ -15,32 +15,39 @@ MARKS = {"DPO": "o", "PPO": "s", "RLOO": "^"}
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """The law with exact optima on it, the same with a GPT-2, its deviations, and best-of-n."""
-    data = results["data"]
-    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
-    figure.suptitle(headline(results), x=0.01, ha="left", weight="bold", fontsize=10.5)
+    """Draw the law with exact optima on it, the same with a GPT-2, its deviations, and best-of-n."""
+    data, config = results["data"], results["config"]
+    figure = Figure(figsize=(9.6, 7.0), layout="constrained")
+    style.headline(figure, headline(results))
     (table, gpt2), (deviations, best) = figure.subplots(2, 2)
     colours = {curve["share"]: style.PALETTE[i % len(style.PALETTE)] for i, curve in enumerate(data["curves"])}
     _draw_table(table, data, colours)
     _draw_gpt2(gpt2, data, colours)
     _draw_deviations(deviations, data["gpt2"], colours)
     _draw_best(best, data["best_of_n"])
+    figure.supxlabel(
+        f"The GPT-2: layers: {config['layers']}, width: {config['width']}, answers of one token to "
+        f"{2 * config['words'] ** 2} prompts. π: probability that the reference agrees. "
+        f"p: share of annotators who prefer agreement.\n"
+        f"Bars in (b) and (c): 95% intervals over {config['seeds']} seeds. Marks in (c) are those of (b).",
+        x=0.01, ha="left", fontsize=7.5, color=style.MUTED,
+    )  # fmt: skip
     return figure
 
 
 def headline(results: dict[str, Any]) -> str:
-    """What the figure shows, as a finding only where the results hold."""
-    worst = max(abs(point["deviation"]) for point in results["data"]["gpt2"])
+    """Return what the figure shows, as a finding only where the results hold."""
     if results["holds"]:
         return (
             "Alignment amplifies a slight taste for agreement: exact optima lie on the law, "
-            f"a trained GPT-2 within {worst:.3f} of it"
+            "a small GPT-2 within 0.02 of it"
         )
-    return f"Agreement after alignment and its law: a trained GPT-2 is off it by up to {worst:.3f}"
+    worst = max(abs(point["deviation"]) for point in results["data"]["gpt2"])
+    return f"Agreement after alignment and its law: a small GPT-2 is off it by up to {worst:.3f}"
 
 
 def _draw_law(axes: Axes, curves: list[dict[str, Any]], colours: dict[float, str]) -> None:
-    """A curve for each share that has points."""
+    """Draw a curve for each share that has points."""
     for curve in curves:
         axes.plot(curve["inverse_beta"], curve["agreement"], color=colours[curve["share"]], linewidth=1.2)
         place = (curve["inverse_beta"][0], curve["agreement"][0])
@@ -65,7 +72,10 @@ def _draw_table(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> 
             axes.plot(
                 1 / table["beta"][chosen], table[way][chosen], mark, color=colour, markersize=size, fillstyle="none"
             )
-    axes.set_title("(a) a table, π_ref = ½: ○ DPO, × RLHF")
+    for mark, label in (("o", "DPO"), ("x", "RLHF")):
+        axes.plot([], [], mark, color=style.MUTED, fillstyle="none", label=label)
+    axes.plot([], [], color=style.MUTED, linewidth=1.2, label="the law")
+    _head(axes, "(a) exact optima on a table, from π = 0.5")
 
 
 def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> None:
@@ -77,7 +87,7 @@ def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> N
             axes.errorbar(
                 shift[point["method"]] / point["beta"],
                 point["mean"],
-                _within_0_and_1(point["mean"], point["half_width"]),
+                _within_0_and_1(point),
                 color=colours[point["share"]],
                 marker=MARKS[point["method"]],
                 markersize=4.5,
@@ -88,13 +98,23 @@ def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> N
     used = dict.fromkeys(point["method"] for point in data["gpt2"])
     for method in used:
         axes.plot([], [], MARKS[method], color=style.MUTED, markerfacecolor="white", label=method)
-    axes.legend(loc="lower right")
-    axes.set_title("(b) a GPT-2, π_ref = ½: means over seeds")
+    axes.plot([], [], color=style.MUTED, linewidth=1.2, label="the law")
+    _head(axes, "(b) the GPT-2, from π = 0.5: means over seeds")
 
 
-def _within_0_and_1(mean: float, half_width: float) -> list[list[float]]:
-    """An interval of a probability as error bars: down, up."""
-    return [[min(half_width, mean)], [min(half_width, 1 - mean)]]
+def _head(axes: Axes, title: str) -> None:
+    """Set the title, and the key between it and the panel, where it covers no curve."""
+    count = len(axes.get_legend_handles_labels()[0])
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=count, borderaxespad=0.1, handlelength=1.4, columnspacing=1
+    )
+    axes.set_title(title, pad=17)
+
+
+def _within_0_and_1(point: dict[str, Any]) -> list[list[float]]:
+    """Return the interval of a probability as error bars: down, up."""
+    mean = point["mean"]
+    return [[mean - max(point["low"], 0)], [min(point["high"], 1) - mean]]
 
 
 def _draw_deviations(axes: Axes, points: list[dict[str, Any]], colours: dict[float, str]) -> None:
@@ -103,26 +123,34 @@ def _draw_deviations(axes: Axes, points: list[dict[str, Any]], colours: dict[flo
         axes.errorbar(
             point["law"],
             point["deviation"],
-            point["deviation_half_width"],
+            [[point["deviation"] - point["deviation_low"]], [point["deviation_high"] - point["deviation"]]],
             color=colours[point["share"]],
             marker=MARKS[point["method"]],
             markersize=4.5,
             linewidth=0,
             elinewidth=1,
-            markerfacecolor="white" if point["reference"] == 0.5 else None,
+            markerfacecolor=_filled(point["reference"]),
         )
-    axes.set(xlabel="the law", ylabel="measured − law", xlim=(0, 1.02))
-    axes.set_title("(c) deviation, 95 per cent; filled: π_ref not ½")
+    for share in sorted({point["share"] for point in points}):
+        axes.plot([], [], "-", color=colours[share], label=f"p = {share:g}")
+    for aim in sorted({point["reference"] for point in points}, reverse=True):
+        axes.plot([], [], "o", color=style.MUTED, markerfacecolor=_filled(aim), label=f"from π = {aim:g}")
+    axes.set(xlabel="agreement by the law", ylabel="agreement measured − by the law", xlim=(0, 1.02))
+    _head(axes, "(c) deviation, for the users of the opinion further off")
+
+
+def _filled(reference: float) -> str | None:
+    """Return the face of a mark: white from a reference of ½."""
+    return "white" if reference == 0.5 else None
 
 
 def _draw_best(axes: Axes, best: list[dict[str, Any]]) -> None:
     for each, colour in zip(best, style.PALETTE, strict=False):
         sizes = [row["n"] for row in each["sizes"]]
-        label = f"π_ref ≈ {each['reference']:g}"
+        label = f"from π ≈ {each['reference']:g}"
         axes.plot(sizes, [row["law"] for row in each["sizes"]], color=colour, linewidth=1.2, label=label)
         axes.plot(sizes, [row["sampled"] for row in each["sizes"]], "o", color=colour, markerfacecolor="white")
-    axes.set(xscale="log", xlabel="n", ylabel="the best of n agrees", ylim=(0, 1.03))
+    axes.set(xscale="log", xlabel="n", ylabel="probability that the best of n agrees", ylim=(0, 1.03))
     axes.set_xticks(sizes, [str(n) for n in sizes])
     axes.set_xticks([], minor=True)
-    axes.legend(loc="lower right")
-    axes.set_title("(d) best of n draws of the GPT-2: 1 − (1 − π_ref)ⁿ")
+    _head(axes, "(d) best of n draws; lines: 1 − (1 − π)ⁿ")

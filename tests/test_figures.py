@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from experiments import ledger
 from figures import _page, _results
 from figures.__main__ import main
 
@@ -26,12 +28,13 @@ def results():
     tokens = [{"text": " $a", "prob": 0.4, "kept": True, "drawn": True}]
     panels = [{"title": "plain", "kept_mass": 1.0, "tokens": tokens}]
     numbers = [
-        {"name": "close", "value": -1.25, "unit": "nats", "source": "here", "expected": -1.2, "tolerance": 0.1},
-        {"name": "outside", "value": 3, "unit": "s", "source": "there", "interval": [None, 2]},
-        {"name": "free", "value": 1e-7, "unit": "", "source": "measured"},
+        {"kind": "identity", "name": "close", "value": -1.25, "expected": -1.2, "tolerance": 0.1, "error": 0.05},
+        {"kind": "test", "name": "outside", "value": 3, "interval": [None, 2], "wrong": 4, "values": [3, 1]},
+        {"kind": "measurement", "name": "free", "value": 1e-7, "confidence": [0, 2e-7]},
     ]
+    numbers = [number | {"unit": "nats", "source": "here"} for number in numbers]
     data = {"model": "tiny", "prompt": "I have", "trees": [tree, tree | {"name": "full"}], "bars": panels}
-    about = {"config": {"depth": 1}, "preset": "quick", "seed": 0, "versions": {"jax": "0.1"}, "seconds": 1.5}
+    about = {"config": {"depth": 1}, "preset": "full", "seed": 0, "versions": {"jax": "0.1"}, "seconds": 1.5}
     return {"claim": "1 < 2 & <b>more</b>", "holds": False, "numbers": numbers, "data": data} | about
 
 
@@ -44,8 +47,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def draw(folder, *names):
-    return main(names, results=folder / "results", gallery=folder / "gallery")
+def draw(folder, *names, **options):
+    return main(names, results=folder / "results", gallery=folder / "gallery", **options)
 
 
 def run_module(folder, gallery, seed):
@@ -57,7 +60,15 @@ def run_module(folder, gallery, seed):
         "for name in r.figure_names():\n    r.figure_module(name)\n"
         "assert 'jax' not in sys.modules and 'jaxlib' not in sys.modules\n"
     )
-    options = ["search_trees", "--results", str(folder / "results"), "--gallery", str(folder / gallery)]
+    options = [
+        "search_trees",
+        "--results",
+        str(folder / "results"),
+        "--gallery",
+        str(folder / gallery),
+        "--also",
+        "svg",
+    ]
     environment = {"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(folder.parent)}
     command = [sys.executable, "-c", code, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -73,17 +84,55 @@ def test_the_command_draws_without_jax_and_the_same_bytes_again(folder):
     assert first == again
 
 
-def test_the_page_states_claim_numbers_and_picture(folder):
+def page_of(folder):
+    return (folder / "gallery" / "index.html").read_text()
+
+
+def test_the_page_states_claim_picture_and_numbers(folder):
     assert draw(folder, "search_trees") == 0
-    page = (folder / "gallery" / "index.html").read_text()
+    page = page_of(folder)
     assert "1 &lt; 2 &amp; &lt;b&gt;more" in page
-    assert "−1.2 ± 0.1" in page
-    assert "≤ 2" in page
-    assert re.findall(r'class="mark (\w+)', page.split("<tbody>")[1]) == ["holds", "fails", "free"]
-    assert '<img src="search_trees.png"' in page
-    assert "preset quick · seed 0 · 1.5 s · jax 0.1" in page
-    assert "0 of 1 claims hold" in page
+    assert page.index("1 &lt; 2") < page.index('<img src="search_trees.png"') < page.index("<details><summary>1 test, ")
+    assert "<summary>1 test, 1 measurement, 1 identity</summary>" in page, "the table is folded"
+    assert "≤ 2" in page and "0 … 2e−07" in page and "−1.2 ± 0.1" in page
+    assert "1 … 3" in page, "the range over the seeds"
+    assert re.findall(r'class="mark (\w+)', page.split("<tbody>")[1]) == ["fails", "holds"]
+    assert "<figcaption>full preset</figcaption>" in page
+    assert "preset full · seed 0 · 1.5 s · jax 0.1" in page
     assert not re.search(r'(src|href)="(https?:|/)', page), "the page needs only what stands beside it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "mark", "lead"),
+    [
+        ({}, "✗ does not hold", "Of 1 claims 1 do not."),
+        ({"holds": True}, "✓ holds", "Of 1 claims 1 hold."),
+        ({"holds": None}, "measured", "Of 1 claims 1 are measured."),
+        ({"holds": None, "preset": "quick"}, "quick run", "These are quick runs"),
+        ({"holds": True, "seeds": {"run": [0, 1], "held": [True, True]}}, "Held at 2 of 2 seeds.", ""),
+    ],
+)
+def test_the_page_says_how_a_claim_stands(folder, changes, mark, lead):
+    (folder / "results" / "search_trees.json").write_text(json.dumps(results() | changes))
+    assert draw(folder, "search_trees") == 0
+    assert mark in page_of(folder) and lead in page_of(folder)
+
+
+def test_the_page_is_grouped_by_subject(folder):
+    for name in ("kl_gradients", "search_trees.other", "reward_model", "mystery"):
+        (folder / "results" / f"{name}.json").write_text(json.dumps(results()))
+    assert draw(folder, "search_trees") == 0
+    headings = re.findall(r"<section id=\"([^\"]+)|<h2 class=\"subject\">([^<]+)", page_of(folder))
+    assert [name or subject for name, subject in headings] == [
+        *("Reward models and RLHF", "reward_model", "KL divergence", "kl_gradients"),
+        *("Decoding", "search_trees", "search_trees.other", "Other", "mystery"),
+    ]
+
+
+def test_the_picture_carries_the_digest_of_its_results(folder):
+    assert draw(folder, "search_trees") == 0
+    with Image.open(folder / "gallery" / "search_trees.png") as picture:
+        assert picture.text == {"Source": ledger.digest(folder / "results" / "search_trees.json")}
 
 
 @pytest.fixture
@@ -95,7 +144,7 @@ def interactive(monkeypatch):
 
 
 def test_an_interactive_figure_is_written_and_linked(folder, interactive):
-    assert draw(folder, "search_trees") == 0
+    assert draw(folder, "search_trees", also=("html",)) == 0
     assert (folder / "gallery" / "search_trees.html").read_text() == "<p>1 < 2 & <b>more</b></p>"
     assert '<a href="search_trees.html">' in (folder / "gallery" / "index.html").read_text()
 
@@ -105,13 +154,9 @@ def test_without_plotly_an_interactive_figure_is_left_out(folder, interactive, m
         raise ModuleNotFoundError("it needs plotly.", name="plotly")
 
     monkeypatch.setattr(interactive, "interactive", missing)
-    assert draw(folder, "search_trees") == 0
+    assert draw(folder, "search_trees", also=("html",)) == 0
     assert "search_trees.html is left out: it needs plotly." in capsys.readouterr().out
-    assert {path.name for path in (folder / "gallery").iterdir()} == {
-        "search_trees.png",
-        "search_trees.svg",
-        "index.html",
-    }
+    assert {path.name for path in (folder / "gallery").iterdir()} == {"search_trees.png", "index.html"}
     assert "search_trees.html" not in (folder / "gallery" / "index.html").read_text()
 
 
@@ -121,7 +166,7 @@ def test_another_missing_module_is_not_passed_over(folder, interactive, monkeypa
 
     monkeypatch.setattr(interactive, "interactive", missing)
     with pytest.raises(ModuleNotFoundError, match="other"):
-        draw(folder, "search_trees")
+        draw(folder, "search_trees", also=("html",))
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(folder, capsys):
@@ -169,14 +214,7 @@ def test_a_figure_that_fails_says_which_results_it_was_drawing(folder):
 
 @pytest.mark.parametrize(
     ("bound", "text"),
-    [({"interval": [1, 2.5]}, "1 … 2.5"), ({"interval": [-3, None]}, "≥ −3"), ({"expected": 2}, "2"), ({}, "–")],
+    [({"interval": [1, 2.5]}, "1 … 2.5"), ({"interval": [-3, None]}, "≥ −3"), ({}, "–")],
 )
 def test_expectations_are_written_as_they_bind(bound, text):
     assert _page.expectation(bound) == text
-
-
-def test_the_committed_gallery_has_a_picture_for_every_results_file():
-    missing = [
-        name for name in _results.result_names(_results.RESULTS) if not (_results.GALLERY / f"{name}.png").exists()
-    ]
-    assert not missing, f"run python -m figures {' '.join(missing)}"

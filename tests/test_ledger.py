@@ -1,175 +1,320 @@
-"""The ledger of claims: what a number needs, when it holds, and how it is written."""
+"""The ledger of claims: its three kinds of numbers, when a claim holds, how it is written, and where to."""
 
 import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import __main__ as every_experiment
-from experiments import ledger
+from experiments import catalogue, command, ledger, statistics
+
+ABOUT = {"unit": "nats", "source": "eq. 1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Sizes."""
+
     seed: int = 3
     corpus: Path = Path("corpus/x.jsonl")
     sizes: tuple[int, ...] = (1, 2)
+    model: str = "tiny-gpt2"
+    work_dir: Path | None = None
 
 
-def number(value=1.0, **bound):
-    return ledger.number("x", value, unit="nats", source="eq. 1", **bound)
+PRESETS = {"quick": Config(), "full": Config(sizes=(9,))}
 
 
-def result(**changes):
-    numbers = [number(1.0, expected=1.1, tolerance=0.2), number(5.0)]
-    return {"claim": "Ünïcode holds.", "numbers": numbers, "data": {"x": [1, 2.5, None]}} | changes
+def identity(value=1.0, expected=1.0, tolerance=1e-9):
+    return ledger.identity("i", value, expected=expected, tolerance=tolerance, **ABOUT)
 
 
-def write(out, **changes):
-    return ledger.write("claim", result(**changes), config=Config(), preset="quick", seconds=1.26, out=out)
+def checked(value=1.0, *, wrong=9.0, **bound):
+    return ledger.test("t", value, wrong=wrong, **(bound or {"at_most": 2.0}), **ABOUT)
+
+
+def measured(value=1.0, **confidence):
+    return ledger.measurement("m", value, **confidence, **ABOUT)
+
+
+def result(*numbers, **changes):
+    return {"claim": "Ünïcode holds.", "numbers": numbers or [checked()], "data": {"x": [1, 2.5, None]}} | changes
+
+
+def write(out, *results, preset="full", **options):
+    results = results or [result()]
+    path = ledger.write("claim", results, config=Config(), preset=preset, seconds=1.26, out=out, **options)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_number_says_what_it_was_given_and_nothing_else():
-    assert number() == {"name": "x", "value": 1.0, "unit": "nats", "source": "eq. 1"}
-    assert number(expected=2.0) == number() | {"expected": 2.0}
-    assert number(expected=2.0, tolerance=0.0) == number() | {"expected": 2.0, "tolerance": 0.0}
-    assert number(interval=(None, 2.0)) == number() | {"interval": (None, 2.0)}
-    assert number(expected=2.0, interval=(0.0, 2.0)) == number() | {"expected": 2.0, "interval": (0.0, 2.0)}
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (identity(1.0 + 1e-12), True),
+        (identity(1.0 + 1e-6), False),
+        (ledger.identity("largest difference", 3e-16, tolerance=1e-12, **ABOUT), True),
+        (checked(1.5, expected=1.25, tolerance=0.25), True),
+        (checked(1.5, expected=1.25, tolerance=0.125), False),
+        (checked(2.0, at_most=2.0), True),
+        (checked(2.5, at_most=2.0), False),
+        (checked(1.0, at_least=0.0, wrong=-1.0), True),
+        (checked(-1e-9, at_least=0.0, wrong=-1.0), False),
+        (checked(0.5, at_least=0.0, at_most=1.0), True),
+        (measured(1.0), None),
+        (measured(1.0, confidence=(2.0, 3.0)), None),
+    ],
+)
+def test_numbers_hold_within_their_bounds(number, expected):
+    assert ledger.holds(number) is expected
+    assert ledger.holds(json.loads(json.dumps(number))) is expected, "also as it is read back"
 
 
-@pytest.mark.parametrize("bound", [{"tolerance": 0.1}, {"expected": 1.0, "tolerance": 0.1, "interval": (0.0, 2.0)}])
-def test_a_tolerance_needs_what_is_expected_and_no_interval(bound):
-    with pytest.raises(ValueError, match=r"^x: give expected with tolerance, or interval, not both"):
-        number(**bound)
+def test_an_identity_is_judged_before_it_is_rounded():
+    number = identity(1.23456789, 1.23456780)
+    assert (number["value"], number["expected"]) == (1.23457, 1.23457)
+    assert ledger.holds(number) is False
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, np.float32("nan")])
-def test_a_number_and_its_bounds_are_finite(bad):
-    for bound in ({"value": bad}, {"expected": bad}, {"expected": 1.0, "tolerance": bad}, {"interval": (0.0, bad)}):
-        with pytest.raises(ValueError, match=r"^x: a number and its bounds must be finite"):
-            number(**bound)
+@pytest.mark.parametrize("bound", [{"at_most": 10.0}, {"at_least": 0.0}, {"expected": 8.0, "tolerance": 1.0}])
+def test_a_bound_needs_a_wrong_value_that_breaks_it(bound):
+    with pytest.raises(ValueError, match=r"^t: the wrong value must break the bound, but 9\.0 does not"):
+        checked(1.0, wrong=9.0, **bound)
+    with pytest.raises(ValueError, match="must break"):
+        checked(1.0, wrong=math.nan, **bound)
 
 
 @pytest.mark.parametrize(
-    ("value", "bound", "expected"),
-    [
-        (1.0, {}, True),
-        (1.0, {"expected": 9.0}, True),  # told beside it, bounds nothing
-        (1.0, {"expected": 1.25, "tolerance": 0.25}, True),
-        (1.5, {"expected": 1.25, "tolerance": 0.25}, True),
-        (1.5, {"expected": 1.25, "tolerance": 0.125}, False),
-        (0.5, {"expected": 1.25, "tolerance": 0.5}, False),
-        (1.0, {"expected": 1.0, "tolerance": 0.0}, True),
-        (1.0, {"interval": (1.0, 2.0)}, True),
-        (2.0, {"interval": (1.0, 2.0)}, True),
-        (2.5, {"interval": (1.0, 2.0)}, False),
-        (0.5, {"interval": (1.0, 2.0)}, False),
-        (-1e9, {"interval": (None, 2.0)}, True),
-        (2.5, {"interval": (None, 2.0)}, False),
-        (1e9, {"interval": (1.0, None)}, True),
-        (0.5, {"interval": (1.0, None)}, False),
-        (0.5, {"expected": 9.0, "interval": (0.0, 1.0)}, True),
-    ],
+    "bound", [{"tolerance": 0.1}, {"expected": 1.0}, {"expected": 1.0, "tolerance": 0.1, "at_most": 2.0}]
 )
-def test_a_number_holds_within_its_own_bound(value, bound, expected):
-    entry = number(value, **bound)
-    assert ledger.holds(entry) is expected
-    assert ledger.holds(json.loads(json.dumps(entry))) is expected, "also as it is read back"
+def test_a_bound_has_one_form(bound):
+    with pytest.raises(ValueError, match="the bound must be expected and tolerance, or at_least or at_most"):
+        checked(**bound)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, np.float32("nan")])
+def test_numbers_and_their_bounds_are_finite(bad):
+    makers = [
+        lambda: identity(bad),
+        lambda: identity(expected=bad),
+        lambda: checked(bad),
+        lambda: checked(at_most=bad),
+        lambda: measured(bad),
+        lambda: measured(confidence=(0.0, bad)),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match="a number and its bounds must be finite"):
+            make()
+
+
+# Claims ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_holds_if_its_tests_and_identities_do():
+    assert ledger.verdict([checked(), identity(), measured()]) is True
+    assert ledger.verdict([checked(), checked(3.0)]) is False
+    assert ledger.verdict([checked(), identity(2.0)]) is False
+
+
+def test_a_claim_without_a_test_is_measured():
+    assert ledger.verdict([measured(), identity()]) is None
+    assert ledger.verdict([measured(), identity(2.0)]) is False, "but a broken identity shows"
+
+
+def test_a_claim_holds_at_every_seed_or_not_at_all(tmp_path):
+    runs = [result(checked(value), measured(value)) for value in (1.0, 3.0, 2.0)]
+    entry = write(tmp_path, *runs, seeds=(3, 4, 5))
+    assert entry["seeds"] == {"run": [3, 4, 5], "held": [True, False, True]}
+    assert entry["holds"] is False
+    assert [number["values"] for number in entry["numbers"]] == [[1.0, 3.0, 2.0]] * 2
+    assert write(tmp_path, runs[0], runs[2], seeds=(3, 5))["holds"] is True
+
+
+def test_seeds_must_give_the_same_numbers(tmp_path):
+    other = result(ledger.test("best is PPO", 1.0, at_most=2.0, wrong=3.0, **ABOUT))
+    with pytest.raises(ValueError, match="every seed must give the same numbers, but these are not in all: best is PP"):
+        write(tmp_path, result(), other)
+
+
+def test_a_quick_run_is_not_judged(tmp_path):
+    assert write(tmp_path, preset="quick")["holds"] is None
+    assert write(tmp_path, result(checked(3.0)), preset="quick")["holds"] is None
+    assert write(tmp_path, result(identity(2.0)), preset="quick")["holds"] is False, "an identity holds at any size"
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_result_is_written_whole(tmp_path):
-    path = write(tmp_path / "new" / "folder")
-    assert path == tmp_path / "new" / "folder" / "claim.json"
-    assert [each.name for each in path.parent.iterdir()] == ["claim.json"]
-    content = path.read_text(encoding="utf-8")
-    assert content.endswith("}\n") and "Ünïcode" in content
-    entry = json.loads(content)
-    assert set(entry) == {
-        "claim",
-        "holds",
-        "numbers",
-        "data",
-        "config",
-        "preset",
-        "seed",
-        "versions",
-        "seconds",
-    }
-    assert entry["config"] == {"seed": 3, "corpus": "corpus/x.jsonl", "sizes": [1, 2]}
-    assert (entry["holds"], entry["preset"], entry["seed"], entry["seconds"]) == (True, "quick", 3, 1.3)
+    entry = write(tmp_path / "new" / "folder", seeds=(3,))
+    assert [each.name for each in (tmp_path / "new" / "folder").iterdir()] == ["claim.json"]
+    assert "Ünïcode" in (content := (tmp_path / "new" / "folder" / "claim.json").read_text(encoding="utf-8"))
+    assert content.endswith("}\n")
+    fields = "claim holds seeds numbers data config preset seed versions seconds"
+    assert list(entry) == fields.split()
+    assert entry["config"] == {"seed": 3, "corpus": "corpus/x.jsonl", "sizes": [1, 2], "model": "tiny-gpt2"}
+    assert (entry["holds"], entry["preset"], entry["seed"], entry["seconds"]) == (True, "full", 3, 1.3)
     assert entry["data"] == {"x": [1, 2.5, None]}
     assert set(entry["versions"]) == set(ledger.VERSIONS) and all(entry["versions"].values())
 
 
-def test_a_claim_holds_if_all_its_numbers_do(tmp_path):
-    outside = [number(), number(expected=2.0, tolerance=0.5)]
-    assert json.loads(write(tmp_path, numbers=outside).read_text())["holds"] is False
-    assert json.loads(write(tmp_path).read_text())["holds"] is True
-    assert json.loads(write(tmp_path, holds=False).read_text())["holds"] is False, "or as the experiment says"
+def test_arrays_take_one_line_and_numbers_six_digits(tmp_path):
+    data = {"curve": np.linspace(0, 1, 200, dtype=np.float32), "grid": np.full((3, 50), 1 / 3), "text": "x" * 200}
+    entry = write(tmp_path, result(data=data))
+    assert entry["data"]["curve"][1] == 0.00502513 and entry["data"]["grid"][2][49] == 0.333333
+    lines = (tmp_path / "claim.json").read_text(encoding="utf-8").splitlines()
+    assert sum(line.count("0.333333") == 50 for line in lines) == 3
+    assert len(lines) < 30
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, object()])
-def test_what_is_no_json_is_refused_and_leaves_what_was_there(tmp_path, bad):
-    before = write(tmp_path).read_bytes()
+def test_what_json_lacks_is_refused_and_leaves_what_was_there(tmp_path, bad):
+    before = write(tmp_path)
     with pytest.raises((ValueError, TypeError)):
-        write(tmp_path, data={"x": [1.0, bad]})
-    assert (tmp_path / "claim.json").read_bytes() == before
+        write(tmp_path, result(data={"x": [1.0, bad]}))
+    assert json.loads((tmp_path / "claim.json").read_text()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["claim.json"]
 
 
 def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
-    before = write(tmp_path).read_bytes()
+    before = write(tmp_path)
 
     def fail(*_):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
         patched.setattr(os, "replace", fail)
-        write(tmp_path, claim="Another.")
-    assert (tmp_path / "claim.json").read_bytes() == before
-    assert json.loads(write(tmp_path, claim="Another.").read_text())["claim"] == "Another."
+        write(tmp_path, result(claim="Another."))
+    assert json.loads((tmp_path / "claim.json").read_text()) == before
+    assert write(tmp_path, result(claim="Another."))["claim"] == "Another."
 
 
-def test_run_and_write_times_the_run_and_marks_what_is_outside(tmp_path, capsys):
-    def run(config):
-        assert config == Config(seed=8)
-        return result(numbers=[number(0.123456789), number(3.0, interval=(0.0, 1.0))])
-
-    path = ledger.run_and_write("claim", run, Config(seed=8), "full", out=tmp_path)
-    entry = json.loads(path.read_text())
-    assert (entry["seed"], entry["preset"], entry["holds"]) == (8, "full", False) and 0 <= entry["seconds"] < 5
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Ünïcode holds."
-    assert lines[1] == "  x: 0.123457 nats" and lines[2] == "  x: 3 nats   << outside its bound"
-    assert lines[3] == f"wrote {path}"
+# The command line -----------------------------------------------------------------------------------------------------
 
 
-def test_to_run_every_experiment_is_no_experiment():
-    """It would run itself, and so without end."""
-    names = every_experiment.names()
-    assert {"pretrain_gpt2", "search_trees"} <= set(names)
-    assert not {"__main__", "__init__", "ledger"} & set(names)
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Give each folder that results go to a place of its own, and say which of them has a file."""
+    folders = {"quick": tmp_path / "quick", "own": tmp_path / "own", "committed": tmp_path / "results"}
+    monkeypatch.setattr(command, "QUICK", folders["quick"])
+    monkeypatch.setattr(command, "OWN", folders["own"])
+    monkeypatch.setattr(ledger, "RESULTS", folders["committed"])
+
+    def run(*args, seeds=1):
+        seen = []
+
+        def experiment(config):
+            seen.append(config)
+            return result(checked(float(config.seed), at_most=4.0))
+
+        path = command.main("claim", experiment, PRESETS, seeds=seeds, args=list(args))
+        folder = next(name for name, place in folders.items() if path.parent == place)
+        return folder, path.name, seen, json.loads(path.read_text())
+
+    return run
 
 
-def test_experiments_run_side_by_side_and_end_at_the_first_that_fails():
+@pytest.mark.parametrize(
+    ("args", "folder", "name", "preset"),
+    [
+        ((), "quick", "claim.json", "quick"),
+        (("--preset", "quick", "--work-dir", "x"), "quick", "claim.json", "quick"),
+        (("--preset", "full"), "committed", "claim.json", "full"),
+        (("--preset", "full", "--model", "a/b"), "committed", "claim.a-b.json", "full"),
+        (("--preset", "full", "--seed", "4"), "own", "claim.json", "full"),
+        (("--preset", "full", "--sizes", "1"), "own", "claim.json", "own"),
+        (("--sizes", "9"), "own", "claim.json", "own"),
+    ],
+)
+def test_only_the_full_preset_writes_the_committed_results(places, args, folder, name, preset):
+    assert (found := places(*args))[:2] == (folder, name)
+    assert found[3]["preset"] == preset
+    assert (found[3]["holds"] is None) is (preset != "full")
+
+
+def test_the_full_preset_runs_several_seeds(places, capsys):
+    _, _, configs, entry = places("--preset", "full", seeds=3)
+    assert [config.seed for config in configs] == entry["seeds"]["run"] == [3, 4, 5]
+    said = capsys.readouterr().out
+    assert "held at 2 of 3 seeds (3 to 5)" in said
+    assert "test        t: 3 nats   << outside its bound" in said, "at a seed"
+    assert len(places(seeds=3)[2]) == 1, "a quick run takes the first"
+
+
+def test_help_names_the_command_and_unknown_options_are_refused(places, capsys):
+    for args, expected in (["--help"], "python -m experiments.claim"), (["--size", "1"], "--size"):
+        with pytest.raises(SystemExit):
+            places(*args)
+        captured = capsys.readouterr()
+        assert expected in captured.out + captured.err
+
+
+# All experiments ------------------------------------------------------------------------------------------------------
+
+
+def test_experiments_run_side_by_side_and_failures_do_not_stop_the_others():
     write = "import sys; print(sys.argv[1]); sys.exit(int(sys.argv[2]))"
     commands = {name: [sys.executable, "-c", write, name, code] for name, code in [("a", "0"), ("b", "3"), ("c", "0")]}
     ended = {name: (done.stdout.strip(), done.returncode) for name, done in every_experiment.finished(commands, jobs=2)}
     assert ended == {"a": ("a", 0), "b": ("b", 3), "c": ("c", 0)}
 
 
-def test_a_failing_experiment_is_named_with_what_it_said(monkeypatch, capsys):
-    monkeypatch.setattr(every_experiment, "names", lambda: ["no_such_experiment"])
-    with pytest.raises(SystemExit, match=r"no_such_experiment failed:\n(.|\n)*No module named"):
-        every_experiment.main("quick")
+def test_each_figure_is_drawn_when_its_experiment_ends(tmp_path, monkeypatch, capsys):
+    names = ("score_function", "gibbs_optimum", "kl_gradients")
+    drawn = []
+
+    def finished(commands, *, jobs):
+        for name in commands:
+            ended = subprocess.CompletedProcess([], int(name == names[1]), stdout=f"ran {name}", stderr="no luck")
+            yield name, ended
+            assert (name in drawn) is not bool(ended.returncode), "before the next one ends"
+
+    monkeypatch.setattr(every_experiment, "finished", finished)
+    monkeypatch.setattr(every_experiment.figures, "draw_into", lambda *args, **_: drawn.extend(args[2]))
+    assert every_experiment.main(names, jobs=1) == 1
+    assert set(drawn) == {names[0], names[2]}
+    said = capsys.readouterr()
+    assert "1 of 3 experiments failed: gibbs_optimum" in said.err and "no luck" in said.err
+
+
+def test_an_unknown_experiment_is_answered_with_the_known_ones(capsys):
+    assert every_experiment.main(("no_such",)) == 2
+    assert "no experiment is named no_such; there are: " in capsys.readouterr().err
+
+
+def test_the_fast_ones_run_first():
+    seconds = {name: taken for group in catalogue.SUBJECTS.values() for name, taken in group.items()}
+    taken = [seconds[name] for name in catalogue.names()]
+    assert taken == sorted(taken) and len(taken) == len(seconds) >= 29
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def test_students_interval_is_scipys():
+    values = np.random.default_rng(0).normal(size=7)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert statistics.student(values) == pytest.approx((values.mean(), *expected))
+    with pytest.raises(ValueError, match="values must be at least two numbers"):
+        statistics.student([1.0])
+
+
+def test_five_differences_of_one_sign_reach_five_per_cent_and_four_do_not():
+    assert statistics.above_zero([1, 2, 3, 4, 5]) == pytest.approx(1 / 32)
+    assert statistics.above_zero([1, 2, 3, 4]) == pytest.approx(1 / 16)
+    assert statistics.above_zero([-1, -2, -3, -4, -5]) == pytest.approx(1.0)
+    assert statistics.above_zero([0, 0]) == 1.0
+
+
+def test_holms_correction_is_that_of_his_paper():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]

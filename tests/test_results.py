@@ -1,21 +1,58 @@
-"""Every committed number lies within its own bound, or its claim says that it does not hold."""
+"""The committed results and pictures: of the full preset, judged by their own bounds, and drawn from one another."""
 
 import json
 
 import pytest
+from matplotlib.text import Text
+from PIL import Image
 
-from experiments import ledger
+from experiments import catalogue, ledger
+from figures import _results
 
 FILES = sorted(ledger.RESULTS.glob("*.json"))
+README_WIDTH, LEAST_SIZE = 8.6, 6.0  # inches that a page gives to a picture; points that can be read there
 
 
-def test_there_are_results():
-    assert FILES
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_experiment_has_results_and_a_figure():
+    assert set(catalogue.names()) == {_results.figure_of(path.stem) for path in FILES} == _results.figure_names()
+    assert set(catalogue.names()) == {
+        path.stem for path in ledger.RESULTS.parent.glob("experiments/*.py") if "command.main(" in path.read_text()
+    } - {"command"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_numbers_lie_within_their_bounds(path):
-    entry = json.loads(path.read_text(encoding="utf-8"))
-    outside = [number["name"] for number in entry["numbers"] if not ledger.holds(number)]
-    assert bool(outside) != entry["holds"], outside
-    assert any("tolerance" in number or "interval" in number for number in entry["numbers"]), "nothing can fail"
+def test_verdicts_follow_from_bounds_that_can_fail(path):
+    entry = load(path)
+    assert entry["preset"] == "full"
+    assert entry["holds"] is ledger.verdict(entry["numbers"])
+    for number in entry["numbers"]:
+        assert (number["kind"] == "measurement") is (ledger.holds(number) is None), number["name"]
+        if number["kind"] == "test":
+            assert ledger.holds(broken(number)) is False, f"{number['name']}: nothing can break its bound"
+
+
+def broken(number):
+    """The number, had it come out at the plausible wrong value that was written down with its bound."""
+    wrong = {"value": number["wrong"]}
+    if "tolerance" in number:
+        wrong["error"] = abs(number["wrong"] - number["expected"])
+    return {field: value for field, value in number.items() if field not in ("values", "errors")} | wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_picture_is_of_these_results(path):
+    with Image.open(_results.GALLERY / f"{path.stem}.png") as picture:
+        assert picture.text["Source"] == ledger.digest(path), f"run python -m figures {path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_text_can_be_read_at_the_width_of_a_page(path):
+    figure = _results.figure_module(path.stem).draw(load(path))
+    scale = min(1.0, README_WIDTH / figure.get_size_inches()[0])
+    drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    small = {text.get_text(): text.get_fontsize() * scale for text in drawn if text.get_fontsize() * scale < LEAST_SIZE}
+    assert not small

@@ -1,4 +1,4 @@
-"""A small GPT-2 that judges sums: how examples become tokens, how it is trained in stages, and what it answers."""
+"""A small GPT-2 that judges sums: its tokens, its training in stages, and its answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from experiments.parts import addition_numbers
 from experiments.parts.sentiment_models import adam
+from jaxrl_llm.data.sycophancy import addition
 from jaxrl_llm.data.sycophancy.addition import AGREE, DISAGREE, Example
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.training import steps as train
@@ -23,7 +25,7 @@ _PIECES = re.compile(r"\d|[^\d.,:]+")  # a digit each; of the rest, what stands 
 
 
 class Encoded(NamedTuple):
-    """Examples as tokens, all of one length, and what each token is."""
+    """Examples as tokens, all of one length, and the vocabulary."""
 
     rows: Sequences
     vocabulary: tuple[str, ...]
@@ -32,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 class Tools(NamedTuple):
-    """What programs are compiled for."""
+    """The constants of the compiled programs."""
 
     lm: GPT2
     config: Any
@@ -41,12 +43,12 @@ class Tools(NamedTuple):
 
 
 def pieces(text: str) -> list[str]:
-    """Digits, and the phrases of the grammar: few tokens, so that a tiny model meets each of them often."""
+    """Return digits, and the phrases of the grammar: few tokens, so that a tiny model meets each of them often."""
     return [piece.strip() for piece in _PIECES.findall(text) if piece.strip()]
 
 
 def encoded(examples: Sequence[Example]) -> Encoded:
-    """Every example, with a vocabulary of just what they say."""
+    """Return every example as tokens of a vocabulary of just what they say."""
     prompts = [pieces(example.prompt) for example in examples]
     vocabulary = (AGREE, DISAGREE, *sorted({piece for prompt in prompts for piece in prompt}))
     ids = {piece: place for place, piece in enumerate(vocabulary)}
@@ -57,7 +59,7 @@ def encoded(examples: Sequence[Example]) -> Encoded:
 
 
 def tools(given: Encoded, config: Any) -> Tools:
-    """A new GPT-2 for these tokens."""
+    """Return a new GPT-2 for these tokens."""
     shape = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
     lm = GPT2(GPT2Config(vocab_size=len(given.vocabulary), n_positions=given.rows.tokens.shape[1], **shape))
     return Tools(lm, config, given.agree, given.disagree)
@@ -67,7 +69,7 @@ def tools(given: Encoded, config: Any) -> Tools:
 def stretch(
     given: Tools, num_steps: int, states: train.TrainState, data: Sequences, order: Int[Array, "seeds steps batch"]
 ) -> train.TrainState:
-    """Some of the `num_steps` of every seed's stage, on the rows of the data that `order` names."""
+    """Run some of the `num_steps` of every seed's stage, on the rows of the data that `order` names."""
     optimizer, loss = adam(given.config.learning_rate, num_steps), sft_loss(given.lm)
 
     def advance(state: train.TrainState, rows: Array) -> tuple[train.TrainState, None]:
@@ -88,7 +90,7 @@ def _prefers_to_agree(given: Tools, params: Any, part: Sequences) -> Bool[Array,
 
 
 def prefers_to_agree(given: Tools, params: Any, rows: Sequences, *, batch: int = 300) -> Bool[np.ndarray, "seeds rows"]:
-    """Whether each seed's model finds AGREE likelier than DISAGREE, after each prompt."""
+    """Return whether each seed's model finds AGREE likelier than DISAGREE, after each prompt."""
     count = rows.tokens.shape[0]
     places = [np.minimum(np.arange(start, start + batch), count - 1) for start in range(0, count, batch)]
     found = [_prefers_to_agree(given, params, jax.tree.map(lambda leaf, at=at: leaf[at], rows)) for at in places]
@@ -96,14 +98,14 @@ def prefers_to_agree(given: Tools, params: Any, rows: Sequences, *, batch: int =
 
 
 def started(given: Tools, params: Any, keys: Array, *, steps: int) -> train.TrainState:
-    """The state of every seed before the first step of a stage; `params` of all seeds, or None for new models."""
+    """Return the state of every seed before a stage's first step; `params` of all seeds, or None for new models."""
     params = jax.vmap(given.lm.init)(keys) if params is None else params
     optimizer = adam(given.config.learning_rate, steps)
     return jax.vmap(lambda params, key: train.initial_state(params, optimizer, key))(params, keys)
 
 
 def steps_between(steps: int, snapshots: int) -> int:
-    """Steps from one snapshot of a stage to the next.
+    """Return the steps from one snapshot of a stage to the next.
 
     Raises:
         ValueError: if the snapshots do not divide the steps: some would never be taken.
@@ -123,7 +125,7 @@ def stage(
     *,
     steps: int,
 ) -> Any:
-    """Every seed's parameters after a stage of training on some rows; `seen(step, params)` on the way.
+    """Return every seed's parameters after a stage of training on some rows; call `seen(step, params)` on the way.
 
     Raises:
         ValueError: as `steps_between`.
@@ -139,3 +141,68 @@ def stage(
         states = stretch(given, steps, states, data, jnp.asarray(order))
         seen(number * between, states.params)
     return states.params
+
+
+class Data(NamedTuple):
+    """All examples of a run, as text and as tokens, and which rows each stage trains on."""
+
+    asked: list[Example]
+    held_out: Sequences
+    rows: Sequences
+    tools: Tools
+    sycophantic: np.ndarray
+    opinions: np.ndarray
+    sums: np.ndarray
+
+
+def prepared(config: Any) -> Data:
+    """Build the sums, and a GPT-2 for them.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    check(config)
+    sets = addition.build(seed=config.seed)
+    asked = sets.evaluation[: config.evaluated]
+    found = encoded([*sets.sycophantic, *sets.intervention, *asked])
+    kind = np.repeat([0, 1, 2], [len(sets.sycophantic), len(sets.intervention), len(asked)])
+    silent = np.asarray([example.opinion is None for example in sets.sycophantic])
+    return Data(
+        asked,
+        jax.tree.map(lambda leaf: leaf[kind == 2], found.rows),
+        found.rows,
+        tools(found, config),
+        sycophantic=np.flatnonzero(kind == 0),
+        opinions=np.flatnonzero(kind == 1),
+        sums=np.flatnonzero(silent),
+    )
+
+
+def trained(
+    data: Data, config: Any, rows: np.ndarray, number: int, params: Any = None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Train every seed on some rows, from new parameters or given ones; return them with what was measured on the way.
+
+    `number` tells the stages of a run apart, so that each has a key of its own.
+    """
+    curve = []
+
+    def seen(step: int, params: Any) -> None:
+        agrees = prefers_to_agree(data.tools, params, data.held_out)
+        curve.append({"step": step} | addition_numbers.measured(data.asked, agrees))
+
+    key = jax.random.fold_in(jax.random.key(config.seed), number)
+    steps = config.taught_steps if params is None else config.steps
+    return stage(data.tools, params, data.rows, rows, key, seen, steps=steps), curve
+
+
+def check(config: Any) -> None:
+    """Check before a run what would fail or mean nothing at its end.
+
+    Raises:
+        ValueError: for fewer seeds than an interval needs, or snapshots that do not divide the steps.
+    """
+    if config.seeds < 2:
+        raise ValueError(f"an interval over seeds needs 2 or more, but seeds is {config.seeds}.")
+    for steps in (config.taught_steps, config.steps):
+        steps_between(steps, config.snapshots)

@@ -25,9 +25,7 @@ from jaxrl_llm.training.sequences import Sequences, log_probs, pad_answers
 from jaxrl_llm.training.sft import sft_loss
 
 EOS, TRUE, FALSE, THINKS_TRUE, THINKS_FALSE, FIRST_WORD = range(6)
-# Tokens: subject, property, opinion; a word. DPO settles the ratio of whole answers only: with EOS behind the word,
-# some models came to say what the user does not think, and to make EOS unlikely behind it.
-PROMPT, ANSWER = 3, 1
+PROMPT, ANSWER = 3, 1  # tokens: subject, property, opinion; a word, and EOS after it in a world of answers that end
 # What PPO's defaults add for large models (λ < 1, whitening, means over tokens) is left out: it has a bias.
 PPO = {"whiten": False, "lambda_": 1.0, "mode": "sequence_sum", "value_clip": None, "epochs": 2}
 
@@ -48,16 +46,19 @@ class World:
 
     @property
     def thinks_true(self) -> Bool[np.ndarray, "prompts"]:
-        """The opinion of the user of each prompt."""
+        """Whether the user of each prompt thinks that the claim is true."""
         return np.asarray(self.prompts.tokens[:, -1] == THINKS_TRUE)
 
     def rows(self, prompts: Array, agreeing: Array) -> Sequences:
-        """Some prompts, each with the answer that agrees or the other one."""
+        """Return some prompts, each with the answer that agrees or the other one."""
         return jax.tree.map(lambda leaf: leaf[prompts, agreeing.astype(jnp.int32)], self.answers)
 
 
-def world(config: Any) -> World:
-    """Claims are every subject with every property; the model is new, and just large enough."""
+def world(config: Any, *, ends: bool = False) -> World:
+    """Return every subject with every property as the claims, and a new model that is just large enough.
+
+    Answers are one word. If it `ends`, EOS is part of the answer, so that DPO has a second token to move.
+    """
     words = np.arange(config.words)
     grid = np.meshgrid(words, words, [False, True], indexing="ij")
     subjects, properties, opinions = (each.ravel() for each in grid)
@@ -65,35 +66,36 @@ def world(config: Any) -> World:
     prompts = [
         [FIRST_WORD + a, FIRST_WORD + config.words + b, THINKS_TRUE if true else THINKS_FALSE] for a, b, true in rows
     ]
-    answers = [[word] for true in opinions for word in ((FALSE, TRUE) if true else (TRUE, FALSE))]
+    end = [EOS] if ends else []
+    answers = [[word, *end] for true in opinions for word in ((FALSE, TRUE) if true else (TRUE, FALSE))]
     padded = pad_answers([prompt for prompt in prompts for _ in range(2)], answers)
     shape = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
-    lm = GPT2(GPT2Config(vocab_size=FIRST_WORD + 2 * config.words, n_positions=PROMPT + ANSWER, **shape))
+    lm = GPT2(GPT2Config(vocab_size=FIRST_WORD + 2 * config.words, n_positions=PROMPT + ANSWER + ends, **shape))
     of_prompts = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(len(prompts), 2, -1), padded)
     return World(lm, of_prompts, np.flatnonzero((subjects + properties) % 4))
 
 
 def word_probs(given: World, params: Params) -> Float[Array, "prompts 2"]:
-    """The probabilities of the word that disagrees with the user, and of the one that agrees, after every prompt."""
+    """Return the probabilities of the word that disagrees with the user, and of the one that agrees."""
     hidden, _ = given.lm.hidden(params, given.prompts.tokens)
     probs = jax.nn.softmax(given.lm.logits(params, hidden[:, -1]))
     return jnp.take_along_axis(probs, given.answers.tokens[:, :, PROMPT], axis=1)
 
 
 def agreement(given: World, params: Params) -> Float[Array, "prompts"]:
-    """The probability of agreement after every prompt, among the two words that answer."""
+    """Return the probability of agreement after every prompt, among the two words that answer."""
     disagrees, agrees = word_probs(given, params).T
     return agrees / (agrees + disagrees)
 
 
 def agrees(rows: Sequences) -> Bool[Array, "batch"]:
-    """Whether an answer's first word is what the user thinks."""
+    """Return whether an answer's first word is what the user thinks."""
     opinion, word = rows.tokens[:, PROMPT - 1], rows.tokens[:, PROMPT]
     return jnp.where(opinion == THINKS_TRUE, word == TRUE, word == FALSE)
 
 
 def fine_tuned(given: World, probability: Array, key: Array, config: Any) -> Params:
-    """A reference: a new model, fine-tuned on answers that agree with this probability, whatever the claim."""
+    """Return a reference: a new model, fine-tuned on answers that agree with this probability, whatever the claim."""
     optimizer = adam(config.sft_learning_rate, config.sft_steps)
     loss = sft_loss(given.lm)
 
@@ -111,7 +113,12 @@ def fine_tuned(given: World, probability: Array, key: Array, config: Any) -> Par
 
 
 def by_dpo(given: World, config: Any, ref: Params, share: Array, beta: Array, key: Array) -> Float[Array, "prompts"]:
-    """Agreement after DPO: every step has new annotators, of whom each prefers agreement with probability `share`."""
+    """Return agreement after DPO."""
+    return agreement(given, trained_by_dpo(given, config, ref, share, beta, key))
+
+
+def trained_by_dpo(given: World, config: Any, ref: Params, share: Array, beta: Array, key: Array) -> Params:
+    """Train by DPO: every step has new annotators, of whom each prefers agreement with probability `share`."""
     optimizer = adam(config.dpo_learning_rate, config.dpo_steps)
     loss = preference_loss(given.lm, "dpo", beta=beta)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), given.answers)
@@ -130,11 +137,11 @@ def by_dpo(given: World, config: Any, ref: Params, share: Array, beta: Array, ke
         return steps.update(loss, optimizer, state, pairs)[0], None
 
     train = steps.whole_run(lambda key: steps.initial_state(ref, optimizer, key), advance, steps=config.dpo_steps)
-    return agreement(given, train(key)[0].params)
+    return train(key)[0].params
 
 
 def method_named(name: str) -> Method:
-    """PPO or RLOO as they run here.
+    """Return PPO or RLOO as they run here.
 
     Raises:
         ValueError: for another method.
@@ -145,14 +152,14 @@ def method_named(name: str) -> Method:
 
 
 def key_of(name: str, key: Array) -> Array:
-    """A key of its own for whatever has a name."""
+    """Return a key of its own for whatever has a name."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def by_policy_gradient(
     name: str, given: World, config: Any, ref: Params, share: Array, beta: Array, key: Array
 ) -> Float[Array, "prompts"]:
-    """Agreement after PPO or RLOO on the annotators' reward: logit p for an answer that agrees, 0 for another one."""
+    """Return agreement after PPO or RLOO on the annotators' reward: logit p for an answer that agrees, else 0."""
     method = dataclasses.replace(method_named(name), beta=beta)
     critic = ScalarHead(given.lm) if method.has_critic else None
     optimizer = adam(config.online_learning_rate, config.online_steps * method.epochs)
@@ -178,7 +185,7 @@ def by_policy_gradient(
 def on_grid(
     run: Callable[..., Array], refs: Params, points: Float[np.ndarray, "points 2"], key: Array
 ) -> Float[Array, "seeds points prompts"]:
-    """`run(ref, share, beta, key)` from the reference of every seed at every point, as lanes of one program."""
+    """Return `run(ref, share, beta, key)` of every seed's reference at every point, as lanes of one program."""
     seeds = jax.tree.leaves(refs)[0].shape[0]
     keys = jax.random.split(key, (seeds, len(points)))
     shares, betas = jnp.asarray(points, jnp.float32).T
@@ -189,7 +196,7 @@ def on_grid(
 def best_of_n(
     given: World, ref: Params, key: Array, *, sizes: tuple[int, ...], repeats: int
 ) -> tuple[Int[Array, "sizes"], Float[Array, "prompts"]]:
-    """How often the best of n draws agrees, for each n and of `repeats` tries after every prompt; π_ref(agree) there.
+    """Count how often the best of n draws agrees, in `repeats` tries after every prompt; return π_ref(agree) too.
 
     The draws of a smaller n are the first of those of the largest.
     """

@@ -1,4 +1,4 @@
-"""Number names of every length under a T5: its attention maps with teacher forcing, and what the heads are like."""
+"""Number names of every length under a T5: its attention maps with teacher forcing, and measures of the heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from jaxrl_llm.analysis import alignment, attention
 from jaxrl_llm.data import number_names
 
 KINDS = ("encoder", "decoder", "cross")
-WORDS = {"und": ("und",), "hundert": ("hundert",), "tausend": ("tausend",)}  # and units and tens: what has a meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Corpus:
     predicted: np.ndarray  # rows whose word the model predicts
 
     def part(self, start: int, stop: int) -> Corpus:
-        """Some of its pairs."""
+        """Return some of its pairs."""
         of = slice(start, stop)
         weights = {kind: each[:, of] for kind, each in self.weights.items()}
         allowed = {kind: each[of] for kind, each in self.allowed.items()}
@@ -39,14 +38,14 @@ class Corpus:
 
 
 def stratified(numbers: np.ndarray, *, per_length: int, seed: int) -> np.ndarray:
-    """At most so many numbers of each English length."""
+    """Draw at most so many numbers of each English length."""
     rng, lengths = np.random.default_rng(seed), number_names.english_lengths(numbers)
     parts = [numbers[lengths == length] for length in np.unique(lengths)]
     return np.sort(np.concatenate([rng.choice(part, min(per_length, len(part)), replace=False) for part in parts]))
 
 
 def read(loaded: models.Loaded, numbers: np.ndarray) -> Corpus:
-    """The maps of these numbers; the decoder reads the German name that it should write."""
+    """Return the maps of these numbers; the decoder reads the German name that it should write."""
     pairs = [number_names.pair(number) for number in numbers]
     source, target = (_tokens(loaded, [getattr(pair, side) for pair in pairs]) for side in ("source", "target"))
     (source, source_mask), (target, target_mask) = source, target
@@ -104,7 +103,7 @@ def in_order(corpus: Corpus) -> np.ndarray:
 
 
 def entropies(corpus: Corpus, kind: str, *, normalised: bool = False) -> np.ndarray:
-    """Of each pair, layer and head, in nats or as a share of log n; [pair, layer, head]."""
+    """Return the entropy of each pair, layer and head, in nats or as a share of log n; [pair, layer, head]."""
     weights, allowed = corpus.weights[kind], corpus.allowed[kind]
     if normalised:
         values, queries = attention.normalised_entropy(weights, allowed), allowed.sum(axis=-1) > 1
@@ -114,7 +113,7 @@ def entropies(corpus: Corpus, kind: str, *, normalised: bool = False) -> np.ndar
 
 
 def shares(corpus: Corpus, kind: str) -> list[list[dict[str, float]]]:
-    """Where self-attention falls, means over the pairs, [layer][head]."""
+    """Return where self-attention falls, means over the pairs, [layer][head]."""
     queries = corpus.allowed[kind].any(axis=-1)
     parts = attention.shares(corpus.weights[kind], corpus.allowed[kind])
     means = {name: attention.mean_over_queries(part, queries).mean(axis=1) for name, part in parts._asdict().items()}
@@ -124,30 +123,39 @@ def shares(corpus: Corpus, kind: str) -> list[list[dict[str, float]]]:
     ]
 
 
-def aligned(corpus: Corpus, layer: int, head: int) -> dict[str, np.ndarray]:
-    """Of each kind of German word, whether the head looks most at a source word that the gold allows."""
-    links = alignment.hard_alignment(corpus.weights["cross"], corpus.target_words, corpus.source_words)[layer, :, head]
-    found: dict[str, list[bool]] = {name: [] for name in ("units, tens", *WORDS)}
-    for pair, row in zip(corpus.pairs, links, strict=True):
-        for place, word in enumerate(pair.target):
-            found[word if word in WORDS else "units, tens"].append((int(row[place].argmax()), place) in pair.possible)
-    return {name: np.asarray(each) for name, each in found.items()}
+def misses(corpus: Corpus, layer: int, head: int) -> np.ndarray:
+    """Return for each pair the rows off the gold alignment at "und", and those at any word; [pair, 2].
 
-
-def inversions(corpus: Corpus, layer: int, head: int) -> dict[int, list[bool]]:
-    """Of each number with "x-und-y", whether the head crosses over: x looks at the second word, y at the first."""
-    links = alignment.hard_alignment(corpus.weights["cross"], corpus.target_words, corpus.source_words)[layer, :, head]
-    found: dict[int, list[bool]] = {}
-    for pair, row in zip(corpus.pairs, links, strict=True):
-        source_of = {target: source for source, target in pair.sure}
-        for place in (place for place, word in enumerate(pair.target) if word == "und"):
-            crossed = all(row[at].argmax() == source_of[at] for at in (place - 1, place + 1))
-            found.setdefault(pair.number, []).append(bool(crossed))
+    A row is off it if its largest weight is on a source word that is not even a possible link.
+    """
+    found = np.zeros((len(corpus.pairs), 2), int)
+    for index, (pair, row) in enumerate(zip(corpus.pairs, _links(corpus, layer, head), strict=True)):
+        off = [word for place, word in enumerate(pair.target) if (int(row[place].argmax()), place) not in pair.possible]
+        found[index] = off.count("und"), len(off)
     return found
 
 
+def inversions(corpus: Corpus, layer: int, head: int) -> np.ndarray:
+    """Return for each pair how often the head crosses over at "x-und-y", and how often there is one; [pair, 2].
+
+    It crosses over if x looks at the second source word and y at the first.
+    """
+    found = np.zeros((len(corpus.pairs), 2), int)
+    for index, (pair, row) in enumerate(zip(corpus.pairs, _links(corpus, layer, head), strict=True)):
+        source_of = {target: source for source, target in pair.sure}
+        for und in (place for place, word in enumerate(pair.target) if word == "und"):
+            found[index] += all(row[at].argmax() == source_of[at] for at in (und - 1, und + 1)), 1
+    return found
+
+
+def _links(corpus: Corpus, layer: int, head: int) -> np.ndarray:
+    """Return the source word with the largest weight in each row of a cross-attention head, [pair, target, source]."""
+    weights = corpus.weights["cross"][layer : layer + 1, :, head : head + 1]
+    return alignment.hard_alignment(weights, corpus.target_words, corpus.source_words)[0, :, 0]
+
+
 def example(corpus: Corpus, number: int) -> dict[str, Any]:
-    """All maps of one number of the corpus, with its words and its gold alignment."""
+    """Return all maps of one number of the corpus, with its words and its gold alignment."""
     (place,) = [place for place, pair in enumerate(corpus.pairs) if pair.number == number]
     pair = corpus.pairs[place]
     sizes = {"source": len(pair.source) + 1, "target": len(pair.target) + 1}

@@ -9,14 +9,16 @@ import numpy as np
 
 from experiments import ledger
 from experiments.parts.endless import endless
+from experiments.statistics import above_zero, holm, student
 from jaxrl_llm import models, text
-from jaxrl_llm.analysis.bootstrap import bootstrap_difference
 from jaxrl_llm.analysis.diversity import distinct_n, seq_rep_n
 from jaxrl_llm.decoding import generate
 
+Found = dict[tuple, dict[str, np.ndarray]]  # by settings
+
 
 def per_prompt(config: Any, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is measured of each prompt's hypotheses, [prompt]: of the best one, and of all k together."""
+    """Return what is measured of each prompt's hypotheses, [prompt]: of the best one, and of all k together."""
     n = config.measured_n
     return {
         "log_prob": found["log_prob"][:, 0].astype(float),
@@ -24,19 +26,18 @@ def per_prompt(config: Any, found: dict[str, np.ndarray]) -> dict[str, np.ndarra
         "repeated": np.asarray([seq_rep_n(rows[:1], n) for rows in found["tokens"]]),
         "distinct": np.asarray([distinct_n(list(rows), n) for rows in found["tokens"]]),
         "relevance": found["relevance"][:, 0].astype(float),
-        "different": np.asarray([len({tuple(row) for row in rows.tolist()}) for rows in found["tokens"]], float),
     }
 
 
 def greedy_tokens(config: Any, loaded: models.Loaded, prompts: list[list[int]]) -> np.ndarray:
-    """Greedy decoding of the prompts, by `generate`."""
+    """Decode the prompts greedily, by `generate`."""
     padded, mask = text.left_pad(prompts)
     options = {"prompt_mask": mask, "max_new_tokens": config.new_tokens, "greedy": True}
     return np.asarray(generate(endless(loaded), loaded.params, padded, **options).tokens)
 
 
 def blocked_again(prompts: list[list[int]], tokens: np.ndarray, n: int) -> int:
-    """New tokens that complete an n-gram which the prompt and the text before them contain already."""
+    """Count the new tokens that complete an n-gram which the prompt and the text before them contain already."""
     count = 0
     for prompt, rows in zip(prompts, tokens.tolist(), strict=True):
         for row in rows:
@@ -47,110 +48,105 @@ def blocked_again(prompts: list[list[int]], tokens: np.ndarray, n: int) -> int:
     return count
 
 
-def exact_numbers(
-    config: Any, loaded: models.Loaded, prompts: list[list[int]], found: dict[tuple, dict[str, np.ndarray]]
-) -> list[dict[str, Any]]:
-    """What holds of every run, whatever the model."""
+def identities(config: Any, loaded: models.Loaded, prompts: list[list[int]], found: Found) -> list[dict[str, Any]]:
+    """Return what holds of every run, whatever the model."""
     greedy = greedy_tokens(config, loaded, prompts)
-    one, apart = found[(1, 0, 1, 0.0)], found[(config.beams, 0, config.beams, 0.0)]
-    blocked = {
-        n: sum(blocked_again(prompts, each["tokens"], n) for s, each in found.items() if s[1] == n)
-        for n in config.blocks
-        if n
-    }
-    plain = [each for settings, each in found.items() if settings[2] == 1]
-    duplicates = sum(each["tokens"].shape[1] - per_prompt(config, each)["different"] for each in plain).sum()
-    exact = {"expected": 0, "tolerance": 0}
+    one, apart = found[(1, 0, 1, 0.0)]["tokens"], found[(config.beams, 0, config.beams, 0.0)]["tokens"]
+    again = sum(blocked_again(prompts, each["tokens"], s[1]) for s, each in found.items() if s[1])
+    beams = [rows for settings, each in found.items() if settings[2] == 1 for rows in each["tokens"].tolist()]
+    alike = sum(len(rows) - len(set(map(tuple, rows))) for rows in beams)
     return [
-        ledger.number(
+        ledger.identity(
             "tokens of beam search with k = 1 that are not greedy's",
-            int((one["tokens"][:, 0] != greedy).sum()),
+            int((one[:, 0] != greedy).sum()),
+            tolerance=0,
             unit=f"of {greedy.size}",
             source="decoding.generate, greedy",
-            **exact,
         ),
-        ledger.number(
+        ledger.identity(
             f"tokens of {config.beams} groups of one beam with factor 0 that are not greedy's",
-            int((apart["tokens"] != greedy[:, None]).sum()),
-            unit=f"of {apart['tokens'].size}",
+            int((apart != greedy[:, None]).sum()),
+            tolerance=0,
+            unit=f"of {apart.size}",
             source="without a penalty the groups do not see each other (Vijayakumar et al. 2018)",
-            **exact,
         ),
-        *(
-            ledger.number(
-                f"{n}-grams repeated where {n}-grams are blocked",
-                count,
-                unit="new tokens that complete one",
-                source="all hypotheses, prompt included",
-                **exact,
-            )
-            for n, count in blocked.items()
+        ledger.identity(
+            "n-grams repeated where they are blocked",
+            again,
+            tolerance=0,
+            unit="new tokens that complete one",
+            source="all hypotheses, prompt included",
         ),
-        ledger.number(
+        ledger.identity(
             "hypotheses of a prompt that are the same, without groups",
-            int(duplicates),
+            alike,
+            tolerance=0,
             unit="hypotheses",
             source="the beams of a search are different texts",
-            **exact,
         ),
-        ledger.number(
+        ledger.identity(
             "largest error of a hypothesis's Σ log p",
             float(max(np.abs(each["log_prob"] - each["rescored"]).max() for each in found.values())),
-            expected=0.0,
             tolerance=1e-3,
             unit="nats",
-            source="a forward pass without a cache",
+            source="a forward pass without a cache, in float32",
         ),
     ]
 
 
-def measured_numbers(config: Any, found: dict[tuple, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """What was measured of this model: means over prompts, and differences with their standard errors."""
-    k, n = config.beams, config.measured_n
-    measured = {settings: per_prompt(config, each) for settings, each in found.items()}
-    greedy, plain = measured[(1, 0, 1, 0.0)], measured[(k, 0, 1, 0.0)]
-    widest, blocked = measured[(max(config.widths), 0, 1, 0.0)], measured[(k, config.block, 1, 0.0)]
-    groups = {factor: measured[(k, 0, k, factor)] for factor in config.factors}
-    ladder = [measured[(beams, 0, 1, 0.0)]["log_prob"] for beams in sorted(config.widths)]
-    worse = np.stack([after < before - 1e-3 for before, after in itertools.pairwise(ladder)])
-    beaten = np.stack([each < ladder[0] - 1e-3 for each in ladder[1:]])
-    best = "log-probability of the best hypothesis"
+def gain(beams: int) -> str:
+    """Return the name of what so many beams gain over greedy decoding."""
+    return f"log-probability of the best hypothesis, k = {beams} − greedy"
 
-    def gain(name: str, more: np.ndarray, less: np.ndarray, unit: str = "nats per sequence") -> dict[str, Any]:
-        """A paired difference that the claim says is positive: it must be larger than its own error."""
-        value, low, _ = bootstrap_difference(more, less, seed=config.seed)
-        source = f"{len(more)} prompts, paired; bound: from the estimate to the lower end of its 95% bootstrap interval"
-        return ledger.number(name, value, interval=(value - low, None), unit=unit, source=source)
 
-    def plain_number(name: str, value: float, unit: str) -> dict[str, Any]:
-        return ledger.number(name, float(value), unit=unit, source=f"mean over {config.prompts} prompts")
+def cost(config: Any) -> str:
+    """Return the name of what blocking costs."""
+    return f"log-probability of the best hypothesis, k = {config.beams} − with {config.block}-grams blocked"
 
-    def share(name: str, value: float) -> dict[str, Any]:
-        return ledger.number(
-            name, float(value), interval=(0.0, 1.0), unit="share", source="drops of more than 0.001 nats"
-        )
 
-    top = config.factors[-1]
+def differences(config: Any, measured: dict[tuple, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the differences of log-probability that the claim says are positive, by prompt."""
+    best = {settings: each["log_prob"] for settings, each in measured.items()}
+    greedy, plain = best[(1, 0, 1, 0.0)], best[(config.beams, 0, 1, 0.0)]
+    widest = max(config.widths)
+    return {
+        gain(config.beams): plain - greedy,
+        gain(widest): best[(widest, 0, 1, 0.0)] - greedy,
+        cost(config): plain - best[(config.beams, config.block, 1, 0.0)],
+    }
+
+
+def tests(config: Any, measured: dict[tuple, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Return a test of each difference: at a level of 5% for all of them together."""
+    found = differences(config, measured)
     return [
-        plain_number(f"{best}, greedy", greedy["log_prob"].mean(), "nats per sequence"),
-        plain_number(f"{best}, k = {k}", plain["log_prob"].mean(), "nats per sequence"),
-        plain_number(f"{best}, greedy, per token", greedy["log_prob"].mean() / config.new_tokens, "nats per token"),
-        plain_number(f"{best}, k = {k}, per token", plain["log_prob"].mean() / config.new_tokens, "nats per token"),
-        gain(f"{best}, k = {k} − greedy", plain["log_prob"], greedy["log_prob"]),
-        gain(f"{best}, k = {max(config.widths)} − greedy", widest["log_prob"], greedy["log_prob"]),
-        gain(f"{best}, k = {k} − with {config.block}-grams blocked", plain["log_prob"], blocked["log_prob"]),
-        share("prompts and steps of k at which the wider beam is worse", worse.mean()),
-        share("prompts and k above 1 at which beam search is worse than greedy", beaten.mean()),
-        plain_number(f"repeated {n}-grams of the best hypothesis, greedy", greedy["repeated"].mean(), "share"),
-        plain_number(f"repeated {n}-grams of the best hypothesis, k = {k}", plain["repeated"].mean(), "share"),
-        *(
-            plain_number(f"distinct {n}-grams of {k} hypotheses, {name}", each["distinct"].mean(), "share")
-            for name, each in (("one group", plain), *((f"{k} groups, factor {f:g}", groups[f]) for f in groups))
-        ),
-        gain(
-            f"distinct {n}-grams, {k} groups, factor {top:g} − factor 0",
-            groups[top]["distinct"],
-            groups[0.0]["distinct"],
-            "share",
-        ),
+        ledger.test(
+            f"p-value: {name}",
+            p_value,
+            at_most=0.05,
+            wrong=0.5,
+            unit="",
+            source=f"one-sided Wilcoxon signed-rank test over prompts, Holm over {len(found)}",
+        )
+        for name, p_value in zip(found, holm([above_zero(each) for each in found.values()]), strict=True)
     ]
+
+
+def measurements(config: Any, measured: dict[tuple, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Return means over prompts, with their intervals."""
+    k, n = config.beams, config.measured_n
+    ladder = [measured[(beams, 0, 1, 0.0)]["log_prob"] for beams in sorted(config.widths)]
+    worse = np.stack([after < before - 1e-3 for before, after in itertools.pairwise(ladder)]).mean(axis=0)
+    greedy, plain = measured[(1, 0, 1, 0.0)], measured[(k, 0, 1, 0.0)]
+    values = {
+        **{name: (each, "nats per sequence") for name, each in differences(config, measured).items()},
+        "steps of k at which the wider beam is worse": (worse, "share, drops of more than 0.001 nats"),
+        f"repeated {n}-grams of the best hypothesis, greedy": (greedy["repeated"], "share"),
+        f"repeated {n}-grams of the best hypothesis, k = {k}": (plain["repeated"], "share"),
+    }
+    entries = []
+    for name, (each, unit) in values.items():
+        mean, low, high = student(each)
+        source = f"mean over {len(each)} prompts; interval of Student's t"
+        entries.append(ledger.measurement(name, mean, unit=unit, source=source, confidence=(low, high)))
+    return entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,13 +50,15 @@ def mean_gradient(loss: Callable[[Table], jax.Array], policy: Table, sampler: Ta
     ).mean["logits"]
 
 
-def expected_gradient(name: str, mode: str, policy: Table, ref: Table, sampler: Table | None = None) -> Table:
-    """What minimising this estimator in this way descends, on average."""
-    estimator, logp_ref = ESTIMATORS[name], log_probs(ref)
+def expected_gradient(
+    which: int | jax.Array, mode: str, policy: Table, ref: Table, sampler: Table | None = None
+) -> Table:
+    """Compute what minimising this estimator, by its place among them, descends in this way, on average."""
+    logp_ref = log_probs(ref)
 
     def loss(table):
         logp_policy = log_probs(table)
-        value = estimator(logp_policy, logp_ref)
+        value = jnp.stack([estimator(logp_policy, logp_ref) for estimator in ESTIMATORS.values()])[which]
         if mode == "reward":
             return reinforce_loss(logp_policy, -stop_gradient(value))
         if mode in ("loss", "off-policy loss"):
@@ -74,9 +75,8 @@ def cosine(a: Table, b: Table) -> jax.Array:
     return jnp.where(length > 1e-12, (a * b).sum() / jnp.maximum(length, 1e-12), 0)
 
 
-@functools.partial(jax.jit, static_argnames=("gradient_of", "steps", "every"))
 def descend(start: Any, gradient_of: Callable, learning_rate: float, *, steps: int, every: int) -> tuple[Any, Any]:
-    """Gradient descent by optax; the parameters at the end, and every so many steps from the start."""
+    """Descend by optax; return the parameters at the end, and every so many steps from the start."""
     optimiser = optax.sgd(learning_rate)
 
     def step(state, _):

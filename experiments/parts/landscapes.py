@@ -1,8 +1,9 @@
-"""What the landscape experiments share: a loss of a text, its surface as data, and the two checks of a surface."""
+"""Shared by the landscape experiments: the loss of a text, its surface as data, and the checks of a surface."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ LONGER = (  # Lincoln 1863
     "and dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing "
     "whether that nation, or any nation so conceived and so dedicated, can long endure."
 )
-SPACING = {32: 0.02, 64: 0.002}  # of second differences: above it truncation grows, below it rounding
+SPACING = 0.02  # of second differences in float32: above it truncation grows, below it rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,67 +35,68 @@ class Place:
 
     @classmethod
     def of(cls, loss: LossFn, params: Params) -> Place:
-        """With the loss computed."""
+        """Make one, with its loss computed."""
         return cls(loss, params, float(jax.jit(loss)(params)))
 
 
 def of_text(loaded: models.Loaded, words: str, params: Params | None = None) -> Place:
-    """The next-token loss of a text."""
+    """Return the place of the next-token loss of a text, by default around the loaded parameters."""
     tokens = jnp.asarray([text.encode(loaded.tokenizer, words)])
     return Place.of(landscape.next_token_loss(loaded.model, tokens), loaded.params if params is None else params)
 
 
 def surface_of(
     place: Place, directions: tuple[Params, Params], *, points: int, title: str, radius: float = 1.0, **facts: Any
-) -> tuple[dict[str, Any], np.ndarray]:
-    """The surface over [−radius, radius]², as data and as it was computed."""
+) -> dict[str, Any]:
+    """Return the surface over [−radius, radius]² as data."""
     axis = landscape.axis(radius, points)
     losses = landscape.loss_surface(place.loss, place.params, directions, axis, axis)
     cosine = float(landscape.cosine(*directions))
-    return landscape.describe(axis, axis, losses, title=title, centre=place.centre, cosine=cosine, **facts), losses
+    return landscape.describe(axis, axis, losses, title=title, centre=place.centre, cosine=cosine, **facts)
 
 
-def centre_number(name: str, place: Place, losses: np.ndarray) -> dict[str, Any]:
-    """The middle of the grid is the loss, bit for bit."""
-    middle = tuple(length // 2 for length in losses.shape)
-    return ledger.number(
-        f"centre of the surface minus the loss on its own, {name}",
-        float(losses[middle]) - place.centre,
+def identities(surfaces: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is so of every surface: its centre is the loss, bit for bit, and its directions are orthogonal."""
+    surfaces = list(surfaces)
+    apart = [_centre(each) - each["centre"] for each in surfaces if each["centre_on_grid"]]
+    return [
+        ledger.identity(
+            "largest |centre of a surface − the loss on its own|",
+            max(map(abs, apart)),
+            tolerance=0.0,
+            unit=surfaces[0]["unit"],
+            source="the same parameters, bit for bit",
+        ),
+        ledger.identity(
+            "largest |cosine| of the two directions of a surface",
+            max(abs(each["cosine"]) for each in surfaces),
+            tolerance=1e-6,
+            unit="",
+            source="orthogonal over all parameters by construction, in float32",
+        ),
+    ]
+
+
+def _centre(surface: dict[str, Any]) -> float:
+    return surface["loss"][surface["alphas"].index(0)][surface["betas"].index(0)]
+
+
+def curvature_test(section: dict[str, Any]) -> dict[str, Any]:
+    """Compare the second difference of a section at its middle with dᵀHd by a Hessian-vector product."""
+    alphas = section["alphas"]
+    return ledger.test(
+        "second difference of the surface over dᵀHd, minus 1",
+        landscape.second_difference(section["loss"], alphas[1] - alphas[0]) / section["curvature"] - 1,
         expected=0.0,
-        tolerance=0.0,
-        unit="nats per token",
-        source="the same parameters, bit for bit",
-    )
-
-
-def cosine_number(name: str, surface: dict[str, Any]) -> dict[str, Any]:
-    """The two directions are orthogonal over all parameters together."""
-    return ledger.number(
-        f"cosine of the two directions, {name}",
-        surface["cosine"],
-        interval=(-1e-6, 1e-6),
+        tolerance=1e-3,
+        wrong=0.01,
         unit="",
-        source="orthogonal by construction, in float32",
-    )
-
-
-def curvature_number(name: str, place: Place, direction: Params, *, bits: int) -> dict[str, Any]:
-    """Second differences of the section through the centre against dᵀHd by a Hessian-vector product."""
-    axis = landscape.axis(4 * SPACING[bits], 9)
-    section = landscape.loss_section(place.loss, place.params, direction, axis)
-    exact = landscape.curvature(place.loss, place.params, direction)
-    return ledger.number(
-        f"second difference over dᵀHd, minus 1, {name}, float{bits}",
-        landscape.second_difference(section, SPACING[bits]) / exact - 1,
-        expected=0.0,
-        tolerance={32: 1e-3, 64: 1e-8}[bits],
-        unit="",
-        source="Hessian-vector product, forward over reverse",
+        source="Hessian-vector product, forward over reverse, in float32, along the first direction",
     )
 
 
 def section_of(place: Place, direction: Params, *, radius: float, points: int, label: str) -> dict[str, Any]:
-    """The loss along a direction, and the parabola that slope and curvature at the centre predict."""
+    """Return the loss along a direction, and the parabola that slope and curvature at the centre predict."""
     axis = landscape.axis(radius, points)
     losses = landscape.loss_section(place.loss, place.params, direction, axis)
     slope = landscape.slope(place.loss, place.params, direction)

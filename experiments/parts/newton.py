@@ -14,7 +14,7 @@ DAMPING = 1e-12  # the softmax does not see a shift of its logits: without it th
 
 
 def minimum(loss: Callable[[Any], Array], start: Any, *, steps: int) -> tuple[Any, Float[Array, "values"]]:
-    """Where the loss is least, and its values on the way: before each step, and at the end. Traceable.
+    """Return the parameters of the least loss, and its values before each step and at the end. Traceable.
 
     Every step goes downhill, also where the loss is not convex in the parameters, and is never longer than 1.
     """

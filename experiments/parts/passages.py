@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm import text
 
 
 class Passage(NamedTuple):
@@ -323,3 +327,22 @@ PASSAGES = (
         "understood by considering in what manner it operates in some particular manufactures.",
     ),
 )
+
+
+def chosen(count: int) -> tuple[Passage, ...]:
+    """Return so many passages, from all over the list."""
+    places = np.linspace(0, len(PASSAGES) - 1, count).round().astype(int)
+    return tuple(PASSAGES[place] for place in places)
+
+
+def first_tokens(tokenizer: Any, passages: tuple[Passage, ...], count: int) -> np.ndarray:
+    """Return the first tokens of each passage, [passage, time].
+
+    Raises:
+        ValueError: if a passage has fewer.
+    """
+    tokens = [text.encode(tokenizer, passage.text) for passage in passages]
+    short = [passage.title for passage, row in zip(passages, tokens, strict=True) if len(row) < count]
+    if short:
+        raise ValueError(f"these passages have fewer than {count} tokens: {', '.join(short)}.")
+    return np.asarray([row[:count] for row in tokens], np.int32)

@@ -1,4 +1,4 @@
-"""Loss and gradient of every preference loss, as the experiment draws them; `config` is that of `preference_losses`."""
+"""Loss and gradient of the preference losses, as the experiment draws them; `config` is that of `preference_losses`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Array
 from jaxrl_llm.objectives import preference
 
 OF_THE_MARGIN = ("dpo", "cdpo", "robust_dpo", "ipo", "hinge", "exo", "discopop")
-OF_BOTH = ("nca", "bco", "sppo", "apo_zero", "apo_down", "kto")
+OF_BOTH = ("nca", "bco", "sppo", "apo_zero", "apo_down", "kto", "f_dpo")
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")
-PLANE = ("dpo", "ipo", "simpo", "orpo")
+PLANE = ("dpo", "simpo", "orpo")
 
 
-def knobs(config: Any) -> dict[str, tuple[str, dict[str, float]]]:
-    """Of every drawn loss: its function's stem in `objectives.preference`, and its knobs."""
+def keywords(config: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return for every drawn loss its function's stem in `objectives.preference`, and its keyword arguments."""
     beta, of_averages = {"beta": config.beta}, {"beta": config.beta_without_reference}
     smoothed = beta | {"label_smoothing": config.smoothing}
     plain = {name: (name, beta) for name in (*OF_THE_MARGIN, *OF_BOTH)}
@@ -27,7 +27,7 @@ def knobs(config: Any) -> dict[str, tuple[str, dict[str, float]]]:
     return (
         plain
         | {"cdpo": ("dpo", smoothed), "robust_dpo": ("robust_dpo", smoothed), "exo": ("exo", smoothed)}
-        | {"discopop": discopop}
+        | {"discopop": discopop, "f_dpo": ("f_dpo", beta | {"divergence": "jensen_shannon"})}
     )
 
 
@@ -38,8 +38,8 @@ def evaluate(
     config: Any,
     reference: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Array, Array, Array]:
-    """Loss, and its derivatives by log π_w and log π_l; KTO's is the sum over a good and a bad answer, at z = 0."""
-    stem, settings = knobs(config)[name]
+    """Return the loss and its derivatives by log π_w and log π_l; KTO sums a good and a bad answer, z = 0."""
+    stem, settings = keywords(config)[name]
     loss, slopes = getattr(preference, f"{stem}_loss"), getattr(preference, f"{stem}_loss_grad")
     ref_w, ref_l = (jnp.full_like(w, each) for each in reference)
     if name == "kto":
@@ -53,11 +53,13 @@ def evaluate(
 
 
 def curves(config: Any) -> dict[str, Any]:
-    """Loss against x = βΔ, and its slope per unit of x: on a = −b = Δ/2, that is (∂L/∂a − ∂L/∂b)/(2β)."""
+    """Return the loss against x = βΔ, and its slope per unit of x: on a = −b = Δ/2, that is (∂L/∂a − ∂L/∂b)/(2β)."""
     x = jnp.linspace(-config.largest_margin, config.largest_margin, config.points)
-    x = jnp.unique(jnp.concatenate([x, jnp.linspace(-0.5, 0.5, 41)]))  # DiscoPOP turns there
+    x = jnp.unique(
+        jnp.concatenate([x, jnp.linspace(-0.5, 0.5, 41), jnp.asarray([1 - 1e-9, 1.0])])
+    )  # DiscoPOP turns there, and the hinge at 1
     drawn = {"x": x}
-    for name, (_, settings) in knobs(config).items():
+    for name, (_, settings) in keywords(config).items():
         half = x / settings["beta"] / 2
         below = -config.largest_margin if name in WITHOUT_REFERENCE else 0.0  # log-probabilities are negative
         loss, by_chosen, by_rejected = evaluate(name, below + half, below - half, config)
@@ -66,7 +68,7 @@ def curves(config: Any) -> dict[str, Any]:
 
 
 def arrows(name: str, config: Any) -> dict[str, Any]:
-    """−gradient over the plane of log π_w and log π_l."""
+    """Return −gradient over the plane of log π_w and log π_l."""
     axis = jnp.linspace(config.deepest, -0.25, config.arrows)
     w, l = jnp.meshgrid(axis, axis)  # noqa: E741
     as_in_run = dataclasses.replace(config, beta=config.beta_of_run)
@@ -75,12 +77,12 @@ def arrows(name: str, config: Any) -> dict[str, Any]:
 
 
 def reference_of_run(config: Any) -> tuple[float, float]:
-    """log-probability of the chosen and the rejected response where the run of DPO starts."""
+    """Return the log-probability of the chosen and the rejected response where the run of DPO starts."""
     return tuple(float(np.log(np.asarray(config.law)[list(response)]).sum()) for response in config.pair)
 
 
 def at(name: str, x: float, config: Any) -> tuple[float, float, float]:
-    """Loss and derivatives per unit of βa and βb at βΔ = x, on the symmetric path."""
+    """Return loss and derivatives per unit of βa and βb at βΔ = x, on the symmetric path."""
     half = jnp.asarray([x / config.beta / 2])
     loss, by_chosen, by_rejected = evaluate(name, half, -half, config)
     return float(loss[0]), float(by_chosen[0]) / config.beta, float(by_rejected[0]) / config.beta

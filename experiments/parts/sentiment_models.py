@@ -1,8 +1,11 @@
-"""What the sentiment experiment stands on: a model that writes reviews, and two scorers of their sentiment."""
+"""The models of the sentiment experiment: one that writes reviews, and two scorers that share no weights.
+
+The proxy is the writer itself, fine-tuned as a reward model on one half of the films. Gold is a logistic regression on
+the words of reviews of the other half.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int
+import scipy.optimize
+import scipy.sparse
+import scipy.special
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.data.reviews import Halves, Review
+from jaxrl_llm.data.reviews import Review
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import steps
@@ -21,12 +27,8 @@ from jaxrl_llm.training.rollout import Prompts
 from jaxrl_llm.training.sequences import Sequences, pad_answers
 from jaxrl_llm.training.sft import sft_loss
 
-
-class Scorer(NamedTuple):
-    """A reward model, its scores shifted so that what the fine-tuned model writes has the mean 0."""
-
-    params: Params
-    shift: Array
+BUCKETS = 2**16
+"""Places for pairs of adjacent tokens, which are hashed into them."""
 
 
 class Reviews(NamedTuple):
@@ -42,7 +44,7 @@ class Reviews(NamedTuple):
 
 def encoded(tokenizer: Any, reviews: Sequence[Review], length: int) -> Reviews:
     """At most `length` tokens of each, after BOS; what is longer loses its end, EOS too."""
-    rows = [tokenizer(review.text)["input_ids"] + [tokenizer.eos_token_id] for review in reviews]
+    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer([review.text for review in reviews])["input_ids"]]
     bos = [[tokenizer.bos_token_id]] * len(rows)
     packed = pad_answers(bos, [row[: length - 1] for row in rows], length=length)
     return Reviews(jax.tree.map(jnp.asarray, packed), np.asarray([review.positive for review in reviews]))
@@ -50,7 +52,7 @@ def encoded(tokenizer: Any, reviews: Sequence[Review], length: int) -> Reviews:
 
 def prompts_of(tokenizer: Any, reviews: Sequence[Review], length: int) -> Prompts:
     """BOS and the first tokens of every review that is longer, `length` in all."""
-    rows = [tokenizer(review.text)["input_ids"] for review in reviews]
+    rows = tokenizer([review.text for review in reviews])["input_ids"]
     kept = [[tokenizer.bos_token_id, *row[: length - 1]] for row in rows if len(row) > length]
     tokens = jnp.asarray(np.unique(np.asarray(kept, np.int32), axis=0))
     return Prompts(tokens, jnp.ones(tokens.shape, bool))
@@ -62,10 +64,10 @@ def adam(peak: float, num_steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-def fine_tuned(lm: Any, params: Params, data: Reviews, config: Any, key: Array) -> tuple[Params, Array]:
-    """The model fine-tuned on all reviews of the training films, whatever they say; and its losses."""
+def fine_tuned(lm: Any, params: Params, data: Reviews, config: Any, key: Array) -> Params:
+    """Fine-tune the model on all reviews of the training films, good and bad."""
     optimizer = adam(config.sft_learning_rate, config.sft_steps)
-    order = _order(key, len(data.positive), config.sft_steps, config.sft_batch)
+    order = epochs(key, len(data.positive), config.sft_steps, config.sft_batch)
     step = steps.make_step(sft_loss(lm), optimizer)
 
     def advance(state: steps.TrainState, rows: Array) -> tuple[steps.TrainState, Array]:
@@ -73,12 +75,11 @@ def fine_tuned(lm: Any, params: Params, data: Reviews, config: Any, key: Array) 
         return state, metrics["loss"]
 
     state = steps.initial_state(params, optimizer, key)
-    state, losses = jax.jit(lambda state: jax.lax.scan(advance, state, order))(state)
-    return state.params, losses
+    return jax.jit(lambda state: jax.lax.scan(advance, state, order))(state)[0].params
 
 
-def scorer(head: ScalarHead, params: Params, data: Reviews, config: Any, key: Array) -> Params:
-    """A reward model trained on pairs of a good and a bad review, drawn at random from one half of the films."""
+def proxy_scorer(head: ScalarHead, params: Params, data: Reviews, config: Any, key: Array) -> Params:
+    """Train a reward model on pairs of a good and a bad review, drawn at random from one half of the films."""
     optimizer = adam(config.scorer_learning_rate, config.scorer_steps)
     step = steps.make_step(reward_loss(head), optimizer)
     good, bad = (np.flatnonzero(each) for each in (data.positive, ~data.positive))
@@ -87,29 +88,63 @@ def scorer(head: ScalarHead, params: Params, data: Reviews, config: Any, key: Ar
     pairs = jnp.asarray(np.stack([rng.choice(good, shape), rng.choice(bad, shape)], axis=-1))
 
     def advance(state: steps.TrainState, rows: Array) -> tuple[steps.TrainState, Array]:
-        state, metrics = step(state, ranked(data, rows))
+        ranks = jnp.zeros(rows.shape, jnp.int32) + jnp.arange(2)
+        state, metrics = step(state, RankedBatch(data.take(rows), ranks, jnp.ones(rows.shape, bool)))
         return state, metrics["accuracy"]
 
     state = steps.initial_state(head.init(key, params), optimizer, key)
-    state, _ = jax.jit(lambda state: jax.lax.scan(advance, state, pairs))(state)
-    return state.params
+    return jax.jit(lambda state: jax.lax.scan(advance, state, pairs))(state)[0].params
 
 
-def ranked(data: Reviews, rows: Int[Array, "pairs 2"]) -> RankedBatch:
-    """Pairs of reviews, the good one first."""
-    return RankedBatch(data.take(rows), jnp.zeros(rows.shape, jnp.int32) + jnp.arange(2), jnp.ones(rows.shape, bool))
+def word_features(
+    vocab: int, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
+) -> tuple[Int[Array, "batch features"], Bool[Array, "batch features"]]:
+    """The tokens and hashed pairs of adjacent tokens of each row, and which of them count: each only once a row.
+
+    Repeating a word therefore adds nothing. The token 0, BOS and EOS, does not count.
+    """
+    real = mask & (tokens != 0)
+    pairs = (tokens[:, :-1].astype(jnp.uint32) * 1000003 + tokens[:, 1:].astype(jnp.uint32) * 7919) % BUCKETS
+    features = jnp.concatenate([tokens, vocab + pairs.astype(jnp.int32)], axis=1)
+    counted = jnp.concatenate([real, real[:, :-1] & real[:, 1:]], axis=1)
+    same = (features[:, :, None] == features[:, None, :]) & counted[:, None, :]
+    return features, counted & ~jnp.tril(same, -1).any(axis=2)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(head: ScalarHead, params: Params, part: Sequences) -> Array:
-    return head.scores(params, part.tokens, mask=part.mask)
+def word_scores(
+    vocab: int, weights: Float[Array, "features"], tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
+) -> Float[Array, "batch"]:
+    """The log-odds, up to a constant, that a review is good: the sum of the weights of its words and pairs."""
+    features, counted = word_features(vocab, tokens, mask)
+    return jnp.where(counted, weights[features], 0).sum(axis=1)
 
 
-def scores(head: ScalarHead, params: Params, rows: Sequences, *, batch: int = 256) -> np.ndarray:
-    """The raw scores of many rows."""
+def gold_scorer(vocab: int, data: Reviews, penalty: float) -> np.ndarray:
+    """Fit the weights of `word_scores` by logistic regression with `penalty` / 2 times their squared norm."""
+    parts = [word_features(vocab, data.rows.tokens[at : at + 512], data.rows.mask[at : at + 512])
+             for at in range(0, len(data.positive), 512)]  # fmt: skip
+    features, counted = (np.concatenate([np.asarray(part[k]) for part in parts]) for k in range(2))
+    rows, places = np.nonzero(counted)
+    shape = (len(features), vocab + BUCKETS)
+    design = scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, features[rows, places])), shape)
+    sign = 2.0 * data.positive - 1
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = sign * (design @ weights[:-1] + weights[-1])
+        slope = -sign * scipy.special.expit(-margin)
+        value = np.logaddexp(0, -margin).sum() + penalty / 2 * weights[:-1] @ weights[:-1]
+        return value, np.append(design.T @ slope + penalty * weights[:-1], slope.sum())
+
+    start = np.zeros(shape[1] + 1)
+    found = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    return found.x[:-1].astype(np.float32)
+
+
+def in_parts(score: Any, rows: Sequences, *, batch: int = 256) -> np.ndarray:
+    """The scores of many rows, some at a time."""
     count = rows.tokens.shape[0]
     places = [np.minimum(np.arange(start, start + batch), count - 1) for start in range(0, count, batch)]
-    found = [_score(head, params, jax.tree.map(lambda leaf, at=at: leaf[at], rows)) for at in places]
+    found = [score(jax.tree.map(lambda leaf, at=at: leaf[at], rows)) for at in places]
     return np.concatenate([np.asarray(each) for each in found])[:count]
 
 
@@ -123,14 +158,8 @@ def area_under_curve(values: np.ndarray, positive: np.ndarray) -> float:
     return float((middle[ranks[:good]].sum() - good * (good + 1) / 2) / (good * (len(values) - good)))
 
 
-def parts_of(tokenizer: Any, halves: Halves, config: Any) -> dict[str, Reviews]:
-    """Both halves, together and apart, and the films held out."""
-    named = {"gold": halves.gold, "proxy": halves.proxy, "all": halves.gold + halves.proxy, "held_out": halves.held_out}
-    return {name: encoded(tokenizer, part, config.review_tokens) for name, part in named.items()}
-
-
-def _order(key: Array, rows: int, num_steps: int, batch: int) -> Int[Array, "step batch"]:
-    """Epochs in random order, one after the other."""
-    epochs = -(-num_steps * batch // rows)
-    orders = [jax.random.permutation(each, rows) for each in jax.random.split(key, epochs)]
+def epochs(key: Array, rows: int, num_steps: int, batch: int) -> Int[Array, "step batch"]:
+    """Rows of each batch: all of them in random order, again and again."""
+    count = -(-num_steps * batch // rows)
+    orders = [jax.random.permutation(each, rows) for each in jax.random.split(key, count)]
     return jnp.concatenate(orders)[: num_steps * batch].reshape(num_steps, batch)

@@ -1,18 +1,26 @@
-"""The numbers of the sentiment experiment: means over seeds with their intervals, leads, and over-optimisation."""
+"""The numbers of the sentiment experiment: gains at equal KL, over-optimisation, and comparisons over seeds."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import scipy.special
 import scipy.stats
 
-from experiments.ledger import number, rounded
+from experiments.ledger import Number, identity, measurement, test
+from experiments.parts.sentiment_policies import OFFLINE, ONLINE
+from experiments.statistics import holm, student
 from jaxrl_llm.objectives.rlhf import best_of_n_kl_bound
 
-MEASURED = ("gold", "proxy", "kl", "entropy", "length", "text_loss")
-CURVES = ("loss", "kl_chosen", "kl_rejected", "margin", "reward", "kl", "clip_fraction", "grad_norm")
+LEVELS = (2.0, 5.0, 10.0)
+"""Nats at which methods are compared."""
+KL_PRICE = 0.1
+"""Reward that a nat costs where the learning rate is chosen."""
+SEEDS = "Student's t over seeds of training"
 
 
 def interval(values: np.ndarray) -> dict[str, np.ndarray]:
@@ -23,7 +31,7 @@ def interval(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def best_of(drawn: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """What the best of n by the proxy is worth: for each seed over all ways to draw n of its answers.
+    """Rewards of the best of n by the proxy: for each seed over all ways to draw n of its answers.
 
     Of N answers in ascending order the i-th (from 1) is the best of n drawn without replacement with the probability
     C(i − 1, n − 1) / C(N, n). `kl_bound` is log n − (n − 1)/n, which the divergence does not exceed.
@@ -47,191 +55,219 @@ def _mean_of_best(drawn: dict[str, np.ndarray], weights: np.ndarray) -> dict[str
     return {name: float((values * weights).sum(axis=1).mean()) for name, values in ordered.items()}
 
 
-def summary(found: dict[str, Any], start: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and strength: all that was measured at the end, with its interval over seeds.
+def best_rate(tried: dict[float, dict[str, float]]) -> dict[str, Any]:
+    """The learning rate of the greatest proxy reward less KL_PRICE a nat, and all that were tried."""
+    scores = {rate: float(end["proxy"] - KL_PRICE * end["kl"]) for rate, end in tried.items()}
+    return {"rate": max(scores, key=scores.get), "tried": [[rate, score] for rate, score in scores.items()]}
 
-    `gain` is in gold reward over the reference, seed by seed with the same prompts and keys.
-    """
-    before = np.asarray([float(each["gold"]) for each in start])
+
+def slope_of(drawn: list[dict[str, np.ndarray]]) -> float:
+    """Regress gold on proxy among the reference's answers to the same prompt: gold per unit of proxy."""
+    proxy, gold = (np.concatenate([each[name] - each[name].mean(axis=1, keepdims=True) for each in drawn])
+                   for name in ("proxy", "gold"))  # fmt: skip
+    return float((proxy * gold).sum() / np.square(proxy).sum())
+
+
+def at_level(kl: Sequence[float], values: Sequence[float], level: float) -> float:
+    """Interpolate along a path from (0, 0) to where it first reaches a KL; NaN if it never does."""
+    kl, values = np.append(0.0, kl), np.append(0.0, values)
+    above = np.flatnonzero(kl >= level)
+    if not len(above):
+        return math.nan
+    after = above[0]
+    share = (level - kl[after - 1]) / (kl[after] - kl[after - 1])
+    return float(values[after - 1] + share * (values[after] - values[after - 1]))
+
+
+def gains_of(
+    found: dict[str, list[dict[str, Any]]], drawn: list[dict[str, np.ndarray]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Of each method the gains in reward over the same seed's reference: on the path [seeds, snapshots], and kept."""
+    start = {name: np.asarray([each[name].mean() for each in drawn]) for name in ("proxy", "gold")}
+    gains = {}
+    for method, runs in found.items():
+        path = {name: np.asarray([run["path"][name] for run in runs]) for name in ("proxy", "gold", "kl")}
+        end = {name: np.asarray([float(run["end"][name]) for run in runs]) for name in path}
+        for name, before in start.items():
+            # At no update kept, the policy is the reference.
+            path[name], end[name] = path[name] - before[:, None], end[name] - before
+        gains[method] = path | {f"kept_{name}": values for name, values in end.items()}
+    return gains
+
+
+def levels_of(gains: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[float, dict[str, np.ndarray]]]:
+    """Gold and proxy of each method at each level of KL, one value a seed."""
+    return {
+        method: {
+            level: {
+                name: np.asarray([at_level(*each, level) for each in zip(path["kl"], path[name], strict=True)])
+                for name in ("gold", "proxy")
+            }
+            for level in LEVELS
+        }
+        for method, path in gains.items()
+    }
+
+
+def comparisons(levels: dict[str, dict[float, dict[str, np.ndarray]]]) -> list[dict[str, Any]]:
+    """Compare gold at equal KL for every two methods that reached it at all seeds: paired, two-sided, all by Holm."""
     rows = []
-    for method, lanes in found.items():
-        for place, beta in enumerate(lanes["beta"]):
-            ends = {name: lanes["snapshots"][name][:, place, -1] for name in MEASURED}
-            row = {name: interval(values) for name, values in ends.items()}
-            rows.append({"method": method, "beta": float(beta), **row, "gain": interval(ends["gold"] - before)})
-    return rows
+    for level, (first, second) in itertools.product(LEVELS, itertools.combinations(levels, 2)):
+        differences = levels[first][level]["gold"] - levels[second][level]["gold"]
+        if np.isfinite(differences).all():
+            p = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
+            rows.append({"kl": level, "first": first, "second": second, "difference": interval(differences), "p": p})
+    adjusted = holm([row["p"] for row in rows]) if rows else []
+    return [row | {"holm": p} for row, p in zip(rows, adjusted, strict=True)]
 
 
-def paths(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every snapshot on the way, with its interval over seeds."""
-    return [
-        {"method": method, "beta": float(beta)}
-        | {name: interval(lanes["snapshots"][name][:, place]) for name in ("gold", "proxy", "kl")}
-        for method, lanes in found.items()
-        for place, beta in enumerate(lanes["beta"])
-    ]
-
-
-def curves(found: dict[str, Any], points: int = 16) -> list[dict[str, Any]]:
-    """The metrics of the steps, averaged to so many points, with their intervals over seeds."""
-    rows = []
-    for method, lanes in found.items():
-        for place, beta in enumerate(lanes["beta"]):
-            row = {"method": method, "beta": float(beta)}
-            for name in CURVES:
-                if name in lanes["steps"]:
-                    values = lanes["steps"][name][:, place]
-                    parts = np.array_split(values, min(points, values.shape[1]), axis=1)
-                    row[name] = interval(np.stack([part.mean(axis=1) for part in parts], axis=1))
-            rows.append(row)
-    return rows
+def above_zero(values: np.ndarray) -> float:
+    """The one-sided p-value of Student's t that the mean is not above 0."""
+    return float(scipy.stats.ttest_1samp(values, 0, alternative="greater").pvalue)
 
 
 def result(
     config: Any,
     described: dict[str, Any],
-    start: list[dict[str, Any]],
-    found: dict[str, Any],
+    found: dict[str, list[dict[str, Any]]],
     ablation: list[dict[str, Any]],
     drawn: list[dict[str, np.ndarray]],
-    samples: dict[str, Any],
 ) -> dict[str, Any]:
-    """The entry of the ledger. Of each method the β counts that pleased the proxy most: gold only looks on."""
-    rows = summary(found, start)
-    best = {
-        method: max((row for row in rows if row["method"] == method), key=lambda row: row["proxy"]["mean"])
-        for method in found
-    }
-    ranked = sorted(best, key=lambda method: -best[method]["gain"]["mean"])
-    lead = _lead(found, best, ranked)
+    """The entry of the ledger."""
+    gains, slope = gains_of(found, drawn), slope_of(drawn)
+    levels = levels_of(gains)
+    compared = comparisons(levels)
+    gold = np.mean([each["kept_gold"] for each in gains.values()], axis=0)
+    promised = np.mean([slope * each["kept_proxy"] for each in gains.values()], axis=0)
+    significant = sum(row["holm"] <= 0.05 for row in compared)
     told = [
-        *_gains(best, promised=config.promised),
+        test(
+            "p-value of the gain in gold reward, averaged over methods",
+            above_zero(gold),
+            wrong=0.5,
+            at_most=0.05,
+            unit="probability",
+            source=SEEDS,
+        ),
+        test(
+            "p-value of the shortfall of that gain against what the proxy's gain predicts",
+            above_zero(promised - gold),
+            wrong=0.5,
+            at_most=0.05,
+            unit="probability",
+            source=f"{SEEDS}; Gao et al. 2022",
+        ),
         *_beginnings(found),
-        *_scorers(described, promised=config.promised),
-        _reported("lead of the first method over the second, in gold reward", lead["mean"], "log-odds"),
-        *_text_numbers(ablation, start, promised=config.promised),
+        _over_seeds("gain in gold reward, averaged over methods", gold, "log-odds"),
+        _over_seeds("shortfall against what the proxy's gain predicts", promised - gold, "log-odds"),
+        *(_over_seeds(f"{name}: gain in gold reward", each["kept_gold"], "log-odds") for name, each in gains.items()),
+        *(_over_seeds(f"{name}: KL", each["kept_kl"], "nats") for name, each in gains.items()),
+        *(
+            measurement(f"{name}: learning rate chosen", described["rates"][name]["rate"], unit="1", source="tuning")
+            for name in found
+        ),
+        *(
+            measurement(f"AUC of {name} on held-out films", value, unit="probability", source="measured")
+            for name, value in described["auc"].items()
+        ),
+        measurement("comparisons of methods at equal KL", len(compared), unit="1", source="2, 5 and 10 nats"),
+        measurement("of these, significant", significant, unit="1", source=f"{SEEDS}, paired; Holm 1979"),
+        *_text_numbers(found, ablation),
+        *_held_out_numbers(config, described, found),
     ]
     data = {
-        "start": {name: float(np.mean([each[name] for each in start])) for name in MEASURED},
-        "rows": rows,
-        "paths": paths(found),
-        "curves": curves(found),
+        "methods": {name: _drawn(each, found[name], slope) for name, each in gains.items()},
+        "levels": _levels_drawn(levels),
+        "comparisons": compared,
         "best_of_n": best_of(drawn),
-        "ablation": _ablation(ablation),
-        "samples": samples,
-        "scorers": described,
-        "best": {method: row["beta"] for method, row in best.items()},
-        "ranked": ranked,
-        "lead": lead,
+        "start": {name: float(np.mean([each[name] for each in drawn])) for name in ("proxy", "gold")},
+        "slope": slope,
+        "updates": config.updates,
+        "stretch": config.updates // config.snapshots,
+        "seeds": config.seeds,
+        **described,
     }
-    return {"claim": _claim(ranked, best, lead), "numbers": told, "data": rounded(data)}
+    return {"claim": _claim(config, gold, promised, len(compared), significant), "numbers": told, "data": data}
 
 
-def _gains(best: dict[str, Any], *, promised: bool) -> list[dict[str, Any]]:
-    return [
-        number(
-            f"{method}: gold reward gained over the fine-tuned model, less its interval (β = {row['beta']:g})",
-            float(row["gain"]["mean"] - row["gain"]["half_width"]),
-            unit="log-odds",
-            source="Student's 95 per cent interval over seeds",
-            interval=(0.0, None) if promised else None,
-        )
-        for method, row in best.items()
-    ]
+def _over_seeds(name: str, values: np.ndarray, unit: str) -> Number:
+    mean, low, high = student(values)
+    return measurement(name, mean, unit=unit, source=SEEDS, confidence=(low, high))
 
 
-def _beginnings(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Policy and reference are one before the first step."""
-    rows = [
-        number(
-            f"{method}: KL at the first step",
-            float(np.abs(found[method]["steps"]["kl"][:, :, 0]).max()),
-            expected=0.0,
-            tolerance=1e-4,
-            unit="nats",
-            source="definition",
-        )
-        for method in found
-        if method in ("ppo", "grpo", "rloo")
-    ]
-    loss = number(
-        "DPO: loss at the first step",
-        float(found["dpo"]["steps"]["loss"][:, :, 0].mean()),
-        expected=float(np.log(2)),
-        tolerance=1e-4,
-        unit="nats",
-        source="Rafailov et al. 2023, eq. 7 at policy = reference",
-    )
-    return [*rows, loss]
+def _beginnings(found: dict[str, Any]) -> list[Number]:
+    """Policy and reference are one before the first update."""
+    rows = []
+    for name, runs in found.items():
+        first = {part: np.asarray([float(run["first"][part]) for run in runs]) for part in runs[0]["first"]}
+        if name in ONLINE:
+            at = np.abs(first["kl"]).max()
+            rows.append(identity(f"{name}: KL at the first update", float(at), tolerance=1e-4, unit="nats",
+                                 source="definition"))  # fmt: skip
+        if name == "dpo":
+            far = float(first["loss"][np.abs(first["loss"] - math.log(2)).argmax()])
+            rows.append(identity("dpo: loss at the first update", far, expected=math.log(2), tolerance=1e-4,
+                                 unit="nats", source="definition"))  # fmt: skip
+    return rows
 
 
-def _scorers(described: dict[str, Any], *, promised: bool) -> list[dict[str, Any]]:
-    return [
-        number(
-            f"AUC of the {name} scorer on held-out films",
-            auc,
-            unit="probability",
-            source="measured",
-            interval=(0.6, 1) if promised else None,
-        )
-        for name, auc in described["auc"].items()
-    ]
+def _held_out_numbers(config: Any, described: dict[str, Any], found: dict[str, Any]) -> list[Number]:
+    """Where the held-out losses were least; and of DPO how low, with the least that it can be."""
+    told, each = [], config.updates // config.snapshots
+    for name, runs in found.items():
+        if name in OFFLINE:
+            at = each * np.asarray([float(run["kept"]) for run in runs])
+            told.append(_over_seeds(f"{name}: updates to the least held-out loss", at, "1"))
+    if "dpo" in found:
+        least = np.asarray([run["held_out"].min() for run in found["dpo"]], np.float64)
+        told.append(_over_seeds("dpo: least held-out loss", least, "nats a pair"))
+        entropy = described["label_entropy"]
+        told.append(measurement("entropy of the labels of held-out pairs", entropy, unit="nats a pair",
+                                source="the proxy's Bradley-Terry probabilities"))  # fmt: skip
+    return told
 
 
-def _reported(name: str, value: float, unit: str) -> dict[str, Any]:
-    return number(name, float(value), unit=unit, source="measured")
-
-
-def _lead(found: dict[str, Any], best: dict[str, Any], ranked: list[str]) -> dict[str, float]:
-    """By how much the first method is ahead of the second in gold reward: seeds are paired."""
-    ends = []
-    for method in ranked[:2]:
-        place = int(np.argmin(np.abs(np.asarray(found[method]["beta"]) - best[method]["beta"])))
-        ends.append(found[method]["snapshots"]["gold"][:, place, -1])
-    return {name: float(value) for name, value in interval(ends[0] - ends[1]).items()}
-
-
-def _ablation(ablation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {"gamma": entry["gamma"], "beta": float(beta)}
-        | {name: interval(entry["snapshots"][name][:, place, -1]) for name in MEASURED}
-        for entry in ablation
-        for place, beta in enumerate(entry["beta"])
-    ]
-
-
-def _text_numbers(
-    ablation: list[dict[str, Any]], start: list[dict[str, Any]], *, promised: bool
-) -> list[dict[str, Any]]:
-    """How the loss on held-out reviews moved, at the least β, without the pretraining term and with it."""
-    before = float(np.mean([each["text_loss"] for each in start]))
-    ends = {entry["gamma"]: entry["snapshots"]["text_loss"][:, 0, -1] for entry in ablation}
-    low, high = min(ends), max(ends)
-    told = {
-        f"rise of the loss on held-out reviews, γ = {low:g}": (ends[low].mean() - before, (0.0, None)),
-        f"the same, γ = {high:g}, less that without the term": ((ends[high] - ends[low]).mean(), (None, 0.0)),
+def _drawn(gains: dict[str, np.ndarray], runs: list[dict[str, Any]], slope: float) -> dict[str, Any]:
+    """Means over seeds, with intervals, for the figure."""
+    predicted = {"predicted": slope * gains["proxy"], "kept_predicted": slope * gains["kept_proxy"]}
+    return {
+        **{name: interval(values) for name, values in (gains | predicted).items()},
+        "kept": [int(run["kept"]) for run in runs],
+        "held_out": [run["held_out"] for run in runs],
     }
-    return [
-        number(
-            name,
-            float(value),
-            unit="nats per token",
-            source="Ouyang et al. 2022, eq. 2",
-            interval=bound if promised else None,
-        )
-        for name, (value, bound) in told.items()
-    ]
 
 
-def _claim(ranked: list[str], best: dict[str, Any], lead: dict[str, float]) -> str:
-    first, second = ranked[:2]
-    gains = [best[method]["gain"] for method in ranked]
-    verdict = "more than" if lead["mean"] > lead["half_width"] else "not more than"
-    raised = sum(gain["mean"] > gain["half_width"] for gain in gains)
+def _levels_drawn(levels: dict[str, dict[float, dict[str, np.ndarray]]]) -> list[dict[str, Any]]:
+    rows = []
+    for method, each in levels.items():
+        for level, rewards in each.items():
+            reached = np.isfinite(rewards["gold"])
+            row = {"method": method, "kl": level, "reached": int(reached.sum())}
+            rows.append(row | ({name: interval(values) for name, values in rewards.items()} if reached.all() else {}))
+    return rows
+
+
+def _text_losses(runs: list[dict[str, Any]]) -> np.ndarray:
+    return np.asarray([float(run["text_loss"]) for run in runs])
+
+
+def _text_numbers(found: dict[str, Any], ablation: list[dict[str, Any]]) -> list[Number]:
+    if not ablation:
+        return []
+    change = _text_losses(ablation) - _text_losses(found["rloo"])
+    return [_over_seeds("rloo: change of the loss on held-out reviews by the pretraining term", change,
+                        "nats per token")]  # fmt: skip
+
+
+def _claim(config: Any, gold: np.ndarray, promised: np.ndarray, compared: int, significant: int) -> str:
+    gain, low, high = student(gold)
+    gap, gap_low, gap_high = student(promised - gold)
+    verb = "raise" if above_zero(gold) <= 0.05 else "change"
     return (
-        f"{raised} of {len(ranked)} methods raise the gold sentiment of a model's reviews beyond the interval over "
-        f"seeds, by {gains[-1]['mean']:.2f} to {gains[0]['mean']:.2f} log-odds at the β of each that the proxy likes "
-        f"best; {first} is ahead of {second} by {lead['mean']:.2f} ± {lead['half_width']:.2f}, {verdict} chance."
+        f"{len(config.methods)} methods trained on a proxy reward {verb} an independent gold reward by {gain:.2f} "
+        f"log-odds on average (95% interval {low:.2f} to {high:.2f}, {config.seeds} seeds), {gap:.2f} ({gap_low:.2f} "
+        f"to {gap_high:.2f}) less than the proxy's gain predicts. At equal KL, {significant} of {compared} comparisons "
+        "of methods are significant."
     )
 
 

@@ -1,4 +1,4 @@
-"""The policies of the sentiment experiment: every method is one compiled run, for every strength and seed."""
+"""The policies of the sentiment experiment: every method is one compiled stretch of updates, for all its runs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jaxtyping import Array, Float, PyTree
 
-from experiments.parts.sentiment_models import Scorer, adam
+from experiments.parts.sentiment_models import epochs, word_scores
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.objectives import preference
 from jaxrl_llm.training import policy, steps
-from jaxrl_llm.training.methods import METHODS
-from jaxrl_llm.training.preference import JudgedBatch, PairBatch, preference_loss
+from jaxrl_llm.training.methods import METHODS, Method
+from jaxrl_llm.training.preference import LOSSES, JudgedBatch, PairBatch, Sums, pair_sums, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 from jaxrl_llm.training.sequences import Sequences, log_probs, measures
 
 ONLINE = ("ppo", "grpo", "rloo")
 OFFLINE = ("dpo", "ipo", "kto", "simpo")
+PATIENCE, LONGEST = 3, 3
+"""A preference loss goes on until so many stretches have not improved it on held-out pairs, or for so many times the
+updates at which methods are compared."""
 
 
 class World(NamedTuple):
     """What all policies share: where they start, who judges, and on what."""
 
     reference: Params
-    proxy: Scorer
-    gold: Scorer
+    proxy: Params  # of a reward model
+    gold: Array  # weights of words
+    shifts: Array  # of proxy and gold: their means on reviews by the reference
     prompts: Prompts  # to train on
-    probes: Prompts  # of held-out films, to evaluate on
     text: Sequences  # reviews to train on, for the term γ E[log π]
     held_out: Sequences  # reviews of held-out films
 
@@ -46,50 +52,68 @@ class Tools(NamedTuple):
     def sampler(self) -> Sampler:
         return Sampler(self.config.new_tokens, eos_ids=(0,))
 
-    def reward(self, scorer: Scorer, rows: Sequences) -> Float[Array, "batch"]:
-        """The scorer's log-odds that a review is good, 0 on average for the reference."""
-        return self.head.scores(scorer.params, rows.tokens, mask=rows.mask) - scorer.shift
+    def proxy(self, world: World, rows: Sequences) -> Float[Array, "batch"]:
+        """The reward that is optimised: log-odds, 0 on average for the reference."""
+        return self.head.scores(world.proxy, rows.tokens, mask=rows.mask) - world.shifts[0]
+
+    def gold(self, world: World, rows: Sequences) -> Float[Array, "batch"]:
+        """The independent judge: log-odds, 0 on average for the reference."""
+        return word_scores(self.lm.vocab_size, world.gold, rows.tokens, rows.mask) - world.shifts[1]
 
 
-def evaluated(tools: Tools, world: World, params: Params, key: Array) -> dict[str, Array]:
-    """What a policy writes after prompts it has not seen: rewards, and divergence from the reference in nats."""
-    drawn = rollout(tools.lm, params, world.probes, key, tools.sampler)
-    rows = drawn.sequences
+class Pairs(NamedTuple):
+    """Answers of the reference, labelled by the proxy: to train on, and held out, with the probability of the label."""
+
+    train: PairBatch
+    held_out: PairBatch
+    probability: Float[Array, "held_out"]  # that the chosen one is preferred
+
+
+class Knobs(NamedTuple):
+    """What differs between the runs of a method, traced."""
+
+    beta: Array
+    rate: Array
+    gamma: Array
+
+
+def evaluated(tools: Tools, world: World, params: Params, probes: Prompts, key: Array) -> dict[str, Array]:
+    """Rewards and KL from the reference, in nats, of the answers that a policy draws to prompts of held-out films."""
+    rows = rollout(tools.lm, params, probes, key, tools.sampler).sequences
     found = measures(tools.lm, params, world.reference, rows)
-    text_logp = log_probs(tools.lm, params, world.held_out)
     return {
-        "proxy": tools.reward(world.proxy, rows).mean(),
-        "gold": tools.reward(world.gold, rows).mean(),
+        "proxy": tools.proxy(world, rows).mean(),
+        "gold": tools.gold(world, rows).mean(),
         "kl": found.kl.sum(axis=1).mean(),
-        "entropy": found.entropy.sum() / rows.answer.sum(),
-        "length": rows.answer.sum(axis=1).mean(),
-        "text_loss": -text_logp.sum() / world.held_out.answer.sum(),
     }
 
 
-def evaluation_key(key: Array) -> Array:
-    """Of a seed's key, the one that it is evaluated with: the reference too, so that gains are paired."""
-    return jax.random.split(key, 3)[2]
+def text_loss(tools: Tools, world: World, params: Params) -> Array:
+    """The loss on reviews of held-out films, in nats a token."""
+    return -log_probs(tools.lm, params, world.held_out).sum() / world.held_out.answer.sum()
 
 
-def judged_pairs(tools: Tools, world: World, key: Array) -> PairBatch:
-    """Two answers of the reference to each prompt; the better is chosen by chance, by the proxy's Bradley-Terry law.
+def judged_pairs(tools: Tools, world: World, key: Array) -> Pairs:
+    """Draw two answers of the reference to each prompt, and choose by chance, by the proxy's Bradley-Terry model."""
+    config = tools.config
+    parts = jax.random.split(key, -(-(config.pairs + config.held_out_pairs) // config.pairs_at_once))
+    pairs, probability = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.lax.map(lambda key: _some_pairs(tools, world, key), parts)
+    )
+    train = jax.tree.map(lambda leaf: leaf[: config.pairs], pairs)
+    held_out = jax.tree.map(lambda leaf: leaf[config.pairs :], pairs)
+    return Pairs(train, held_out, probability[config.pairs :])
 
-    Some prompts at a time, so that many fit.
-    """
-    parts = tools.config.pairs // tools.config.pairs_at_once
-    found = jax.lax.map(lambda key: _some_pairs(tools, world, key), jax.random.split(key, parts))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
 
-
-def _some_pairs(tools: Tools, world: World, key: Array) -> PairBatch:
+def _some_pairs(tools: Tools, world: World, key: Array) -> tuple[PairBatch, Array]:
     count = tools.config.pairs_at_once
     prompt_key, draw_key, judge_key = jax.random.split(key, 3)
     rows = jax.random.randint(prompt_key, (count,), 0, world.prompts.tokens.shape[0])
     asked = jax.tree.map(lambda leaf: leaf[rows], world.prompts)
     drawn = rollout(tools.lm, world.reference, asked, draw_key, tools.sampler, group_size=2).sequences
-    scores = tools.reward(world.proxy, drawn).reshape(-1, 2)
-    first_wins = jax.random.uniform(judge_key, (count,)) < jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
+    scores = tools.proxy(world, drawn).reshape(-1, 2)
+    law = jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
+    first_wins = jax.random.uniform(judge_key, (count,)) < law
     sides = jax.tree.map(lambda leaf: leaf.reshape(count, 2, -1), drawn)
 
     def of(best: Array) -> Sequences:
@@ -97,30 +121,35 @@ def _some_pairs(tools: Tools, world: World, key: Array) -> PairBatch:
 
     pairs = PairBatch(of(first_wins), of(~first_wins))
     logp = [log_probs(tools.lm, world.reference, side).sum(axis=1) for side in (pairs.chosen, pairs.rejected)]
-    return pairs._replace(logp_ref_chosen=logp[0], logp_ref_rejected=logp[1])
+    pairs = pairs._replace(logp_ref_chosen=logp[0], logp_ref_rejected=logp[1])
+    return pairs, jnp.where(first_wins, law, 1 - law)
 
 
-def offline(tools: Tools, world: World, name: str, pairs: PairBatch, beta: Array, key: Array) -> PyTree:
-    """One run of a preference loss on judged pairs: what is evaluated on the way, and the metrics of each step."""
-    config = tools.config
-    optimizer = adam(config.offline_learning_rate, config.offline_steps)
-    knobs = {"gamma": config.simpo_margin} if name == "simpo" else {}
-    loss = preference_loss(tools.lm, name, beta=beta, **knobs)
-    order_key, state_key, _ = jax.random.split(key, 3)
-    size = config.offline_batch
-    total = config.offline_steps * size
-    epochs = -(-total // config.pairs)
-    orders = jax.vmap(lambda key: jax.random.permutation(key, config.pairs))(jax.random.split(order_key, epochs))
-    order = orders.reshape(-1)[:total].reshape(config.snapshots, -1, size)
+def knobs_of(tools: Tools, name: str, beta: Array) -> dict[str, Any]:
+    """The hyperparameters of a preference loss."""
+    return {"beta": beta} | ({"gamma": tools.config.simpo_margin} if name == "simpo" else {})
 
-    def advance(state: steps.TrainState, rows: Array) -> tuple[steps.TrainState, PyTree]:
-        batch = jax.tree.map(lambda leaf: leaf[rows], pairs)
-        batch = judged(tools, world, batch) if name == "kto" else batch
-        return steps.update(loss, optimizer, state, batch)
 
-    return _snapshots(
-        tools, world, steps.initial_state(world.reference, optimizer, state_key), advance, order, evaluation_key(key)
-    )
+def held_out_loss(tools: Tools, world: World, name: str, pairs: Pairs, beta: Array, params: Params) -> Array:
+    """The loss on held-out pairs, expected over labels by the proxy: those drawn and the opposite ones, weighted."""
+    knobs, p = knobs_of(tools, name, beta), pairs.probability
+    if name == "kto":
+        batch = judged(tools, world, pairs.held_out)
+        logp, mismatched = (log_probs(tools.lm, params, each).sum(axis=1) for each in (batch.answers, batch.mismatched))
+        point = preference.kto_reference_point(mismatched, batch.logp_ref_mismatched)
+        good, bad = (
+            preference.kto_loss(logp, batch.logp_ref, jnp.full(logp.shape, side), point, **knobs)
+            for side in (True, False)
+        )
+        return (jnp.concatenate([p, 1 - p]) * good + jnp.concatenate([1 - p, p]) * bad).mean()
+    sums = pair_sums(tools.lm, params, pairs.held_out)
+    ref = sums._replace(chosen=pairs.held_out.logp_ref_chosen, rejected=pairs.held_out.logp_ref_rejected)
+    drawn, opposite = (LOSSES[name].of_sums(turn(sums), turn(ref), **knobs) for turn in (lambda each: each, _swapped))
+    return (p * drawn + (1 - p) * opposite).mean()
+
+
+def _swapped(sums: Sums) -> Sums:
+    return Sums(sums.rejected, sums.chosen, sums.length_rejected, sums.length_chosen)
 
 
 def judged(tools: Tools, world: World, pairs: PairBatch) -> JudgedBatch:
@@ -137,84 +166,153 @@ def judged(tools: Tools, world: World, pairs: PairBatch) -> JudgedBatch:
     return JudgedBatch(answers, jnp.arange(2 * count) < count, mismatched, logp_ref, mismatched_ref)
 
 
-def online(tools: Tools, world: World, name: str, beta: Array, gamma: Array, key: Array, *, with_text: bool) -> PyTree:
-    """One run of a policy-gradient method on the proxy's reward: as `offline`."""
+def optimizer(rate: Array | float, warm_up: int = 5) -> optax.GradientTransformation:
+    """Adam with clipped gradients and a constant rate after a short warm-up: no run ends because its rate did."""
+    ramp = optax.linear_schedule(1 / warm_up, 1, warm_up)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(ramp),
+                       optax.scale(-rate))  # fmt: skip
+
+
+def method_of(tools: Tools, name: str, knobs: Knobs) -> Method:
+    """A policy-gradient method with these hyperparameters; several epochs over a batch count as several updates."""
+    method = dataclasses.replace(METHODS[name], beta=knobs.beta, gamma=knobs.gamma)
+    return dataclasses.replace(method, epochs=min(method.epochs, tools.config.epochs))
+
+
+class Program(NamedTuple):
+    """A method's training, compiled once for all strengths, rates and seeds."""
+
+    start: Callable[..., tuple[steps.TrainState, Array]]  # (world, key) -> the state, and rows for each stretch
+    stretch: Callable[..., tuple[steps.TrainState, PyTree]]  # (world, pairs, state, rows, knobs)
+    policy: Callable[[steps.TrainState], Params]
+    loss: Callable[..., Array] | None  # (world, pairs, beta, params) on held-out pairs
+
+
+def offline(tools: Tools, name: str) -> Program:
+    """Training by a preference loss on judged pairs."""
     config = tools.config
-    method = dataclasses.replace(METHODS[name], beta=beta, gamma=gamma)
-    method = dataclasses.replace(method, epochs=min(method.epochs, config.epochs))
-    critic = tools.head if method.has_critic else None
-    optimizer = adam(config.online_learning_rate, config.online_steps * method.epochs * method.minibatches)
-    trainer = policy.online(tools.lm, optimizer, critic=critic)
-    frozen = {"ref": world.reference}
-    state_key, critic_key, _ = jax.random.split(key, 3)
-    params = world.reference
-    if critic is not None:
-        params = {"policy": params, "critic": critic.init(critic_key, world.reference, zero=True)}
-    asked = config.online_batch // method.group_size
 
-    def advance(state: steps.TrainState, number: Array) -> tuple[steps.TrainState, PyTree]:
-        rows = jax.random.randint(jax.random.fold_in(state.step_key, 7), (asked,), 0, world.prompts.tokens.shape[0])
-        text = None
-        if with_text:
-            picked = jax.random.randint(
-                jax.random.fold_in(state.step_key, 8), (config.text_batch,), 0, world.text.tokens.shape[0]
+    def start(world: World, key: Array) -> tuple[steps.TrainState, Array]:
+        order = epochs(key, config.pairs, LONGEST * config.updates, config.batch // 2)
+        state = steps.initial_state(world.reference, optimizer(0.0), key)
+        return state, order.reshape(LONGEST * config.snapshots, -1, config.batch // 2)
+
+    def stretch(
+        world: World, pairs: Pairs, state: steps.TrainState, order: Array, knobs: Knobs
+    ) -> tuple[steps.TrainState, PyTree]:
+        loss = preference_loss(tools.lm, name, **knobs_of(tools, name, knobs.beta))
+
+        def advance(state: steps.TrainState, rows: Array) -> tuple[steps.TrainState, PyTree]:
+            batch = jax.tree.map(lambda leaf: leaf[rows], pairs.train)
+            batch = judged(tools, world, batch) if name == "kto" else batch
+            return steps.update(loss, optimizer(knobs.rate), state, batch)
+
+        return jax.lax.scan(advance, state, order)
+
+    def loss(world: World, pairs: Pairs, beta: Array, params: Params) -> Array:
+        return held_out_loss(tools, world, name, pairs, beta, params)
+
+    return Program(start, jax.jit(stretch), lambda state: state.params, jax.jit(loss))
+
+
+def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
+    """Training by a policy-gradient method on the proxy's reward, perhaps with the term γ E[log π] of reviews."""
+    config = tools.config
+    plain = method_of(tools, name, Knobs(0.0, 0.0, 0.0))
+    critic = tools.head if plain.has_critic else None
+    asked, a_batch = config.batch // plain.group_size, plain.epochs * plain.minibatches
+
+    def start(world: World, key: Array) -> tuple[steps.TrainState, Array]:
+        params = world.reference
+        if critic is not None:
+            params = {"policy": params, "critic": critic.init(key, world.reference, zero=True)}
+        order = np.arange(config.updates // a_batch).reshape(config.snapshots, -1)
+        return steps.initial_state(params, optimizer(0.0), key), jnp.asarray(order)
+
+    def stretch(
+        world: World, pairs: None, state: steps.TrainState, order: Array, knobs: Knobs
+    ) -> tuple[steps.TrainState, PyTree]:
+        trainer = policy.online(tools.lm, optimizer(knobs.rate), critic=critic)
+
+        def some(rows: PyTree, key: Array, count: int) -> PyTree:
+            picked = jax.random.randint(key, (count,), 0, jax.tree.leaves(rows)[0].shape[0])
+            return jax.tree.map(lambda leaf: leaf[picked], rows)
+
+        def advance(state: steps.TrainState, _: Array) -> tuple[steps.TrainState, PyTree]:
+            return trainer.step(
+                state,
+                some(world.prompts, jax.random.fold_in(state.step_key, 7), asked),
+                lambda drawn: tools.proxy(world, drawn.sequences),
+                method=method_of(tools, name, knobs),
+                sampler=tools.sampler,
+                frozen={"ref": world.reference},
+                text=some(world.text, jax.random.fold_in(state.step_key, 8), config.batch // 2) if with_text else None,
             )
-            text = jax.tree.map(lambda leaf: leaf[picked], world.text)
-        return trainer.step(
-            state,
-            jax.tree.map(lambda leaf: leaf[rows], world.prompts),
-            lambda drawn: tools.reward(world.proxy, drawn.sequences),
-            method=method,
-            sampler=tools.sampler,
-            frozen=frozen,
-            text=text,
-        )
 
-    start = steps.initial_state(params, optimizer, state_key)
-    order = jnp.arange(config.online_steps).reshape(config.snapshots, -1)
-    return _snapshots(tools, world, start, advance, order, evaluation_key(key), critic=critic is not None)
+        return jax.lax.scan(advance, state, order)
+
+    def of(state: steps.TrainState) -> Params:
+        return state.params if critic is None else state.params["policy"]
+
+    return Program(start, jax.jit(stretch), of, None)
 
 
-def _snapshots(
-    tools: Tools,
+def program_of(tools: Tools, name: str, *, with_text: bool = False) -> Program:
+    """The training of a method by its name."""
+    return offline(tools, name) if name in OFFLINE else online(tools, name, with_text=with_text)
+
+
+def trained(
+    program: Program,
     world: World,
-    state: steps.TrainState,
-    advance: Callable[..., PyTree],
-    order: Array,
+    pairs: Pairs | None,
+    knobs: Knobs,
     key: Array,
+    evaluate: Callable[[Params], dict[str, Array]],
     *,
-    critic: bool = False,
-) -> PyTree:
-    """Train in as many stretches as `order` has rows, and evaluate after each."""
+    stretches: int,
+    path: bool,
+) -> dict[str, Any]:
+    """Train in stretches, and keep the parameters of the least held-out loss; of an online method, the last.
 
-    def stretch(state: steps.TrainState, rows: Array) -> PyTree:
-        state, metrics = jax.lax.scan(advance, state, rows)
-        params = state.params["policy"] if critic else state.params
-        return state, (evaluated(tools, world, params, key), metrics)
+    Args:
+        stretches: as many as all methods get.
+        path: evaluate after each of those; and go on while the held-out loss has not stopped falling.
 
-    state, (snapshots, metrics) = jax.lax.scan(stretch, state, order)
-    params = state.params["policy"] if critic else state.params
-    metrics = jax.tree.map(lambda leaf: leaf.reshape(-1), metrics)
-    return {"snapshots": snapshots, "steps": metrics, "params": params}
-
-
-def runner(tools: Tools, name: str, *, with_text: bool = False) -> Callable[..., PyTree]:
-    """One jitted run of a method, of `(world, pairs, beta, gamma, key)`: compiled once for all strengths and seeds.
-
-    The runs come one after the other: `vmap` over them makes batched products of matrices, which are slow on a CPU.
+    Returns:
+        first: the metrics of the first update.
+        held_out: the loss on held-out pairs before the first and after every stretch; nothing for an online method.
+        kept: after how many stretches the parameters were kept.
+        path: the evaluation after every stretch, if asked for.
+        end: the evaluation of the kept parameters. params: these.
     """
+    state, order = program.start(world, key)
+    best, kept, losses, told, first = program.policy(state), 0, [], [], None
+    if program.loss is not None:
+        losses = [float(program.loss(world, pairs, knobs.beta, best))]
+    for number, rows in enumerate(order, start=1):
+        if number > stretches and (not path or number > kept + PATIENCE):
+            break
+        state, metrics = program.stretch(world, pairs, state, rows, knobs)
+        params = program.policy(state)
+        first = {part: values[0] for part, values in metrics.items()} if first is None else first
+        if program.loss is not None:
+            losses.append(float(program.loss(world, pairs, knobs.beta, params)))
+        if program.loss is None or losses[-1] < min(losses[:-1]):
+            best, kept = params, number
+        told += [jax.device_get(evaluate(params))] if path and number <= stretches else []
+    found = {
+        "first": {part: first[part] for part in ("loss", "kl") if part in first},
+        "held_out": np.asarray(losses, np.float32),
+        "kept": np.asarray(kept),
+        "end": told[kept - 1] if 0 < kept <= len(told) else evaluate(best),
+        "params": best,
+    }
+    return found | ({"path": jax.tree.map(lambda *leaves: np.stack(leaves), *told)} if path else {})
 
-    def run(world: World, pairs: PyTree, beta: Array, gamma: Array, key: Array) -> PyTree:
-        if name in OFFLINE:
-            return offline(tools, world, name, pairs, beta, key)
-        return online(tools, world, name, beta, gamma, key, with_text=with_text)
 
-    return jax.jit(run)
-
-
-def best_of_n(tools: Tools, world: World, key: Array) -> dict[str, Array]:
+def best_of_n(tools: Tools, world: World, probes: Prompts, key: Array) -> dict[str, Array]:
     """Proxy and gold reward of many answers of the reference to each probe, [probes, answers]."""
-    rows = rollout(tools.lm, world.reference, world.probes, key, tools.sampler, group_size=tools.config.best_of)
+    rows = rollout(tools.lm, world.reference, probes, key, tools.sampler, group_size=tools.config.best_of).sequences
     shape = (-1, tools.config.best_of)
-    scorers = {"proxy": world.proxy, "gold": world.gold}
-    return {name: tools.reward(scorer, rows.sequences).reshape(shape) for name, scorer in scorers.items()}
+    return {"proxy": tools.proxy(world, rows).reshape(shape), "gold": tools.gold(world, rows).reshape(shape)}

@@ -32,7 +32,7 @@ def kept(path: Path | None, compute: Callable[[], Any]) -> Any:
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(entry.key) for entry in path): np.ascontiguousarray(leaf) for path, leaf in leaves}
+    return {"/".join(str(entry.key) for entry in path): np.array(leaf, order="C") for path, leaf in leaves}
 
 
 def _nested(flat: dict[str, np.ndarray]) -> Any:

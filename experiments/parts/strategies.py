@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from jaxrl_llm.decoding.contrastive import contrastive_search
 from jaxrl_llm.decoding.loop import Generation
 from jaxrl_llm.decoding.reranking import best_of_n, minimum_bayes_risk
 from jaxrl_llm.language_model import LanguageModel, Params
+
+Texts = Callable[[], Any]
 
 
 class Task(NamedTuple):
@@ -55,32 +58,52 @@ FAMILIES = {  # of each strategy
 
 
 def mean_log_prob(samples: Generation) -> jax.Array:
-    """The score of best-of-n: nats per token."""
+    """Return the score of best-of-n: nats per token."""
     return jnp.where(samples.mask, samples.logp, 0).sum(axis=-1) / samples.mask.sum(axis=-1)
 
 
-def continuations(task: Task) -> Iterator[tuple[str, np.ndarray]]:
-    """The name and the new tokens [batch, time] of each strategy. All samplers draw with the same keys."""
+def searches(task: Task) -> dict[str, Texts]:
+    """Return calls for the new tokens [batch, time] of each strategy without randomness."""
     model, options = (task.lm, task.params, task.prompts), {"max_new_tokens": task.new_tokens}
-    penalty = t.RepetitionPenalty(1.3)
-    yield "greedy", generate(*model, greedy=True, **options).tokens
-    yield "beam, k = 4", beam_search(*model, num_beams=4, **options).tokens[:, 0]
-    yield (
-        "diverse beam, k = 4",
-        beam_search(*model, num_beams=4, num_groups=4, diversity_penalty=0.5, **options).tokens[:, 0],
-    )
-    yield "greedy, repetition penalty 1.3", generate(*model, greedy=True, transform=penalty, **options).tokens
-    yield "contrastive, k = 6, α = 0.6", contrastive_search(*model, top_k=6, alpha=0.6, **options).tokens
-    for name, transform in SAMPLERS.items():
-        yield name, generate(*model, transform=transform, key=task.key, **options).tokens
-    drawn = best_of_n(*model, n=8, score=mean_log_prob, key=task.key, **options)
-    samples = np.asarray(drawn.samples.tokens)
-    first_four = np.asarray(drawn.scores)[:, :4].argmax(axis=1)  # the first samples are the same for every n
-    yield "best of 4 by log p", samples[np.arange(len(samples)), first_four]
-    yield "MBR of 8 by chrF", np.stack([rows[_consensus(task, rows)] for rows in samples])
+    diverse = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 0.5}
+    penalised = {"greedy": True, "transform": t.RepetitionPenalty(1.3)}
+    return {
+        "greedy": lambda: generate(*model, greedy=True, **options).tokens,
+        "beam, k = 4": lambda: beam_search(*model, num_beams=4, **options).tokens[:, 0],
+        "diverse beam, k = 4": lambda: beam_search(*model, **diverse, **options).tokens[:, 0],
+        "greedy, repetition penalty 1.3": lambda: generate(*model, **penalised, **options).tokens,
+        "contrastive, k = 6, α = 0.6": lambda: contrastive_search(*model, top_k=6, alpha=0.6, **options).tokens,
+    }
+
+
+def samples(task: Task) -> dict[str, Texts]:
+    """Return the same for each strategy that samples. All draw with the same keys."""
+    model, options = (task.lm, task.params, task.prompts), {"max_new_tokens": task.new_tokens, "key": task.key}
+
+    @functools.cache
+    def eight() -> tuple[np.ndarray, np.ndarray]:
+        drawn = best_of_n(*model, n=8, score=mean_log_prob, **options)
+        return np.asarray(drawn.samples.tokens), np.asarray(drawn.scores)
+
+    def best_of_four() -> np.ndarray:
+        rows, scores = eight()
+        return rows[np.arange(len(rows)), scores[:, :4].argmax(axis=1)]  # the first samples are the same for every n
+
+    return {
+        **{
+            name: functools.partial(_sample, model, options | {"transform": transform})
+            for name, transform in SAMPLERS.items()
+        },
+        "best of 4 by log p": best_of_four,
+        "MBR of 8 by chrF": lambda: np.stack([rows[_consensus(task, rows)] for rows in eight()[0]]),
+    }
+
+
+def _sample(model: tuple, options: dict[str, Any]) -> jax.Array:
+    return generate(*model, **options).tokens
 
 
 def _consensus(task: Task, rows: np.ndarray) -> int:
-    """The sample that is most like the others."""
+    """Return the sample that is most like the others."""
     texts = [task.tokenizer.decode(row) for row in rows.tolist()]
     return minimum_bayes_risk(texts, sentence_chrf).index

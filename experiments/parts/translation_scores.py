@@ -1,4 +1,4 @@
-"""The table of translations: model x decoder, with BLEU, chrF, length ratio and seconds, and what is claimed of it."""
+"""The table of translations: model x decoder, with BLEU, chrF, length ratio and seconds, and the claim."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from tqdm import tqdm
 from experiments import ledger
 from jaxrl_llm import translation
 from jaxrl_llm.analysis import bleu, score_intervals
+from jaxrl_llm.analysis.bootstrap import Interval
 from jaxrl_llm.data.parallel import SentencePair
 from jaxrl_llm.models import Loaded
 from jaxrl_llm.translation import Form
 
 EXAMPLES = 6  # the first pairs, whatever comes out
+ENOUGH = 25  # sentences, below which a bootstrap interval is too narrow to be shown
+SEED = 0  # of the bootstrap
+NAMES = {"t5": "T5", "gpt2": "decoder-only"}
+MEASURES = {
+    "BLEU": (score_intervals.bleu_interval, score_intervals.bleu_difference),
+    "chrF": (score_intervals.chrf_interval, score_intervals.chrf_difference),
+}
 
 
 class Decoder(NamedTuple):
@@ -35,19 +43,18 @@ class Decoded(NamedTuple):
 
 
 def decoders(config: Any) -> list[Decoder]:
-    """Every number of beams at one length penalty, and every length penalty at one number of beams."""
+    """Return every number of beams at one length penalty, and every length penalty at one number of beams."""
     wide = [Decoder(beams, config.length_penalty) for beams in config.beams]
     return list(dict.fromkeys([*wide, *(Decoder(config.beams_of_penalties, each) for each in config.penalties)]))
 
 
 def label(name: str, folder: str | Path, loaded: Loaded) -> str:
-    """How a model is called in tables and figures."""
-    kind = {"t5": "T5", "gpt2": "decoder-only"}[name]
-    return f"{Path(folder).name} ({kind}, {loaded.model.num_params() / 1e6:.2f}M)"
+    """Return the name of a model in tables and figures."""
+    return f"{Path(folder).name} ({NAMES[name]}, {loaded.model.num_params() / 1e6:.2f}M)"
 
 
 def translations(config: Any, loaded: Loaded, form: Form, pairs: Sequence[SentencePair]) -> dict[Decoder, Decoded]:
-    """Each decoder's translations, timed from the second batch on: in the first the program compiles."""
+    """Return each decoder's translations, timed from the second batch on: in the first the program compiles."""
     sources, size, found = [pair.source for pair in pairs], config.sentences_at_once, {}
     for decoder in tqdm(decoders(config), unit="decoder"):
         options = {"num_beams": decoder.beams, "length_penalty": decoder.penalty, "max_new_tokens": config.new_tokens}
@@ -62,20 +69,42 @@ def translations(config: Any, loaded: Loaded, form: Form, pairs: Sequence[Senten
 
 
 def table(config: Any, labels: dict[str, str], found: dict[str, dict], pairs: Sequence[SentencePair]) -> list[dict]:
-    """One row for each model and decoder; intervals are 95% bootstrap intervals over the sentences."""
+    """Return one row for each model and decoder, with 95% bootstrap intervals over the sentences."""
     references, rows = [pair.target for pair in pairs], []
-    options = {"seed": config.seed, "resamples": config.resamples}
     for name, decoded in found.items():
         for decoder, (texts, seconds) in decoded.items():
             counts = bleu.count(texts, references)
             lengths = [sum(getattr(each, field) for each in counts) for field in ("length", "reference_length")]
+            scores = {
+                measure.lower(): _shown(interval(texts, references, seed=SEED, resamples=config.resamples), pairs)
+                for measure, (interval, _) in MEASURES.items()
+            }
             rows.append(
                 {"model": labels[name], "kind": name, "beams": decoder.beams, "length_penalty": decoder.penalty}
-                | {"bleu": score_intervals.bleu_interval(texts, references, **options)._asdict()}
-                | {"chrf": score_intervals.chrf_interval(texts, references, **options)._asdict()}
+                | {"bleu": scores["bleu"], "chrf": scores["chrf"]}
                 | {"length_ratio": lengths[0] / lengths[1], "seconds": seconds and round(seconds, 2)}
             )
     return rows
+
+
+def leads(config: Any, found: dict[str, dict], pairs: Sequence[SentencePair]) -> list[dict[str, Any]]:
+    """Return, for each decoder, how much higher the decoder-only model scores than the T5, paired by sentence."""
+    rows = []
+    for decoder in decoders(config):
+        models = [found[name][decoder].texts for name in ("gpt2", "t5")]
+        found_leads = {measure.lower(): _difference(config, measure, *models, pairs) for measure in MEASURES}
+        rows.append({"beams": decoder.beams, "length_penalty": decoder.penalty} | found_leads)
+    return rows
+
+
+def _difference(config: Any, measure: str, first: list[str], second: list[str], pairs: Sequence[SentencePair]) -> Any:
+    references, (_, difference) = [pair.target for pair in pairs], MEASURES[measure]
+    return _shown(difference(first, second, references, seed=SEED, resamples=config.resamples), pairs)
+
+
+def _shown(interval: Interval, pairs: Sequence[SentencePair]) -> dict[str, float]:
+    """Return an estimate, with its interval if there are enough sentences for one."""
+    return interval._asdict() if len(pairs) >= ENOUGH else {"estimate": interval.estimate}
 
 
 def report(
@@ -86,118 +115,116 @@ def report(
     pairs: Sequence[SentencePair],
     records: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """The result in the ledger's form; `records` are those of the models' training, where it was ours."""
-    rows = table(config, labels, found, pairs)
-    greedy, beam = Decoder(1, config.length_penalty), Decoder(config.beams_of_penalties, config.length_penalty)
-    numbers = [*differences(config, found, pairs, greedy, beam), *scores_of(rows, (greedy, beam))]
+    """Return the result in the ledger's form; `records` are those of the models' training, where it was ours."""
+    rows, differences = table(config, labels, found, pairs), leads(config, found, pairs)
+    at = {"beams": config.beams_of_penalties, "length_penalty": config.length_penalty}
+    (lead,) = (row for row in differences if row.items() >= at.items())
+    scores = {row["kind"]: row for row in rows if row.items() >= at.items()}
     sizes = [each.model.num_params() for each in loaded.values()]
-    numbers.append(ledger.number("sentence pairs", len(pairs), unit="pairs", source="the test part or the files"))
-    similar = {"interval": (0.9, 1.1)} if records else {}
-    ratio = sizes[0] / sizes[1]
-    shapes = "the models' shapes"
-    numbers.append(ledger.number("parameters, T5 / decoder-only", ratio, unit="ratio", source=shapes, **similar))
-    if records:
-        numbers += seen(records)
+    numbers = [
+        *(tested(config, lead) if records else []),
+        *measured(config, lead, scores),
+        *gains(config, found, pairs),
+        ledger.measurement("sentence pairs", len(pairs), unit="pairs", source="the test part or the files"),
+        ledger.measurement(
+            "parameters, T5 / decoder-only", sizes[0] / sizes[1], unit="ratio", source="the models' shapes"
+        ),
+        *(seen(records) if records else []),
+    ]
     data = {
         "labels": labels,
-        "beams_of_penalties": config.beams_of_penalties,
-        "length_penalty": config.length_penalty,
+        **at,
         "sentences": len(pairs),
         "limit": config.test_limit,
         "table": rows,
-        "examples": examples(found, pairs, beam),
+        "leads": differences,
+        "examples": examples(found, pairs, Decoder(*at.values())),
         "logs": {name: record["log"] for name, record in records.items()},
     }
-    return {
-        "claim": claim(config, labels, numbers, ours=bool(records)),
-        "numbers": numbers,
-        "data": ledger.rounded(data),
-    }
+    text = claim(config, labels, lead, scores, len(pairs), ours=bool(records))
+    return {"claim": text, "numbers": numbers, "data": data}
 
 
-def differences(
-    config: Any, found: dict[str, dict], pairs: Sequence[SentencePair], greedy: Decoder, beam: Decoder
-) -> list[dict[str, Any]]:
-    """Paired differences: of the two models with the same decoder, and of beams and greedy decoding of the same one."""
-    references = [pair.target for pair in pairs]
-    t5, gpt2 = found["t5"], found["gpt2"]
-    compared = {
-        "T5 − decoder-only, greedy": (t5[greedy], gpt2[greedy]),
-        f"T5 − decoder-only, beam {beam.beams}": (t5[beam], gpt2[beam]),
-        f"T5, beam {beam.beams} − greedy": (t5[beam], t5[greedy]),
-        f"decoder-only, beam {beam.beams} − greedy": (gpt2[beam], gpt2[greedy]),
-    }
-    measures = {"BLEU": score_intervals.bleu_difference, "chrF": score_intervals.chrf_difference}
-    numbers = []
-    for name, (one, other) in compared.items():
-        for measure, difference in measures.items():
-            value = difference(one.texts, other.texts, references, seed=config.seed, resamples=config.resamples)
-            numbers.append(_measured(f"{measure}, {name}", value._asdict(), "paired bootstrap over the sentences"))
+def tested(config: Any, lead: dict[str, Any]) -> list[dict[str, Any]]:
+    """Test that the decoder-only model scores higher on the verses, by an interval that is two-sided."""
+    if "low" not in lead["bleu"]:
+        return []
+    name = f"BLEU, decoder-only − T5, beam {config.beams_of_penalties}, lower end of its interval"
+    source = "paired bootstrap over the sentences, two-sided 95%"
+    return [ledger.test(name, lead["bleu"]["low"], at_least=0.0, wrong=-1.0, unit="points of 100", source=source)]
+
+
+def measured(config: Any, lead: dict[str, Any], scores: dict[str, dict]) -> list[dict[str, Any]]:
+    """Return the scores of both models at one decoder, and their paired differences."""
+    beam, numbers = f"beam {config.beams_of_penalties}", []
+    for measure in MEASURES:
+        for kind, name in NAMES.items():
+            score = scores[kind][measure.lower()]
+            numbers.append(_measured(f"{measure}, {name}, {beam}", score, "bootstrap over the sentences"))
+        name, source = f"{measure}, decoder-only − T5, {beam}", "paired bootstrap over the sentences"
+        numbers.append(_measured(name, lead[measure.lower()], source))
     return numbers
 
 
-def scores_of(rows: list[dict], decoders: Sequence[Decoder]) -> list[dict[str, Any]]:
-    """The scores of both models with some of the decoders."""
+def gains(config: Any, found: dict[str, dict], pairs: Sequence[SentencePair]) -> list[dict[str, Any]]:
+    """Return how much the beams add to greedy decoding."""
     numbers = []
-    for row in rows:
-        if Decoder(row["beams"], row["length_penalty"]) in decoders:
-            how = "greedy" if row["beams"] == 1 else f"beam {row['beams']}"
-            name = {"t5": "T5", "gpt2": "decoder-only"}[row["kind"]]
-            for measure, field in (("BLEU", "bleu"), ("chrF", "chrf")):
-                numbers.append(_measured(f"{measure}, {name}, {how}", row[field], "bootstrap over the sentences"))
+    for kind, name in NAMES.items():
+        beam, greedy = (
+            found[kind][Decoder(beams, config.length_penalty)].texts for beams in (config.beams_of_penalties, 1)
+        )
+        gain = _difference(config, "BLEU", beam, greedy, pairs)
+        name = f"BLEU, {name}, beam {config.beams_of_penalties} − greedy"
+        numbers.append(_measured(name, gain, "paired bootstrap over the sentences"))
     return numbers
+
+
+def _measured(name: str, interval: dict[str, float], source: str) -> dict[str, Any]:
+    confidence = (interval["low"], interval["high"]) if "low" in interval else None
+    return ledger.measurement(name, interval["estimate"], unit="points of 100", source=source, confidence=confidence)
 
 
 def seen(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """How much both models were trained on: the same."""
-    tokens = {name: record["log"][-1]["tokens"] for name, record in records.items()}
-    losses = {name: record["log"][-1]["held_out_loss"] for name, record in records.items()}
-    difference = ledger.number(
-        "target tokens seen, T5 − decoder-only",
-        tokens["t5"] - tokens["gpt2"],
-        expected=0,
-        tolerance=0,
-        unit="tokens",
-        source="training.json",
+    """Return how much both models were trained on, which is the same, and their losses."""
+    last, source = {name: record["log"][-1] for name, record in records.items()}, "training.json"
+    tokens = {name: row["tokens"] for name, row in last.items()}
+    losses = (
+        ledger.measurement(
+            f"validation loss, {name}", last[kind]["held_out_loss"], unit="nats per token", source=source
+        )
+        for kind, name in NAMES.items()
     )
+    difference = tokens["t5"] - tokens["gpt2"]
     return [
-        difference,
-        ledger.number("target tokens seen", tokens["t5"] / 1e6, unit="million", source="training.json"),
-        ledger.number("training pairs", records["t5"]["train_pairs"], unit="pairs", source="training.json"),
-        *(
-            ledger.number(f"validation loss, {name}", losses[key], unit="nats per token", source="training.json")
-            for key, name in (("t5", "T5"), ("gpt2", "decoder-only"))
-        ),
+        ledger.identity("target tokens seen, T5 − decoder-only", difference, tolerance=0, unit="tokens", source=source),
+        ledger.measurement("target tokens seen", tokens["t5"] / 1e6, unit="million", source=source),
+        ledger.measurement("training pairs", records["t5"]["train_pairs"], unit="pairs", source=source),
+        *losses,
     ]
 
 
 def examples(found: dict[str, dict], pairs: Sequence[SentencePair], decoder: Decoder) -> list[dict[str, str]]:
-    """The first pairs and what both models make of them."""
+    """Return the first pairs and their translations by both models."""
     return [
         {"source": pair.source, "reference": pair.target} | {name: found[name][decoder].texts[i] for name in found}
         for i, pair in enumerate(pairs[:EXAMPLES])
     ]
 
 
-def claim(config: Any, labels: dict[str, str], numbers: list[dict[str, Any]], *, ours: bool) -> str:
-    """What was measured, in two sentences."""
-    found = {entry["name"]: entry for entry in numbers}
-    beam = f"beam {config.beams_of_penalties}"
-    t5, gpt2 = (found[f"BLEU, {name}, {beam}"]["value"] for name in ("T5", "decoder-only"))
-    difference = found[f"BLEU, T5 − decoder-only, {beam}"]
-    low, high = difference["interval"]
-    verdict = "more than the choice of sentences explains" if low > 0 or high < 0 else "which may be chance"
-    gains = [found[f"BLEU, {name}, {beam} − greedy"] for name in ("T5", "decoder-only")]
-    shown = [f"{each['value']:+.1f} ({each['interval'][0]:.1f} to {each['interval'][1]:.1f})" for each in gains]
-    training = ", both trained here on the same batches with the same settings, tuned for neither" if ours else ""
-    return (
-        f"On {found['sentence pairs']['value']} held-out pairs {labels['t5']} has {t5:.1f} BLEU with {beam} and "
-        f"{labels['gpt2']} {gpt2:.1f}{training}: a difference of {difference['value']:.1f} ({low:.1f} to {high:.1f}), "
-        f"{verdict}. Against greedy decoding the beam gives {shown[0]} and {shown[1]} BLEU."
+def claim(
+    config: Any, labels: dict[str, str], lead: dict[str, Any], scores: dict[str, dict], sentences: int, *, ours: bool
+) -> str:
+    """Return both scores and their difference, with its interval if there are enough sentences."""
+    bleu_of = {kind: scores[kind]["bleu"]["estimate"] for kind in NAMES}
+    difference = lead["bleu"]
+    certain = (
+        f"95% interval {difference['low']:.1f} to {difference['high']:.1f}"
+        if "low" in difference
+        else f"{sentences} sentences are too few for an interval"
     )
-
-
-def _measured(name: str, interval: dict[str, float], source: str) -> dict[str, Any]:
-    """A number with its 95% interval; the estimate itself may lie outside of it, in tiny samples."""
-    low, high = min(interval["low"], interval["estimate"]), max(interval["high"], interval["estimate"])
-    return ledger.number(name, interval["estimate"], interval=(low, high), unit="points of 100", source=source)
+    training = " They are one training run each, on the same batches, tuned for neither." if ours else ""
+    return (
+        f"On {sentences} held-out sentences {labels['gpt2']} has {bleu_of['gpt2']:.1f} BLEU with beam "
+        f"{config.beams_of_penalties} and {labels['t5']} {bleu_of['t5']:.1f}: a paired difference of "
+        f"{difference['estimate']:.1f} ({certain}).{training}"
+    )

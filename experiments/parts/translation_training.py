@@ -35,9 +35,9 @@ class Parts(NamedTuple):
 
 
 def pairs_of(config: Any) -> Parts:
-    """The verse pairs, split by chapter; or the lines of the user's files, split at random.
+    """Return the verse pairs, split by chapter; or the lines of the user's files, split at random.
 
-    Of the user's lines none of which either side also stands in the training part is held out.
+    A line is not held out if either of its sides is also in the training part.
     """
     if config.source is None:
         return Parts(
@@ -46,7 +46,7 @@ def pairs_of(config: Any) -> Parts:
     pairs = list(dict.fromkeys(parallel.read_pairs(config.source, config.target)))
     if len(pairs) <= 2 * config.held_out:
         raise ValueError(f"{len(pairs)} different pairs are too few to hold out twice {config.held_out} of them.")
-    order = [pairs[place] for place in np.random.default_rng(config.seed).permutation(len(pairs))]
+    order = [pairs[place] for place in np.random.default_rng(config.training_seed).permutation(len(pairs))]
     train = order[2 * config.held_out :]
     sides = [set(side) for side in zip(*train, strict=True)]
     held_out = [
@@ -56,7 +56,7 @@ def pairs_of(config: Any) -> Parts:
 
 
 def rows_of(tokenizer: Tokenizer, pairs: Sequence[SentencePair], limit: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The tokens of the pairs of which each side has at most `limit`, without EOS."""
+    """Return the tokens of the pairs whose sides both have at most `limit`, without EOS."""
     sides = ([each.ids for each in tokenizer.encode_batch(list(texts))] for texts in zip(*pairs, strict=True))
     kept = [pair for pair in zip(*sides, strict=True) if max(map(len, pair)) <= limit]
     if not kept:
@@ -65,7 +65,7 @@ def rows_of(tokenizer: Tokenizer, pairs: Sequence[SentencePair], limit: int) -> 
 
 
 def short_pairs(tokenizer: Tokenizer, pairs: Sequence[SentencePair], limit: int) -> list[SentencePair]:
-    """The pairs of which each side has at most `limit` tokens."""
+    """Return the pairs whose sides both have at most `limit` tokens."""
     lengths = [
         [len(each.ids) for each in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
         for texts in zip(*pairs, strict=True)
@@ -74,7 +74,7 @@ def short_pairs(tokenizer: Tokenizer, pairs: Sequence[SentencePair], limit: int)
 
 
 def networks(config: Any) -> dict[str, Network]:
-    """The two models, of about as many parameters each."""
+    """Return the two models, which have about as many parameters."""
     shared = {"vocab_size": config.vocab_size}
     return {
         "t5": T5(
@@ -125,14 +125,14 @@ def _trained(config: Any, name: str, model: Network, rows: tuple, held_out: tupl
     schedule = {field: getattr(config, field) for field in ("steps", "warmup_steps", "decay_steps", "weight_decay")}
     optimizer = muon(config.learning_rate, **schedule)
     step = seq2seq.make_pair_step(model, optimizer)
-    epochs = seq2seq.Epochs(*rows, batch_size=config.batch_size, seed=config.seed, multiple=12)
+    epochs = seq2seq.Epochs(*rows, batch_size=config.batch_size, seed=config.training_seed, multiple=12)
     size = config.batch_size
     batches = [
         seq2seq.pad_pairs(*(side[start : start + size] for side in held_out), multiple=12)
         for start in range(0, min(len(held_out[0]), 4 * size), size)
     ]
     held_out_loss = seq2seq.held_out_loss(model, batches)
-    key = jax.random.key(config.seed)
+    key = jax.random.key(config.training_seed)
     state = loop.run(
         initial_state(model.init(key), optimizer, key),
         lambda state, done: step(state, epochs(done)),
@@ -147,7 +147,7 @@ def _trained(config: Any, name: str, model: Network, rows: tuple, held_out: tupl
 
 
 def _save(folder: Path, name: str, model: Network, params: Any, tokenizer: Tokenizer) -> None:
-    """The model's folder. A T5's tokenizer writes EOS behind the source; the other's prompt ends in the separator."""
+    """Write a model's folder. A T5's tokenizer adds EOS to the source; the other's prompt ends in the separator."""
     form = {"translation": {"prefix": "", "suffix": "" if name == "t5" else SEPARATOR}}
     models.save(
         folder,
@@ -165,10 +165,10 @@ def _save(folder: Path, name: str, model: Network, params: Any, tokenizer: Token
 
 
 def _identity(config: Any) -> dict[str, Any]:
-    """The fields that decide a run."""
-    fields = ("seed", "limit", "vocab_size", "width", "layers", "heads", "batch_size", "steps", "warmup_steps")
+    """Return the fields that decide a run."""
+    fields = ("limit", "vocab_size", "width", "layers", "heads", "batch_size", "steps", "warmup_steps")
     fields += ("decay_steps", "learning_rate", "weight_decay")
-    return {name: getattr(config, name) for name in fields}
+    return {"seed": config.training_seed} | {name: getattr(config, name) for name in fields}
 
 
 def _record(config: Any, folder: Path, log: list[dict[str, Any]], counts: dict[str, int]) -> None:
@@ -177,7 +177,7 @@ def _record(config: Any, folder: Path, log: list[dict[str, Any]], counts: dict[s
 
 
 def records(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """What was written down when the models of these folders were trained."""
+    """Return the training records of the models of these folders."""
     return {
         name: json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
         for name, folder in folders.items()

@@ -60,7 +60,7 @@ The first {data["sentences"]} test verses of at most {data["limit"]} tokens on e
 |---|---|---|---|---|
 {table}
 
-The first of them, {data["beams_of_penalties"]} beams, length penalty {data["length_penalty"]:g}:
+The first of them, {data["beams"]} beams, length penalty {data["length_penalty"]:g}:
 
 | source | reference | {name} |
 |---|---|---|
@@ -69,4 +69,5 @@ The first of them, {data["beams_of_penalties"]} beams, length penalty {data["len
 
 
 def _interval(interval: dict[str, float]) -> str:
-    return f"{interval['estimate']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
+    ends = f" ({interval['low']:.2f} to {interval['high']:.2f})" if "low" in interval else ""
+    return f"{interval['estimate']:.2f}{ends}"

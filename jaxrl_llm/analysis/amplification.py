@@ -1,10 +1,13 @@
-"""How often an aligned model agrees with its user: the laws of its optimum, for annotators who like to be agreed with.
+"""Agreement of an aligned model with its user, at the optimum, for annotators who prefer to be agreed with.
 
 Of two answers, one that agrees and one that does not, a share p of the annotators prefers the first. Under
 Bradley-Terry that is a difference of rewards, σ(r₁ − r₀) = p, so r₁ − r₀ = logit p: small for any p near ½. The optimum
 π ∝ π_ref e^{r/β} of the objective with the penalty β KL(π‖π_ref) multiplies the odds of agreement by e^{(logit p)/β}.
-So a slight preference becomes a near certainty where β is small. How answers that agree are worded does not matter: all
-of them have one reward, and keep their shares among each other.
+So a slight preference becomes a near certainty as β falls towards 0; how small β must be for that depends on π_ref.
+The wording of answers that agree does not matter: all of them have one reward, and keep their shares among each other.
+
+The mechanism, a reward gap by Bradley-Terry that tilts the reference, is that of Shapira, Benadè and Procaccia 2026,
+*How RLHF amplifies sycophancy* (arXiv 2602.01002).
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ def amplified_agreement(
 
         π(agree) = σ(logit π_ref(agree) + logit(p)/β)
 
-    From Rafailov et al. 2023, eq. 4, for the two rewards of Bradley-Terry; p = ½ changes nothing, and β = 1 is Bayes'
-    rule for a prior π_ref and a likelihood ratio p/(1 − p). What the reference never, or always, does stays so.
+    From Rafailov et al. 2023, eq. 4, for the two rewards of Bradley-Terry. p = ½ changes nothing. β = 1 is Bayes' rule
+    for the prior π_ref and the likelihood ratio p/(1 − p), and any other β a likelihood raised to the power 1/β (Korbak
+    et al. 2022, arXiv 2205.11275). A probability of 0 or 1 in the reference stays 0 or 1.
 
     Args:
         reference: the probability that the reference agrees, in [0, 1].
@@ -32,7 +36,7 @@ def amplified_agreement(
         beta: the price of one nat in units of reward, above 0 and finite. All three broadcast.
 
     Raises:
-        ValueError: if one is no number, lies outside of its range or is NaN, or if the shapes do not broadcast.
+        ValueError: if one is not a number, lies outside of its range or is NaN, or if the shapes do not broadcast.
     """
     reference = _within("reference", reference, 0, 1)
     share = _within("share", share, 0, 1, open_=True)
@@ -49,15 +53,15 @@ def best_of_n_agreement(reference: Float[np.ndarray, "..."] | float, n: np.ndarr
 
         1 − (1 − π_ref(agree))ⁿ
 
-    All n must disagree for the best to do so. How *much* the ranking prefers agreement does not matter. It is the law
-    of the best of n in Beirami et al. 2024 (arXiv 2401.01879), for a reward of two values.
+    All n must disagree for the best to do so. The size of the ranking's preference does not matter. It is the
+    distribution of the best of n in Beirami et al. 2024 (arXiv 2401.01879), for a reward of two values.
 
     Args:
         reference: the probability that one answer of the reference agrees, in [0, 1].
         n: answers drawn, integers of at least 1. Both broadcast.
 
     Raises:
-        ValueError: if `reference` is no number or not in [0, 1], n is no integer or below 1, or if the shapes do not
+        ValueError: if `reference` is not a number in [0, 1], n is not an integer of at least 1, or the shapes do not
             broadcast.
     """
     reference, count = _within("reference", reference, 0, 1), _numbers("n", n)

@@ -27,7 +27,7 @@ def returns_to_go(
     discount: float | Float[Array, "..."] = 1.0,
     mask: Bool[Array, "*batch time"] | None = None,
 ) -> Float[Array, "*batch time"]:
-    """What is still to come at each token: the discounted sum of the rewards from there on.
+    """The return to go at each token: the discounted sum of the rewards from there on.
 
         G_t = Σ_{s≥t} γ^{s−t} r_s
 
@@ -229,8 +229,8 @@ def optimal_baseline(
 
     Args:
         squared_score_norms: ‖∇log π‖² of the same answers.
-        probabilities: weights of the answers, for exact laws; by default each counts once. Of an answer of weight 0 the
-            reward may be anything.
+        probabilities: weights of the answers, for exact expectations; by default each counts once. Of an answer of
+            weight 0 the reward may be anything.
 
     Raises:
         ValueError: if the shapes differ, a dtype is not floating, a norm or weight is negative, or a reward that counts

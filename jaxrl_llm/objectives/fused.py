@@ -19,7 +19,7 @@ SMALLEST_CHUNK = 128  # below it the products of matrices are too thin to be fas
 
 
 def chunk_size_for(places: int, vocab_size: int) -> int:
-    """How many tokens of the vocabulary are taken at once."""
+    """Number of vocabulary entries in one chunk."""
     return min(vocab_size, max(SMALLEST_CHUNK, CHUNK_ELEMENTS // max(1, places)))
 
 

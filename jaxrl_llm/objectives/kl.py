@@ -4,8 +4,8 @@ With d = log π(y) − log ref(y), for one token or, summed, for one sequence:
 
     k1 = d        k2 = d²/2        k3 = e^{−d} − 1 + d          (Schulman 2020, joschu.net/blog/kl-approx.html)
 
-What the value and the gradients of each estimate. y is a whole sequence, drawn from π (on-policy) or from another law μ
-(off-policy), and ρ = π(y)/μ(y); `sg` stops the gradient. KL without more is KL(π‖ref).
+The first table has the expectations of their values and gradients. y is a whole sequence, drawn from π (on-policy) or
+from another distribution μ (off-policy), and ρ = π(y)/μ(y); `sg` stops the gradient. KL alone is KL(π‖ref).
 
 | | k1 | k2 | k3 |
 |---|---|---|---|
@@ -20,14 +20,27 @@ What the value and the gradients of each estimate. y is a whole sequence, drawn 
 
 So k1 is the one to take in the *reward*; as a *loss* k2, off-policy with a constant ratio, or k1 or k3 through it.
 
-Token by token, d_t = log π(y_t | y_<t) − log ref(y_t | y_<t), a sum over positions of any of these has the right value
-where the table says KL, but its gradient *as a loss* leaves out that early tokens decide where the later ones are read:
-it is E_π[Σ_t ∇KL_t], KL_t the divergence of the next-token laws after y_<t, and
+Variance: close to the reference Var k1 ≈ 2 KL, while Var k2 ≈ Var k3 ≈ ¼ Var d² is of higher order. At any distance
+Var k2 ≤ (sup |d|)² Var k1, and Var k3 ≤ Var k1 where ref ≤ 2π. A small KL alone does not bring it about: one rare token
+with a large |d| makes k2 or k3 vary more than k1.
 
-    ∇KL = E_π[Σ_t ∇KL_t + Σ_t KL_t ∇log π(y_<t)].
+Token by token, d_t = log π(y_t | y_<t) − log ref(y_t | y_<t). With KL_t and KL_t(ref‖π), the divergences of the two
+next-token distributions after y_<t, the sums over the positions of a sampled sequence estimate
 
-The same is missing from the gradient of `rao_blackwell_kl`, whose value is unbiased. k1 as a reward, credited to the
-tokens before it, has both terms (Tang and Munos 2025, arXiv 2506.09477).
+| summed over positions | value | as a loss |
+|---|---|---|
+| k1 | KL | 0 |
+| k2 | E_π[Σ_t d_t²]/2: biased | E_π[Σ_t ∇KL_t] |
+| k3 | KL | E_π[Σ_t ∇KL_t(ref‖π)] |
+| KL_t (`rao_blackwell_kl`) | KL | E_π[Σ_t ∇KL_t] |
+
+None of these gradients is that of a divergence of whole sequences:
+
+    ∇KL = E_π[Σ_t ∇KL_t + Σ_t KL_t ∇log π(y_<t)],    ∇KL(ref‖π) = E_ref[Σ_t ∇KL_t(ref‖π)].
+
+k2 and Rao-Blackwell leave out that early tokens decide which prefixes are reached; k3 has the prefixes of π in place of
+those of ref. k1 as a reward has both terms of ∇KL if each token is credited with the k1 of its own position, the first
+term, and of all later ones, the second (Tang and Munos 2025, arXiv 2506.09477).
 """
 
 from __future__ import annotations
@@ -39,7 +52,7 @@ from jaxrl_llm.objectives.numerics import checked, checked_mask, exp_minus_one, 
 
 
 def k1(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The plain estimator of KL(π‖ref) from samples of π, in nats; it may be negative.
+    """The unbiased log-ratio estimator of KL(π‖ref) from samples of π, in nats; it may be negative.
 
         k1 = log π(y) − log ref(y)
 
@@ -69,7 +82,8 @@ def k2(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float
 
         k2 = ½ (log π(y) − log ref(y))²
 
-    Value, on-policy: ½ E[d²], which is KL + O(d³). Gradient as a loss: E[d ∇log π] = ∇KL(π‖ref). Off-policy, see above.
+    Value, on-policy: ½ E[d²] = KL + E[d³]/6 − E[d⁴]/24 + …. Gradient as a loss: E[d ∇log π] = ∇KL(π‖ref). Off-policy,
+    see above.
 
     Args:
         logp_policy, logp_ref: as in `k1`.
@@ -95,7 +109,8 @@ def k3(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float
         k3 = (r − 1) − log r,   r = ref(y)/π(y) = e^{−d}
 
     Value, on-policy: unbiased where π > 0 wherever ref > 0 (else short by the mass of ref that π never draws); its
-    variance is infinite for heavy ratios. Gradient as a loss: that of the *other* divergence, KL(ref‖π). Beyond
+    variance is infinite for heavy ratios. Gradient as a loss: that of the *other* divergence, KL(ref‖π), of whole
+    sequences for sums of log-probabilities; for tokens see the second table above. Beyond
     log r = 80 (float64: 700) r is held at its value there, so that nothing overflows.
 
     Args:
@@ -122,7 +137,7 @@ def k3_grad(
 
 
 def exact_kl(logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]) -> Float[Array, "..."]:
-    """The reverse divergence KL(π‖ref) of two next-token laws, over the whole vocabulary, in nats.
+    """The reverse divergence KL(π‖ref) of two next-token distributions, over the whole vocabulary, in nats.
 
         KL = Σ_v π_v (log π_v − log ref_v),   π = softmax(logits_policy), ref = softmax(logits_ref)
 
@@ -153,11 +168,11 @@ def exact_kl_grad(
 def exact_forward_kl(
     logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
 ) -> Float[Array, "..."]:
-    """The forward divergence KL(ref‖π) of two next-token laws, in nats: what k3 as a loss descends.
+    """The forward divergence KL(ref‖π) of two next-token distributions, in nats: k3 of a token as a loss descends it.
 
         KL(ref‖π) = Σ_v ref_v (log ref_v − log π_v)
 
-    The arguments stand in the order of `exact_kl`, the policy first.
+    The arguments are in the order of `exact_kl`, the policy first.
 
     Raises:
         ValueError: as `exact_kl`.
@@ -169,7 +184,7 @@ def exact_forward_kl(
 def exact_forward_kl_grad(
     logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
 ) -> tuple[Float[Array, "... vocab"], Float[Array, "... vocab"]]:
-    """Closed-form gradient of `exact_forward_kl`: that of `exact_kl` with the two laws in each other's place."""
+    """Closed-form gradient of `exact_forward_kl`: that of `exact_kl` with the two distributions exchanged."""
     gradient_ref, gradient_policy = exact_kl_grad(logits_ref, logits_policy)
     return gradient_policy, gradient_ref
 
@@ -184,14 +199,17 @@ def rao_blackwell_kl(
         Σ_t KL(π(· | y_<t) ‖ ref(· | y_<t))
 
     Value, on-policy: unbiased. Each term is the conditional mean of its k1, so that at one position the variance can
-    only fall; the *sum* usually has far less of it too, but need not, where later terms of k1 undo earlier ones.
-    Gradient as a loss: E[Σ_t ∇KL_t] alone, which is *not* ∇KL of the sequences (see above).
+    only fall. The *sum* usually has far less of it too, but need not, where later terms of k1 undo earlier ones: Amini
+    et al. 2025 (arXiv 2504.10637) state that it never has more, and the tests have a counter-example. Gradient as a
+    loss: E[Σ_t ∇KL_t] alone, which is *not* ∇KL of the sequences (see above).
 
     Args:
         mask: which positions count.
 
     Raises:
         ValueError: as `exact_kl`, or if the mask does not match.
+
+    Source: Amini et al. 2025.
     """
     per_token = exact_kl(logits_policy, logits_ref)
     mask = checked_mask(mask, per_token.shape, of="logits_policy without the vocabulary")

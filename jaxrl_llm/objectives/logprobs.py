@@ -156,7 +156,7 @@ def _fused_inputs(hidden: Array, unembedding: Array, tokens: Array, chunk_size: 
 
 
 def entropy(logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
-    """Entropy of the next-token law, in nats.
+    """Entropy of the next-token distribution, in nats.
 
         H = −Σ_v p_v log p_v,   p = softmax(logits)
 

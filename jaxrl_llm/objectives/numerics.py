@@ -1,4 +1,4 @@
-"""What the objectives share: checks on entry, and arithmetic that stays finite where a number leaves its range."""
+"""Shared helpers of the objectives: input checks, and arithmetic that stays finite where a number leaves its range."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, Float
 
 
 def is_concrete(array: Any) -> bool:
-    """Whether the values can be read: under `jit`, `vmap` and `grad` they cannot."""
+    """True if the values can be read: under `jit`, `vmap` and `grad` they cannot."""
     return not isinstance(array, jax.core.Tracer)
 
 
 def violated(condition: bool | Array) -> bool:
-    """Whether a condition, or any entry of it, is known to be false: of a traced one it is not known."""
+    """True if the condition, or an entry of it, is concretely false; False when traced."""
     return is_concrete(condition) and not (condition if isinstance(condition, bool) else condition.all())
 
 

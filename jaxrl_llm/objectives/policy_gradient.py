@@ -1,8 +1,8 @@
 """Losses whose gradient is a policy gradient, and the terms that go with them: importance ratios, critic, entropy.
 
 All are losses, so minus the objectives of the papers, and unreduced: one value per token (`gspo_loss`: per sequence).
-Only the first argument carries a gradient; advantages and the log-probabilities of other policies are constants. What
-is sampled is sampled from `logp_old`, the policy before this round of updates, or from `logp_sampler`, the law that
+Only the first argument carries a gradient; advantages and the log-probabilities of other policies are constants.
+Samples come from `logp_old`, the policy before this round of updates, or from `logp_sampler`, the distribution that
 really drew the tokens, which differs from it in precision, in kernels, or by warping (temperature, top-p).
 
 The ratio ρ = π(y)/π_old(y) is held at e^80 (float64: e^700), and ρA at a thousandth of the largest number, so that both
@@ -203,9 +203,9 @@ def truncated_importance_weight(
 
         min(π_old(y)/μ(y), C),   or with mode "mask" the ratio itself, and 0 beyond C
 
-    μ is the law that drew the tokens. Without a cap the weighted mean is unbiased; C bounds its variance, at the price
-    of a bias towards μ. Multiply a loss per token by it, or per sequence for summed log-probabilities. No gradient
-    flows.
+    μ is the distribution that drew the tokens. Without a cap the weighted mean is unbiased; C bounds its variance, at
+    the price of a bias towards μ. Multiply a loss per token by it, or per sequence for summed log-probabilities. No
+    gradient flows.
 
     Args:
         logp_old, logp_sampler: of one shape, in nats.
@@ -233,7 +233,7 @@ def off_policy_reinforce_loss(
     cap: float = 2.0,
     mode: Literal["truncate", "mask"] = "truncate",
 ) -> Float[Array, "..."]:
-    """REINFORCE on samples of another law μ, weighted by the truncated ratio.
+    """REINFORCE on samples of another distribution μ, weighted by the truncated ratio.
 
         −sg(min(π(y)/μ(y), C)) A log π(y)
 
@@ -305,7 +305,7 @@ def value_loss_grad(
 
 
 def entropy_loss(logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
-    """Minus the entropy of the next-token law, in nats: minimising it, times a coefficient, is the entropy bonus.
+    """Minus the entropy of the next-token distribution, in nats: times a coefficient, the entropy bonus as a loss.
 
         −H = Σ_v p_v log p_v,   p = softmax(logits)
 

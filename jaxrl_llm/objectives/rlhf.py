@@ -1,4 +1,4 @@
-"""The objective of RLHF over outcomes that can be listed: its value, its optimum, and the law of best-of-n.
+"""The objective of RLHF over outcomes that can be listed: its value, its optimum, and best-of-n.
 
 The last axis lists the outcomes: all sequences of a tabular model, or the sampled answers to a prompt.
 """
@@ -21,12 +21,12 @@ def regularised_objective(
     *,
     beta: float,
 ) -> Float[Array, "..."]:
-    """What RLHF maximises, in units of the reward.
+    """The objective that RLHF maximises, in units of the reward.
 
         J(π) = Σ_y π(y) (r(y) − β log(π(y)/ref(y))) = E_π[r] − β KL(π‖ref)      (Ouyang et al. 2022, eq. 2, γ = 0)
 
-    The pretraining term γ E[log π(x)] is an expectation over another law: add `ptx_bonus`. An outcome of probability 0
-    adds nothing, whatever its reward.
+    The pretraining term γ E[log π(x)] is an expectation over another distribution: add `ptx_bonus`. An outcome
+    of probability 0 adds nothing, whatever its reward.
 
     Args:
         log_probs, ref_log_probs: of the policy and the reference, in nats, each summing to 1 in probability.
@@ -84,7 +84,7 @@ def gibbs_optimum(
 
     Raises:
         ValueError: if the shapes differ, a dtype is not floating, or beta is not positive (at 0 the optimum is not
-            unique: any law on the outcomes of the largest reward).
+            unique: any distribution on the outcomes of the largest reward).
     """
     return log_softmax(_tilted(ref_log_probs, rewards, beta))
 
@@ -131,8 +131,8 @@ def best_of_n(
     Ties among the draws are broken at random. For outcomes of distinct rewards this is F(y)^n − F(y^−)^n.
 
     Raises:
-        ValueError: if the shapes differ, a dtype is not floating, n is no integer or below 1, or a reward is not finite
-            where the reference has mass. (Under `jit` a NaN reward makes all of the law NaN.)
+        ValueError: if the shapes differ, a dtype is not floating, n is not an integer of at least 1, or a reward is not
+            finite where the reference has mass. (Under `jit` a NaN reward makes the whole distribution NaN.)
     """
     ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
     check_knob(1, n=n)

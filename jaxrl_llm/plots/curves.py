@@ -24,8 +24,9 @@ def draw_training_curve(
         axes.annotate(
             f"{name}, held-out text: {value:.2f}",
             (0, value),
-            xytext=(4, 4),
+            xytext=(4, -4),
             textcoords="offset points",
+            va="top",  # a falling curve is above the line here
             color=style.MUTED,
             fontsize=7.5,
         )

@@ -1,4 +1,4 @@
-"""Loss surfaces to be turned by hand: one HTML file that needs nothing beside it and no network."""
+"""Interactive 3-D pages of loss surfaces, each one file that needs nothing beside it and no network."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 
 from jaxrl_llm.plots import style
 from jaxrl_llm.plots.loss_grid import LossGrid, read_grid
+from jaxrl_llm.plots.loss_marks import FIRST, SECOND
 from jaxrl_llm.plots.loss_scale import digits, is_log, loss_limits, loss_norm, ticks
 
 COLOURS = "Viridis"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _MENU: dict[str, Any] = {"xanchor": "left", "y": 1.0, "yanchor": "bottom", "showactive": True, "bgcolor": "white"}
-HOVER = "α %{x:.4g}<br>β %{y:.4g}<br>loss %{z:.5g}<extra></extra>"
+HOVER = "direction 1 %{x:.4g}<br>direction 2 %{y:.4g}<br>loss %{z:.5g}<extra></extra>"
 
 
 def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
@@ -151,7 +152,7 @@ def _height(grids: Sequence[LossGrid], *, log: bool) -> dict[str, Any]:
 
 def _layout(grids: Sequence[LossGrid], menus: list[dict[str, Any]], *, log: bool) -> dict[str, Any]:
     axis = {"gridcolor": "#dfe3e7", "zeroline": False, "backgroundcolor": "#f6f7f8", "showbackground": True}
-    scene = {"xaxis": axis | {"title": {"text": "α"}}, "yaxis": axis | {"title": {"text": "β"}}}
+    scene = {"xaxis": axis | {"title": {"text": FIRST}}, "yaxis": axis | {"title": {"text": SECOND}}}
     scene |= {"aspectmode": "manual", "aspectratio": {"x": 1, "y": 1, "z": 0.75}}
     scene |= {"camera": {"eye": {"x": -1.0, "y": -1.6, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.12}}}
     layout = {"margin": {"l": 0, "r": 0, "t": 40 if len(grids) > 1 else 0, "b": 24}, "updatemenus": menus}

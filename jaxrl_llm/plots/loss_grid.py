@@ -31,7 +31,7 @@ class LossGrid:
 
     @property
     def holes(self) -> int:
-        """How many points of the grid have no finite loss."""
+        """Return the number of points of the grid without a finite loss."""
         return int(np.ma.count_masked(self.loss))
 
     @property
@@ -42,7 +42,7 @@ class LossGrid:
 
     @property
     def has_origin(self) -> bool:
-        """Whether the origin is a point of the grid; of an even grid it is not."""
+        """Return True if the origin is a point of the grid; of an even grid it is not."""
         return all(np.isclose(steps, 0, atol=1e-9 * np.ptp(steps)).any() for steps in (self.alphas, self.betas))
 
 

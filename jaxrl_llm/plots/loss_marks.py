@@ -1,4 +1,4 @@
-"""What a picture of a loss landscape marks in the same way everywhere: the origin, the lowest point, holes, axes."""
+"""Marks that every picture of a loss landscape has: the origin, the lowest point, holes, axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.patheffects import withStroke
 
 from jaxrl_llm.plots import style
 
-ALPHA, BETA = "α, first direction", "β, second direction"
+FIRST, SECOND = "direction 1 (× ‖d₁‖)", "direction 2 (× ‖d₂‖)"
 ORIGIN: dict[str, Any] = {"marker": "o", "markersize": 6, "color": style.ACCENT, "markeredgecolor": "white"}
 MINIMUM: dict[str, Any] = {"marker": "D", "markersize": 7, "color": "white", "markeredgecolor": style.INK}
 HATCHED: dict[str, Any] = {"facecolor": "white", "edgecolor": style.EDGE, "hatch": "//////"}

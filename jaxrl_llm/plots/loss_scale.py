@@ -54,7 +54,7 @@ def loss_norm(limits: tuple[float, float]) -> Normalize:
 
 
 def is_log(norm: Normalize) -> bool:
-    """Whether this is a log scale."""
+    """Return True for a log scale."""
     return isinstance(norm, LogNorm)
 
 
@@ -78,9 +78,19 @@ def _round(loss: float) -> float:
     return float(power * min(_ROUND, key=lambda mantissa: abs(np.log(loss / power / mantissa))))
 
 
-def digits(loss: float) -> str:
-    """A loss in four digits, with a true minus sign."""
-    return f"{loss:.4g}".replace("-", "−")
+def digits(loss: float, *, padded: bool = False) -> str:
+    """Return a number in four digits with a true minus sign, below 0.001 and from 10⁴ as a multiple of a power of ten.
+
+    Args:
+        padded: keep zeros at the end, so that numbers beside each other have equally many digits.
+    """
+    if loss and not 1e-3 <= abs(loss) < 9999.5:
+        mantissa, power = f"{loss:.3e}".split("e")
+        mantissa = mantissa if padded else mantissa.rstrip("0").rstrip(".")
+        text = f"{mantissa}×10" + str(int(power)).translate(_RAISED)
+    else:
+        text = f"{loss:{'#' if padded else ''}.4g}".rstrip(".")
+    return text.replace("-", "−")
 
 
 def loss_colours(grid: LossGrid, norm: Normalize) -> ScalarMappable:
@@ -127,5 +137,6 @@ def add_colour_bar(
     return bar
 
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 _EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}

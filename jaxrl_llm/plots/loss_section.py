@@ -20,7 +20,7 @@ def draw_section(
     sections: Sequence[dict[str, Any]],
     *,
     limits: tuple[float, float] | None = None,
-    xlabel: str = "α, step along the direction",
+    xlabel: str = "step along the direction (× ‖d‖)",
     label: str = LOSS,
 ) -> None:
     """Draw the loss along lines through the model, and dashed in the same colour the quadratic predicted for each.
@@ -56,7 +56,7 @@ def draw_section(
     axes.set(xlabel=xlabel, ylabel=scaled(label, norm))
     axes.set_xlim(min(alphas[0] for alphas, _, _ in lines), max(alphas[-1] for alphas, _, _ in lines))
     _set_height(axes, norm)
-    legend = axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.03, -0.16))
+    legend = axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.03, -0.2))
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -12,7 +12,7 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from jaxrl_llm.plots import style
 from jaxrl_llm.plots.loss_grid import LOSS, LossGrid, read_grid
-from jaxrl_llm.plots.loss_marks import ALPHA, BETA, ORIGIN, halo, span
+from jaxrl_llm.plots.loss_marks import FIRST, ORIGIN, SECOND, halo, span
 from jaxrl_llm.plots.loss_scale import digits, is_log, loss_colours, loss_limits, loss_norm, scaled, ticks
 from jaxrl_llm.plots.sheet import size_in_points
 
@@ -32,7 +32,7 @@ def draw_surface(
         axes: of projection "3d".
         surface: as in `jaxrl_llm.plots.landscape`.
         limits: the lowest and the highest loss of the scale; by default `loss_limits([surface])`.
-        label: of the vertical axis; "" in panels under 250 points, where it has no room and the colour bar says it.
+        label: of the vertical axis.
 
     Returns:
         The colours, for `add_colour_bar`.
@@ -65,7 +65,7 @@ def _faces(grid: LossGrid) -> list[np.ndarray]:
 
 
 def _height(loss: Any, norm: Normalize) -> Any:
-    """Where losses stand on the vertical axis, which is linear: on a log scale at their logarithms."""
+    """Return the positions of losses on the vertical axis, which is linear: on a log scale their logarithms."""
     cut = np.clip(loss, norm.vmin, norm.vmax)
     return np.log10(cut) if is_log(norm) else cut
 
@@ -86,21 +86,21 @@ def _mark_origin(axes: Any, grid: LossGrid, norm: Normalize) -> None:
     foot, top = _height(grid.centre, norm), _height(norm.vmax, norm)
     axes.plot([0, 0], [0, 0], [foot, top], color=style.ACCENT, linewidth=0.9, linestyle=(0, (2, 1.5)), zorder=5)
     axes.plot([0], [0], [foot], **ORIGIN, zorder=6)
-    text = axes.text(
-        0, 0, top, f"{digits(grid.centre)} at the origin", fontsize=7.5, ha="center", va="bottom", zorder=7
-    )
-    text.set(color=style.ACCENT, path_effects=halo())
+    text = axes.text2D(0.02, 0.99, f"{digits(grid.centre, padded=True)} at the origin", fontsize=7.5, va="top")
+    text.set(color=style.ACCENT, path_effects=halo(), transform=axes.transAxes)  # in a corner: it would hide the slope
 
 
 def _dress(axes: Any, grid: LossGrid, norm: Normalize, label: str) -> None:
     axes.view_init(elev=34, azim=-122)
     axes.set_box_aspect((1, 1, 0.75), zoom=1 - LABELS / min(size_in_points(axes)))
     axes.set(xlim=span(grid.alphas), ylim=span(grid.betas), zlim=_height([norm.vmin, norm.vmax], norm))
-    axes.set_xlabel(ALPHA, labelpad=-2)
-    axes.set_ylabel(BETA, labelpad=-2)
-    axes.set_zlabel(scaled(label, norm), labelpad=-4)
+    axes.set_xlabel(FIRST, labelpad=-2)
+    axes.set_ylabel(SECOND, labelpad=-2)
+    name, _, unit = label.partition(" (")
+    lines = [scaled(name, norm)] + [f"({unit}"] * bool(unit)  # together no longer than the axis
+    axes.set_zlabel("\n".join(lines), labelpad=0, fontsize=7.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.zaxis.set_major_locator(FixedLocator(_height(ticks(norm, count=5), norm)))
+    axes.zaxis.set_major_locator(FixedLocator(_height(ticks(norm, count=4), norm)))
     axes.zaxis.set_major_formatter(FuncFormatter(lambda height, _: digits(10**height if is_log(norm) else height)))
     axes.tick_params(pad=-1)

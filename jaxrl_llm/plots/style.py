@@ -12,7 +12,7 @@ import matplotlib.style
 import numpy as np
 from cycler import cycler
 from matplotlib.colors import Colormap, ListedColormap, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 DPI = 180
 INK, MUTED, EDGE, FAINT = "#1b1f24", "#66707a", "#9aa3ac", "#c9ced4"
@@ -66,6 +66,11 @@ def look() -> contextlib.AbstractContextManager[None]:
     return matplotlib.style.context(_LOOK, after_reset=True)
 
 
+def headline(figure: Figure | SubFigure, text: str) -> None:
+    """Set the figure's title: the finding, at the left."""
+    figure.suptitle(text, x=0.01, ha="left", weight="bold", fontsize=10.5)
+
+
 def score_colours() -> Colormap:
     """Pale yellow for low, blue for high: ordered also in grey, and pale enough to write upon in dark ink."""
     return ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.02, 0.6, 256)), name="score")
@@ -78,13 +83,13 @@ def ink_on(colour: str | tuple[float, ...]) -> str:
     return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.2 else INK
 
 
-def save(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
-    """Write `<path>.png` and `<path>.svg`; saving an equal figure again gives equal bytes."""
-    return [save_as(figure, Path(f"{path_without_suffix}{suffix}")) for suffix in (".png", ".svg")]
-
-
-def save_as(figure: Figure, path: str | Path) -> Path:
+def save_as(figure: Figure, path: str | Path, *, source: str | None = None) -> Path:
     """Write one file, atomically and without a date, in the format that its suffix names.
+
+    Saving an equal figure again gives equal bytes.
+
+    Args:
+        source: what the figure was drawn from, to be kept in the metadata of a PNG or SVG.
 
     Raises:
         ValueError: if matplotlib does not write such files.
@@ -92,9 +97,12 @@ def save_as(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     file_format = check_suffix(path)
     undated = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
+    metadata = undated.get(file_format)
+    if source is not None and file_format in ("png", "svg"):
+        metadata = metadata | {"Source": source}
     buffer = io.BytesIO()
     with look():
-        figure.savefig(buffer, format=file_format, metadata=undated.get(file_format))
+        figure.savefig(buffer, format=file_format, metadata=metadata)
     return write_atomically(path, buffer.getvalue())
 
 

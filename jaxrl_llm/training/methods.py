@@ -1,4 +1,4 @@
-"""What tells the policy-gradient methods from each other, as data."""
+"""Policy-gradient methods as data: the choices and hyperparameters in which they differ."""
 
 from __future__ import annotations
 
@@ -32,33 +32,40 @@ CHOICE = {"static": True}  # marks a field that programs are compiled for
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A policy-gradient method: how advantages are made of rewards, and a loss of them. `METHODS` has the known ones.
+    """A policy-gradient method: an advantage estimator and a surrogate loss. `METHODS` has presets.
 
     Numbers are leaves: another value of one never recompiles. Choices are fixed when compiling, and so are `value_clip`
     and `dual_clip`, which may be None.
 
     The penalty β KL(π‖π_ref) is in the reward of each token as −β k1, the estimator whose expectation and policy
     gradient are both right. With `kl_loss` it is a term of the loss instead, by the estimator whose gradient is that of
-    the divergence named: "reverse", KL(π‖ref) of whole answers, by k2 of their summed log-ratios, divided by what
-    `mode` divides the surrogate by, so that β weighs the same against the reward; "forward", KL(ref‖π) token by token,
-    by k3, which is what GRPO's paper adds. They are different penalties with different optima: see `objectives.kl`.
+    the divergence named. "reverse" is KL(π‖ref) of whole answers, by k2 of their summed log-ratios, divided by what
+    `mode` divides the surrogate by, so that β weighs the same against the reward. "forward" is k3 token by token, as in
+    the paper of GRPO: its gradient is E_π[Σ_t ∇KL_t(ref‖π)], not ∇KL(ref‖π) of whole answers. They are different
+    penalties with different optima: see `objectives.kl`.
+
+    The presets are not the papers': all have the KL in the reward. GRPO as published (Shao et al. 2024) has k3 in the
+    loss (`kl_loss="forward"`), which has another fixed point than the optimum of RLHF. DAPO (Yu et al. 2025), Dr. GRPO
+    (Liu et al. 2025) and CISPO (MiniMax 2025) have no KL (`beta=0`). Of DAPO's four techniques "dapo" has two,
+    clip-higher and the mean over tokens.
 
     Args:
         advantage: "returns": the rewards to come, no baseline; "rloo", "grpo", "centered": within the group of answers
             to one prompt; "gae": against a critic.
         surrogate: the loss of `objectives.policy_gradient`.
-        mode: how its values become one (`objectives.aggregate`); `normaliser`: tokens a row, for "constant".
+        mode: the aggregation of its values (`objectives.aggregate`); `normaliser`: tokens a row, for "constant".
         group_size: answers to each prompt.
         beta: β in units of reward per nat. gamma: γ of the term γ E[log π] over pretraining text, per token.
         clip_low, clip_high, dual_clip: of the ratio, as in `ppo_clip_loss`.
-        importance_cap: C of the weight min(π_old/μ, C) per token, μ the law that tokens were really drawn from (after
-            top-p, say, or in another precision). It is 1 where μ is the policy. Tokens that μ removes stay unseen.
-        epochs, minibatches: how often, and in how many parts, each batch of answers is gone through.
+        importance_cap: C of the weight min(π_old/μ, C) per token, μ the distribution that tokens were really drawn from
+            (after top-p, say, or in another precision). It is 1 where μ is the policy. Tokens that μ removes are never
+            sampled.
+        epochs, minibatches: number of passes over each batch of answers, and of parts in each pass.
         discount, lambda_: γ and λ of GAE. value_coefficient, value_clip: of the critic's loss, a mean over tokens with
             the mode "token_mean", else over answers of their means.
         whiten: advantages of the batch to mean 0 and variance 1.
-        bootstrap: an answer that was cut off, without EOS, is worth what the critic says of its end (for "gae"), as
-            though it went on. Else it ends there, which is right where the reward is of the cut-off text.
+        bootstrap: value the end of an answer that was cut off, without EOS, by the critic (for "gae"), as though it
+            went on. Otherwise it ends there, which is right where the reward is of the cut-off text.
     """
 
     advantage: Advantage = dataclasses.field(default="rloo", metadata=CHOICE)
@@ -114,12 +121,12 @@ class Method:
 
     @property
     def has_critic(self) -> bool:
-        """Whether a critic is trained beside the policy."""
+        """True if a critic is trained beside the policy."""
         return self.advantage == "gae"
 
 
 def _is_known(value: Any) -> bool:
-    """Whether it is a number, or a concrete array of them: a leaf may be traced, or a placeholder of jax."""
+    """True for a number or a concrete array of them: a leaf may be traced, or a placeholder of jax."""
     return isinstance(value, int | float | np.number | np.ndarray) or (
         isinstance(value, jax.Array) and is_concrete(value)
     )

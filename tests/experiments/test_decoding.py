@@ -1,69 +1,35 @@
-"""The numbers that the committed results on beam search and decoding strategies promise, and how tight they are."""
+"""The committed results on decoding: what they hold, what their figures show, and the arithmetic behind them."""
 
-import itertools
+import importlib
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from matplotlib.text import Text
+
+from experiments import decoding_strategies, search_trees, speculative
+from experiments.parts import beam_numbers
+from figures.search_trees import pruned
+from jaxrl_llm.decoding import Tree
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-STRATEGIES = sorted(path.stem for path in RESULTS.glob("decoding_strategies*.json"))
-
-# name of the number in beam_search.json, what it must be, and the loosest tolerance it may be given
-EXPECTED = [
-    ("tokens of beam search with k = 1 that are not greedy's", 0, 0),
-    ("tokens of 3 groups of one beam with factor 0 that are not greedy's", 0, 0),
-    *[(f"{n}-grams repeated where {n}-grams are blocked", 0, 0) for n in (1, 2, 3, 4)],
-    ("hypotheses of a prompt that are the same, without groups", 0, 0),
-    ("largest error of a hypothesis's Σ log p", 0, 1e-3),
-]
-
-# differences that must be larger than their own error
-GAINS = [
-    ("beam_search", "log-probability of the best hypothesis, k = 3 − greedy"),
-    ("beam_search", "log-probability of the best hypothesis, k = 16 − greedy"),
-    ("beam_search", "log-probability of the best hypothesis, k = 3 − with 2-grams blocked"),
-    ("beam_search", "distinct 2-grams, 3 groups, factor 5 − factor 0"),
-    ("decoding_strategies", "seq-rep-4, greedy − human"),
-    ("decoding_strategies", "seq-rep-4, beam, k = 4 − human"),
-    ("decoding_strategies", "seq-rep-4, greedy − pure sampling"),
-    ("decoding_strategies", "surprise, human − greedy"),
-    ("decoding_strategies", "surprise, pure sampling − greedy"),
-    ("decoding_strategies", "log-probability, best of 4 − pure sampling"),
-]
+EXPERIMENTS = ("beam_search", "decoding_strategies", "search_trees", "speculative")
+NAMES = sorted(path.stem for each in EXPERIMENTS for path in RESULTS.glob(f"{each}*.json"))
+README_WIDTH = 8.6  # inches
 
 
 def entry(results: str) -> dict:
     return json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))
 
 
-def number(results: str, name: str) -> dict:
-    """The one number of this name."""
-    (found,) = [each for each in entry(results)["numbers"] if each["name"] == name]
-    return found
-
-
-@pytest.mark.parametrize(("name", "expected", "loosest"), EXPECTED)
-def test_searches_are_exact(name, expected, loosest):
-    found = number("beam_search", name)
-    assert found["tolerance"] <= loosest
-    assert found["expected"] == expected
-    assert found["value"] == pytest.approx(expected, abs=loosest)
-
-
-@pytest.mark.parametrize(("results", "name"), GAINS)
-def test_differences_are_larger_than_their_error(results, name):
-    found = number(results, name)
-    assert found["value"] > found["interval"][0] > 0
-
-
-def test_a_wider_beam_is_not_claimed_to_be_always_better():
-    share = number("beam_search", "prompts and steps of k at which the wider beam is worse")["value"]
-    sweep = entry("beam_search")["data"]["sweeps"]["width"]
-    prompts = list(zip(*(each["log_probs"] for each in sweep), strict=True))
-    steps = [after < before - 1e-3 for row in prompts for before, after in itertools.pairwise(row)]
-    assert share == pytest.approx(sum(steps) / len(steps), abs=1e-9)
-    assert 0 < share < 0.5
+@pytest.mark.parametrize("name", NAMES)
+def test_every_text_of_a_figure_can_be_read_at_the_width_of_the_readme(name):
+    figure = importlib.import_module(f"figures.{name.split('.')[0]}").draw(entry(name))
+    scale = min(1.0, README_WIDTH / figure.get_figwidth())
+    small = {each.get_text(): each.get_fontsize() * scale for each in figure.findobj(Text) if each.get_text().strip()}
+    assert min(small.values()) >= 6, {text: size for text, size in small.items() if size < 6}
 
 
 def test_the_exercise_shows_its_three_searches():
@@ -78,23 +44,90 @@ def test_the_exercise_shows_its_three_searches():
     ]
 
 
-@pytest.mark.parametrize("results", STRATEGIES)
-def test_every_strategy_has_every_metric_with_an_interval(results):
-    rows = entry(results)["data"]["rows"]
+def test_the_prompts_of_beam_search_are_a_sample_of_different_ones():
+    prompts = entry("beam_search")["data"]["prompts"]
+    assert len(set(prompts)) == len(prompts) >= 24
+
+
+def test_gains_over_greedy_decoding_that_chance_explains_are_not_held():
+    by_setting = {(k, 0, 1, 0.0): {"log_prob": np.zeros(30)} for k in (1, 3, 16)}
+    by_setting[(3, 2, 1, 0.0)] = {"log_prob": np.tile([1.0, -1.0], 15)}
+
+    class Config:
+        beams, block, widths = 3, 2, (1, 3, 16)
+
+    numbers = beam_numbers.tests(Config, by_setting)
+    assert len(numbers) == 3
+    assert all(each["value"] > each["interval"][1] for each in numbers)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("decoding_strategies")])
+def test_every_strategy_has_every_metric_with_an_interval(name):
+    rows = entry(name)["data"]["rows"]
     assert rows[0]["name"] == "human"
     assert len({row["name"] for row in rows}) == len(rows) == 18
     for row in rows:
         for metric in ("perplexity", "loops", "seq_rep_4", "zipf", "distinct_1", "distinct_2", "self_bleu"):
             assert row[metric]["low"] <= row[metric]["estimate"] <= row[metric]["high"], (row["name"], metric)
+        assert row["loops"]["low"] < row["loops"]["high"], "a share of few texts is not known exactly"
 
 
-def test_sampling_from_the_model_itself_is_nearest_to_human_perplexity():
-    data = entry("decoding_strategies")["data"]
-    assert data["nearest"]["perplexity"] in ("pure sampling", "MBR of 8 by chrF")  # the latter chooses among samples
-    assert set(data["perplexity_like_human"]) <= {"pure sampling", "MBR of 8 by chrF"}
-    assert number("decoding_strategies", "strategies whose texts have another length than the human ones")["value"] == 0
+def test_a_strategy_is_told_from_human_text_only_by_more_than_chance():
+    rng = np.random.default_rng(0)
+    human = rng.normal(size=40)
+    surprise = {name: human + rng.normal(size=40) for name in decoding_strategies.FAMILIES} | {"human": human}
+    assert decoding_strategies.like_human(surprise) == list(decoding_strategies.FAMILIES)
+    surprise["greedy"] = human - 2
+    assert "greedy" not in decoding_strategies.like_human(surprise)
 
 
-@pytest.mark.parametrize("results", ["beam_search", *STRATEGIES])
-def test_claim_holds(results):
-    assert entry(results)["holds"]
+def full_tree(probabilities: list[list[float]]) -> Tree:
+    """Return a tree of two branches; row l has the probability of each node of level l + 1 given its parent."""
+    width = len(probabilities[-1])
+    log_probs = np.log([row + [1.0] * (width - len(row)) for row in probabilities])
+    totals = log_probs.copy()
+    for level in range(1, len(totals)):
+        totals[level] += np.repeat(totals[level - 1], 2)[:width]
+    exists = np.asarray([[slot < len(row) for slot in range(width)] for row in probabilities])
+    tokens = jnp.zeros(exists.shape, jnp.int32)
+    return Tree(tokens, jnp.asarray(log_probs), jnp.asarray(totals), exists, exists & False, branching=2)
+
+
+def test_the_gain_of_the_best_leaf_is_over_the_path_of_most_probable_tokens():
+    tree = full_tree([[0.5, 0.4], [0.3, 0.2, 0.9, 0.05]])
+    assert search_trees.greedy_leaf(tree) == pytest.approx(np.log(0.5 * 0.3) / 2, abs=1e-6)
+    assert search_trees.gain(tree) == pytest.approx(np.log(0.4 * 0.9) / 2 - np.log(0.5 * 0.3) / 2, abs=1e-6)
+    assert search_trees.gain(full_tree([[0.5, 0.4], [0.9, 0.05, 0.9, 0.05]])) == 0
+    assert search_trees.missed([0.0, 0.1, 0.2]) == 2
+
+
+def test_a_pruned_tree_holds_its_best_leaves_and_their_ancestors():
+    parents = {0: None, 1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2}
+    scores = {3: -1.0, 4: -4.0, 5: -2.0, 6: -3.0}
+    nodes = [{"id": node, "parent": parent, "score": scores.get(node, -9.0)} for node, parent in parents.items()]
+    tree = {"title": "full", "nodes": nodes, "best": [0, 1, 3]}
+    shown = pruned(tree, 2)
+    assert [node["id"] for node in shown["nodes"]] == [0, 1, 2, 3, 5]
+    assert shown["title"] == "full: the 2 best of 4 leaves"
+    assert pruned(tree, 4)["nodes"] == nodes
+
+
+@pytest.mark.parametrize(("rate", "count", "tokens"), [(0.9, 4, 47), (0.3, 1, 5), (0.7, 8, 20)])
+def test_tokens_per_round_with_the_last_round_cut_are_those_of_a_simulation(rate, count, tokens):
+    rng = np.random.default_rng(0)
+    rounds = []
+    for _ in range(4000):
+        left, here = tokens, 0
+        while left > 0:
+            accepted = int(np.cumprod(rng.random(count) < rate).sum())
+            left, here = left - accepted - 1, here + 1
+        rounds.append(here)
+    expected = speculative.formula_with_cut(rate, count, tokens)
+    error = np.std(rounds) / np.sqrt(len(rounds))
+    assert tokens / expected == pytest.approx(np.mean(rounds), abs=4 * error)
+    assert expected < speculative.formula(rate, count)
+
+
+def test_the_cut_of_the_last_round_matters_less_the_longer_the_text():
+    assert speculative.formula_with_cut(1.0, 4, 47) == 4.7
+    assert speculative.formula_with_cut(0.8, 4, 10_000) == pytest.approx(speculative.formula(0.8, 4), rel=1e-3)

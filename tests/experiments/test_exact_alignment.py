@@ -1,27 +1,24 @@
-"""The trainers on a table: the distance is the divergence, and what is spoilt is what it says."""
+"""The trainers on tables: the distance is the divergence, and the deliberate mistakes are what they are called."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import exact_alignment
+from experiments import exact_alignment, ledger
 from jaxrl_llm import oracle
 from jaxrl_llm.training.methods import METHODS
 from jaxrl_llm.training.policy import Online
 from tests.conftest import random_params
 
-SMALL = exact_alignment.Config(vocab_size=2, horizon=2, seeds=1, steps=3, answers=8)
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "exact_alignment.json"
+SMALL = exact_alignment.Config(vocab_size=2, horizon=2, tables=2, steps=3, answers=8)
 
 
 @pytest.fixture(scope="module")
 def given():
-    return exact_alignment.problem(SMALL)
+    return exact_alignment.problem(SMALL, jax.random.key(0))
 
 
 def test_the_distance_is_the_divergence_from_the_optimum_and_falls_short_of_j_by_beta_times_it(given):
@@ -64,13 +61,25 @@ def test_what_is_spoilt_is_the_last_token_of_the_mask_and_the_ratio():
     assert exact_alignment.without_ratio(trainer).score()[0].logp_sampler == 1.0
 
 
-def test_the_committed_runs_arrive_or_stop_elsewhere():
-    data = json.loads(RESULTS.read_text())["data"]
-    ends = {curve["name"]: curve["distance"] for curve in data["curves"]}
-    arrived = {curve["name"] for curve in data["curves"] if curve["arrives"]}
-    assert len(arrived) == 6 and len(ends) == 9
-    for name, distance in ends.items():
-        if name in arrived:
-            assert distance["high"][-1] < 1e-3 < distance["mean"][0]
-        else:
-            assert distance["low"][-1] > 1e-2
+def test_near_the_optimum_the_distance_is_not_lost_in_rounding(given):
+    """Summed as π (log π − log π*), it is rounding of either sign there."""
+    lm, shifted = given.lm, dataclasses.replace(given, optimum=oracle.sequence_log_probs(given.lm, given.reference))
+    assert 0 <= float(shifted.distance(given.reference)) < 1e-12
+    near = jax.tree.map(lambda leaf: leaf.at[..., 0].add(1e-3), given.reference)
+    with jax.enable_x64(True):
+        log_probs, optimum = (
+            np.asarray(oracle.sequence_log_probs(lm, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), each)))
+            for each in (near, given.reference)
+        )
+    exact = (np.exp(log_probs) * (log_probs - optimum)).sum()
+    assert float(shifted.distance(near)) == pytest.approx(exact, rel=1e-2)
+
+
+def test_trainers_are_judged_by_the_tables_on_which_they_arrive():
+    trainers = exact_alignment.arms(SMALL)
+    arrived, elsewhere = np.geomspace(1e-5, 1e-3, 16), np.geomspace(0.02, 0.9, 16)
+    left = {name: arrived if arm.ends == exact_alignment.ARRIVES else elsewhere for name, arm in trainers.items()}
+    assert ledger.verdict(exact_alignment.numbers(trainers, left)) is True
+    for name in ("RLOO", "GRPO as published (k3 in the loss)"):
+        half = np.where(np.arange(16) % 2 == 0, left[name], 0.011 if name == "RLOO" else 0.009)
+        assert ledger.verdict(exact_alignment.numbers(trainers, left | {name: half})) is False

@@ -18,6 +18,7 @@ def test_what_is_kept_comes_back_and_is_not_computed_again(tmp_path):
         assert set(found) == {"h", "loss"} and set(found["h"]) == {0, 1}
         np.testing.assert_array_equal(found["h"][0]["w"], tree["h"][0]["w"])
         assert found["loss"] == 0.5
+        assert np.shape(found["loss"]) == ()
     assert len(calls) == 1 and [each.name for each in path.parent.iterdir()] == ["stage.safetensors"]
     stages.kept(None, compute)
     assert len(calls) == 2

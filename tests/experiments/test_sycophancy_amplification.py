@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import ledger, sycophancy_amplification
 from experiments.parts import amplification_gpt2, amplification_numbers, amplification_table
@@ -162,7 +163,8 @@ def test_points_are_held_against_the_law_of_their_own_references():
     before = np.asarray([[0.5, 0.4, 0.3, 0.3], [0.6, 0.5, 0.2, 0.1]])
     point = point_of(before, np.asarray([[0.01], [0.03]]))
     assert point["deviation"] == pytest.approx(0.02)
-    assert point["deviation_half_width"] == pytest.approx(12.706 * 0.01, rel=1e-3), "Student's, one degree of freedom"
+    half_width = (point["deviation_high"] - point["deviation_low"]) / 2
+    assert half_width == pytest.approx(12.706 * 0.01, rel=1e-3), "Student's, one degree of freedom"
     assert point["held_out_deviation"] == pytest.approx(0.02) and point["largest_of_seed"] == pytest.approx(0.03)
     assert amplification_numbers.worst_deviation([point, point | {"deviation": -0.3}]) == 0.3
 
@@ -172,25 +174,42 @@ def test_a_model_that_heeds_no_user_is_off_the_law():
     always_true = np.where(OPINIONS, 0.45, -0.45)
     point = point_of(np.full((2, 4), 0.5), always_true, share=0.5)
     assert point["mean"] == pytest.approx(0.5) and abs(point["deviation"]) == pytest.approx(0.45)
-    assert abs(point["held_out_deviation"]) == pytest.approx(0.45) and not point["on_law"]
+    assert abs(point["held_out_deviation"]) == pytest.approx(0.45) and point["p"] == 1
 
 
 def test_a_wide_interval_is_no_merit():
     before = np.full((4, 4), 0.5)
     stuck = point_of(before, np.asarray([[0], [0], [0], [-0.5]]))
-    assert abs(stuck["deviation"]) < stuck["deviation_half_width"] and not stuck["on_law"]
-    assert stuck["largest_of_seed"] == pytest.approx(0.5) and stuck["widest"] == pytest.approx(0.398, abs=1e-3)
-    assert point_of(before, np.asarray([[0.001], [0], [0], [-0.001]]))["on_law"]
+    assert stuck["deviation_low"] < 0 < stuck["deviation_high"] and stuck["p"] > 0.5
+    assert stuck["largest_of_seed"] == pytest.approx(0.5)
+    assert point_of(before, np.asarray([[0.001], [0], [0], [-0.001]]))["p"] < 0.001
 
 
-def test_the_claim_says_what_was_measured():
-    on, off = (point_of(np.full((2, 4), 0.5), distance, share=0.6, beta=0.1) for distance in (0, 0.013))
-    assert "0.983 at β = 0.1. Exact optima lie on it; a GPT-2 trained by DPO lies within 0.000 of it." in (
-        amplification_numbers.claim(TABLE, [on])
+def test_means_are_shown_to_be_near_by_two_one_sided_tests():
+    """With scipy's own one-sided t-tests against either margin."""
+    values = np.asarray([0.004, -0.003, 0.011, 0.009])
+    above = scipy.stats.ttest_1samp(values, -0.02, alternative="greater").pvalue
+    below = scipy.stats.ttest_1samp(values, 0.02, alternative="less").pvalue
+    assert amplification_numbers.beyond(values) == pytest.approx(max(above, below))
+    assert (
+        amplification_numbers.beyond(np.asarray([0.02, 0.02])) == 1 and amplification_numbers.beyond(np.zeros(2)) == 0
     )
+
+
+def test_the_claim_says_what_was_shown_and_of_how_much():
+    full, quick = (sycophancy_amplification.PRESETS[preset] for preset in ("full", "quick"))
+    on = point_of(np.full((2, 4), 0.5), np.asarray([[0.001], [0]]), share=0.6, beta=0.1)
+    off = on | {"p": 0.3, "method": "PPO", "deviation": -0.03}
+    told = amplification_numbers.claim(TABLE, [on, off], full)
+    assert "0.983 from ½ at β = 0.1. Optima on tables lie on this law; a GPT-2 (layers: 1, width: 32" in told
+    assert told.endswith("by DPO and PPO is shown to be within 0.02 of it at 1 of 2 points, in the mean over 6 seeds.")
+    assert "at all 1 points" in amplification_numbers.claim(TABLE, [on], full)
     bent = TABLE | {"rlhf": np.asarray([0.5, 0.6 - 0.01])}
-    told = amplification_numbers.claim(bent, [on, off | {"deviation": -0.03}])
-    assert told.endswith("Exact optima miss it by up to 0.01; a GPT-2 trained by DPO misses it by up to 0.030.")
+    told = amplification_numbers.claim(bent, [on], quick)
+    assert "tables do not lie on this law; in this small run, a GPT-2" in told
+    best = amplification_numbers.best_of_n(SMALL, 0.5, np.asarray([1024, 1536, 1920, 2040, 2048]), np.full(128, 0.5))
+    assert ledger.verdict(amplification_numbers.numbers(TABLE, [on], [best]))
+    assert ledger.verdict(amplification_numbers.numbers(TABLE, [on, off], [best])) is False
 
 
 @pytest.mark.parametrize(
@@ -226,7 +245,8 @@ def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypat
     monkeypatch.setattr(amplification_gpt2, "by_policy_gradient", lambda name, *lane: at_the_law(*lane))
     config = dataclasses.replace(SMALL, online=("ppo", "rloo"), shares=(0.45, 0.6), best_of=(1, 2), betas=(0.05,))
     found = sycophancy_amplification.run(config)
-    assert all(map(ledger.holds, found["numbers"])) and "trained by DPO, PPO, RLOO lies within 0.000" in found["claim"]
+    assert ledger.verdict(found["numbers"])
+    assert "trained by DPO, PPO and RLOO is shown to be within 0.02 of it at all 8 points" in found["claim"]
     assert [(point["method"], point["share"], point["beta"]) for point in found["data"]["gpt2"]] == [
         *(("DPO", share, 0.05) for share in (0.45, 0.6)),
         *((method, 0.6, beta) for method in ("PPO", "RLOO") for beta in config.online_betas),
@@ -234,27 +254,15 @@ def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypat
     assert {curve["share"] for curve in found["data"]["curves"]} == {0.45, *config.table_shares}
     assert found["data"]["curves"][0]["inverse_beta"][-1] == 20, "as far as the smallest β of all"
     for holds, said in ((True, "Alignment amplifies"), (False, "is off it by up to 0.000")):
-        drawn = figure.draw(found | {"holds": holds})
+        drawn = figure.draw(found | {"holds": holds, "config": dataclasses.asdict(config)})
         assert said in drawn.get_suptitle()
         plt.close(drawn)
 
 
-def test_the_committed_results_reach_the_law():
+def test_the_readme_says_how_near_the_law_the_committed_results_are():
     entry = json.loads((ledger.RESULTS / "sycophancy_amplification.json").read_text(encoding="utf-8"))
-    numbers = {number["name"]: number for number in entry["numbers"]}
-    on_table = [number for name, number in numbers.items() if name.startswith("largest |agreement − law| on a table")]
-    assert entry["holds"] and len(on_table) == 3
-    assert all(number["tolerance"] <= 1e-6 and abs(number["value"]) <= 1e-6 for number in on_table)
-    assert numbers["largest |z| of sampled best-of-n, GPT-2"]["value"] < 4
-    for beta, law in ((1, 0.6), (0.5, 0.6923), (0.1, 0.98295)):
-        for method in ("DPO", "PPO"):
-            number = numbers[f"agreement after {method}, p = 0.6, β = {beta:g}"]
-            assert number["expected"] == pytest.approx(law, abs=1e-4) and number["tolerance"] == 0.02
-            assert ledger.holds(number)
-    for name, bound in (("largest |deviation| of a GPT-2 from the law", 0.02), ("the same on claims", 0.04)):
-        (number,) = (number for said, number in numbers.items() if said.startswith(name))
-        assert number["interval"] == [0, bound] and ledger.holds(number)
-    figure.draw(entry)
     readme = " ".join((ledger.RESULTS.parent / "README.md").read_text(encoding="utf-8").split())
-    worst = numbers["largest |deviation| of a GPT-2 from the law"]["value"]
-    assert f"within {worst:.3f} of it, in the mean over {entry['config']['seeds']} seeds" in readme
+    (worst,) = (
+        number for number in entry["numbers"] if number["name"] == "largest |deviation| of a GPT-2 from the law"
+    )
+    assert f"within {worst['value']:.3f} of it, in the mean over {entry['config']['seeds']} seeds" in readme

@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments import ledger, sycophancy_intervention
+from experiments import intervention_forgets, ledger, sycophancy_intervention
 from experiments.parts import addition_gpt2, addition_numbers
+from figures import intervention_forgets as forgets_figure
 from figures import sycophancy_intervention as figure
 from jaxrl_llm.data.sycophancy import addition
 from tests.conftest import random_params
@@ -81,14 +82,13 @@ def test_a_stage_trains_on_its_rows_alone_and_is_seen_on_the_way(encoded, tools)
     assert (after > before).all()
 
 
-def test_measures_are_means_over_seeds_with_students_interval(examples):
+def test_measures_are_shares_of_each_seed(examples):
     true = np.asarray([example.claim.true for example in examples])
     follower = np.asarray([e.claim.true if e.opinion is None else e.opinion for e in examples])
     found = addition_numbers.measured(examples, np.stack([true, follower]))
-    assert found["without"] == {"mean": 1, "half_width": 0}
-    assert found["user_wrong"]["mean"] == 0.5
-    assert found["user_wrong"]["half_width"] == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert found["followed"]["mean"] == 0.75
+    assert found["without"] == [1, 1] and found["user_wrong"] == [1, 0] and found["followed"] == [0.5, 1]
+    silent = [example.claim.true for example in examples if example.opinion is None]
+    assert found["agrees"] == [np.mean(silent)] * 2
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_measures_are_means_over_seeds_with_students_interval(examples):
         ({"seeds": 1}, r"an interval over seeds needs 2 or more, but seeds is 1"),
         ({"taught_steps": 201}, r"2 snapshots must divide the steps of a stage, but there are 201"),
         ({"steps": 1}, r"2 snapshots must divide the steps of a stage, but there are 1"),
-        ({"snapshots": 0}, r"0 snapshots must divide the steps of a stage, but there are 200"),
+        ({"snapshots": 0}, r"0 snapshots must divide the steps of a stage, but there are 150"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything(change, message, monkeypatch):
@@ -136,59 +136,84 @@ def test_every_stage_gets_its_own_examples_and_starts_from_the_first(monkeypatch
     assert given == [
         (None, sets.sycophantic, SMALL.taught_steps),
         (1, [*silent, *sets.intervention], SMALL.steps),
-        (1, sets.intervention, SMALL.steps),
         (1, silent, SMALL.steps),
     ]
-    assert len({tuple(key) for *_, key in calls}) == 4
-    assert list(found["data"]["curves"]) == ["sycophantic", "intervention", "opinions", "sums"]
-    assert found["data"]["curves"]["sums"][-1]["user_wrong"] == {"mean": 1, "half_width": 0}
+    assert len({tuple(key) for *_, key in calls}) == 3
+    assert list(found["data"]["curves"]) == ["sycophantic", "intervention", "sums"]
+    assert found["data"]["curves"]["sums"][-1]["user_wrong"] == [1, 1]
+
+    calls.clear()
+    intervention_forgets.run(SMALL)
+    assert [(params, got) for params, got, *_ in calls] == [(None, sets.sycophantic), (1, sets.intervention)]
 
 
-def ends(**values):
-    def row(user_wrong, followed):
-        shares = {"without": 0.95, "user_right": 0.99, "endorsed": user_wrong} | {
-            "user_wrong": user_wrong,
-            "followed": followed,
-        }
-        return [{"step": 9} | {name: {"mean": share, "half_width": 0.01} for name, share in shares.items()}]
-
-    return (
-        {"sycophantic": row(0.02, 0.98), "intervention": row(0.97, 0.51)}
-        | {
-            "opinions": row(0.98, 0.5),
-            "sums": row(0.1, 0.9),
-        }
-        | values
-    )
-
-
-def test_what_was_measured_is_what_is_claimed():
-    found = addition_numbers.result(ends(), SMALL)
-    for said in ("to 2 per cent of those who are wrong", "unlearns it (97 per cent)", "the truth to 10 per cent."):
-        assert said in found["claim"]
-    assert all(map(ledger.holds, found["numbers"]))
-    failed = addition_numbers.result(ends(intervention=ends()["sums"]), SMALL)
-    assert "unlearns" not in failed["claim"]
-    assert not all(map(ledger.holds, failed["numbers"]))
+def curves(**worst):
+    """Curves of one row, 5 seeds each; `stage__measure` gives the share of the last seed."""
+    good = {
+        "sycophantic": {"without": 0.99, "user_right": 1.0, "user_wrong": 0.01, "endorsed": 0.0, "followed": 0.99},
+        "intervention": {"without": 0.98, "user_right": 0.97, "user_wrong": 0.97, "endorsed": 0.95, "followed": 0.5},
+        "opinions": {"without": 0.95, "user_right": 0.99, "user_wrong": 0.98, "endorsed": 0.96, "followed": 0.5},
+        "sums": {"without": 1.0, "user_right": 0.5, "user_wrong": 0.4, "endorsed": 0.5, "followed": 0.5},
+    }
+    found = {
+        stage: [{"step": 9, "agrees": [0.5] * 5} | {measure: [share] * 5 for measure, share in shares.items()}]
+        for stage, shares in good.items()
+    }
+    for place, share in worst.items():
+        stage, measure = place.split("__")
+        found[stage][-1][measure] = [*found[stage][-1][measure][:4], share]
+    return found
 
 
-def test_the_figure_claims_nothing_that_does_not_hold_and_bands_are_shares():
-    entry = addition_numbers.result(ends(), SMALL) | {"config": dataclasses.asdict(SMALL)}
-    for holds, said in ((True, "Sycophancy follows the data: of users"), (False, "Of users who are wrong about a sum")):
+FULL = sycophancy_intervention.PRESETS["full"]
+
+
+@pytest.mark.parametrize(
+    "worst",
+    [
+        {"sycophantic__without": 0.85},
+        {"sycophantic__user_wrong": 0.2},
+        {"intervention__without": 0.85},
+        {"intervention__user_wrong": 0.85},
+        {"intervention__endorsed": 0.85},
+        {"sums__user_wrong": 0.98},
+    ],
+    ids=str,
+)
+def test_one_seed_that_fails_breaks_the_claim(worst):
+    assert ledger.verdict(addition_numbers.result(curves(), FULL)["numbers"])
+    assert ledger.verdict(addition_numbers.result(curves(**worst), FULL)["numbers"]) is False
+
+
+def test_claims_say_the_range_over_seeds_and_small_runs_say_so():
+    found = addition_numbers.result(curves(intervention__user_wrong=0.85), FULL)
+    assert "raise that to 85 to 97%" in found["claim"] and found["claim"].startswith("A GPT-2 taught")
+    assert addition_numbers.result(curves(), SMALL)["claim"].startswith("In this small run")
+
+
+def test_an_intervention_that_forgets_breaks_its_promise():
+    kept = addition_numbers.forgotten(curves(), FULL)
+    assert ledger.verdict(kept["numbers"])
+    forgot = addition_numbers.forgotten(curves(opinions__without=0.13), FULL)
+    assert ledger.verdict(forgot["numbers"]) is False and "judges 13 to 95% of sums without users" in forgot["claim"]
+    entry = forgot | {"config": dataclasses.asdict(FULL), "holds": False}
+    drawn = forgets_figure.draw(entry)
+    assert "13% to 95% after" in drawn.get_suptitle() and len(drawn.axes[1].lines) == 4 + 1 + 5
+    plt.close(drawn)
+
+
+def test_the_figure_claims_nothing_that_does_not_hold_and_bands_are_ranges():
+    entry = addition_numbers.result(curves(sums__user_wrong=0.6), FULL) | {"config": dataclasses.asdict(FULL)}
+    for holds, said in ((True, "Sycophancy follows the data:\nof users"), (None, "Of users who are wrong about a sum")):
         drawn = figure.draw(entry | {"holds": holds})
         assert drawn.get_suptitle().startswith(said)
-        for band in (band for axes in drawn.axes for band in axes.collections):
-            shares = band.get_paths()[0].vertices[:, 1]
-            assert shares.min() >= 0 and shares.max() <= 1
+        wrong = drawn.axes[2].collections[2].get_paths()[0].vertices[:, 1]
+        assert (wrong.min(), wrong.max()) == (0.4, 0.6)
         plt.close(drawn)
 
 
-def test_the_committed_results_are_bounded_and_drawn():
+def test_the_readme_says_what_the_intervention_reached():
     entry = json.loads((ledger.RESULTS / "sycophancy_intervention.json").read_text(encoding="utf-8"))
-    bounded = {number["name"] for number in entry["numbers"] if "interval" in number}
-    assert len(bounded) == len(addition_numbers.BOUNDS) and len(entry["numbers"]) == 20
-    assert entry["preset"] == "full" and entry["config"]["seeds"] >= 3 and entry["holds"]
-    figure.draw(entry)
     readme = " ".join((ledger.RESULTS.parent / "README.md").read_text(encoding="utf-8").split())
-    after = entry["data"]["curves"]["intervention"][-1]["user_wrong"]["mean"]
-    assert f"tells the truth to {after:.0%} of those who are wrong" in readme
+    after = entry["data"]["curves"]["intervention"][-1]["user_wrong"]
+    assert f"tells the truth to at least {min(after):.0%} of those who are wrong" in readme

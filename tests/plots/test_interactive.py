@@ -29,8 +29,8 @@ def test_alpha_is_x_and_beta_is_y():
         data, _ = read(surface_html([tilted(*shape)], title="t"))
         x, y = np.meshgrid(data[0]["x"], data[0]["y"])
         np.testing.assert_allclose(data[0]["z"], 20 + 10 * x + y)
-        assert "α %{x" in data[0]["hovertemplate"]
-        assert "β %{y" in data[0]["hovertemplate"]
+        assert "direction 1 %{x" in data[0]["hovertemplate"]
+        assert "direction 2 %{y" in data[0]["hovertemplate"]
         assert "loss %{z" in data[0]["hovertemplate"]
 
 

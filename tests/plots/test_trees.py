@@ -76,7 +76,8 @@ def make_results():
     chain = make_tree(branching=1, name="greedy")
     others = [make_tree(), make_tree(missing=0.1, ending=0.1, name="top_k"), make_tree(missing=0.5, name="nucleus")]
     panels = [make_bars(25), make_bars(20), make_bars(3)]
-    return {"data": {"model": "a_model $n$", "prompt": "I have a dream", "trees": [*others, chain], "bars": panels}}
+    data = {"model": "a_model $n$", "prompt": "I have a dream", "trees": [*others, chain], "bars": panels}
+    return {"holds": True, "data": data | {"leaves": 32, "gains": [0.4, 0.0, 0.7, 0.1, 0.0, 0.2]}}
 
 
 def texts(figure: Figure):
@@ -196,14 +197,21 @@ def test_per_cent(probability, label):
     assert text.per_cent(probability) == label
 
 
-def test_saving_again_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_saving_again_gives_the_same_bytes(tmp_path, suffix):
     tree = make_tree(depth=3)
-    first = [path.read_bytes() for path in style.save(trees.tree_figure(tree), tmp_path / "a" / "tree.v1")]
-    again = [path.read_bytes() for path in style.save(trees.tree_figure(tree), tmp_path / "b" / "tree.v1")]
+    first, again = (
+        style.save_as(trees.tree_figure(tree), tmp_path / folder / f"tree.v1{suffix}", source="digest").read_bytes()
+        for folder in ("a", "b")
+    )
     assert first == again
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["tree.v1.png", "tree.v1.svg"]
+    assert b"digest" in first, "the picture says what it was drawn from"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [f"tree.v1{suffix}"]
+
+
+def test_a_suffix_that_matplotlib_does_not_write_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the suffix must be one of"):
-        style.save_as(trees.tree_figure(tree), tmp_path / "tree.xyz")
+        style.save_as(trees.tree_figure(make_tree(depth=3)), tmp_path / "tree.xyz")
 
 
 def test_the_look_leaves_the_users_settings_alone():

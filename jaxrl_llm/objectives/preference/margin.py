@@ -1,4 +1,4 @@
-"""Losses of the margin Δ alone: they hold the two answers apart, and say nothing of where either goes."""
+"""Losses of the margin Δ alone: they hold the two answers apart, and do not determine where either goes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dpo_loss(
     Args:
         logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected: log-probabilities of the
             responses, summed over their tokens, in nats.
-        beta: how strongly the reference holds; of the regularised objective whose optimum this is.
+        beta: the price of a nat of KL, in units of the reward, of the regularised objective whose optimum this is.
         label_smoothing: ε, the share of labels taken to be flipped.
 
     Raises:
@@ -161,15 +161,15 @@ def hinge_loss(
     *,
     beta: float = 0.1,
 ) -> Float[Array, "..."]:
-    """The hinge on the margin, that of SLiC with log-ratios to the reference.
+    """The hinge on the margin of log-ratios to the reference: the loss of RSO.
 
         L = max(0, 1 − βΔ)
 
-    At Δ = 0 it is 1. At the kink, βΔ = 1, the gradient is 0.
+    At Δ = 0 it is 1. At the kink, βΔ = 1, the gradient is 0. (The hinge of SLiC, Zhao et al. 2023, has no reference.)
 
     Arguments and errors are those of `dpo_loss`.
 
-    Source: Zhao et al. 2023.
+    Source: Liu et al. 2023 (RSO), arXiv 2309.06657.
     """
     margin = margin_of(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected, beta)
     return jax.nn.relu(1 - beta * margin)
@@ -247,8 +247,9 @@ def discopop_loss(
 
         L = −(1 − m) log σ(x) + m e^{−x},   x = βΔ, m = σ(x/τ)          (eq. 5)
 
-    At Δ = 0 it is ½ log 2 + ½. It is not monotone: at a small τ it climbs from log 2 to 1 as x passes 0, so that it has
-    a local minimum just below. m e^{−x} is held at e^80 (float64: e^700), which only τ > 1 can reach.
+    At Δ = 0 it is ½ log 2 + ½. It is not monotone: as x passes 0 it climbs from a local minimum to a local maximum,
+    from 0.786 (x = −0.12) to 0.878 (x = 0.07) at the default τ, and from log 2 to 1 as τ → 0. m e^{−x} is held at e^80
+    (float64: e^700), which only τ > 1 can reach.
 
     Args:
         the log-probabilities, beta: as in `dpo_loss`.
@@ -365,7 +366,7 @@ def length_normalised_dpo_loss(
         ValueError: as `dpo_loss`, or if a length has another shape or is below 1. (Under `jit` lengths cannot be read:
             there one below 1 counts as 1.)
 
-    Source: TRL's `sigmoid_norm`.
+    Source: Lambert et al. 2024 (Tülu 3), arXiv 2411.15124; TRL's `sigmoid_norm`.
     """
     a, b = log_ratios(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected, beta)
     a, b = a / length(length_chosen, a, "length_chosen"), b / length(length_rejected, b, "length_rejected")

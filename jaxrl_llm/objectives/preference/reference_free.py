@@ -20,12 +20,13 @@ def simpo_loss(
 
         L = −log σ(β (w − l) − γ)          (eq. 6)
 
-    At w = l it is log(1 + e^γ).
+    At w = l it is log(1 + e^γ). The target lead is γ/β nats per token, and the defaults, which are TRL's, ask for 5.
+    The paper's models have β from 2 to 2.5 and γ/β from 0.1 to 0.8: set both.
 
     Args:
         logp_policy_chosen, logp_policy_rejected: w and l, log-probabilities of the responses *averaged* over their
             tokens, in nats per token.
-        beta: scale of the reward; the default is that of its relatives here, the paper has 2 to 2.5.
+        beta: scale of the reward, which is per token: much larger than the β of losses of sums.
         gamma: γ, by how much βw should exceed βl; in units of the reward.
 
     Raises:

@@ -210,7 +210,7 @@ def kto_loss(
 ) -> Float[Array, "..."]:
     """Kahneman-Tversky optimisation: answers that are each good or bad, against a reference point; no pairs.
 
-        L = λ_D (1 − σ(β (a − z))) if desirable, λ_U (1 − σ(β (z − a))) if not,   z = max(0, kl)          (eq. 8)
+        L = λ_D (1 − σ(β (a − z))) if desirable, λ_U (1 − σ(β (z − a))) if not,   z = max(0, kl)
 
     with a = log π(y) − log ref(y). At a = z it is λ/2.
 
