@@ -52,9 +52,12 @@ figures: setup
 	@echo "==> running every experiment at its quick preset; the gallery runs/quick/gallery/index.html grows as they end"
 	$(BIN)/python -m experiments --preset quick
 
-results: setup
+results: setup $(PARITY)/.ready
 	@echo "==> running every experiment at its full preset, which renews results/ and figures/gallery/"
-	$(BIN)/python -m experiments --preset full
+	PYTHONPATH=$(PARITY) $(BIN)/python -m experiments --preset full
+	for name in search_trees decoding_strategies; do PYTHONPATH=$(PARITY) $(BIN)/python -m experiments.$$name \
+		--preset full --model smollm2-135m-instruct || exit 1; done
+	$(BIN)/python -m figures
 
 test: setup
 	@echo "==> running the tests"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Annotated, Literal
@@ -32,7 +33,7 @@ def main(
     """Run experiments, each in a process of its own, and draw each figure as soon as its results are there.
 
     Results and gallery of the quick preset go to `runs/quick`, which git ignores. Those of the full preset replace the
-    committed ones in `results` and `figures/gallery`; it takes hours.
+    committed ones in `results` and `figures/gallery`; they take hours.
 
     Args:
         names: the experiments to run; all of them by default, the fast ones first.
@@ -40,9 +41,7 @@ def main(
         jobs: how many run at a time. Compiling keeps about one core busy.
     """
     if unknown := sorted(set(names) - set(catalogue.names())):
-        print(
-            f"no experiment is named {', '.join(unknown)}; there are: {', '.join(catalogue.names())}.", file=sys.stderr
-        )
+        print(f"unknown experiment {', '.join(unknown)}: choose from {', '.join(catalogue.names())}.", file=sys.stderr)
         return 2
     chosen = [name for name in catalogue.names() if name in names or not names]
     commands = {name: [sys.executable, "-m", f"experiments.{name}", "--preset", preset] for name in chosen}
@@ -53,13 +52,23 @@ def main(
             if done.returncode:
                 failed.append(name)
                 progress.write(f"{name} failed:\n{done.stderr}", file=sys.stderr)
-            else:
-                figures.draw_into(RESULTS[preset], GALLERY[preset], [name], also=("html",) if preset == "quick" else ())
+            elif not _draw(name, preset):
+                failed.append(name)
             progress.update()
     print(f"The gallery is {figures.shown(GALLERY[preset] / 'index.html')}")
     if failed:
         print(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _draw(name: str, preset: str) -> bool:
+    """Draw a figure and renew the page; a figure that cannot be drawn is said, and does not stop the others."""
+    also = ("html",) if preset == "quick" else ()
+    try:
+        return not figures.draw_into(RESULTS[preset], GALLERY[preset], [name], also=also)
+    except Exception:
+        tqdm.write(f"{name} could not be drawn:\n{traceback.format_exc()}", file=sys.stderr)
+        return False
 
 
 def finished(commands: dict[str, Sequence[str]], *, jobs: int) -> Iterator[tuple[str, subprocess.CompletedProcess]]:

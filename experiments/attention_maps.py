@@ -86,7 +86,7 @@ def claim(config: Config, numbers: list[dict[str, Any]], study: Study) -> str:
         f"{len(study.held_out.pairs):,} held-out ones with {value['alignment error rate, best head']:.1%} error and "
         f"finds {value['inversions found, best head']:.1%} of the inversions. From first to last layer the encoder's "
         f"entropy goes from {entropy[0]:.2f} to {entropy[1]:.2f} nats, the heads' mean error from {error[0]:.0%} to "
-        f"{error[1]:.0%}; entropy grows with length."
+        f"{error[1]:.0%}; the encoder's entropy grows with length."
     )
 
 

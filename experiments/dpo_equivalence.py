@@ -67,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
         error = float(jnp.abs(policy - optimum).max())
     return {
         "claim": "DPO on a whole Bradley-Terry population ends at RLHF's own optimum π*, with no reward model in "
-        "between: an identity. From n labelled pairs it ends at a KL(π‖π*) whose median falls as 1/n.",
+        "between: an identity. From n labelled pairs it ends at a KL(π*‖π) whose median falls as 1/n.",
         "numbers": numbers(data, error, float(substitution), config),
         "data": data,
     }
@@ -107,7 +107,7 @@ def newton(lm: TabularLM, ref_params: Any, config: Config) -> Callable[[jax.Arra
 def from_samples(
     fit: Callable[..., Any], lm: TabularLM, population: jax.Array, optimum: jax.Array, config: Config, key: jax.Array
 ) -> list[dict[str, Any]]:
-    """Compute KL(π‖π*) of DPO fitted on samples of labelled pairs, in nats; count the samples without a minimum.
+    """Compute KL(π*‖π) of DPO fitted on samples of labelled pairs, in nats; count the samples without a minimum.
 
     The loss has a minimum if and only if every answer beats every other through some chain of wins (Ford 1957). Else
     the fit runs to infinity, and ends where Newton's method does.
@@ -123,16 +123,16 @@ def from_samples(
                 continue
             params, _ = fit(jnp.asarray(counts / pairs))
             policy = oracle.sequence_log_probs(lm, params)
-            kls.append(float((jnp.exp(policy) * (policy - optimum)).sum()))
+            kls.append(float((jnp.exp(optimum) * (optimum - policy)).sum()))
         rows.append({"pairs": pairs, "kl": kls, "without_minimum": config.repeats - len(kls)})
     return rows
 
 
 def asymptotic_median(population: np.ndarray, optimum: np.ndarray, config: Config, draws: int = 100_000) -> float:
-    """Return the limit of n times the median of KL(π‖π*), for n labelled pairs.
+    """Return the limit of n times the median of KL(π*‖π), for n labelled pairs.
 
     The scores β log(π/ref) have an error ε that is normal of covariance H⁺/n, H the Hessian of the population's loss,
-    and KL(π‖π*) is Var_π*[ε]/(2β²) to leading order.
+    and KL(π*‖π) is Var_π*[ε]/(2β²) to leading order.
     """
     weight = population * population.T / (population + population.T)  # P(pair) σ(Δ) σ(−Δ), in either order
     hessian = np.diag(weight.sum(axis=1)) - weight
@@ -175,7 +175,7 @@ def numbers(data: dict[str, Any], error: float, substitution: float, config: Con
             source="Rafailov et al. 2023, eqs. 5 to 7",
         ),
         ledger.test(
-            "slope of log median KL(π‖π*) against log pairs",
+            "slope of log median KL(π*‖π) against log pairs",
             float(slope),
             expected=-1.0,
             tolerance=0.25,
@@ -184,7 +184,7 @@ def numbers(data: dict[str, Any], error: float, substitution: float, config: Con
             source="nearer to 1/n than to 1/√n",
         ),
         ledger.test(
-            "median KL(π‖π*) of the largest samples over its asymptotic value",
+            "median KL(π*‖π) of the largest samples over its asymptotic value",
             middle[-1] * samples[-1]["pairs"] / data["asymptotic"],
             expected=1.0,
             tolerance=0.35,

@@ -147,6 +147,9 @@ def merged(runs: Sequence[Sequence[Number]]) -> list[Number]:
         return list(runs[0])
     several = []
     for same in zip(*runs, strict=True):
+        for field in ("interval", "tolerance", "wrong", "unit"):
+            if any(number.get(field) != same[0].get(field) for number in same):
+                raise ValueError(f"{same[0]['name']}: {field} must be the same at every seed, but is {same}.")
         number = same[0] | {"values": [each["value"] for each in same]}
         several.append(number | ({"errors": [each["error"] for each in same]} if "error" in number else {}))
     return several

@@ -77,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     return {
         "claim": "PPO's clip takes the gradient away beyond it, on the side that the advantage rewards, and nowhere "
         f"else. It does not bound the ratio: {config.steps} steps of Adam on one batch take {shares['clip']} of its "
-        f"samples beyond the clip on that side ({shares['no clip']} without a clip).",
+        "samples beyond the clip on that side.",
         "numbers": numbers,
         "data": data,
     }

@@ -242,4 +242,4 @@ PRESETS = {"quick": Config(), "full": Config(pairs=len(PAIRS), points=21, planes
 
 
 if __name__ == "__main__":
-    command.main("preference_landscape", run, PRESETS)
+    command.main("preference_landscape", run, PRESETS, seeds=3)

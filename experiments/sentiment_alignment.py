@@ -120,7 +120,7 @@ PRESETS = {
 
 def run(config: Config) -> dict[str, Any]:
     """Train the models that judge, then every policy, and compare them."""
-    plain = jax.config.jax_disable_most_optimizations
+    plain = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", plain or config.is_short)
     try:
         return _run(config)

@@ -31,11 +31,12 @@ def main(
         names: the figures to draw; all of them by default.
         results: the folder of `<name>.json`.
         gallery: the folder for `<name>.png` and `index.html`.
-        also: svg writes `<name>.svg` too; html writes `<name>.html`, for the figures that can be turned by hand.
+        also: svg writes `<name>.svg` too; html writes `<name>.html`, the interactive 3-D version of a figure that has
+            one (needs plotly).
     """
     known = _results.figure_names() | _results.result_names(results)
     if unknown := sorted(set(names) - known):
-        print(f"no figure is named {', '.join(unknown)}; there are: {', '.join(sorted(known))}.", file=sys.stderr)
+        print(f"unknown figure {', '.join(unknown)}: choose from {', '.join(sorted(known))}.", file=sys.stderr)
         return 2
     problems = draw_into(results, gallery, sorted(set(names) or known), also=also, progress=True)
     print(f"The gallery is {shown(gallery / 'index.html')}")

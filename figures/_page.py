@@ -107,7 +107,8 @@ def _section(entry: Entry) -> str:
 def _seeds(results: dict[str, Any]) -> str:
     """Return on how many of several seeds the claim held."""
     run, held = ((results.get("seeds") or {}).get(field, []) for field in ("run", "held"))
-    if len(run) < 2 or None in held:
+    varies = any(len(set(number.get("values", []))) > 1 for number in results["numbers"] if number["kind"] == "test")
+    if len(run) < 2 or None in held or not varies:
         return ""
     return f' <span class="seeds">Held at {sum(held)} of {len(run)} seeds.</span>'
 
@@ -165,7 +166,7 @@ def _picture(entry: Entry) -> str:
     if "png" not in entry.kinds:
         return f"<p class='origin'>Not drawn yet: <code>python -m figures {name}</code></p>"
     image = f'<img src="{name}.png" alt="{escape(entry.results["claim"])}" loading="lazy">'
-    also = {"svg": "SVG", "html": "turn it by hand"}
+    also = {"svg": "SVG", "html": "interactive 3-D version"}
     links = ", ".join(f'<a href="{name}.{kind}">{also[kind]}</a>' for kind in also if kind in entry.kinds)
     preset = escape(str(entry.results.get("preset", "")))
     caption = " · ".join(filter(None, [f"{preset} preset" if preset else "", links]))

@@ -22,9 +22,8 @@ def draw(results: dict[str, Any]) -> Figure:
     """Draw the two log-probabilities in either kind of runs, the weight, and what is left of the pushes."""
     data = results["data"]
     runs, figure = data["runs"], Figure(figsize=(9.6, 5.8), layout="constrained")
-    style.headline(
-        figure, "Between nearly equal answers more of DPO's two pushes cancels, and the chosen answer falls too"
-    )
+    finding = "Between nearly equal answers more of DPO's two pushes cancels, and the chosen answer falls too"
+    style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
     (different, same), (weight, left) = figure.subplots(2, 2, sharex=True)
     for axes, kind, letter in ((different, "different", "a"), (same, "nearly the same", "b")):
         for answer, line in ANSWERS.items():

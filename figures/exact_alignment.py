@@ -1,4 +1,4 @@
-"""What each trainer leaves of the gain that RLHF can have, where the optimum is known."""
+"""Trainers against the known optimum of RLHF."""
 
 from __future__ import annotations
 

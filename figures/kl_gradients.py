@@ -29,7 +29,8 @@ def draw(results: dict[str, Any]) -> Figure:
     """The table, the descents, the misspecified end, and what a loss over tokens misses."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 6.8), layout="constrained")
-    style.headline(figure, "As a loss on-policy, k1 descends nothing, k2 descends KL(π‖ref), and k3 descends KL(ref‖π)")
+    finding = "As a loss on-policy, k1 descends nothing, k2 descends KL(π‖ref), and k3 descends KL(ref‖π)"
+    style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
     (table, curves), (ends, missing) = figure.subplots(2, 2, width_ratios=(1.25, 1))
     _draw_table(table, data["table"])
     _draw_descents(curves, data["descents"])

@@ -36,10 +36,10 @@ def draw(results: dict[str, Any]) -> Figure:
     searched = len(data["search"]["mean baseline"])
     worst = data["cases"]["coin"]["estimators"]["mean baseline"]["relative variance"]
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
-    style.headline(
-        figure,
-        f"The mean baseline lowers the variance in most random models, but can raise it ({worst:.3g} times for a coin)",
+    finding = (
+        f"The mean baseline lowers the variance in most random models, but can raise it ({worst:.3g} times for a coin)"
     )
+    style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
     typical, counter, search = figure.subplots(1, 3, width_ratios=(1, 1, 0.95))
     _draw_case(typical, data["cases"]["typical"], f"(a) one model of {searched}, that\nof the median in (c)")
     _draw_case(counter, data["cases"]["coin"], f"(b) a coin: reward 1\nwith probability {data['p']:g}, else 0")

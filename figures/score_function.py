@@ -17,9 +17,8 @@ def draw(results: dict[str, Any]) -> Figure:
     data = results["data"]
     slope = next(entry["value"] for entry in results["numbers"] if entry["name"].startswith("slope"))
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
-    style.headline(
-        figure, "Through sampled rewards the gradient is exactly 0; the score function's error falls as 1/√n"
-    )
+    finding = "Through sampled rewards the gradient is exactly 0; the score function's error falls as 1/√n"
+    style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
     entries, error, direction = figure.subplots(1, 3)
     _draw_entries(entries, data["gradients"], data["generated"])
     _draw_error(error, data["curve"], slope)

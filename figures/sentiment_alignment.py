@@ -53,10 +53,13 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def _title(results: dict[str, Any]) -> str:
-    """The tested sentences, if they hold; without a verdict the subject."""
-    if not results["holds"]:
+    """As much of the claim as is tested and holds; without a verdict the subject."""
+    tests = [number for number in results["numbers"] if number.get("kind") == "test"]
+    raises, by_less = (number["value"] <= number["interval"][1] for number in tests)
+    if results["holds"] is None or not raises:
         return "Alignment to a proxy reward, judged by an independent gold reward"
-    return "Optimising a proxy raises an independent gold reward on average, by less than the proxy's gain predicts"
+    less = ", by less than the proxy's gain predicts" if by_less else ""
+    return f"Optimising a proxy raises an independent gold reward, on average over methods{less}"
 
 
 def _draw_dpo(axes: Axes, data: dict[str, Any]) -> None:

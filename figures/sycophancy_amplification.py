@@ -1,4 +1,4 @@
-"""How alignment amplifies a slight taste for agreement."""
+"""Amplification of a slight preference for agreement."""
 
 from __future__ import annotations
 

@@ -172,8 +172,8 @@ def test_another_missing_module_is_not_passed_over(folder, interactive, monkeypa
 def test_an_unknown_name_is_answered_with_the_known_ones(folder, capsys):
     assert draw(folder, "serch_trees") == 2
     said = capsys.readouterr().err
-    assert "no figure is named serch_trees" in said
-    assert "search_trees" in said.split("there are:")[1]
+    assert "unknown figure serch_trees" in said
+    assert "search_trees" in said.split("choose from")[1]
 
 
 def test_results_without_a_figure_are_named_and_the_rest_is_drawn(folder, capsys):

@@ -145,6 +145,11 @@ def test_seeds_must_give_the_same_numbers(tmp_path):
         write(tmp_path, result(), other)
 
 
+def test_bounds_must_not_depend_on_the_seed(tmp_path):
+    with pytest.raises(ValueError, match="t: interval must be the same at every seed"):
+        write(tmp_path, result(), result(checked(1.0, at_most=3.0)))
+
+
 def test_a_quick_run_is_not_judged(tmp_path):
     assert write(tmp_path, preset="quick")["holds"] is None
     assert write(tmp_path, result(checked(3.0)), preset="quick")["holds"] is None
@@ -229,7 +234,7 @@ def places(tmp_path, monkeypatch):
         ((), "quick", "claim.json", "quick"),
         (("--preset", "quick", "--work-dir", "x"), "quick", "claim.json", "quick"),
         (("--preset", "full"), "committed", "claim.json", "full"),
-        (("--preset", "full", "--model", "a/b"), "committed", "claim.a-b.json", "full"),
+        (("--preset", "full", "--model", "a/b"), "own", "claim.a-b.json", "full"),
         (("--preset", "full", "--seed", "4"), "own", "claim.json", "full"),
         (("--preset", "full", "--sizes", "1"), "own", "claim.json", "own"),
         (("--sizes", "9"), "own", "claim.json", "own"),
@@ -245,9 +250,17 @@ def test_the_full_preset_runs_several_seeds(places, capsys):
     _, _, configs, entry = places("--preset", "full", seeds=3)
     assert [config.seed for config in configs] == entry["seeds"]["run"] == [3, 4, 5]
     said = capsys.readouterr().out
-    assert "held at 2 of 3 seeds (3 to 5)" in said
+    assert "held at 2 of 3 seeds (3 to 5)" in said and "the claim does not hold" in said
     assert "test        t: 3 nats   << outside its bound" in said, "at a seed"
     assert len(places(seeds=3)[2]) == 1, "a quick run takes the first"
+    assert "not judged: only the full preset is large enough" in capsys.readouterr().out
+
+
+def test_a_committed_variant_is_renewed_and_no_other_is_added(places, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "claim.a-b.json").touch()
+    assert places("--preset", "full", "--model", "a/b")[0] == "committed"
+    assert places("--preset", "full", "--model", "c")[0] == "own"
 
 
 def test_help_names_the_command_and_unknown_options_are_refused(places, capsys):
@@ -279,16 +292,33 @@ def test_each_figure_is_drawn_when_its_experiment_ends(tmp_path, monkeypatch, ca
             assert (name in drawn) is not bool(ended.returncode), "before the next one ends"
 
     monkeypatch.setattr(every_experiment, "finished", finished)
-    monkeypatch.setattr(every_experiment.figures, "draw_into", lambda *args, **_: drawn.extend(args[2]))
+    monkeypatch.setattr(every_experiment.figures, "draw_into", lambda *args, **_: drawn.extend(args[2]) or [])
     assert every_experiment.main(names, jobs=1) == 1
     assert set(drawn) == {names[0], names[2]}
     said = capsys.readouterr()
     assert "1 of 3 experiments failed: gibbs_optimum" in said.err and "no luck" in said.err
 
 
+def test_a_figure_that_cannot_be_drawn_counts_as_failed_and_stops_nobody(monkeypatch, capsys):
+    names, drawn = ("score_function", "gibbs_optimum", "kl_gradients"), []
+    ended = subprocess.CompletedProcess([], 0, stdout="ran", stderr="")
+    monkeypatch.setattr(every_experiment, "finished", lambda commands, *, jobs: ((name, ended) for name in commands))
+
+    def draw(results, gallery, each, **_):
+        drawn.extend(each)
+        if each == ["gibbs_optimum"]:
+            raise KeyError("data")
+        return ["no figure"] if each == ["kl_gradients"] else []
+
+    monkeypatch.setattr(every_experiment.figures, "draw_into", draw)
+    assert every_experiment.main(names, jobs=1) == 1
+    assert set(drawn) == set(names)
+    assert "2 of 3 experiments failed: gibbs_optimum, kl_gradients" in capsys.readouterr().err
+
+
 def test_an_unknown_experiment_is_answered_with_the_known_ones(capsys):
     assert every_experiment.main(("no_such",)) == 2
-    assert "no experiment is named no_such; there are: " in capsys.readouterr().err
+    assert "unknown experiment no_such: choose from " in capsys.readouterr().err
 
 
 def test_the_fast_ones_run_first():

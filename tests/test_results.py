@@ -1,5 +1,7 @@
 """The committed results and pictures: of the full preset, judged by their own bounds, and drawn from one another."""
 
+import dataclasses
+import importlib
 import json
 
 import pytest
@@ -28,6 +30,12 @@ def test_every_experiment_has_results_and_a_figure():
 def test_verdicts_follow_from_bounds_that_can_fail(path):
     entry = load(path)
     assert entry["preset"] == "full"
+    preset = importlib.import_module(f"experiments.{_results.figure_of(path.stem)}").PRESETS["full"]
+    settings = json.loads(json.dumps(dataclasses.asdict(preset), default=str))
+    own = ("model", "work_dir")  # another model makes a variant
+    assert {k: v for k, v in entry["config"].items() if k not in own} == {
+        k: v for k, v in settings.items() if k not in own
+    }
     assert entry["holds"] is ledger.verdict(entry["numbers"])
     for number in entry["numbers"]:
         assert (number["kind"] == "measurement") is (ledger.holds(number) is None), number["name"]

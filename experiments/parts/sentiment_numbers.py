@@ -261,13 +261,14 @@ def _text_numbers(found: dict[str, Any], ablation: list[dict[str, Any]]) -> list
 
 def _claim(config: Any, gold: np.ndarray, promised: np.ndarray, compared: int, significant: int) -> str:
     gain, low, high = student(gold)
-    gap, gap_low, gap_high = student(promised - gold)
-    verb = "raise" if above_zero(gold) <= 0.05 else "change"
+    gap, nearer, further = student(promised - gold)
+    verb, side = "raise" if above_zero(gold) <= 0.05 else "change", "less" if gap > 0 else "more, not less,"
+    nearer, further = (nearer, further) if gap > 0 else (-further, -nearer)
     return (
         f"{len(config.methods)} methods trained on a proxy reward {verb} an independent gold reward by {gain:.2f} "
-        f"log-odds on average (95% interval {low:.2f} to {high:.2f}, {config.seeds} seeds), {gap:.2f} ({gap_low:.2f} "
-        f"to {gap_high:.2f}) less than the proxy's gain predicts. At equal KL, {significant} of {compared} comparisons "
-        "of methods are significant."
+        f"log-odds on average (95% interval {low:.2f} to {high:.2f}, {config.seeds} seeds), {abs(gap):.2f} "
+        f"({nearer:.2f} to {further:.2f}) {side} than the proxy's gain predicts. At equal KL, {significant} of "
+        f"{compared} comparisons of methods are significant."
     )
 
 

@@ -179,7 +179,7 @@ def claim(reports: Reports, models: Sequence[str]) -> str:
     ]
     if shifts:
         told.append(
-            f"In words, its answers shift towards the user on most claims: on average by {' and '.join(shifts)}."
+            f"In words, its answers shift towards the user on most claims of these items: on average by {' and '.join(shifts)}."
         )
     return " ".join(told)
 

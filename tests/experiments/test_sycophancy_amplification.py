@@ -246,7 +246,7 @@ def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypat
     config = dataclasses.replace(SMALL, online=("ppo", "rloo"), shares=(0.45, 0.6), best_of=(1, 2), betas=(0.05,))
     found = sycophancy_amplification.run(config)
     assert ledger.verdict(found["numbers"])
-    assert "trained by DPO, PPO and RLOO is shown to be within 0.02 of it at all 8 points" in found["claim"]
+    assert "trained by DPO, PPO and RLOO is shown to be within 0.02 of it at all 6 points" in found["claim"]
     assert [(point["method"], point["share"], point["beta"]) for point in found["data"]["gpt2"]] == [
         *(("DPO", share, 0.05) for share in (0.45, 0.6)),
         *((method, 0.6, beta) for method in ("PPO", "RLOO") for beta in config.online_betas),
