@@ -38,7 +38,7 @@ class Config:
     example: int = 841_592
     """The held-out number whose maps are drawn."""
     resamples: int = 1000
-    """Of the bootstrap."""
+    """Number of bootstrap samples."""
     seed: int = 0
     """Draws the names and the resamples."""
 

@@ -26,8 +26,8 @@ class Config:
     vocab_size: int = 3
     horizon: int = 4
     beta: float = 0.5  # the price of a nat, in units of the reward
-    policies: int = 60  # random ones, at which J* − J is compared with β KL
-    steps: int = 500  # of L-BFGS
+    policies: int = 60  # number of random policies, at which J* − J is compared with β KL
+    steps: int = 500  # number of L-BFGS steps
     betas: int = 41  # points of the curve of optima
     seed: int = 0
 

@@ -43,7 +43,7 @@ class Config:
     timed_rows: int = 32
     """Texts on which look-up and time are measured."""
     timings: int = 5
-    """How often a program is timed."""
+    """Number of times that a program is timed."""
     seed: int = 0
 
 

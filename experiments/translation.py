@@ -59,7 +59,7 @@ class Config:
     training_seed: int = 0
     """Decides the initial parameters, the order of the pairs, and which lines of your files are held out."""
     sentences: int = 50
-    """How many are translated."""
+    """Number of sentences that are translated."""
     sentences_at_once: int = 25
     held_out: int = 400
     """Lines of your files that are held out for validation, and as many for testing."""
@@ -75,7 +75,7 @@ class Config:
     """The length penalty at which numbers of beams are compared, and the models."""
     new_tokens: int = 32
     resamples: int = 1000
-    """Of the bootstrap over the sentences."""
+    """Number of bootstrap samples of the sentences."""
     vocab_size: int = 4096
     width: int = 160
     layers: int = 2

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
+CODE = re.compile(r"```.*?```|(?m:^    [^\n]*$)|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
 QUOTE = re.compile(r"\[([^\]]+)\]\((?:\.\./)?((?:benchmarks/)?results/[\w.-]+\.json)\)")
 TABLE = re.compile(QUOTE.pattern + r"\S*\n\n((?:\|.*\n)+)")  # quotes the results that the line before it links to
 NUMBER = re.compile(r"(?<![\w.,\-/])([−-]?\d[\d,]*(?:\.\d+)?)( ?%| per cent)?(?![\w^⁻⁰-⁹])")
@@ -25,7 +25,14 @@ ELSEWHERE = re.compile(
 # Decimals and shares outside of quotes, document by document: none is the outcome of an experiment.
 KNOWN = {
     "README.md": set(),
-    "sycophancy.md": set(),
+    "sycophancy.md": {
+        "90%",
+        "10%",
+        "0.9",
+        "95%",
+        "5%",
+        "0.1",
+    },  # thresholds of the report, levels of intervals and tests
     "theory.md": set(),
     "training.md": set(),
 }
@@ -84,7 +91,18 @@ def results_of(file):
         return list(benchmark(entry))
     fields = ("value", "values", "confidence", "expected", "interval", "tolerance", "error", "errors")
     told = [[number[field] for field in fields if field in number] for number in entry["numbers"]]
-    return list(leaves([told, entry["config"], entry["seeds"] and entry["seeds"]["run"]]))
+    return [*leaves([told, entry["config"], entry["seeds"] and entry["seeds"]["run"]]), *scalars(entry["data"])]
+
+
+def scalars(data):
+    """The numbers of the data that have names of their own, and so none of a curve or grid."""
+    if isinstance(data, dict):
+        yield from (value for value in data.values() if isinstance(value, int | float) and not isinstance(value, bool))
+        for value in data.values():
+            yield from scalars(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from scalars(value)
 
 
 def leaves(value):

@@ -46,7 +46,7 @@ class World:
 
     @property
     def thinks_true(self) -> Bool[np.ndarray, "prompts"]:
-        """Whether the user of each prompt thinks that the claim is true."""
+        """Return whether the user of each prompt thinks that the claim is true."""
         return np.asarray(self.prompts.tokens[:, -1] == THINKS_TRUE)
 
     def rows(self, prompts: Array, agreeing: Array) -> Sequences:

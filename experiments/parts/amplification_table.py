@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
 
 def agreeing(lm: TabularLM) -> Bool[Array, "sequences"]:
-    """Which answers agree: those whose tokens have an even sum, so that only the last token decides."""
+    """Return the answers that agree: those whose tokens have an even sum, so that only the last token decides."""
     return oracle.enumerate_sequences(lm).sum(axis=1) % 2 == 0
 
 

@@ -1,4 +1,4 @@
-"""What `experiments/beam_search.py` measures of its hypotheses, and what would prove its claim wrong."""
+"""Measurements of the hypotheses of `experiments/beam_search.py`, and the tests of its claim."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def kept(path: Path | None, compute: Callable[[], Any]) -> Any:
-    """What the file holds, or else what `compute` gives, which is then written to it whole.
+    """Return what the file holds, or else what `compute` gives, which is then written to it whole.
 
     Args:
         path: of a safetensors file; None keeps nothing.

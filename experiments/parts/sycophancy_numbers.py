@@ -179,7 +179,8 @@ def claim(reports: Reports, models: Sequence[str]) -> str:
     ]
     if shifts:
         told.append(
-            f"In words, its answers shift towards the user on most claims of these items: on average by {' and '.join(shifts)}."
+            "In words, its answers shift towards the user on most claims of these items: "
+            f"on average by {' and '.join(shifts)}."
         )
     return " ".join(told)
 

@@ -183,7 +183,7 @@ def _law(logits: Array) -> tuple[Array, Array]:
 
 
 def _outside(tokens: Array, vocab_size: int, shape: tuple[int, ...], *, of: str) -> Bool[Array, "..."]:
-    """Which tokens lie outside the vocabulary: none, or a ValueError, where they can be read."""
+    """Return which tokens lie outside the vocabulary: none, or a ValueError, where they can be read."""
     tokens = jnp.asarray(tokens)
     if tokens.shape != shape:
         raise ValueError(f"tokens must have the shape of {of}, {list(shape)}, but have {list(tokens.shape)}.")

@@ -1,4 +1,4 @@
-"""What is measured of attention heads: entropy by layer, error rates by head, and where the weight falls."""
+"""Plots of what is measured of attention heads: entropy by layer, error rates by head, and where the weight falls."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def draw_error_rates(
 
 
 def draw_shares(axes: Axes, shares: Sequence[Sequence[dict[str, float]]]) -> None:
-    """Where each head's weight falls, [layer][head]: bars that sum to 1, in the order of `KINDS`."""
+    """Draw where each head's weight falls, [layer][head]: bars that sum to 1, in the order of `KINDS`."""
     row, labels = 0.0, []
     for layer, heads in enumerate(shares):
         for head, parts in enumerate(heads):

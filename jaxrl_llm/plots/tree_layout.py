@@ -1,4 +1,4 @@
-"""Where the parts of a search tree go: columns for levels, a row for each leaf, so that nothing can overlap.
+"""Layout of a search tree: columns for levels, a row for each leaf, so that nothing can overlap.
 
 All lengths are points. Every leaf has a row of its own, a parent stands midway between its first and last child, and a
 column is as wide as its widest label: two nodes of a level are at least one row apart, two levels never share a column.

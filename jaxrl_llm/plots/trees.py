@@ -89,7 +89,7 @@ def _node(
 
 
 def _end_bar(x: float, y: float) -> Rectangle:
-    """What marks a sequence that ended itself."""
+    """The mark of a sequence that ended itself."""
     return Rectangle((x, y - BOX_HEIGHT / 2), 2.2, BOX_HEIGHT, facecolor=style.INK, edgecolor="none", zorder=4)
 
 
