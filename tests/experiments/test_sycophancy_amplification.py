@@ -254,7 +254,7 @@ def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypat
     assert {curve["share"] for curve in found["data"]["curves"]} == {0.45, *config.table_shares}
     assert found["data"]["curves"][0]["inverse_beta"][-1] == 20, "as far as the smallest β of all"
     for holds, said in ((True, "Alignment amplifies"), (False, "is off it by up to 0.000")):
-        drawn = figure.draw(found | {"holds": holds, "config": dataclasses.asdict(config)})
+        drawn = figure.draw(ledger.rounded(found) | {"holds": holds, "config": dataclasses.asdict(config)})
         assert said in drawn.get_suptitle()
         plt.close(drawn)
 
