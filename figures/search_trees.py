@@ -107,10 +107,9 @@ def _draw_gains(sheet: Sheet, data: dict[str, Any], width: float) -> None:
     )
     axes.grid(axis="x", visible=False)
     axes.set(xlim=(-0.8, len(gains) - 0.2), xticks=[], ylabel="nats per token")
-    axes.set_xlabel(f"{len(gains)} prompts for {data['model']}; no bar: greedy decoding finds the best leaf")
-    sheet.line(
-        MARGIN, TITLE + 6, "(a) best leaf of the full tree − greedy decoding", size=9.5, width=width, weight="bold"
-    )
+    axes.set_xlabel(f"{len(gains)} prompts; no bar: greedy decoding finds the best leaf")
+    title = f"(a) best leaf − greedy decoding, {data['model']}"
+    sheet.line(MARGIN, TITLE + 6, title, size=9.5, width=width, weight="bold")
 
 
 def _draw_key(sheet: Sheet, x: float, y: float, width: float) -> None:

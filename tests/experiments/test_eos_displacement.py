@@ -57,6 +57,8 @@ def test_a_word_may_be_off_the_law_where_the_whole_answer_is_on_it():
     full = eos_displacement.PRESETS["full"]
     assert "by up to 0.50 in the word, by more than 0.1 in 1 of 16 seeds" in eos_displacement.claim(off, full)
     assert "in this small run" in eos_displacement.claim(off, SMALL)
+    assert eos_displacement.claim(off, full).endswith("The difference is in the EOS after the word.")
+    assert "too short to tell" in eos_displacement.claim(points(0.25, (1.0, 1.0)), full), "no EOS makes up for it"
     drawn = figure.draw({"data": {"points": ledger.rounded(off)}, "config": dataclasses.asdict(full)})
     assert "off the law by up to 0.50 for the word, 0.00 for the whole" in drawn.get_suptitle()
     plt.close(drawn)
