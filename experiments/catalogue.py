@@ -4,24 +4,24 @@ from __future__ import annotations
 
 SUBJECTS: dict[str, dict[str, int]] = {
     "Reward models and RLHF": {
-        "reward_model": 14,
-        "gibbs_optimum": 5,
-        "score_function": 7,
-        "policy_gradient_variance": 6,
-        "ppo_clip_surface": 4,
-        "rlhf_terms": 30,
+        "reward_model": 20,
+        "gibbs_optimum": 8,
+        "score_function": 8,
+        "policy_gradient_variance": 14,
+        "ppo_clip_surface": 16,
+        "rlhf_terms": 42,
         "exact_alignment": 30,
         "sentiment_alignment": 35,
     },
     "KL divergence": {
-        "kl_estimators": 11,
-        "kl_gradients": 20,
+        "kl_estimators": 29,
+        "kl_gradients": 23,
     },
     "DPO and its family": {
-        "dpo_equivalence": 12,
-        "dpo_gradient": 30,
-        "preference_losses": 14,
-        "preference_landscape": 30,
+        "dpo_equivalence": 10,
+        "dpo_gradient": 26,
+        "preference_losses": 13,
+        "preference_landscape": 29,
     },
     "Sycophancy": {
         "sycophancy": 25,
@@ -31,20 +31,20 @@ SUBJECTS: dict[str, dict[str, int]] = {
         "intervention_forgets": 20,
     },
     "Decoding": {
-        "search_trees": 15,
-        "beam_search": 24,
-        "decoding_strategies": 30,
-        "speculative": 30,
+        "search_trees": 22,
+        "beam_search": 34,
+        "decoding_strategies": 28,
+        "speculative": 42,
     },
     "Models, translation and attention": {
-        "pretrain_gpt2": 5,
-        "train_t5": 10,
-        "translation": 25,
-        "attention_maps": 9,
+        "pretrain_gpt2": 9,
+        "train_t5": 11,
+        "translation": 21,
+        "attention_maps": 6,
     },
     "Loss landscapes": {
-        "loss_landscape": 31,
-        "landscape_directions": 30,
+        "loss_landscape": 23,
+        "landscape_directions": 37,
     },
 }
 """Subject to its experiments, each with the seconds that its quick preset takes on one core, roughly."""
