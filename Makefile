@@ -56,7 +56,7 @@ results: setup $(PARITY)/.ready
 	@echo "==> running every experiment at its full preset, which renews results/ and figures/gallery/"
 	PYTHONPATH=$(PARITY) $(BIN)/python -m experiments --preset full
 	for name in search_trees decoding_strategies; do PYTHONPATH=$(PARITY) $(BIN)/python -m experiments.$$name \
-		--preset full --model smollm2-135m-instruct || exit 1; done
+		--preset full --model smollm2-135m-instruct --results results || exit 1; done
 	$(BIN)/python -m figures
 
 test: setup
