@@ -64,6 +64,7 @@ class Config:
     probes: int = 96
     """Prompts of held-out films to evaluate on, and as many others to choose the learning rate on."""
     held_out_reviews: int = 96
+    """Of held-out films, for the loss of the language model; for AUC, at most 25 times as many."""
     sft_steps: int = 300
     sft_batch: int = 32
     sft_learning_rate: float = 1e-3
@@ -129,7 +130,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(config: Config) -> dict[str, Any]:
-    tools, world, probes, described = build(config)
+    tools, tokenizer, world, probes, described = build(config)
     evaluate = jax.jit(functools.partial(policies.evaluated, tools))
     text_loss = jax.jit(functools.partial(policies.text_loss, tools))
     draw_pairs = jax.jit(functools.partial(policies.judged_pairs, tools))
@@ -178,7 +179,6 @@ def _run(config: Config) -> dict[str, Any]:
     ]
     texts = {"reference": written(tools, world, probes["test"], world.reference)}
     texts |= {name: runs[0]["written"] for name, runs in found.items()}
-    tokenizer = models.load(config.model).tokenizer
     described |= {
         "rates": chosen,
         "label_entropy": float(np.mean([_label_entropy(pairs_of(seed).probability) for seed in seeds])),
@@ -207,8 +207,11 @@ def _place(config: Config, name: str) -> Path | None:
     return config.work_dir / hashlib.sha256(str(settings).encode()).hexdigest()[:12] / f"{name}.safetensors"
 
 
-def build(config: Config) -> tuple[policies.Tools, policies.World, dict[str, Prompts], dict[str, Any]]:
-    """Build the reference, fine-tuned on the reviews, and both scorers; the prompts; and how good the scorers are."""
+def build(config: Config) -> tuple[policies.Tools, Any, policies.World, dict[str, Prompts], dict[str, Any]]:
+    """Build the reference, fine-tuned on the reviews, and both scorers; the prompts; and how good the scorers are.
+
+    The second of the five is the tokenizer.
+    """
     loaded = models.load(config.model)
     lm, tokenizer = loaded.model, loaded.tokenizer
     tools = policies.Tools(lm, ScalarHead(lm), config)
@@ -240,15 +243,16 @@ def build(config: Config) -> tuple[policies.Tools, policies.World, dict[str, Pro
         held_out.take(jnp.arange(config.held_out_reviews)),
     )
     many = jax.jit(lambda world: rollout(lm, reference, probes["test"], draw_key, tools.sampler, group_size=8))(world)
-    score = jax.jit(lambda world, rows: (tools.proxy(world, rows), tools.gold(world, rows)))
-    raw = np.stack([stages.in_parts(lambda rows, k=k: score(world, rows)[k], many.sequences) for k in range(2)])
-    on_reviews = [stages.in_parts(lambda rows, k=k: score(world, rows)[k], held_out.rows) for k in range(2)]
-    auc = [stages.area_under_curve(values, held_out.positive) for values in on_reviews]
+    score = jax.jit(lambda world, rows: jnp.stack([tools.proxy(world, rows), tools.gold(world, rows)], axis=1))
+    raw = stages.in_parts(functools.partial(score, world), many.sequences).T
+    judged = np.arange(min(25 * config.held_out_reviews, len(held_out.positive)))
+    on_reviews = stages.in_parts(functools.partial(score, world), held_out.take(judged)).T
+    auc = [stages.area_under_curve(values, held_out.positive[judged]) for values in on_reviews]
     described = {
         "auc": dict(zip(("proxy", "gold"), auc, strict=True)),
         "spread": dict(zip(("proxy", "gold"), raw.std(axis=1).tolist(), strict=True)),
     }
-    return tools, world._replace(shifts=jnp.asarray(raw.mean(axis=1))), probes, described
+    return tools, tokenizer, world._replace(shifts=jnp.asarray(raw.mean(axis=1))), probes, described
 
 
 def written(tools: policies.Tools, world: policies.World, probes: Prompts, params: Any) -> dict[str, jax.Array]:
