@@ -196,7 +196,7 @@ def numbers(data: dict[str, Any], error: float, substitution: float, config: Con
             "share of samples whose loss has no minimum",
             sum(row["without_minimum"] for row in samples) / (len(samples) * config.repeats),
             unit="1",
-            source="the graph of wins is not strongly connected (Ford 1957): then there is no mean KL",
+            source="the graph of wins is not strongly connected (Ford 1957), so that KL(π*‖π) has no finite mean",
         ),
     ]
 

@@ -40,9 +40,9 @@ class Config:
     iterations: int = 20
     """The most Lanczos iterations."""
     tolerance: float = 1e-2
-    """Of the residuals of the eigenpairs, over the largest eigenvalue."""
+    """Largest residual of the eigenpairs at which Lanczos stops, relative to the largest eigenvalue."""
     seed: int = 0
-    """Of the random directions and of the first Lanczos vector."""
+    """Random seed of the directions and of the first Lanczos vector."""
 
 
 def run(config: Config) -> dict[str, Any]:

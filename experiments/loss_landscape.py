@@ -30,9 +30,9 @@ class Config:
     points: int = 11
     """Along each direction, odd, and at least 9."""
     even_points: int = 10
-    """Of the grid that misses the model."""
+    """Points along each direction of the even grid, which misses the model."""
     seed: int = 0
-    """Of the directions."""
+    """Random seed of the directions."""
 
 
 def run(config: Config) -> dict[str, Any]:

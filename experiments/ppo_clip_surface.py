@@ -45,9 +45,9 @@ class Config:
     actions: int = 8
     steps: int = 64
     learning_rate: float = 0.03
-    """Of Adam, on logits that are linear in standard normal features."""
+    """Learning rate of Adam, on logits that are linear in standard normal features."""
     seed: int = 0
-    """Of policies, features, actions and advantages."""
+    """Random seed of policies, features, actions and advantages."""
 
 
 def variants(config: Config) -> dict[str, dict[str, float]]:

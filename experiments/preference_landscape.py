@@ -61,7 +61,7 @@ class Config:
     margin: float = 0.3
     """The path's plane reaches so far beyond the path, in its lengths."""
     seed: int = 0
-    """Of the random planes and of the reward model's head."""
+    """Random seed of the planes and of the reward model's head."""
 
 
 def run(config: Config) -> dict[str, Any]:

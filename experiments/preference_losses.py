@@ -40,11 +40,11 @@ class Config:
 
     beta: float = 0.1
     beta_without_reference: float = 1.0
-    """Of losses that take log-probabilities per token."""
+    """β of losses that take log-probabilities per token."""
     smoothing: float = 0.1
-    """Of cDPO, robust DPO and EXO."""
+    """Label smoothing of cDPO, robust DPO and EXO."""
     temperature: float = 0.05
-    """Of DiscoPOP."""
+    """Temperature of DiscoPOP."""
     largest_margin: float = 6.0
     """βΔ, to either side."""
     points: int = 97
@@ -61,7 +61,7 @@ class Config:
     steps: int = 150
     learning_rate: float = 0.2
     seed: int = 0
-    """Of the random pairs and of the distributions where their runs start."""
+    """Random seed of the pairs and of the distributions where their runs start."""
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Config:
 
     model: str = "tiny-gpt2"
     seed: int = 0
-    """Of the models, the prompts and all runs."""
+    """Random seed of the models, the prompts and all runs."""
     seeds: int = 5
     """Runs of each method."""
     methods: tuple[str, ...] = (*policies.OFFLINE, *policies.ONLINE)
@@ -64,7 +64,7 @@ class Config:
     probes: int = 96
     """Prompts of held-out films to evaluate on, and as many others to choose the learning rate on."""
     held_out_reviews: int = 96
-    """Of held-out films, for the loss of the language model; for AUC, at most 25 times as many."""
+    """Reviews of held-out films for the loss of the language model; for AUC, at most 25 times as many."""
     sft_steps: int = 300
     sft_batch: int = 32
     sft_learning_rate: float = 1e-3
@@ -72,12 +72,12 @@ class Config:
     scorer_batch: int = 24
     scorer_learning_rate: float = 2e-4
     gold_penalty: float = 3.0
-    """Of the squared weights of the logistic regression."""
+    """Weight of the squared weights in the loss of the logistic regression."""
     pairs: int = 432
     held_out_pairs: int = 96
     pairs_at_once: int = 88
     updates: int = 72
-    """Of every method; the epochs of PPO over a batch count. Preference losses may go on."""
+    """Updates of every method; the epochs of PPO over a batch count. Preference losses may go on."""
     batch: int = 32
     """Answers of an update: of a preference loss, twice the pairs."""
     epochs: int = 2
@@ -85,11 +85,11 @@ class Config:
     snapshots: int = 9
     best_of: int = 16
     work_dir: Path | None = None
-    """Where the models and every run are kept, so that a run that was cut goes on; by default nowhere."""
+    """The folder that keeps the models and every run, so that a run that was cut goes on; by default none."""
 
     @property
     def is_short(self) -> bool:
-        """Whether to optimise its programs takes longer than to run them."""
+        """Return whether compiling with optimisations takes longer than it saves."""
         return self.updates * self.batch < 256
 
 
@@ -148,7 +148,7 @@ def _run(config: Config) -> dict[str, Any]:
                 program,
                 world,
                 pairs_of(seed) if name in policies.OFFLINE else None,
-                policies.Knobs(*map(jnp.float32, (beta_of(config, name), rate, gamma))),
+                policies.Settings(*map(jnp.float32, (beta_of(config, name), rate, gamma))),
                 keys[seed][0],
                 lambda params: evaluate(world, params, probes["test" if is_reported else "tuning"], keys[seed][2]),
                 stretches=config.snapshots,

@@ -79,7 +79,7 @@ class Config:
     vocab_size: int = 4096
     width: int = 160
     layers: int = 2
-    """Of encoder and decoder each; the decoder-only model has twice as many."""
+    """Layers of encoder and decoder each; the decoder-only model has twice as many."""
     heads: int = 4
     batch_size: int = 64
     steps: int = 600

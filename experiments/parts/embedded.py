@@ -17,5 +17,5 @@ def folder(config: Any, name: str) -> Path:
         ValueError: if the package's model is to be replaced without a training.
     """
     if config.replace_embedded and not config.train:
-        raise ValueError("--replace-embedded needs --train: there is no trained model to replace the package's with.")
+        raise ValueError("--replace-embedded must be given together with --train, but --train is missing.")
     return config.work_dir / name if config.train and not config.replace_embedded else EMBEDDED / name

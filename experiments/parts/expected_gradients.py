@@ -21,12 +21,12 @@ Table = jax.Array  # one row of logits for each prefix
 
 
 def random_table(lm: TabularLM, key: jax.Array) -> Table:
-    """Of normal logits."""
+    """Return normal logits of standard deviation 1.5."""
     return 1.5 * jax.random.normal(key, (lm.num_prefixes, lm.vocab_size), jnp.float64)
 
 
 def log_probs(table: Table) -> jax.Array:
-    """Of every sequence."""
+    """Return the log-probability of every sequence."""
     return oracle.sequence_log_probs(LM, {"logits": table})
 
 
@@ -70,7 +70,7 @@ def expected_gradient(
 
 
 def cosine(a: Table, b: Table) -> jax.Array:
-    """Of two gradients as long vectors; 0 where one is 0."""
+    """Return the cosine of two gradients as long vectors; 0 where one is 0."""
     length = jnp.linalg.norm(a) * jnp.linalg.norm(b)
     return jnp.where(length > 1e-12, (a * b).sum() / jnp.maximum(length, 1e-12), 0)
 

@@ -82,7 +82,7 @@ def at_level(kl: Sequence[float], values: Sequence[float], level: float) -> floa
 def gains_of(
     found: dict[str, list[dict[str, Any]]], drawn: list[dict[str, np.ndarray]]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Of each method the gains in reward over the same seed's reference: on the path [seeds, snapshots], and kept."""
+    """Return each method's gains over its seed's reference: along its path [seeds, snapshots], and of what is kept."""
     start = {name: np.asarray([each[name].mean() for each in drawn]) for name in ("proxy", "gold")}
     gains = {}
     for method, runs in found.items():
@@ -212,7 +212,7 @@ def _beginnings(found: dict[str, Any]) -> list[Number]:
 
 
 def _held_out_numbers(config: Any, described: dict[str, Any], found: dict[str, Any]) -> list[Number]:
-    """Where the held-out losses were least; and of DPO how low, with the least that it can be."""
+    """Measure the update of the least held-out loss of each method; of DPO also that loss and its lower bound."""
     told, each = [], config.updates // config.snapshots
     for name, runs in found.items():
         if name in OFFLINE:

@@ -30,7 +30,7 @@ updates at which methods are compared."""
 
 
 class World(NamedTuple):
-    """What all policies share: where they start, who judges, and on what."""
+    """Shared by all policies: the reference, the scorers, and the prompts."""
 
     reference: Params
     proxy: Params  # of a reward model
@@ -69,8 +69,8 @@ class Pairs(NamedTuple):
     probability: Float[Array, "held_out"]  # that the chosen one is preferred
 
 
-class Knobs(NamedTuple):
-    """What differs between the runs of a method, traced."""
+class Settings(NamedTuple):
+    """The traced hyperparameters of a run."""
 
     beta: Array
     rate: Array
@@ -125,26 +125,28 @@ def _some_pairs(tools: Tools, world: World, key: Array) -> tuple[PairBatch, Arra
     return pairs, jnp.where(first_wins, law, 1 - law)
 
 
-def knobs_of(tools: Tools, name: str, beta: Array) -> dict[str, Any]:
+def options_of(tools: Tools, name: str, beta: Array) -> dict[str, Any]:
     """The hyperparameters of a preference loss."""
     return {"beta": beta} | ({"gamma": tools.config.simpo_margin} if name == "simpo" else {})
 
 
 def held_out_loss(tools: Tools, world: World, name: str, pairs: Pairs, beta: Array, params: Params) -> Array:
     """The loss on held-out pairs, expected over labels by the proxy: those drawn and the opposite ones, weighted."""
-    knobs, p = knobs_of(tools, name, beta), pairs.probability
+    settings, p = options_of(tools, name, beta), pairs.probability
     if name == "kto":
         batch = judged(tools, world, pairs.held_out)
         logp, mismatched = (log_probs(tools.lm, params, each).sum(axis=1) for each in (batch.answers, batch.mismatched))
         point = preference.kto_reference_point(mismatched, batch.logp_ref_mismatched)
         good, bad = (
-            preference.kto_loss(logp, batch.logp_ref, jnp.full(logp.shape, side), point, **knobs)
+            preference.kto_loss(logp, batch.logp_ref, jnp.full(logp.shape, side), point, **settings)
             for side in (True, False)
         )
         return (jnp.concatenate([p, 1 - p]) * good + jnp.concatenate([1 - p, p]) * bad).mean()
     sums = pair_sums(tools.lm, params, pairs.held_out)
     ref = sums._replace(chosen=pairs.held_out.logp_ref_chosen, rejected=pairs.held_out.logp_ref_rejected)
-    drawn, opposite = (LOSSES[name].of_sums(turn(sums), turn(ref), **knobs) for turn in (lambda each: each, _swapped))
+    drawn, opposite = (
+        LOSSES[name].of_sums(turn(sums), turn(ref), **settings) for turn in (lambda each: each, _swapped)
+    )
     return (p * drawn + (1 - p) * opposite).mean()
 
 
@@ -173,9 +175,9 @@ def optimizer(rate: Array | float, warm_up: int = 5) -> optax.GradientTransforma
                        optax.scale(-rate))  # fmt: skip
 
 
-def method_of(tools: Tools, name: str, knobs: Knobs) -> Method:
+def method_of(tools: Tools, name: str, settings: Settings) -> Method:
     """A policy-gradient method with these hyperparameters; several epochs over a batch count as several updates."""
-    method = dataclasses.replace(METHODS[name], beta=knobs.beta, gamma=knobs.gamma)
+    method = dataclasses.replace(METHODS[name], beta=settings.beta, gamma=settings.gamma)
     return dataclasses.replace(method, epochs=min(method.epochs, tools.config.epochs))
 
 
@@ -183,7 +185,7 @@ class Program(NamedTuple):
     """A method's training, compiled once for all strengths, rates and seeds."""
 
     start: Callable[..., tuple[steps.TrainState, Array]]  # (world, key) -> the state, and rows for each stretch
-    stretch: Callable[..., tuple[steps.TrainState, PyTree]]  # (world, pairs, state, rows, knobs)
+    stretch: Callable[..., tuple[steps.TrainState, PyTree]]  # (world, pairs, state, rows, settings)
     policy: Callable[[steps.TrainState], Params]
     loss: Callable[..., Array] | None  # (world, pairs, beta, params) on held-out pairs
 
@@ -198,14 +200,14 @@ def offline(tools: Tools, name: str) -> Program:
         return state, order.reshape(LONGEST * config.snapshots, -1, config.batch // 2)
 
     def stretch(
-        world: World, pairs: Pairs, state: steps.TrainState, order: Array, knobs: Knobs
+        world: World, pairs: Pairs, state: steps.TrainState, order: Array, settings: Settings
     ) -> tuple[steps.TrainState, PyTree]:
-        loss = preference_loss(tools.lm, name, **knobs_of(tools, name, knobs.beta))
+        loss = preference_loss(tools.lm, name, **options_of(tools, name, settings.beta))
 
         def advance(state: steps.TrainState, rows: Array) -> tuple[steps.TrainState, PyTree]:
             batch = jax.tree.map(lambda leaf: leaf[rows], pairs.train)
             batch = judged(tools, world, batch) if name == "kto" else batch
-            return steps.update(loss, optimizer(knobs.rate), state, batch)
+            return steps.update(loss, optimizer(settings.rate), state, batch)
 
         return jax.lax.scan(advance, state, order)
 
@@ -218,7 +220,7 @@ def offline(tools: Tools, name: str) -> Program:
 def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
     """Training by a policy-gradient method on the proxy's reward, perhaps with the term γ E[log π] of reviews."""
     config = tools.config
-    plain = method_of(tools, name, Knobs(0.0, 0.0, 0.0))
+    plain = method_of(tools, name, Settings(0.0, 0.0, 0.0))
     critic = tools.head if plain.has_critic else None
     asked, a_batch = config.batch // plain.group_size, plain.epochs * plain.minibatches
 
@@ -230,9 +232,9 @@ def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
         return steps.initial_state(params, optimizer(0.0), key), jnp.asarray(order)
 
     def stretch(
-        world: World, pairs: None, state: steps.TrainState, order: Array, knobs: Knobs
+        world: World, pairs: None, state: steps.TrainState, order: Array, settings: Settings
     ) -> tuple[steps.TrainState, PyTree]:
-        trainer = policy.online(tools.lm, optimizer(knobs.rate), critic=critic)
+        trainer = policy.online(tools.lm, optimizer(settings.rate), critic=critic)
 
         def some(rows: PyTree, key: Array, count: int) -> PyTree:
             picked = jax.random.randint(key, (count,), 0, jax.tree.leaves(rows)[0].shape[0])
@@ -243,7 +245,7 @@ def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
                 state,
                 some(world.prompts, jax.random.fold_in(state.step_key, 7), asked),
                 lambda drawn: tools.proxy(world, drawn.sequences),
-                method=method_of(tools, name, knobs),
+                method=method_of(tools, name, settings),
                 sampler=tools.sampler,
                 frozen={"ref": world.reference},
                 text=some(world.text, jax.random.fold_in(state.step_key, 8), config.batch // 2) if with_text else None,
@@ -266,7 +268,7 @@ def trained(
     program: Program,
     world: World,
     pairs: Pairs | None,
-    knobs: Knobs,
+    settings: Settings,
     key: Array,
     evaluate: Callable[[Params], dict[str, Array]],
     *,
@@ -289,15 +291,15 @@ def trained(
     state, order = program.start(world, key)
     best, kept, losses, told, first = program.policy(state), 0, [], [], None
     if program.loss is not None:
-        losses = [float(program.loss(world, pairs, knobs.beta, best))]
+        losses = [float(program.loss(world, pairs, settings.beta, best))]
     for number, rows in enumerate(order, start=1):
         if number > stretches and (not path or number > kept + PATIENCE):
             break
-        state, metrics = program.stretch(world, pairs, state, rows, knobs)
+        state, metrics = program.stretch(world, pairs, state, rows, settings)
         params = program.policy(state)
         first = {part: values[0] for part, values in metrics.items()} if first is None else first
         if program.loss is not None:
-            losses.append(float(program.loss(world, pairs, knobs.beta, params)))
+            losses.append(float(program.loss(world, pairs, settings.beta, params)))
         if program.loss is None or losses[-1] < min(losses[:-1]):
             best, kept = params, number
         told += [jax.device_get(evaluate(params))] if path and number <= stretches else []

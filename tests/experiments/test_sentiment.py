@@ -85,8 +85,8 @@ def test_every_method_is_given_the_same_number_of_updates():
     for name in config.methods:
         _, rows = sentiment_policies.program_of(tools, name).start(world, jax.random.key(0))
         online = name in sentiment_policies.ONLINE
-        knobs = sentiment_policies.Knobs(0.0, 0.0, 0.0)
-        each = rows.shape[1] * (sentiment_policies.method_of(tools, name, knobs).epochs if online else 1)
+        settings = sentiment_policies.Settings(0.0, 0.0, 0.0)
+        each = rows.shape[1] * (sentiment_policies.method_of(tools, name, settings).epochs if online else 1)
         assert config.snapshots * each == config.updates
         assert rows.shape[0] == config.snapshots * (1 if online else sentiment_policies.LONGEST)
 
@@ -126,14 +126,14 @@ def test_gold_learns_what_good_reviews_say():
 def test_the_parameters_of_the_least_held_out_loss_are_kept(losses, kept, kept_later, last):
     program = sentiment_policies.Program(
         start=lambda world, key: (0, jnp.zeros((7 if losses else 3, 2))),
-        stretch=lambda world, pairs, state, rows, knobs: (state + 1, {"loss": np.arange(2.0) + state}),
+        stretch=lambda world, pairs, state, rows, settings: (state + 1, {"loss": np.arange(2.0) + state}),
         policy=lambda state: state,
         loss=losses and (lambda world, pairs, beta, params: losses[params]),
     )
-    knobs = sentiment_policies.Knobs(0.1, 0.1, 0.0)
+    settings = sentiment_policies.Settings(0.1, 0.1, 0.0)
     for path, expected, end in ((False, kept, 3), (True, kept_later, last)):
         found = sentiment_policies.trained(
-            program, None, None, knobs, jax.random.key(0), lambda params: {"kl": np.float32(params)},
+            program, None, None, settings, jax.random.key(0), lambda params: {"kl": np.float32(params)},
             stretches=3, path=path,
         )  # fmt: skip
         assert found["kept"] == expected and found["params"] == expected and found["end"]["kl"] == expected
