@@ -55,7 +55,7 @@ def test_a_training_replaces_the_model_of_the_package_only_when_told_to(name):
     assert embedded.folder(trained, model) == config.work_dir / model
     replaced = dataclasses.replace(trained, replace_embedded=True)
     assert embedded.folder(replaced, model) == embedded.EMBEDDED / model
-    with pytest.raises(ValueError, match="needs --train"):
+    with pytest.raises(ValueError, match="must be given together with --train"):
         embedded.folder(dataclasses.replace(config, replace_embedded=True), model)
 
 

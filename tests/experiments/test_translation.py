@@ -133,7 +133,7 @@ def test_models_and_files_of_ones_own_are_compared(trained, files):
         ({"t5": "x", "gpt": "y", "source": "a", "target": "b", "train": True}, "are not trained"),
         ({"source": "a", "target": "b"}, "need --train"),
         ({"source": "a", "target": "b", "train": True, "replace_embedded": True}, "is for models of the verses"),
-        ({"replace_embedded": True}, "needs --train"),
+        ({"replace_embedded": True}, "must be given together with --train"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(given, said):
