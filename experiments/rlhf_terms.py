@@ -56,7 +56,7 @@ class Config:
     learning_rate: float = 3e-4
     text_rows: int = 8
     text_tokens: int = 16
-    seed: int = 0
+    seed: int = 2
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -147,9 +147,11 @@ def optimum_numbers(config: Config, problems: tabular.Problems) -> list[ledger.N
             unit="units of the reward",
             source=PAPER,
         ),
-        ledger.measurement(
+        ledger.test(
             f"largest entropy after ascent on the reward alone, {config.ascents} problems",
             float(ascended["entropy"].max()),
+            at_most=0.01,  # set after a first run at seed 0; the committed one is of another seed
+            wrong=0.27,  # about that of the optimum at β = 0.1
             unit="nats",
             source="a linear objective has its maximum in a corner",
         ),

@@ -20,7 +20,7 @@ def draw(results: dict[str, Any]) -> Figure:
     data = results["data"]
     figure = Figure(figsize=(9.6, 6.8), layout="constrained")
     finding = (
-        "Without β the policy ends on one sequence; without γ the pretraining loss mostly rises, "
+        "Without β the policy ends on one sequence; without γ the pretraining loss mostly rises,\n"
         "and a large γ undoes that"
     )
     style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
