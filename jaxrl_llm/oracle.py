@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.numerics import check_range, checked, violated
 from jaxrl_llm.objectives import kl, rlhf
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.objectives.numerics import check_knob, checked, violated
 from jaxrl_llm.tabular import TabularLM
 
 MAX_SEQUENCES = 10**7
@@ -219,7 +219,7 @@ def _digits(base: int, places: int) -> Int[Array, "rows places"]:
 
 def _checked_pretraining(log_probs: Array, pretraining: Array | None, gamma: float) -> Float[Array, "sequences"]:
     """The pretraining law, all 0 if there is none and gamma is 0."""
-    check_knob(0, gamma=gamma)
+    check_range(0, gamma=gamma)
     if pretraining is None:
         if not (isinstance(gamma, float | int) and gamma == 0):
             raise ValueError(f"gamma is {gamma}: the pretraining law must be given too.")

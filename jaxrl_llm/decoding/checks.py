@@ -14,7 +14,7 @@ from jaxrl_llm import language_model
 from jaxrl_llm.decoding.loop import Generation
 from jaxrl_llm.decoding.transforms.base import Transform
 from jaxrl_llm.language_model import LanguageModel
-from jaxrl_llm.objectives.numerics import is_concrete
+from jaxrl_llm.numerics import is_concrete
 
 MIN_PROMPT_BUCKET = 16
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.decoding import automata, checks
 from jaxrl_llm.decoding.transforms.base import History, Transform, pytree
-from jaxrl_llm.objectives.numerics import is_concrete
+from jaxrl_llm.numerics import is_concrete
 
 UNREACHABLE = 2**30  # tokens to an accepting state, where there is no way to one
 MIN_STATES = 16

@@ -17,8 +17,8 @@ from jaxrl_llm.decoding.generate import STEP_BUCKET
 from jaxrl_llm.decoding.loop import Generation
 from jaxrl_llm.decoding.transforms.base import check
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.numerics import wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.objectives.numerics import wide
 
 
 def contrastive_search(

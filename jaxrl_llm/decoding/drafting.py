@@ -13,7 +13,7 @@ from jaxrl_llm.decoding import rewinding, sampling
 from jaxrl_llm.decoding.transforms import base as context
 from jaxrl_llm.decoding.transforms.base import Context, Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.numerics import wide
+from jaxrl_llm.numerics import wide
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.decoding import checks, search_loop
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.numerics import log_softmax, wide
+from jaxrl_llm.numerics import log_softmax, wide
 
 
 class ExactSearch(NamedTuple):

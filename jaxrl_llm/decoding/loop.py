@@ -16,8 +16,8 @@ from jaxrl_llm.decoding.stopping import StopStrings
 from jaxrl_llm.decoding.transforms import base as context
 from jaxrl_llm.decoding.transforms.base import Context, Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.numerics import log_softmax, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.objectives.numerics import log_softmax, wide
 
 BLOCK = 8  # steps between two looks at whether all rows have ended
 

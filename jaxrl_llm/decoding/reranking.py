@@ -17,7 +17,7 @@ from jaxrl_llm.decoding.checks import Guidance
 from jaxrl_llm.decoding.generate import generate
 from jaxrl_llm.decoding.loop import Generation
 from jaxrl_llm.language_model import LanguageModel, Params
-from jaxrl_llm.objectives.numerics import violated
+from jaxrl_llm.numerics import violated
 
 T = TypeVar("T")
 

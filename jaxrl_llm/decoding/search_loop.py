@@ -16,7 +16,7 @@ from jaxrl_llm.decoding import checks, loop
 from jaxrl_llm.decoding.generate import STEP_BUCKET
 from jaxrl_llm.decoding.transforms.base import Transform
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.numerics import is_concrete
+from jaxrl_llm.numerics import is_concrete
 
 State = TypeVar("State")
 

@@ -19,8 +19,8 @@ from jaxrl_llm.decoding.loop import Generation, Rules
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.decoding.transforms.base import Context
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.numerics import is_concrete, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.objectives.numerics import is_concrete, wide
 
 
 @jax.tree_util.register_dataclass

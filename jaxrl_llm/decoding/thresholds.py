@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.objectives.numerics import wide
+from jaxrl_llm.numerics import wide
 
 HEAD = 128  # tokens sorted at once; sorting them costs 1/50 of sorting a vocabulary of 50,000
 

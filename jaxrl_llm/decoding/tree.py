@@ -17,7 +17,7 @@ from jaxrl_llm.decoding import checks, sampling
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.decoding.transforms.base import require_stateless
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.objectives.numerics import is_concrete, wide
+from jaxrl_llm.numerics import is_concrete, wide
 
 MAX_LEAVES = 4096
 

@@ -21,7 +21,7 @@ from jaxrl_llm.models.decoder import empty_slots, place
 from jaxrl_llm.models.layers import KeyValue, recorded_weights
 from jaxrl_llm.models.network import Network
 from jaxrl_llm.models.t5_layers import T5Config, T5Decoder, T5Module
-from jaxrl_llm.objectives.numerics import is_concrete
+from jaxrl_llm.numerics import is_concrete
 
 UNBOUNDED = 2**30  # tokens: positions are relative, and far ones alike, so that memory alone limits the context
 

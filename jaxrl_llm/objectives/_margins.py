@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxrl_llm.objectives.numerics import (
+from jaxrl_llm.numerics import (
     bounded_exp,
-    check_knob,
+    check_range,
     checked,
     exp_minus_one,
     finite_gradient,
@@ -25,7 +25,7 @@ def log_ratios(policy_chosen: Array, policy_rejected: Array, ref_chosen: Array, 
         logp_ref_chosen=ref_chosen,
         logp_ref_rejected=ref_rejected,
     )
-    check_knob(0, open_low=True, beta=beta)
+    check_range(0, open_low=True, beta=beta)
     return log_ratio(policy_chosen, ref_chosen), log_ratio(policy_rejected, ref_rejected)
 
 
@@ -39,7 +39,7 @@ def margin_of(
 def difference(chosen: Array, rejected: Array, beta: float) -> Array:
     """The difference w − l of a loss without reference, checked."""
     chosen, rejected = checked(logp_policy_chosen=chosen, logp_policy_rejected=rejected)
-    check_knob(0, open_low=True, beta=beta)
+    check_range(0, open_low=True, beta=beta)
     return log_ratio(chosen, rejected)
 
 
@@ -56,14 +56,14 @@ def of_margin(margin: Array, slope: Array) -> tuple[Array, Array, Array, Array]:
 
 def logistic(x: Array, label_smoothing: float) -> Array:
     """−(1 − ε) log σ(x) − ε log σ(−x)."""
-    check_knob(0, 1, label_smoothing=label_smoothing)
+    check_range(0, 1, label_smoothing=label_smoothing)
     kept, flipped = -jax.nn.log_sigmoid(x), -jax.nn.log_sigmoid(-x)
     return times(1 - label_smoothing, kept) + times(label_smoothing, flipped)
 
 
 def logistic_slope(x: Array, label_smoothing: float) -> Array:
     """Of `logistic`: ε − σ(−x)."""
-    check_knob(0, 1, label_smoothing=label_smoothing)
+    check_range(0, 1, label_smoothing=label_smoothing)
     return label_smoothing - jax.nn.sigmoid(-x)
 
 
@@ -79,7 +79,7 @@ def bell(x: Array) -> Array:
 
 def log_of_label(label_smoothing: float) -> tuple[Array, Array]:
     """log(1 − ε) and log ε."""
-    check_knob(0, 1, open_low=True, open_high=True, label_smoothing=label_smoothing)
+    check_range(0, 1, open_low=True, open_high=True, label_smoothing=label_smoothing)
     return jnp.log1p(-jnp.asarray(label_smoothing)), jnp.log(label_smoothing)
 
 
@@ -113,7 +113,7 @@ def score_slope(log_u: Array, divergence: str, alpha: float) -> Array:
 
 def power_of(divergence: str, alpha: float) -> float:
     """c of f′(u) = (u^c − 1)/c, the form that all divergences but the Jensen-Shannon one have."""
-    check_knob(0, jnp.inf, open_high=True, alpha=alpha)
+    check_range(0, jnp.inf, open_high=True, alpha=alpha)
     powers = {"reverse_kl": 0.0, "forward_kl": -1.0, "jensen_shannon": 0.0, "alpha": alpha - 1}
     if divergence not in powers:
         raise ValueError(f"divergence must be one of {', '.join(powers)}, but is {divergence!r}.")
@@ -134,8 +134,8 @@ def length(length: Array, like: Array, name: str) -> Array:
 def odds(chosen: Array, rejected: Array, beta: float, nll_weight: float) -> tuple[Array, Array, Array]:
     """Both log-probabilities, checked and with a finite gradient, and the log odds ratio."""
     chosen, rejected = checked(logp_policy_chosen=chosen, logp_policy_rejected=rejected)
-    check_knob(0, open_low=True, beta=beta)
-    check_knob(0, nll_weight=nll_weight)
+    check_range(0, open_low=True, beta=beta)
+    check_range(0, nll_weight=nll_weight)
     if violated((jnp.maximum(chosen, rejected) <= 0) | jnp.isnan(chosen + rejected)):
         raise ValueError("log-probabilities must not be positive: orpo takes averages over tokens, in nats.")
     chosen, rejected = finite_gradient(chosen), finite_gradient(rejected)
@@ -159,8 +159,8 @@ def log_odds_slope(x: Array) -> Array:
 def kto(logp_policy, logp_ref, desirable, kl, beta, desirable_weight, undesirable_weight):
     """The log-ratio a; ±β (a − z), + for the desirable; the weight of each answer; and that sign."""
     logp_policy, logp_ref = checked(logp_policy=logp_policy, logp_ref=logp_ref)
-    check_knob(0, open_low=True, beta=beta)
-    check_knob(0, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    check_range(0, open_low=True, beta=beta)
+    check_range(0, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     desirable, kl = jnp.asarray(desirable), jnp.asarray(kl, logp_policy.dtype)
     if desirable.dtype != bool or desirable.shape != logp_policy.shape:
         wanted, found = f"bool{list(logp_policy.shape)}", f"{desirable.dtype}{list(desirable.shape)}"

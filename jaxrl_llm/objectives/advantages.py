@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.objectives.numerics import check_knob, checked, checked_mask, floating, violated
+from jaxrl_llm.numerics import check_range, checked, checked_mask, floating, violated
 
 
 def returns_to_go(
@@ -148,7 +148,7 @@ def grpo(
     Source: Shao et al. 2024, section 4.1.2.
     """
     rewards = floating("rewards", rewards, ndim=1)
-    check_knob(0, eps=eps), check_knob(0, ddof=ddof)
+    check_range(0, eps=eps), check_range(0, ddof=ddof)
     if rewards.shape[-1] <= ddof:
         raise ValueError(f"rewards must have more than ddof = {ddof} in a group, but have {rewards.shape[-1]}.")
     deviation, count = _deviations("rewards", rewards, checked_mask(mask, rewards.shape, of="rewards"), axis=-1)
@@ -204,7 +204,7 @@ def whiten(
     Source: Ziegler et al. 2019.
     """
     advantages = floating("advantages", advantages)
-    check_knob(0, eps=eps)
+    check_range(0, eps=eps)
     mask = checked_mask(mask, advantages.shape, of="advantages")
     deviation, count = _deviations("advantages", advantages, mask, axis=None)
     whitened = _quotient(deviation, jnp.sqrt(jnp.square(deviation).sum() / jnp.maximum(count, 1) + eps))
@@ -241,7 +241,7 @@ def optimal_baseline(
     floating("rewards", rewards, ndim=1)
     given = {} if probabilities is None else {"probabilities": probabilities}
     rewards, norms, *weights = checked(rewards=rewards, squared_score_norms=squared_score_norms, **given)
-    check_knob(0, squared_score_norms=norms, **given)
+    check_range(0, squared_score_norms=norms, **given)
     weight = norms if probabilities is None else norms * weights[0]
     rewards = _counting("rewards", rewards, jnp.ones(norms.shape, bool) if probabilities is None else weights[0] != 0)
     return stop_gradient(_quotient((weight * rewards).sum(axis=-1), weight.sum(axis=-1)))
@@ -263,7 +263,7 @@ def _coefficients(name: str, given: float | Array, rewards: Array, mask: Array) 
     if len(shape) > rewards.ndim or not fits:
         raise ValueError(f"{name} must broadcast to rewards, {list(rewards.shape)}, but has {list(shape)}.")
     coefficients = jnp.where(mask, jnp.asarray(given, rewards.dtype), 1)
-    check_knob(0, 1, **{name: coefficients if shape else given})  # an array may hold anything behind the mask
+    check_range(0, 1, **{name: coefficients if shape else given})  # an array may hold anything behind the mask
     return coefficients
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.objectives.numerics import check_knob, checked_mask, floating
+from jaxrl_llm.numerics import check_range, checked_mask, floating
 
 Mode = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
@@ -82,6 +82,6 @@ def _weights(
     if mode == "sequence_mean":
         return mask, real / (jnp.maximum(rows, 1) * jnp.maximum(real.sum(axis=1, keepdims=True), 1))
     if mode == "constant":
-        check_knob(0, open_low=True, normaliser=normaliser)
+        check_range(0, open_low=True, normaliser=normaliser)
         rows = rows * normaliser
     return mask, real / jnp.maximum(rows, jnp.finfo(real.dtype).tiny)

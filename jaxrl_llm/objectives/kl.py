@@ -48,7 +48,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.objectives.numerics import checked, checked_mask, exp_minus_one, floating, log_ratio, log_softmax
+from jaxrl_llm.numerics import checked, checked_mask, exp_minus_one, floating, log_ratio, log_softmax
 
 
 def k1(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.numerics import checked_mask, floating, log_softmax, violated
 from jaxrl_llm.objectives import fused
-from jaxrl_llm.objectives.numerics import checked_mask, floating, log_softmax, violated
 
 
 def token_log_probs(

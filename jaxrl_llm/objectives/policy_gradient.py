@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.objectives import logprobs
-from jaxrl_llm.objectives.numerics import (
+from jaxrl_llm.numerics import (
     bounded_exp,
-    check_knob,
+    check_range,
     checked,
     checked_mask,
     finite_gradient,
     floating,
     log_ratio,
 )
+from jaxrl_llm.objectives import logprobs
 
 
 def reinforce_loss(logp_policy: Float[Array, "..."], advantages: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -218,7 +218,7 @@ def truncated_importance_weight(
     Source: Espeholt et al. 2018 (ρ̄ below eq. 1); Yao et al. 2025.
     """
     logp_old, logp_sampler = checked(logp_old=logp_old, logp_sampler=logp_sampler)
-    check_knob(0, open_low=True, cap=cap)
+    check_range(0, open_low=True, cap=cap)
     if mode not in ("truncate", "mask"):
         raise ValueError(f'mode must be "truncate" or "mask", but is {mode!r}.')
     ratio = bounded_exp(logp_old - logp_sampler)
@@ -366,9 +366,9 @@ def _interval(
 
 
 def _check_clips(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
-    check_knob(0, 1, clip_low=clip_low), check_knob(0, clip_high=clip_high)
+    check_range(0, 1, clip_low=clip_low), check_range(0, clip_high=clip_high)
     if dual_clip is not None:
-        check_knob(1, open_low=True, dual_clip=dual_clip)
+        check_range(1, open_low=True, dual_clip=dual_clip)
 
 
 def _surrogate_inputs(
@@ -415,7 +415,7 @@ def _cispo_inputs(
 ) -> tuple[Array, Array]:
     """log π and its weight, clip(ρ) A, which `_weighted` holds constant."""
     logp_policy, logp_old, advantages = checked(logp_policy=logp_policy, logp_old=logp_old, advantages=advantages)
-    check_knob(0, clip_low=clip_low, clip_high=clip_high)
+    check_range(0, clip_low=clip_low, clip_high=clip_high)
     return logp_policy, jnp.clip(bounded_exp(logp_policy - logp_old), 1 - clip_low, 1 + clip_high) * advantages
 
 
@@ -434,7 +434,7 @@ def _value_errors(values: Array, values_old: Array, returns: Array, clip: float 
     error = finite_gradient(values - returns)
     if clip is None:
         return error, jnp.zeros_like(error), jnp.zeros(error.shape, bool)
-    check_knob(0, clip=clip)
+    check_range(0, clip=clip)
     moved = stop_gradient(values) - values_old
     held_error = values_old + jnp.clip(moved, -clip, clip) - returns
     return error, held_error, (jnp.abs(moved) > clip) & (jnp.abs(held_error) > jnp.abs(error))

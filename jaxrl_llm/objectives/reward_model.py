@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.numerics import check_range, checked, checked_mask, finite_gradient, floating
 from jaxrl_llm.objectives._margins import logistic, logistic_slope, of_margin
-from jaxrl_llm.objectives.numerics import check_knob, checked, checked_mask, finite_gradient, floating
 
 
 def pairwise_loss(
@@ -159,7 +159,7 @@ def _lead(chosen: Array, rejected: Array, margin: float | Array) -> Array:
 def _sum(chosen: Array, rejected: Array, coefficient: float) -> Array:
     """r_w + r_l, checked."""
     chosen, rejected = checked(score_chosen=chosen, score_rejected=rejected)
-    check_knob(0, coefficient=coefficient)
+    check_range(0, coefficient=coefficient)
     return finite_gradient(chosen + rejected)
 
 

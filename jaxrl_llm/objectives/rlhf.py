@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl_llm.objectives.numerics import check_knob, checked, finite_gradient, log_ratio, log_softmax, violated
+from jaxrl_llm.numerics import check_range, checked, finite_gradient, log_ratio, log_softmax, violated
 
 
 def regularised_objective(
@@ -64,7 +64,7 @@ def ptx_bonus(logp_policy: Float[Array, "..."], *, gamma: float) -> Float[Array,
         ValueError: if the dtype is not floating, or gamma is negative.
     """
     (logp_policy,) = checked(logp_policy=logp_policy)
-    check_knob(0, gamma=gamma)
+    check_range(0, gamma=gamma)
     return jnp.where(gamma == 0, 0, gamma * logp_policy)
 
 
@@ -135,7 +135,7 @@ def best_of_n(
             finite where the reference has mass. (Under `jit` a NaN reward makes the whole distribution NaN.)
     """
     ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
-    check_knob(1, n=n)
+    check_range(1, n=n)
     if not jnp.issubdtype(jnp.result_type(n), jnp.integer):
         raise ValueError(f"n must be an integer, but is {n}.")
     rewards = _rewards_where_possible(ref_log_probs, rewards)
@@ -157,7 +157,7 @@ def best_of_n_kl_bound(n: Float[Array, "..."] | int) -> Float[Array, "..."]:
     Raises:
         ValueError: if n is below 1.
     """
-    check_knob(1, n=n)
+    check_range(1, n=n)
     n = jnp.asarray(n, jnp.result_type(float))
     return jnp.log(n) - (n - 1) / n
 
@@ -165,7 +165,7 @@ def best_of_n_kl_bound(n: Float[Array, "..."] | int) -> Float[Array, "..."]:
 def _gain(log_probs: Array, ref_log_probs: Array, rewards: Array, beta: float) -> tuple[Array, Array, Array]:
     """π, r − β log(π/ref) with 0 where π = 0, and beta as an array."""
     log_probs, ref_log_probs, rewards = checked(log_probs=log_probs, ref_log_probs=ref_log_probs, rewards=rewards)
-    check_knob(0, beta=beta)
+    check_range(0, beta=beta)
     possible = log_probs > -jnp.inf
     beta = jnp.asarray(beta, log_probs.dtype)
     d = log_ratio(jnp.where(possible, log_probs, 0), jnp.where(possible, ref_log_probs, 0))
@@ -175,7 +175,7 @@ def _gain(log_probs: Array, ref_log_probs: Array, rewards: Array, beta: float) -
 
 def _tilted(ref_log_probs: Array, rewards: Array, beta: float) -> Array:
     ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
-    check_knob(0, open_low=True, beta=beta)
+    check_range(0, open_low=True, beta=beta)
     return ref_log_probs + _rewards_where_possible(ref_log_probs, rewards) / beta
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from jaxrl_llm.numerics import check_range, is_concrete
 from jaxrl_llm.objectives.aggregate import Mode
-from jaxrl_llm.objectives.numerics import check_knob, is_concrete
 
 Advantage = Literal["returns", "rloo", "grpo", "centered", "gae"]
 Surrogate = Literal["reinforce", "ppo_clip", "gspo", "cispo"]
@@ -94,9 +94,9 @@ class Method:
         for name, value in vars(self).items():
             if name in RANGES and _is_known(value):
                 low, high = RANGES[name]
-                check_knob(low, high, open_low=name in ("importance_cap", "normaliser"), **{name: value})
+                check_range(low, high, open_low=name in ("importance_cap", "normaliser"), **{name: value})
         if self.surrogate in ("ppo_clip", "gspo") and _is_known(self.clip_low):
-            check_knob(0, 1, clip_low=self.clip_low)
+            check_range(0, 1, clip_low=self.clip_low)
 
     def _check_choices(self) -> None:
         for name, choices in (("advantage", Advantage), ("surrogate", Surrogate), ("mode", Mode)):

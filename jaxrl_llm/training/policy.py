@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, PyTree
 from jaxrl_llm.decoding.checks import check_room
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.numerics import bounded_exp, is_concrete
 from jaxrl_llm.objectives import kl, policy_gradient, rlhf
 from jaxrl_llm.objectives.aggregate import aggregate
-from jaxrl_llm.objectives.numerics import bounded_exp, is_concrete
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.experience import Experience, critic_values, experience, policy_of
 from jaxrl_llm.training.methods import Method

@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Key
 
 from jaxrl_llm.data.encoding import Cut
-from jaxrl_llm.objectives.numerics import check_knob
+from jaxrl_llm.numerics import check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Run:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         if self.batch_size % self.microbatches:
             raise ValueError(f"{self.microbatches} microbatches must divide batch_size, {self.batch_size}.")
-        check_knob(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay, lora_rank=self.lora_rank)
-        check_knob(0, 1, warmup=self.warmup)
-        check_knob(0, open_low=True, clip_norm=self.clip_norm, lora_alpha=self.lora_alpha)
+        check_range(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay, lora_rank=self.lora_rank)
+        check_range(0, 1, warmup=self.warmup)
+        check_range(0, open_low=True, clip_norm=self.clip_norm, lora_alpha=self.lora_alpha)
         if self.max_length is not None:
-            check_knob(1, max_length=self.max_length)
+            check_range(1, max_length=self.max_length)
 
     @property
     def pace(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.objectives.numerics import is_concrete
+from jaxrl_llm.numerics import is_concrete
 from jaxrl_llm.training.rollout import Rollout
 from jaxrl_llm.training.sequences import Sequences
 

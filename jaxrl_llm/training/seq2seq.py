@@ -16,9 +16,9 @@ from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.conditional import given
 from jaxrl_llm.models.network import Network
 from jaxrl_llm.models.t5 import T5
+from jaxrl_llm.numerics import is_concrete
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.objectives.numerics import is_concrete
 from jaxrl_llm.training.steps import Loss, Metrics, TrainState, make_step
 
 Rows = Sequence[Sequence[int]]

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
+from jaxrl_llm.numerics import is_concrete
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
-from jaxrl_llm.objectives.numerics import is_concrete
 
 CHUNK_LOGITS = 2**24  # of the logits that are held at once: 64 MiB in float32
 Out = TypeVar("Out", bound=PyTree)

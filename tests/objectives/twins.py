@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_llm import objectives
 
-TOOLS = {"numerics", "fused", "_margins"}  # modules that hold no objective
+TOOLS = {"fused", "_margins"}  # modules that hold no objective
 CONSTANTS = {"advantages"}  # modules whose results are numbers through which no gradient flows: a test holds them to it
 
 

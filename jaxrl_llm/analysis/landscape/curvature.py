@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jaxrl_llm.analysis.landscape.trees import LossFn, accurate_sum, check_like, check_params, inner, orthonormal
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.objectives.numerics import wide
+from jaxrl_llm.numerics import wide
 
 # Weights of the eighth-order central second difference at distances 0 to 4 (Fornberg 1988, table 1).
 SECOND_DIFFERENCE = (-205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560)

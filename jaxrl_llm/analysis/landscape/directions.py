@@ -23,7 +23,7 @@ from jaxrl_llm.analysis.landscape.trees import (
     orthonormal,
 )
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.objectives.numerics import wide
+from jaxrl_llm.numerics import wide
 
 Scale = Literal["parameter", "filter", "none"]
 Directions = tuple[Params, Params]

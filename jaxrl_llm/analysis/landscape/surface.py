@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jaxrl_llm.analysis.landscape.trees import LossFn, check_like, check_params
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.objectives.numerics import wide
+from jaxrl_llm.numerics import wide
 
 
 class LossHole(UserWarning):

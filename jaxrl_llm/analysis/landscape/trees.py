@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.objectives.numerics import is_concrete, wide
+from jaxrl_llm.numerics import is_concrete, wide
 
 LossFn = Callable[[Params], Float[Array, ""]]
 

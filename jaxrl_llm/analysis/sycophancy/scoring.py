@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jaxrl_llm import text
 from jaxrl_llm.analysis.sycophancy.rows import Row
 from jaxrl_llm.language_model import Cache, LanguageModel, Params, params_dtype
-from jaxrl_llm.objectives.numerics import log_softmax
+from jaxrl_llm.numerics import log_softmax
 
 PREFIX_BUCKET, TAIL_BUCKET, SLOT_BUCKET = 128, 32, 256  # lengths are rounded up, so that few programs serve all batches
 MOST = 4  # questions that share a prefix

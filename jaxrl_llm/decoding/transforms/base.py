@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxrl_llm.objectives.numerics import is_concrete, wide
+from jaxrl_llm.numerics import is_concrete, wide
 
 
 class History(NamedTuple):

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.decoding.transforms.base import History, Transform, check, keep, pytree
 from jaxrl_llm.decoding.transforms.penalties import LooksBack, count, last_tokens
+from jaxrl_llm.numerics import wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.objectives.numerics import wide
 
 
 @pytree

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.decoding import thresholds
 from jaxrl_llm.decoding.transforms.base import Transform, check, per_row, pytree
+from jaxrl_llm.numerics import wide
 from jaxrl_llm.objectives.logprobs import entropy
-from jaxrl_llm.objectives.numerics import wide
 
 
 @pytree

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.decoding.transforms.base import Transform, check, keep, per_row, pytree
-from jaxrl_llm.objectives.numerics import wide
+from jaxrl_llm.numerics import wide
 
 
 class LooksBack(Transform):

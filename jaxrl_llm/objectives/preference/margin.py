@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.numerics import check_range, log_ratio
 from jaxrl_llm.objectives._margins import (
     bell,
     length,
@@ -22,7 +23,6 @@ from jaxrl_llm.objectives._margins import (
     score_slope,
     times,
 )
-from jaxrl_llm.objectives.numerics import check_knob, log_ratio
 
 
 def dpo_loss(
@@ -94,7 +94,7 @@ def robust_dpo_loss(
     Source: Chowdhury et al. 2024.
     """
     margin = margin_of(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected, beta)
-    check_knob(0, 0.5, open_high=True, label_smoothing=label_smoothing)
+    check_range(0, 0.5, open_high=True, label_smoothing=label_smoothing)
     x = beta * margin
     clean, flipped = -jax.nn.log_sigmoid(x), -jax.nn.log_sigmoid(-x)
     return (times(1 - label_smoothing, clean) - times(label_smoothing, flipped)) / (1 - 2 * label_smoothing)
@@ -111,7 +111,7 @@ def robust_dpo_loss_grad(
 ) -> tuple[Float[Array, "..."], ...]:
     """Closed-form gradient of `robust_dpo_loss`: −β ((1 − ε) σ(−βΔ) + ε σ(βΔ)) / (1 − 2ε) · (1, −1, −1, 1)."""
     margin = margin_of(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected, beta)
-    check_knob(0, 0.5, open_high=True, label_smoothing=label_smoothing)
+    check_range(0, 0.5, open_high=True, label_smoothing=label_smoothing)
     x = beta * margin
     weighted = (1 - label_smoothing) * jax.nn.sigmoid(-x) + label_smoothing * jax.nn.sigmoid(x)
     return of_margin(margin, -beta * weighted / (1 - 2 * label_smoothing))
@@ -261,7 +261,7 @@ def discopop_loss(
     Source: Lu et al. 2024.
     """
     margin = margin_of(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected, beta)
-    check_knob(0, open_low=True, temperature=temperature)
+    check_range(0, open_low=True, temperature=temperature)
     x = beta * margin
     return -jax.nn.sigmoid(-x / temperature) * jax.nn.log_sigmoid(x) + modulated_exp(x, temperature)
 
@@ -280,7 +280,7 @@ def discopop_loss_grad(
     β (−(1 − m) σ(−x) + m (1 − m) log σ(x)/τ + m e^{−x} ((1 − m)/τ − 1)) · (1, −1, −1, 1)
     """
     margin = margin_of(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected, beta)
-    check_knob(0, open_low=True, temperature=temperature)
+    check_range(0, open_low=True, temperature=temperature)
     x = beta * margin
     rest = jax.nn.sigmoid(-x / temperature)
     logistic = -rest * jax.nn.sigmoid(-x) + bell(x / temperature) * jax.nn.log_sigmoid(x) / temperature

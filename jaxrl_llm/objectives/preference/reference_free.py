@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.numerics import check_range, finite_gradient, wide
 from jaxrl_llm.objectives._margins import difference, log_odds_slope, logistic, logistic_slope, odds, of_margin, times
-from jaxrl_llm.objectives.numerics import check_knob, finite_gradient, wide
 
 
 def simpo_loss(
@@ -117,7 +117,7 @@ def cpo_loss(
     Source: Xu et al. 2024.
     """
     margin = difference(logp_policy_chosen, logp_policy_rejected, beta)
-    check_knob(0, nll_weight=nll_weight)
+    check_range(0, nll_weight=nll_weight)
     likelihood = times(nll_weight, finite_gradient(wide(jnp.asarray(logp_policy_chosen))))
     return logistic(beta * margin, label_smoothing) - likelihood
 
@@ -132,6 +132,6 @@ def cpo_loss_grad(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Closed-form gradient of `cpo_loss`: (s − λ, −s) with s = β (ε − σ(−β (w − l)))."""
     margin = difference(logp_policy_chosen, logp_policy_rejected, beta)
-    check_knob(0, nll_weight=nll_weight)
+    check_range(0, nll_weight=nll_weight)
     of_chosen, of_rejected, *_ = of_margin(margin, beta * logistic_slope(beta * margin, label_smoothing))
     return jnp.where(jnp.isfinite(jnp.asarray(logp_policy_chosen)), of_chosen - nll_weight, 0), of_rejected

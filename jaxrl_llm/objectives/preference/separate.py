@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrl_llm.numerics import checked, log_ratio
 from jaxrl_llm.objectives._margins import bell, kto, log_ratios, of_log_ratios, of_margin
-from jaxrl_llm.objectives.numerics import checked, log_ratio
 
 
 def nca_loss(

@@ -1,4 +1,4 @@
-"""Shared helpers of the objectives: input checks, and arithmetic that stays finite where a number leaves its range."""
+"""Shared numerics: input checks, and arithmetic that stays finite where a number leaves its range."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def checked_mask(mask: Array | None, shape: tuple[int, ...], *, of: str) -> Bool
     return mask.astype(bool)
 
 
-def check_knob(
-    low: float = -jnp.inf, high: float = jnp.inf, *, open_low: bool = False, open_high: bool = False, **knobs: Any
+def check_range(
+    low: float = -jnp.inf, high: float = jnp.inf, *, open_low: bool = False, open_high: bool = False, **numbers: Any
 ) -> None:
-    """Raise ValueError if a named knob lies outside [low, high], whose `open_` end is excluded, as infinity always is.
+    """Raise ValueError if a named number lies outside [low, high]; an `open_` end is excluded, as infinity always is.
 
-    A traced knob is not known, and passes: outside its range the result is not finite, or as it may be.
+    The value of a traced number is unknown and passes; outside its range the result may not be finite.
     """
-    for name, value in knobs.items():
+    for name, value in numbers.items():
         above = value > low if open_low else value >= low
         below = value < high if open_high or high == jnp.inf else value <= high
         if violated(above & below):
