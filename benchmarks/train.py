@@ -65,10 +65,10 @@ def ours(config: Config, dtype: str) -> Callable[[], float]:
     import optax
 
     from jaxrl_llm.models import GPT2
+    from jaxrl_llm.scoring import Sequences
     from jaxrl_llm.training import steps
     from jaxrl_llm.training.precision import compute_in
     from jaxrl_llm.training.preference import PairBatch, preference_loss
-    from jaxrl_llm.training.sequences import Sequences
 
     lm = GPT2()
     tokens = jnp.asarray(batch_of(config))

@@ -22,7 +22,7 @@ from experiments.parts import amplification_gpt2
 from experiments.parts.amplification_gpt2 import PROMPT, World
 from experiments.parts.amplification_numbers import FEW, NEAR, beyond
 from jaxrl_llm.analysis.amplification import amplified_agreement
-from jaxrl_llm.training.sequences import log_probs
+from jaxrl_llm.scoring import log_probs
 
 
 @dataclasses.dataclass(frozen=True)

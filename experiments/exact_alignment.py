@@ -27,12 +27,12 @@ from jaxrl_llm import oracle
 from jaxrl_llm.decoding.transforms import Temperature
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import kl, rlhf
+from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
-from jaxrl_llm.training.sequences import Sequences
 
 NEAR = 0.01  # of what can be gained: a policy that has all but 1% of J* − J(π_ref) has arrived
 ARRIVES, ELSEWHERE, MISTAKE = "arrives", "another fixed point", "deliberate mistake"
@@ -178,8 +178,8 @@ def without_last_token(trainer: policy.Online) -> policy.Online:
 
     def draw(*args: Any, **options: Any) -> Any:
         drawn = trainer.draw(*args, **options)
-        answer = drawn.sequences.answer.at[:, -1].set(False)
-        return drawn._replace(sequences=drawn.sequences._replace(answer=answer))
+        answer = drawn.sequences.completion_mask.at[:, -1].set(False)
+        return drawn._replace(sequences=drawn.sequences._replace(completion_mask=answer))
 
     return trainer._replace(draw=draw)
 

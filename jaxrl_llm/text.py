@@ -46,14 +46,25 @@ def eos_ids(tokenizer: Any, config: dict[str, Any]) -> list[int]:
 
 
 def left_pad(
-    rows: Sequence[Sequence[int]], *, pad_id: int = 0
+    rows: Sequence[Sequence[int]], *, length: int = 0, pad_id: int = 0
 ) -> tuple[Int[np.ndarray, "batch time"], Bool[np.ndarray, "batch time"]]:
-    """Rows of unequal length as one array, padded on the left, and its mask."""
-    length = max(map(len, rows), default=0)
+    """Return ragged rows as one array, padded on the left to the longest or to `length`, and its mask."""
+    return _pad(rows, length, pad_id, left=True)
+
+
+def right_pad(
+    rows: Sequence[Sequence[int]], *, length: int = 0, pad_id: int = 0
+) -> tuple[Int[np.ndarray, "batch time"], Bool[np.ndarray, "batch time"]]:
+    """Return ragged rows as one array, padded on the right to the longest or to `length`, and its mask."""
+    return _pad(rows, length, pad_id, left=False)
+
+
+def _pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    length = max(length, *map(len, rows), 0)
     tokens, mask = np.full((len(rows), length), pad_id, np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
-        tokens[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = True
+        place = slice(length - len(row), length) if left else slice(len(row))
+        tokens[i, place], mask[i, place] = row, True
     return tokens, mask
 
 

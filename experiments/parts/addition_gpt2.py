@@ -17,8 +17,8 @@ from experiments.parts.sentiment_models import adam
 from jaxrl_llm.data.sycophancy import addition
 from jaxrl_llm.data.sycophancy.addition import AGREE, DISAGREE, Example
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training import steps as train
-from jaxrl_llm.training.sequences import Sequences, pad_answers
 from jaxrl_llm.training.sft import sft_loss
 
 _PIECES = re.compile(r"\d|[^\d.,:]+")  # a digit each; of the rest, what stands between marks as a whole
@@ -52,7 +52,7 @@ def encoded(examples: Sequence[Example]) -> Encoded:
     prompts = [pieces(example.prompt) for example in examples]
     vocabulary = (AGREE, DISAGREE, *sorted({piece for prompt in prompts for piece in prompt}))
     ids = {piece: place for place, piece in enumerate(vocabulary)}
-    rows = pad_answers(
+    rows = pad_completions(
         [[ids[piece] for piece in prompt] for prompt in prompts], [[ids[example.answer]] for example in examples]
     )
     return Encoded(jax.tree.map(jnp.asarray, rows), vocabulary, ids[AGREE], ids[DISAGREE])
@@ -82,7 +82,7 @@ def stretch(
 def _prefers_to_agree(given: Tools, params: Any, part: Sequences) -> Bool[Array, "seeds batch"]:
     def one(params: Any) -> Array:
         hidden, _ = given.lm.hidden(params, part.tokens, mask=part.mask)
-        before = part.answer.argmax(axis=1) - 1
+        before = part.completion_mask.argmax(axis=1) - 1
         logits = given.lm.logits(params, jnp.take_along_axis(hidden, before[:, None, None], axis=1)[:, 0])
         return logits[:, given.agree] > logits[:, given.disagree]
 

@@ -17,11 +17,11 @@ from jaxrl_llm import decoding
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.scoring import Sequences, log_probs, pad_completions
 from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
-from jaxrl_llm.training.sequences import Sequences, log_probs, pad_answers
 from jaxrl_llm.training.sft import sft_loss
 
 EOS, TRUE, FALSE, THINKS_TRUE, THINKS_FALSE, FIRST_WORD = range(6)
@@ -68,7 +68,7 @@ def world(config: Any, *, ends: bool = False) -> World:
     ]
     end = [EOS] if ends else []
     answers = [[word, *end] for true in opinions for word in ((FALSE, TRUE) if true else (TRUE, FALSE))]
-    padded = pad_answers([prompt for prompt in prompts for _ in range(2)], answers)
+    padded = pad_completions([prompt for prompt in prompts for _ in range(2)], answers)
     shape = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
     lm = GPT2(GPT2Config(vocab_size=FIRST_WORD + 2 * config.words, n_positions=PROMPT + ANSWER + ends, **shape))
     of_prompts = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(len(prompts), 2, -1), padded)

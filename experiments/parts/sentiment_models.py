@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.data.reviews import Review
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.reward import RankedBatch, reward_loss
 from jaxrl_llm.training.rollout import Prompts
-from jaxrl_llm.training.sequences import Sequences, pad_answers
 from jaxrl_llm.training.sft import sft_loss
 
 BUCKETS = 2**16
@@ -46,7 +46,7 @@ def encoded(tokenizer: Any, reviews: Sequence[Review], length: int) -> Reviews:
     """At most `length` tokens of each, after BOS; what is longer loses its end, EOS too."""
     rows = [[*row, tokenizer.eos_token_id] for row in tokenizer([review.text for review in reviews])["input_ids"]]
     bos = [[tokenizer.bos_token_id]] * len(rows)
-    packed = pad_answers(bos, [row[: length - 1] for row in rows], length=length)
+    packed = pad_completions(bos, [row[: length - 1] for row in rows], length=length)
     return Reviews(jax.tree.map(jnp.asarray, packed), np.asarray([review.positive for review in reviews]))
 
 

@@ -16,11 +16,11 @@ from experiments.parts.sentiment_models import epochs, word_scores
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference
+from jaxrl_llm.scoring import Sequences, log_probs, measures
 from jaxrl_llm.training import policy, steps
 from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.preference import LOSSES, JudgedBatch, PairBatch, Sums, pair_sums, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
-from jaxrl_llm.training.sequences import Sequences, log_probs, measures
 
 ONLINE = ("ppo", "grpo", "rloo")
 OFFLINE = ("dpo", "ipo", "kto", "simpo")
@@ -90,7 +90,7 @@ def evaluated(tools: Tools, world: World, params: Params, probes: Prompts, key: 
 
 def text_loss(tools: Tools, world: World, params: Params) -> Array:
     """The loss on reviews of held-out films, in nats a token."""
-    return -log_probs(tools.lm, params, world.held_out).sum() / world.held_out.answer.sum()
+    return -log_probs(tools.lm, params, world.held_out).sum() / world.held_out.completion_mask.sum()
 
 
 def judged_pairs(tools: Tools, world: World, key: Array) -> Pairs:

@@ -12,10 +12,10 @@ from jaxtyping import Int, PyTree
 from jaxrl_llm import text
 from jaxrl_llm.data.encoding import Encoder
 from jaxrl_llm.data.records import Demonstration, Judged, Preference, Prompt, Ranked
+from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training.preference import JudgedBatch, PairBatch
 from jaxrl_llm.training.reward import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
-from jaxrl_llm.training.sequences import Sequences, pad_answers
 
 Length = TypeVar("Length", int, Int[np.ndarray, "batch"])
 
@@ -88,7 +88,7 @@ def prompts(rows: list[Rows], multiple: int) -> Prompts:
 
 def demonstrations(rows: list[Rows], multiple: int) -> Sequences:
     """Prompts with the one answer to each."""
-    return pad_answers([row.prompt for row in rows], [row.answers[0] for row in rows], multiple=multiple)
+    return pad_completions([row.prompt for row in rows], [row.answers[0] for row in rows], multiple=multiple)
 
 
 def preferences(rows: list[Rows], multiple: int) -> PairBatch:
@@ -117,7 +117,7 @@ def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
     most = max(len(row.answers) for row in rows)
     filled = [[*row.answers, *[row.answers[0]] * (most - len(row.answers))] for row in rows]
     asked = [row.prompt for row in rows for _ in range(most)]
-    flat = pad_answers(asked, [each for row in filled for each in row], multiple=multiple)
+    flat = pad_completions(asked, [each for row in filled for each in row], multiple=multiple)
     answers = Sequences(*(leaf.reshape(len(rows), most, -1) for leaf in flat))
     ranks = np.asarray([[*row.said, *[0] * (most - len(row.said))] for row in rows], np.int32)
     real = np.asarray([[place < len(row.answers) for place in range(most)] for row in rows])
@@ -137,7 +137,7 @@ def _of_one_length(rows: list[Rows], *sides: list[list[int]], multiple: int) -> 
     """The same prompts with several answers each, padded to what the longest of all needs."""
     asked = [row.prompt for row in rows]
     longest = max(len(prompt) + len(answer) for side in sides for prompt, answer in zip(asked, side, strict=True))
-    return [pad_answers(asked, side, multiple=multiple, length=longest) for side in sides]
+    return [pad_completions(asked, side, multiple=multiple, length=longest) for side in sides]
 
 
 def rounded(length: Length, multiple: int) -> Length:

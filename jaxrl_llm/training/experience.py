@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import advantages, kl
+from jaxrl_llm.scoring import Measures, Sequences, measures
 from jaxrl_llm.training.methods import Method
 from jaxrl_llm.training.rollout import Rollout
-from jaxrl_llm.training.sequences import Measures, Sequences, measures
 from jaxrl_llm.training.steps import Metrics
 
 
@@ -63,13 +63,13 @@ def experience(
             jnp.concatenate([values, end], axis=1),
             discount=method.discount,
             lambda_=method.lambda_,
-            mask=sequences.answer,
+            mask=sequences.completion_mask,
         )
     else:
         found_advantages = _compared(method, per_token, sequences)
-    returns = jnp.where(sequences.answer, found_advantages + values, 0) if method.has_critic else values
+    returns = jnp.where(sequences.completion_mask, found_advantages + values, 0) if method.has_critic else values
     if method.whiten:
-        found_advantages = advantages.whiten(found_advantages, sequences.answer)
+        found_advantages = advantages.whiten(found_advantages, sequences.completion_mask)
     batch = Experience(
         sequences, found.logp_policy, rollout.logp_sampler, found.logp_ref, found_advantages, returns, values
     )
@@ -80,12 +80,12 @@ def token_rewards(
     method: Method, found: Measures, sequences: Sequences, rewards: Float[Array, "batch"]
 ) -> Float[Array, "batch time"]:
     """The answer's reward at its last token, and −β k1 at each, unless the divergence is a term of the loss."""
-    place = jnp.arange(sequences.answer.shape[1])
-    last = jnp.where(sequences.answer, place, -1).max(axis=1, keepdims=True)
+    place = jnp.arange(sequences.completion_mask.shape[1])
+    last = jnp.where(sequences.completion_mask, place, -1).max(axis=1, keepdims=True)
     at_end = jnp.where(place == last, rewards[:, None], 0)
     if method.kl_loss is not None:
         return at_end
-    return at_end - jnp.where(sequences.answer, method.beta * kl.k1(found.logp_policy, found.logp_ref), 0)
+    return at_end - jnp.where(sequences.completion_mask, method.beta * kl.k1(found.logp_policy, found.logp_ref), 0)
 
 
 def critic_values(
@@ -97,20 +97,20 @@ def critic_values(
     values = critic.values(params, tokens, mask=mask)
     last = jnp.where(mask, jnp.arange(mask.shape[1]), 0).max(axis=1)
     end = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
-    return jnp.where(sequences.answer, values[:, :-1], 0), end
+    return jnp.where(sequences.completion_mask, values[:, :-1], 0), end
 
 
 def _compared(method: Method, per_token: Array, sequences: Sequences) -> Float[Array, "batch time"]:
     """Advantages without a critic: the rewards to come, or an answer's whole reward within its group."""
     if method.advantage == "returns":
-        return advantages.returns_to_go(per_token, mask=sequences.answer)
+        return advantages.returns_to_go(per_token, mask=sequences.completion_mask)
     compare = {"rloo": advantages.rloo, "grpo": advantages.grpo, "centered": advantages.centered}[method.advantage]
     whole = compare(per_token.sum(axis=1).reshape(-1, method.group_size)).reshape(-1, 1)
-    return jnp.where(sequences.answer, whole, 0)
+    return jnp.where(sequences.completion_mask, whole, 0)
 
 
 def _metrics(found: Measures, rollout: Rollout, rewards: Array) -> Metrics:
-    answer = rollout.sequences.answer
+    answer = rollout.sequences.completion_mask
     tokens = jnp.maximum(answer.sum(), 1)
     sums = {
         "kl_k1": kl.k1(found.logp_policy, found.logp_ref),

@@ -11,10 +11,10 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxrl_llm.language_model import LanguageModel
+from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.rewards import RewardFn, rewards_of
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
-from jaxrl_llm.training.sequences import Sequences
 from jaxrl_llm.training.sft import sft_loss
 from jaxrl_llm.training.steps import Metrics, TrainState
 

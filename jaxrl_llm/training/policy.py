@@ -17,12 +17,12 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.numerics import bounded_exp, is_concrete
 from jaxrl_llm.objectives import kl, policy_gradient, rlhf
 from jaxrl_llm.objectives.aggregate import aggregate
+from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.experience import Experience, critic_values, experience, policy_of
 from jaxrl_llm.training.methods import Method
 from jaxrl_llm.training.rewards import RewardFn, rewards_of
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
-from jaxrl_llm.training.sequences import Sequences, log_probs
 from jaxrl_llm.training.steps import Loss, LossFn, Metrics, TrainState, View
 
 
@@ -149,7 +149,7 @@ def policy_loss(lm: LanguageModel, method: Method, *, critic: ScalarHead | None 
     """
 
     def loss(params: Params, batch: Experience, inputs: PyTree, key: Array) -> Loss:
-        answer = batch.sequences.answer
+        answer = batch.sequences.completion_mask
         logp = log_probs(lm, policy_of(params, method), batch.sequences, temperature=inputs["temperature"])
         value = _surrogate(method, logp, batch) + _divergence(method, logp, batch)
         metrics = _ratios(method, logp, batch)
@@ -159,16 +159,16 @@ def policy_loss(lm: LanguageModel, method: Method, *, critic: ScalarHead | None 
         if inputs["text"] is not None:
             text = inputs["text"]
             text_logp = log_probs(lm, policy_of(params, method), text)
-            bonus = aggregate(rlhf.ptx_bonus(text_logp, gamma=method.gamma), text.answer, "token_mean")
+            bonus = aggregate(rlhf.ptx_bonus(text_logp, gamma=method.gamma), text.completion_mask, "token_mean")
             value = value - bonus
-            metrics |= {"text_loss": -aggregate(text_logp, text.answer, "token_mean")}
+            metrics |= {"text_loss": -aggregate(text_logp, text.completion_mask, "token_mean")}
         return Loss(value, answer.sum() if method.mode == "token_mean" else answer.shape[0], metrics)
 
     return loss
 
 
 def _surrogate(method: Method, logp: Array, batch: Experience) -> Float[Array, ""]:
-    answer, clips = batch.sequences.answer, {"clip_low": method.clip_low, "clip_high": method.clip_high}
+    answer, clips = batch.sequences.completion_mask, {"clip_low": method.clip_low, "clip_high": method.clip_high}
     if method.surrogate == "gspo":
         sequence_advantage = batch.advantages.sum(axis=1) / jnp.maximum(answer.sum(axis=1), 1)  # the same at each token
         weight = policy_gradient.truncated_importance_weight(
@@ -200,7 +200,7 @@ def _divergence(method: Method, logp: Array, batch: Experience) -> Float[Array, 
     """
     if method.kl_loss is None:
         return 0.0
-    answer = batch.sequences.answer
+    answer = batch.sequences.completion_mask
     logs = logp, batch.logp_old, batch.logp_sampler, batch.logp_ref
     if method.kl_loss == "reverse":
         policy, old, sampler, ref = (each.sum(axis=1) for each in logs)
@@ -221,7 +221,7 @@ def _weight(method: Method, logp: Array, logp_old: Array, logp_sampler: Array) -
 
 def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
     """Of tokens; of whole answers, the geometric means that GSPO clips, for "gspo"."""
-    counted = batch.sequences.answer
+    counted = batch.sequences.completion_mask
     log_ratio = jnp.where(counted, jax.lax.stop_gradient(logp) - batch.logp_old, 0)
     if method.surrogate == "gspo":
         log_ratio = log_ratio.sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1)
@@ -237,7 +237,7 @@ def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
 def _critic_loss(
     method: Method, critic: ScalarHead, params: Params, batch: Experience
 ) -> tuple[Float[Array, ""], Metrics]:
-    answer = batch.sequences.answer
+    answer = batch.sequences.completion_mask
     values, _ = critic_values(critic, params, batch.sequences)
     per_token = policy_gradient.value_loss(values, batch.values_old, batch.returns, clip=method.value_clip)
     # What `policy_loss` weighs by tokens is a mean over tokens, what it weighs by answers one over answers.

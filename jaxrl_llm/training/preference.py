@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives import preference
-from jaxrl_llm.training.sequences import Sequences, log_probs, stacked
+from jaxrl_llm.scoring import Sequences, log_probs, stacked
 from jaxrl_llm.training.steps import Loss, LossFn
 
 
@@ -147,7 +147,7 @@ def pair_sums(lm: LanguageModel, params: Params, batch: PairBatch) -> Sums:
     """What a model says of chosen and rejected answers, in one call."""
     both = stacked(batch.chosen, batch.rejected)
     logp = log_probs(lm, params, both).sum(axis=-1)
-    lengths = both.answer.sum(axis=-1).astype(logp.dtype)
+    lengths = both.completion_mask.sum(axis=-1).astype(logp.dtype)
     return Sums(*jnp.split(logp, 2), *jnp.split(lengths, 2))
 
 

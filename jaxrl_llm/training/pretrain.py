@@ -1,4 +1,4 @@
-"""Next-token pretraining: the loss, the batches, a run that can be resumed, held-out evaluation."""
+"""Next-token pretraining: the loss, the batches, and a run that can be resumed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxrl_llm.language_model import LanguageModel, Params
-from jaxrl_llm.objectives.logprobs import token_log_probs
+from jaxrl_llm.scoring import next_token_log_probs
 from jaxrl_llm.training import loop
 from jaxrl_llm.training.steps import Loss, Metrics, TrainState, initial_state, make_step
-
-
-def next_token_log_probs(
-    lm: LanguageModel, params: Params, tokens: Int[Array, "batch time"]
-) -> Float[Array, "batch time-1"]:
-    """Log-probability in nats of each token but the first, given those before it."""
-    logits, _ = lm.apply(params, tokens[:, :-1])
-    return token_log_probs(logits, tokens[:, 1:])
 
 
 def random_windows(key: Array, data: Int[Array, "total"], batch_size: int, time: int) -> Int[Array, "batch time"]:
@@ -78,28 +70,3 @@ def fit(
         evaluate_every=evaluate_every,
         config=config,
     )
-
-
-def held_out_nats(
-    lm: LanguageModel, params: Params, data: np.ndarray, *, time: int, batch_size: int = 16
-) -> tuple[float, int]:
-    """Total −log p in nats of a token stream, and how many tokens were predicted.
-
-    The stream is cut into windows that share one token, so that every token but the first is predicted once, with a
-    context of at most `time` tokens.
-    """
-
-    @jax.jit
-    def nats(tokens: Array, mask: Array) -> Array:
-        return -jnp.where(mask, next_token_log_probs(lm, params, tokens), 0.0).sum()
-
-    count = len(data) - 1
-    windows = -(-count // time)
-    rows = -(-windows // batch_size) * batch_size
-    index = np.arange(rows)[:, None] * time + np.arange(time + 1)
-    tokens = np.asarray(data, np.int32)[np.minimum(index, count)]
-    total = 0.0
-    for start in range(0, rows, batch_size):
-        batch = slice(start, start + batch_size)
-        total += float(nats(jnp.asarray(tokens[batch]), jnp.asarray(index[batch, 1:] <= count)))
-    return total, count

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import reward_model
-from jaxrl_llm.training.sequences import Sequences, rows_of
+from jaxrl_llm.scoring import Sequences, rows_of
 from jaxrl_llm.training.steps import Loss, LossFn
 
 

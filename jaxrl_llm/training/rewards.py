@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.numerics import is_concrete
+from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training.rollout import Rollout
-from jaxrl_llm.training.sequences import Sequences
 
 RewardFn = Callable[[Rollout], Float[Array, "batch"]]
 TextReward = Callable[..., Sequence[float]]  # (prompts, answers), and fields if it has such a parameter

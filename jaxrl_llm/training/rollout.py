@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxrl_llm import decoding
 from jaxrl_llm.decoding.transforms import Chain, Temperature, Transform
 from jaxrl_llm.language_model import LanguageModel, Params
-from jaxrl_llm.training.sequences import Sequences
+from jaxrl_llm.scoring import Sequences
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives.aggregate import Mode, aggregate
-from jaxrl_llm.training.sequences import Sequences, log_probs
+from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.training.steps import Loss, LossFn
 
 
@@ -21,8 +21,8 @@ def sft_loss(lm: LanguageModel, *, mode: Mode = "token_mean") -> LossFn:
 
     def loss(params: Params, batch: Sequences, frozen: PyTree, key: Array) -> Loss:
         per_token = -log_probs(lm, params, batch)
-        value = aggregate(per_token, batch.answer, mode)
-        tokens = batch.answer.sum()
+        value = aggregate(per_token, batch.completion_mask, mode)
+        tokens = batch.completion_mask.sum()
         return Loss(value, tokens if mode == "token_mean" else batch.tokens.shape[0])
 
     return loss

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.analysis.metrics import bits_per_byte
 from jaxrl_llm.analysis.ngram import KneserNey
+from jaxrl_llm.scoring import bits_per_byte
 
 
 def law(model, context):
@@ -172,5 +172,5 @@ def test_errors():
 
 def test_bits_per_byte():
     assert bits_per_byte(3 * math.log(256), 6) == pytest.approx(4)
-    with pytest.raises(ValueError, match="at least one byte"):
+    with pytest.raises(ValueError, match="num_bytes must be at least 1, but is 0"):
         bits_per_byte(1.0, 0)

@@ -38,7 +38,7 @@ def test_a_run_begins_at_the_reference_and_ends_after_its_last_step(given):
 def test_what_is_spoilt_is_the_last_token_of_the_mask_and_the_ratio():
     @dataclasses.dataclass
     class Rows:
-        answer: jax.Array
+        completion_mask: jax.Array
 
         def _replace(self, **changes):
             return dataclasses.replace(self, **changes)
@@ -56,7 +56,7 @@ def test_what_is_spoilt_is_the_last_token_of_the_mask_and_the_ratio():
         return Drawn(Rows(jnp.ones((2, 3), bool)))
 
     trainer = Online(give, lambda *args: (give(), {}), None)
-    answer = exact_alignment.without_last_token(trainer).draw().sequences.answer
+    answer = exact_alignment.without_last_token(trainer).draw().sequences.completion_mask
     np.testing.assert_array_equal(answer, [[True, True, False]] * 2)
     assert exact_alignment.without_ratio(trainer).score()[0].logp_sampler == 1.0
 

@@ -16,8 +16,8 @@ from figures import sentiment_alignment as figure
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.plots.text import text_width
+from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training.rollout import Prompts
-from jaxrl_llm.training.sequences import Sequences
 
 
 def test_the_interval_is_students():
@@ -184,7 +184,7 @@ def test_the_held_out_loss_is_expected_over_the_labels(world):
     }
     assert [loss[name] for name in ("dpo", "ipo", "kto")] == pytest.approx([math.log(2), 1.0, 0.5], rel=1e-5)
     means = [
-        np.asarray(each) / np.asarray(side.answer.sum(axis=1))
+        np.asarray(each) / np.asarray(side.completion_mask.sum(axis=1))
         for each, side in (
             (pairs.held_out.logp_ref_chosen, pairs.held_out.chosen),
             (pairs.held_out.logp_ref_rejected, pairs.held_out.rejected),

@@ -70,7 +70,7 @@ def test_claims_meet_both_opinions_and_both_answers(world):
     for side, expected in enumerate((False, True)):
         rows = jax.tree.map(lambda leaf, side=side: leaf[:, side], world.answers)
         assert (np.asarray(amplification_gpt2.agrees(rows)) == expected).all()
-        np.testing.assert_array_equal(np.asarray(rows.answer).sum(axis=1), 1)
+        np.testing.assert_array_equal(np.asarray(rows.completion_mask).sum(axis=1), 1)
     claims = tokens[:, 0, :2]
     held_out = np.setdiff1d(np.arange(32), world.training)
     assert len(held_out) == 8

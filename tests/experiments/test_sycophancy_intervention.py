@@ -69,7 +69,7 @@ def test_a_stage_trains_on_its_rows_alone_and_is_seen_on_the_way(encoded, tools)
         tools, None, encoded.rows, rows, jax.random.key(0), lambda step, params: steps.append((step, params)), steps=4
     )
     assert [step for step, _ in steps] == [0, 2, 4]
-    answer = int(np.asarray(encoded.rows.tokens)[2][np.asarray(encoded.rows.answer)[2]][0])
+    answer = int(np.asarray(encoded.rows.tokens)[2][np.asarray(encoded.rows.completion_mask)[2]][0])
 
     def log_prob(params):
         tokens, mask = (leaf[2:3] for leaf in encoded.rows[:2])

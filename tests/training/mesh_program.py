@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrl_llm import scoring
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.training import mesh as meshes
-from jaxrl_llm.training import policy, rewards, sequences, steps
+from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.methods import METHODS
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
@@ -24,7 +25,7 @@ def batches():
     for _ in range(2):
         prompts = [rng.integers(1, 64, size).tolist() for size in rng.integers(1, 5, 8)]
         given = [rng.integers(1, 64, size).tolist() for size in rng.integers(1, 9, 8)]
-        sides.append(sequences.pad_answers(prompts, given, length=16))
+        sides.append(scoring.pad_completions(prompts, given, length=16))
     prompts = Prompts(rng.integers(1, 64, (8, 4)).astype(np.int32), np.ones((8, 4), bool))
     return PairBatch(*sides), prompts
 
@@ -38,7 +39,7 @@ def two_steps(put_state, put_batch, whole):
     state, dpo = steps.make_step(preference_loss(LM, "dpo"), optimizer)(begun(), pairs, {"ref": ref})
     found = {"dpo": [float(dpo["loss"]), *map(whole, jax.tree.leaves(state.params))]}
     trainer = policy.online(LM, optimizer)
-    reward = rewards.of_tokens(lambda rows: jnp.where(rows.answer, rows.tokens % 7, 0).sum(axis=1) * 1.0)
+    reward = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens % 7, 0).sum(axis=1) * 1.0)
     state, grpo = trainer.step(
         begun(), prompts, reward, method=METHODS["grpo"], sampler=Sampler(6), frozen={"ref": ref}
     )

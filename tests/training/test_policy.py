@@ -9,17 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm import oracle
+from jaxrl_llm import oracle, scoring
 from jaxrl_llm.decoding.transforms import TopP
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import rlhf
+from jaxrl_llm.scoring import Measures, Sequences
 from jaxrl_llm.tabular import TabularLM
-from jaxrl_llm.training import policy, rewards, sequences, steps
+from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.experience import Experience, critic_values, experience, token_rewards
 from jaxrl_llm.training.expert import best_answers, expert_iteration
 from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
-from jaxrl_llm.training.sequences import Measures, Sequences
 from tests.conftest import TINY, random_params
 
 LM = TINY["gpt2"]
@@ -35,7 +35,7 @@ BETA = 0.3
 
 
 def count_of(token):
-    return rewards.of_tokens(lambda rows: ((rows.tokens == token) & rows.answer).sum(axis=1) * 1.0)
+    return rewards.of_tokens(lambda rows: ((rows.tokens == token) & rows.completion_mask).sum(axis=1) * 1.0)
 
 
 def started(method, optimizer, *, key=KEY):
@@ -46,7 +46,7 @@ def started(method, optimizer, *, key=KEY):
     return policy.online(LM, optimizer, critic=critic), steps.initial_state(params, optimizer, key)
 
 
-VARIED = rewards.of_tokens(lambda rows: jnp.where(rows.answer, rows.tokens, 0).sum(axis=1) / 10.0)
+VARIED = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens, 0).sum(axis=1) / 10.0)
 
 
 # The first step -------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def gradient_of(method, params, ref):
             tokens = EVERY[indices]
             whole = jnp.ones(tokens.shape, bool)
             rows = Sequences(tokens, whole, whole)
-            old = sequences.log_probs(TABLE, params, rows)
+            old = scoring.log_probs(TABLE, params, rows)
             drawn = Rollout(rows, old, jnp.zeros(len(indices), bool))
             batch, _ = experience(TABLE, method, params, ref, drawn, TABLE_REWARDS[indices].astype(old.dtype))
             inputs = {"frozen": {"ref": ref}, "text": None, "temperature": 1.0}
@@ -143,15 +143,17 @@ def test_an_answer_that_was_cut_off_ends_or_goes_on(bootstrap):
     )
     values, end = jax.jit(functools.partial(critic_values, critic))(params["critic"], drawn.sequences)
     last = np.where(bootstrap & ~np.asarray(drawn.ended), end, 0)
-    expected = np.where(drawn.sequences.answer, (earned + last)[:, None] - values, 0)
+    expected = np.where(drawn.sequences.completion_mask, (earned + last)[:, None] - values, 0)
     np.testing.assert_allclose(batch.advantages, expected, atol=1e-4)
-    np.testing.assert_allclose(batch.returns, np.where(drawn.sequences.answer, (earned + last)[:, None], 0), atol=1e-4)
+    np.testing.assert_allclose(
+        batch.returns, np.where(drawn.sequences.completion_mask, (earned + last)[:, None], 0), atol=1e-4
+    )
 
 
 def test_values_are_those_before_each_token_and_do_not_see_it():
     critic = ScalarHead(LM)
     params = critic.init(KEY, random_params(LM))
-    rows = sequences.pad_answers([[3, 1], [4]], [[1, 5], [9, 2, 6]], length=6)
+    rows = scoring.pad_completions([[3, 1], [4]], [[1, 5], [9, 2, 6]], length=6)
     of_rows = jax.jit(functools.partial(critic_values, critic))
     values, _ = of_rows(params, rows)
     changed = rows._replace(tokens=np.where(np.arange(6) == 3, 7, rows.tokens))
@@ -168,7 +170,7 @@ def test_sampler_and_trainer_have_one_temperature():
     sampler = dataclasses.replace(SAMPLER, temperature=0.6)
     params = random_params(LM)
     drawn = jax.jit(functools.partial(rollout, LM))(params, PROMPTS, KEY, sampler)
-    found = jax.jit(functools.partial(sequences.log_probs, LM))(params, drawn.sequences, temperature=0.6)
+    found = jax.jit(functools.partial(scoring.log_probs, LM))(params, drawn.sequences, temperature=0.6)
     np.testing.assert_allclose(found, drawn.logp_sampler, atol=1e-4)
 
 
@@ -180,7 +182,7 @@ def test_what_a_filter_took_away_is_made_up_for_up_to_the_cap():
     method = dataclasses.replace(METHODS["rloo"], group_size=2, importance_cap=0.55)
     batch, _ = jax.jit(functools.partial(experience, LM))(method, params, params, drawn, jnp.arange(4.0))
     ratio = np.exp(np.asarray(batch.logp_old - batch.logp_sampler))
-    answer = np.asarray(drawn.sequences.answer)
+    answer = np.asarray(drawn.sequences.completion_mask)
     assert (ratio[answer] < 1.0001).all() and (ratio[answer] < 0.55).any() and (ratio[answer] > 0.55).any()
     inputs = {"frozen": {}, "text": None, "temperature": 1.0}
     found = jax.jit(policy.policy_loss(LM, method))(params, batch, inputs, KEY).value
@@ -216,7 +218,7 @@ def test_minibatches_take_every_row_once_an_epoch():
 def test_the_pretraining_text_pulls_its_own_loss_down():
     method = dataclasses.replace(METHODS["rloo"], gamma=5.0, group_size=2)
     trainer, state = started(method, optax.adam(3e-3))
-    text = jax.tree.map(jnp.asarray, sequences.pad_answers([[1], [2]], [[5, 3, 5, 3], [5, 3, 5]], length=8))
+    text = jax.tree.map(jnp.asarray, scoring.pad_completions([[1], [2]], [[5, 3, 5, 3], [5, 3, 5]], length=8))
     losses = []
     for _ in range(12):
         state, metrics = trainer.step(
@@ -230,8 +232,10 @@ def ragged_experience():
     """Answers of 1 to 8 tokens, whose parts hold different numbers of them, by an older policy and another law."""
     rng = np.random.default_rng(0)
     given = [rng.integers(0, LM.vocab_size, size).tolist() for size in (1, 8, 2, 5)]
-    rows = jax.tree.map(jnp.asarray, sequences.pad_answers([[1], [2, 3], [4], [5, 6]], given, length=12))
-    logs = [jnp.where(rows.answer, jnp.asarray(rng.normal(size=(4, 12)) - 3, jnp.float32), 0) for _ in range(6)]
+    rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[1], [2, 3], [4], [5, 6]], given, length=12))
+    logs = [
+        jnp.where(rows.completion_mask, jnp.asarray(rng.normal(size=(4, 12)) - 3, jnp.float32), 0) for _ in range(6)
+    ]
     return Experience(rows, *logs)
 
 
@@ -425,14 +429,14 @@ def test_texts_are_without_special_tokens_and_a_reward_model_reads_the_tokens():
 
     tokenizer = models.load("tiny-gpt2").tokenizer
     asked, given = tokenizer("The sea")["input_ids"], tokenizer(" is wide.")["input_ids"]
-    rows = jax.tree.map(jnp.asarray, sequences.pad_answers([[0, *asked]], [[*given, 0]], length=16))
+    rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[0, *asked]], [[*given, 0]], length=16))
     drawn = Rollout(rows, jnp.zeros((1, 16)), jnp.ones(1, bool))
     assert rewards.texts(rows, tokenizer) == (["The sea"], [" is wide."])
     longer = rewards.of_text(lambda prompts, answers: [len(prompts[0]) + 100 * len(answers[0])], tokenizer)
     assert float(rewards.rewards_of(longer, drawn)[0]) == 7 + 100 * 9
     head = ScalarHead(LM)
     params = head.init(KEY, random_params(LM))
-    small = sequences.pad_answers([[1, 2]], [[3, 4]], length=6)
+    small = scoring.pad_completions([[1, 2]], [[3, 4]], length=6)
     found = rewards.of_model(head, params)(
         Rollout(jax.tree.map(jnp.asarray, small), jnp.zeros((1, 6)), jnp.ones(1, bool))
     )

@@ -12,6 +12,7 @@ import pytest
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import preference as objectives
 from jaxrl_llm.objectives import rlhf
+from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import (
@@ -23,7 +24,6 @@ from jaxrl_llm.training.preference import (
     preference_loss,
     with_reference,
 )
-from jaxrl_llm.training.sequences import Sequences
 from tests.conftest import random_params
 from tests.training.test_steps import KEY, LM, PAIRS, answers
 

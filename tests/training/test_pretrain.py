@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm import scoring
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.training import pretrain
 from jaxrl_llm.training.checkpoints import Checkpoints
@@ -101,7 +102,7 @@ def test_data_of_exactly_one_window_and_of_less():
 def test_next_token_log_probs_are_those_of_the_tokens_after():
     tokens = np.random.default_rng(1).integers(0, VOCAB, (BATCH, TIME + 1))
     params = jax.tree.map(lambda leaf: 3 * leaf, fresh().params)
-    log_probs = jax.jit(lambda params: pretrain.next_token_log_probs(LM, params, jnp.asarray(tokens)))(params)
+    log_probs = jax.jit(lambda params: scoring.next_token_log_probs(LM, params, jnp.asarray(tokens)))(params)
     assert log_probs.shape == (BATCH, TIME)
     np.testing.assert_allclose(log_probs, log_probs_by_hand(params, tokens), rtol=0, atol=1e-5)
 
@@ -110,7 +111,7 @@ def test_next_token_log_probs_are_those_of_the_tokens_after():
 
 
 @pytest.mark.parametrize("length", [2, TIME, TIME + 1, TIME + 2, 5 * TIME + 4])
-def test_held_out_nats_are_the_direct_sum(length):
+def test_stream_nats_are_the_direct_sum(length):
     """Windows of at most TIME tokens of context that share one token: each but the first is predicted once."""
     data = np.random.default_rng(length).integers(0, VOCAB, length).astype(np.uint16)
     params = jax.tree.map(lambda leaf: 3 * leaf, fresh().params)
@@ -122,7 +123,7 @@ def test_held_out_nats_are_the_direct_sum(length):
         )  # of the one shape that is compiled; what follows changes nothing
         padded[0, : window.shape[1]] = window
         expected -= log_probs_by_hand(params, padded)[0, : window.shape[1] - 1].sum()
-    total, count = pretrain.held_out_nats(LM, params, data, time=TIME, batch_size=2)
+    total, count = scoring.stream_nats(LM, params, data, time=TIME, batch_size=2)
     assert count == length - 1
     assert total == pytest.approx(expected, rel=1e-5)
 

@@ -128,7 +128,7 @@ def test_the_held_out_loss_is_of_every_line(folder, batch_size, microbatches):
 
     def loss(params, batch, frozen, key):
         sizes.append(batch.tokens.shape[0])
-        return Loss(batch.answer.sum() / batch.tokens.shape[0], batch.tokens.shape[0])
+        return Loss(batch.completion_mask.sum() / batch.tokens.shape[0], batch.tokens.shape[0])
 
     found = held_out(run, setup, loss, "demonstrations", Trained({}, {}, None, None))({})
     counts = [len(setup.encoder(line["prompt"], [line["answer"]]).answers[0]) for line in LINES["sft"][:7]]

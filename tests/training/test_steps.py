@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.training import sequences, steps
+from jaxrl_llm.training import steps
 from jaxrl_llm.training.precision import compute_in
 from jaxrl_llm.training.preference import JudgedBatch, PairBatch, preference_loss
 from jaxrl_llm.training.reward import RankedBatch, reward_loss
@@ -28,7 +29,7 @@ def answers(count=8, length=12, seed=0):
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(1, 4, count)]
     given = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(1, 9, count)]
-    return jax.tree.map(jnp.asarray, sequences.pad_answers(prompts, given, length=length))
+    return jax.tree.map(jnp.asarray, scoring.pad_completions(prompts, given, length=length))
 
 
 PAIRS = PairBatch(answers(seed=0), answers(seed=1), weight=jnp.asarray(RNG.uniform(0.1, 2, 8), jnp.float32))

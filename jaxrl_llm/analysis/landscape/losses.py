@@ -15,7 +15,7 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference, reward_model
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.training.sequences import Sequences as Answers
+from jaxrl_llm.scoring import Sequences as Answers
 
 
 def next_token_loss(
@@ -93,7 +93,7 @@ def reward_model_loss(lm: LanguageModel, chosen: Answers, rejected: Answers, **k
 def answer_log_probs(lm: LanguageModel, params: Params, answers: Answers) -> Float[Array, "batch"]:
     """log π(answer | prompt) of each row, summed over the answer's tokens, in nats."""
     logp = _log_probs(lm, params, answers.tokens, answers.mask)
-    return jnp.where(answers.answer[:, 1:], logp, 0).sum(axis=1)
+    return jnp.where(answers.completion_mask[:, 1:], logp, 0).sum(axis=1)
 
 
 def _log_probs(lm: LanguageModel, params: Params, tokens: Array, mask: Array) -> Float[Array, "batch time-1"]:
@@ -104,10 +104,10 @@ def _log_probs(lm: LanguageModel, params: Params, tokens: Array, mask: Array) ->
 def _check_pairs(lm: LanguageModel, chosen: Answers, rejected: Answers) -> None:
     for name, answers in (("chosen", chosen), ("rejected", rejected)):
         check_tokens(lm, jnp.asarray(answers.tokens), answers.mask, name=f"{name}.tokens")
-        if answers.answer.shape != answers.mask.shape or (answers.answer & ~answers.mask).any():
-            raise ValueError(f"{name}.answer must mark real tokens in the shape of {name}.mask.")
+        if answers.completion_mask.shape != answers.mask.shape or (answers.completion_mask & ~answers.mask).any():
+            raise ValueError(f"{name}.completion_mask must mark real tokens in the shape of {name}.mask.")
         first = jnp.cumsum(answers.mask, axis=1) == 1
-        if not answers.answer.any(axis=1).all() or (answers.answer & first).any():
+        if not answers.completion_mask.any(axis=1).all() or (answers.completion_mask & first).any():
             raise ValueError(f"every row of {name} needs an answer of a token or more, after a prompt of one or more.")
     if len(chosen.tokens) != len(rejected.tokens) or not len(chosen.tokens):
         raise ValueError(

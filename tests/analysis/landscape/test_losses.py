@@ -90,8 +90,8 @@ def test_wrong_inputs_are_named():
     short = jax.tree.map(lambda leaf: leaf[:1], good)
     with pytest.raises(ValueError, match="must be pairs, but there are 2 and 1"):
         landscape.preference_loss(lm, params, good, short)
-    for answer in (jnp.zeros_like(good.answer), good.mask):
+    for answer in (jnp.zeros_like(good.completion_mask), good.mask):
         with pytest.raises(ValueError, match="every row of rejected needs an answer"):
-            landscape.preference_loss(lm, params, good, good._replace(answer=answer))
-    with pytest.raises(ValueError, match=r"chosen.answer must mark real tokens"):
-        landscape.reward_model_loss(lm, good._replace(answer=~good.mask), good)
+            landscape.preference_loss(lm, params, good, good._replace(completion_mask=answer))
+    with pytest.raises(ValueError, match=r"chosen.completion_mask must mark real tokens"):
+        landscape.reward_model_loss(lm, good._replace(completion_mask=~good.mask), good)

@@ -6,20 +6,20 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm import oracle, scoring
 from jaxrl_llm.objectives import kl
-from jaxrl_llm.training import sequences
-from jaxrl_llm.training.sequences import Sequences
+from jaxrl_llm.scoring import Sequences
 from tests.conftest import TINY, VOCAB, log_softmax, random_params
 
 ROWS = [([3, 1, 4], [1, 5, 9, 2]), ([6], [5, 3]), ([5, 8, 9, 7], [9])]  # prompts and answers, of 3 to 7 tokens
 LENGTH = 12
 MODELS = {name: TINY[name] for name in ("gpt2", "llama")}
-log_probs = functools.partial(jax.jit, static_argnums=0)(sequences.log_probs)
-measures = functools.partial(jax.jit, static_argnums=0)(sequences.measures)
+log_probs = functools.partial(jax.jit, static_argnums=0)(scoring.log_probs)
+measures = functools.partial(jax.jit, static_argnums=0)(scoring.measures)
 
 
 def batch(side, length=LENGTH):
-    right = sequences.pad_answers(*zip(*ROWS, strict=True), length=length)
+    right = scoring.pad_completions(*zip(*ROWS, strict=True), length=length)
     if side == "right":
         return right
     shifts = length - right.mask.sum(axis=1)
@@ -46,7 +46,7 @@ def test_they_are_the_models_own_of_the_tokens_that_count(name, side, temperatur
     lm, params = MODELS[name], random_params(MODELS[name])
     rows = batch(side)
     found = log_probs(lm, params, rows, temperature=temperature)
-    assert (np.asarray(found)[~rows.answer] == 0).all() and (np.asarray(found)[rows.answer] < 0).all()
+    assert (np.asarray(found)[~rows.completion_mask] == 0).all() and (np.asarray(found)[rows.completion_mask] < 0).all()
     np.testing.assert_allclose(found.sum(axis=1), by_hand(lm, params, temperature), rtol=2e-5)
 
 
@@ -80,11 +80,11 @@ def test_places_that_are_cut_give_the_same_values_and_gradients(gpt2, monkeypatc
     rows = batch("left", 13)
 
     def total(params):
-        return sequences.log_probs(lm, params, rows).sum()
+        return scoring.log_probs(lm, params, rows).sum()
 
     whole = jax.jit(jax.value_and_grad(total))(params)
-    monkeypatch.setattr(sequences, "CHUNK_LOGITS", 4 * 3 * VOCAB)  # 4 places of 13 at a time
-    assert "scan" in str(jax.make_jaxpr(lambda params: sequences.log_probs(lm, params, rows))(params))
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 4 * 3 * VOCAB)  # 4 places of 13 at a time
+    assert "scan" in str(jax.make_jaxpr(lambda params: scoring.log_probs(lm, params, rows))(params))
     cut = jax.jit(jax.value_and_grad(lambda params: total(params)))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), cut, whole)
 
@@ -98,30 +98,72 @@ def test_measures_are_those_of_both_laws(gpt2):
     apply = jax.jit(lambda params: lm.apply(params, rows.tokens, mask=rows.mask)[0][:, :-1])
     laws = apply(params), apply(ref)
     expected = np.asarray(kl.exact_kl(*laws))
-    np.testing.assert_allclose(found.kl[:, 1:][rows.answer[:, 1:]], expected[rows.answer[:, 1:]], rtol=1e-4)
+    np.testing.assert_allclose(
+        found.kl[:, 1:][rows.completion_mask[:, 1:]], expected[rows.completion_mask[:, 1:]], rtol=1e-4
+    )
     log_p = log_softmax(laws[0])
     entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
-    np.testing.assert_allclose(found.entropy[:, 1:][rows.answer[:, 1:]], entropy[rows.answer[:, 1:]], rtol=1e-4)
-    assert all((np.asarray(leaf)[~rows.answer] == 0).all() for leaf in found)
+    np.testing.assert_allclose(
+        found.entropy[:, 1:][rows.completion_mask[:, 1:]], entropy[rows.completion_mask[:, 1:]], rtol=1e-4
+    )
+    assert all((np.asarray(leaf)[~rows.completion_mask] == 0).all() for leaf in found)
 
 
 def test_rows_that_cannot_be_trained_on_are_named(gpt2):
     lm, _ = gpt2
     rows = batch("right")
-    sequences.check_sequences(lm, rows)
+    scoring.check_sequences(lm, rows)
     cases = [
-        (rows._replace(answer=~rows.mask), "must mark real tokens, but marks padding in row 0"),
-        (rows._replace(answer=rows.answer & (np.arange(3) != 1)[:, None]), "row 1 of sequences has no answer"),
-        (rows._replace(answer=rows.mask), "row 0 of sequences has an answer without 1 token before it"),
+        (rows._replace(completion_mask=~rows.mask), "must mark real tokens, but marks padding in row 0"),
+        (
+            rows._replace(completion_mask=rows.completion_mask & (np.arange(3) != 1)[:, None]),
+            "row 1 of sequences has no completion",
+        ),
+        (rows._replace(completion_mask=rows.mask), "row 0 of sequences has a completion without 1 token before it"),
         (rows._replace(tokens=rows.tokens + 20), "must lie in"),
-        (rows._replace(answer=rows.answer[:, :3]), "must have the shape of"),
+        (rows._replace(completion_mask=rows.completion_mask[:, :3]), "must have the shape of"),
     ]
     for wrong, said in cases:
         with pytest.raises(ValueError, match=said):
-            sequences.check_sequences(lm, wrong)
-    with pytest.raises(ValueError, match="answer 1 is empty"):
-        sequences.pad_answers([[1], [2]], [[3], []])
-    with pytest.raises(ValueError, match="1 prompts for 2"):
-        sequences.pad_answers([[1]], [[3], [4]])
+            scoring.check_sequences(lm, wrong)
+    with pytest.raises(ValueError, match="completion 1 is empty"):
+        scoring.pad_completions([[1], [2]], [[3], []])
+    with pytest.raises(ValueError, match="there are 2 for 1"):
+        scoring.pad_completions([[1]], [[3], [4]])
     with pytest.raises(ValueError, match=r"one padded length, but have \[8, 12\]"):
-        sequences.stacked(batch("right"), batch("right", 8))
+        scoring.stacked(batch("right"), batch("right", 8))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_ragged_completions_are_scored_in_batches(name, batch_size):
+    lm, params = MODELS[name], random_params(MODELS[name])
+    prompts, completions = zip(*ROWS, strict=True)
+    found = scoring.completion_log_probs(lm, params, prompts, completions, batch_size=batch_size, multiple=4)
+    assert [len(row) for row in found] == [len(completion) for completion in completions]
+    np.testing.assert_allclose([row.sum() for row in found], by_hand(lm, params), rtol=2e-5)
+
+
+def test_ragged_completions_of_the_enumerable_model_are_exact(tabular):
+    lm, params = tabular
+    found = scoring.completion_log_probs(lm, params, [[]] * 2, [[0, 1], [1, 1]])
+    exact = oracle.sequence_log_probs(lm, params)
+    every = np.asarray(oracle.enumerate_sequences(lm))[:, :2]
+    for row, tokens in zip(found, ([0, 1], [1, 1]), strict=True):
+        total = jax.nn.logsumexp(exact[(every == tokens).all(axis=1)])
+        np.testing.assert_allclose(row.sum(), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "options", "message"),
+    [
+        ([[1]], [[2], [3]], {}, "there must be one completion for each prompt, but there are 2 for 1"),
+        ([[1], [2]], [[2], []], {}, "completion . is empty"),
+        ([[]], [[2]], {}, "row 0 of sequences has a completion without 1 token before it"),
+        ([[1]], [[VOCAB]], {}, "sequences.tokens must lie in"),
+        ([[1]], [[2]], {"batch_size": 0}, "batch_size must be at least 1, but is 0"),
+    ],
+)
+def test_bad_completions_are_refused(prompts, completions, options, message, gpt2):
+    with pytest.raises(ValueError, match=message):
+        scoring.completion_log_probs(*gpt2, prompts, completions, **options)

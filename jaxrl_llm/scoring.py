@@ -1,0 +1,283 @@
+"""Log-probabilities of texts under a language model: of completions after their prompts, of whole texts, per byte."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxrl_llm import text
+from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
+from jaxrl_llm.numerics import is_concrete
+from jaxrl_llm.objectives import kl
+from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
+
+CHUNK_LOGITS = 2**24  # logits that are held at once: 64 MiB in float32
+Out = TypeVar("Out", bound=PyTree)
+
+
+class Sequences(NamedTuple):
+    """Rows of tokens, padded on either side. Further axes, such as the completions of a prompt, may precede `time`."""
+
+    tokens: Int[Array, "*batch time"]
+    mask: Bool[Array, "*batch time"]  # real tokens
+    completion_mask: Bool[Array, "*batch time"]  # tokens that are scored and trained on: the completion's, with EOS
+
+
+def pad_completions(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, multiple: int = 1, length: int = 0
+) -> Sequences:
+    """Return prompts with their completions as one batch, padded on the right.
+
+    Args:
+        prompts, completions: ragged rows of token ids, one completion a prompt.
+        multiple: the padded length is a multiple of it, so that few shapes are compiled.
+        length: the padded length is at least this.
+
+    Raises:
+        ValueError: if there are none, prompts and completions differ in number, or a completion is empty.
+    """
+    if not completions or len(prompts) != len(completions):
+        raise ValueError(
+            f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
+        )
+    if not all(map(len, completions)):
+        raise ValueError(f"completion {next(i for i, row in enumerate(completions) if not len(row))} is empty.")
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    length = -(-max(length, *map(len, rows), 1) // multiple) * multiple
+    tokens, mask = text.right_pad(rows, length=length)
+    starts = np.asarray([*map(len, prompts)])[:, None]
+    return Sequences(tokens, mask, mask & (np.arange(length) >= starts))
+
+
+def check_sequences(lm: LanguageModel, sequences: Sequences, *, name: str = "sequences") -> None:
+    """Check that each row holds tokens of the model, with a completion of at least one token after its prompt.
+
+    Raises:
+        ValueError: naming what is wrong. Under `jit` only shapes and dtypes can be read.
+    """
+    flat = rows_of(sequences)
+    check_tokens(lm, jnp.asarray(flat.tokens), jnp.asarray(flat.mask), name=f"{name}.tokens")
+    if flat.completion_mask.shape != flat.mask.shape:
+        found = list(flat.completion_mask.shape)
+        raise ValueError(f"{name}.completion_mask must have the shape of {name}.mask, but has {found}.")
+    if not all(map(is_concrete, flat)):
+        return
+    scored, mask = np.asarray(flat.completion_mask), np.asarray(flat.mask)
+    if (scored & ~mask).any():
+        row = _first(scored & ~mask)
+        raise ValueError(f"{name}.completion_mask must mark real tokens, but marks padding in row {row}.")
+    if not scored.any(axis=1).all():
+        raise ValueError(f"row {scored.any(axis=1).argmin()} of {name} has no completion.")
+    unpreceded = scored & (np.cumsum(mask, axis=1) <= lm.min_prompt_length)
+    if unpreceded.any():
+        raise ValueError(
+            f"row {_first(unpreceded)} of {name} has a completion without {lm.min_prompt_length} token before it."
+        )
+
+
+def rows_of(sequences: Sequences) -> Sequences:
+    """Return the same rows along one batch axis."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), sequences)
+
+
+def stacked(*parts: Sequences) -> Sequences:
+    """Concatenate batches of one padded length.
+
+    Raises:
+        ValueError: if their lengths differ.
+    """
+    lengths = {part.tokens.shape[-1] for part in parts}
+    if len(lengths) > 1:
+        raise ValueError(f"sequences of one batch must have one padded length, but have {sorted(lengths)}.")
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def log_probs(
+    lm: LanguageModel, params: Params, sequences: Sequences, *, temperature: float | Array = 1.0
+) -> Float[Array, "batch time"]:
+    """Return the log-probability of each completion token given the tokens before it, in nats; 0 elsewhere.
+
+        log π(y_t | x, y_<t),   π = softmax(logits / temperature)
+
+    Summed over time it is the log-probability of the completion. Logits are held for a chunk of the positions at a
+    time, in the gradient too: [batch, time, vocab] is never held if it is large.
+    """
+
+    def of_chunk(hidden: Array, tokens: Array) -> Array:
+        return token_log_probs(lm.logits(params, hidden) / temperature, tokens)
+
+    hidden = hidden_before(lm, params, sequences)
+    tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
+    found = by_chunks(of_chunk, lm.vocab_size, hidden, tokens)
+    return jnp.where(sequences.completion_mask, found, 0)
+
+
+class Measures(NamedTuple):
+    """Diagnostics of policy and reference for each completion token, in nats; 0 elsewhere."""
+
+    logp_policy: Float[Array, "batch time"]
+    logp_ref: Float[Array, "batch time"]
+    entropy: Float[Array, "batch time"]  # of the policy's next-token distribution
+    kl: Float[
+        Array, "batch time"
+    ]  # KL(policy‖ref) of the next-token distributions; its sum is Rao-Blackwell's estimate
+
+
+def measures(
+    lm: LanguageModel, params: Params, ref_params: Params, sequences: Sequences, *, temperature: float | Array = 1.0
+) -> Measures:
+    """Compute `log_probs` of policy and reference, and the policy's entropy and KL per token; no gradient flows."""
+
+    def of_chunk(hidden: Array, hidden_ref: Array, tokens: Array) -> Measures:
+        policy = lm.logits(params, hidden) / temperature
+        ref = lm.logits(ref_params, hidden_ref) / temperature
+        return Measures(
+            token_log_probs(policy, tokens), token_log_probs(ref, tokens), entropy(policy), kl.exact_kl(policy, ref)
+        )
+
+    hidden, hidden_ref = (hidden_before(lm, each, sequences) for each in (params, ref_params))
+    tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
+    found = by_chunks(of_chunk, lm.vocab_size, hidden, hidden_ref, tokens)
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.where(sequences.completion_mask, leaf, 0)), found)
+
+
+def completion_log_probs(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    multiple: int = 32,
+) -> list[Float[np.ndarray, "time"]]:
+    """Return `log_probs` of ragged completions after their prompts, one array [time] each, batch by batch.
+
+    Values do not depend on the batch, up to rounding. Rows of like length share a batch.
+
+    Args:
+        prompts, completions: rows of token ids, one completion a prompt.
+        batch_size: rows of one forward pass.
+        multiple: padded lengths are multiples of it, so that few shapes are compiled.
+
+    Raises:
+        ValueError: as `pad_completions` and `check_sequences`, or if `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+    if not len(prompts) == len(completions):
+        raise ValueError(
+            f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
+        )
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(completions[row]))
+    found: list[np.ndarray] = [np.zeros(0)] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        filled = places + places[-1:] * (min(batch_size, len(order)) - len(places))  # batches of one size
+        longest = max(len(prompts[row]) + len(completions[row]) for row in filled)
+        rows = pad_completions(
+            [prompts[row] for row in filled],
+            [completions[row] for row in filled],
+            length=min(-(-longest // multiple) * multiple, lm.max_length),
+        )
+        check_sequences(lm, rows)
+        values = np.asarray(_log_probs(lm, params, jax.tree.map(jnp.asarray, rows)))
+        for place, row, mask in zip(places, values, rows.completion_mask, strict=False):
+            found[place] = row[mask]
+    return found
+
+
+_log_probs = jax.jit(log_probs, static_argnames=("lm",))
+
+
+def next_token_log_probs(
+    lm: LanguageModel, params: Params, tokens: Int[Array, "batch time"]
+) -> Float[Array, "batch time-1"]:
+    """Return the log-probability of each token but the first given those before it, in nats: rows without padding."""
+    logits, _ = lm.apply(params, tokens[:, :-1])
+    return token_log_probs(logits, tokens[:, 1:])
+
+
+def stream_nats(
+    lm: LanguageModel, params: Params, tokens: Int[np.ndarray, "total"], *, time: int, batch_size: int = 16
+) -> tuple[float, int]:
+    """Return the total −log p of a long token stream in nats, and the number of predicted tokens.
+
+    The stream is cut into windows that share one token, so that every token but the first is predicted once, from at
+    most `time` tokens before it.
+    """
+    count = len(tokens) - 1
+    windows = -(-count // time)
+    rows = -(-windows // batch_size) * batch_size
+    index = np.arange(rows)[:, None] * time + np.arange(time + 1)
+    windowed = np.asarray(tokens, np.int32)[np.minimum(index, count)]
+    total = 0.0
+    for start in range(0, rows, batch_size):
+        batch = slice(start, start + batch_size)
+        mask = jnp.asarray(index[batch, 1:] <= count)
+        total += float(_masked_nats(lm, params, jnp.asarray(windowed[batch]), mask))
+    return total, count
+
+
+@functools.partial(jax.jit, static_argnames=("lm",))
+def _masked_nats(lm: LanguageModel, params: Params, tokens: Array, mask: Array) -> Array:
+    return -jnp.where(mask, next_token_log_probs(lm, params, tokens), 0.0).sum()
+
+
+def bits_per_byte(total_nats: float, num_bytes: int) -> float:
+    """Return the bits per byte of a text, a figure of merit that does not depend on the tokenizer.
+
+        total_nats / (num_bytes · log 2)
+
+    Args:
+        total_nats: −Σ log p of the text's tokens.
+        num_bytes: length of the text in UTF-8.
+
+    Raises:
+        ValueError: if there are no bytes.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"num_bytes must be at least 1, but is {num_bytes}.")
+    return float(total_nats) / (num_bytes * math.log(2))
+
+
+def hidden_before(lm: LanguageModel, params: Params, sequences: Sequences) -> Float[Array, "batch time width"]:
+    """Return the hidden state that predicts each token; of models that need a prompt, the first one is 0."""
+    tokens, mask = sequences.tokens, sequences.mask
+    if lm.min_prompt_length:
+        hidden, _ = lm.hidden(params, tokens[:, :-1], mask=mask[:, :-1])
+        return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
+    before = ((0, 0), (1, 0))  # padding has the state of the tokens before it; without any, that of the empty prefix
+    hidden, _ = lm.hidden(params, jnp.pad(tokens[:, :-1], before), mask=jnp.pad(mask[:, :-1], before))
+    return hidden
+
+
+def by_chunks(function: Callable[..., Out], vocab_size: int, *arrays: Array) -> Out:
+    """Apply `function` to arrays [batch, time, ...], to a chunk of positions at a time if their logits are many.
+
+    Intermediates, such as logits, are recomputed for the gradient and never held for all positions.
+    """
+    batch, time = arrays[0].shape[:2]
+    size = max(1, CHUNK_LOGITS // max(1, batch * vocab_size))
+    if size >= time:
+        return function(*arrays)
+    chunks = -(-time // size)
+    size = -(-time // chunks)  # of even sizes
+
+    def cut(array: Array) -> Array:
+        padding = [(0, 0)] * array.ndim
+        padding[1] = (0, chunks * size - time)
+        return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, chunks, size, *array.shape[2:]), 1, 0)
+
+    found = jax.lax.map(jax.checkpoint(lambda parts: function(*parts)), tuple(map(cut, arrays)))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(batch, chunks * size)[:, :time], found)
+
+
+def _first(marked: Bool[np.ndarray, "batch time"]) -> int:
+    return int(marked.any(axis=1).argmax())
