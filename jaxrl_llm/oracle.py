@@ -186,7 +186,7 @@ def objective_grad(
     """∇J = E_π[(r − β log(π/ref)) ∇log π] + γ E_pretraining[∇log π] in `params`: the policy gradient, exactly."""
     log_probs, pull_back = jax.vjp(lambda params: sequence_log_probs(lm, params), params)
     ref_log_probs = sequence_log_probs(lm, ref_params)
-    of_log_probs, *_ = rlhf.regularised_objective_grad(log_probs, ref_log_probs, rewards, beta=beta)
+    of_log_probs, *_ = rlhf.regularised_objective.grad(log_probs, ref_log_probs, rewards, beta=beta)
     return pull_back(of_log_probs + gamma * _checked_pretraining(log_probs, pretraining, gamma))[0]
 
 

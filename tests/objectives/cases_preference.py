@@ -1,7 +1,7 @@
 """Cases of `objectives.preference`."""
 
 from jaxrl_llm.objectives import preference
-from tests.objectives.twins import Case, log_probs
+from tests.objectives.cases import Case, log_probs
 
 
 def pairs(**knobs):

@@ -1,7 +1,7 @@
 """Cases of `objectives.reward_model`."""
 
 from jaxrl_llm.objectives import reward_model
-from tests.objectives.twins import Case, mask
+from tests.objectives.cases import Case, mask
 
 
 def scores(**knobs):

@@ -4,12 +4,12 @@ import numpy as np
 
 from jaxrl_llm.objectives import aggregate, rlhf
 from tests.conftest import log_softmax
-from tests.objectives.twins import Case, log_probs, mask
+from tests.objectives.cases import Case, log_probs, mask
 
 
 def policy_and_rewards(rng, n):
-    laws = [log_softmax(rng.normal(size=(n.batch, n.vocab))) for _ in range(2)]
-    return Case((*laws, rng.normal(size=(n.batch, n.vocab))), knobs={"beta": n.beta})
+    both = [log_softmax(rng.normal(size=(n.batch, n.vocab))) for _ in range(2)]
+    return Case((*both, rng.normal(size=(n.batch, n.vocab))), knobs={"beta": n.beta})
 
 
 def reference_and_rewards(rng, n):
@@ -32,7 +32,6 @@ def per_token(rng, n):
 
 CASES = {
     rlhf.regularised_objective: policy_and_rewards,
-    rlhf.gibbs_optimum: reference_and_rewards,
     rlhf.optimal_value: reference_and_rewards,
     rlhf.ptx_bonus: pretraining_tokens,
     aggregate.aggregate: per_token,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.objectives import advantages
-from tests.objectives.twins import TOOLS, public_functions
+from tests.objectives.cases import TOOLS, public_functions
 
 # Compiled, for speed; what must be eager calls `advantages` itself.
 gae, returns_to_go, rloo, centered, optimal_baseline = map(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxrl_llm.objectives.aggregate import aggregate, aggregate_grad
+from jaxrl_llm.objectives.aggregate import aggregate
 
 X = jnp.asarray([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
 MASK = jnp.asarray([[True, True, False], [False, True, False], [False, False, False]])
@@ -40,7 +40,7 @@ def test_what_the_mask_hides_does_not_matter(mode, hidden):
     function = functools.partial(aggregate, mode=mode, **KNOBS[mode])
     value, gradient = jax.value_and_grad(function)(hiding, MASK)
     np.testing.assert_array_equal(value, function(X, MASK))
-    np.testing.assert_array_equal(gradient, aggregate_grad(hiding, MASK, mode, **KNOBS[mode])[0])
+    np.testing.assert_array_equal(gradient, aggregate.grad(hiding, MASK, mode, **KNOBS[mode])[0])
     assert (gradient[~MASK] == 0).all() and (gradient[MASK] > 0).all()
 
 
@@ -113,11 +113,15 @@ def test_eight_devices_give_the_global_mean():
     [
         ((X, MASK, "mean"), {}, "mode must be one of token_mean, sequence_mean, sequence_sum, constant, but is 'mean'"),
         ((X[0], MASK[0], "token_mean"), {}, r"must be \[batch, time\], but has the shape \[3\]"),
-        ((X, MASK[:2], "token_mean"), {}, r"mask must have the shape of per_token, \[3, 3\], but has \[2, 3\]"),
+        (
+            (X, MASK[:2], "token_mean"),
+            {},
+            r"mask must be \[batch, time\] = \[3, 3\] as in per_token, but has the shape \[2, 3\]",
+        ),
         ((X, X, "token_mean"), {}, "mask must be boolean, or 0 and 1"),
         ((X, MASK, "constant"), {}, "normaliser is for the mode constant and needed there, but is None"),
         ((X, MASK, "token_mean"), {"normaliser": 3.0}, "but is 3.0 for token_mean"),
-        ((X, MASK, "constant"), {"normaliser": 0.0}, r"normaliser must lie in \(0, inf\), is 0.0"),
+        ((X, MASK, "constant"), {"normaliser": 0.0}, r"normaliser must lie in \(0, inf\), but is 0.0"),
     ],
 )
 def test_bad_input_is_named(arguments, knobs, message):
