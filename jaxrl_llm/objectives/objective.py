@@ -156,14 +156,16 @@ def _of_kind(name: str, array: Array, kind: str, widen: bool) -> Array:
 
 
 def _fits(axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, Any]) -> bool:
-    """True if a shape has these axes; notes the sizes of those that are new."""
+    """True if a shape has these axes; if it does, the sizes of new ones are added."""
     leading = axes[0] if axes[0].startswith("*") else ""
     names = axes[1:] if leading else axes
     split = len(shape) - len(names)
     if split < 0 or (split and not leading):
         return False
-    parts = [(leading, shape[:split]), *zip(names, shape[split:], strict=True)]
-    return all(sizes.setdefault(axis, size) == size for axis, size in parts)
+    found = {leading: shape[:split], **dict(zip(names, shape[split:], strict=True))}
+    fits = all(sizes.get(axis, size) == size for axis, size in found.items())
+    sizes |= found if fits else {}
+    return fits
 
 
 def _known(axes: tuple[str, ...], sizes: dict[str, Any]) -> list[Any]:

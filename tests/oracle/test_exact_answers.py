@@ -44,7 +44,7 @@ def test_objective_is_reward_less_beta_kl_plus_gamma_pretraining():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     found = oracle.objective(LM, policy, ref, jnp.asarray(REWARDS), beta=0.3, gamma=2.0, pretraining=pretraining)
     np.testing.assert_allclose(found, expected + 2 * (pretraining * p).sum(), rtol=1e-12)
-    with pytest.raises(ValueError, match=r"gamma is 2\.0: the pretraining law must be given too"):
+    with pytest.raises(ValueError, match=r"gamma is 2\.0: the pretraining distribution must be given too"):
         oracle.objective(LM, policy, ref, jnp.asarray(REWARDS), beta=0.3, gamma=2.0)
 
 
