@@ -276,9 +276,9 @@ def exo_loss(a, b, *, beta: float = 0.1, label_smoothing: float = 1e-3):
 
     Source: Ji et al. 2024.
     """
-    x = beta * log_ratio(a, b)
+    margin = log_ratio(a, b)
     log_kept, log_flipped = jnp.log1p(-jnp.asarray(label_smoothing)), jnp.log(label_smoothing)
-    return _p_log_ratio(x, log_kept) + _p_log_ratio(-x, log_flipped)
+    return _p_log_ratio(beta * margin, log_kept) + _p_log_ratio(-beta * margin, log_flipped)
 
 
 @exo_loss.gradient

@@ -73,7 +73,7 @@ def test_an_infinite_divergence_has_no_gradient():
     [
         ({"beta": -1.0}, "beta must lie in"),
         ({"gamma": -1.0}, "gamma must lie in"),
-        ({"rewards": jnp.ones(1)}, "rewards must have the shape of log_probs"),
+        ({"rewards": jnp.ones(1)}, r"rewards must be .* = \[8\] as in log_probs, but has the shape \[1\]"),
         ({"rewards": jnp.ones(8, int)}, "rewards must be floating"),
         ({"gamma": 1.0, "pretraining": jnp.ones(8)}, "probabilities that sum to 1, but they sum to 8"),
         ({"gamma": 1.0, "pretraining": jnp.ones((8, 1)) / 8}, "pretraining must have the shape of log_probs"),
