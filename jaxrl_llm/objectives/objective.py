@@ -60,6 +60,10 @@ def objective(
         constants: arguments through which no gradient flows.
         widen: False leaves floating arrays in their dtype.
         ranges: the interval of a hyperparameter, such as beta="(0, inf)"; None and traced numbers pass.
+
+    Raises:
+        ValueError: for a constant or a range of an argument that the function does not have, or an interval in another
+            form.
     """
     if function is None:
         return lambda function: objective(function, constants=constants, widen=widen, **ranges)
@@ -67,6 +71,11 @@ def objective(
     declared = {name: Declared.of(each.annotation) for name, each in signature.parameters.items()}
     arrays = {name: each for name, each in declared.items() if each is not None}
     intervals = {name: _interval(interval) for name, interval in ranges.items()}
+    unknown = sorted({*constants, *ranges} - set(declared))
+    if unknown:
+        raise ValueError(
+            f"{function.__name__} must have every argument that is declared, but has no {', '.join(unknown)}."
+        )
 
     def prepared(*args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = signature.bind(*args, **kwargs)
@@ -176,7 +185,10 @@ def _known(axes: tuple[str, ...], sizes: dict[str, Any]) -> list[Any]:
 
 def _interval(interval: str) -> dict[str, Any]:
     """The arguments of `check_range`."""
-    opening, low, high, closing = INTERVAL.fullmatch(interval).groups()
+    found = INTERVAL.fullmatch(interval)
+    if found is None:
+        raise ValueError(f'an interval must be written as "[0, inf)", but is {interval!r}.')
+    opening, low, high, closing = found.groups()
     return {"low": float(low), "high": float(high), "open_low": opening == "(", "open_high": closing == ")"}
 
 

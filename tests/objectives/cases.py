@@ -34,7 +34,7 @@ class Case:
 
     differentiable: tuple[np.ndarray, ...]
     constants: tuple[np.ndarray, ...] = ()
-    knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Builder = Callable[[np.random.Generator, Sizes], Case]

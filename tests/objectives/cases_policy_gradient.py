@@ -9,13 +9,13 @@ def scored(rng, n):
     return Case((log_probs(rng, *shape),), (rng.normal(size=shape),))
 
 
-def against_another(**knobs):
+def against_another(**settings):
     """Ratios on both sides of the clips, advantages of both signs."""
 
     def build(rng, n):
         shape = (n.batch, n.time)
         logp_policy = log_probs(rng, *shape)
-        return Case((logp_policy,), (logp_policy + rng.normal(size=shape), rng.normal(size=shape)), knobs)
+        return Case((logp_policy,), (logp_policy + rng.normal(size=shape), rng.normal(size=shape)), settings)
 
     return build
 

@@ -47,11 +47,11 @@ def gradients(name, case):
     function, count = objectives()[name], len(case.differentiable)
 
     def by_autodiff(*arrays):
-        total = lambda *given: function(*given, *arrays[count:], **case.knobs).sum()  # noqa: E731
+        total = lambda *given: function(*given, *arrays[count:], **case.settings).sum()  # noqa: E731
         return jax.grad(total, argnums=tuple(range(count)))(*arrays[:count])
 
     def in_closed_form(*arrays):
-        return function.grad(*arrays, **case.knobs)
+        return function.grad(*arrays, **case.settings)
 
     return by_autodiff, in_closed_form
 
@@ -146,7 +146,7 @@ def test_constants_carry_no_gradient(name):
     ]
     if floating:
         function = objectives()[name]
-        total = jax.grad(lambda *given: function(*given, **case.knobs).sum(), argnums=tuple(floating))
+        total = jax.grad(lambda *given: function(*given, **case.settings).sum(), argnums=tuple(floating))
         assert all((gradient == 0).all() for gradient in jax.jit(total)(*arrays))
 
 
@@ -157,10 +157,10 @@ def test_a_wrong_dtype_and_a_wrong_shape_are_refused(name):
     arrays = cast((*case.differentiable, *case.constants), jnp.float32)
     for attempt in (function, function.grad):
         with pytest.raises(ValueError, match="must be floating"):
-            attempt(arrays[0].astype(jnp.int32), *arrays[1:], **case.knobs)
+            attempt(arrays[0].astype(jnp.int32), *arrays[1:], **case.settings)
         if len(arrays) > 1:
             with pytest.raises(ValueError, match="must"):
-                attempt(*arrays[:-1], jnp.concatenate([arrays[-1]] * 2, axis=-1), **case.knobs)
+                attempt(*arrays[:-1], jnp.concatenate([arrays[-1]] * 2, axis=-1), **case.settings)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -169,6 +169,6 @@ def test_bfloat16_inputs_are_widened(name):
     narrow = cast((*case.differentiable, *case.constants), jnp.bfloat16)
     widened = cast([np.asarray(a, np.float32) if a.dtype == jnp.bfloat16 else a for a in narrow], jnp.float32)
     function = objectives()[name]
-    value, expected = jax.jit(lambda *given: [function(*arrays, **case.knobs) for arrays in given])(narrow, widened)
+    value, expected = jax.jit(lambda *given: [function(*arrays, **case.settings) for arrays in given])(narrow, widened)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)

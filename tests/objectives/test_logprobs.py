@@ -202,7 +202,7 @@ def largest_array(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "unembedding", "tokens", "knobs", "message"),
+    ("hidden", "unembedding", "tokens", "settings", "message"),
     [
         (
             (2, 3, 4),
@@ -221,9 +221,9 @@ def largest_array(jaxpr):
         ((2, 3, 4), (9, 4), (2, 3), {"chunk_size": 0}, "chunk_size must be at least 1, but is 0"),
     ],
 )
-def test_fused_bad_input_is_named(hidden, unembedding, tokens, knobs, message):
+def test_fused_bad_input_is_named(hidden, unembedding, tokens, settings, message):
     with pytest.raises(ValueError, match=message):
-        fused_token_log_probs(jnp.zeros(hidden), jnp.zeros(unembedding), jnp.zeros(tokens, jnp.int32), **knobs)
+        fused_token_log_probs(jnp.zeros(hidden), jnp.zeros(unembedding), jnp.zeros(tokens, jnp.int32), **settings)
 
 
 def test_fused_tokens_outside_the_vocabulary():

@@ -79,3 +79,19 @@ def test_an_argument_that_is_not_as_declared_is_refused_by_value_and_gradient(ch
         with pytest.raises(ValueError) as refusal:
             function(**{"x": X, **GIVEN, **change})
         assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [
+        ({"constants": ("y",), "z": "[0, 1]"}, "f must have every argument that is declared, but has no y, z."),
+        ({"x": "0 to 1"}, "an interval must be written as \"[0, inf)\", but is '0 to 1'."),
+    ],
+)
+def test_a_wrong_declaration_is_refused(declaration, message):
+    def f(x):
+        return x
+
+    with pytest.raises(ValueError) as refusal:
+        objective(**declaration)(f)
+    assert str(refusal.value) == message

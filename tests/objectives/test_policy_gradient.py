@@ -30,12 +30,12 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def value_and_gradient(name, *arrays, **knobs):
+def value_and_gradient(name, *arrays, **settings):
     """The unreduced loss, and its derivative with respect to the first argument, by autodiff."""
     loss = getattr(pg, name)
 
     def total(first):
-        values = loss(first, *arrays[1:], **knobs)
+        values = loss(first, *arrays[1:], **settings)
         return values.sum(), values
 
     gradient, values = jax.jit(jax.grad(total, has_aux=True))(arrays[0])
@@ -79,11 +79,11 @@ PPO = [
 def test_ppo_clips_the_right_side_for_each_sign_of_the_advantage(by):
     ratio, advantages, loss, slope = f32(PPO).T
     arrays = (jnp.log(ratio) - 1, jnp.full(len(PPO), -1.0), advantages)
-    knobs = {"clip_low": 0.25, "clip_high": 0.5}
-    values, gradient = value_and_gradient("ppo_clip_loss", *arrays, **knobs)
+    settings = {"clip_low": 0.25, "clip_high": 0.5}
+    values, gradient = value_and_gradient("ppo_clip_loss", *arrays, **settings)
     close(values, loss)
     if by == "closed form":
-        (gradient,) = closed_form["ppo_clip_loss"](*arrays, **knobs)
+        (gradient,) = closed_form["ppo_clip_loss"](*arrays, **settings)
     close(gradient, slope)
     assert (np.asarray(gradient)[np.asarray(slope) == 0] == 0).all()  # exactly
 
@@ -93,11 +93,11 @@ def test_ppo_clips_the_right_side_for_each_sign_of_the_advantage(by):
 def test_ppo_at_ratio_one_is_reinforce(clip, dual_clip):
     advantages = f32([1.5, -2.0, 0.0])
     logp = f32([-1.0, -3.0, -0.1])
-    knobs = {"clip_low": clip, "clip_high": clip, "dual_clip": dual_clip}
-    values, gradient = value_and_gradient("ppo_clip_loss", logp, logp, advantages, **knobs)
+    settings = {"clip_low": clip, "clip_high": clip, "dual_clip": dual_clip}
+    values, gradient = value_and_gradient("ppo_clip_loss", logp, logp, advantages, **settings)
     np.testing.assert_array_equal(values, -advantages)
     np.testing.assert_array_equal(gradient, -advantages)
-    np.testing.assert_array_equal(closed_form["ppo_clip_loss"](logp, logp, advantages, **knobs)[0], -advantages)
+    np.testing.assert_array_equal(closed_form["ppo_clip_loss"](logp, logp, advantages, **settings)[0], -advantages)
 
 
 def test_ppo_is_the_formula_of_the_papers():
@@ -268,35 +268,35 @@ RATIOS = sorted(set(CASES) - {"value_loss", "entropy_loss"})
 def case_of(name):
     case = CASES[name](np.random.default_rng(5), Sizes(kept=1.0))
     arrays = [f32(array) if array.dtype != bool else array for array in (*case.differentiable, *case.constants)]
-    return arrays, case.knobs
+    return arrays, case.settings
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_unlikely_tokens_give_finite_losses_and_gradients(name):
-    arrays, knobs = case_of(name)
+    arrays, settings = case_of(name)
     arrays[0] = arrays[0].at[0].set(-1e4).at[1, 1].set(-1e4)
     if name != "reinforce_loss":
         arrays[1] = arrays[1].at[2].set(-1e4).at[1, 1].set(-1e4)
-    values, gradient = value_and_gradient(name, *arrays, **knobs)
+    values, gradient = value_and_gradient(name, *arrays, **settings)
     assert np.isfinite(values).all() and np.isfinite(gradient).all()
-    close(closed_form[name](*arrays, **knobs)[0], gradient)
+    close(closed_form[name](*arrays, **settings)[0], gradient)
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_infinite_and_missing_inputs_keep_gradients_finite_and_reach_only_their_own_entry(name):
-    arrays, knobs = case_of(name)
-    clean = value_and_gradient(name, *arrays, **knobs)
+    arrays, settings = case_of(name)
+    clean = value_and_gradient(name, *arrays, **settings)
     arrays[0] = arrays[0].at[0, 1].set(-jnp.inf).at[1, 0].set(jnp.nan)
     if name != "reinforce_loss":
         arrays[1] = arrays[1].at[0, 2].set(-jnp.inf).at[0, 1].set(-jnp.inf).at[1, 2].set(jnp.nan)
     advantages = 1 if name == "reinforce_loss" else 2
     arrays[advantages] = arrays[advantages].at[2].set(jnp.nan)
-    values, gradient = value_and_gradient(name, *arrays, **knobs)
+    values, gradient = value_and_gradient(name, *arrays, **settings)
     assert np.isfinite(gradient).all()
     assert np.isnan(values[1]).any() and np.isnan(values[2]).all()  # what is missing is seen in the value
     np.testing.assert_allclose(values[3], clean[0][3], rtol=1e-6)
     np.testing.assert_allclose(gradient[3], clean[1][3], rtol=1e-6)
-    (closed,) = closed_form[name](*arrays, **knobs)
+    (closed,) = closed_form[name](*arrays, **settings)
     np.testing.assert_allclose(closed, gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -319,10 +319,10 @@ def test_the_critic_behind_a_mask_keeps_its_gradient_finite():
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_eager_jit_and_vmap_agree(name):
-    arrays, knobs = case_of(name)
+    arrays, settings = case_of(name)
     function = getattr(pg, name)
-    eager = function(*arrays, **knobs)
-    by_row = jax.jit(jax.vmap(lambda *given: function(*given, **knobs)))(*arrays)
+    eager = function(*arrays, **settings)
+    by_row = jax.jit(jax.vmap(lambda *given: function(*given, **settings)))(*arrays)
     np.testing.assert_allclose(by_row, eager, rtol=1e-5, atol=1e-6)
 
 

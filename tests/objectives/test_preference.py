@@ -73,16 +73,16 @@ def of_four(values):
     return jnp.asarray(np.resize(values, 4), jnp.float32)
 
 
-def of_pair(loss, a, b, **knobs):
+def of_pair(loss, a, b, **settings):
     """The loss in float64."""
     with jax.enable_x64(True):
-        return np.asarray(loss(*four(a, b, jnp.float64), **knobs))[: np.size(a)].reshape(np.shape(a))
+        return np.asarray(loss(*four(a, b, jnp.float64), **settings))[: np.size(a)].reshape(np.shape(a))
 
 
-def slope(loss, x, **knobs):
+def slope(loss, x, **settings):
     """dL/da in closed form at a = x, b = 0, in float64."""
     with jax.enable_x64(True):
-        return float(loss.grad(*four(x, 0.0, jnp.float64), **knobs)[0][0])
+        return float(loss.grad(*four(x, 0.0, jnp.float64), **settings)[0][0])
 
 
 @pytest.mark.parametrize("name", OF_REFERENCE)
@@ -235,7 +235,7 @@ def test_discopop_where_the_modulation_underflows_and_the_exponential_overflows(
 
 
 @pytest.mark.parametrize(
-    ("knobs", "derivative"),
+    ("settings", "derivative"),
     [
         ({"divergence": "reverse_kl"}, lambda u: np.log(u)),
         ({"divergence": "forward_kl"}, lambda u: 1 - 1 / u),
@@ -246,10 +246,10 @@ def test_discopop_where_the_modulation_underflows_and_the_exponential_overflows(
         ({"divergence": "alpha", "alpha": 0.0}, lambda u: 1 - 1 / u),
     ],
 )
-def test_f_dpo_scores_the_ratio_by_the_derivative_of_f(knobs, derivative):
+def test_f_dpo_scores_the_ratio_by_the_derivative_of_f(settings, derivative):
     a, b = np.array(RATIOS).T
     margin = BETA * (derivative(np.exp(a)) - derivative(np.exp(b)))
-    found = of_pair(preference.f_dpo_loss, a, b, beta=BETA, **knobs)
+    found = of_pair(preference.f_dpo_loss, a, b, beta=BETA, **settings)
     np.testing.assert_allclose(found, np.log1p(np.exp(-margin)), rtol=1e-12)
 
 
@@ -270,10 +270,10 @@ def test_f_dpo_passes_into_the_reverse_divergence_as_alpha_nears_one_and_takes_a
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_f_dpo_closed_form_for_each_divergence(divergence):
-    knobs = {"beta": BETA, "divergence": divergence, "alpha": 0.4}
+    settings = {"beta": BETA, "divergence": divergence, "alpha": 0.4}
     arrays = four(*np.array(RATIOS).T)
-    expected = jax.grad(lambda *logps: preference.f_dpo_loss(*logps, **knobs).sum(), argnums=(0, 1, 2, 3))(*arrays)
-    np.testing.assert_allclose(preference.f_dpo_loss.grad(*arrays, **knobs), expected, rtol=1e-5)
+    expected = jax.grad(lambda *logps: preference.f_dpo_loss(*logps, **settings).sum(), argnums=(0, 1, 2, 3))(*arrays)
+    np.testing.assert_allclose(preference.f_dpo_loss.grad(*arrays, **settings), expected, rtol=1e-5)
 
 
 def test_length_normalised_dpo_is_dpo_of_log_ratios_per_token():
@@ -429,7 +429,7 @@ def test_beta_may_be_traced():
 
 
 GRID = np.array(list(itertools.product([-np.inf, -1e4, -3.0, -1e-7, 0.0], repeat=4)), np.float32).T
-KNOBS = {
+SETTINGS = {
     **{name: {} for name in (*PAIR_LOSSES, "kto")},
     "dpo smoothed": {"label_smoothing": 0.1},
     "discopop": {"temperature": 1.5},
@@ -437,7 +437,7 @@ KNOBS = {
 }
 
 
-@pytest.mark.parametrize("name", KNOBS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_extreme_log_probabilities(name):
     """At -1e4 all is finite; at -inf the gradient is, is what autodiff finds, and one -inf gives no NaN."""
     loss = getattr(preference, f"{name.split()[0]}_loss")
@@ -449,9 +449,9 @@ def test_extreme_log_probabilities(name):
         "length_normalised_dpo": (jnp.full(size, 3), jnp.full(size, 2)),
     }.get(name, ())
 
-    value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **KNOBS[name]), *arrays)
+    value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **SETTINGS[name]), *arrays)
     by_autodiff = pull_back(jnp.ones_like(value))
-    closed = loss.grad(*arrays, *constants, beta=BETA, **KNOBS[name])
+    closed = loss.grad(*arrays, *constants, beta=BETA, **SETTINGS[name])
     infinite = np.isinf(arrays).sum(axis=0)
     assert np.isfinite(value[infinite == 0]).all()
     assert not np.isnan(value[infinite <= 1]).any()

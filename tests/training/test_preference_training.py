@@ -47,9 +47,9 @@ def batch_of(name):
     return JUDGED if name == "kto" else UNWEIGHTED
 
 
-def first_step(name, params, batch, frozen, **knobs):
+def first_step(name, params, batch, frozen, **settings):
     optimizer = optax.sgd(0.01)
-    step = steps.make_step(preference_loss(LM, name, **knobs), optimizer)
+    step = steps.make_step(preference_loss(LM, name, **settings), optimizer)
     return step(steps.initial_state(params, optimizer, KEY), batch, frozen)
 
 
