@@ -111,7 +111,9 @@ print(json.dumps([below, sorted(heavy & set(sys.modules))]))
 
 def test_the_library_knows_neither_experiments_nor_figures():
     for path in sorted(PACKAGE.rglob("*.py")):
-        assert not {"experiments", "figures", "tests"} & {name.split(".")[0] for name in imported(path)}, path.name
+        assert not {"experiments", "figures", "tests", "tools"} & {name.split(".")[0] for name in imported(path)}, (
+            path.name
+        )
 
 
 def test_figures_draw_from_results_alone():

@@ -14,11 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.sheet import Sheet, size_in_points
-from jaxrl_llm.plots.text import LITERAL, text_width, token_label
+from jaxrl_llm.plots.layout import LITERAL, Sheet, size_in_points, text_width, token_label
 
 LABEL_SIZE, LABEL_WIDTH = 7.5, 64.0
 TITLE_SIZE, TITLE_WIDTH = 9.5, 440.0
@@ -108,28 +107,63 @@ def cell_size(queries: int, keys: int) -> float:
 
 
 @style.look()
-def head_figure(
-    weights: Map,
-    *,
-    queries: Sequence[str],
-    keys: Sequence[str],
-    title: str,
-    axis_names: tuple[str, str],
-    **links: Links,
+def attention_figure(
+    maps: Any, *, layer: int | None = None, head: int | None = None, model: str = "", **links: Links
 ) -> Figure:
-    """One head, as large as its tokens need.
+    """Draw the attention of a text: one head, or all heads of one layer, of one head number, or of the whole model.
 
     Args:
-        axis_names: what the queries and the keys are, as "target" and "source".
+        maps: `jaxrl_llm.analysis.attention.AttentionMaps`, or an object with its `weights` [layer, head, query, key],
+            `queries`, `keys`, `name`, `axis_names` and `source`.
+        layer, head: counted from 0, or from −1 backwards; all if None.
+        model: the model's name, for the title.
         links: `sure` and `possible`, as in `draw_map`.
+
+    Raises:
+        ValueError: if the model has no such layer or head, or the tokens or links do not fit the map.
     """
+    weights = np.asarray(maps.weights)
+    layers, heads = _chosen("layer", layer, weights.shape[0]), _chosen("head", head, weights.shape[1])
+    title = ", ".join(filter(None, (model, maps.name)))
+    if len(layers) == len(heads) == 1:
+        return _one_head(maps, weights[layers[0], heads[0]], f"{title}, layer {layers[0]}, head {heads[0]}", links)
+    return _all_heads(maps, weights[np.ix_(layers, heads)], f"{title}: {maps.source}", layers, heads, links)
+
+
+def _chosen(name: str, index: int | None, count: int) -> list[int]:
+    if index is None:
+        return list(range(count))
+    if not -count <= index < count:
+        raise ValueError(f"{name} must be from 0 to {count - 1} (or −{count} to −1), but is {index}.")
+    return [index % count]
+
+
+def _one_head(maps: Any, weights: np.ndarray, title: str, links: dict[str, Links]) -> Figure:
+    """A map as large as its tokens need."""
+    queries, keys = maps.queries, maps.keys
     cell, left, top = cell_size(len(queries), len(keys)), 14 + label_room(queries), 44 + label_room(keys)
     width, height = cell * len(keys), cell * len(queries)
     sheet = _page(title, left + width, top + height + 46)
     axes = sheet.axes(MARGIN + left, top, width, height)
     draw_map(axes, weights, queries=queries, keys=keys, **links)
-    name_axes(sheet, MARGIN + left, top, label_room(queries), label_room(keys), axis_names)
+    name_axes(sheet, MARGIN + left, top, label_room(queries), label_room(keys), maps.axis_names)
     add_colour_bar(sheet.axes(MARGIN + left, top + height + 12, 150, 6))
+    return sheet.figure
+
+
+def _all_heads(
+    maps: Any, weights: np.ndarray, title: str, layers: list[int], heads: list[int], links: dict[str, Links]
+) -> Figure:
+    """A small map of each head, a row for each layer."""
+    rows, columns, queries, keys = weights.shape
+    width, height = thumbnail_size(queries, keys)
+    left, top = 44.0, 46.0
+    sheet = _page(title, left + columns * (width + GAP), top + rows * (height + GAP) + 52)
+    draw_grid(sheet, MARGIN + left, top, weights, width=width, height=height, layers=layers, heads=heads, **links)
+    bottom = top + rows * (height + GAP)
+    names = f"in each: {maps.axis_names[1]} → on x, {maps.axis_names[0]} ↓ on y"
+    sheet.line(MARGIN + left, bottom + 8, names, size=7.5, width=200, color=style.MUTED)
+    add_colour_bar(sheet.axes(MARGIN + left, bottom + 18, 150, 6))
     return sheet.figure
 
 
@@ -150,32 +184,6 @@ def name_axes(
     sheet.line(x, y - columns - 3, f"{keys} →", width=200, **shared)
     place = {"rotation": 90, "va": "top", "ha": "right"}
     sheet.line(x - rows - 3, y, f"← {queries}", width=200, **place, **shared)
-
-
-@style.look()
-def grid_figure(
-    weights: Any,
-    *,
-    title: str,
-    axis_names: tuple[str, str],
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-) -> Figure:
-    """All heads of a model, [layer, head, query, key], a row for each layer.
-
-    Args:
-        layers: the numbers of the layers, if they are not all of them; `heads` likewise.
-    """
-    rows, columns, queries, keys = np.shape(weights)
-    width, height = thumbnail_size(queries, keys)
-    left, top = 44.0, 46.0
-    sheet = _page(title, left + columns * (width + GAP), top + rows * (height + GAP) + 52)
-    draw_grid(sheet, MARGIN + left, top, weights, width=width, height=height, layers=layers, heads=heads)
-    bottom = top + rows * (height + GAP)
-    names = f"in each: {axis_names[1]} → on x, {axis_names[0]} ↓ on y"
-    sheet.line(MARGIN + left, bottom + 8, names, size=7.5, width=200, color=style.MUTED)
-    add_colour_bar(sheet.axes(MARGIN + left, bottom + 18, 150, 6))
-    return sheet.figure
 
 
 def thumbnail_size(queries: int, keys: int) -> tuple[float, float]:
@@ -232,3 +240,88 @@ def add_colour_bar(axes: Axes, label: str = "attention weight") -> None:
     bar.set_ticks([0, 0.5, 1], labels=["0", "0.5", "1"])
     axes.set_xlabel(label, fontsize=7.5, labelpad=1)
     axes.tick_params(labelsize=7, length=2.5)
+
+
+# What is measured of heads --------------------------------------------------------------------------------------------
+
+Estimate = dict[str, float]  # estimate, low, high
+KINDS = {"own": "itself", "previous": "previous", "next": "next", "first": "first", "last": "last", "other": "others"}
+KIND_COLOURS = (style.PALETTE[0], style.PALETTE[5], style.PALETTE[2], style.PALETTE[4], style.PALETTE[1], style.FAINT)
+
+
+def draw_by_layer(axes: Axes, curves: Sequence[dict[str, Any]], *, label: str = "entropy (nats)") -> None:
+    """A quantity by layer: means with their intervals as lines, each head as a point.
+
+    `curves` have a `name`, `layers` (an estimate with `low` and `high` for each layer) and `heads` [layer][head].
+    """
+    for index, curve in enumerate(curves):
+        colour, place = style.PALETTE[index], np.arange(len(curve["layers"]))
+        mean, low, high = (np.asarray([each[part] for each in curve["layers"]]) for part in ("estimate", "low", "high"))
+        axes.fill_between(place, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(place, mean, color=colour, marker="o", label=curve["name"])
+        shift = 0.05 * (index - (len(curves) - 1) / 2)
+        for layer, heads in enumerate(curve["heads"]):
+            axes.plot([layer + shift] * len(heads), heads, ".", color=colour, markersize=3, alpha=0.55)
+    layers = max(len(curve["layers"]) for curve in curves)
+    axes.set(xlabel="layer", ylabel=label, ylim=(0, None), xlim=(-0.3, layers - 0.7))
+    axes.set_xticks(range(layers))
+    axes.grid(axis="x", visible=False)
+
+
+def draw_error_rates(
+    axes: Axes, rates: Sequence[Sequence[Estimate]], *, best: tuple[int, int], bound: float | None = None
+) -> None:
+    """The alignment error rate of each head with its interval, [layer][head], heads of a layer side by side.
+
+    Args:
+        best: the layer and head that is emphasised.
+        bound: a rate that is marked by a line.
+    """
+    places, centres, at = [], [], 0.0
+    for layer, heads in enumerate(rates):
+        for head, rate in enumerate(heads):
+            chosen = (layer, head) == tuple(best)
+            colour = style.ACCENT if chosen else style.PALETTE[0]
+            error = [[max(0.0, rate["estimate"] - rate["low"])], [max(0.0, rate["high"] - rate["estimate"])]]
+            axes.errorbar(at, rate["estimate"], yerr=error, fmt="o", color=colour, elinewidth=1.2, markersize=4)
+            if chosen:
+                text = f"{rate['estimate']:.1%}"
+                beside = {"xytext": (0, -3), "textcoords": "offset points", "ha": "center", "va": "top"}
+                axes.annotate(text, (at, rate["low"]), color=colour, fontsize=7.5, weight="bold", **beside)
+            places.append((at, str(head)))
+            at += 1
+        centres.append((at - (len(heads) + 1) / 2, f"layer {layer}"))
+        at += 0.8
+    top = 1.25 * max(rate["high"] for heads in rates for rate in heads)
+    if bound is not None:
+        axes.axhline(bound, color=style.MUTED, linestyle=(0, (3, 2)), linewidth=0.9)
+    axes.set(xlabel="head", ylabel="alignment error rate", ylim=(-0.12 * top, max(top, 0.01)), xlim=(-0.8, at - 1))
+    axes.set_xticks(*zip(*places, strict=True))
+    axes.grid(axis="x", visible=False)
+    for middle, text in centres:
+        axes.annotate(text, (middle, 1), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=7.5)
+
+
+def draw_shares(axes: Axes, shares: Sequence[Sequence[dict[str, float]]]) -> None:
+    """Draw where each head's weight falls, [layer][head]: bars that sum to 1, in the order of `KINDS`."""
+    row, labels = 0.0, []
+    for layer, heads in enumerate(shares):
+        for head, parts in enumerate(heads):
+            left = 0.0
+            for kind, colour in zip(KINDS, KIND_COLOURS, strict=True):
+                axes.barh(row, parts[kind], left=left, height=0.86, color=colour)
+                left += parts[kind]
+            labels.append((row, f"{layer}.{head}"))
+            row += 1
+        row += 0.5
+    axes.set(xlim=(0, 1), ylim=(row - 1, -0.6), xlabel="share of the weight", ylabel="layer.head")
+    axes.set_yticks(*zip(*labels, strict=True))
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def draw_share_key(axes: Axes, names: dict[str, str] | None = None, **options: Any) -> None:
+    """The colours of `draw_shares`, above the axes; `names` replaces some, the options are those of a legend."""
+    names = KINDS | (names or {})
+    handles = [Patch(color=colour, label=names[kind]) for kind, colour in zip(KINDS, KIND_COLOURS, strict=True)]
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, **options)

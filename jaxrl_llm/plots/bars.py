@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.sheet import Sheet, size_in_points
-from jaxrl_llm.plots.text import LITERAL, per_cent, text_width, token_label
+from jaxrl_llm.plots.layout import LITERAL, Sheet, per_cent, size_in_points, text_width, token_label
 
 KEPT, REMOVED = style.PALETTE[0], "#cfd4d9"
 LABEL_SIZE, LABEL_WIDTH, VALUE_WIDTH = 7.0, 58.0, 44.0

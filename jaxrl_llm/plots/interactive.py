@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.loss_grid import LossGrid, read_grid
-from jaxrl_llm.plots.loss_marks import FIRST, SECOND
-from jaxrl_llm.plots.loss_scale import digits, is_log, loss_limits, loss_norm, ticks
+from jaxrl_llm.plots.loss_grid import (
+    FIRST,
+    SECOND,
+    LossGrid,
+    digits,
+    fields_of,
+    is_log,
+    loss_limits,
+    loss_norm,
+    read_grid,
+    ticks,
+)
 
 COLOURS = "Viridis"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -19,7 +28,7 @@ _MENU: dict[str, Any] = {"xanchor": "left", "y": 1.0, "yanchor": "bottom", "show
 HOVER = "direction 1 %{x:.4g}<br>direction 2 %{y:.4g}<br>loss %{z:.5g}<extra></extra>"
 
 
-def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
+def surface_html(surfaces: Sequence[Any], *, title: str) -> str:
     """A page of loss surfaces that can be turned, with the numbers under the pointer.
 
     A menu chooses the surface, two buttons a linear or a log scale of the loss, of height and colour alike; it opens
@@ -43,7 +52,7 @@ def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
     has_log = all(min(grid.loss.min(), grid.centre) > 0 for grid in grids)
     log = has_log and any(starts_log)
     traces = [trace for index, grid in enumerate(grids) for trace in _traces(grid, log=log, visible=index == 0)]
-    names = [str(surface.get("title", f"surface {index + 1}")) for index, surface in enumerate(surfaces)]
+    names = [str(fields_of(surface).get("title", f"surface {index + 1}")) for index, surface in enumerate(surfaces)]
     menus = [_surface_menu(names)] if len(grids) > 1 else []
     menus += [_scale_menu(grids, log=log)] if has_log else []
     figure = {"data": traces, "layout": _layout(grids, menus, log=log)}
@@ -72,8 +81,8 @@ def require_plotly() -> Any:
     return plotly
 
 
-def _note(surfaces: Sequence[dict[str, Any]]) -> str:
-    name = f"{surfaces[0].get('title', '')}. " if len(surfaces) == 1 else ""
+def _note(surfaces: Sequence[Any]) -> str:
+    name = f"{fields_of(surfaces[0]).get('title', '')}. " if len(surfaces) == 1 else ""
     return (
         f"{name}Drag to turn, scroll to come nearer, point at the surface to read its loss; holes have no finite loss."
     )
