@@ -13,9 +13,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_llm import models
-from jaxrl_llm.models import sentencepiece_file
-from jaxrl_llm.models.t5 import T5
-from jaxrl_llm.models.t5_layers import T5Config
+from jaxrl_llm.models import tokenizers
+from jaxrl_llm.models.t5 import T5, T5Config
 from tests.conftest import TINY_T5, random_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -226,7 +225,7 @@ def test_tensors_have_the_names_and_shapes_of_published_checkpoints(tmp_path):
 
 def test_a_model_that_is_given_its_source_is_not_saved(tmp_path):
     lm, given = TINY_T5.start(random_params(TINY_T5), jnp.ones((1, 2), jnp.int32))
-    with pytest.raises(ValueError, match="T5Given has no Hugging Face form"):
+    with pytest.raises(ValueError, match="T5LM has no Hugging Face form"):
         models.save(tmp_path, lm, given)
 
 
@@ -279,7 +278,7 @@ def test_no_number_of_sentinels_is_a_hundred(spiece):
 def test_a_wrong_tokenizer_config_is_named(spiece, text, said):
     (spiece / "tokenizer_config.json").write_text(text)
     with pytest.raises(ValueError) as error:
-        sentencepiece_file.load(spiece)
+        tokenizers.from_spiece(spiece)
     assert said in str(error.value) and str(spiece / "tokenizer_config.json") in str(error.value)
 
 
@@ -311,7 +310,7 @@ TRAINER = bytes([2 << 3 | 2, 5, 3 << 3, 1]) + bytes([40 << 3 & 127 | 128, 40 >> 
 
 def test_the_parts_of_the_file_are_read(tmp_path):
     (tmp_path / "spiece.model").write_bytes(WHOLE + TRAINER + field(3, 2, field(2, 2, b"table")) + field(9, 2, b"x"))
-    pieces, kinds, unknown, charsmap = sentencepiece_file.read(tmp_path / "spiece.model")
+    pieces, kinds, unknown, charsmap = tokenizers.read_spiece(tmp_path / "spiece.model")
     assert pieces == [("<unk>", 0.0), ("▁a", -1.5), ("b", -2.0)]
     assert (kinds, unknown, charsmap) == ([2, 1, 1], 0, b"table")
 
@@ -322,13 +321,13 @@ def test_the_parts_of_the_file_are_read(tmp_path):
 def test_a_damaged_file_is_an_error(tmp_path, content):
     (tmp_path / "spiece.model").write_bytes(content)
     with pytest.raises(ValueError, match=r"spiece\.model is damaged, or no SentencePiece model"):
-        sentencepiece_file.load(tmp_path)
+        tokenizers.from_spiece(tmp_path)
 
 
 def test_another_kind_of_model_is_an_error(tmp_path):
     (tmp_path / "spiece.model").write_bytes(WHOLE + field(2, 2, field(3, 0, 2)))
     with pytest.raises(ValueError, match=r"must hold a unigram model \(kind 1\), but its kind is 2"):
-        sentencepiece_file.load(tmp_path)
+        tokenizers.from_spiece(tmp_path)
 
 
 UNUSED = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁ab", -1, 5), ("▁a", -2, 1), ("b", -3, 1), ("c", -1, 5)]
@@ -337,7 +336,7 @@ UNUSED = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁ab", -1, 5), ("
 def test_no_text_is_cut_into_a_piece_that_is_not_used(tmp_path):
     """As sentencepiece 0.2.3 cuts it. Such a piece still has its text; "c", which no other piece has, is unknown."""
     (tmp_path / "spiece.model").write_bytes(b"".join(piece(*each) for each in UNUSED) + field(2, 2, TRAINER_OF_2))
-    tokenizer = sentencepiece_file.load(tmp_path)
+    tokenizer = tokenizers.from_spiece(tmp_path)
     assert [tokenizer(text).input_ids for text in ("ab", "ab a", "abc")] == [[4, 5, 1], [4, 5, 4, 1], [4, 5, 2, 1]]
     assert tokenizer.decode([4, 3, 6]) == "a abc" and tokenizer.decode([3]) == "ab"
     tokenizer.save_pretrained(tmp_path / "saved")
