@@ -74,18 +74,6 @@ def normalised_entropy(
     return entropy(weights) / np.log(np.maximum(counts, 2))
 
 
-def mean_distance(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batch query"]:
-    """How far away self-attention looks, in tokens: Σ_k w_k |k − query|.
-
-    Raises:
-        ValueError: as `entropy`, and if there are not as many keys as queries.
-    """
-    weights = _checked(weights)
-    _require_square(weights)
-    place = np.arange(weights.shape[-1])
-    return (weights * np.abs(place[None, :] - place[:, None])).sum(axis=-1)
-
-
 class Shares(NamedTuple):
     """Of each query's weight, the parts that fall on each kind of key; they sum to 1.
 
@@ -107,7 +95,9 @@ def shares(weights: Float[Any, "layer batch head query key"], allowed: Bool[np.n
         ValueError: as `normalised_entropy`, and if there are not as many keys as queries.
     """
     weights, allowed = _paired(weights, allowed)
-    _require_square(weights)
+    if weights.shape[-2] != weights.shape[-1]:
+        found = f"{weights.shape[-1]} and {weights.shape[-2]}"
+        raise ValueError(f"self-attention must have as many keys as queries, but here are {found}.")
     place, valid = np.arange(weights.shape[-1]), allowed.any(axis=1)
     first, last = valid.argmax(axis=1), len(place) - 1 - valid[:, ::-1].argmax(axis=1)
     kinds = [np.broadcast_to(place[None, None, :] == place[None, :, None] + step, allowed.shape) for step in (0, -1, 1)]
@@ -160,12 +150,6 @@ def _paired(weights: Any, allowed: Any) -> tuple[np.ndarray, np.ndarray]:
     if np.where(allowed[None, :, None], 0, weights).any():
         raise ValueError("a key has weight that its query may not look at.")
     return weights, allowed
-
-
-def _require_square(weights: np.ndarray) -> None:
-    queries, keys = weights.shape[-2:]
-    if queries != keys:
-        raise ValueError(f"self-attention has as many keys as queries, but here are {keys} and {queries}.")
 
 
 # Maps of a text -------------------------------------------------------------------------------------------------------

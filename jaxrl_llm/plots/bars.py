@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from jaxrl_llm.plots import style
@@ -56,15 +55,6 @@ def _divide(axes: Axes, kept: list[bool]) -> None:
     count = sum(kept)
     if 0 < count < len(kept) and all(kept[:count]):
         axes.axhline(count - 0.5, color=style.MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-
-
-@style.look()
-def bars_figure(panels: list[dict[str, Any]]) -> Figure:
-    """A figure of distributions side by side, on one scale."""
-    margin, height = 10.0, needed_height(panels)
-    sheet = Sheet(200.0 * len(panels) + 2 * margin, height + 2 * margin)
-    draw_panels(sheet, margin, margin, panels, width=200.0 * len(panels), height=height)
-    return sheet.figure
 
 
 def needed_height(panels: list[dict[str, Any]]) -> float:
