@@ -1,7 +1,7 @@
-"""Attention maps: a head as a heatmap with its tokens, all heads of a model, and what is measured of them.
+"""Attention maps: a head as a heatmap with its tokens, all heads of a model, and measures of heads.
 
-Everywhere the keys, what is looked at, stand on x from left to right, and the queries, what looks, on y from top to
-bottom; of cross-attention these are the source and the target. Layers and heads are counted from 0.
+In every map the keys run along x from left to right and the queries along y from top to bottom; in cross-attention
+these are the source and the target. Layers and heads are counted from 0.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jaxrl_llm.plots.layout import LITERAL, Sheet, size_in_points, text_width, t
 
 LABEL_SIZE, LABEL_WIDTH = 7.5, 64.0
 TITLE_SIZE, TITLE_WIDTH = 9.5, 440.0
-CELL, LEAST_CELL, LARGEST_MAP = 18.0, 5.0, 900.0  # points of a cell; more tokens make smaller ones
+CELL, LEAST_CELL, LARGEST_MAP = 18.0, 5.0, 900.0  # points of a cell; it shrinks as tokens are added
 THUMBNAIL, GAP, MARGIN = 92.0, 8.0, 16.0
-RASTER = 2500  # cells, beyond which a map in an SVG is an image
+RASTER = 2500  # a map of more cells is an image in an SVG
 POSSIBLE = "#e8894f"  # paler than the accent, which marks sure links
 
 Map = Sequence[Sequence[float]] | np.ndarray  # [query, key]
@@ -31,7 +31,7 @@ Links = Iterable[tuple[int, int]]  # (key, query)
 
 
 def weight_colours() -> Colormap:
-    """White for no weight, deep blue for all of it."""
+    """Return the colour map of attention weights: white for 0, deep blue for 1."""
     return LinearSegmentedColormap.from_list("weight", ["#ffffff", "#c6dcee", "#4f97c9", "#0b5394", "#08306b"])
 
 
@@ -45,22 +45,22 @@ def draw_map(
     possible: Links = (),
     norm: Normalize | None = None,
 ) -> None:
-    """Draw one head's weights, rows on y from the top, into axes of a size that is final.
+    """Draw one head's weights, queries on y from the top. The axes must have their final size.
 
     Args:
-        queries: their tokens, written left of the map, if any.
-        keys: theirs, written above it.
-        sure: gold links (key, query), whose cells are outlined.
-        possible: further ones, outlined more lightly.
-        norm: the colour scale; by default that of weights, 0 to 1.
+        queries: tokens of the rows, written on the left of the map; none by default.
+        keys: tokens of the columns, written above it.
+        sure: gold links (key, query); their cells are outlined.
+        possible: possible links, outlined more lightly.
+        norm: the colour scale; 0 to 1 by default.
 
     Raises:
-        ValueError: if there are not as many tokens as rows or columns, or a link is outside the map.
+        ValueError: if the number of tokens is not that of the rows or columns, or a link is outside the map.
     """
     weights = np.asarray(weights, float)
     for name, tokens, size in (("queries", queries, weights.shape[0]), ("keys", keys, weights.shape[1])):
         if len(tokens) not in (0, size):
-            raise ValueError(f"the map has {size} {name}, but {len(tokens)} tokens are given for them.")
+            raise ValueError(f"{name} must be the {size} tokens of the map, but are {len(tokens)}.")
     width, height = size_in_points(axes)
     cell = min(width / weights.shape[1], height / weights.shape[0])
     lines = {"edgecolors": "#eef1f4", "linewidth": min(0.5, 0.06 * cell)} if weights.size <= RASTER else {}
@@ -79,7 +79,9 @@ def _outline(axes: Axes, shape: tuple[int, ...], sure: Links, possible: Links, c
     links = [(link, POSSIBLE, 0.6) for link in {tuple(link) for link in possible} - sure]
     for (key, query), colour, share in [*sorted(links), *((link, style.ACCENT, 1.0) for link in sorted(sure))]:
         if not (0 <= key < shape[1] and 0 <= query < shape[0]):
-            raise ValueError(f"the link {(key, query)} is outside the map of {shape[1]} keys and {shape[0]} queries.")
+            raise ValueError(
+                f"a link must lie in the map of {shape[1]} keys and {shape[0]} queries, but is {(key, query)}."
+            )
         width = share * min(1.6, 0.12 * cell)
         edge = {"edgecolor": colour, "linewidth": width, "linestyle": "-" if share == 1 else (0, (3, 1.5))}
         axes.add_patch(Rectangle((key + 0.06, query + 0.06), 0.88, 0.88, fill=False, zorder=3, **edge))
@@ -96,13 +98,13 @@ def _label(axes: Axes, queries: Sequence[str], keys: Sequence[str], *, size: flo
 
 
 def label_room(tokens: Sequence[str]) -> float:
-    """The points that the longest label takes, with its distance from the map."""
+    """Return the width in points of the longest label, with its distance from the map."""
     labels = (token_label(token, size=LABEL_SIZE, width=LABEL_WIDTH) for token in tokens)
     return 6.0 + max((text_width(label, LABEL_SIZE) for label in labels), default=0.0)
 
 
 def cell_size(queries: int, keys: int) -> float:
-    """The points of a cell in a map of its own."""
+    """Return the size in points of a cell of a map that is a figure of its own."""
     return max(LEAST_CELL, min(CELL, LARGEST_MAP / max(queries, keys, 1)))
 
 
@@ -139,7 +141,7 @@ def _chosen(name: str, index: int | None, count: int) -> list[int]:
 
 
 def _one_head(maps: Any, weights: np.ndarray, title: str, links: dict[str, Links]) -> Figure:
-    """A map as large as its tokens need."""
+    """Draw a map as large as its tokens need."""
     queries, keys = maps.queries, maps.keys
     cell, left, top = cell_size(len(queries), len(keys)), 14 + label_room(queries), 44 + label_room(keys)
     width, height = cell * len(keys), cell * len(queries)
@@ -154,7 +156,7 @@ def _one_head(maps: Any, weights: np.ndarray, title: str, links: dict[str, Links
 def _all_heads(
     maps: Any, weights: np.ndarray, title: str, layers: list[int], heads: list[int], links: dict[str, Links]
 ) -> Figure:
-    """A small map of each head, a row for each layer."""
+    """Draw a small map of each head, one row per layer."""
     rows, columns, queries, keys = weights.shape
     width, height = thumbnail_size(queries, keys)
     left, top = 44.0, 46.0
@@ -168,7 +170,7 @@ def _all_heads(
 
 
 def _page(title: str, width: float, height: float) -> Sheet:
-    """A sheet for so much between its margins, and for its title."""
+    """Return a sheet for content of this size between its margins, with its title."""
     room = max(width, min(TITLE_WIDTH, text_width(title, TITLE_SIZE, "bold") + 2), 230.0)
     sheet = Sheet(room + 2 * MARGIN, height)
     sheet.line(MARGIN, 20, title, size=TITLE_SIZE, width=room, weight="bold")
@@ -178,7 +180,7 @@ def _page(title: str, width: float, height: float) -> Sheet:
 def name_axes(
     sheet: Sheet, x: float, y: float, rows: float, columns: float, axis_names: tuple[str, str], *, size: float = 7.5
 ) -> None:
-    """Beside labels of these sizes around a map with its corner at (x, y), what they are."""
+    """Write the names of both axes outside the labels of a map whose corner is (x, y)."""
     queries, keys = axis_names
     shared = {"size": size, "color": style.MUTED}
     sheet.line(x, y - columns - 3, f"{keys} →", width=200, **shared)
@@ -187,7 +189,7 @@ def name_axes(
 
 
 def thumbnail_size(queries: int, keys: int) -> tuple[float, float]:
-    """The width and height of a small map of square cells."""
+    """Return the width and height in points of a small map of square cells."""
     scale = THUMBNAIL / max(queries, keys, 1)
     return max(scale * keys, 16.0), max(scale * queries, 16.0)
 
@@ -205,14 +207,12 @@ def draw_grid(
     marked: tuple[int, int] | None = None,
     **links: Links,
 ) -> None:
-    """Small maps of all heads, [layer, head, query, key], on one colour scale, numbered above and on the left.
+    """Draw small maps of heads, [layer, head, query, key], on one colour scale, with their numbers.
 
     Args:
-        width: of one map, in points.
-        height: of one.
-        layers: the numbers of the layers; by default from 0.
-        heads: those of the heads.
-        marked: the layer and head that is framed.
+        width, height: size of one map, in points.
+        layers, heads: numbers of the layers and heads; from 0 by default.
+        marked: the layer and head of the map that gets a frame.
         links: as in `draw_map`.
     """
     rows, columns = np.shape(weights)[:2]
@@ -232,7 +232,7 @@ def draw_grid(
 
 
 def add_colour_bar(axes: Axes, label: str = "attention weight") -> None:
-    """The colour scale of the weights, lying in these axes."""
+    """Draw the colour scale of the weights into these axes, horizontally."""
     bar = axes.get_figure().colorbar(
         ScalarMappable(Normalize(0, 1), weight_colours()), cax=axes, orientation="horizontal"
     )
@@ -242,7 +242,7 @@ def add_colour_bar(axes: Axes, label: str = "attention weight") -> None:
     axes.tick_params(labelsize=7, length=2.5)
 
 
-# What is measured of heads --------------------------------------------------------------------------------------------
+# Measures of heads ----------------------------------------------------------------------------------------------------
 
 Estimate = dict[str, float]  # estimate, low, high
 KINDS = {"own": "itself", "previous": "previous", "next": "next", "first": "first", "last": "last", "other": "others"}
@@ -250,9 +250,12 @@ KIND_COLOURS = (style.PALETTE[0], style.PALETTE[5], style.PALETTE[2], style.PALE
 
 
 def draw_by_layer(axes: Axes, curves: Sequence[dict[str, Any]], *, label: str = "entropy (nats)") -> None:
-    """A quantity by layer: means with their intervals as lines, each head as a point.
+    """Draw a quantity by layer: means with their intervals as lines, each head as a point.
 
-    `curves` have a `name`, `layers` (an estimate with `low` and `high` for each layer) and `heads` [layer][head].
+    Args:
+        curves: each with a `name`, `layers` (for each layer an estimate with `low` and `high`) and `heads`
+            [layer][head].
+        label: of the vertical axis.
     """
     for index, curve in enumerate(curves):
         colour, place = style.PALETTE[index], np.arange(len(curve["layers"]))
@@ -271,11 +274,11 @@ def draw_by_layer(axes: Axes, curves: Sequence[dict[str, Any]], *, label: str = 
 def draw_error_rates(
     axes: Axes, rates: Sequence[Sequence[Estimate]], *, best: tuple[int, int], bound: float | None = None
 ) -> None:
-    """The alignment error rate of each head with its interval, [layer][head], heads of a layer side by side.
+    """Draw the alignment error rate of each head with its interval, [layer][head], by layer.
 
     Args:
-        best: the layer and head that is emphasised.
-        bound: a rate that is marked by a line.
+        best: layer and head of the rate that is emphasised.
+        bound: a rate that is marked by a horizontal line.
     """
     places, centres, at = [], [], 0.0
     for layer, heads in enumerate(rates):
@@ -303,7 +306,7 @@ def draw_error_rates(
 
 
 def draw_shares(axes: Axes, shares: Sequence[Sequence[dict[str, float]]]) -> None:
-    """Draw where each head's weight falls, [layer][head]: bars that sum to 1, in the order of `KINDS`."""
+    """Draw the shares of each head's weight by kind of key, [layer][head]: bars that sum to 1, ordered as `KINDS`."""
     row, labels = 0.0, []
     for layer, heads in enumerate(shares):
         for head, parts in enumerate(heads):
@@ -321,7 +324,7 @@ def draw_shares(axes: Axes, shares: Sequence[Sequence[dict[str, float]]]) -> Non
 
 
 def draw_share_key(axes: Axes, names: dict[str, str] | None = None, **options: Any) -> None:
-    """The colours of `draw_shares`, above the axes; `names` replaces some, the options are those of a legend."""
+    """Draw the legend of `draw_shares` above the axes; `names` replaces some names, options are those of `legend`."""
     names = KINDS | (names or {})
     handles = [Patch(color=colour, label=names[kind]) for kind, colour in zip(KINDS, KIND_COLOURS, strict=True)]
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, **options)

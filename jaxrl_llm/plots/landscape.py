@@ -63,11 +63,11 @@ def landscape_figure(surface: Any, *, model: str = "", paths: Sequence[dict[str,
         paths: as in `draw_contour`.
 
     Raises:
-        ValueError: for a surface or paths that cannot be drawn, saying what was expected and found.
+        ValueError: for a surface or paths that cannot be drawn.
     """
     grid, fields = read_grid(surface), fields_of(surface)
     if missing := [field for field in ("title", "cosine") if field not in fields]:
-        raise ValueError(f"the figure of a surface also needs its {', '.join(missing)}.")
+        raise ValueError(f"a surface must have title and cosine for its figure, but lacks {', '.join(missing)}.")
     figure = Figure(figsize=(WIDTH / POINTS, HEIGHT / POINTS), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - HEADING / HEIGHT))
     _write(figure, 20, ", ".join(filter(None, (fields["title"], model))), size=12, weight="bold")
@@ -81,7 +81,7 @@ def landscape_figure(surface: Any, *, model: str = "", paths: Sequence[dict[str,
 
 
 def _write(figure: Figure, y: float, text: str, *, size: float, **properties: Any) -> None:
-    """A line of text, shortened to the figure's width."""
+    """Write a line of text, shortened to the figure's width."""
     weight = properties.get("weight", "normal")
     line = sentence(text, size=size, width=WIDTH - 2 * MARGIN, weight=weight)
     figure.text(MARGIN / WIDTH, 1 - y / HEIGHT, line, fontsize=size, **properties, **LITERAL)
@@ -98,9 +98,9 @@ def _facts(grid: LossGrid, fields: Mapping[str, Any]) -> str:
 
 # Contours -------------------------------------------------------------------------------------------------------------
 
-PATHS = (style.PALETTE[3], style.PALETTE[6], style.PALETTE[4], style.PALETTE[5])  # seen on every colour of the scale
+PATHS = (style.PALETTE[3], style.PALETTE[6], style.PALETTE[4], style.PALETTE[5])  # visible on every colour of the scale
 BANDS = 48
-APART = 19.0  # points between labels, measured before the layout makes room for what is around the axes
+APART = 19.0  # points between labels, measured before the layout has placed titles and legends
 
 
 def draw_contour(
@@ -110,10 +110,10 @@ def draw_contour(
     limits: tuple[float, float] | None = None,
     paths: Sequence[dict[str, Any]] = (),
 ) -> ScalarMappable:
-    """Draw a loss surface as filled contours with labelled lines; its legend stands under the axes.
+    """Draw a loss surface as filled contours with labelled lines, with a legend below the axes.
 
-    The origin, with its loss, and the lowest point of the grid are marked; the legend says if that lies on the grid's
-    edge. Where the loss is not finite the plane is hatched, and the legend says at how many points.
+    The origin and the lowest point of the grid are marked, and the legend gives their losses. Holes are hatched, and
+    the legend gives their number.
 
     Args:
         axes: to draw into.
@@ -126,7 +126,7 @@ def draw_contour(
         The colours, for `add_colour_bar`.
 
     Raises:
-        ValueError: for a surface, limits or paths that cannot be drawn, saying what was expected and found.
+        ValueError: for a surface, limits or paths that cannot be drawn.
     """
     grid = read_grid(surface)
     norm = loss_norm(limits or loss_limits([surface]))
@@ -171,7 +171,7 @@ def _fill_contours(axes: Axes, grid: LossGrid, colours: ScalarMappable, taken: n
 def _places(axes: Axes, lines: QuadContourSet, taken: np.ndarray) -> list[np.ndarray]:
     """Return for each line its point that is farthest from the edge, marks, paths and other labels.
 
-    A line without enough room stays without a label; the colour bar names its level.
+    A line without room for a label is left out; the colour bar gives its level.
     """
     to_points = axes.transData + axes.transAxes.inverted()
     size = np.asarray(size_in_points(axes))
@@ -199,7 +199,7 @@ def _mark_points(axes: Axes, grid: LossGrid) -> list[Artist]:
 
 
 def _hatch_holes(axes: Axes, grid: LossGrid) -> Patch:
-    """Hatch the whole plane under the colours, which leave the holes open."""
+    """Hatch the whole plane below the colours, which leave the holes open."""
     corner = (grid.alphas[0], grid.betas[0])
     axes.add_patch(Rectangle(corner, np.ptp(grid.alphas), np.ptp(grid.betas), **HATCHED, linewidth=0, zorder=0))
     points = f"{grid.holes} of {grid.loss.size} points"
@@ -209,17 +209,17 @@ def _hatch_holes(axes: Axes, grid: LossGrid) -> Patch:
 def _route(path: dict[str, Any]) -> np.ndarray:
     points = np.asarray(path["points"], float)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not np.isfinite(points).all():
-        raise ValueError(f"the points of a path must be finite pairs (alpha, beta), found {path['points']!r:.80}.")
+        raise ValueError(f"the points of a path must be finite pairs (alpha, beta), but are {path['points']!r:.80}.")
     return points
 
 
 def _dense(route: np.ndarray) -> np.ndarray:
-    """Return the path with points also between its own, from which labels keep away."""
+    """Return the path with further points between its own, so that labels keep away from all of it."""
     return np.concatenate([route[:1], *(np.linspace(*ends, 12) for ends in itertools.pairwise(route))])
 
 
 def _draw_path(axes: Axes, label: str, route: np.ndarray, colour: str) -> Line2D:
-    """A line with a hollow circle at its start and a square at its end."""
+    """Draw a line with a hollow circle at its start and a square at its end."""
     shared = {"color": colour, "zorder": 5, "clip_on": False}
     axes.plot(*route.T, linewidth=1.8, path_effects=halo(3.2), **shared)
     axes.plot(*route[:1].T, marker="o", markersize=6, markerfacecolor="white", markeredgewidth=1.6, **shared)
@@ -229,17 +229,17 @@ def _draw_path(axes: Axes, label: str, route: np.ndarray, colour: str) -> Line2D
 
 # Three dimensions -----------------------------------------------------------------------------------------------------
 
-LABELS = 26.0  # points for the labels around the box
-MOST_VECTORS = 2500  # more faces than that are drawn as pixels, in an SVG too
+LABELS = 26.0  # points around the box, for its labels
+MOST_VECTORS = 2500  # a surface of more faces is drawn as pixels, in an SVG too
 
 
 def draw_surface(
     axes: Any, surface: Any, *, limits: tuple[float, float] | None = None, label: str = LOSS
 ) -> ScalarMappable:
-    """Draw a loss surface into 3-D axes, the origin marked with its loss, holes left open.
+    """Draw a loss surface into 3-D axes, with the origin marked by its loss and holes left open.
 
-    Height and colour share one scale, logarithmic where the limits differ by more than a factor of five, and then said
-    to be so. What lies beyond the limits is cut off flat, in grey.
+    Height and colour share one scale; if the limits differ by more than a factor of five it is logarithmic, and the
+    axis label says so. Losses beyond the limits are cut off flat, in grey.
 
     Args:
         axes: of projection "3d".
@@ -251,7 +251,7 @@ def draw_surface(
         The colours, for `add_colour_bar`.
 
     Raises:
-        ValueError: for a surface or limits that cannot be drawn, saying what was expected and found.
+        ValueError: for a surface or limits that cannot be drawn.
     """
     grid = read_grid(surface)
     norm = loss_norm(limits or loss_limits([surface]))
@@ -259,7 +259,7 @@ def draw_surface(
     faces = _faces(grid)
     shown = [np.column_stack([face[:, :2], _heights(face[:, 2], norm)]) for face in faces]
     fills = [_face_colour(_middle(face[:, 2], norm), colours) for face in faces]
-    if faces:  # one may be left without, between holes
+    if faces:  # holes may leave none
         drawn = Poly3DCollection(shown, facecolors=fills, edgecolors=(1, 1, 1, 0.5), linewidths=0.3)
         drawn.set_rasterized(len(faces) > MOST_VECTORS)
         axes.add_collection3d(drawn)
@@ -269,7 +269,7 @@ def draw_surface(
 
 
 def _faces(grid: LossGrid) -> list[np.ndarray]:
-    """The corners (alpha, beta, loss) of the grid's cells: of four finite ones a quadrangle, of three a triangle."""
+    """Return the finite corners (alpha, beta, loss) of each cell: quadrangles and, beside a hole, triangles."""
     alphas, betas = np.meshgrid(grid.alphas, grid.betas, indexing="ij")
     points = np.stack([alphas, betas, grid.loss.filled(np.nan)], axis=-1)
     cells = np.stack([points[:-1, :-1], points[1:, :-1], points[1:, 1:], points[:-1, 1:]], axis=2).reshape(-1, 4, 3)
@@ -278,29 +278,29 @@ def _faces(grid: LossGrid) -> list[np.ndarray]:
 
 
 def _heights(loss: Any, norm: Normalize) -> Any:
-    """Return the positions of losses on the vertical axis, which is linear: on a log scale their logarithms."""
+    """Return the heights of losses: on a log scale their logarithms, for the 3-D axis is linear."""
     cut = np.clip(loss, norm.vmin, norm.vmax)
     return np.log10(cut) if is_log(norm) else cut
 
 
 def _middle(losses: np.ndarray, norm: Normalize) -> float:
-    """The loss whose colour a face has."""
+    """Return the mean loss of a face, which decides its colour."""
     return float(np.exp(np.log(losses).mean()) if is_log(norm) and (losses > 0).all() else losses.mean())
 
 
 def _face_colour(loss: float, colours: ScalarMappable) -> tuple[float, ...]:
-    """The colour of a face; what is cut off is half transparent, so as not to hide the valley behind it."""
+    """Return the colour of a face; a face that is cut off is half transparent, so that the valley stays visible."""
     norm = colours.norm
     return (*colours.cmap(norm(loss))[:3], 1.0 if norm.vmin <= loss <= norm.vmax else 0.45)
 
 
 def _mark_origin(axes: Any, grid: LossGrid, norm: Normalize) -> None:
-    axes.computed_zorder = False  # or the slope in front would hide the mark
+    axes.computed_zorder = False  # else the slope in front hides the mark
     foot, top = _heights(grid.centre, norm), _heights(norm.vmax, norm)
     axes.plot([0, 0], [0, 0], [foot, top], color=style.ACCENT, linewidth=0.9, linestyle=(0, (2, 1.5)), zorder=5)
     axes.plot([0], [0], [foot], **ORIGIN, zorder=6)
     text = axes.text2D(0.02, 0.99, f"{digits(grid.centre, padded=True)} at the origin", fontsize=7.5, va="top")
-    text.set(color=style.ACCENT, path_effects=halo(), transform=axes.transAxes)  # in a corner: it would hide the slope
+    text.set(color=style.ACCENT, path_effects=halo(), transform=axes.transAxes)  # in a corner, off the slope
 
 
 def _dress(axes: Any, grid: LossGrid, norm: Normalize, label: str) -> None:
@@ -310,7 +310,7 @@ def _dress(axes: Any, grid: LossGrid, norm: Normalize, label: str) -> None:
     axes.set_xlabel(FIRST, labelpad=-2)
     axes.set_ylabel(SECOND, labelpad=-2)
     name, _, unit = label.partition(" (")
-    lines = [scaled(name, norm)] + [f"({unit}"] * bool(unit)  # together no longer than the axis
+    lines = [scaled(name, norm)] + [f"({unit}"] * bool(unit)  # in two lines, so that they are not longer than the axis
     axes.set_zlabel("\n".join(lines), labelpad=0, fontsize=7.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -330,16 +330,16 @@ def draw_section(
     xlabel: str = "step along the direction (× ‖d‖)",
     label: str = LOSS,
 ) -> None:
-    """Draw the loss along lines through the model, and dashed in the same colour the quadratic predicted for each.
+    """Draw the loss along lines through the model, and dashed the quadratic that gradient and Hessian predict.
 
-    The vertical axis shows the range of the losses, not that of the quadratics, which soon leave it; it is a log scale
-    where losses differ by more than a factor of five, and then says so. Where a loss is not finite the line has a gap,
-    and the legend says at how many points.
+    The vertical axis covers the losses, not the quadratics. If losses differ by more than a factor of five it is
+    logarithmic, and its label says so. At a loss that is not finite the line has a gap, and the legend gives the number
+    of such points.
 
     Args:
         axes: to draw into.
-        sections: each with `label`, `alphas` [A], `loss` [A] (None where not finite), `quadratic` [A] (likewise),
-            `curvature` (along the line, at the origin) and perhaps `sharpness` (the Hessian's top eigenvalue).
+        sections: each with `label`, `alphas` [A], `loss` [A] (None where not finite), `quadratic` [A] (the same),
+            `curvature` (along the line, at the origin) and optionally `sharpness` (the Hessian's largest eigenvalue).
         limits: the lowest and the highest loss of the vertical axis; by default those of the losses.
         xlabel: of the horizontal axis.
         label: of the vertical axis.
@@ -348,7 +348,7 @@ def draw_section(
         ValueError: if there is no section, or one whose lists differ in length or hold no finite loss.
     """
     if not sections:
-        raise ValueError("there is no section to draw: expected at least one, found none.")
+        raise ValueError("there must be at least one section to draw, but there is none.")
     lines = [_read_section(section) for section in sections]
     values = np.concatenate([loss.compressed() for _, loss, _ in lines])
     norm = loss_norm(limits or (float(values.min()), float(values.max())))
@@ -371,11 +371,11 @@ def draw_section(
 def _read_section(section: dict[str, Any]) -> tuple[np.ndarray, np.ma.MaskedArray, np.ndarray]:
     needed = ("label", "alphas", "loss", "quadratic", "curvature")
     if missing := [field for field in needed if field not in section]:
-        raise ValueError(f"a section has {', '.join(needed)}; this one lacks {', '.join(missing)}.")
+        raise ValueError(f"a section must have {', '.join(needed)}, but lacks {', '.join(missing)}.")
     alphas = read_steps(section["alphas"], "alphas")
     lengths = {name: len(section[name]) for name in ("loss", "quadratic")}
     if set(lengths.values()) != {len(alphas)}:
-        raise ValueError(f"a section of {len(alphas)} alphas needs as many values, found {lengths}.")
+        raise ValueError(f"a section of {len(alphas)} alphas must have as many values, but has {lengths}.")
     return alphas, read_losses(section["loss"]), np.asarray(section["quadratic"], float)
 
 

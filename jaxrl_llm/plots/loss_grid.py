@@ -1,4 +1,4 @@
-"""A loss surface as every picture of it needs it: its grid checked, one scale for colour and height, its marks."""
+"""Loss surfaces for drawing: the checked grid, one scale for colour and height, and the marks of every picture."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class LossGrid:
     """Losses over the plane of two directions.
 
     Args:
-        alphas: [A] the steps along the first direction, ascending; drawn along x.
-        betas: [B] the steps along the second direction, ascending; drawn along y.
+        alphas: [A] steps along the first direction, ascending; drawn along x.
+        betas: [B] steps along the second direction, ascending; drawn along y.
         loss: [A, B] masked where the loss is not finite.
-        centre: the loss at the origin, whether or not that is a point of the grid.
-        label: of an axis of losses, with their unit.
+        centre: the loss at the origin, which need not be a point of the grid.
+        label: of an axis of losses, with the unit.
     """
 
     alphas: np.ndarray
@@ -45,13 +45,13 @@ class LossGrid:
 
     @property
     def minimum(self) -> tuple[float, float, float]:
-        """Alpha, beta and loss of the lowest point of the grid."""
+        """Return alpha, beta and loss of the lowest point of the grid."""
         row, column = np.unravel_index(np.ma.argmin(self.loss), self.loss.shape)
         return float(self.alphas[row]), float(self.betas[column]), float(self.loss[row, column])
 
     @property
     def has_origin(self) -> bool:
-        """Return True if the origin is a point of the grid; of an even grid it is not."""
+        """Return True if the origin is a point of the grid, as in a symmetric grid of odd size."""
         return all(np.isclose(steps, 0, atol=1e-9 * np.ptp(steps)).any() for steps in (self.alphas, self.betas))
 
 
@@ -69,53 +69,52 @@ def read_grid(surface: Any) -> LossGrid:
     """
     surface = fields_of(surface)
     if missing := [field for field in ("alphas", "betas", "loss", "centre") if field not in surface]:
-        raise ValueError(f"a loss surface has alphas, betas, loss and centre; this one lacks {', '.join(missing)}.")
+        raise ValueError(f"a loss surface must have alphas, betas, loss and centre, but lacks {', '.join(missing)}.")
     alphas, betas = (read_steps(surface[name], name) for name in ("alphas", "betas"))
     rows = surface["loss"]
     widths = sorted({len(row) for row in rows})
     if len(rows) != len(alphas) or widths != [len(betas)]:
         found = f"{len(rows)} x {' or '.join(map(str, widths)) or 0}"
-        raise ValueError(f"loss must be {len(alphas)} x {len(betas)} (alphas x betas), found {found}.")
+        raise ValueError(f"loss must be {len(alphas)} x {len(betas)} (alphas x betas), but is {found}.")
     loss = read_losses([value for row in rows for value in row]).reshape(len(alphas), len(betas))
     (centre,) = np.asarray([surface["centre"]], float)
     if not np.isfinite(centre):
-        raise ValueError(f"the loss at the origin must be a finite number, found {surface['centre']}.")
+        raise ValueError(f"the loss at the origin must be a finite number, but is {surface['centre']}.")
     label = f"loss ({surface['unit']})" if "unit" in surface else LOSS
     return LossGrid(alphas, betas, loss, float(centre), label)
 
 
 def read_steps(values: Sequence[float], name: str, *, least: int = 2) -> np.ndarray:
-    """Steps along a direction: at least two, ascending; a single row is a section, not a surface."""
+    """Check and return the steps along a direction: at least two, ascending."""
     steps = np.asarray(values, float)
     if steps.ndim != 1 or len(steps) < least:
         hint = "; one row of a grid is drawn as a section" if steps.size == 1 else ""
-        raise ValueError(f"{name} must be at least {least} numbers, found {steps.size}{hint}.")
+        raise ValueError(f"{name} must be at least {least} numbers, but are {steps.size}{hint}.")
     if not (np.isfinite(steps).all() and (np.diff(steps) > 0).all()):
-        raise ValueError(f"{name} must be finite and ascending, found {', '.join(f'{step:g}' for step in steps)}.")
+        raise ValueError(f"{name} must be finite and ascending, but are {', '.join(f'{step:g}' for step in steps)}.")
     return steps
 
 
 def read_losses(values: Sequence[float | None]) -> np.ma.MaskedArray:
-    """Losses, masked where they are None or not finite; at least one is."""
+    """Return losses masked where they are None or not finite; at least one must be finite."""
     losses = np.ma.masked_invalid(np.asarray(values, float))
     if not losses.count():
-        raise ValueError(f"none of the {losses.size} losses is finite: there is nothing to draw.")
+        raise ValueError(f"at least one loss must be finite, but none of {losses.size} is.")
     return losses
 
 
 # Scale ----------------------------------------------------------------------------------------------------------------
 
-LOG_RATIO = 5  # a highest loss more than so many times the lowest is drawn on a log scale
+LOG_RATIO = 5  # a log scale is used if the highest loss is more than this many times the lowest
 TAIL = 10
-BEYOND = "#dfe3e7"  # of losses beyond the limits, and of the arrows of the colour bar
+BEYOND = "#dfe3e7"  # colour of losses beyond the limits, and of the colour bar's arrows
 
 
 def loss_limits(surfaces: Sequence[Any]) -> tuple[float, float]:
-    """The lowest and the highest loss of these surfaces, for panels that share one scale.
+    """Return the lowest and the highest loss of these surfaces, for panels that share one scale.
 
-    Losses that are not all positive have no log scale, so that a few huge ones would leave one colour for all others:
-    where the highest is more than `TAIL` times as far from the lowest as the 90th percentile is, the scale ends at that
-    percentile.
+    If losses are not all positive there is no log scale, and a few huge losses would leave one colour for all others.
+    Then the scale ends at the 90th percentile if the highest loss is more than `TAIL` times as far from the lowest.
     """
     grids = [read_grid(surface) for surface in surfaces]
     values = np.concatenate([*(grid.loss.compressed() for grid in grids), [grid.centre for grid in grids]])
@@ -127,16 +126,16 @@ def loss_limits(surfaces: Sequence[Any]) -> tuple[float, float]:
 
 
 def loss_norm(limits: tuple[float, float]) -> Normalize:
-    """The scale between two losses: logarithmic if both are positive and the ratio is above `LOG_RATIO`.
+    """Return the scale between two losses: logarithmic if both are positive and their ratio is above `LOG_RATIO`.
 
-    It follows from the limits alone, so that panels with equal limits have equal colours.
+    It depends on the limits alone, so that panels with equal limits have equal colours.
 
     Raises:
         ValueError: if the limits are not finite and in order.
     """
     low, high = limits
     if not (np.isfinite([low, high]).all() and low <= high):
-        raise ValueError(f"limits must be two finite losses, the lower first, found {low} and {high}.")
+        raise ValueError(f"limits must be two finite losses, the lower first, but are {low} and {high}.")
     if 0 < low < high / LOG_RATIO:
         return LogNorm(low, high)
     spare = 0.0 if low < high else max(0.05 * abs(low), 1e-6)  # a flat surface
@@ -149,12 +148,12 @@ def is_log(norm: Normalize) -> bool:
 
 
 def scaled(label: str, norm: Normalize) -> str:
-    """An axis label that says if the scale is logarithmic."""
+    """Return an axis label, with "log scale" on a log scale."""
     return ", ".join([label] * bool(label) + ["log scale"] * is_log(norm))
 
 
 def ticks(norm: Normalize, *, count: int = 7) -> np.ndarray:
-    """Round losses spread evenly over the scale: those of the contour lines, the colour bar and the height."""
+    """Return round losses spread evenly over the scale, for contour lines, colour bar and vertical axis."""
     if is_log(norm):
         values = np.unique([_round(value) for value in norm.inverse(np.linspace(0, 1, count + 2))[1:-1]])
     else:
@@ -163,7 +162,7 @@ def ticks(norm: Normalize, *, count: int = 7) -> np.ndarray:
 
 
 def _round(loss: float) -> float:
-    """The nearest round number, by ratio."""
+    """Return the nearest round number, by ratio."""
     power = 10.0 ** np.floor(np.log10(loss))
     return float(power * min(_ROUND, key=lambda mantissa: abs(np.log(loss / power / mantissa))))
 
@@ -172,7 +171,7 @@ def digits(loss: float, *, padded: bool = False) -> str:
     """Return a number in four digits with a true minus sign, below 0.001 and from 10⁴ as a multiple of a power of ten.
 
     Args:
-        padded: keep zeros at the end, so that numbers beside each other have equally many digits.
+        padded: keep trailing zeros, so that numbers in a column have equally many digits.
     """
     if loss and not 1e-3 <= abs(loss) < 9999.5:
         mantissa, power = f"{loss:.3e}".split("e")
@@ -184,7 +183,7 @@ def digits(loss: float, *, padded: bool = False) -> str:
 
 
 def loss_colours(grid: LossGrid, norm: Normalize) -> ScalarMappable:
-    """The colours of a grid's losses; beyond the scale grey, which the colour bar then shows by an arrow."""
+    """Return the colours of a grid's losses; beyond the scale they are grey, and the colour bar gets an arrow."""
     losses = np.append(grid.loss.compressed(), grid.centre)
     ends = (bool((losses < norm.vmin).any()), bool((losses > norm.vmax).any()))
     cmap = matplotlib.colormaps["viridis"].with_extremes(under=BEYOND, over=BEYOND)
@@ -199,13 +198,13 @@ def add_colour_bar(
     label: str = LOSS,
     **options: Any,
 ) -> Colorbar:
-    """A colour bar beside one panel or several that share a scale; the label says so where it is a log scale or cuts.
+    """Add a colour bar for one panel or several that share a scale; its label names a log scale and cut-off losses.
 
     Args:
-        axes: the panels that give it room.
-        colours: what their draw functions returned.
+        axes: the panels that make room for it.
+        colours: return values of their draw functions.
         label: of the losses.
-        options: of matplotlib's `Figure.colorbar`.
+        options: keyword arguments of matplotlib's `Figure.colorbar`.
 
     Raises:
         ValueError: if the panels' scales differ.
@@ -213,7 +212,7 @@ def add_colour_bar(
     several = [colours] if isinstance(colours, ScalarMappable) else list(colours)
     scales = {(each.norm.vmin, each.norm.vmax) for each in several}
     if len(scales) != 1:
-        raise ValueError(f"panels that share a colour bar need the same limits, found {sorted(scales)}.")
+        raise ValueError(f"panels that share a colour bar must have the same limits, but have {sorted(scales)}.")
     ends = [each.cmap.colorbar_extend for each in several]
     extend = _EXTEND[any(end in ("min", "both") for end in ends), any(end in ("max", "both") for end in ends)]
     figure = np.ravel(axes)[0].get_figure()
@@ -241,11 +240,11 @@ HATCHED: dict[str, Any] = {"facecolor": "white", "edgecolor": style.EDGE, "hatch
 
 
 def halo(width: float = 2.0) -> list[withStroke]:
-    """A white rim, so that dark letters and lines are seen on any colour."""
+    """Return a white outline that keeps dark letters and lines visible on any colour."""
     return [withStroke(linewidth=width, foreground="white")]
 
 
 def span(steps: np.ndarray, *others: float) -> tuple[float, float]:
-    """From the first step to the last, wide enough for zero and the other positions too."""
+    """Return the range from the first to the last step, widened to contain zero and the other positions."""
     low, high = min(steps[0], 0, *others), max(steps[-1], 0, *others)
     return float(low), float(high)

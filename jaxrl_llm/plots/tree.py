@@ -1,7 +1,7 @@
 """Search trees: tokens and probabilities in boxes coloured by score, from left to right, the best path emphasised.
 
-All lengths are points. Every leaf has a row of its own, a parent stands midway between its first and last child, and a
-column is as wide as its widest label: two nodes of a level are at least one row apart, two levels never share a column.
+All lengths are points. Every leaf has its own row, a parent is midway between its first and last child, and a
+column is as wide as its widest label. So nodes of a level are at least one row apart, and levels do not share columns.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ROW, BOX_HEIGHT, HEADER = 14.6, 11.8, 15.0
 PADDING, TOKEN_WIDTH, PROMPT_WIDTH = 4.5, 62.0, 110.0
 
 TITLE_SIZE, SUBTITLE_SIZE = 9.5, 8.0
-LEAST_WIDTH, TALLEST = 360.0, 7200.0  # points; a taller tree is drawn smaller, for PNG ends at 65536 pixels
+LEAST_WIDTH, TALLEST = 360.0, 7200.0  # points; a taller tree is scaled down, for a PNG is limited to 65536 pixels
 
 Node = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A node's box: its left edge, the height of its middle below the top, its width, and what is written in it."""
+    """A node's box: its left edge, its middle below the top, its width, and its text."""
 
     x: float
     y: float
@@ -61,18 +61,21 @@ class Layout:
 
 
 def score_norm(trees: list[dict[str, Any]]) -> Normalize:
-    """One colour scale for all nodes of these trees."""
+    """Return one colour scale for all nodes of these trees."""
     scores = [node["score"] for tree in trees for node in tree["nodes"] if node["score"] is not None] or [0.0]
     spare = 0.0 if max(scores) > min(scores) else 0.05
     return Normalize(min(scores) - spare, max(scores) + spare)
 
 
 def draw_tree(axes: Axes, tree: dict[str, Any], *, norm: Normalize, cmap: Colormap) -> None:
-    """Draw a tree into the axes at their present size, smaller than life only if it would not fit otherwise.
+    """Draw a tree into axes of final size, scaled down only if it does not fit.
 
-    `tree` has `nodes` (`id`, `parent` or None, `text`, `prob`, `score` or None, `ended`) and `best`, the ids on the way
-    to the best leaf. A box holds a token ("·" is a space, "↵" a line break) and its probability given the tokens
-    before it; its colour is its score, and so is the number beside a leaf; edges are the wider the more probable.
+    A box shows a token ("·" is a space, "↵" a line break) and its probability given the tokens before it. Its colour is
+    its score, and so is the number of a leaf. Wider edges are more probable.
+
+    Args:
+        tree: `nodes`, each with `id`, `parent` (or None), `text`, `prob`, `score` (or None) and `ended`; and `best`,
+            the ids on the path to the best leaf.
     """
     width, height = size_in_points(axes)
     layout = place(tree, width=width)
@@ -107,7 +110,7 @@ def _node(
     outline = f"round,pad=0,rounding_size={BOX_HEIGHT * 0.3}"
     corner = (box.x, box.y - BOX_HEIGHT / 2)
     patch = FancyBboxPatch(corner, box.width, BOX_HEIGHT, boxstyle=outline, facecolor=fill, edgecolor=edge, zorder=4)
-    patch.set(linewidth=width * scale, clip_on=False)  # the root's outline lies half outside the axes
+    patch.set(linewidth=width * scale, clip_on=False)  # the root's outline is half outside the axes
     axes.add_patch(patch)
     if entry["ended"]:
         axes.add_patch(_end_bar(box.right + 1.5, box.y))
@@ -119,7 +122,7 @@ def _node(
 
 
 def _end_bar(x: float, y: float) -> Rectangle:
-    """The mark of a sequence that ended itself."""
+    """Return the mark of a sequence that ended with EOS."""
     return Rectangle((x, y - BOX_HEIGHT / 2), 2.2, BOX_HEIGHT, facecolor=style.INK, edgecolor="none", zorder=4)
 
 
@@ -143,7 +146,7 @@ def _header(axes: Axes, layout: Layout, scale: float) -> None:
 
 
 def add_colour_bar(axes: Axes, *, norm: Normalize, cmap: Colormap) -> None:
-    """The colour scale of the scores, lying in these axes."""
+    """Draw the colour scale of the scores into these axes, horizontally."""
     bar = axes.get_figure().colorbar(ScalarMappable(norm, cmap), cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
     axes.set_xlabel("score: mean log-probability per token (nats)", fontsize=7.5)
@@ -152,7 +155,7 @@ def add_colour_bar(axes: Axes, *, norm: Normalize, cmap: Colormap) -> None:
 
 @style.look()
 def tree_figure(tree: dict[str, Any], *, model: str = "", norm: Normalize | None = None) -> Figure:
-    """A figure of one tree, as large as the tree needs, with its title, its best continuation and the colour scale."""
+    """Draw a figure of one tree, as large as the tree needs, with title, best continuation and colour scale."""
     norm, cmap = norm or score_norm([tree]), style.score_colours()
     layout = place(tree, width=LEAST_WIDTH)
     margin, top, bottom = 14.0, 42.0, 46.0
@@ -166,7 +169,7 @@ def tree_figure(tree: dict[str, Any], *, model: str = "", norm: Normalize | None
 
 
 def draw_heading(sheet: Sheet, x: float, y: float, tree: dict[str, Any], *, title: str, width: float) -> None:
-    """Two lines: the title, and the best continuation with its score."""
+    """Write the title and, below it, the best continuation with its score."""
     sheet.line(x, y + 9, title, size=TITLE_SIZE, width=width, weight="bold")
     score = f"” ({signed(tree['best_score'])} nats per token)"
     room = width - text_width(f"best: “{score}", SUBTITLE_SIZE)
@@ -178,7 +181,7 @@ def draw_heading(sheet: Sheet, x: float, y: float, tree: dict[str, Any], *, titl
 
 
 def place(tree: dict[str, Any], *, width: float = 0.0) -> Layout:
-    """Lay the tree out, from left to right; wider than it needs if `width` asks for it.
+    """Lay out the tree from left to right, at least `width` wide.
 
     Raises:
         ValueError: if the nodes are not one tree with one root.
@@ -206,19 +209,19 @@ def place(tree: dict[str, Any], *, width: float = 0.0) -> Layout:
 def _children(nodes: dict[int, Node]) -> tuple[dict[int, list[int]], int]:
     roots = [node for node, entry in nodes.items() if entry["parent"] is None]
     if len(roots) != 1:
-        raise ValueError(f"a tree has one node without parent, found {len(roots)}.")
+        raise ValueError(f"a tree must have one node without parent, but has {len(roots)}.")
     children: dict[int, list[int]] = {node: [] for node in nodes}
     for node in sorted(nodes, key=lambda node: (-(nodes[node]["prob"] or 0.0), node)):
         parent = nodes[node]["parent"]
         if parent is not None and parent not in nodes:
-            raise ValueError(f"node {node} has the parent {parent}, which is not in the tree.")
+            raise ValueError(f"parents must be nodes of the tree, but the parent {parent} of node {node} is not.")
         if parent is not None:
             children[parent].append(node)
     return children, roots[0]
 
 
 def _rows(children: dict[int, list[int]], root: int) -> dict[int, float]:
-    """The row of each node reached from the root: leaves are counted from the top, parents stand in the middle."""
+    """Return the row of each node reached from the root: leaves in order from the top, parents midway."""
     order, stack = [], [root]
     while stack:
         order.append(stack.pop())
@@ -236,7 +239,7 @@ def _levels(nodes: dict[int, Node], children: dict[int, list[int]], root: int) -
     while below := [child for node in levels[-1] for child in children[node]]:
         levels.append(below)
     if sum(map(len, levels)) != len(nodes):
-        raise ValueError(f"of {len(nodes)} nodes, only {sum(map(len, levels))} can be reached from the root.")
+        raise ValueError(f"all {len(nodes)} nodes must be reachable from the root, but {sum(map(len, levels))} are.")
     return levels
 
 
@@ -254,10 +257,10 @@ def _box_width(label: str, probability: str, *, is_root: bool) -> float:
 
 
 def _gap(drops: list[float]) -> float:
-    """Room for the edges between two levels: more where they climb further."""
+    """Return the width between two levels: more if edges climb further."""
     return min(44.0, 17.0 + 0.1 * ROW * max(map(abs, drops), default=0.0))
 
 
 def leaf_score(node: Node) -> str:
-    """The score of a leaf as text; "–" where it has none."""
+    """Return the score of a leaf as text, "–" if it has none."""
     return "–" if node["score"] is None else signed(node["score"])

@@ -126,10 +126,10 @@ def test_a_frame_marks_one_head():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"queries": TARGET[:3]}, "4 queries, but 3 tokens"),
-        ({"keys": TARGET}, "3 keys, but 4 tokens"),
-        ({"sure": [(3, 0)]}, r"link \(3, 0\) is outside"),
-        ({"possible": [(0, 4)]}, r"link \(0, 4\) is outside"),
+        ({"queries": TARGET[:3]}, "queries must be the 4 tokens of the map, but are 3"),
+        ({"keys": TARGET}, "keys must be the 3 tokens of the map, but are 4"),
+        ({"sure": [(3, 0)]}, r"a link must lie in the map of 3 keys and 4 queries, but is \(3, 0\)"),
+        ({"possible": [(0, 4)]}, r"a link must lie in the map of 3 keys and 4 queries, but is \(0, 4\)"),
     ],
 )
 def test_what_does_not_fit_the_map_is_refused(change, said):

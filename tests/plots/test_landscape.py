@@ -150,14 +150,14 @@ def test_holes_are_left_open_and_counted():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"loss": [[None] * 5 for _ in range(5)]}, "none of the 25 losses is finite"),
-        ({"alphas": [], "loss": []}, "alphas must be at least 2 numbers, found 0"),
-        ({"betas": [], "loss": [[]] * 5}, "betas must be at least 2 numbers, found 0"),
-        ({"alphas": [0.0], "loss": [[1.0] * 5]}, "found 1; one row of a grid is drawn as a section"),
-        ({"loss": [[1.0] * 5] * 4}, r"5 x 5 \(alphas x betas\), found 4 x 5"),
-        ({"loss": [[1.0] * 5] * 4 + [[1.0] * 3]}, "found 5 x 3 or 5"),
-        ({"alphas": [0, 1, 1, 2, 3]}, "alphas must be finite and ascending, found 0, 1, 1, 2, 3"),
-        ({"centre": None}, "the loss at the origin must be a finite number, found None"),
+        ({"loss": [[None] * 5 for _ in range(5)]}, "at least one loss must be finite, but none of 25 is"),
+        ({"alphas": [], "loss": []}, "alphas must be at least 2 numbers, but are 0"),
+        ({"betas": [], "loss": [[]] * 5}, "betas must be at least 2 numbers, but are 0"),
+        ({"alphas": [0.0], "loss": [[1.0] * 5]}, "but are 1; one row of a grid is drawn as a section"),
+        ({"loss": [[1.0] * 5] * 4}, r"5 x 5 \(alphas x betas\), but is 4 x 5"),
+        ({"loss": [[1.0] * 5] * 4 + [[1.0] * 3]}, "but is 5 x 3 or 5"),
+        ({"alphas": [0, 1, 1, 2, 3]}, "alphas must be finite and ascending, but are 0, 1, 1, 2, 3"),
+        ({"centre": None}, "the loss at the origin must be a finite number, but is None"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(fields, message):
@@ -175,7 +175,7 @@ def test_a_field_that_is_missing_is_named():
         drawn(surface)
     surface = make_surface()
     del surface["cosine"]
-    with pytest.raises(ValueError, match="also needs its cosine"):
+    with pytest.raises(ValueError, match="must have title and cosine for its figure, but lacks cosine"):
         landscape.landscape_figure(surface, model="tiny")
 
 
@@ -186,7 +186,7 @@ def test_equal_limits_give_equal_scales():
     assert {(type(norm), norm.vmin, norm.vmax) for norm in norms} == {(LogNorm, *limits)}
     own = [drawn(surface)[1].norm for surface in several]
     assert own[0].vmax != own[1].vmax
-    with pytest.raises(ValueError, match="limits must be two finite losses, the lower first, found 5 and 4"):
+    with pytest.raises(ValueError, match="limits must be two finite losses, the lower first, but are 5 and 4"):
         drawn(several[0], limits=(5, 4))
 
 
@@ -214,7 +214,7 @@ def test_a_shared_colour_bar_speaks_for_every_panel():
         colours = [landscape.draw_contour(*pair, limits=limits) for pair in zip(panels, (within, beyond), strict=True)]
         assert landscape.add_colour_bar(panels, colours).extend == "max"
         other = landscape.draw_contour(panels[0], within, limits=(0, 1))
-        with pytest.raises(ValueError, match="need the same limits"):
+        with pytest.raises(ValueError, match="must have the same limits, but have"):
             landscape.add_colour_bar(panels, [*colours, other])
 
 
@@ -311,11 +311,11 @@ def test_gaps_of_a_section_are_counted():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ([], "expected at least one, found none"),
+        ([], "must be at least one section to draw, but there is none"),
         ([{"label": "x"}], "lacks alphas, loss, quadratic, curvature"),
-        ([make_section(loss=[1.0])], "11 alphas needs as many values"),
-        ([make_section(loss=[None] * 11)], "none of the 11 losses is finite"),
-        ([make_section(alphas=[0.0])], "alphas must be at least 2 numbers, found 1"),
+        ([make_section(loss=[1.0])], "11 alphas must have as many values"),
+        ([make_section(loss=[None] * 11)], "at least one loss must be finite, but none of 11 is"),
+        ([make_section(alphas=[0.0])], "alphas must be at least 2 numbers, but are 1"),
     ],
 )
 def test_sections_that_cannot_be_drawn_are_refused(sections, message):

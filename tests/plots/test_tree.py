@@ -169,7 +169,7 @@ def test_a_parent_stands_between_its_children_and_the_likelier_child_above():
 
 def test_what_is_not_one_tree_is_refused():
     tree = make_tree(depth=2)
-    for parent, message in [(99, "parent 99"), (None, "found 2"), (3, "reached")]:
+    for parent, message in [(99, "parent 99"), (None, "but has 2"), (3, "reachable")]:
         broken = tree | {"nodes": [node | {"parent": parent} if node["id"] == 3 else node for node in tree["nodes"]]}
         with pytest.raises(ValueError, match=message):
             trees.place(broken)
