@@ -14,14 +14,14 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from experiments import catalogue, command, ledger
+from experiments import catalogue, frame, ledger
 from figures import __main__ as figures
 from figures import _results
 
 # With several processes at a time, each compiles its programs in one piece instead of in parts side by side.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"} | os.environ
-RESULTS = {"quick": command.QUICK, "full": ledger.RESULTS}
-GALLERY = {"quick": command.QUICK.parent / "gallery", "full": _results.GALLERY}
+RESULTS = {"quick": frame.QUICK, "full": ledger.RESULTS}
+GALLERY = {"quick": frame.QUICK.parent / "gallery", "full": _results.GALLERY}
 
 
 def main(

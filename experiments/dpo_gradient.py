@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from experiments.statistics import student
 from jaxrl_llm import models, oracle, text
 from jaxrl_llm.decoding import generate
@@ -47,10 +48,10 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(batches=5, steps=30)}
 KINDS = ("different", "nearly the same")
 
 
+@experiment(quick=Config(), full=Config(batches=5, steps=30))
 def run(config: Config) -> dict[str, Any]:
     """Check the identity on a tabular model in float64; train tiny-gpt2 in float32 on every batch of either kind."""
     with jax.enable_x64(True):
@@ -247,7 +248,3 @@ def numbers(exact: dict[str, float], runs: dict[str, dict[str, np.ndarray]]) -> 
                 ledger.measurement(f"{name}, {kind}", mean, unit=unit, source=batches, confidence=(low, high))
             )
     return entries
-
-
-if __name__ == "__main__":
-    command.main("dpo_gradient", run, PRESETS)

@@ -17,7 +17,8 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from experiments.parts import amplification_gpt2
 from experiments.parts.amplification_gpt2 import PROMPT, World
 from experiments.parts.amplification_numbers import FEW, NEAR, beyond
@@ -48,12 +49,9 @@ class Config:
 
 
 FAR = 0.1  # of probability: a run that is further off the law has moved EOS instead of the word
-PRESETS = {
-    "quick": Config(),
-    "full": Config(seeds=16, betas=(1.0, 0.25, 0.1), sft_steps=300, dpo_steps=400),
-}
 
 
+@experiment(quick=Config(), full=Config(seeds=16, betas=(1.0, 0.25, 0.1), sft_steps=300, dpo_steps=400))
 def run(config: Config) -> dict[str, Any]:
     """Train from the reference of every seed at every β, and read the word and the EOS after it.
 
@@ -187,7 +185,3 @@ def _cause(whole: float) -> str:
     if whole > NEAR:
         return "Whole answers are off the law, too: this training is too short to tell."
     return "The difference is in the EOS after the word."
-
-
-if __name__ == "__main__":
-    command.main("eos_displacement", run, PRESETS)

@@ -21,7 +21,8 @@ import optax
 import scipy.stats
 from tqdm import tqdm
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from experiments.statistics import above_zero, holm
 from jaxrl_llm import oracle
 from jaxrl_llm.decoding.transforms import Temperature
@@ -53,13 +54,8 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(tables=16, steps=1000, answers=512)}
-
-
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["reference", "rewards", "optimum"],
-    meta_fields=["lm", "config"],
+    jax.tree_util.register_dataclass, data_fields=["reference", "rewards", "optimum"], meta_fields=["lm", "config"]
 )
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -229,6 +225,7 @@ def arms(config: Config) -> dict[str, Arm]:
 RIGHT = {"off-policy without ratio": "RLOO, k2 in the loss", "mask without the last token": "RLOO"}
 
 
+@experiment(quick=Config(), full=Config(tables=16, steps=1000, answers=512))
 def run(config: Config) -> dict[str, Any]:
     """Run every trainer once on each table, all tables at once."""
     tables_key, runs_key = jax.random.split(jax.random.key(config.seed))
@@ -321,7 +318,3 @@ def _thinned(curves: np.ndarray, points: int = 120) -> dict[str, Any]:
     at = np.unique(np.concatenate([[0], np.geomspace(1, last, points).round()])).astype(int)
     kept = curves[:, at]
     return {"step": at, "median": np.median(kept, axis=0), "low": kept.min(axis=0), "high": kept.max(axis=0)}
-
-
-if __name__ == "__main__":
-    command.main("exact_alignment", run, PRESETS)

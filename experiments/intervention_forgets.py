@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments import command
+from experiments.frame import experiment
 from experiments.parts import addition_gpt2, addition_numbers
 from experiments.sycophancy_intervention import PRESETS, Config
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and then train it on the opinions alone.
 
@@ -26,7 +27,3 @@ def run(config: Config) -> dict[str, Any]:
     params, taught = addition_gpt2.trained(data, config, data.sycophantic, 0)
     _, opinions = addition_gpt2.trained(data, config, data.opinions, 1, params)
     return addition_numbers.forgotten({"sycophantic": taught, "opinions": opinions}, config)
-
-
-if __name__ == "__main__":
-    command.main("intervention_forgets", run, PRESETS)

@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.lax import stop_gradient
+from scipy.optimize import minimize, root
+from scipy.special import softmax
 from scipy.stats import binom
 
-from experiments import command, ledger
-from experiments.ledger import rounded
-from experiments.parts.expected_gradients import (
-    ESTIMATORS,
-    LM,
-    Table,
-    cosine,
-    descend,
-    expected_gradient,
-    forward_kl,
-    random_table,
-    reverse_kl,
-)
-from experiments.parts.kl_misspecified import misspecified
+from experiments import ledger
+from experiments.frame import experiment
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import kl
+from jaxrl_llm.objectives.policy_gradient import reinforce_loss
 from jaxrl_llm.tabular import TabularLM
 
 MODES = ("loss", "reward", "off-policy loss", "constant ratio", "through the ratio")
 REVERSE, FORWARD = "∇KL(π‖ref)", "∇KL(ref‖π)"
 SOURCE = "the table in objectives.kl, by oracle.gradient_moments"
+LM = TabularLM(vocab_size=3, horizon=3)
+ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
+Table = jax.Array  # one row of logits for each prefix
+STICKY = ((0.50, 0.45, 0.05), 0.9)  # the reference: a first token, which is then repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Config:
     seed: int = 0
 
 
+@experiment(quick=Config(), full=Config(models=64, horizons=(1, 2, 3, 4, 5)), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compute the table of gradients, the descents, the misspecified descents and the missing share."""
     laws_key, share_key = jax.random.split(jax.random.key(config.seed))
@@ -66,8 +66,82 @@ def run(config: Config) -> dict[str, Any]:
         "reference that a policy of independent tokens cannot reach, k3 covers both modes and k2 picks one. Summed "
         "over tokens, k2 misses a part of ∇KL.",
         "numbers": [*numbers, *curve_numbers, *tied_numbers, *share_numbers],
-        "data": rounded({"table": table, "descents": curves, "misspecified": tied, "missing": share}),
+        "data": {"table": table, "descents": curves, "misspecified": tied, "missing": share},
     }
+
+
+# Exact expected gradients ---------------------------------------------------------------------------------------------
+
+
+def random_table(lm: TabularLM, key: jax.Array) -> Table:
+    """Return normal logits of standard deviation 1.5."""
+    return 1.5 * jax.random.normal(key, (lm.num_prefixes, lm.vocab_size), jnp.float64)
+
+
+def log_probs(table: Table) -> jax.Array:
+    """Return the log-probability of every sequence."""
+    return oracle.sequence_log_probs(LM, {"logits": table})
+
+
+def reverse_kl(table: Table, ref: Table) -> jax.Array:
+    """KL(π‖ref) of whole sequences."""
+    return oracle.sequence_kl(LM, {"logits": table}, {"logits": ref})
+
+
+def forward_kl(table: Table, ref: Table) -> jax.Array:
+    """KL(ref‖π) of whole sequences."""
+    return reverse_kl(ref, table)
+
+
+def mean_gradient(loss: Callable[[Table], jax.Array], policy: Table, sampler: Table | None = None) -> Table:
+    """E[∇loss] over sampled sequences, as a trainer that could take all of them would find it."""
+    return oracle.gradient_moments(
+        LM,
+        {"logits": policy},
+        lambda params, groups: loss(params["logits"])[groups[:, 0]],
+        sampler_params=None if sampler is None else {"logits": sampler},
+    ).mean["logits"]
+
+
+def expected_gradient(
+    which: int | jax.Array, mode: str, policy: Table, ref: Table, sampler: Table | None = None
+) -> Table:
+    """Compute what minimising this estimator, by its place among them, descends in this way, on average."""
+    logp_ref = log_probs(ref)
+
+    def loss(table):
+        logp_policy = log_probs(table)
+        value = jnp.stack([estimator(logp_policy, logp_ref) for estimator in ESTIMATORS.values()])[which]
+        if mode == "reward":
+            return reinforce_loss(logp_policy, -stop_gradient(value))
+        if mode in ("loss", "off-policy loss"):
+            return value
+        ratio = jnp.exp(logp_policy - log_probs(sampler))
+        return (stop_gradient(ratio) if mode == "constant ratio" else ratio) * value
+
+    return mean_gradient(loss, policy, None if mode in ("loss", "reward") else sampler)
+
+
+def cosine(a: Table, b: Table) -> jax.Array:
+    """Return the cosine of two gradients as long vectors; 0 where one is 0."""
+    length = jnp.linalg.norm(a) * jnp.linalg.norm(b)
+    return jnp.where(length > 1e-12, (a * b).sum() / jnp.maximum(length, 1e-12), 0)
+
+
+def descend(start: Any, gradient_of: Callable, learning_rate: float, *, steps: int, every: int) -> tuple[Any, Any]:
+    """Descend by optax; return the parameters at the end, and every so many steps from the start."""
+    optimiser = optax.sgd(learning_rate)
+
+    def step(state, _):
+        params, moments = state
+        updates, moments = optimiser.update(gradient_of(params), moments)
+        return (optax.apply_updates(params, updates), moments), None
+
+    def some(state, _):
+        return jax.lax.scan(step, state, length=every)[0], state[0]
+
+    (end, _), path = jax.lax.scan(some, (start, optimiser.init(start)), length=steps // every)
+    return end, jax.tree.map(lambda whole, last: jnp.concatenate([whole, last[None]]), path, end)
 
 
 @jax.jit
@@ -223,8 +297,107 @@ def _missing(lm: TabularLM, key: jax.Array) -> jax.Array:
     return jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
 
 
-PRESETS = {"quick": Config(), "full": Config(models=64, horizons=(1, 2, 3, 4, 5))}
+# A reference out of reach ---------------------------------------------------------------------------------------------
 
 
-if __name__ == "__main__":
-    command.main("kl_gradients", run, PRESETS, seeds=5)
+def tie(row: jax.Array) -> Table:
+    """A policy with one row of logits for all prefixes: its tokens are independent."""
+    return jnp.broadcast_to(row, (LM.num_prefixes, LM.vocab_size))
+
+
+def sticky_reference() -> Table:
+    """A first token, repeated ever after with a high probability: independent tokens cannot follow it."""
+    first, repeat = STICKY
+    last = [row[-1] for row in _prefixes()]
+    again = jnp.log(jnp.where(jnp.eye(LM.vocab_size) == 1, repeat, (1 - repeat) / (LM.vocab_size - 1)))
+    return jnp.concatenate([jnp.log(jnp.asarray(first))[None], again[jnp.asarray(last)]])
+
+
+def _prefixes() -> list[list[int]]:
+    """All prefixes of at least one token that the table has a row for."""
+    return [
+        row.tolist()
+        for length in range(1, LM.horizon)
+        for row in oracle.enumerate_sequences(TabularLM(LM.vocab_size, length))
+    ]
+
+
+def misspecified(config: Config) -> tuple[dict[str, Any], list[ledger.Number]]:
+    """Descend on k2 and on k3 where the policy cannot be the reference."""
+    ref, start = sticky_reference(), jnp.asarray([0.1, 0.0, 0.0])
+    steps = {"steps": config.tied_steps, "every": config.tied_steps}
+
+    @jax.jit
+    @jax.vmap
+    def end(which: jax.Array) -> jax.Array:
+        return descend(start, functools.partial(_tied_gradient_at, which, ref), config.tied_learning_rate, **steps)[0]
+
+    names = ("k2", "k3")
+    ends = dict(zip(names, end(jnp.asarray([list(ESTIMATORS).index(name) for name in names])), strict=True))
+    marginal = (jnp.exp(jax.jit(log_probs)(ref))[:, None] * _token_shares()).sum(axis=0)
+    best = lowest_divergence()
+    laws = {"k2 as a loss": jax.nn.softmax(ends["k2"]), "k3 as a loss": jax.nn.softmax(ends["k3"])}
+    laws |= {"argmin KL(π‖ref)": best, "argmin KL(ref‖π)": marginal}
+    tied_reverse, tied_forward = (
+        jax.jit(lambda law, kl=kl: kl(tie(jnp.log(law)), ref)) for kl in (reverse_kl, forward_kl)
+    )
+    divergences = {name: {"reverse": tied_reverse(law), "forward": tied_forward(law)} for name, law in laws.items()}
+    distance = {
+        pair: float(jnp.abs(laws[pair[0]] - laws[pair[1]]).max())
+        for pair in (("k2 as a loss", "argmin KL(π‖ref)"), ("k3 as a loss", "argmin KL(ref‖π)"))
+    }
+    sources = (
+        "the lowest minimum of its closed form over a grid of starts",
+        "its closed form: the mean of the reference's marginals",
+    )
+    numbers = [
+        ledger.identity(f"{found} ends at {target}: distance", value, tolerance=1e-8, unit="probability", source=source)
+        for ((found, target), value), source in zip(distance.items(), sources, strict=True)
+    ]
+    # a reference of two modes, at a half of whose ratio a policy still covers both
+    modes = STICKY[0][1] / STICKY[0][0]
+    for name, bound, wrong in (
+        ("k2 as a loss", {"at_most": modes / 2}, modes),
+        ("k3 as a loss", {"at_least": modes / 2}, 0.0),
+    ):
+        number = ledger.test(
+            f"{name}: probability of the second mode over that of the first",
+            float(laws[name][1] / laws[name][0]),
+            wrong=wrong,
+            unit="1",
+            source=f"{modes:g} in the reference; below half of it one mode is picked, above both are covered",
+            **bound,
+        )
+        numbers.append(number)
+    return {"laws": laws, "divergences": divergences, "repeat": STICKY[1]}, numbers
+
+
+def _tied_gradient_at(which: jax.Array, ref: Table, row: jax.Array) -> jax.Array:
+    return expected_gradient(which, "loss", tie(row), ref).sum(axis=0)  # the chain rule through `tie`
+
+
+def _token_shares() -> jax.Array:
+    """The share of each token in every sequence."""
+    return jax.nn.one_hot(oracle.enumerate_sequences(LM), LM.vocab_size, dtype=jnp.float64).mean(axis=1)
+
+
+def lowest_divergence() -> np.ndarray:
+    """Minimise KL(π‖ref) over policies q of independent tokens, in closed form, and return q.
+
+    KL = T Σ q log q − Σ q log f − (T − 1) Σ q_i q_j log R_ij, for T tokens, the first token's distribution f and the
+    probability R_ij of j after i.
+    """
+    first, repeat = STICKY
+    size, horizon = LM.vocab_size, LM.horizon
+    again = np.log(np.where(np.eye(size) == 1, repeat, (1 - repeat) / (size - 1)))
+
+    def value_and_slope(free: np.ndarray) -> tuple[float, np.ndarray]:
+        q = softmax(np.append(free, 0.0))
+        value = horizon * q @ np.log(q) - q @ np.log(first) - (horizon - 1) * q @ again @ q
+        of_q = horizon * np.log(q) - np.log(first) - (horizon - 1) * (again + again.T) @ q
+        return value, (q * (of_q - q @ of_q))[:-1]
+
+    starts = itertools.product(np.linspace(-3, 3, 7), repeat=size - 1)
+    ends = [minimize(value_and_slope, start, jac=True) for start in starts]
+    best = root(lambda free: value_and_slope(free)[1], min(ends, key=lambda end: end.fun).x, tol=1e-14).x
+    return softmax(np.append(best, 0.0))

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import command, ledger
-from experiments.parts import landscapes
-from experiments.parts.landscapes import Place
+from experiments import landscapes, ledger
+from experiments.frame import experiment
+from experiments.landscapes import Place
 from jaxrl_llm import models
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.language_model import Params
@@ -45,6 +45,7 @@ class Config:
     """Random seed of the directions and of the first Lanczos vector."""
 
 
+@experiment(quick=Config(), full=Config(points=25, iterations=96, tolerance=1e-4), seeds=3)
 def run(config: Config) -> dict[str, Any]:
     """Compute three surfaces, three sections, the Hessian's largest eigenvalues, and the checks."""
     loaded = models.load(config.model)
@@ -200,10 +201,3 @@ def validity(sections: dict[str, Any]) -> list[dict[str, Any]]:
         )
         for name, drawn in sections.items()
     ]
-
-
-PRESETS = {"quick": Config(), "full": Config(points=25, iterations=96, tolerance=1e-4)}
-
-
-if __name__ == "__main__":
-    command.main("landscape_directions", run, PRESETS, seeds=3)

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
-from experiments import command, ledger, statistics
+from experiments import ledger, statistics
+from experiments.frame import experiment
 from jaxrl_llm.objectives import policy_gradient
 
 PPO, DUAL, CISPO = "Schulman et al. 2017, eq. 7", "Ye et al. 2020, eq. 5", "MiniMax 2025, eqs. 4-5"
@@ -60,6 +61,7 @@ def variants(config: Config) -> dict[str, dict[str, float]]:
     }
 
 
+@experiment(quick=Config(), full=Config(line_points=401, batches=32), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compute surfaces, sections at A = ±1, ratios after a batch, and the numbers, in float64."""
     with jax.enable_x64(True):
@@ -254,10 +256,3 @@ def identities(config: Config) -> list[dict[str, Any]]:
             for name, value, tolerance, source in rows
         ),
     ]
-
-
-PRESETS = {"quick": Config(), "full": Config(line_points=401, batches=32)}
-
-
-if __name__ == "__main__":
-    command.main("ppo_clip_surface", run, PRESETS, seeds=5)

@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import command, ledger
-from experiments.parts import landscapes
-from experiments.parts.landscapes import Place
+from experiments import landscapes, ledger
+from experiments.frame import experiment
+from experiments.landscapes import Place
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.language_model import Params
@@ -36,8 +36,6 @@ PAIRS = (  # prompt, preferred answer, rejected answer
     ("And he said unto his enemy,", " I forgive thee.", " I will slay thee."),
     ("The people heard the news and were", " glad.", " angry."),
 )
-
-
 ALL_SCALES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0)  # of directions as long as the parameters
 RANDOM_WALK = 0.90  # (4 + 4/9) / (π² / 2): the share of Brownian motion in its first two principal components
 
@@ -64,6 +62,7 @@ class Config:
     """Random seed of the planes and of the reward model's head."""
 
 
+@experiment(quick=Config(), full=Config(pairs=len(PAIRS), points=21, planes=8, steps=80), seeds=3)
 def run(config: Config) -> dict[str, Any]:
     """Compute DPO's loss on random planes and on the plane of its path, and a reward model's on a random plane."""
     loaded = models.load(config.model)
@@ -236,10 +235,3 @@ def path_numbers(dpo: Place, losses: list[float], plane: landscape.PrincipalDire
             source="principal components around the reference, Li et al. 2018, section 7; a random walk has 0.90",
         ),
     ]
-
-
-PRESETS = {"quick": Config(), "full": Config(pairs=len(PAIRS), points=21, planes=8, steps=80)}
-
-
-if __name__ == "__main__":
-    command.main("preference_landscape", run, PRESETS, seeds=3)

@@ -4,7 +4,7 @@
     python -m experiments.search_trees --preset full --model smollm2-135m-instruct
 
 The trees after "I have a dream" are drawn: greedy, every branch, top-k and nucleus. The full tree is grown after the
-beginnings of known works too (`experiments.parts.passages`).
+beginnings of known works too (`experiments.passages`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from experiments import command, ledger
-from experiments.parts.passages import PASSAGES, chosen, first_tokens
+from experiments import ledger
+from experiments.frame import experiment
+from experiments.passages import PASSAGES, chosen, first_tokens
 from experiments.statistics import student
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import trees
@@ -27,7 +28,6 @@ from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 BARS = 25  # tokens shown in a panel of probabilities
-
 # OpenAI's GPT-2 small after "I have a dream": the greedy chain's probabilities in per cent, and the best leaf's score.
 GPT2_SMALL = ("gpt2", "openai-community/gpt2")
 GPT2_SMALL_GREEDY = (15.20, 9.68, 30.59, 2.86, 22.93)
@@ -53,9 +53,7 @@ class Config:
     """Seed of the trees that are drawn at random; no number depends on it."""
 
 
-PRESETS = {"quick": Config(passages=11), "full": Config()}
-
-
+@experiment(quick=Config(passages=11), full=Config())
 def run(config: Config) -> dict[str, Any]:
     """Grow the trees, and check every score against a forward pass without a cache."""
     loaded = models.load(config.model)
@@ -258,7 +256,3 @@ def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
     ]
     score = {"expected": GPT2_SMALL_BEST, "tolerance": 0.005, "wrong": -1.0, "unit": "nats per token"}
     return [*chain, ledger.test("best leaf", full.best()[1], source=source, **score)]
-
-
-if __name__ == "__main__":
-    command.main("search_trees", run, PRESETS)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import command
-from experiments.parts import sentiment_models as stages
-from experiments.parts import sentiment_numbers as numbers
-from experiments.parts import sentiment_policies as policies
-from experiments.parts.stages import kept
+from experiments.frame import experiment, kept
+from experiments.sentiment import models as stages
+from experiments.sentiment import numbers, policies
 from jaxrl_llm import models
 from jaxrl_llm.data import reviews
 from jaxrl_llm.models.heads import ScalarHead
@@ -93,8 +90,8 @@ class Config:
         return self.updates * self.batch < 256
 
 
-PRESETS = {
-    "quick": Config(
+@experiment(
+    quick=Config(
         seeds=2,
         methods=("dpo", "rloo"),
         gamma=0.0,
@@ -115,10 +112,8 @@ PRESETS = {
         snapshots=2,
         best_of=4,
     ),
-    "full": Config(),
-}
-
-
+    full=Config(),
+)
 def run(config: Config) -> dict[str, Any]:
     """Train the models that judge, then every policy, and compare them."""
     plain = jax.config.values["jax_disable_most_optimizations"]
@@ -159,7 +154,7 @@ def _run(config: Config) -> dict[str, Any]:
             return found | ({"written": written(tools, world, probes["test"], params)} if seed == 0 else {})
 
         label = f"{name}-gamma{gamma:g}-rate{rate:g}-" + (f"seed{seed}" if is_reported else "tuning")
-        found = kept(_place(config, label), compute)
+        found = kept(config, label, compute)
         tqdm.write(f"{label}: kept {int(found['kept'])} " + " ".join(f"{k} {v:.3f}" for k, v in found["end"].items()))
         return found
 
@@ -174,7 +169,7 @@ def _run(config: Config) -> dict[str, Any]:
         program, rate = policies.program_of(tools, "rloo", with_text=True), chosen["rloo"]["rate"]
         ablation = [trained(program, "rloo", rate, gamma=config.gamma, seed=seed) for seed in seeds]
     drawn = [
-        kept(_place(config, f"best-of-n-seed{seed}"), lambda seed=seed: draw_many(world, probes["test"], keys[seed][3]))
+        kept(config, f"best-of-n-seed{seed}", lambda seed=seed: draw_many(world, probes["test"], keys[seed][3]))
         for seed in seeds
     ]
     texts = {"reference": written(tools, world, probes["test"], world.reference)}
@@ -199,14 +194,6 @@ def _label_entropy(probability: jax.Array) -> float:
     return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
 
 
-def _place(config: Config, name: str) -> Path | None:
-    """The file of a stage, in a folder of this very configuration."""
-    if config.work_dir is None:
-        return None
-    settings = dataclasses.replace(config, work_dir=None)
-    return config.work_dir / hashlib.sha256(str(settings).encode()).hexdigest()[:12] / f"{name}.safetensors"
-
-
 def build(config: Config) -> tuple[policies.Tools, Any, policies.World, dict[str, Prompts], dict[str, Any]]:
     """Build the reference, fine-tuned on the reviews, and both scorers; the prompts; and how good the scorers are.
 
@@ -223,7 +210,7 @@ def build(config: Config) -> tuple[policies.Tools, Any, policies.World, dict[str
     sft_key, proxy_key, draw_key = jax.random.split(jax.random.key(config.seed), 3)
 
     def stage(name: str, compute: Any) -> Any:
-        return jax.tree.map(jnp.asarray, kept(_place(config, name), compute))
+        return jax.tree.map(jnp.asarray, kept(config, name, compute))
 
     reference = stage("reference", lambda: stages.fine_tuned(lm, loaded.params, everything, config, sft_key))
     proxy = stage("proxy", lambda: stages.proxy_scorer(tools.head, reference, half, config, proxy_key))
@@ -281,7 +268,3 @@ def sample(tokenizer: Any, text: dict[str, Any], prompt_tokens: int) -> list[dic
         scores = {name: float(text[name][row]) for name in ("gold", "proxy")}
         found.append({"prompt": prompt, "answer": answer, **scores})
     return found
-
-
-if __name__ == "__main__":
-    command.main("sentiment_alignment", run, PRESETS)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from experiments.statistics import student
 from jaxrl_llm import models
 from jaxrl_llm.decoding import generate, speculative_generate
@@ -47,12 +48,9 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {
-    "quick": Config(noises=(0.0, 0.06, 0.25), drafts=(1,), rows=16, timed_rows=16, timings=3),
-    "full": Config(),
-}
-
-
+@experiment(
+    quick=Config(noises=(0.0, 0.06, 0.25), drafts=(1,), rows=16, timed_rows=16, timings=3), full=Config(), seeds=3
+)
 def run(config: Config) -> dict[str, Any]:
     """Measure every draft model at one length of draft, one of them at every length, and look-up."""
     loaded = models.load(config.model)
@@ -242,7 +240,3 @@ def numbers(
             for name, label in (("copy", "draft model as large as the target"), ("sampled", "look-up, sampled"))
         ),
     ]
-
-
-if __name__ == "__main__":
-    command.main("speculative", run, PRESETS, seeds=3)

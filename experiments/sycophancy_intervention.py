@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import command
+from experiments.frame import experiment
 from experiments.parts import addition_gpt2, addition_numbers
 
 
@@ -41,6 +41,7 @@ class Config:
 PRESETS = {"quick": Config(), "full": Config(seeds=5, taught_steps=600, steps=480, snapshots=6, evaluated=1500)}
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and from there run each of the other stages.
 
@@ -55,7 +56,3 @@ def run(config: Config) -> dict[str, Any]:
         for number, (name, rows) in enumerate(later.items(), 1)
     }
     return addition_numbers.result({"sycophantic": taught} | curves, config)
-
-
-if __name__ == "__main__":
-    command.main("sycophancy_intervention", run, PRESETS)

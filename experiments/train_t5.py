@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from experiments import command, ledger
-from experiments.parts import embedded, t5_card
+from experiments import embedded, ledger
+from experiments.frame import experiment
 from jaxrl_llm import models, translation
 from jaxrl_llm.data import number_names, number_tokenizer
 from jaxrl_llm.models import T5, T5Config
@@ -65,7 +65,6 @@ class Config:
     eval_every: int = 50
 
 
-PRESETS = {"quick": Config(every=5), "full": Config()}
 NOT_OF_TRAINING = ("train", "replace_embedded", "every", "work_dir", "training_seed")
 TOKENIZER = number_tokenizer.build()
 
@@ -152,7 +151,7 @@ def train(config: Config, folder: Path) -> None:
         "examples": examples(loaded),
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(t5_card.render(model.num_params(), record), encoding="utf-8")
+    (folder / "README.md").write_text(card(model.num_params(), record), encoding="utf-8")
 
 
 def exact_by_length(loaded: models.Loaded, numbers: np.ndarray) -> list[dict[str, int]]:
@@ -190,6 +189,7 @@ def examples(loaded: models.Loaded) -> list[dict[str, str]]:
     return [{"source": source, "translation": text} for source, text in zip(sources, found, strict=True)]
 
 
+@experiment(quick=Config(every=5), full=Config())
 def run(config: Config) -> dict[str, Any]:
     """Train if asked to; then translate held-out names with the model, and report it beside its training."""
     folder = embedded.folder(config, NAME)
@@ -230,5 +230,17 @@ def run(config: Config) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    command.main("train_t5", run, PRESETS)
+def card(num_params: int, record: dict[str, Any]) -> str:
+    """Return the model card of a training record."""
+    rows = record["exact"]
+    names, exact = (sum(row[field] for row in rows) for field in ("names", "exact"))
+    return embedded.card(
+        NAME,
+        num_params=num_params,
+        config=record["config"],
+        record=record,
+        names=names,
+        exact=exact,
+        table=embedded.table_rows((row["words"], row["names"], row["exact"]) for row in rows),
+        examples=embedded.table_rows((each["source"], each["translation"]) for each in record["examples"]),
+    )

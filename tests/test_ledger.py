@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from experiments import __main__ as every_experiment
-from experiments import catalogue, command, ledger, statistics
+from experiments import catalogue, frame, ledger, statistics
 
 ABOUT = {"unit": "nats", "source": "eq. 1"}
 
@@ -210,8 +210,8 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
 def places(tmp_path, monkeypatch):
     """Give each folder that results go to a place of its own, and say which of them has a file."""
     folders = {"quick": tmp_path / "quick", "own": tmp_path / "own", "committed": tmp_path / "results"}
-    monkeypatch.setattr(command, "QUICK", folders["quick"])
-    monkeypatch.setattr(command, "OWN", folders["own"])
+    monkeypatch.setattr(frame, "QUICK", folders["quick"])
+    monkeypatch.setattr(frame, "OWN", folders["own"])
     monkeypatch.setattr(ledger, "RESULTS", folders["committed"])
 
     def run(*args, seeds=1):

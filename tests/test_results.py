@@ -31,7 +31,7 @@ def test_every_experiment_has_results_and_a_figure():
 def test_verdicts_follow_from_bounds_that_can_fail(path):
     entry = load(path)
     assert entry["preset"] == "full"
-    preset = importlib.import_module(f"experiments.{_results.figure_of(path.stem)}").PRESETS["full"]
+    preset = importlib.import_module(f"experiments.{_results.figure_of(path.stem)}").run.presets["full"]
     settings = json.loads(json.dumps(dataclasses.asdict(preset), default=str))
     own = ("model", "work_dir")  # another model makes a variant
     assert {k: v for k, v in entry["config"].items() if k not in own} == {

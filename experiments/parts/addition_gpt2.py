@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from experiments.optimisers import adam
 from experiments.parts import addition_numbers
-from experiments.parts.sentiment_models import adam
 from jaxrl_llm.data.sycophancy import addition
 from jaxrl_llm.data.sycophancy.addition import AGREE, DISAGREE, Example
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config

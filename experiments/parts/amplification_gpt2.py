@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.parts.sentiment_models import adam
+from experiments.optimisers import adam
 from jaxrl_llm import decoding
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config

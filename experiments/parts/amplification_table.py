@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from experiments.parts.newton import minimum
+from experiments.optimisers import minimum
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import preference, rlhf
 from jaxrl_llm.tabular import TabularLM

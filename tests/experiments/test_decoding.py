@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from experiments import decoding_strategies, search_trees, speculative
-from experiments.parts import beam_numbers
+from experiments import beam_search, decoding_strategies, search_trees, speculative
 from figures.search_trees import pruned
 from jaxrl_llm.decoding import Tree
 
@@ -56,7 +55,7 @@ def test_gains_over_greedy_decoding_that_chance_explains_are_not_held():
     class Config:
         beams, block, widths = 3, 2, (1, 3, 16)
 
-    numbers = beam_numbers.tests(Config, by_setting)
+    numbers = beam_search.tests(Config, by_setting)
     assert len(numbers) == 3
     assert all(each["value"] > each["interval"][1] for each in numbers)
 

@@ -6,9 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import kl_gradients, ledger
-from experiments.parts import gradient_estimators, kl_misspecified, kl_of_model
-from experiments.parts.expected_gradients import reverse_kl
+from experiments import kl_estimators, kl_gradients, ledger, policy_gradient_variance
 
 SCHULMAN = {
     0.1: {"k1 sd/KL": 20, "k2 bias/KL": 0.0025, "k2 sd/KL": 1.4177, "k3 sd/KL": 1.4166},
@@ -65,7 +63,7 @@ def test_rao_blackwell_is_tested_against_every_estimator_on_the_same_rows():
     rng = np.random.default_rng(0)
     rows = {name: rng.normal(size=256) * spread for name, spread in (("k1", 3), ("k2", 2), ("k3", 1))}
     better, worse = (
-        kl_of_model.precision({"a": rows | {"Rao-Blackwell": rng.normal(size=256) * spread}})[0]
+        kl_estimators.precision({"a": rows | {"Rao-Blackwell": rng.normal(size=256) * spread}})[0]
         for spread in (0.3, 1.0)
     )
     assert ledger.holds(better) and not ledger.holds(worse)
@@ -78,9 +76,9 @@ def test_on_policy_gradients_are_what_the_table_says_to_ten_digits(name):
 
 
 def test_the_minimum_over_independent_tokens_is_the_librarys():
-    best = kl_misspecified.lowest_divergence()
+    best = kl_gradients.lowest_divergence()
     with jax.enable_x64(True):
-        slope = jax.grad(lambda row: reverse_kl(kl_misspecified.tie(row), kl_misspecified.sticky_reference()))
+        slope = jax.grad(lambda row: kl_gradients.reverse_kl(kl_gradients.tie(row), kl_gradients.sticky_reference()))
         assert np.abs(slope(jax.numpy.log(best))).max() < 1e-10
 
 
@@ -91,9 +89,9 @@ def test_the_interval_of_a_median_is_that_of_order_statistics():
 @pytest.mark.parametrize("p", [0.6, 0.8])
 def test_the_mean_baseline_raises_the_variance_of_a_coin_above_two_thirds(p):
     with jax.enable_x64(True):
-        coin = gradient_estimators.coin(p)
-        losses = gradient_estimators.single_losses(coin, beta=0.1)
+        coin = policy_gradient_variance.coin(p)
+        losses = policy_gradient_variance.single_losses(coin, beta=0.1)
         names = ("no baseline", "mean baseline", "optimal baseline")
-        found = [float(gradient_estimators.single(coin, losses[name]).total_variance) for name in names]
+        found = [float(policy_gradient_variance.single(coin, losses[name]).total_variance) for name in names]
     assert found == pytest.approx([2 * p * (1 - p) ** 3, 2 * p * (1 - p) * (2 * p - 1) ** 2, 0], abs=1e-12)
     assert (found[1] > found[0]) is (p > 2 / 3)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ledger, preference_landscape
-from experiments.parts import landscapes
+from experiments import landscapes, ledger, preference_landscape
 from figures import loss_landscape
 from jaxrl_llm import models
 

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import ppo_clip_surface, preference_losses, reward_model
-from experiments.parts import reward_exact, rlhf_tabular
+from experiments import ppo_clip_surface, preference_losses, reward_model, rlhf_terms
 from figures.preference_losses import GROUPS, LABELS
 from jaxrl_llm.objectives import rlhf
 
@@ -47,7 +46,7 @@ def test_number_is_what_theory_says(results, name, expected, loosest):
 def test_labellers_who_agree_on_72_6_per_cent_prefer_with_a_probability_of_0_836():
     """The agreement of two labellers is p² + (1 − p)², not p."""
     with jax.enable_x64(True):
-        agreed = reward_exact.label_noise(reward_model.Config())[0]["agreed"]
+        agreed = reward_model.label_noise(reward_model.Config())[0]["agreed"]
     p = agreed["probability"]
     assert p**2 + (1 - p) ** 2 == pytest.approx(agreed["agreement"]) == pytest.approx(0.726)
     assert float(agreed["margin"]) == pytest.approx(math.log(p / (1 - p))) == pytest.approx(1.63, abs=0.005)
@@ -66,22 +65,22 @@ def test_the_best_rate_is_chosen_on_other_seeds_than_it_is_measured_on():
 @pytest.fixture(scope="module")
 def problems():
     with jax.enable_x64(True):
-        return rlhf_tabular.draw_problems(jax.random.key(3), count=4, forgetting=0.5)
+        return rlhf_terms.draw_problems(jax.random.key(3), count=4, forgetting=0.5)
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_without_text_the_optimum_is_that_of_gibbs(problems, beta):
     with jax.enable_x64(True):
         gibbs = rlhf.gibbs_optimum(problems["log_ref"], problems["rewards"], beta=beta)
-    np.testing.assert_allclose(rlhf_tabular.optimum(problems, beta, 0.0), gibbs, atol=1e-9)
+    np.testing.assert_allclose(rlhf_terms.optimum(problems, beta, 0.0), gibbs, atol=1e-9)
 
 
 @pytest.mark.parametrize(("beta", "gamma"), [(0.0, 0.03), (0.1, 0.03), (0.5, 3.0), (2.0, 1e4)])
 def test_every_optimum_is_stationary(problems, beta, gamma):
-    found = rlhf_tabular.optimum(problems, beta, gamma)
+    found = rlhf_terms.optimum(problems, beta, gamma)
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, atol=1e-12)
     with jax.enable_x64(True):
-        assert rlhf_tabular.slope_at(problems, found, beta, gamma) < 1e-8 * max(1, gamma)
+        assert rlhf_terms.slope_at(problems, found, beta, gamma) < 1e-8 * max(1, gamma)
 
 
 def test_jumps_of_ppo_are_drawn_where_the_clips_are():
@@ -103,7 +102,7 @@ def test_a_batch_counts_samples_beyond_the_clip_only_on_the_rewarded_side():
 
 
 def test_the_run_of_dpo_lowers_the_chosen_response_with_shared_logits_only():
-    config = dataclasses.replace(preference_losses.PRESETS["quick"], steps=20)
+    config = dataclasses.replace(preference_losses.run.presets["quick"], steps=20)
     run = preference_losses.example(config)
     moved = {name: run[name]["chosen"][-1] - run[name]["chosen"][0] for name in ("own", "shared")}
     assert moved["own"] > 0.1 and moved["shared"] < -0.1

@@ -11,7 +11,9 @@ import pytest
 import scipy.stats
 
 from experiments import sentiment_alignment, statistics
-from experiments.parts import sentiment_models, sentiment_numbers, sentiment_policies
+from experiments.sentiment import models as sentiment_models
+from experiments.sentiment import numbers as sentiment_numbers
+from experiments.sentiment import policies as sentiment_policies
 from figures import sentiment_alignment as figure
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import ScalarHead
@@ -78,7 +80,7 @@ def test_the_slope_compares_answers_to_the_same_prompt_only():
 
 
 def test_every_method_is_given_the_same_number_of_updates():
-    config = sentiment_alignment.PRESETS["full"]
+    config = sentiment_alignment.run.presets["full"]
     lm = GPT2(GPT2Config(vocab_size=8, n_positions=64, n_embd=8, n_layer=1, n_head=1))
     tools = sentiment_policies.Tools(lm, ScalarHead(lm), config)
     world = types.SimpleNamespace(reference=lm.init(jax.random.key(0)))

@@ -12,7 +12,7 @@ import scipy.special
 import scipy.stats
 
 from experiments.ledger import Number, identity, measurement, test
-from experiments.parts.sentiment_policies import OFFLINE, ONLINE
+from experiments.sentiment.policies import OFFLINE, ONLINE
 from experiments.statistics import holm, student
 from jaxrl_llm.objectives.rlhf import best_of_n_kl_bound
 

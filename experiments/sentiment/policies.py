@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from experiments.parts.sentiment_models import epochs, word_scores
+from experiments.sentiment.models import epochs, word_scores
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import scipy.optimize
 import scipy.sparse
 import scipy.special
 from jaxtyping import Array, Bool, Float, Int
 
+from experiments.optimisers import adam
 from jaxrl_llm.data.reviews import Review
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
@@ -56,12 +56,6 @@ def prompts_of(tokenizer: Any, reviews: Sequence[Review], length: int) -> Prompt
     kept = [[tokenizer.bos_token_id, *row[: length - 1]] for row in rows if len(row) > length]
     tokens = jnp.asarray(np.unique(np.asarray(kept, np.int32), axis=0))
     return Prompts(tokens, jnp.ones(tokens.shape, bool))
-
-
-def adam(peak: float, num_steps: int) -> optax.GradientTransformation:
-    """Adam with clipped gradients: a short warm-up, then a cosine to a tenth."""
-    schedule = optax.warmup_cosine_decay_schedule(0, peak, max(1, num_steps // 10), num_steps, peak / 10)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 def fine_tuned(lm: Any, params: Params, data: Reviews, config: Any, key: Array) -> Params:

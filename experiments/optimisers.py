@@ -1,4 +1,4 @@
-"""Newton's method on few parameters, for optima that are to be exact."""
+"""Adam for short trainings, and Newton's method for exact optima of few parameters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 DAMPING = 1e-12  # the softmax does not see a shift of its logits: without it the Hessian has no inverse
+
+
+def adam(peak: float, num_steps: int) -> optax.GradientTransformation:
+    """Return Adam with clipped gradients: a short warm-up, then a cosine decay to a tenth of the peak."""
+    schedule = optax.warmup_cosine_decay_schedule(0, peak, max(1, num_steps // 10), num_steps, peak / 10)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 def minimum(loss: Callable[[Any], Array], start: Any, *, steps: int) -> tuple[Any, Float[Array, "values"]]:
