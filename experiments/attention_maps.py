@@ -445,12 +445,10 @@ def _ratio(counts: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _mean(name: str, values: np.ndarray, unit: str = "nats") -> Entry:
-    mean, low, high = statistics.student(values)
     source = "mean over the heads; mean of the names, interval of Student's t"
-    return ledger.measurement(name, mean, unit=unit, source=source, confidence=(low, high))
+    return ledger.measurement(name, *statistics.student(values), unit=unit, source=source)
 
 
 def _estimate(name: str, found: Interval, *, unit: str, source: str, names: int = ENOUGH) -> Entry:
     """Return an estimate, with its bootstrap interval where there are enough names for one."""
-    confidence = (found.low, found.high) if names >= ENOUGH else None
-    return ledger.measurement(name, found.estimate, unit=unit, source=source, confidence=confidence)
+    return ledger.measurement(name, *(found if names >= ENOUGH else found[:1]), unit=unit, source=source)

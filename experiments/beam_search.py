@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from experiments import ledger
-from experiments.endless import endless, log_probs
+from experiments.endless import endless
 from experiments.frame import experiment
 from experiments.passages import PASSAGES, chosen, first_tokens
-from experiments.statistics import above_zero, holm, student
+from experiments.statistics import above_zero, significant, student
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis.diversity import distinct_n, seq_rep_n
 from jaxrl_llm.decoding import generate
 from jaxrl_llm.decoding.beam import beam_search
+from jaxrl_llm.scoring import completion_log_probs
 
 PROMPT = "I have a dream"
 Found = dict[tuple, dict[str, np.ndarray]]  # by settings
@@ -140,7 +141,9 @@ def searched(
     owners = [prompt for prompt in prompts for _ in range(beams)]
     nothing = [text.encode(loaded.tokenizer, "")] * len(owners)
     after_prompt, after_nothing = (
-        log_probs(endless(loaded), loaded.params, each, flat).sum(axis=1).reshape(-1, beams)
+        np.stack(completion_log_probs(endless(loaded), loaded.params, each, flat.tolist(), batch_size=64))
+        .sum(axis=1)
+        .reshape(-1, beams)
         for each in (owners, nothing)
     )
     return {
@@ -269,17 +272,9 @@ def differences(config: Config, measured: dict[tuple, dict[str, np.ndarray]]) ->
 def tests(config: Config, measured: dict[tuple, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
     """Return a test of each difference: at a level of 5% for all of them together."""
     found = differences(config, measured)
-    return [
-        ledger.test(
-            f"p-value: {name}",
-            p_value,
-            at_most=0.05,
-            wrong=0.5,
-            unit="",
-            source=f"one-sided Wilcoxon signed-rank test over prompts, Holm over {len(found)}",
-        )
-        for name, p_value in zip(found, holm([above_zero(each) for each in found.values()]), strict=True)
-    ]
+    p_values = {f"p-value: {name}": above_zero(each) for name, each in found.items()}
+    source = f"one-sided Wilcoxon signed-rank test over prompts, Holm over {len(found)}"
+    return significant(p_values, unit="", source=source)
 
 
 def measurements(config: Config, measured: dict[tuple, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -296,7 +291,6 @@ def measurements(config: Config, measured: dict[tuple, dict[str, np.ndarray]]) -
     }
     entries = []
     for name, (each, unit) in values.items():
-        mean, low, high = student(each)
         source = f"mean over {len(each)} prompts; interval of Student's t"
-        entries.append(ledger.measurement(name, mean, unit=unit, source=source, confidence=(low, high)))
+        entries.append(ledger.measurement(name, *student(each), unit=unit, source=source))
     return entries

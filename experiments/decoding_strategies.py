@@ -27,10 +27,10 @@ import numpy as np
 import scipy.stats
 
 from experiments import ledger
-from experiments.endless import endless, log_probs
+from experiments.endless import endless
 from experiments.frame import experiment
 from experiments.passages import IN_CORPUS, PASSAGES, chosen, first_tokens
-from experiments.statistics import above_zero, holm, student
+from experiments.statistics import above_zero, holm, significant, student
 from jaxrl_llm import models
 from jaxrl_llm.analysis.bootstrap import Interval
 from jaxrl_llm.analysis.chrf import sentence_chrf
@@ -42,6 +42,7 @@ from jaxrl_llm.decoding.contrastive import contrastive_search
 from jaxrl_llm.decoding.loop import Generation
 from jaxrl_llm.decoding.reranking import best_of_n, minimum_bayes_risk
 from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.scoring import completion_log_probs
 
 HUMAN, GREEDY, BEAM, PURE = "human", "greedy", "beam, k = 4", "pure sampling"
 LEVEL = 0.05
@@ -159,7 +160,8 @@ def scored(config: Config, task: Task, texts: dict[str, Texts]) -> dict[str, tup
     tokens = {name: np.asarray(call()) for name, call in texts.items() if name in (HUMAN, *config.strategies)}
     prompts = task.prompts.tolist()
     return {
-        name: (each, log_probs(task.lm, task.params, prompts, each, batch=len(each))) for name, each in tokens.items()
+        name: (each, np.stack(completion_log_probs(task.lm, task.params, prompts, each.tolist(), batch_size=len(each))))
+        for name, each in tokens.items()
     }
 
 
@@ -286,18 +288,9 @@ def tests(repeats: dict[str, list[float]], surprise: dict[str, np.ndarray]) -> l
         for other in (HUMAN, PURE)
     }
     differences["nats per token, human − greedy"] = surprise[HUMAN] - surprise[GREEDY]
-    p_values = holm([above_zero(each) for each in differences.values()])
-    return [
-        ledger.test(
-            f"p-value: {name}",
-            p_value,
-            at_most=LEVEL,
-            wrong=0.5,
-            unit="",
-            source=f"one-sided Wilcoxon signed-rank test over passages, Holm over {len(differences)}",
-        )
-        for name, p_value in zip(differences, p_values, strict=True)
-    ]
+    p_values = {f"p-value: {name}": above_zero(each) for name, each in differences.items()}
+    source = f"one-sided Wilcoxon signed-rank test over passages, Holm over {len(differences)}"
+    return significant(p_values, unit="", source=source)
 
 
 def measurements(
@@ -319,8 +312,6 @@ def measurements(
     ):
         for name in (HUMAN, GREEDY, BEAM, PURE):
             estimate, low, high = measured[name][metric].values()
-            confidence = (low, high) if low < high else None  # where nothing repeats, nothing is known of the spread
-            entries.append(
-                ledger.measurement(f"{label}, {name}", estimate, unit=unit, source=source, confidence=confidence)
-            )
+            known = (estimate, low, high) if low < high else (estimate,)  # the spread is unknown if nothing repeats
+            entries.append(ledger.measurement(f"{label}, {name}", *known, unit=unit, source=source))
     return entries

@@ -243,8 +243,6 @@ def numbers(exact: dict[str, float], runs: dict[str, dict[str, np.ndarray]]) -> 
             ("chosen", -1, "change of log π_w", "nats"),
             ("rejected", -1, "change of log π_l", "nats"),
         ):
-            mean, low, high = student(measured[field][:, at])
-            entries.append(
-                ledger.measurement(f"{name}, {kind}", mean, unit=unit, source=batches, confidence=(low, high))
-            )
+            mean = student(measured[field][:, at])
+            entries.append(ledger.measurement(f"{name}, {kind}", *mean, unit=unit, source=batches))
     return entries

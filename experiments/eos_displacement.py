@@ -14,10 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
 from jaxtyping import Array, Float
 
-from experiments import ledger
+from experiments import ledger, statistics
 from experiments.frame import experiment
 from experiments.parts import amplification_gpt2
 from experiments.parts.amplification_gpt2 import PROMPT, World
@@ -136,7 +135,6 @@ def numbers(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     word, whole = (stacked(points, name) for name in ("word_off", "whole_off"))
     seeds, count = word.shape[1], displaced(points)
     described = {"unit": "probability", "source": f"users of either opinion at {len(points)} β, {seeds} seeds"}
-    share = scipy.stats.binomtest(count, seeds).proportion_ci()
     eos = np.concatenate([stacked(points, f"eos_after_{name}") for name in ("disagreeing", "agreeing")])
     return [
         ledger.test(
@@ -160,8 +158,7 @@ def numbers(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ),
         ledger.measurement(
             f"seeds of which a word is off the law by more than {FAR}",
-            count / seeds,
-            confidence=(share.low, share.high),
+            *statistics.share(count, seeds),
             unit=f"share of {seeds}",
             source="for users of either opinion at any β; Clopper and Pearson's interval",
         ),

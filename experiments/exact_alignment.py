@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from experiments import ledger
 from experiments.frame import experiment
-from experiments.statistics import above_zero, holm
+from experiments.statistics import above_zero, significant
 from jaxrl_llm import oracle
 from jaxrl_llm.decoding.transforms import Temperature
 from jaxrl_llm.models.heads import ScalarHead
@@ -292,24 +292,18 @@ def numbers(trainers: dict[str, Arm], left: dict[str, np.ndarray]) -> list[dict[
                 ledger.measurement(
                     f"share of what can be gained that is left, median of the tables: {name}",
                     float(np.median(left[name])),
+                    float(middle.low),
+                    float(middle.high),
                     unit="1",
                     source="interval of the order statistics",
-                    confidence=(float(middle.low), float(middle.high)),
                 )
             )
-    worse = [above_zero(np.log(left[wrong] / left[right])) for wrong, right in RIGHT.items()]
-    entries += [
-        ledger.test(
-            f"p-value: ends farther from the optimum than {RIGHT[name]}: {name}",
-            p_value,
-            at_most=SIGNIFICANCE,
-            wrong=0.5,
-            unit="1",
-            source=f"Wilcoxon's signed-rank test on the {tables} tables, Holm-corrected",
-        )
-        for name, p_value in zip(RIGHT, holm(worse), strict=True)
-    ]
-    return entries
+    worse = {
+        f"p-value: ends farther from the optimum than {right}: {wrong}": above_zero(np.log(left[wrong] / left[right]))
+        for wrong, right in RIGHT.items()
+    }
+    source = f"Wilcoxon's signed-rank test on the {tables} tables, Holm-corrected"
+    return [*entries, *significant(worse, unit="1", source=source)]
 
 
 def _thinned(curves: np.ndarray, points: int = 120) -> dict[str, Any]:

@@ -170,18 +170,16 @@ def kept(config: Any, name: str, compute: Callable[[], Any]) -> Any:
     Args:
         compute: gives nested dicts and lists of arrays and of values that JSON has. Keys are strings or integers.
     """
-    import jax  # not needed by the gallery and `--help`
-
+    arrays: dict[str, np.ndarray] = {}
     if config.work_dir is None:
-        return jax.device_get(compute())
+        return _with_arrays(_without_arrays(compute(), arrays), arrays.__getitem__)
     settings = str(dataclasses.replace(config, work_dir=None))
     path = config.work_dir / hashlib.sha256(settings.encode()).hexdigest()[:12] / f"{name}.safetensors"
     if not path.is_file():
-        arrays: dict[str, np.ndarray] = {}
-        tree = _without_arrays(jax.device_get(compute()), arrays)
+        tree = json.dumps(_without_arrays(compute(), arrays), allow_nan=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(arrays, partial, metadata={"tree": json.dumps(tree, allow_nan=False)})
+        save_file(arrays, partial, metadata={"tree": tree})
         os.replace(partial, path)
     with safe_open(path, "numpy") as file:
         return _with_arrays(json.loads(file.metadata()["tree"]), file.get_tensor)

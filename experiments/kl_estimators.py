@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from scipy.optimize import brentq
 from scipy.special import lambertw
-from scipy.stats import binomtest
 
 from experiments import ledger, statistics
 from experiments.frame import experiment
@@ -248,12 +247,12 @@ def table_numbers(rows: list[dict[str, Any]], num_samples: int) -> list[ledger.N
 
 def tail_numbers(config: Config, below: np.ndarray) -> list[ledger.Number]:
     """Test that most blocks of draws show less than the true Var(k3), where ratios are heavy."""
-    interval = binomtest(int(below.sum()), len(below)).proportion_ci()
+    share = statistics.share(below.sum(), len(below))
     name = f"μ = {max(config.shifts):g}: share of blocks of {config.chunk_size} draws that show less than Var(k3)"
     place = {"unit": "1", "source": f"{len(below)} blocks; half of them, were the reading symmetric"}
     return [
-        ledger.test(f"{name}, lower end of its 95% interval", float(interval.low), at_least=0.5, wrong=0.47, **place),
-        ledger.measurement(name, float(below.mean()), confidence=(float(interval.low), float(interval.high)), **place),
+        ledger.test(f"{name}, lower end of its 95% interval", share[1], at_least=0.5, wrong=0.47, **place),
+        ledger.measurement(name, *share, **place),
     ]
 
 
@@ -464,15 +463,14 @@ def precision(by_reference: dict[str, dict[str, np.ndarray]]) -> list[ledger.Num
     for reference, rows in by_reference.items():
         logs = {name: np.log(each.reshape(-1, BLOCK).var(axis=1, ddof=1)) for name, each in rows.items()}
         source = f"{len(logs['k1'])} blocks of the same {BLOCK} rows"
-        mean, low, high = statistics.student(rows["Rao-Blackwell"])
         about = {"unit": "nats per token", "source": f"{len(rows['k1'])} rows"}
-        numbers.append(ledger.measurement(f"KL, reference {reference}", mean, confidence=(low, high), **about))
+        mean = statistics.student(rows["Rao-Blackwell"])
+        numbers.append(ledger.measurement(f"KL, reference {reference}", *mean, **about))
         for name in ESTIMATORS:
             gain = logs[name] - logs["Rao-Blackwell"]
             p_values.append(statistics.above_zero(gain))
-            mean, low, high = np.exp(statistics.student(gain))
             title = f"variance of {name} over Rao-Blackwell's, reference {reference}"
-            numbers.append(ledger.measurement(title, mean, confidence=(low, high), unit="1", source=source))
+            numbers.append(ledger.measurement(title, *np.exp(statistics.student(gain)), unit="1", source=source))
     least = ledger.test(
         "largest p, Rao-Blackwell varies less over rows than k1, k2 and k3, both references",
         max(statistics.holm(p_values)),

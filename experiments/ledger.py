@@ -81,16 +81,19 @@ def test(
 
 
 def measurement(
-    name: str, value: float, *, unit: str, source: str, confidence: tuple[float, float] | None = None
+    name: str, value: float, low: float | None = None, high: float | None = None, *, unit: str, source: str
 ) -> Number:
-    """Return a number without a verdict, with its 95% interval of confidence where there is one.
+    """Return a number without a verdict, and its 95% confidence interval if both of its ends are given.
 
     Raises:
-        ValueError: if a value is not finite.
+        ValueError: if a value is not finite, or one end is given alone.
     """
-    _check_finite(name, value, *(confidence or ()))
+    if (low is None) != (high is None):
+        raise ValueError(f"{name}: low and high must be given together, but are {low} and {high}.")
+    confidence = [] if low is None else [low, high]
+    _check_finite(name, value, *confidence)
     number = _number("measurement", name, value, unit, source)
-    return number | ({"confidence": [_six(bound) for bound in confidence]} if confidence is not None else {})
+    return number | ({"confidence": [_six(end) for end in confidence]} if confidence else {})
 
 
 def _near(kind: str, name: str, value: float, expected: float, tolerance: float, unit: str, source: str) -> Number:

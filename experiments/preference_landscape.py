@@ -23,6 +23,7 @@ from experiments.landscapes import Place
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.scoring import Sequences, pad_completions
 
 PAIRS = (  # prompt, preferred answer, rejected answer
     ("And the king said unto the stranger,", " Peace be with thee.", " Get thee hence."),
@@ -121,20 +122,15 @@ def lowest_of_planes(config: Config, dpo: Place, key: jax.Array) -> list[float]:
     return lowest
 
 
-def answers(tokenizer: Any, which: int, pairs: tuple[tuple[str, str, str], ...] = PAIRS) -> landscape.Answers:
+def answers(tokenizer: Any, which: int, pairs: tuple[tuple[str, str, str], ...] = PAIRS) -> Sequences:
     """Return the prompts with their answers of one kind, padded on the right."""
     prompts = [text.encode(tokenizer, pair[0]) for pair in pairs]
     wholes = [text.encode(tokenizer, pair[0] + pair[which]) for pair in pairs]
     for prompt, whole in zip(prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt:
             raise ValueError(f"the prompt's tokens {prompt} do not begin those of prompt and answer, {whole}.")
-    place = np.arange(max(map(len, wholes)))
-    lengths, starts = (np.asarray([len(row) for row in rows])[:, None] for rows in (wholes, prompts))
-    tokens = np.zeros((len(pairs), len(place)), np.int32)
-    for row, whole in zip(tokens, wholes, strict=True):
-        row[: len(whole)] = whole
-    mask = place < lengths
-    return landscape.Answers(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(mask & (place >= starts)))
+    answered = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
+    return jax.tree.map(jnp.asarray, pad_completions(prompts, answered))
 
 
 def reward_place(loaded: models.Loaded, chosen: Any, rejected: Any, key: jax.Array) -> Place:

@@ -379,9 +379,9 @@ def arm_numbers(config: Config, trained: dict[str, Any]) -> list[dict[str, Any]]
             grouped, shuffled, matched = (each["along"][arm][field][0, :, config.checkpoints] for arm in ARMS)
             gap, left = shuffled - grouped, matched - grouped
             title = f"{name}: {label}, shuffled − grouped"
-            measured.append(_measured(title, *statistics.student(gap), unit=unit, source=source))
+            measured.append(ledger.measurement(title, *statistics.student(gap), unit=unit, source=source))
             title = f"{name}: share of the gap in the {label} left at the matched rate"
-            measured.append(_measured(title, *_ratio(left, gap), unit="share", source=source))
+            measured.append(ledger.measurement(title, *_ratio(left, gap), unit="share", source=source))
             if name == "SGD":
                 sides = [statistics.above_zero(REMOVED * gap + sign * left) for sign in (1, -1)]
                 p_values[f"{name}: the matched rate leaves less than {REMOVED:.0%} of the gap in the {label}"] = max(
@@ -394,17 +394,12 @@ def arm_numbers(config: Config, trained: dict[str, Any]) -> list[dict[str, Any]]
         source = "the rate chosen on every other seed, the loss measured on the rest, one epoch"
         for arm, losses in best.items():
             title = f"{name}: held-out loss of {arm} at its best rate"
-            measured.append(_measured(title, *statistics.student(losses), unit="nats", source=source))
+            measured.append(ledger.measurement(title, *statistics.student(losses), unit="nats", source=source))
         better = statistics.above_zero(best["grouped"] - best["shuffled"])
         p_values[f"{name}: shuffled has less held-out loss than grouped, each at its best rate"] = better
     source = f"one-sided Wilcoxon over seeds, Holm over {len(p_values)}"
-    adjusted = zip(p_values, statistics.holm(list(p_values.values())), strict=True)
-    tests = [ledger.test(f"p, {name}", p, at_most=0.05, wrong=0.5, unit="1", source=source) for name, p in adjusted]
-    return [*tests, *measured]
-
-
-def _measured(name: str, mean: float, low: float, high: float, **about: str) -> dict[str, Any]:
-    return ledger.measurement(name, mean, confidence=(low, high), **about)
+    named = {f"p, {name}": p for name, p in p_values.items()}
+    return [*statistics.significant(named, unit="1", source=source), *measured]
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:

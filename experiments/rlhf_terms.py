@@ -19,7 +19,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 from scipy.special import logsumexp, wrightomega
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from experiments import ledger, statistics
@@ -29,6 +28,7 @@ from jaxrl_llm.objectives import kl, policy_gradient, rlhf
 from jaxrl_llm.objectives.advantages import rloo
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
+from jaxrl_llm.scoring import next_token_log_probs
 from jaxrl_llm.tabular import TabularLM
 
 PAPER = "Ouyang et al. 2022, eq. 2"
@@ -294,7 +294,7 @@ def update(
         gain = (reward - batch["beta"] * divergence).reshape(-1, batch["group_size"].shape[0])
         advantages = jnp.broadcast_to(rloo(gain).reshape(-1, 1), logp.shape)
         total = aggregate(policy_gradient.reinforce_loss(logp, advantages), mask, "sequence_sum")
-        total -= rlhf.ptx_bonus(text_log_probs(lm, params, batch["text"]), gamma=batch["gamma"]).mean()
+        total -= rlhf.ptx_bonus(next_token_log_probs(lm, params, batch["text"]), gamma=batch["gamma"]).mean()
         exact = jnp.where(mask, kl.exact_kl(logits, ref_logits), 0).sum(axis=-1)
         return total, {"reward": reward.mean(), "kl": exact.mean()}
 
@@ -303,15 +303,10 @@ def update(
     return optax.apply_updates(params, updates), state, seen
 
 
-def text_log_probs(lm: Any, params: Any, rows: Int[Array, "row time"]) -> Float[Array, "row time-1"]:
-    """The log-probability of every token after the first."""
-    return token_log_probs(answer_logits(lm, params, rows[:, :1], rows[:, 1:]), rows[:, 1:])
-
-
 @functools.partial(jax.jit, static_argnames="lm")
 def text_loss(lm: Any, params: Any, rows: Int[Array, "row time"]) -> Float[Array, ""]:
     """−E log π(x), per token."""
-    return -text_log_probs(lm, params, rows).mean()
+    return -next_token_log_probs(lm, params, rows).mean()
 
 
 def train(config: Config, key: Array) -> list[dict[str, Any]]:
@@ -416,7 +411,7 @@ def pretraining_numbers(
     enough = np.asarray(config.betas)[:, None] + lost / moved
     beyond = (thresholds - enough).max()
     forgets = _forgets(grid)
-    interval = binomtest(int(forgets.sum()), len(forgets)).proportion_ci()
+    share = statistics.share(forgets.sum(), len(forgets))
     over = f"{config.problems} problems, β = {', '.join(f'{beta:g}' for beta in config.betas)}"
     low, middle, high = np.quantile(thresholds.max(axis=0), [0.025, 0.5, 0.975])
     return [
@@ -436,7 +431,7 @@ def pretraining_numbers(
         ),
         ledger.test(
             "share of problems on which the pretraining loss rises at every β without γ, lower end of its 95% interval",
-            float(interval.low),
+            share[1],
             at_least=0.9,
             wrong=0.8,
             unit="share",
@@ -444,8 +439,7 @@ def pretraining_numbers(
         ),
         ledger.measurement(
             "share of problems on which the pretraining loss rises at every β without γ",
-            float(forgets.mean()),
-            confidence=(float(interval.low), float(interval.high)),
+            *share,
             unit="share",
             source=over,
         ),
@@ -489,24 +483,17 @@ def neural_numbers(config: Config, arms: list[dict[str, Any]]) -> list[ledger.Nu
     source = f"{config.model}, {config.updates} updates, {config.trainings} trainings"
     last = [arm["pretraining_loss"][:, -1] for arm in arms]
     saved = [f"β = {arm['beta']:g}, γ = {arm['gamma']:g}" for arm in arms]
-    p_values = statistics.holm([statistics.above_zero(last[0] - each) for each in last[1:]])
-    numbers = [
-        ledger.test(
-            f"p, the pretraining loss ends lower with {name} than with neither term",
-            p,
-            at_most=0.05,
-            wrong=0.5,
-            unit="1",
-            source=f"{source}, paired; one-sided Wilcoxon, Holm over {len(p_values)}",
-        )
-        for name, p in zip(saved[1:], p_values, strict=True)
-    ]
+    p_values = {
+        f"p, the pretraining loss ends lower with {name} than with neither term": statistics.above_zero(last[0] - each)
+        for name, each in zip(saved[1:], last[1:], strict=True)
+    }
+    how = f"{source}, paired; one-sided Wilcoxon, Holm over {len(p_values)}"
+    numbers = statistics.significant(p_values, unit="1", source=how)
     for name, arm in zip(saved, arms, strict=True):
         for field, label, unit in (
             ("pretraining_loss", "rise of the pretraining loss", "nats per token"),
             ("kl", "KL from the first model at the end", "nats per answer"),
         ):
-            mean, low, high = statistics.student(arm[field][:, -1] - arm[field][:, 0])
-            title = f"{label}, {name}"
-            numbers.append(ledger.measurement(title, mean, confidence=(low, high), unit=unit, source=source))
+            change = statistics.student(arm[field][:, -1] - arm[field][:, 0])
+            numbers.append(ledger.measurement(f"{label}, {name}", *change, unit=unit, source=source))
     return numbers

@@ -20,7 +20,7 @@ import scipy.stats
 from experiments import ledger
 from experiments.frame import experiment
 from experiments.passages import PASSAGES, chosen, first_tokens
-from experiments.statistics import student
+from experiments.statistics import share, student
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import trees
 from jaxrl_llm.decoding import Tree, search_tree
@@ -180,8 +180,6 @@ def numbers(
     siblings = [[(node.parent, node.token) for node in tree.nodes()] for tree in grown.values()]
     repeated = sum(len(pairs) - len(set(pairs)) for pairs in siblings)
     sign = scipy.stats.binomtest(missed(gains), len(gains), 0.5, alternative="greater")
-    share = scipy.stats.binomtest(missed(gains), len(gains)).proportion_ci(0.95, "exact")
-    mean, low, high = student(gains)
     prompts = f"{len(gains)} prompts"
     entries = [
         ledger.identity(
@@ -215,17 +213,15 @@ def numbers(
         ),
         ledger.measurement(
             "prompts after which greedy decoding misses the best leaf",
-            missed(gains) / len(gains),
+            *share(missed(gains), len(gains)),
             unit="share",
             source=f"{prompts}; interval of Clopper and Pearson",
-            confidence=(share.low, share.high),
         ),
         ledger.measurement(
             "best leaf − greedy decoding",
-            mean,
+            *student(gains),
             unit="nats per token",
             source=f"mean over {prompts}; interval of Student's t",
-            confidence=(low, high),
         ),
         ledger.measurement(
             f"best leaf − greedy decoding after “{config.prompt}”",

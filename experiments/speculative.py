@@ -222,10 +222,9 @@ def numbers(
         ),
         ledger.measurement(
             "tokens per round of look-up, sampled",
-            look_up["sampled"]["per_round"],
+            *look_up["sampled"].values(),
             unit="",
             source="interval of Student's t over texts",
-            confidence=(look_up["sampled"]["per_round_low"], look_up["sampled"]["per_round_high"]),
         ),
         ledger.measurement(
             "tokens per round of look-up, greedy", look_up["greedy"]["per_round"], unit="", source="one text"

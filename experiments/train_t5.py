@@ -18,9 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
-from experiments import embedded, ledger
+from experiments import embedded, ledger, statistics
 from experiments.frame import experiment
 from jaxrl_llm import models, translation
 from jaxrl_llm.data import number_names, number_tokenizer
@@ -199,7 +198,7 @@ def run(config: Config) -> dict[str, Any]:
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     rows = exact_by_length(loaded, numbers)
     names, exact = (sum(row[field] for row in rows) for field in ("names", "exact"))
-    low, high = scipy.stats.binomtest(exact, names).proportion_ci(0.95, "exact")
+    share, low, high = statistics.share(exact, names)
     millions = loaded.model.num_params() / 1e6
     source = "greedy decoding; interval of Clopper and Pearson over the names"
     return {
@@ -215,9 +214,7 @@ def run(config: Config) -> dict[str, Any]:
                 unit="share",
                 source=source,
             ),
-            ledger.measurement(
-                "held-out names, exact", exact / names, confidence=(low, high), unit="share", source=source
-            ),
+            ledger.measurement("held-out names, exact", share, low, high, unit="share", source=source),
             ledger.measurement("held-out names", names, unit="names", source="number_names.split"),
             ledger.measurement("parameters", millions, unit="million", source="the model's shapes"),
         ],

@@ -507,8 +507,7 @@ def gains(config: Config, found: dict[str, dict], pairs: Sequence[SentencePair])
 
 
 def _measured(name: str, interval: dict[str, float], source: str) -> dict[str, Any]:
-    confidence = (interval["low"], interval["high"]) if "low" in interval else None
-    return ledger.measurement(name, interval["estimate"], unit="points of 100", source=source, confidence=confidence)
+    return ledger.measurement(name, *interval.values(), unit="points of 100", source=source)
 
 
 def seen(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ def load(path):
 def test_every_experiment_has_results_and_a_figure():
     assert set(catalogue.names()) == {_results.figure_of(path.stem) for path in FILES} == _results.figure_names()
     assert set(catalogue.names()) == {
-        path.stem for path in ledger.RESULTS.parent.glob("experiments/*.py") if "command.main(" in path.read_text()
-    } - {"command"}
+        path.stem for path in ledger.RESULTS.parent.glob("experiments/*.py") if "\n@experiment(" in path.read_text()
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

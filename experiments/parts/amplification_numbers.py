@@ -178,7 +178,8 @@ def _of_gpt2(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ledger.measurement(
                 f"agreement after {method}, p = {EXAMPLE}, β = {at['beta']:g}",
                 at["mean"],
-                confidence=(at["low"], at["high"]),
+                at["low"],
+                at["high"],
                 unit="probability",
                 source=f"a GPT-2 from π_ref = ½, Student's interval over seeds; the law is {at['law']:.4f}",
             )

@@ -108,7 +108,7 @@ def _model(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
         ledger.measurement(
             f"matching ratio, {about}",
             report["published"]["estimate"],
-            confidence=_confidence(report["published"], report["claims"]),
+            *_confidence(report["published"], report["claims"]),
             unit="share",
             source=items,
         ),
@@ -122,7 +122,7 @@ def _model(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
                 ledger.measurement(
                     f"shift by {form}, {about}",
                     found["estimate"],
-                    confidence=_confidence(found, claims),
+                    *_confidence(found, claims),
                     unit="share",
                     source=f"{claims} claims, {_signs(signs)}",
                 )
@@ -139,7 +139,7 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         ledger.measurement(
             name,
             value["estimate"],
-            confidence=_confidence(value, found["facts"]),
+            *_confidence(value, found["facts"]),
             unit="share",
             source=f"{found['facts']} facts",
         )
@@ -153,7 +153,8 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             ledger.measurement(
                 f"right answers given up when doubted, {model}",
                 given_up["estimate"],
-                confidence=(exact.low, exact.high),
+                exact.low,
+                exact.high,
                 unit="share",
                 source=f"{right} right answers; Clopper and Pearson's interval",
             )
@@ -189,6 +190,6 @@ def _of(reports: Reports, source: str) -> dict[str, Any]:
     return next(report for report in reports[PUBLISHED] if report["source"] == source)
 
 
-def _confidence(found: dict[str, float | None], units: int) -> tuple[float, float] | None:
+def _confidence(found: dict[str, float | None], units: int) -> tuple[float, ...]:
     """Return the bootstrap's interval, which is too narrow, and left out, where few units were drawn."""
-    return (found["low"], found["high"]) if units >= ENOUGH else None
+    return (found["low"], found["high"]) if units >= ENOUGH else ()

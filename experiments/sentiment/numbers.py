@@ -191,8 +191,7 @@ def result(
 
 
 def _over_seeds(name: str, values: np.ndarray, unit: str) -> Number:
-    mean, low, high = student(values)
-    return measurement(name, mean, unit=unit, source=SEEDS, confidence=(low, high))
+    return measurement(name, *student(values), unit=unit, source=SEEDS)
 
 
 def _beginnings(found: dict[str, Any]) -> list[Number]:
