@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
         "names": len(held_out.pairs),
         "best": list(best),
         "bound": BOUND,
-        "example": example(example, config.example),
+        "example": maps_of(example, config.example),
         "error_rates": by_head(study.error_rate(alignment_counts(held_out))),
         "entropy": {kind: by_layer(study, entropies(held_out, kind)) for kind in KINDS},
         "shares": shares(held_out, "encoder"),
@@ -242,7 +242,7 @@ def _links(corpus: Corpus, layer: int, head: int) -> np.ndarray:
     return alignment.hard_alignment(weights, corpus.target_words, corpus.source_words)[0, :, 0]
 
 
-def example(corpus: Corpus, number: int) -> dict[str, Any]:
+def maps_of(corpus: Corpus, number: int) -> dict[str, Any]:
     """Return all maps of one number of the corpus, with its words and its gold alignment."""
     (place,) = [place for place, pair in enumerate(corpus.pairs) if pair.number == number]
     pair = corpus.pairs[place]
