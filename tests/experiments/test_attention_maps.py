@@ -1,7 +1,6 @@
 """The experiment on attention: its measures on heads whose answers are known, and its committed results."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from experiments import attention_maps, ledger
 from jaxrl_llm.analysis import alignment
 from jaxrl_llm.data import number_names
+from tests.experiments import entry
 
 NUMBERS = np.asarray([7, 81, 100, 345_678, 841_592])
 
@@ -88,7 +88,7 @@ def test_an_equal_number_of_each_length_is_drawn():
 
 def test_the_map_that_is_drawn_shows_the_inversion():
     """Target on rows, source on columns: the transposed map of the number would not even fit."""
-    data = json.loads((ledger.RESULTS / "attention_maps.json").read_text(encoding="utf-8"))["data"]
+    data = entry("attention_maps")["data"]
     example, (layer, head) = data["example"], data["best"]
     weights = np.asarray(example["cross"][layer][head])
     assert weights.shape == (len(example["target"]), len(example["source"]))

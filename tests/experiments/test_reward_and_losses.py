@@ -1,9 +1,7 @@
 """The numbers that the committed results on reward models, RLHF's terms and losses promise, and how tight they are."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +10,7 @@ import pytest
 from experiments import ppo_clip_surface, preference_losses, reward_model, rlhf_terms
 from figures.preference_losses import GROUPS, LABELS
 from jaxrl_llm.objectives import rlhf
-
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+from tests.experiments import entry, number
 
 # results file, name of the number, what it must be, and the loosest tolerance it may be given
 EXPECTED = [
@@ -28,19 +25,12 @@ EXPECTED = [
 ]
 
 
-def number(results: str, name: str) -> dict:
-    """The one number of this name."""
-    entries = json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))["numbers"]
-    (found,) = [entry for entry in entries if entry["name"] == name]
-    return found
-
-
 @pytest.mark.parametrize(("results", "name", "expected", "loosest"), EXPECTED)
 def test_number_is_what_theory_says(results, name, expected, loosest):
-    entry = number(results, name)
-    assert entry["tolerance"] <= loosest
-    assert entry["expected"] == pytest.approx(expected, abs=loosest)
-    assert entry["value"] == pytest.approx(expected, abs=loosest)
+    found = number(results, name)
+    assert found["tolerance"] <= loosest
+    assert found["expected"] == pytest.approx(expected, abs=loosest)
+    assert found["value"] == pytest.approx(expected, abs=loosest)
 
 
 def test_labellers_who_agree_on_72_6_per_cent_prefer_with_a_probability_of_0_836():
@@ -53,8 +43,8 @@ def test_labellers_who_agree_on_72_6_per_cent_prefer_with_a_probability_of_0_836
 
 
 def test_reward_models_are_compared_under_both_optimisers():
-    entry = json.loads((RESULTS / "reward_model.json").read_text(encoding="utf-8"))
-    assert list(entry["data"]["arms"]) == ["SGD", "Adam"] and "under SGD" in entry["claim"]
+    found = entry("reward_model")
+    assert list(found["data"]["arms"]) == ["SGD", "Adam"] and "under SGD" in found["claim"]
 
 
 def test_the_best_rate_is_chosen_on_other_seeds_than_it_is_measured_on():
@@ -85,7 +75,7 @@ def test_every_optimum_is_stationary(problems, beta, gamma):
 
 def test_jumps_of_ppo_are_drawn_where_the_clips_are():
     """Not between two grid points, as slopes, nor half a cell away from them."""
-    data = json.loads((RESULTS / "ppo_clip_surface.json").read_text(encoding="utf-8"))["data"]
+    data = entry("ppo_clip_surface")["data"]
     sections, clips = data["sections"], data["clips"]["asymmetric"]
     ratio, gradient = (np.asarray(each) for each in (sections["ratio"], sections["positive"]["asymmetric"]["gradient"]))
     (jump,) = np.flatnonzero(np.abs(np.diff(gradient)) > 0.5)
@@ -109,14 +99,9 @@ def test_the_run_of_dpo_lowers_the_chosen_response_with_shared_logits_only():
 
 
 def test_every_loss_of_the_figure_has_its_curve():
-    curves = json.loads((RESULTS / "preference_losses.json").read_text(encoding="utf-8"))["data"]["curves"]
+    curves = entry("preference_losses")["data"]["curves"]
     drawn = {name for names in GROUPS.values() for name in names}
     assert drawn == set(LABELS)
     assert set(curves) - {"x", "kto", "cpo"} == drawn
     apart = np.abs(np.asarray(curves["orpo"]["loss"]) - curves["cpo"]["loss"]).max()
     assert apart < 0.06, "drawn as one line"
-
-
-@pytest.mark.parametrize("results", ["reward_model", "rlhf_terms", "preference_losses", "ppo_clip_surface"])
-def test_claim_holds(results):
-    assert json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))["holds"]

@@ -13,6 +13,7 @@ from experiments.embedded import EMBEDDED
 from figures import translation as figure
 from jaxrl_llm import models
 from jaxrl_llm.translation import Form, translate
+from tests.experiments import entry
 
 TEXT = "the cat sat on a mat and saw its own red hat by far not so big as that"
 SMALL = {
@@ -179,6 +180,6 @@ def test_the_lead_is_tested_where_it_was_predicted():
 
 
 def test_the_committed_results_are_of_all_decoders():
-    data = json.loads((ledger.RESULTS / "translation.json").read_text(encoding="utf-8"))["data"]
+    data = entry("translation")["data"]
     assert data["sentences"] == 256 and len(data["leads"]) == 8
     assert {row["beams"] for row in data["table"]} == {1, 2, 4, 8}
