@@ -72,6 +72,6 @@ def test_text_can_be_read_at_the_width_of_a_page(path):
     drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     small = {text.get_text(): text.get_fontsize() * scale for text in drawn if text.get_fontsize() * scale < LEAST_SIZE}
     assert not small
-    FigureCanvasAgg(figure).draw()
-    title = figure._suptitle.get_window_extent() if figure._suptitle else None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    title = figure._suptitle.get_window_extent(renderer) if figure._suptitle else None
     assert title is None or (title.x0 >= 0 and title.x1 <= figure.bbox.width), "the title is cut off"
