@@ -5,7 +5,7 @@
 
 The decoder reads the gold translation, so that its rows belong to the words of the gold alignment. The best head is
 the one with the smallest error on training names, which the seed draws; all that is said of it is measured on held-out
-ones. The directions that are tested are written down in `experiments.parts.attention_numbers.hypotheses`.
+ones. The directions of the tests are fixed in `hypotheses`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Entry = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run."""
+    """A model, the number of names, and the bootstrap."""
 
     model: str = "tiny-t5"
     """A T5 of number names: a folder or a name."""
     per_length: int = 30
-    """Names of each length, training and held-out, as far as there are so many."""
+    """The largest number of names of each length, training and held-out."""
     example: int = 841_592
     """The held-out number whose maps are drawn."""
     resamples: int = 1000
@@ -58,7 +58,7 @@ def named(name: str, config: Config) -> str:
 
 @experiment(quick=Config(), full=Config(per_length=200), seeds=5, named=named)
 def run(config: Config) -> dict[str, Any]:
-    """Measure every head over the held-out names, and test what is claimed of them."""
+    """Measure every head over the held-out names, and test the claim."""
     loaded, split = models.load(config.model), number_names.split()
     if config.example not in split.held_out:
         raise ValueError(f"example must be a held-out number, but {config.example} is not.")
@@ -85,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(config: Config, numbers: list[dict[str, Any]], study: Study) -> str:
-    """Return the claim, in the numbers that were measured."""
+    """Return the claim with the measured numbers."""
     value = {entry["name"]: entry["value"] for entry in numbers}
     entropy, error = (
         [value[name.format(which)] for which in ("first", "last")]
@@ -126,7 +126,7 @@ class Corpus:
 
 
 def stratified(numbers: np.ndarray, *, per_length: int, seed: int) -> np.ndarray:
-    """Draw at most so many numbers of each English length."""
+    """Draw at most `per_length` numbers of each English length."""
     rng, lengths = np.random.default_rng(seed), number_names.english_lengths(numbers)
     parts = [numbers[lengths == length] for length in np.unique(lengths)]
     return np.sort(np.concatenate([rng.choice(part, min(per_length, len(part)), replace=False) for part in parts]))
@@ -161,7 +161,7 @@ def read(loaded: models.Loaded, numbers: np.ndarray) -> Corpus:
 
 
 def _tokens(loaded: models.Loaded, texts: list[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """One token for each word and one for the end, padded on the right, and their mask."""
+    """Return one token for each word and one for the end, padded on the right, and their mask."""
     ids = [loaded.tokenizer(" ".join(words))["input_ids"] for words in texts]
     if any(len(row) != len(words) + 1 for row, words in zip(ids, texts, strict=True)):
         raise ValueError("the gold alignment is one of words: it needs a tokenizer with one token for each word.")
@@ -172,7 +172,7 @@ def _tokens(loaded: models.Loaded, texts: list[tuple[str, ...]]) -> tuple[np.nda
 
 
 def alignment_counts(corpus: Corpus, *, late: bool = False, weights: np.ndarray | None = None) -> np.ndarray:
-    """Alignment counts [pair, layer, head, 2]; `late` reads each word in the row after the one that predicts it."""
+    """Return alignment counts [pair, layer, head, 2]; `late` reads each word one row after its prediction."""
     weights = corpus.weights["cross"] if weights is None else weights
     return alignment.head_counts(
         np.roll(weights, -1, axis=-2) if late else weights,
@@ -184,7 +184,7 @@ def alignment_counts(corpus: Corpus, *, late: bool = False, weights: np.ndarray 
 
 
 def in_order(corpus: Corpus) -> np.ndarray:
-    """The counts of a head that keeps the order: word j looks at source word j, or at the last one; [pair, 2]."""
+    """Return the counts of a head that keeps the order: word j looks at source word j or the last; [pair, 2]."""
     source = np.minimum(np.arange(corpus.target_words.shape[1]), corpus.lengths[:, None] - 1)
     weights = np.eye(corpus.source_words.shape[1])[source][None, :, None]
     return alignment_counts(corpus, weights=weights)[:, 0, 0]
@@ -201,7 +201,7 @@ def entropies(corpus: Corpus, kind: str, *, normalised: bool = False) -> np.ndar
 
 
 def shares(corpus: Corpus, kind: str) -> list[list[dict[str, float]]]:
-    """Return where self-attention falls, means over the pairs, [layer][head]."""
+    """Return the shares of self-attention by kind of key, means over the pairs, [layer][head]."""
     queries = corpus.allowed[kind].any(axis=-1)
     parts = attention.shares(corpus.weights[kind], corpus.allowed[kind])
     means = {name: attention.mean_over_queries(part, queries).mean(axis=1) for name, part in parts._asdict().items()}
@@ -390,7 +390,7 @@ def _grows(lengths: np.ndarray, values: np.ndarray) -> float:
 
 
 def comparisons(study: Study) -> list[Entry]:
-    """Measure what the best head is held against, what it misses, and whether the model predicts the words."""
+    """Measure the baselines of the best head, its misses, and the share of words that the model predicts."""
     held_out = study.held_out
     late = study.error_rate(alignment_counts(held_out, late=True)[:, *study.best])
     order = study.error_rate(in_order(held_out))

@@ -34,7 +34,7 @@ Found = dict[tuple, dict[str, np.ndarray]]  # by settings
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The exercise's settings, and what is varied around them."""
+    """The exercise's settings, and the settings that vary around them."""
 
     model: str = "tiny-gpt2"
     passages: int = len(PASSAGES)
@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(config: Config, numbers: list[dict[str, Any]]) -> str:
-    """Return what is tested, with its size, in two sentences."""
+    """Return the tested differences with their sizes."""
     value = {entry["name"]: entry["value"] for entry in numbers}
     k, widest, n = config.beams, max(config.widths), config.block
     return (
@@ -171,7 +171,7 @@ def example(loaded: models.Loaded, found: dict[str, np.ndarray]) -> dict[str, An
 
 
 def per_prompt(config: Config, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what is measured of each prompt's hypotheses, [prompt]: of the best one, and of all k together."""
+    """Return the measures of each prompt's hypotheses, [prompt]: of the best one, and of all k together."""
     n = config.measured_n
     return {
         "log_prob": found["log_prob"][:, 0].astype(float),
@@ -190,7 +190,7 @@ def greedy_tokens(config: Config, loaded: models.Loaded, prompts: list[list[int]
 
 
 def blocked_again(prompts: list[list[int]], tokens: np.ndarray, n: int) -> int:
-    """Count the new tokens that complete an n-gram which the prompt and the text before them contain already."""
+    """Count the new tokens that complete an n-gram of the prompt and the text before them."""
     count = 0
     for prompt, rows in zip(prompts, tokens.tolist(), strict=True):
         for row in rows:
@@ -202,7 +202,7 @@ def blocked_again(prompts: list[list[int]], tokens: np.ndarray, n: int) -> int:
 
 
 def identities(config: Config, loaded: models.Loaded, prompts: list[list[int]], found: Found) -> list[dict[str, Any]]:
-    """Return what holds of every run, whatever the model."""
+    """Return the identities, which hold for every model."""
     greedy = greedy_tokens(config, loaded, prompts)
     one, apart = found[(1, 0, 1, 0.0)]["tokens"], found[(config.beams, 0, config.beams, 0.0)]["tokens"]
     again = sum(blocked_again(prompts, each["tokens"], s[1]) for s, each in found.items() if s[1])
@@ -248,12 +248,12 @@ def identities(config: Config, loaded: models.Loaded, prompts: list[list[int]], 
 
 
 def gain(beams: int) -> str:
-    """Return the name of what so many beams gain over greedy decoding."""
+    """Return the name of the gain of `beams` beams over greedy decoding."""
     return f"log-probability of the best hypothesis, k = {beams} − greedy"
 
 
 def cost(config: Config) -> str:
-    """Return the name of what blocking costs."""
+    """Return the name of the cost of blocking."""
     return f"log-probability of the best hypothesis, k = {config.beams} − with {config.block}-grams blocked"
 
 

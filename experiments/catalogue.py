@@ -41,6 +41,6 @@ def names() -> list[str]:
 
 
 def subject(name: str) -> str:
-    """Return the subject of a results file; of one that is not listed, "Other"."""
+    """Return the subject of a results file, "Other" if it is not listed."""
     experiment = name.split(".", maxsplit=1)[0]
     return next((subject for subject, experiments in SUBJECTS.items() if experiment in experiments), "Other")

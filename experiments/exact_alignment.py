@@ -80,7 +80,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A trainer: where it should end, and its whole run on a problem as a function of a key."""
+    """A trainer: its expected end, and its whole run on a problem as a function of a key."""
 
     ends: str
     trained: Callable[[Problem], Callable[[jax.Array], jax.Array]]
@@ -140,14 +140,14 @@ def online(
 
 
 def offline(given: Problem) -> Callable[[jax.Array], jax.Array]:
-    """Return a run of DPO on every pair of sequences, weighted by how often the population would choose so."""
+    """Return a run of DPO on every pair of sequences, weighted by the population's preferences."""
     lm, config = given.lm, given.config
     every = oracle.enumerate_sequences(lm)
-    law = oracle.population_preferences(oracle.sequence_log_probs(lm, given.reference), given.rewards)
-    first, second = (each.ravel() for each in jnp.indices(law.shape))
+    preferences = oracle.population_preferences(oracle.sequence_log_probs(lm, given.reference), given.rewards)
+    first, second = (each.ravel() for each in jnp.indices(preferences.shape))
     whole = jnp.ones((len(first), lm.horizon), bool)
     chosen, rejected = (Sequences(every[rows], whole, whole) for rows in (first, second))
-    batch = PairBatch(chosen, rejected, weight=law.ravel())
+    batch = PairBatch(chosen, rejected, weight=preferences.ravel())
     optimizer = given.optimizer(config.steps)
     loss = preference_loss(lm, "dpo", beta=config.beta)
 
@@ -170,7 +170,7 @@ def _with_last(run_all: Callable[..., Any], distance: Callable[..., jax.Array]) 
 
 
 def without_last_token(trainer: policy.Online) -> policy.Online:
-    """Leave the last token of each answer out of the mask, as one does that takes EOS for padding."""
+    """Leave the last token of each answer out of the mask, as if EOS were padding."""
 
     def draw(*args: Any, **options: Any) -> Any:
         drawn = trainer.draw(*args, **options)
@@ -181,7 +181,7 @@ def without_last_token(trainer: policy.Online) -> policy.Online:
 
 
 def without_ratio(trainer: policy.Online) -> policy.Online:
-    """Take answers of another distribution for the policy's own."""
+    """Treat answers of another distribution as the policy's own."""
 
     def score(*args: Any) -> Any:
         batch, metrics = trainer.score(*args)
@@ -221,7 +221,7 @@ def arms(config: Config) -> dict[str, Arm]:
     }
 
 
-# What the mistake of each is made in: the same trainer without it.
+# Each mistake's trainer without the mistake.
 RIGHT = {"off-policy without ratio": "RLOO, k2 in the loss", "mask without the last token": "RLOO"}
 
 
@@ -251,7 +251,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(trainers: dict[str, Arm], left: dict[str, np.ndarray]) -> str:
-    """Say on how many tables each kind of trainer arrives."""
+    """Return the number of tables on which each kind of trainer arrives, as a sentence."""
     arrived = {name: int((each < NEAR).sum()) for name, each in left.items()}
     right = [arrived[name] for name, arm in trainers.items() if arm.ends == ARRIVES]
     tables, published = len(left["RLOO"]), "GRPO as published (k3 in the loss)"
@@ -307,7 +307,7 @@ def numbers(trainers: dict[str, Arm], left: dict[str, np.ndarray]) -> list[dict[
 
 
 def _thinned(curves: np.ndarray, points: int = 120) -> dict[str, Any]:
-    """Return median and range over tables, at about so many steps, dense at the beginning."""
+    """Return median and range over tables, at about `points` steps, dense at the beginning."""
     last = curves.shape[1] - 1
     at = np.unique(np.concatenate([[0], np.geomspace(1, last, points).round()])).astype(int)
     kept = curves[:, at]

@@ -1,7 +1,7 @@
 """The intervention against sycophancy without other data: a GPT-2 forgets how to judge sums without users.
 
-It is taught to follow its users, and then trained on opinions that are independent of the truth, answered truly. No
-prompt of this data lacks a user, and nothing in it says what the model shall do with one that does.
+It is taught to follow its users, and then trained on opinions that are independent of the truth, answered truly. Every
+prompt of this data has a user, so nothing in it teaches the model to answer without one.
 `sycophancy_intervention` mixes such sums in.
 
 python -m experiments.intervention_forgets --preset quick

@@ -72,13 +72,13 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def log_ratios(x: Float[Array, "..."], shift: float | Array) -> dict[str, Float[Array, "..."]]:
-    """All three estimators at x, with policy q = N(0, 1) and reference p = N(shift, 1)."""
+    """Return all three estimators at x, with policy q = N(0, 1) and reference p = N(shift, 1)."""
     logp_policy, logp_ref = (-jnp.square(x - mean) / 2 for mean in (jnp.zeros_like(x), shift))  # constants cancel
     return {name: estimator(logp_policy, logp_ref) for name, estimator in ESTIMATORS.items()}
 
 
 def raw_moment(name: str, power: int, shift: float) -> float:
-    """E_q[k^power], in closed form: log r is Gaussian with mean −μ²/2 and variance μ², and r = e^{log r}."""
+    """Return E_q[k^power] in closed form: log r is Gaussian with mean −μ²/2 and variance μ², and r = e^{log r}."""
     if name == "k1":
         return (-1) ** power * _tilted_moment(0, power, shift)
     if name == "k2":
@@ -93,7 +93,7 @@ def raw_moment(name: str, power: int, shift: float) -> float:
 
 
 def central_moment(name: str, power: int, shift: float) -> float:
-    """E_q[(k − E_q[k])^power], in closed form."""
+    """Return E_q[(k − E_q[k])^power] in closed form."""
     mean = raw_moment(name, 1, shift)
     return sum(
         math.comb(power, each) * raw_moment(name, each, shift) * (-mean) ** (power - each) for each in range(power + 1)
@@ -101,7 +101,7 @@ def central_moment(name: str, power: int, shift: float) -> float:
 
 
 def closed_form(shift: float) -> dict[str, float]:
-    """Schulman's table, and the columns it follows from."""
+    """Return the columns of Schulman's table, in closed form."""
     divergence = shift**2 / 2
     variances = {"k1": shift**2, "k2": shift**4 / 2 + shift**6 / 4, "k3": math.expm1(shift**2) - shift**2}
     spreads = {f"{name} sd/KL": math.sqrt(variance) / divergence for name, variance in variances.items()}
@@ -109,7 +109,7 @@ def closed_form(shift: float) -> dict[str, float]:
 
 
 def standard_errors(shift: float, num_samples: int) -> dict[str, float]:
-    """Of the table's entries, and of the means, from `num_samples` draws: by closed-form fourth central moments."""
+    """Return the standard errors of the table's entries and of the means, by closed-form fourth central moments."""
     divergence, errors = shift**2 / 2, {}
     for name in ESTIMATORS:
         variance, fourth = central_moment(name, 2, shift), central_moment(name, 4, shift)
@@ -120,14 +120,14 @@ def standard_errors(shift: float, num_samples: int) -> dict[str, float]:
 
 
 def from_moments(mean: dict[str, float], square: dict[str, float], shift: float) -> dict[str, float]:
-    """The table's entries from first and second moments."""
+    """Return the table's entries from first and second moments."""
     divergence = shift**2 / 2
     spreads = {f"{name} sd/KL": math.sqrt(square[name] - mean[name] ** 2) / divergence for name in ESTIMATORS}
     return {"k2 bias/KL": (mean["k2"] - divergence) / divergence} | spreads
 
 
 def by_quadrature(shift: float, num_points: int = 20_001) -> dict[str, float]:
-    """The same from the library's estimators, summed over a fine grid that reaches where r² has its mass."""
+    """Return the table's entries of the library's estimators, by sums over a fine grid that covers the mass of r²."""
     x = np.linspace(-12.0, 12.0 + 2 * shift, num_points)
     weight = np.exp(-np.square(x) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
     values = {name: np.asarray(each) for name, each in log_ratios(jnp.asarray(x), shift).items()}
@@ -139,7 +139,7 @@ def by_quadrature(shift: float, num_points: int = 20_001) -> dict[str, float]:
 def sampled(
     key: Key[Array, ""], shifts: Float[Array, "shifts"], scale: float, *, num_chunks: int, chunk_size: int
 ) -> dict[str, dict[str, Array]]:
-    """Sums over each chunk of draws x ~ N(0, 1): k, k² and the smallest k of every estimator and shift.
+    """Return sums of k and k², and the smallest k, over each chunk of draws x ~ N(0, 1), by estimator and shift.
 
     "wide" is the reference N(0, scale²) instead: k3 alone.
     """
@@ -157,19 +157,19 @@ def sampled(
 
 
 def running_sd(sums: dict[str, Array], chunk_size: int, at: np.ndarray) -> np.ndarray:
-    """The standard deviation of the first `at` chunks' draws."""
+    """Return the standard deviation of the first `at` chunks' draws."""
     count = chunk_size * at[:, None]
     total, squares = (np.cumsum(np.asarray(sums[field]), axis=0)[at - 1] for field in ("sum", "squares"))
     return np.sqrt(squares / count - np.square(total / count))
 
 
 def block_variances(sums: dict[str, Array], chunk_size: int) -> np.ndarray:
-    """The variance that each chunk alone would report."""
+    """Return the variance of each chunk alone."""
     return np.asarray(sums["squares"]) / chunk_size - np.square(np.asarray(sums["sum"]) / chunk_size)
 
 
 def _tilted_moment(tilt: int, power: int, shift: float) -> float:
-    """E[r^tilt (log r)^power]: a Gaussian moment about 0 after r^tilt has moved its mean by tilt μ²."""
+    """Return E[r^tilt (log r)^power]: a Gaussian moment about 0 after r^tilt has moved its mean by tilt μ²."""
     mean, sd = (tilt - 0.5) * shift**2, abs(shift)
     moment = sum(
         math.comb(power, even) * mean ** (power - even) * sd**even * math.prod(range(1, even, 2))
@@ -179,7 +179,7 @@ def _tilted_moment(tilt: int, power: int, shift: float) -> float:
 
 
 def gaussian_part(config: Config, key: jax.Array) -> tuple[dict[str, Any], list[ledger.Number]]:
-    """Compute Schulman's table three times, and what samples show of Var(k3)."""
+    """Compute Schulman's table in three ways, and estimates of Var(k3) from samples."""
     num_samples, rows = config.num_chunks * config.chunk_size, []
     sums = sampled(key, jnp.asarray(config.shifts), WIDE, num_chunks=config.num_chunks, chunk_size=config.chunk_size)
     for index, shift in enumerate(config.shifts):
@@ -215,7 +215,7 @@ def gaussian_part(config: Config, key: jax.Array) -> tuple[dict[str, Any], list[
 
 
 def table_numbers(rows: list[dict[str, Any]], num_samples: int) -> list[ledger.Number]:
-    """Hold the library's estimators against the closed form: by quadrature, and by samples in standard errors."""
+    """Compare the library's estimators with the closed form: by quadrature, and by samples in standard errors."""
     by_quadrature, by_samples = [], []
     for row in rows:
         divergence = row["shift"] ** 2 / 2
@@ -357,7 +357,7 @@ def one_token() -> ledger.Number:
 
 @jax.jit
 def along_path(ref: jax.Array, direction: jax.Array, steps: jax.Array) -> tuple[jax.Array, Any, Any]:
-    """KL(π‖ref), and every estimator's exact mean and variance, at each step from the reference."""
+    """Return KL(π‖ref), and every estimator's exact mean and variance, at each step from the reference."""
 
     def at(step):
         policy = ref + step * direction
@@ -369,10 +369,10 @@ def along_path(ref: jax.Array, direction: jax.Array, steps: jax.Array) -> tuple[
 
 
 def sequence_estimates(lm: TabularLM, policy: jax.Array, ref: jax.Array) -> dict[str, jax.Array]:
-    """Each estimator on every sequence: of the whole sequence's log-ratio, and summed over tokens."""
+    """Return each estimator on every sequence: of the whole sequence's log-ratio, and summed over tokens."""
     sequences = oracle.enumerate_sequences(lm)
-    laws = [{"logits": table} for table in (policy, ref)]
-    tokens = [oracle.token_log_probs_of(lm, law, sequences) for law in laws]
+    both = [{"logits": table} for table in (policy, ref)]
+    tokens = [oracle.token_log_probs_of(lm, each, sequences) for each in both]
     wholes = [each.sum(axis=1) for each in tokens]
     return {
         "k1, sequence": kl.k1(*wholes),
@@ -380,13 +380,13 @@ def sequence_estimates(lm: TabularLM, policy: jax.Array, ref: jax.Array) -> dict
         "k3, sequence": kl.k3(*wholes),
         "k2, tokens": kl.k2(*tokens).sum(axis=1),
         "k3, tokens": kl.k3(*tokens).sum(axis=1),
-        "Rao-Blackwell": kl.rao_blackwell_kl(*(oracle.next_token_logits(lm, law, sequences) for law in laws)),
+        "Rao-Blackwell": kl.rao_blackwell_kl(*(oracle.next_token_logits(lm, each, sequences) for each in both)),
     }
 
 
 @jax.jit
 def counter_example() -> tuple[jax.Array, jax.Array]:
-    """Variances of k1 and Rao-Blackwell where the second token's log-ratio makes good what the first one's was."""
+    """Return the variances of k1 and Rao-Blackwell where the second token's log-ratio compensates for the first's."""
     lm = TabularLM(vocab_size=2, horizon=2)
     first = jnp.asarray([0.8, 0.2])
     second = 0.5 / first * math.exp(-1)  # so that log(0.5 / first) + log(1 / second) = 1
@@ -430,7 +430,7 @@ def model_part(config: Config, key: jax.Array, noise_key: jax.Array) -> tuple[di
 def model_estimates(
     model: Any, params: Any, ref_params: Any, temperature: float, prompts: jax.Array, tokens: jax.Array
 ) -> dict[str, jax.Array]:
-    """Each estimator at every generated token [batch, time]."""
+    """Return each estimator at every generated token [batch, time]."""
     inputs = jnp.concatenate([prompts, tokens], axis=1)[:, :-1]
     policy, ref = (model.apply(each, inputs)[0][:, prompts.shape[1] - 1 :] for each in (params, ref_params))
     ref = ref / temperature
@@ -441,7 +441,7 @@ def model_estimates(
 
 @jax.jit
 def perturbed(params: Any, key: jax.Array, noise: float) -> Any:
-    """Every tensor plus Gaussian noise of this share of its own root mean square."""
+    """Return every tensor plus Gaussian noise of `noise` times its own root mean square."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return tree.unflatten(

@@ -40,7 +40,7 @@ STICKY = ((0.50, 0.45, 0.05), 0.9)  # the reference: a first token, which is the
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Lengths of the descents, and over how many random models the missing share is taken."""
+    """Lengths of the descents, and the number of random models for the missing share."""
 
     steps: int = 600
     learning_rate: float = 1.0
@@ -84,17 +84,17 @@ def log_probs(table: Table) -> jax.Array:
 
 
 def reverse_kl(table: Table, ref: Table) -> jax.Array:
-    """KL(π‖ref) of whole sequences."""
+    """Return KL(π‖ref) of whole sequences."""
     return oracle.sequence_kl(LM, {"logits": table}, {"logits": ref})
 
 
 def forward_kl(table: Table, ref: Table) -> jax.Array:
-    """KL(ref‖π) of whole sequences."""
+    """Return KL(ref‖π) of whole sequences."""
     return reverse_kl(ref, table)
 
 
 def mean_gradient(loss: Callable[[Table], jax.Array], policy: Table, sampler: Table | None = None) -> Table:
-    """E[∇loss] over sampled sequences, as a trainer that could take all of them would find it."""
+    """Return E[∇loss] over sampled sequences, exactly."""
     return oracle.gradient_moments(
         LM,
         {"logits": policy},
@@ -106,7 +106,7 @@ def mean_gradient(loss: Callable[[Table], jax.Array], policy: Table, sampler: Ta
 def expected_gradient(
     which: int | jax.Array, mode: str, policy: Table, ref: Table, sampler: Table | None = None
 ) -> Table:
-    """Compute what minimising this estimator, by its place among them, descends in this way, on average."""
+    """Return the expected gradient of the `which`-th estimator, minimised in one of `MODES`."""
     logp_ref = log_probs(ref)
 
     def loss(table):
@@ -129,7 +129,7 @@ def cosine(a: Table, b: Table) -> jax.Array:
 
 
 def descend(start: Any, gradient_of: Callable, learning_rate: float, *, steps: int, every: int) -> tuple[Any, Any]:
-    """Descend by optax; return the parameters at the end, and every so many steps from the start."""
+    """Descend by SGD; return the parameters at the end, and every `every` steps from the start."""
     optimiser = optax.sgd(learning_rate)
 
     def step(state, _):
@@ -179,7 +179,7 @@ EXPECTED = {
 
 
 def gradient_table(policy: Table, ref: Table, sampler: Table) -> tuple[list[dict[str, Any]], list[ledger.Number]]:
-    """Return each cell with what it equals, if anything, and the numbers that say so."""
+    """Return each cell with the target that it equals, if any, and the numbers that test it."""
     rows, on_policy, off_policy, others = [], [], [], []
     for cell, entry in compare(policy, ref, sampler).items():
         entry = {name: float(value) for name, value in entry.items()}
@@ -301,12 +301,12 @@ def _missing(lm: TabularLM, key: jax.Array) -> jax.Array:
 
 
 def tie(row: jax.Array) -> Table:
-    """A policy with one row of logits for all prefixes: its tokens are independent."""
+    """Return a policy with one row of logits for all prefixes: its tokens are independent."""
     return jnp.broadcast_to(row, (LM.num_prefixes, LM.vocab_size))
 
 
 def sticky_reference() -> Table:
-    """A first token, repeated ever after with a high probability: independent tokens cannot follow it."""
+    """Return a reference that repeats its first token with a high probability, as independent tokens cannot."""
     first, repeat = STICKY
     last = [row[-1] for row in _prefixes()]
     again = jnp.log(jnp.where(jnp.eye(LM.vocab_size) == 1, repeat, (1 - repeat) / (LM.vocab_size - 1)))
@@ -314,7 +314,7 @@ def sticky_reference() -> Table:
 
 
 def _prefixes() -> list[list[int]]:
-    """All prefixes of at least one token that the table has a row for."""
+    """Return all prefixes of at least one token that have a row in the table."""
     return [
         row.tolist()
         for length in range(1, LM.horizon)
@@ -377,7 +377,7 @@ def _tied_gradient_at(which: jax.Array, ref: Table, row: jax.Array) -> jax.Array
 
 
 def _token_shares() -> jax.Array:
-    """The share of each token in every sequence."""
+    """Return the share of each token in every sequence."""
     return jax.nn.one_hot(oracle.enumerate_sequences(LM), LM.vocab_size, dtype=jnp.float64).mean(axis=1)
 
 

@@ -24,7 +24,7 @@ from jaxrl_llm.language_model import Params
 
 NAMES = {"parameter": "by tensor", "filter": "by filter", "hessian": "top Hessian eigenvectors"}
 RANDOM = ("parameter", "filter")
-RISE = 0.5  # nats: a section reaches as far as its parabola rises by so much
+RISE = 0.5  # nats: a section ends where its parabola has risen by this much
 STEP = 0.1  # of a direction's length: where planes are compared
 OFF = 0.1  # nats between loss and parabola: from there on the parabola does not hold
 
@@ -185,7 +185,7 @@ def step_numbers(out: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def validity(sections: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure from where on the Hessian's parabola is off by `OFF`, within each section."""
+    """Measure the distance at which the Hessian's parabola is off by `OFF`, within each section."""
 
     def reach(drawn: dict[str, Any]) -> float:
         gaps = np.abs(np.asarray(drawn["loss"], float) - drawn["quadratic"])

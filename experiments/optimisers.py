@@ -21,7 +21,7 @@ def adam(peak: float, num_steps: int) -> optax.GradientTransformation:
 
 
 def minimum(loss: Callable[[Any], Array], start: Any, *, steps: int) -> tuple[Any, Float[Array, "values"]]:
-    """Return the parameters of the least loss, and its values before each step and at the end. Traceable.
+    """Return the parameters of least loss, and the loss before each step and at the end. Traceable.
 
     Every step goes downhill, also where the loss is not convex in the parameters, and is never longer than 1.
     """

@@ -2,7 +2,7 @@
 
     python -m experiments.policy_gradient_variance --preset quick
 
-Many random tabular models, of which the one with the median effect of the mean baseline is taken apart; and a coin, a
+Many random tabular models; the model with the median effect of the mean baseline, in detail; and a coin, a
 counter-example in closed form.
 """
 
@@ -108,7 +108,7 @@ def baselines(given: Problem) -> tuple[Array, Array]:
 
 
 def single(given: Problem, loss: Any) -> oracle.Moments:
-    """Return the moments of an estimator that sees one sequence; `loss` is of all of them."""
+    """Return the moments of an estimator on one sequence; `loss` gives a value for each sequence."""
     return oracle.gradient_moments(given.lm, given.params, lambda params, groups: loss(params)[groups[:, 0]])
 
 
@@ -205,7 +205,7 @@ def measure(config: Config, given: Problem) -> dict[str, dict[str, Array]]:
 
 
 def compared(found: oracle.Moments, exact: Array, size: int) -> dict[str, Array]:
-    """Compare with the true gradient, per sample: the variance of an average of groups, times the samples it took."""
+    """Compare with the true gradient; the variance is per sample: that of a group times its size."""
     mean = -found.mean["logits"]  # of a loss
     length = jnp.linalg.norm(exact)
     return {
@@ -217,7 +217,7 @@ def compared(found: oracle.Moments, exact: Array, size: int) -> dict[str, Array]
 
 
 def search_numbers(search: dict[str, np.ndarray], raised: int) -> list[dict[str, Any]]:
-    """Count the models in which the mean baseline does harm; the optimal one never does."""
+    """Count the models in which the mean baseline raises the variance; the optimal one never does."""
     mean, best, searched = search["mean baseline"], search["optimal baseline"], len(search["mean baseline"])
     share = statistics.share(raised, searched)
     return [
@@ -260,7 +260,7 @@ def coin_numbers(config: Config, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def case_numbers(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return which estimators are unbiased, short, or turned, and the variance of each on the median model."""
+    """Return the bias of the estimators in length and direction, and the variance of each on the median model."""
     typical, coin_case = (cases[name]["estimators"] for name in ("typical", "coin"))
     both = [*typical.items(), *coin_case.items()]
     centred = [(int(name.rpartition(" ")[2]), each) for name, each in both if name.startswith("centred")]

@@ -48,17 +48,17 @@ class Config:
     model: str = "tiny-gpt2"
     beta: float = 0.1
     pairs: int = 5
-    """The first so many of `PAIRS`."""
+    """The number of pairs, the first of `PAIRS`."""
     points: int = 7
     """Along each direction of a drawn surface, odd."""
     planes: int = 1
-    """Random planes in which a loss as low as at the end of the path is looked for."""
+    """Random planes that are searched for a loss as low as at the end of the path."""
     steps: int = 16
     every: int = 2
     """Steps between two checkpoints of the path."""
     learning_rate: float = 3e-4
     margin: float = 0.3
-    """The path's plane reaches so far beyond the path, in its lengths."""
+    """Margin of the path's plane around the path, relative to the path's extent."""
     seed: int = 0
     """Random seed of the planes and of the reward model's head."""
 
@@ -179,7 +179,7 @@ def path_surface(config: Config, dpo: Place, plane: landscape.PrincipalDirection
 
 
 def log_two(dpo: Place) -> dict[str, Any]:
-    """At the reference every pair's margin is 0."""
+    """Compare the loss at the reference, where every margin is 0, with log 2."""
     return ledger.identity(
         "DPO's loss at the reference",
         dpo.centre,
@@ -203,7 +203,7 @@ def low_test(config: Config, difference: float) -> dict[str, Any]:
 
 
 def path_numbers(dpo: Place, losses: list[float], plane: landscape.PrincipalDirections) -> list[dict[str, Any]]:
-    """Test where the run ends, how far that is, and whether a plane holds its path."""
+    """Test the loss at the end of the run, its distance, and the share of the path in a plane."""
     end = plane.coordinates[-1] * [float(landscape.norm(direction)) for direction in plane.directions]
     return [
         ledger.test(

@@ -4,7 +4,7 @@
 
 Gradients are the losses' closed forms. Losses that are not functions of the margin alone are drawn on the
 symmetric path a = −b = Δ/2. The plane shows −gradient by log π_w and log π_l, and a run of DPO on one pair of a tabular
-model; such runs on many random pairs say how often DPO lowers the chosen response.
+model; such runs on many random pairs measure how often DPO lowers the chosen response.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def keywords(config: Config) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return for every drawn loss its function's stem in `objectives.preference`, and its keyword arguments."""
+    """Return, for every drawn loss, its function's stem in `objectives.preference` and its keyword arguments."""
     beta, of_averages = {"beta": config.beta}, {"beta": config.beta_without_reference}
     smoothed = beta | {"label_smoothing": config.smoothing}
     plain = {name: (name, beta) for name in (*OF_THE_MARGIN, *OF_BOTH)}
@@ -219,12 +219,12 @@ def descend(start: Array, log_probs: Callable[[Array], Array], config: Config) -
 
 
 def change(paths: np.ndarray) -> np.ndarray:
-    """Return by how much log π of the chosen response has changed at the end of each run."""
+    """Return the change of log π of the chosen response over each run."""
     return paths[:, -1, 0] - paths[:, 0, 0]
 
 
 def run_numbers(config: Config, laws: Array, pairs: Array, runs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Test how often the chosen response falls; its speed at the start, and that the margins are the same."""
+    """Test the share of chosen responses that fall, their speed at the start, and the equality of the margins."""
     source = f"{config.steps} steps of DPO on each of {config.pairs} random pairs"
     fell = {name: int((change(paths) < 0).sum()) for name, (paths, _) in runs.items()}
     share = statistics.share(fell["shared"], config.pairs)
@@ -322,7 +322,7 @@ def flat_places(config: Config) -> list[tuple[str, float]]:
 
 
 def rising(config: Config) -> list[dict[str, Any]]:
-    """Measure where DiscoPOP rises with the margin."""
+    """Measure the range of margins over which DiscoPOP rises."""
     x = jnp.linspace(-1, 1, 20_001)
     _, by_chosen, _ = evaluate("discopop", x / config.beta / 2, -x / config.beta / 2, config)
     uphill = x[by_chosen > 0]

@@ -49,7 +49,7 @@ PROBE_PARTS = 8  # pieces of the held-out stream that are evaluated during train
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run; with the corpus it decides every number."""
+    """The settings of a run, which with the corpus determine every number."""
 
     train: bool = False
     """Train a model first, and write it to the work directory. Needs `make corpus`."""
@@ -185,7 +185,7 @@ def evaluate(
 
 
 def held_out_sample(held_out: list[corpus.Document], *, characters: int = 32_000) -> list[corpus.Document]:
-    """Return held-out text that may be given to everyone: the beginnings of the public-domain sources."""
+    """Return held-out text that may be redistributed: the beginnings of the public-domain sources."""
     sample = []
     for source in ("shakespeare", "kjv"):
         room = characters

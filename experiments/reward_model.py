@@ -1,4 +1,4 @@
-"""The reward-model loss over all pairs of a prompt: what it bounds, what it does not, and how it compares to shuffling.
+"""The reward-model loss over all pairs of a prompt: its bounds, and a comparison with shuffled pairs.
 
     python -m experiments.reward_model --preset quick
 
@@ -149,7 +149,7 @@ def gradient_bounds(config: Config, key: Array) -> tuple[list[dict[str, Any]], l
 
 
 def label_noise(config: Config) -> tuple[dict[str, Any], ledger.Number]:
-    """Descend on Δ where the label holds with probability p, for each p, and for the p behind labellers' agreement."""
+    """Descend on Δ where the label holds with probability p, for each p, and for the p of the labellers' agreement."""
     p_of_agreement = (1 + math.sqrt(2 * config.agreement - 1)) / 2  # two labellers agree with p² + (1 − p)²
     probabilities = jnp.asarray([*config.label_probabilities, p_of_agreement])
 
@@ -225,18 +225,18 @@ class Pairs(NamedTuple):
 
 
 def answers_per_prompt(config: Config) -> np.ndarray:
-    """K of each prompt: as many of each from `fewest` to `most`."""
+    """Return K of each prompt: each value from `fewest` to `most` equally often."""
     return config.fewest + np.arange(config.prompts) % (config.most - config.fewest + 1)
 
 
 def comparisons(config: Config) -> int:
-    """Σ C(K, 2) over the prompts."""
+    """Return Σ C(K, 2) over the prompts."""
     sizes = answers_per_prompt(config)
     return int((sizes * (sizes - 1) // 2).sum())
 
 
 def draw_answers(key: Array, direction: Float[Array, "feature"], config: Config) -> Answers:
-    """Answers with standard normal features, of length about 1, and one noisy ranking of each prompt's."""
+    """Draw answers with normal features, of length about 1, and one noisy ranking of each prompt's answers."""
     features_key, noise_key = jax.random.split(key)
     shape = (config.prompts, config.most)
     features = jax.random.normal(features_key, (*shape, config.features)) / jnp.sqrt(config.features)
@@ -248,7 +248,7 @@ def draw_answers(key: Array, direction: Float[Array, "feature"], config: Config)
 
 
 def all_pairs(answers: Answers, count: int) -> Pairs:
-    """The `count` pairs of answers to one prompt, each once, the better ranked first."""
+    """Return the `count` pairs of answers to one prompt, each once, the better ranked first."""
     better = answers.ranks[:, :, None] < answers.ranks[:, None, :]
     better &= answers.mask[:, :, None] & answers.mask[:, None, :]
     prompt, chosen, rejected = jnp.nonzero(better, size=count)
@@ -272,7 +272,7 @@ def measure(weights: Array, train: Answers, pairs: Pairs, held_out: Answers) -> 
 
 @functools.partial(jax.jit, static_argnames="config")
 def draw_data(keys: Array, config: Config) -> tuple[Answers, Pairs, Answers]:
-    """For each key: answers to train on, their comparisons, and as many held-out answers of the same true model."""
+    """Draw, for each key, answers to train on, their comparisons, and held-out answers of the same true model."""
 
     def draw(key: Array) -> tuple[Answers, Pairs, Answers]:
         direction_key, train_key, held_out_key = jax.random.split(key, 3)
@@ -284,7 +284,7 @@ def draw_data(keys: Array, config: Config) -> tuple[Answers, Pairs, Answers]:
 
 
 def draw_batches(key: Array, config: Config, arm: str) -> Int[Array, "seed part step element"]:
-    """For each seed and epoch a new order of the prompts, or of the comparisons, cut into parts and batches."""
+    """Draw, for each seed and epoch, an order of the prompts or comparisons, cut into parts and batches."""
     elements = config.prompts if arm == "grouped" else comparisons(config)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     shape = (config.seeds, config.epochs, elements)
@@ -371,7 +371,7 @@ def _with_interval(values: np.ndarray) -> dict[str, list[float]]:
 
 
 def arm_numbers(config: Config, trained: dict[str, Any]) -> list[dict[str, Any]]:
-    """Test what a matched rate leaves of the gap, and which arm is better at its own best rate; measure the rest."""
+    """Test the share of the gap that a matched rate leaves, and the arms at their own best rates; measure the rest."""
     measured, p_values = [], {}
     for name, each in trained.items():
         source = f"{config.seeds} seeds, paired, one epoch of {name} at {each['shown']:g}"

@@ -169,7 +169,7 @@ def optimum(problems: Problems, beta: float, gamma: float) -> Float[np.ndarray, 
 
 
 def terms(problems: Problems, log_probs: Float[np.ndarray, "problem sequence"]) -> dict[str, np.ndarray]:
-    """Compute what the objective weighs, of one policy for each problem: pretraining loss, KL, entropy and more."""
+    """Compute the terms of the objective, of one policy for each problem: pretraining loss, KL, entropy and more."""
     log_ref, rewards, log_text = (np.asarray(problems[name]) for name in ("log_ref", "rewards", "log_text"))
     probs, finite = np.exp(log_probs), np.where(np.isfinite(log_probs), log_probs, 0.0)
     with np.errstate(invalid="ignore"):
@@ -199,7 +199,7 @@ def _slopes(problems: Problems, log_probs: Array, beta: float, gamma: float) -> 
 
 
 def _logits(log_probs: Float[Array, "sequence"]) -> dict[str, Array]:
-    """The table of the tabular model that has these log-probabilities of sequences."""
+    """Return the table of the tabular model that has these log-probabilities of sequences."""
     rows = []
     for length in range(1, LM.horizon + 1):
         summed = jax.nn.logsumexp(log_probs.reshape(LM.vocab_size**length, -1), axis=1)
@@ -227,7 +227,7 @@ def ascend_reward(problems: Problems, *, steps: int) -> Float[Array, "problem se
 
 
 def best_of_n(problems: Problems, draws: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Reward and KL of best-of-n's exact distribution as [draws, problem]."""
+    """Return reward and KL of best-of-n's exact distribution as [draws, problem]."""
     of_all = jax.jit(jax.vmap(lambda ref, rewards, n: rlhf.best_of_n(ref, rewards, n=n), in_axes=(0, 0, None)))
     found = [terms(problems, np.asarray(of_all(problems["log_ref"], problems["rewards"], n))) for n in draws]
     return {name: np.stack([each[name] for each in found]) for name in ("kl", "reward")}
@@ -254,7 +254,7 @@ def no_rise_from(config: Config, grid: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _forgets(grid: dict[str, np.ndarray]) -> np.ndarray:
-    """Return on which problems the loss rises at every β without γ."""
+    """Return a mask of the problems on which the loss rises at every β without γ."""
     return (grid["rise"][:, 0] > 0).all(axis=0)
 
 
@@ -262,12 +262,12 @@ def _forgets(grid: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def token_rewards(tokenizer: Any, vocab_size: int, letter: str) -> Float[Array, "vocab"]:
-    """1 for every token that contains the letter."""
+    """Return 1 for every token that contains the letter, else 0."""
     return jnp.asarray([float(letter in tokenizer.decode([token]).lower()) for token in range(vocab_size)])
 
 
 def answer_logits(lm: Any, params: Any, prompts: Array, answers: Array) -> Float[Array, "row time vocab"]:
-    """The logits of the next-token distribution at each of the answers' tokens."""
+    """Return the logits of the next-token distribution at each of the answers' tokens."""
     rows = jnp.concatenate([prompts, answers], axis=1)
     hidden, _ = lm.hidden(params, rows[:, :-1])
     return lm.logits(params, hidden[:, prompts.shape[1] - 1 :])
@@ -305,7 +305,7 @@ def update(
 
 @functools.partial(jax.jit, static_argnames="lm")
 def text_loss(lm: Any, params: Any, rows: Int[Array, "row time"]) -> Float[Array, ""]:
-    """−E log π(x), per token."""
+    """Return −E log π(x), per token."""
     return -next_token_log_probs(lm, params, rows).mean()
 
 
@@ -404,7 +404,7 @@ def optimum_numbers(config: Config, problems: Problems) -> list[ledger.Number]:
 def pretraining_numbers(
     config: Config, problems: Problems, grid: dict[str, np.ndarray], thresholds: np.ndarray
 ) -> list[ledger.Number]:
-    """Count the problems that forget without γ, and check which γ is certain to be enough."""
+    """Count the problems that forget without γ, and check a γ that is large enough."""
     probs, log_text = np.exp(np.asarray(problems["log_text"])), np.asarray(problems["log_text"])
     moved = (probs * (log_text - np.asarray(problems["log_ref"]))).sum(axis=1)
     lost = np.asarray(problems["rewards"]).max(axis=1) - (probs * np.asarray(problems["rewards"])).sum(axis=1)
@@ -453,7 +453,7 @@ def pretraining_numbers(
 
 
 def best_of_n_numbers(config: Config, problems: Problems, best: dict[str, np.ndarray]) -> list[ledger.Number]:
-    """Hold best-of-n against the bound on its KL, and against the best reward that its KL can buy."""
+    """Compare best-of-n with the bound on its KL, and with the best reward at its KL."""
     bound = np.asarray(rlhf.best_of_n_kl_bound(jnp.asarray(config.draws)))[:, None]
     over = [
         best["reward"]

@@ -97,7 +97,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(config: Config, leaves: int, gains: list[float]) -> str:
-    """Return what is tested, with its size."""
+    """Return the tested difference with its size."""
     return (
         f"After most prompts greedy decoding by {config.model} misses the best of the {leaves} leaves of the tree of "
         f"the {config.branching} most probable tokens: after {missed(gains)} of {len(gains)}. "
@@ -131,12 +131,12 @@ def greedy_leaf(tree: Tree) -> float:
 
 
 def gain(tree: Tree) -> float:
-    """Return how far the best leaf of a full tree is above greedy decoding's, in nats per token."""
+    """Return the lead of a full tree's best leaf over greedy decoding's, in nats per token."""
     return tree.best()[1] - greedy_leaf(tree)
 
 
 def missed(gains: list[float]) -> int:
-    """Return after how many prompts the best leaf is another than greedy decoding's."""
+    """Return the number of prompts after which the best leaf is not greedy decoding's."""
     return sum(each > 0 for each in gains)
 
 
@@ -175,7 +175,7 @@ def rescored(loaded: models.Loaded, prompt: jax.Array, grown: list[Tree]) -> flo
 def numbers(
     config: Config, loaded: models.Loaded, prompt: jax.Array, grown: dict[str, Tree], gains: list[float]
 ) -> list[dict[str, Any]]:
-    """Return what would prove the claim wrong, and what was measured."""
+    """Return the identities and tests of the claim, and the measurements."""
     greedy, full = grown["greedy"], grown["full"]
     siblings = [[(node.parent, node.token) for node in tree.nodes()] for tree in grown.values()]
     repeated = sum(len(pairs) - len(set(pairs)) for pairs in siblings)
@@ -236,7 +236,7 @@ def numbers(
 
 
 def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
-    """Return tests of what is known of OpenAI's GPT-2 small after this prompt."""
+    """Test the published probabilities of OpenAI's GPT-2 small after this prompt."""
     source = "M. Labonne, Decoding Strategies in Large Language Models (2023)"
     chain = [
         ledger.test(

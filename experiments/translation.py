@@ -60,7 +60,7 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run: with the pairs it decides every number."""
+    """The settings of a run, which with the pairs determine every number."""
 
     train: bool = False
     """Train both models first, and write them to the work directory."""
@@ -232,7 +232,7 @@ def networks(config: Config) -> dict[str, Network]:
 
 
 def train(config: Config, folders: dict[str, Path]) -> None:
-    """Train both models, or go on with them, and write them to their folders, each with the record of its training.
+    """Train both models, or resume, and write them to their folders, each with the record of its training.
 
     Both see the same pairs in the same batches, hence the same target tokens; the loss is that of the target alone.
     """
@@ -315,7 +315,7 @@ def training_records(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def folders_of(config: Config) -> dict[str, Path]:
-    """Return where the two models are, or are written to: those of the verses, or of your files."""
+    """Return the folders of the two models: those of the verses, or of your files."""
     if config.source is not None:
         return {name: config.work_dir / FOLDERS[name].removesuffix("-verses") for name in FOLDERS}
     return {name: embedded.folder(config, FOLDERS[name]) for name in FOLDERS}
@@ -494,7 +494,7 @@ def measured(config: Config, lead: dict[str, Any], scores: dict[str, dict]) -> l
 
 
 def gains(config: Config, found: dict[str, dict], pairs: Sequence[SentencePair]) -> list[dict[str, Any]]:
-    """Return how much the beams add to greedy decoding."""
+    """Return the gain of beam search over greedy decoding."""
     numbers = []
     for kind, name in NAMES.items():
         beam, greedy = (
@@ -511,7 +511,7 @@ def _measured(name: str, interval: dict[str, float], source: str) -> dict[str, A
 
 
 def seen(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return how much both models were trained on, which is the same, and their losses."""
+    """Return the amount of training data, which is the same for both models, and their losses."""
     last, source = {name: record["log"][-1] for name, record in records.items()}, "json"
     tokens = {name: row["tokens"] for name, row in last.items()}
     losses = (

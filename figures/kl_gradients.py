@@ -26,7 +26,7 @@ SMALL = 7.5
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """The table, the descents, the misspecified end, and what a loss over tokens misses."""
+    """Draw the table, the descents, the misspecified end, and the share that a loss over tokens misses."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 6.8), layout="constrained")
     finding = "As a loss on-policy, k1 descends nothing, k2 descends KL(π‖ref), and k3 descends KL(ref‖π)"

@@ -17,7 +17,7 @@ NAMES = {"grouped": "grouped by prompt", "shuffled": "shuffled, same rate", "mat
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Above: the margin's flow, the bound on a gradient, the optimum. Below: the three arms by SGD and by Adam."""
+    """Draw the margin's flow, the bound on a gradient, the optimum; below, the three arms by SGD and by Adam."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 8.9), layout="constrained")
     finding = (
