@@ -70,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     near = runs["nearly the same"]
     fallen = int(((near["chosen"][:, -1] < 0) & (near["rejected"][:, -1] < 0)).sum())
     return {
-        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w). Where they "
-        "differ in their last token alone, less is left of the two pushes, and both answers fall: in tiny-gpt2, on "
+        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w). If they "
+        "differ only in the last token, more of the two pushes cancels, and both answers fall: in tiny-gpt2, on "
         f"{fallen} of {config.batches} batches of pairs.",
         "numbers": numbers(exact, runs),
         "data": {"beta": config.beta, "pairs": len(PROMPTS), "runs": runs, "exact": exact},

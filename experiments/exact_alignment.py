@@ -259,7 +259,7 @@ def claim(trainers: dict[str, Arm], left: dict[str, np.ndarray]) -> str:
     return (
         f"{len(right)} trainers, among them GRPO with KL in the reward, gain all but {NEAR:.0%} of what RLHF can gain "
         f"on {least} of {tables} random tables. GRPO as published has k3 in the loss and another fixed point: it "
-        f"arrives on {arrived[published]}, and leaves {np.median(left[published]):.0%} (median)."
+        f"arrives on {arrived[published]} of them, and leaves {np.median(left[published]):.0%} of the gain (median)."
     )
 
 

@@ -54,16 +54,16 @@ class Config:
 @experiment(quick=Config(), full=Config(models=64, horizons=(1, 2, 3, 4, 5)), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compute the table of gradients, the descents, the misspecified descents and the missing share."""
-    laws_key, share_key = jax.random.split(jax.random.key(config.seed))
+    tables_key, share_key = jax.random.split(jax.random.key(config.seed))
     with jax.enable_x64(True):
-        policy, ref, sampler = (random_table(LM, key) for key in jax.random.split(laws_key, 3))
+        policy, ref, sampler = (random_table(LM, key) for key in jax.random.split(tables_key, 3))
         table, numbers = gradient_table(policy, ref, sampler)
         curves, curve_numbers = descents(config, policy, ref)
         tied, tied_numbers = misspecified(config)
         share, share_numbers = missing_share(config, share_key)
     return {
-        "claim": "As a loss, k1 descends nothing, k2 the divergence KL(π‖ref), and k3 the other one, KL(ref‖π). On a "
-        "reference that a policy of independent tokens cannot reach, k3 covers both modes and k2 picks one. Summed "
+        "claim": "As a loss, k1 has the expected gradient 0, k2 that of KL(π‖ref), and k3 that of KL(ref‖π). Towards a "
+        "reference that a policy of independent tokens cannot match, k3 covers both modes and k2 picks one. Summed "
         "over tokens, k2 misses a part of ∇KL.",
         "numbers": [*numbers, *curve_numbers, *tied_numbers, *share_numbers],
         "data": {"table": table, "descents": curves, "misspecified": tied, "missing": share},
@@ -336,14 +336,16 @@ def misspecified(config: Config) -> tuple[dict[str, Any], list[ledger.Number]]:
     ends = dict(zip(names, end(jnp.asarray([list(ESTIMATORS).index(name) for name in names])), strict=True))
     marginal = (jnp.exp(jax.jit(log_probs)(ref))[:, None] * _token_shares()).sum(axis=0)
     best = lowest_divergence()
-    laws = {"k2 as a loss": jax.nn.softmax(ends["k2"]), "k3 as a loss": jax.nn.softmax(ends["k3"])}
-    laws |= {"argmin KL(π‖ref)": best, "argmin KL(ref‖π)": marginal}
+    policies = {"k2 as a loss": jax.nn.softmax(ends["k2"]), "k3 as a loss": jax.nn.softmax(ends["k3"])}
+    policies |= {"argmin KL(π‖ref)": best, "argmin KL(ref‖π)": marginal}
     tied_reverse, tied_forward = (
-        jax.jit(lambda law, kl=kl: kl(tie(jnp.log(law)), ref)) for kl in (reverse_kl, forward_kl)
+        jax.jit(lambda probs, kl=kl: kl(tie(jnp.log(probs)), ref)) for kl in (reverse_kl, forward_kl)
     )
-    divergences = {name: {"reverse": tied_reverse(law), "forward": tied_forward(law)} for name, law in laws.items()}
+    divergences = {
+        name: {"reverse": tied_reverse(probs), "forward": tied_forward(probs)} for name, probs in policies.items()
+    }
     distance = {
-        pair: float(jnp.abs(laws[pair[0]] - laws[pair[1]]).max())
+        pair: float(jnp.abs(policies[pair[0]] - policies[pair[1]]).max())
         for pair in (("k2 as a loss", "argmin KL(π‖ref)"), ("k3 as a loss", "argmin KL(ref‖π)"))
     }
     sources = (
@@ -362,14 +364,14 @@ def misspecified(config: Config) -> tuple[dict[str, Any], list[ledger.Number]]:
     ):
         number = ledger.test(
             f"{name}: probability of the second mode over that of the first",
-            float(laws[name][1] / laws[name][0]),
+            float(policies[name][1] / policies[name][0]),
             wrong=wrong,
             unit="1",
             source=f"{modes:g} in the reference; below half of it one mode is picked, above both are covered",
             **bound,
         )
         numbers.append(number)
-    return {"laws": laws, "divergences": divergences, "repeat": STICKY[1]}, numbers
+    return {"policies": policies, "divergences": divergences, "repeat": STICKY[1]}, numbers
 
 
 def _tied_gradient_at(which: jax.Array, ref: Table, row: jax.Array) -> jax.Array:

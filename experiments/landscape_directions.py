@@ -68,8 +68,8 @@ def run(config: Config) -> dict[str, Any]:
     flatter = {name: min(sharpness / abs(per_length(place, each)) for each in planes[name]) for name in RANDOM}
     out = steps(config, place, planes)
     return {
-        "claim": "How a landscape looks is decided by its directions. Through the same model, a tenth of their length "
-        f"out, the loss is at least {out['hessian']:.2f} times that of the model along the Hessian's top eigenvectors, "
+        "claim": "The directions decide how a landscape looks. A tenth of their length away from the same model, the "
+        f"loss is at least {out['hessian']:.2f} times the model's along the Hessian's top eigenvectors, "
         f"and at most {out['random']:.2f} times along random directions of the same length.",
         "numbers": [
             *spectrum_numbers(top),

@@ -63,8 +63,8 @@ def run(config: Config) -> dict[str, Any]:
     )
     curvature = landscapes.curvature_test(section)
     return {
-        "claim": "The surface passes through the trained model, whose loss it is there bit for bit, and has the "
-        "curvature there that the Hessian predicts, to a part in a thousand.",
+        "claim": "At the trained model the surface equals the model's loss bit for bit, and its curvature equals the "
+        "Hessian's to one part in a thousand.",
         "numbers": [
             curvature,
             *landscapes.identities(surfaces.values()),

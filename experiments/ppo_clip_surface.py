@@ -77,8 +77,8 @@ def run(config: Config) -> dict[str, Any]:
         numbers = [*ratio_numbers(config, data["shares"]), *identities(config)]
     shares = {name: f"{100 * float(each.mean()):.0f}%" for name, each in data["shares"].items()}
     return {
-        "claim": "PPO's clip takes the gradient away beyond it, on the side that the advantage rewards, and nowhere "
-        f"else. It does not bound the ratio: {config.steps} steps of Adam on one batch take {shares['clip']} of its "
+        "claim": "Beyond PPO's clip, on the side that the advantage rewards, the gradient is 0, and nowhere else. "
+        f"This does not bound the ratio: {config.steps} steps of Adam on one batch take {shares['clip']} of its "
         "samples beyond the clip on that side.",
         "numbers": numbers,
         "data": data,

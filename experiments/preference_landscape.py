@@ -97,9 +97,9 @@ def run(config: Config) -> dict[str, Any]:
     ]
     surfaces["path"] = path_surface(config, dpo, plane)
     return {
-        "claim": "DPO's loss is log 2 at the reference whatever the pairs. A short run takes it below 0.1 within a "
-        "tenth of the parameters' length, along a path that a plane nearly holds; on random planes, out to the "
-        "parameters' whole length, no grid point has a loss within 0.1 nats of its end's.",
+        "claim": "DPO's loss is log 2 at the reference for any pairs. A short run lowers it below 0.1 within a tenth "
+        "of the parameters' length, along a path that lies nearly in a plane; on random planes, out to the "
+        "parameters' own length, no grid point comes within 0.1 nats of the final loss.",
         "numbers": numbers,
         "data": {
             "model": config.model,

@@ -52,7 +52,7 @@ class Config:
     deepest: float = -9.0
     """The lowest log-probability of the plane."""
     arrows: int = 11
-    law: tuple[float, ...] = (0.2, 0.3, 0.5)
+    start: tuple[float, ...] = (0.2, 0.3, 0.5)
     """Distribution of every token where the drawn run of DPO starts."""
     pair: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0, 1, 1))
     """Chosen and rejected response of that run."""
@@ -70,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     """Compute curves, identities, arrows and runs, in float64."""
     with jax.enable_x64(True):
         drawn = example(config)
-        laws, pairs = random_problems(config)
-        runs = {name: many(name, laws, pairs, config) for name in PARAMETRISATIONS}
+        starts, pairs = random_problems(config)
+        runs = {name: many(name, starts, pairs, config) for name in PARAMETRISATIONS}
         data = {
             "beta": config.beta,
             "smoothing": config.smoothing,
@@ -81,10 +81,10 @@ def run(config: Config) -> dict[str, Any]:
             "run": drawn,
             "changes": {name: change(paths) for name, (paths, _) in runs.items()},
         }
-        numbers = [*run_numbers(config, laws, pairs, runs), *identities(config), *rising(config)]
+        numbers = [*run_numbers(config, starts, pairs, runs), *identities(config), *rising(config)]
     share = float((data["changes"]["shared"] < 0).mean())
     return {
-        "claim": "A loss of the margin alone does not say where the two log-probabilities go. With the same margin at "
+        "claim": "A loss of the margin alone does not determine the two log-probabilities. With the same margin at "
         f"every step, DPO lowers the chosen response of {100 * share:.0f}% of random pairs where all positions share "
         "their logits, and never where each prefix has its own.",
         "numbers": numbers,
@@ -156,7 +156,7 @@ def arrows(name: str, config: Config) -> dict[str, Any]:
 
 def reference_of_run(config: Config) -> tuple[float, float]:
     """Return the log-probability of the chosen and the rejected response where the run of DPO starts."""
-    return tuple(float(np.log(np.asarray(config.law)[list(response)]).sum()) for response in config.pair)
+    return tuple(float(np.log(np.asarray(config.start)[list(response)]).sum()) for response in config.pair)
 
 
 def at(name: str, x: float, config: Config) -> tuple[float, float, float]:
@@ -169,22 +169,22 @@ def at(name: str, x: float, config: Config) -> tuple[float, float, float]:
 def random_problems(config: Config) -> tuple[Array, Array]:
     """Draw distributions of a token, uniform over the simplex, and pairs of responses that differ in the last token."""
     random = np.random.default_rng(config.seed)
-    laws = random.dirichlet(np.ones(LM.vocab_size), config.pairs)
+    starts = random.dirichlet(np.ones(LM.vocab_size), config.pairs)
     prefixes = random.integers(LM.vocab_size, size=(config.pairs, 1, LM.horizon - 1)).repeat(2, axis=1)
     last = np.stack([random.permutation(LM.vocab_size)[:2] for _ in range(config.pairs)])
-    return jnp.asarray(laws), jnp.asarray(np.concatenate([prefixes, last[..., None]], axis=2))
+    return jnp.asarray(starts), jnp.asarray(np.concatenate([prefixes, last[..., None]], axis=2))
 
 
 def example(config: Config) -> dict[str, Any]:
     """Run DPO on the pair of the config, with logits of its own for each prefix and shared ones."""
     shown = np.unique(np.geomspace(1, config.steps, 60).astype(int)) - 1
-    law, pair = (jnp.asarray(each)[None] for each in (config.law, config.pair))
-    paths = {name: np.asarray(many(name, law, pair, config)[0])[0, shown] for name in PARAMETRISATIONS}
+    start, pair = (jnp.asarray(each)[None] for each in (config.start, config.pair))
+    paths = {name: np.asarray(many(name, start, pair, config)[0])[0, shown] for name in PARAMETRISATIONS}
     runs = {name: {"chosen": path[:, 0], "rejected": path[:, 1]} for name, path in paths.items()}
-    return {"step": shown, "law": config.law, "pair": config.pair, "beta": config.beta_of_run, **runs}
+    return {"step": shown, "start": config.start, "pair": config.pair, "beta": config.beta_of_run, **runs}
 
 
-def many(name: str, laws: Array, pairs: Array, config: Config) -> tuple[np.ndarray, np.ndarray]:
+def many(name: str, starts: Array, pairs: Array, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Run DPO on each pair: log π of both responses at each step, and the speed of log π_w at the start."""
     prefixes = (LM.num_prefixes, LM.vocab_size)
     ids = pairs @ LM.vocab_size ** jnp.arange(LM.horizon)[::-1]
@@ -192,12 +192,12 @@ def many(name: str, laws: Array, pairs: Array, config: Config) -> tuple[np.ndarr
     def log_probs(params: Array, pair: Array) -> Array:
         return oracle.sequence_log_probs(LM, {"logits": jnp.broadcast_to(params, prefixes)})[pair]
 
-    def of_one(law: Array, pair: Array) -> tuple[Array, Array]:
-        row = jnp.log(law)
+    def of_one(probs: Array, pair: Array) -> tuple[Array, Array]:
+        row = jnp.log(probs)
         start = jnp.broadcast_to(row, prefixes) if name == "own" else row
         return descend(start, functools.partial(log_probs, pair=pair), config)
 
-    paths, speeds = jax.jit(jax.vmap(of_one))(laws, ids)
+    paths, speeds = jax.jit(jax.vmap(of_one))(starts, ids)
     return np.asarray(paths), np.asarray(speeds)
 
 
@@ -223,13 +223,13 @@ def change(paths: np.ndarray) -> np.ndarray:
     return paths[:, -1, 0] - paths[:, 0, 0]
 
 
-def run_numbers(config: Config, laws: Array, pairs: Array, runs: dict[str, Any]) -> list[dict[str, Any]]:
+def run_numbers(config: Config, starts: Array, pairs: Array, runs: dict[str, Any]) -> list[dict[str, Any]]:
     """Test the share of chosen responses that fall, their speed at the start, and the equality of the margins."""
     source = f"{config.steps} steps of DPO on each of {config.pairs} random pairs"
     fell = {name: int((change(paths) < 0).sum()) for name, (paths, _) in runs.items()}
     share = statistics.share(fell["shared"], config.pairs)
     margins = [paths[..., 0] - paths[..., 1] for paths, _ in runs.values()]
-    expected = speeds(np.asarray(laws), np.asarray(pairs))
+    expected = speeds(np.asarray(starts), np.asarray(pairs))
     off = max(np.abs(runs[name][1] - config.beta_of_run / 2 * expected[name]).max() for name in PARAMETRISATIONS)
     return [
         ledger.measurement("share of pairs whose chosen response falls, shared logits", *share, unit="", source=source),
@@ -258,11 +258,11 @@ def run_numbers(config: Config, laws: Array, pairs: Array, runs: dict[str, Any])
     ]
 
 
-def speeds(laws: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
+def speeds(starts: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
     """Return ⟨∇log π_w, ∇log π_w − ∇log π_l⟩ at the start, for pairs that differ in the last token."""
-    each = np.arange(len(laws))
+    each = np.arange(len(starts))
     chosen, rejected = pairs[:, 0, -1], pairs[:, 1, -1]
-    lead = laws[each, chosen] - laws[each, rejected]
+    lead = starts[each, chosen] - starts[each, rejected]
     count = [(pairs[:, 0] == token[:, None]).sum(axis=1) for token in (chosen, rejected)]
     return {"own": 1 - lead, "shared": count[0] - count[1] - pairs.shape[-1] * lead}
 

@@ -85,9 +85,10 @@ def run(config: Config) -> dict[str, Any]:
 def _claim(config: Config, values: dict[str, float]) -> str:
     sgd, adam = (values[f"{name}: share of the gap in the margin left at the matched rate"] for name in OPTIMISERS)
     return (
-        "The loss over all pairs of a prompt bounds the push on an answer by 2/K, not the margin. On a linear model, "
-        f"{config.seeds} seeds, a rate matched per comparison leaves {abs(sgd):.0%} of what shuffling adds to the "
-        f"margin under SGD, and {adam:.0%} under Adam. Each at its best rate, shuffling has the smaller held-out loss."
+        "The loss over all pairs of a prompt bounds the gradient on an answer by 2/K, but not the margin. On a linear "
+        f"model, {config.seeds} seeds, a rate matched per comparison leaves {abs(sgd):.0%} of what shuffling adds to "
+        f"the margin under SGD, and {adam:.0%} under Adam. Each at its best rate, shuffling has the smaller held-out "
+        "loss."
     )
 
 

@@ -85,8 +85,8 @@ def claim(rows: list[dict[str, float]]) -> str:
     """Return the tested differences with their sizes."""
     return (
         f"A drafted token is accepted with probability Σ min(p, q): the rates of {len(rows)} settings differ from it "
-        f"by {deviation(rows):.1f} standard errors at most. A round yields (1 − α^(γ+1))/(1 − α) tokens, less what the "
-        f"end of a text cuts off, to {error_of_formula(rows):.1%}."
+        f"by {deviation(rows):.1f} standard errors at most. A round yields (1 − α^(γ+1))/(1 − α) tokens, minus those "
+        f"that the end of a text cuts off: the prediction is off by {error_of_formula(rows):.1%} at most."
     )
 
 

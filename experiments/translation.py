@@ -306,12 +306,15 @@ def _identity(config: Config) -> dict[str, Any]:
 
 def _record(config: Config, folder: Path, log: list[dict[str, Any]], counts: dict[str, int]) -> None:
     record = {"config": _identity(config), **counts, "log": log}
-    (folder / "json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def training_records(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Return the training records of the models of these folders."""
-    return {name: json.loads((Path(folder) / "json").read_text(encoding="utf-8")) for name, folder in folders.items()}
+    return {
+        name: json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
+        for name, folder in folders.items()
+    }
 
 
 def folders_of(config: Config) -> dict[str, Path]:
@@ -512,7 +515,7 @@ def _measured(name: str, interval: dict[str, float], source: str) -> dict[str, A
 
 def seen(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the amount of training data, which is the same for both models, and their losses."""
-    last, source = {name: record["log"][-1] for name, record in records.items()}, "json"
+    last, source = {name: record["log"][-1] for name, record in records.items()}, "training.json"
     tokens = {name: row["tokens"] for name, row in last.items()}
     losses = (
         ledger.measurement(

@@ -21,7 +21,7 @@ def draw(results: dict[str, Any]) -> Figure:
     data = results["data"]
     figure = Figure(figsize=(9.6, 8.9), layout="constrained")
     finding = (
-        "The loss bounds the push on an answer by 2/K, not the margin. On a linear model, a rate matched per\n"
+        "The loss bounds the gradient on an answer by 2/K, not the margin. On a linear model, a rate matched per\n"
         "comparison removes what shuffling adds under SGD, but not under Adam; each at its best rate, shuffling wins"
     )
     style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
