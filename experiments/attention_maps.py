@@ -22,7 +22,7 @@ import scipy.stats
 from experiments import ledger, statistics
 from experiments.frame import experiment
 from jaxrl_llm import models
-from jaxrl_llm.analysis import alignment, attention
+from jaxrl_llm.analysis import attention, word_alignment
 from jaxrl_llm.analysis.bootstrap import Interval, bootstrap_interval
 from jaxrl_llm.data import number_names
 
@@ -67,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
     together = read(loaded, np.concatenate(drawn))  # one program
     ends = np.cumsum([0, *map(len, drawn)])
     train, held_out, example = (together.part(*place) for place in itertools.pairwise(ends))
-    best = alignment.best_head(alignment.alignment_error_rate(alignment_counts(train)))
+    best = word_alignment.best_head(word_alignment.alignment_error_rate(alignment_counts(train)))
     study = Study(held_out, best, seed=config.seed, resamples=config.resamples)
     data = {
         "model": config.model,
@@ -174,7 +174,7 @@ def _tokens(loaded: models.Loaded, texts: list[tuple[str, ...]]) -> tuple[np.nda
 def alignment_counts(corpus: Corpus, *, late: bool = False, weights: np.ndarray | None = None) -> np.ndarray:
     """Return alignment counts [pair, layer, head, 2]; `late` reads each word one row after its prediction."""
     weights = corpus.weights["cross"] if weights is None else weights
-    return alignment.head_counts(
+    return word_alignment.head_counts(
         np.roll(weights, -1, axis=-2) if late else weights,
         [pair.sure for pair in corpus.pairs],
         [pair.possible for pair in corpus.pairs],
@@ -239,7 +239,7 @@ def inversions(corpus: Corpus, layer: int, head: int) -> np.ndarray:
 def _links(corpus: Corpus, layer: int, head: int) -> np.ndarray:
     """Return the source word with the largest weight in each row of a cross-attention head, [pair, target, source]."""
     weights = corpus.weights["cross"][layer : layer + 1, :, head : head + 1]
-    return alignment.hard_alignment(weights, corpus.target_words, corpus.source_words)[0, :, 0]
+    return word_alignment.hard_alignment(weights, corpus.target_words, corpus.source_words)[0, :, 0]
 
 
 def maps_of(corpus: Corpus, number: int) -> dict[str, Any]:
@@ -308,7 +308,7 @@ class Study:
 
     def error_rate(self, counts: np.ndarray) -> Interval:
         """Return the alignment error rate of a corpus, with its interval over the names."""
-        return self.interval(counts, alignment.alignment_error_rate)
+        return self.interval(counts, word_alignment.alignment_error_rate)
 
 
 def at(interval: Interval, *place: int) -> dict[str, float]:
@@ -365,7 +365,7 @@ def hypotheses(study: Study) -> list[Entry]:
     encoder, relative = (
         entropies(held_out, "encoder", normalised=normalised).mean(axis=2) for normalised in (False, True)
     )
-    errors = alignment.alignment_error_rate(alignment_counts(held_out)[None]).mean(axis=2)  # each name a corpus
+    errors = word_alignment.alignment_error_rate(alignment_counts(held_out)[None]).mean(axis=2)  # each name a corpus
     falls, grows = "Wilcoxon's signed-rank test", "Spearman's rank correlation with English words"
     p_values = {
         "encoder attention is sharper in its last layer": (
@@ -435,7 +435,7 @@ def lengths(study: Study) -> list[Entry]:
 
 def _mean_error_rate(counts: np.ndarray, axis: int) -> np.ndarray:
     """Return the mean error rate of some heads."""
-    return alignment.alignment_error_rate(counts, axis).mean(axis=-1)
+    return word_alignment.alignment_error_rate(counts, axis).mean(axis=-1)
 
 
 def _ratio(counts: np.ndarray, axis: int) -> np.ndarray:

@@ -166,16 +166,8 @@ def path_surface(config: Config, dpo: Place, plane: landscape.PrincipalDirection
     low, high = places.min(axis=0), places.max(axis=0)
     room = config.margin * (high - low).max()
     alphas, betas = (np.linspace(low[i] - room, high[i] + room, config.points) for i in (0, 1))
-    losses = landscape.loss_surface(dpo.loss, dpo.params, plane.directions, alphas, betas)
-    return landscape.describe(
-        alphas,
-        betas,
-        losses,
-        title="the plane of DPO's path",
-        centre=dpo.centre,
-        cosine=float(landscape.cosine(*plane.directions)),
-        unit="nats per pair",
-    )
+    shown = {"title": "the plane of DPO's path", "unit": "nats per pair"}
+    return landscape.surface_of(dpo.loss, dpo.params, plane.directions, alphas, betas, **shown).as_dict()
 
 
 def log_two(dpo: Place) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from experiments import embedded, ledger
 from experiments.frame import experiment
 from jaxrl_llm import models
 from jaxrl_llm.analysis.ngram import KneserNey
-from jaxrl_llm.data import bpe, corpus
+from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding import generate
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP
 from jaxrl_llm.language_model import Params
@@ -41,6 +41,7 @@ from jaxrl_llm.scoring import bits_per_byte, stream_nats
 from jaxrl_llm.training import pretrain
 from jaxrl_llm.training.optimizers import muon
 from jaxrl_llm.training.run_log import RunLog
+from tools import corpus
 
 NAME = "tiny-gpt2"
 NGRAM_ORDERS = (2, 3, 4, 5)

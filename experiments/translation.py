@@ -38,7 +38,7 @@ from jaxrl_llm.analysis.bootstrap import Interval
 from jaxrl_llm.data import bpe, parallel, verses
 from jaxrl_llm.data.parallel import SentencePair
 from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded, T5Config
-from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.training import loop, seq2seq
 from jaxrl_llm.training.optimizers import muon
 from jaxrl_llm.training.run_log import RunLog

@@ -532,7 +532,7 @@ def test_attention_of_a_decoder_only_model(run, model, tmp_path):
     ("arguments", "said"),
     [
         (["--out", "map.bmp"], "cannot write a figure to map.bmp: the suffix must be one of"),
-        (["--kind", "self"], "attention of kind cross, encoder, decoder, but none of kind self"),
+        (["--kind", "self"], "kind must be one of cross, encoder, decoder for this model, but is self"),
         (["--layer", "1"], "--layer must be from 0 to 0"),
         (["--kind", "encoder", "--layer", "2"], "--layer must be from 0 to 1"),
         (["--head", "-4"], "--head must be from 0 to 2 (or −3 to −1), but is -4"),

@@ -89,7 +89,7 @@ def test_holes_are_counted_and_nothing_else_is_said(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("hi", "--points", "0"), "at least one point"),
+        (("hi", "--points", "0"), "points must be an integer of at least 1"),
         (("hi", "--points", "1"), "--points must be at least 2"),
         (("hi", "--radius", "-1"), "radius must be positive and finite, but is -1.0"),
         (("hi", "--out", "x.docx"), "cannot write a figure to x.docx"),

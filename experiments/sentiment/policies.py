@@ -19,7 +19,7 @@ from jaxrl_llm.objectives import preference
 from jaxrl_llm.scoring import Sequences, log_probs, measures
 from jaxrl_llm.training import policy, steps
 from jaxrl_llm.training.methods import METHODS, Method
-from jaxrl_llm.training.preference import LOSSES, JudgedBatch, PairBatch, Sums, pair_sums, preference_loss
+from jaxrl_llm.training.preference import JudgedBatch, PairBatch, Sums, loss_of_sums, pair_sums, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 
 ONLINE = ("ppo", "grpo", "rloo")
@@ -144,9 +144,8 @@ def held_out_loss(tools: Tools, world: World, name: str, pairs: Pairs, beta: Arr
         return (jnp.concatenate([p, 1 - p]) * good + jnp.concatenate([1 - p, p]) * bad).mean()
     sums = pair_sums(tools.lm, params, pairs.held_out)
     ref = sums._replace(chosen=pairs.held_out.logp_ref_chosen, rejected=pairs.held_out.logp_ref_rejected)
-    drawn, opposite = (
-        LOSSES[name].of_sums(turn(sums), turn(ref), **settings) for turn in (lambda each: each, _swapped)
-    )
+    loss = preference.PAIR_LOSSES[name]
+    drawn, opposite = (loss_of_sums(loss, turn(sums), turn(ref), **settings) for turn in (lambda each: each, _swapped))
     return (p * drawn + (1 - p) * opposite).mean()
 
 

@@ -1,16 +1,22 @@
-"""What attention heads look at: how spread out, how far away, and at which places.
+"""Attention of a model: the maps of a text with its tokens, and measures of any weights.
 
 Weights are those of `attention` of any model of the library, [layer, batch, head, query, key]: a row sums to 1 over the
-keys that its query may look at, and is 0 where the query is padding. Measures keep one value for each query;
+keys that its query may attend to, and is 0 where the query is padding. Measures keep one value for each query;
 `mean_over_queries` alone takes means, one for each sequence, so that intervals can be taken over sequences.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
+
+from jaxrl_llm import text, translation
+from jaxrl_llm.models import T5, Loaded
+from jaxrl_llm.models.conditional import given
 
 ROUNDING = 1e-3  # of a row's sum, also in bfloat16
 
@@ -21,18 +27,18 @@ def allowed_keys(
     *,
     causal: bool = False,
 ) -> Bool[np.ndarray, "batch query key"]:
-    """Which keys a query may look at: valid ones, and with `causal` none behind itself; none for padding.
+    """Return the attention mask: valid keys, with `causal` only up to the query; none for queries that are padding.
 
     Args:
-        queries: which queries are valid.
-        keys: which keys are; those of self-attention are the queries, the default.
+        queries: true for valid queries.
+        keys: true for valid keys; by default `queries`, as in self-attention.
 
     Raises:
         ValueError: for masks that are not [batch, time], or causal attention between two sequences.
     """
     queries = np.asarray(queries, bool)
     if causal and keys is not None:
-        raise ValueError("causal attention is self-attention: give no keys.")
+        raise ValueError("causal attention must be self-attention: leave out keys.")
     keys = queries if keys is None else np.asarray(keys, bool)
     if queries.ndim != 2 or keys.ndim != 2 or len(queries) != len(keys):
         raise ValueError(f"masks must be [batch, time], but are {list(queries.shape)} and {list(keys.shape)}.")
@@ -41,12 +47,14 @@ def allowed_keys(
 
 
 def entropy(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batch query"]:
-    """The entropy of each query's weights, in nats: H = −Σ_k w_k log w_k, with 0 log 0 = 0.
+    """Return the entropy of each query's weights, in nats.
 
-    0 where one key has all weight, log n for n keys alike; exp H is how many keys the query in effect looks at.
+        H = −Σ_k w_k log w_k,    0 log 0 = 0
+
+    H is 0 if one key has all weight, and log n for n equal weights; exp H is the effective number of keys.
 
     Raises:
-        ValueError: if a row is no distribution, nor 0 as of padding.
+        ValueError: if a row is neither a distribution nor 0, as for padding.
     """
     weights = _checked(weights)
     return -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=-1) + 0.0
@@ -55,53 +63,43 @@ def entropy(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batc
 def normalised_entropy(
     weights: Float[Any, "layer batch head query key"], allowed: Bool[np.ndarray, "batch query key"]
 ) -> Float[np.ndarray, "layer batch head query"]:
-    """`entropy` / log n, where n is the number of keys that the query may look at: 0 for one key, 1 for all alike.
+    """Return H / log n, where n is the number of allowed keys of the query: from 0 for one key to 1 for equal weights.
 
-    With it, rows of unequal length can be compared. A query with one key has no choice and gets 0: leave it out of
-    means, `mean_over_queries(values, allowed.sum(axis=-1) > 1)`.
+    It makes rows of different length comparable. A query with one allowed key gets 0: leave it out of means,
+    `mean_over_queries(values, allowed.sum(axis=-1) > 1)`.
 
     Raises:
-        ValueError: as `entropy`, and if a key has weight that is not allowed.
+        ValueError: as `entropy`, and if a key that is not allowed has weight.
     """
     weights, allowed = _paired(weights, allowed)
     counts = allowed.sum(axis=-1)[None, :, None]
     return entropy(weights) / np.log(np.maximum(counts, 2))
 
 
-def mean_distance(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batch query"]:
-    """How far away self-attention looks, in tokens: Σ_k w_k |k − query|.
-
-    Raises:
-        ValueError: as `entropy`, and if there are not as many keys as queries.
-    """
-    weights = _checked(weights)
-    _require_square(weights)
-    place = np.arange(weights.shape[-1])
-    return (weights * np.abs(place[None, :] - place[:, None])).sum(axis=-1)
-
-
 class Shares(NamedTuple):
-    """Of each query's weight, the parts that fall on each kind of key; they sum to 1.
+    """The shares of each query's weight on each kind of key; they sum to 1.
 
-    A key that is of two kinds (the first may be the one before) counts for the kind that is listed first.
+    A key of two kinds (the first may also be the previous one) counts for the kind that is listed first.
     """
 
-    own: Float[np.ndarray, "layer batch head query"]  # the query's own place
-    previous: Float[np.ndarray, "layer batch head query"]  # the place before it
-    next: Float[np.ndarray, "layer batch head query"]  # the place behind it
-    first: Float[np.ndarray, "layer batch head query"]  # the sequence's first valid place
-    last: Float[np.ndarray, "layer batch head query"]  # its last one: of an encoder's source, `</s>`
+    own: Float[np.ndarray, "layer batch head query"]  # the query's own position
+    previous: Float[np.ndarray, "layer batch head query"]  # the position before it
+    next: Float[np.ndarray, "layer batch head query"]  # the position after it
+    first: Float[np.ndarray, "layer batch head query"]  # the first valid position of the sequence
+    last: Float[np.ndarray, "layer batch head query"]  # the last valid position: `</s>` in an encoder's source
     other: Float[np.ndarray, "layer batch head query"]
 
 
 def shares(weights: Float[Any, "layer batch head query key"], allowed: Bool[np.ndarray, "batch query key"]) -> Shares:
-    """Where self-attention looks, relative to the query and to the ends of the sequence.
+    """Return the shares of self-attention weight by position, relative to the query and the ends of the sequence.
 
     Raises:
         ValueError: as `normalised_entropy`, and if there are not as many keys as queries.
     """
     weights, allowed = _paired(weights, allowed)
-    _require_square(weights)
+    if weights.shape[-2] != weights.shape[-1]:
+        found = f"{weights.shape[-1]} and {weights.shape[-2]}"
+        raise ValueError(f"self-attention must have as many keys as queries, but here are {found}.")
     place, valid = np.arange(weights.shape[-1]), allowed.any(axis=1)
     first, last = valid.argmax(axis=1), len(place) - 1 - valid[:, ::-1].argmax(axis=1)
     kinds = [np.broadcast_to(place[None, None, :] == place[None, :, None] + step, allowed.shape) for step in (0, -1, 1)]
@@ -116,10 +114,10 @@ def shares(weights: Float[Any, "layer batch head query key"], allowed: Bool[np.n
 def mean_over_queries(
     values: Float[np.ndarray, "layer batch head query"], queries: Bool[np.ndarray, "batch query"]
 ) -> Float[np.ndarray, "layer batch head"]:
-    """The mean of each sequence over the queries that count.
+    """Return the mean of each sequence over the marked queries.
 
     Raises:
-        ValueError: if the shapes do not fit, or a sequence has no query that counts.
+        ValueError: if the shapes do not fit, or a sequence has no marked query.
     """
     values, queries = np.asarray(values, float), np.asarray(queries, bool)
     if values.ndim != 4 or queries.shape != (values.shape[1], values.shape[3]):
@@ -129,18 +127,20 @@ def mean_over_queries(
         )
     counts = queries.sum(axis=1)
     if not counts.all():
-        raise ValueError(f"sequence {np.flatnonzero(counts == 0)[0]} has no query to take the mean over.")
+        raise ValueError(
+            f"queries must mark a query of every sequence, but sequence {np.flatnonzero(counts == 0)[0]} has none."
+        )
     return np.where(queries[None, :, None], values, 0).sum(axis=-1) / counts[None, :, None]
 
 
 def _checked(weights: Any) -> np.ndarray:
-    """In float64, each row a distribution or 0: logits, or a transposed map, are neither."""
+    """Return the weights in float64; raise if a row is neither a distribution nor 0, as in a transposed map."""
     weights = np.asarray(weights, float)
     if weights.ndim < 2:
         raise ValueError(f"attention weights must be [..., query, key], but are {list(weights.shape)}.")
     sums = weights.sum(axis=-1)
     if not ((weights >= 0).all() and (np.isclose(sums, 1, rtol=0, atol=ROUNDING) | (sums == 0)).all()):
-        raise ValueError("a row of attention weights must sum to 1, or be 0 where the query is padding.")
+        raise ValueError("a row of attention weights must sum to 1, or be 0 if the query is padding.")
     return weights
 
 
@@ -152,11 +152,136 @@ def _paired(weights: Any, allowed: Any) -> tuple[np.ndarray, np.ndarray]:
             f"but are {list(weights.shape)} and {list(allowed.shape)}."
         )
     if np.where(allowed[None, :, None], 0, weights).any():
-        raise ValueError("a key has weight that its query may not look at.")
+        raise ValueError("a key that is not allowed must have weight 0, but one has more.")
     return weights, allowed
 
 
-def _require_square(weights: np.ndarray) -> None:
-    queries, keys = weights.shape[-2:]
-    if queries != keys:
-        raise ValueError(f"self-attention has as many keys as queries, but here are {keys} and {queries}.")
+# Maps of a text -------------------------------------------------------------------------------------------------------
+
+Kind = Literal["encoder", "decoder", "cross", "self"]
+START = "⟨start⟩"  # the first token that a T5's decoder reads; in its tokenizer it is the padding token
+
+
+NAMES: dict[Kind, str] = {
+    "cross": "cross-attention",
+    "encoder": "encoder self-attention",
+    "decoder": "decoder self-attention",
+    "self": "self-attention",
+}
+
+
+class AttentionMaps(NamedTuple):
+    """All heads of one kind of attention over one text, with the tokens of their rows and columns.
+
+    Rows of self-attention belong to the token that is read. Rows of cross-attention belong to the token that is
+    predicted, which is the word that is being translated.
+    """
+
+    kind: Kind
+    weights: Float[np.ndarray, "layer head query key"]
+    allowed: Bool[np.ndarray, "query key"]
+    queries: list[str]
+    keys: list[str]
+    source: str
+    target: str | None  # for an encoder-decoder: as given, or as generated, without special tokens
+
+    @property
+    def name(self) -> str:
+        """Return the kind in words, such as "cross-attention"."""
+        return NAMES[self.kind]
+
+    @property
+    def axis_names(self) -> tuple[str, str]:
+        """Return the names of queries and keys, for a figure."""
+        return ("target", "source") if self.kind == "cross" else ("query", "key")
+
+
+class Link(NamedTuple):
+    """The key with the largest weight of a query, and the weight."""
+
+    query: int
+    key: int
+    weight: float
+
+
+def attention_maps(
+    loaded: Loaded, source: str, *, kind: Kind | None = None, target: str | None = None, max_new_tokens: int = 64
+) -> AttentionMaps:
+    """Compute the attention maps of a text under a loaded model.
+
+    Args:
+        source: the text; for an encoder-decoder the text to translate, in the form of `translation.Form.of`.
+        kind: "cross" (the default), "encoder" or "decoder" for an encoder-decoder, else "self".
+        target: the output of an encoder-decoder; by default it is decoded greedily, with at most `max_new_tokens`.
+
+    Raises:
+        ValueError: if the model has no tokenizer or no attention of this kind, or a text is empty, too long or has a
+            word that is not in the tokenizer's vocabulary.
+    """
+    if loaded.tokenizer is None:
+        raise ValueError("the model must have a tokenizer, but its folder has no tokenizer files.")
+    kinds = ("cross", "encoder", "decoder") if isinstance(loaded.model, T5) else ("self",)
+    kind = kinds[0] if kind is None else kind
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)} for this model, but is {kind}.")
+    translates = isinstance(loaded.model, T5)  # other models read the text unchanged
+    form = translation.Form.of(loaded) if translates else None
+    tokens = translation.known_tokens(loaded.tokenizer, source, form=form)
+    if translates:
+        return _translated(loaded, source, tokens, kind, target, max_new_tokens)
+    if target is not None:
+        raise ValueError("a target must be left out for a decoder-only model: it has no text but its own.")
+    weights = loaded.model.attention(loaded.params, jnp.asarray([tokens], jnp.int32))
+    names = _names(loaded.tokenizer, tokens)
+    return AttentionMaps(kind, np.asarray(weights)[:, 0], _allowed(tokens, causal=True), names, names, source, None)
+
+
+def _translated(
+    loaded: Loaded, source: str, tokens: list[int], kind: Kind, target: str | None, limit: int
+) -> AttentionMaps:
+    """Compute the maps of an encoder-decoder."""
+    tokenizer, batch = loaded.tokenizer, jnp.asarray([tokens], jnp.int32)
+    written = (
+        _greedy(loaded, batch, limit)
+        if target is None
+        else translation.known_tokens(tokenizer, target, name="the target")
+    )
+    shown = tokenizer.decode(written, skip_special_tokens=True) if target is None else target
+    read = [loaded.model.config.decoder_start_token_id, *written[:-1]]
+    maps = loaded.model.attention(loaded.params, batch, jnp.asarray([read], jnp.int32))
+    weights = np.asarray(getattr(maps, kind))[:, 0]
+    words, predicted = _names(tokenizer, tokens), _names(tokenizer, written)
+    before = [START, *predicted[:-1]]
+    queries, keys, allowed = {
+        "encoder": (words, words, _allowed(tokens)),
+        "decoder": (before, before, _allowed(read, causal=True)),
+        "cross": (predicted, words, _allowed(read, tokens)),
+    }[kind]
+    return AttentionMaps(kind, weights, allowed, queries, keys, source, shown)
+
+
+def _greedy(loaded: Loaded, source: Any, limit: int) -> list[int]:
+    """Return the tokens of the model's greedy translation, EOS included."""
+    task = given(loaded.model, loaded.params, source, jnp.ones(source.shape, bool))
+    eos = text.eos_ids(loaded.tokenizer, loaded.config)
+    return translation.decoded(task, num_beams=1, length_penalty=1.0, limit=limit, eos=eos)[0]
+
+
+def strongest_links(maps: AttentionMaps, *, layers: Sequence[int], heads: Sequence[int]) -> list[Link]:
+    """Return the key with the largest weight for each query with more than one allowed key, in the order of the text.
+
+    The weights are means over these layers and heads. A maximum over heads would show only heads that attend to one key
+    for every query.
+    """
+    mean = maps.weights[np.ix_(layers, heads)].mean(axis=(0, 1))
+    queries = np.flatnonzero(maps.allowed.sum(axis=-1) > 1)
+    return [Link(int(query), int(mean[query].argmax()), float(mean[query].max())) for query in queries]
+
+
+def _allowed(queries: Sequence[int], keys: Sequence[int] | None = None, *, causal: bool = False) -> np.ndarray:
+    valid = [None if side is None else np.ones((1, len(side)), bool) for side in (queries, keys)]
+    return allowed_keys(*valid, causal=causal)[0]
+
+
+def _names(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    return [tokenizer.decode([token]) for token in tokens]

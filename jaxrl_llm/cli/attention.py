@@ -10,13 +10,6 @@ import tyro
 
 from jaxrl_llm.cli.prompts import require_tokenizer
 
-NAMES = {
-    "cross": "cross-attention",
-    "encoder": "encoder self-attention",
-    "decoder": "decoder self-attention",
-    "self": "self-attention",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
@@ -42,35 +35,24 @@ class Attention:
     def run(self) -> None:
         """Compute the maps, draw them, print entropy and the strongest links."""
         from jaxrl_llm import models
-        from jaxrl_llm.analysis import text_maps
+        from jaxrl_llm.analysis import attention
         from jaxrl_llm.plots import style
+        from jaxrl_llm.plots.attention import attention_figure
 
         if self.links < 0:
             raise ValueError(f"--links must be 0 or above, but is {self.links}.")
         loaded = models.load(self.model)
         require_tokenizer(loaded, self.model)
-        maps = text_maps.text_maps(loaded, self.text, kind=self.kind, target=self.target)
+        maps = attention.attention_maps(loaded, self.text, kind=self.kind, target=self.target)
         layers = _chosen("--layer", self.layer, maps.weights.shape[0])
         heads = _chosen("--head", self.head, maps.weights.shape[1])
-        style.save_as(self._figure(maps, layers, heads), self.out)
-        print(f"{self.model}, {NAMES[maps.kind]}: {maps.source}" + (f" → {maps.target}" if maps.target else ""))
+        style.save_as(attention_figure(maps, layer=self.layer, head=self.head, model=self.model), self.out)
+        print(f"{self.model}, {maps.name}: {maps.source}" + (f" → {maps.target}" if maps.target else ""))
         _print_entropies(maps, layers, heads)
         count = len(layers) * len(heads)
         where = f"mean of {count} heads" if count > 1 else f"layer {layers[0]}, head {heads[0]}"
-        _print_links(text_maps.strongest_links(maps, layers=layers, heads=heads), maps, self.links, where)
+        _print_links(attention.strongest_links(maps, layers=layers, heads=heads), maps, self.links, where)
         print(f"drawn: {self.out}")
-
-    def _figure(self, maps: Any, layers: list[int], heads: list[int]) -> Any:
-        from jaxrl_llm.plots.attention import grid_figure, head_figure
-
-        axis_names = ("target", "source") if maps.kind == "cross" else ("query", "key")
-        if len(layers) == len(heads) == 1:
-            title = f"{self.model}, {NAMES[maps.kind]}, layer {layers[0]}, head {heads[0]}"
-            weights = maps.weights[layers[0], heads[0]]
-            return head_figure(weights, queries=maps.queries, keys=maps.keys, title=title, axis_names=axis_names)
-        weights = maps.weights[layers][:, heads]
-        title = f"{self.model}, {NAMES[maps.kind]}: {maps.source}"
-        return grid_figure(weights, title=title, axis_names=axis_names, layers=layers, heads=heads)
 
 
 def _chosen(option: str, index: int | None, count: int) -> list[int]:

@@ -41,7 +41,6 @@ class Landscape:
 
     def run(self) -> None:
         """Compute the surface, draw it, print its numbers."""
-        import jax
         import jax.numpy as jnp
 
         from jaxrl_llm import models, text
@@ -59,21 +58,12 @@ class Landscape:
         tokens = text.encode(require_tokenizer(loaded, self.model), self.text)
         loss_fn = landscape.next_token_loss(loaded.model, jnp.asarray([tokens]))
         directions, sharpness = self._directions(loss_fn, loaded.params)
-        losses = self._surface(loss_fn, loaded.params, directions, axis)
-        surface = landscape.describe(
-            axis,
-            axis,
-            losses,
-            title=f"Loss of “{self.text}”",
-            centre=float(jax.jit(loss_fn)(loaded.params)),
-            cosine=float(landscape.cosine(*directions)),
-            sharpness=sharpness,
-        )
+        surface = self._surface(loss_fn, loaded.params, directions, axis, sharpness)
         style.save_as(landscape_figure(surface, model=self.model), self.out)
-        self._print(surface)
+        self._print(surface.as_dict())
         print(f"drawn: {self.out}")
         if self.html is not None:
-            page = interactive.surface_html([surface], title=surface["title"])
+            page = interactive.surface_html([surface], title=surface.title)
             style.write_atomically(self.html, page.encode())
             print(f"to be turned by hand: {self.html}")
 
@@ -90,26 +80,24 @@ class Landscape:
         length = landscape.norm(params)
         return tuple(landscape.rescaled(vector, length) for vector in top.vectors), float(top.values[0])
 
-    def _surface(self, loss_fn: Any, params: Any, directions: tuple[Any, Any], axis: Any) -> Any:
-        """The losses; holes are reported with the other numbers, and an interruption with what goes on."""
+    def _surface(
+        self, loss_fn: Any, params: Any, directions: tuple[Any, Any], axis: Any, sharpness: float | None
+    ) -> Any:
+        """The surface; holes are reported with the other numbers, and an interruption with what goes on."""
         import warnings
-
-        import numpy as np
 
         from jaxrl_llm.analysis import landscape
 
-        options = {"memory_budget": self.memory_budget, "checkpoint": self.checkpoint}
+        options = {"memory_budget": self.memory_budget, "checkpoint": self.checkpoint, "sharpness": sharpness}
+        options["title"] = f"Loss of “{self.text}”"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", landscape.LossHole)
-                losses = landscape.loss_surface(loss_fn, params, directions, axis, axis, **options)
+                return landscape.surface_of(loss_fn, params, directions, axis, axis, **options)
         except KeyboardInterrupt:
             if self.checkpoint is not None:
                 print(f"the rows that are done are in {self.checkpoint}: the same command goes on.", file=sys.stderr)
             raise
-        if not np.isfinite(losses).any():
-            raise ValueError(f"the loss is finite nowhere on the grid: take a --radius below {self.radius:g}.")
-        return losses
 
     def _print(self, surface: dict[str, Any]) -> None:
         where = "" if surface["centre_on_grid"] else ", not on the grid"

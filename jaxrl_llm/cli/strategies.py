@@ -163,7 +163,7 @@ def _mbr(task: Task) -> list[list[Answer]]:
 
     import jax.numpy as jnp
 
-    from jaxrl_llm.analysis.bleu import sentence_chrf
+    from jaxrl_llm.analysis.chrf import sentence_chrf
     from jaxrl_llm.decoding import generate, minimum_bayes_risk
 
     n, (lm, params, prompts) = task.search.num_candidates, task.model

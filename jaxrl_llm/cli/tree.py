@@ -42,11 +42,11 @@ class SearchTree:
         import jax.numpy as jnp
 
         from jaxrl_llm import models, text
-        from jaxrl_llm.analysis import trees
+        from jaxrl_llm.analysis import tree as trees
         from jaxrl_llm.decoding import search_tree
         from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
         from jaxrl_llm.plots import style
-        from jaxrl_llm.plots.trees import tree_figure
+        from jaxrl_llm.plots.tree import tree_figure
 
         loaded = models.load(self.model)
         tokenizer = require_tokenizer(loaded, self.model)

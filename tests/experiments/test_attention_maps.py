@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import attention_maps, ledger
-from jaxrl_llm.analysis import alignment
+from jaxrl_llm.analysis import word_alignment
 from jaxrl_llm.data import number_names
 from tests.experiments import entry
 
@@ -37,10 +37,10 @@ def corpus():
 
 
 def test_heads_are_counted_against_the_gold(corpus):
-    rates = alignment.alignment_error_rate(attention_maps.alignment_counts(corpus))
-    order = alignment.alignment_error_rate(attention_maps.in_order(corpus))
+    rates = word_alignment.alignment_error_rate(attention_maps.alignment_counts(corpus))
+    order = word_alignment.alignment_error_rate(attention_maps.in_order(corpus))
     assert rates[0, 0] == 0 and rates[1, 0] == order > 0.3
-    assert alignment.alignment_error_rate(attention_maps.alignment_counts(corpus, late=True))[0, 0] > 0.5
+    assert word_alignment.alignment_error_rate(attention_maps.alignment_counts(corpus, late=True))[0, 0] > 0.5
 
 
 def test_inversions_are_found_where_they_are(corpus):
