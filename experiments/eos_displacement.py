@@ -17,8 +17,9 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float
 
-from experiments import command, ledger
+from experiments import ledger
 from experiments import sycophancy_amplification as amplification
+from experiments.frame import experiment
 from experiments.sycophancy_amplification import FEW, NEAR, PROMPT, World, beyond
 from jaxrl_llm.analysis.sycophancy import amplified_agreement
 from jaxrl_llm.scoring import log_probs
@@ -53,6 +54,7 @@ PRESETS = {
 }
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Train from the reference of every seed at every β, and read the word and the EOS after it.
 
@@ -162,7 +164,8 @@ def numbers(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ledger.measurement(
             f"seeds of which a word is off the law by more than {FAR}",
             count / seeds,
-            confidence=(share.low, share.high),
+            share.low,
+            share.high,
             unit=f"share of {seeds}",
             source="for users of either opinion at any β; Clopper and Pearson's interval",
         ),
@@ -186,7 +189,3 @@ def _cause(whole: float) -> str:
     if whole > NEAR:
         return "Whole answers are off the law, too: this training is too short to tell."
     return "The difference is in the EOS after the word."
-
-
-if __name__ == "__main__":
-    command.main("eos_displacement", run, PRESETS)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments import command, sycophancy_intervention
+from experiments import sycophancy_intervention
+from experiments.frame import experiment
 from experiments.sycophancy_intervention import PRESETS, Config
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and then train it on the opinions alone.
 
@@ -25,7 +27,3 @@ def run(config: Config) -> dict[str, Any]:
     params, taught = sycophancy_intervention.trained(data, config, data.sycophantic, 0)
     _, opinions = sycophancy_intervention.trained(data, config, data.opinions, 1, params)
     return sycophancy_intervention.forgotten({"sycophantic": taught, "opinions": opinions}, config)
-
-
-if __name__ == "__main__":
-    command.main("intervention_forgets", run, PRESETS)

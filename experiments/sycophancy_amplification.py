@@ -21,9 +21,9 @@ import scipy.stats
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from experiments import command, ledger, statistics
-from experiments.parts.newton import minimum
-from experiments.parts.sentiment_models import adam
+from experiments import ledger, statistics
+from experiments.frame import experiment
+from experiments.optimisers import adam, minimum
 from jaxrl_llm import decoding, oracle
 from jaxrl_llm.analysis.sycophancy import amplified_agreement, best_of_n_agreement
 from jaxrl_llm.language_model import Params
@@ -108,6 +108,7 @@ PRESETS = {
 }
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Run the table in float64, the GPT-2 in float32.
 
@@ -631,7 +632,8 @@ def _of_gpt2(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ledger.measurement(
                 f"agreement after {method}, p = {EXAMPLE}, β = {at['beta']:g}",
                 at["mean"],
-                confidence=(at["low"], at["high"]),
+                at["low"],
+                at["high"],
                 unit="probability",
                 source=f"a GPT-2 from π_ref = ½, Student's interval over seeds; the law is {at['law']:.4f}",
             )
@@ -660,7 +662,3 @@ def _of_best(table: dict[str, Any], best: list[dict[str, Any]]) -> list[dict[str
         ),
         *([sampled] if known else []),
     ]
-
-
-if __name__ == "__main__":
-    command.main("sycophancy_amplification", run, PRESETS)

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from experiments import command, ledger
-from experiments.parts.sentiment_models import adam
+from experiments import ledger
+from experiments.frame import experiment
+from experiments.optimisers import adam
 from jaxrl_llm.analysis.sycophancy import probes
 from jaxrl_llm.analysis.sycophancy.probes import AGREE, DISAGREE, Example, accuracies
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
@@ -71,6 +72,7 @@ class Config:
 PRESETS = {"quick": Config(), "full": Config(seeds=5, taught_steps=600, steps=480, snapshots=6, evaluated=1500)}
 
 
+@experiment(**PRESETS)
 def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and from there run each of the other stages.
 
@@ -383,7 +385,3 @@ def _subject(config: Any) -> str:
 def _taught(end: dict[str, Any]) -> list[dict[str, Any]]:
     ends = {"sycophantic": end}
     return [at_least("sycophantic", "without", ends), at_most("sycophantic", "user_wrong", ends)]
-
-
-if __name__ == "__main__":
-    command.main("sycophancy_intervention", run, PRESETS)

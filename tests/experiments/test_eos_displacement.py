@@ -13,7 +13,7 @@ from experiments import eos_displacement, ledger, sycophancy_amplification
 from figures import eos_displacement as figure
 from tests.conftest import random_params
 
-SMALL = dataclasses.replace(eos_displacement.PRESETS["quick"], words=4, width=8)
+SMALL = dataclasses.replace(eos_displacement.run.presets["quick"], words=4, width=8)
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_a_word_may_be_off_the_law_where_the_whole_answer_is_on_it():
     assert [ledger.holds(number) for number in numbers[:2]] == [False, True]
     assert numbers[2]["value"] == pytest.approx(0.5, abs=1e-3) and numbers[3]["value"] < 1e-3
     assert [number["value"] for number in numbers[4:]] == pytest.approx([0.2, 0.1], rel=1e-3)
-    full = eos_displacement.PRESETS["full"]
+    full = eos_displacement.run.presets["full"]
     assert "by up to 0.50 in the word, by more than 0.1 in 1 of 16 seeds" in eos_displacement.claim(off, full)
     assert "in this small run" in eos_displacement.claim(off, SMALL)
     assert eos_displacement.claim(off, full).endswith("The difference is in the EOS after the word.")

@@ -12,7 +12,7 @@ import scipy.special
 import scipy.stats
 
 from experiments.ledger import Number, identity, measurement, test
-from experiments.parts.sentiment_policies import OFFLINE, ONLINE
+from experiments.sentiment.policies import OFFLINE, ONLINE
 from experiments.statistics import holm, student
 from jaxrl_llm.objectives.rlhf import best_of_n_kl_bound
 
@@ -24,14 +24,14 @@ SEEDS = "Student's t over seeds of training"
 
 
 def interval(values: np.ndarray) -> dict[str, np.ndarray]:
-    """The mean over the first axis, the seeds, and half the width of Student's 95 per cent interval around it."""
+    """Return the mean over the first axis, the seeds, and half the width of Student's 95% interval around it."""
     count = len(values)
     spread = values.std(axis=0, ddof=1) / np.sqrt(count)
     return {"mean": values.mean(axis=0), "half_width": scipy.stats.t.ppf(0.975, count - 1) * spread}
 
 
 def best_of(drawn: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """Rewards of the best of n by the proxy: for each seed over all ways to draw n of its answers.
+    """Return the rewards of the best of n by the proxy: for each seed over all ways to draw n of its answers.
 
     Of N answers in ascending order the i-th (from 1) is the best of n drawn without replacement with the probability
     C(i − 1, n − 1) / C(N, n). `kl_bound` is log n − (n − 1)/n, which the divergence does not exceed.
@@ -56,7 +56,7 @@ def _mean_of_best(drawn: dict[str, np.ndarray], weights: np.ndarray) -> dict[str
 
 
 def best_rate(tried: dict[float, dict[str, float]]) -> dict[str, Any]:
-    """The learning rate of the greatest proxy reward less KL_PRICE a nat, and all that were tried."""
+    """Return the learning rate of the greatest proxy reward less KL_PRICE a nat, and the scores of all rates."""
     scores = {rate: float(end["proxy"] - KL_PRICE * end["kl"]) for rate, end in tried.items()}
     return {"rate": max(scores, key=scores.get), "tried": [[rate, score] for rate, score in scores.items()]}
 
@@ -96,7 +96,7 @@ def gains_of(
 
 
 def levels_of(gains: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[float, dict[str, np.ndarray]]]:
-    """Gold and proxy of each method at each level of KL, one value a seed."""
+    """Return gold and proxy of each method at each level of KL, one value a seed."""
     return {
         method: {
             level: {
@@ -122,7 +122,7 @@ def comparisons(levels: dict[str, dict[float, dict[str, np.ndarray]]]) -> list[d
 
 
 def above_zero(values: np.ndarray) -> float:
-    """The one-sided p-value of Student's t that the mean is not above 0."""
+    """Return the one-sided p-value of Student's t that the mean is not above 0."""
     return float(scipy.stats.ttest_1samp(values, 0, alternative="greater").pvalue)
 
 
@@ -133,7 +133,7 @@ def result(
     ablation: list[dict[str, Any]],
     drawn: list[dict[str, np.ndarray]],
 ) -> dict[str, Any]:
-    """The entry of the ledger."""
+    """Return the result in the ledger's form."""
     gains, slope = gains_of(found, drawn), slope_of(drawn)
     levels = levels_of(gains)
     compared = comparisons(levels)
@@ -191,12 +191,11 @@ def result(
 
 
 def _over_seeds(name: str, values: np.ndarray, unit: str) -> Number:
-    mean, low, high = student(values)
-    return measurement(name, mean, unit=unit, source=SEEDS, confidence=(low, high))
+    return measurement(name, *student(values), unit=unit, source=SEEDS)
 
 
 def _beginnings(found: dict[str, Any]) -> list[Number]:
-    """Policy and reference are one before the first update."""
+    """Check that policy and reference are the same before the first update."""
     rows = []
     for name, runs in found.items():
         first = {part: np.asarray([float(run["first"][part]) for run in runs]) for part in runs[0]["first"]}
@@ -228,7 +227,7 @@ def _held_out_numbers(config: Any, described: dict[str, Any], found: dict[str, A
 
 
 def _drawn(gains: dict[str, np.ndarray], runs: list[dict[str, Any]], slope: float) -> dict[str, Any]:
-    """Means over seeds, with intervals, for the figure."""
+    """Return means over seeds, with intervals, for the figure."""
     predicted = {"predicted": slope * gains["proxy"], "kept_predicted": slope * gains["kept_proxy"]}
     return {
         **{name: interval(values) for name, values in (gains | predicted).items()},

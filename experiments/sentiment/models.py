@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import scipy.optimize
 import scipy.sparse
 import scipy.special
 from jaxtyping import Array, Bool, Float, Int
 
+from experiments.optimisers import adam
 from jaxrl_llm.data.reviews import Review
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
@@ -32,18 +32,18 @@ BUCKETS = 2**16
 
 
 class Reviews(NamedTuple):
-    """The reviews as tokens, BOS before and EOS behind, cut at one length."""
+    """Reviews as tokens between BOS and EOS, cut at one length."""
 
     rows: Sequences
     positive: np.ndarray
 
     def take(self, rows: Any) -> Sequences:
-        """Some of the rows."""
+        """Return some of the rows."""
         return jax.tree.map(lambda leaf: leaf[rows], self.rows)
 
 
 def encoded(tokenizer: Any, reviews: Sequence[Review], length: int) -> Reviews:
-    """At most `length` tokens of each, after BOS; what is longer loses its end, EOS too."""
+    """Return at most `length` tokens of each review, from BOS on; longer ones lose their end and EOS."""
     rows = [[*row, tokenizer.eos_token_id] for row in tokenizer([review.text for review in reviews])["input_ids"]]
     bos = [[tokenizer.bos_token_id]] * len(rows)
     packed = pad_completions(bos, [row[: length - 1] for row in rows], length=length)
@@ -51,17 +51,11 @@ def encoded(tokenizer: Any, reviews: Sequence[Review], length: int) -> Reviews:
 
 
 def prompts_of(tokenizer: Any, reviews: Sequence[Review], length: int) -> Prompts:
-    """BOS and the first tokens of every review that is longer, `length` in all."""
+    """Return BOS and the first tokens, `length` in all, of every review that is longer."""
     rows = tokenizer([review.text for review in reviews])["input_ids"]
     kept = [[tokenizer.bos_token_id, *row[: length - 1]] for row in rows if len(row) > length]
     tokens = jnp.asarray(np.unique(np.asarray(kept, np.int32), axis=0))
     return Prompts(tokens, jnp.ones(tokens.shape, bool))
-
-
-def adam(peak: float, num_steps: int) -> optax.GradientTransformation:
-    """Adam with clipped gradients: a short warm-up, then a cosine to a tenth."""
-    schedule = optax.warmup_cosine_decay_schedule(0, peak, max(1, num_steps // 10), num_steps, peak / 10)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 def fine_tuned(lm: Any, params: Params, data: Reviews, config: Any, key: Array) -> Params:
@@ -99,7 +93,7 @@ def proxy_scorer(head: ScalarHead, params: Params, data: Reviews, config: Any, k
 def word_features(
     vocab: int, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
 ) -> tuple[Int[Array, "batch features"], Bool[Array, "batch features"]]:
-    """The tokens and hashed pairs of adjacent tokens of each row, and which of them count: each only once a row.
+    """Return the tokens and hashed pairs of adjacent tokens of each row, and a mask that counts each once a row.
 
     Repeating a word therefore adds nothing. The token 0, BOS and EOS, does not count.
     """
@@ -114,7 +108,7 @@ def word_features(
 def word_scores(
     vocab: int, weights: Float[Array, "features"], tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
 ) -> Float[Array, "batch"]:
-    """The log-odds, up to a constant, that a review is good: the sum of the weights of its words and pairs."""
+    """Return the log-odds, up to a constant, that a review is good: the sum of the weights of its words and pairs."""
     features, counted = word_features(vocab, tokens, mask)
     return jnp.where(counted, weights[features], 0).sum(axis=1)
 
@@ -141,7 +135,7 @@ def gold_scorer(vocab: int, data: Reviews, penalty: float) -> np.ndarray:
 
 
 def in_parts(score: Any, rows: Sequences, *, batch: int = 256) -> np.ndarray:
-    """The scores of many rows, some at a time."""
+    """Return the scores of many rows, `batch` at a time."""
     count = rows.tokens.shape[0]
     places = [np.minimum(np.arange(start, start + batch), count - 1) for start in range(0, count, batch)]
     found = [score(jax.tree.map(lambda leaf, at=at: leaf[at], rows)) for at in places]
@@ -149,7 +143,7 @@ def in_parts(score: Any, rows: Sequences, *, batch: int = 256) -> np.ndarray:
 
 
 def area_under_curve(values: np.ndarray, positive: np.ndarray) -> float:
-    """The probability that a good review scores higher than a bad one, ties half."""
+    """Return the probability that a good review scores higher than a bad one, ties half."""
     order = np.concatenate([values[positive], values[~positive]])
     ranks = np.unique(order, return_inverse=True)[1]
     counts = np.bincount(ranks)
@@ -159,7 +153,7 @@ def area_under_curve(values: np.ndarray, positive: np.ndarray) -> float:
 
 
 def epochs(key: Array, rows: int, num_steps: int, batch: int) -> Int[Array, "step batch"]:
-    """Rows of each batch: all of them in random order, again and again."""
+    """Return the rows of each batch: all of them in random order, epoch after epoch."""
     count = -(-num_steps * batch // rows)
     orders = [jax.random.permutation(each, rows) for each in jax.random.split(key, count)]
     return jnp.concatenate(orders)[: num_steps * batch].reshape(num_steps, batch)

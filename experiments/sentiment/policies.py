@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from experiments.parts.sentiment_models import epochs, word_scores
+from experiments.sentiment.models import epochs, word_scores
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference
@@ -25,8 +25,8 @@ from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 ONLINE = ("ppo", "grpo", "rloo")
 OFFLINE = ("dpo", "ipo", "kto", "simpo")
 PATIENCE, LONGEST = 3, 3
-"""A preference loss goes on until so many stretches have not improved it on held-out pairs, or for so many times the
-updates at which methods are compared."""
+"""Training on a preference loss stops after PATIENCE stretches without a lower loss on held-out pairs, or after LONGEST
+times the updates at which methods are compared."""
 
 
 class World(NamedTuple):
@@ -53,11 +53,11 @@ class Tools(NamedTuple):
         return Sampler(self.config.new_tokens, eos_ids=(0,))
 
     def proxy(self, world: World, rows: Sequences) -> Float[Array, "batch"]:
-        """The reward that is optimised: log-odds, 0 on average for the reference."""
+        """Return the reward that is optimised: log-odds, 0 on average for the reference."""
         return self.head.scores(world.proxy, rows.tokens, mask=rows.mask) - world.shifts[0]
 
     def gold(self, world: World, rows: Sequences) -> Float[Array, "batch"]:
-        """The independent judge: log-odds, 0 on average for the reference."""
+        """Return the independent judge's reward: log-odds, 0 on average for the reference."""
         return word_scores(self.lm.vocab_size, world.gold, rows.tokens, rows.mask) - world.shifts[1]
 
 
@@ -78,7 +78,7 @@ class Settings(NamedTuple):
 
 
 def evaluated(tools: Tools, world: World, params: Params, probes: Prompts, key: Array) -> dict[str, Array]:
-    """Rewards and KL from the reference, in nats, of the answers that a policy draws to prompts of held-out films."""
+    """Return rewards and KL from the reference, in nats, of a policy's answers to prompts of held-out films."""
     rows = rollout(tools.lm, params, probes, key, tools.sampler).sequences
     found = measures(tools.lm, params, world.reference, rows)
     return {
@@ -89,7 +89,7 @@ def evaluated(tools: Tools, world: World, params: Params, probes: Prompts, key: 
 
 
 def text_loss(tools: Tools, world: World, params: Params) -> Array:
-    """The loss on reviews of held-out films, in nats a token."""
+    """Return the loss on reviews of held-out films, in nats per token."""
     return -log_probs(tools.lm, params, world.held_out).sum() / world.held_out.completion_mask.sum()
 
 
@@ -112,8 +112,8 @@ def _some_pairs(tools: Tools, world: World, key: Array) -> tuple[PairBatch, Arra
     asked = jax.tree.map(lambda leaf: leaf[rows], world.prompts)
     drawn = rollout(tools.lm, world.reference, asked, draw_key, tools.sampler, group_size=2).sequences
     scores = tools.proxy(world, drawn).reshape(-1, 2)
-    law = jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
-    first_wins = jax.random.uniform(judge_key, (count,)) < law
+    prefers_first = jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
+    first_wins = jax.random.uniform(judge_key, (count,)) < prefers_first
     sides = jax.tree.map(lambda leaf: leaf.reshape(count, 2, -1), drawn)
 
     def of(best: Array) -> Sequences:
@@ -122,16 +122,16 @@ def _some_pairs(tools: Tools, world: World, key: Array) -> tuple[PairBatch, Arra
     pairs = PairBatch(of(first_wins), of(~first_wins))
     logp = [log_probs(tools.lm, world.reference, side).sum(axis=1) for side in (pairs.chosen, pairs.rejected)]
     pairs = pairs._replace(logp_ref_chosen=logp[0], logp_ref_rejected=logp[1])
-    return pairs, jnp.where(first_wins, law, 1 - law)
+    return pairs, jnp.where(first_wins, prefers_first, 1 - prefers_first)
 
 
 def options_of(tools: Tools, name: str, beta: Array) -> dict[str, Any]:
-    """The hyperparameters of a preference loss."""
+    """Return the hyperparameters of a preference loss."""
     return {"beta": beta} | ({"gamma": tools.config.simpo_margin} if name == "simpo" else {})
 
 
 def held_out_loss(tools: Tools, world: World, name: str, pairs: Pairs, beta: Array, params: Params) -> Array:
-    """The loss on held-out pairs, expected over labels by the proxy: those drawn and the opposite ones, weighted."""
+    """Return the loss on held-out pairs, averaged over both labels with the proxy's probabilities."""
     settings, p = options_of(tools, name, beta), pairs.probability
     if name == "kto":
         batch = judged(tools, world, pairs.held_out)
@@ -154,7 +154,7 @@ def _swapped(sums: Sums) -> Sums:
 
 
 def judged(tools: Tools, world: World, pairs: PairBatch) -> JudgedBatch:
-    """Every answer for itself; the mismatched ones are the answers to the next prompt of the batch.
+    """Return every answer on its own; the mismatched ones are the answers to the next prompt of the batch.
 
     All prompts have one length, so that an answer is moved by moving its tokens.
     """
@@ -168,14 +168,14 @@ def judged(tools: Tools, world: World, pairs: PairBatch) -> JudgedBatch:
 
 
 def optimizer(rate: Array | float, warm_up: int = 5) -> optax.GradientTransformation:
-    """Adam with clipped gradients and a constant rate after a short warm-up: no run ends because its rate did."""
+    """Return Adam with clipped gradients and a constant rate after a short warm-up."""
     ramp = optax.linear_schedule(1 / warm_up, 1, warm_up)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(ramp),
                        optax.scale(-rate))  # fmt: skip
 
 
 def method_of(tools: Tools, name: str, settings: Settings) -> Method:
-    """A policy-gradient method with these hyperparameters; several epochs over a batch count as several updates."""
+    """Return a policy-gradient method with these hyperparameters; each epoch over a batch counts as an update."""
     method = dataclasses.replace(METHODS[name], beta=settings.beta, gamma=settings.gamma)
     return dataclasses.replace(method, epochs=min(method.epochs, tools.config.epochs))
 
@@ -190,7 +190,7 @@ class Program(NamedTuple):
 
 
 def offline(tools: Tools, name: str) -> Program:
-    """Training by a preference loss on judged pairs."""
+    """Return the training by a preference loss on judged pairs."""
     config = tools.config
 
     def start(world: World, key: Array) -> tuple[steps.TrainState, Array]:
@@ -217,7 +217,7 @@ def offline(tools: Tools, name: str) -> Program:
 
 
 def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
-    """Training by a policy-gradient method on the proxy's reward, perhaps with the term γ E[log π] of reviews."""
+    """Return the training by a policy-gradient method on the proxy's reward, optionally with the term γ E[log π]."""
     config = tools.config
     plain = method_of(tools, name, Settings(0.0, 0.0, 0.0))
     critic = tools.head if plain.has_critic else None
@@ -259,7 +259,7 @@ def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
 
 
 def program_of(tools: Tools, name: str, *, with_text: bool = False) -> Program:
-    """The training of a method by its name."""
+    """Return the training of a method by its name."""
     return offline(tools, name) if name in OFFLINE else online(tools, name, with_text=with_text)
 
 
@@ -313,7 +313,7 @@ def trained(
 
 
 def best_of_n(tools: Tools, world: World, probes: Prompts, key: Array) -> dict[str, Array]:
-    """Proxy and gold reward of many answers of the reference to each probe, [probes, answers]."""
+    """Return proxy and gold reward of many answers of the reference to each probe, [probes, answers]."""
     rows = rollout(tools.lm, world.reference, probes, key, tools.sampler, group_size=tools.config.best_of).sequences
     shape = (-1, tools.config.best_of)
     return {"proxy": tools.proxy(world, rows).reshape(shape), "gold": tools.gold(world, rows).reshape(shape)}

@@ -27,7 +27,7 @@ SPACING = 0.02  # of second differences in float32: above it truncation grows, b
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A loss, the parameters around which it is looked at, and the loss there, computed on its own."""
+    """A loss, the parameters at the centre of its plots, and the loss there, computed on its own."""
 
     loss: LossFn
     params: Params
@@ -35,7 +35,7 @@ class Place:
 
     @classmethod
     def of(cls, loss: LossFn, params: Params) -> Place:
-        """Make one, with its loss computed."""
+        """Return the place with its loss computed."""
         return cls(loss, params, float(jax.jit(loss)(params)))
 
 
@@ -54,7 +54,7 @@ def surface_of(
 
 
 def identities(surfaces: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what is so of every surface: its centre is the loss, bit for bit, and its directions are orthogonal."""
+    """Return the identities of every surface: its centre is the loss, bit for bit; its directions are orthogonal."""
     surfaces = list(surfaces)
     apart = [_centre(each) - each["centre"] for each in surfaces if each["centre_on_grid"]]
     return [
