@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -13,7 +12,6 @@ from jaxrl_llm import models
 from jaxrl_llm.decoding import generate
 from jaxrl_llm.decoding.beam import beam_search, search
 from jaxrl_llm.decoding.transforms import Transform
-from jaxrl_llm.decoding.transforms.base import pytree
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, VOCAB, log_softmax, random_params
 
@@ -355,25 +353,21 @@ def test_no_output_repeats_a_blocked_ngram(neural):
 # Transforms remove, and do not re-weigh -------------------------------------------------------------------------------
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class Alternate(Transform):
-    """With a memory: after a token only those of the other parity may come. Halves the logits that it leaves."""
+    """With a state: after a token only those of the other parity may come. Halves the logits that it leaves."""
 
-    def start(self, limits):
-        return {"last": jnp.full(limits.shape, -1)}
+    def init(self, prompts, mask, limits):
+        return {"last": jnp.full(limits.shape, -1, jnp.int32)}
 
-    def warp(self, logits, history, memory):
+    def apply(self, state, logits):
         tokens = jnp.arange(logits.shape[1])
-        same = (tokens % 2 == memory["last"][:, None] % 2) & (memory["last"][:, None] >= 0)
+        same = (tokens % 2 == state["last"][:, None] % 2) & (state["last"][:, None] >= 0)
         return jnp.where(same, -jnp.inf, logits / 2)
 
-    def update(self, memory, logits, token, alive):
-        return {"last": jnp.where(alive, token, memory["last"])}
+    def update(self, state, token, logits):
+        return {"last": token}
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class NotAgain(Transform):
     """Looks back: no token of the generated part comes twice."""
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import oracle
-from jaxrl_llm.decoding import Guidance, generate, loop, stream
-from jaxrl_llm.decoding.generate import decode
+from jaxrl_llm.decoding import Generation, Guidance, core, generate, stream
+from jaxrl_llm.decoding.generate import advance, begin, decode
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.language_model import Cache, LanguageModel
 from jaxrl_llm.tabular import TabularLM
@@ -348,7 +348,7 @@ def cut(generation, eos, *, pad_id=0):
     ends = np.isin(tokens, eos)
     mask = np.cumsum(ends, axis=1) - ends == 0
     values = [np.where(mask, leaf, 0) for leaf in (generation.logp, generation.logp_sampler)]
-    return loop.Generation(np.where(mask, tokens, pad_id), mask, *values)
+    return Generation(np.where(mask, tokens, pad_id), mask, *values)
 
 
 @pytest.mark.parametrize("times", [[2, 2], [3, 9]], ids=str)
@@ -433,14 +433,14 @@ def test_nothing_is_computed_once_all_rows_have_ended_or_have_enough(starts, max
 
 def test_the_cache_counts_the_tokens_of_a_row_up_to_its_end_and_no_padding_after_it():
     params, prompts = {"none": jnp.zeros(())}, jnp.asarray([[97, 0], [0, 90]])
-    rules = loop.Rules(None, None, jnp.asarray([99]), jnp.asarray(0), jnp.full(2, 99))
+    request = core.request(SUCCESSOR, prompts, prompts > 0, max_new_tokens=99, greedy=True, eos_id=99)
 
     @jax.jit
-    def run(mask):
-        state, _ = loop.prefill(SUCCESSOR, params, prompts, mask, rules, num_slots=18)
-        return loop.advance(SUCCESSOR, params, state, rules, 17, num_steps=8)
+    def run(request):
+        state, _ = begin(SUCCESSOR, params, request, num_slots=32)
+        return advance(SUCCESSOR, params, state, request, num_steps=8)
 
-    state, rest = run(prompts > 0)
+    state, rest = run(request)
     np.testing.assert_array_equal(rest.tokens, [[99] + [0] * 7, range(92, 100)])
     np.testing.assert_array_equal(state.cache.valid.sum(axis=1), [1 + 2, 1 + 8])  # 98 and 99; 91 to 98, 99 is to be fed
     np.testing.assert_array_equal(state.done, [True, True])
@@ -650,7 +650,7 @@ def test_mistakes_are_named_before_anything_is_compiled(gpt2, decoder, prompts, 
 
 @pytest.mark.parametrize("tokens_at_a_time", [0, -1])
 def test_a_stream_of_no_tokens_at_a_time_is_refused(gpt2, tokens_at_a_time):
-    with pytest.raises(ValueError, match="tokens_at_a_time must be at least 1"):
+    with pytest.raises(ValueError, match="tokens_at_a_time must be an integer of at least 1"):
         next(stream(*gpt2, [[1]], max_new_tokens=4, greedy=True, tokens_at_a_time=tokens_at_a_time))
 
 

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.decoding import drafting, generate, rewinding, speculative
-from jaxrl_llm.decoding.acceptance import acceptance_probability, residual, verify
-from jaxrl_llm.decoding.speculative import speculative_generate
+from jaxrl_llm.decoding import DraftModel, PromptLookup, core, generate, speculative, speculative_generate
+from jaxrl_llm.decoding.speculative import acceptance_probability, residual, verify
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
-from jaxrl_llm.decoding.transforms.base import Transform, pytree
+from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import TINY, VOCAB, assert_follows, kept_by_top_k, kept_by_top_p, log_softmax, random_params
 
@@ -136,8 +135,6 @@ def test_verify_draws_the_outcomes_of_the_rule():
 # The decoder's law, on a table ----------------------------------------------------------------------------------------
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class AfterLast(Transform):
     """Looks back: adds b to the logit of the last real token, and of the one before it."""
 
@@ -151,22 +148,19 @@ class AfterLast(Transform):
         return logits + self.b * one_hot.sum(axis=1)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class Tiring(Transform):
-    """Has a memory: the temperature grows with the sum of the model's own log-probabilities so far."""
+    """Has a state: the temperature grows with the sum of the model's own log-probabilities so far."""
 
     rate: float
 
-    def start(self, limits):
+    def init(self, prompts, mask, limits):
         return jnp.zeros(limits.shape)
 
-    def warp(self, logits, history, memory):
-        return logits / (1 + self.rate * memory[:, None])
+    def apply(self, surprise, logits):
+        return logits / (1 + self.rate * surprise[:, None])
 
-    def update(self, memory, logits, token, alive):
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        return jnp.where(alive, memory - logp, memory)
+    def update(self, surprise, token, logits):
+        return surprise - jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
 
 def warped(row, transform, prefix, surprise):
