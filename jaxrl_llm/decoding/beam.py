@@ -213,10 +213,12 @@ def _choose(
     """Continue the beams by a token each, and see which hypotheses that finishes."""
     shape, logits = state.log_prob.shape, wide(logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    broken = (state.alive & ~jnp.isfinite(normaliser)).reshape(shape[0], -1).any(axis=1)
+    broken = (state.alive & ~jnp.isfinite(normaliser)).reshape(shape).any(axis=(1, 2))
     left = logits if blocked is None else jnp.where(blocked, -jnp.inf, logits)
     left = jnp.where(request.transform.apply(state.transform, left) > -jnp.inf, left, -jnp.inf)
-    ended, live = _rank_groups(request, penalties, left.reshape(*shape, -1), normaliser.reshape(shape), state.log_prob)
+    ended, live = _rank_groups(
+        request, penalties, left.reshape(*shape, left.shape[1]), normaliser.reshape(shape), state.log_prob
+    )
     time = state.time + 1
     tokens = _continued(state, live)
     finished = _finish(request, penalties, state, ended, live, tokens)
@@ -267,17 +269,17 @@ def _rank(
     count = width * (1 + request.eos_ids.shape[0])
     ranked = logits if penalty is None else logits - penalty[:, None]
     values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(ranked, min(count, vocab)))
-    alive = (log_prob > -jnp.inf)[..., None]
+    alive, flat = (log_prob > -jnp.inf)[..., None], (batch, width * tokens.shape[2])
 
     def total(logits: Array) -> Array:
-        return jnp.where(alive, log_prob[..., None] + (logits - normaliser[..., None]), -jnp.inf).reshape(batch, -1)
+        return jnp.where(alive, log_prob[..., None] + (logits - normaliser[..., None]), -jnp.inf).reshape(flat)
 
     ranks = total(values)
     ranks, order = jax.lax.optimization_barrier(jax.lax.top_k(ranks, min(count, ranks.shape[1])))
     totals = ranks
     if penalty is not None:
         totals = jnp.take_along_axis(total(jnp.take_along_axis(logits, tokens, axis=-1)), order, axis=1)
-    beam, token = order // tokens.shape[2], jnp.take_along_axis(tokens.reshape(batch, -1), order, axis=1)
+    beam, token = order // tokens.shape[2], jnp.take_along_axis(tokens.reshape(flat), order, axis=1)
     ends = request.ends(token)
     every = Choice(beam, token, totals)
     ended = Choice(*(leaf[:, :width] for leaf in every._replace(log_prob=jnp.where(ends, totals, -jnp.inf))))
@@ -340,8 +342,10 @@ def _blocked(request: Request, state: Live, n: int, vocab_size: int) -> Bool[Arr
     Prompts are padded on the left, so an n-gram is n slots from the prompt's first one on.
     """
     prompts, rows = request.prompts, state.token.shape[0]
-    copies, written = rows // prompts.shape[0], prompts.shape[1] + state.time
-    text = jnp.concatenate([jnp.repeat(prompts, copies, axis=0), state.tokens.reshape(rows, -1)], axis=1)
+    copies, written = math.prod(state.log_prob.shape[1:]), prompts.shape[1] + state.time
+    text = jnp.concatenate(
+        [jnp.repeat(prompts, copies, axis=0), state.tokens.reshape(rows, state.tokens.shape[-1])], axis=1
+    )
     begin = jnp.repeat((~request.mask).sum(axis=1), copies)
     windows = max(text.shape[1] - n + 1, 0)
     place = jnp.arange(windows)

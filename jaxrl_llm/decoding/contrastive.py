@@ -129,7 +129,7 @@ def _try(
     own = jnp.repeat(jnp.arange(batch) * top_k + state.chosen, top_k)
     alive = jnp.repeat(~state.done, top_k)
     hidden, cache = lm.hidden(params, candidates.reshape(-1, 1), state.cache.take(own), mask=alive[:, None])
-    return hidden.reshape(batch, top_k, -1), cache
+    return hidden.reshape(batch, top_k, hidden.shape[-1]), cache
 
 
 def _direction(hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

@@ -132,7 +132,8 @@ def best_of_n(
     n = core.check_size("n", n, 1)
     options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "stop": stop}
     request = core.request(lm, prompts, prompt_mask, key=key, **options)
-    batch, limits = request.limits.shape[0], core.row_limits(max_new_tokens, request.limits.shape[0])
+    batch = request.limits.shape[0]
+    options |= {"max_new_tokens": max_new_tokens if np.ndim(max_new_tokens) == 0 else np.repeat(max_new_tokens, n)}
     repeated = functools.partial(jnp.repeat, repeats=n, axis=0)
     keys = jax.vmap(lambda own: jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(n)))(request.keys)
     if guidance is not None:
@@ -145,9 +146,9 @@ def best_of_n(
         key=keys.reshape(batch * n),
         transform=transform,
         guidance=guidance,
-        **options | {"max_new_tokens": np.repeat(limits, n)},
+        **options,
     )
-    samples = jax.tree.map(lambda leaf: leaf.reshape(batch, n, -1), drawn)
+    samples = jax.tree.map(lambda leaf: leaf.reshape(batch, n, leaf.shape[1]), drawn)
     scores = _checked_scores(score(samples), (batch, n))
     index = scores.argmax(axis=1)
     winners = jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, index[:, None, None], axis=1)[:, 0], samples)

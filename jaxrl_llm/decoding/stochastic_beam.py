@@ -171,10 +171,11 @@ def _choose(request: Request, state: State, logits: Float[Array, "row vocab"]) -
     first = ended & (jnp.arange(tokens.shape[2]) == 0)
     perturbed = jnp.where(ended, jnp.where(first, state.perturbed[..., None], -jnp.inf), perturbed)
     log_prob = jnp.where(ended, state.log_prob[..., None], log_prob)
-    perturbed, order = jax.lax.top_k(perturbed.reshape(batch, -1), width)
+    flat = (batch, width * tokens.shape[2])
+    perturbed, order = jax.lax.top_k(perturbed.reshape(flat), width)
     perturbed, order = jax.lax.optimization_barrier((perturbed, order))
     parent = order // tokens.shape[2]
-    token, log_prob = (jnp.take_along_axis(each.reshape(batch, -1), order, axis=1) for each in (tokens, log_prob))
+    token, log_prob = (jnp.take_along_axis(each.reshape(flat), order, axis=1) for each in (tokens, log_prob))
     return _kept(request, state, logits, parent, token, log_prob, perturbed, broken)
 
 

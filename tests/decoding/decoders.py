@@ -1,6 +1,7 @@
 """Every decoder under one signature, and what the tests of decoding share."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +119,7 @@ def run(name, model="gpt2", *, rows=slice(None), **options):
     prompts = [prompts[row] for row in range(ROWS)[rows]] if isinstance(prompts, list) else prompts[rows]
     mask = options.pop("prompt_mask")
     options = {"max_new_tokens": NEW, "eos_id": NEVER, "key": KEYS[rows]} | options
-    return DECODERS[name](
-        lm, random_params(lm), prompts, prompt_mask=None if mask is None else mask[rows], **options
-    )
+    return DECODERS[name](lm, random_params(lm), prompts, prompt_mask=None if mask is None else mask[rows], **options)
 
 
 def ends_of(name):
@@ -143,6 +142,21 @@ def assert_same(one, two, *, atol=1e-4):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=atol, err_msg=where)
         else:
             np.testing.assert_array_equal(ours, theirs, err_msg=where)
+
+
+def index_of(lm, tokens):
+    """The place of each sequence among all, in lexicographic order."""
+    return np.asarray(tokens) @ lm.vocab_size ** np.arange(tokens.shape[1] - 1, -1, -1)
+
+
+def ended_law(lm, log_probs, eos):
+    """The probability of every sequence up to its first EOS, by that of all whole sequences of the same length."""
+    length, law = round(np.log(len(log_probs)) / np.log(lm.vocab_size)), {}
+    every = itertools.product(range(lm.vocab_size), repeat=length)
+    for row, probability in zip(every, np.exp(np.asarray(log_probs, np.float64)), strict=True):
+        end = next((t + 1 for t, token in enumerate(row) if token in eos), length)
+        law[row[:end]] = law.get(row[:end], 0) + probability
+    return law
 
 
 def tokens_and_mask(found):
