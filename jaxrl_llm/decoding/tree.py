@@ -131,8 +131,9 @@ def search_tree(
     if best and select != "best":
         raise ValueError(f'select must be "best" or a transform, but is {select!r}.')
     request = core.request(
-        lm, prompts, max_new_tokens=depth, transform=None if best else select, greedy=best, key=key, eos_id=eos_id
-    )
+        lm, prompts, max_new_tokens=depth, transform=None if best else select, greedy=best, key=key, eos_id=eos_id,
+        beams=True,
+    )  # fmt: skip
     tree = _grow(lm, params, request, branching=branching, depth=depth)
     if is_concrete(tree.log_probs) and not np.isfinite(np.asarray(tree.log_probs)[tree.exists]).all():
         raise FloatingPointError("no token could be chosen: the model's logits are NaN, +inf, or all −inf.")
