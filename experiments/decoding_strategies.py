@@ -38,7 +38,7 @@ from jaxrl_llm.decoding import generate
 from jaxrl_llm.decoding import transforms as t
 from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.decoding.contrastive import contrastive_search
-from jaxrl_llm.decoding.loop import Generation
+from jaxrl_llm.decoding.core import Generation
 from jaxrl_llm.decoding.reranking import best_of_n, minimum_bayes_risk
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.scoring import completion_log_probs

@@ -20,7 +20,7 @@ from experiments import ledger
 from experiments.frame import experiment
 from experiments.statistics import student
 from jaxrl_llm import models
-from jaxrl_llm.decoding import generate, speculative_generate
+from jaxrl_llm.decoding import DraftModel, PromptLookup, generate, speculative_generate
 from jaxrl_llm.decoding.speculative import Speculation
 from jaxrl_llm.language_model import LanguageModel
 
@@ -129,8 +129,8 @@ def speculation(
     loaded: models.Loaded, asked: dict[str, Any], count: int, draft: Any, *, greedy: bool = False
 ) -> Callable[[], Speculation]:
     """Return a call that generates, with the parameters of a draft model or, without, by look-up."""
-    drafting = {"lookup_ngram": 3} if draft is None else {"draft_lm": loaded.model, "draft_params": draft}
-    options = {"num_draft": count, "greedy": greedy, **drafting, **asked}
+    drafts = PromptLookup(3) if draft is None else DraftModel(loaded.model, draft)
+    options = {"draft": drafts, "num_draft": count, "greedy": greedy, **asked}
     return lambda: speculative_generate(loaded.model, loaded.params, **options)
 
 

@@ -130,19 +130,22 @@ def _speculative(task: Task) -> list[list[Answer]]:
     if task.search.draft_model is None:
         raise ValueError("--strategy speculative needs --draft-model; without one, try --strategy lookup.")
     from jaxrl_llm import language_model, models
+    from jaxrl_llm.decoding import DraftModel
 
     draft = models.load(task.search.draft_model, dtype=language_model.params_dtype(task.batch.loaded.params))
-    return _speculate(task, draft_lm=draft.model, draft_params=draft.params)
+    return _speculate(task, DraftModel(draft.model, draft.params))
 
 
 def _lookup(task: Task) -> list[list[Answer]]:
-    return _speculate(task, lookup_ngram=task.search.lookup_ngram)
+    from jaxrl_llm.decoding import PromptLookup
+
+    return _speculate(task, PromptLookup(task.search.lookup_ngram))
 
 
-def _speculate(task: Task, **drafting: Any) -> list[list[Answer]]:
+def _speculate(task: Task, draft: Any) -> list[list[Answer]]:
     from jaxrl_llm.decoding import speculative_generate
 
-    found = speculative_generate(*task.model, num_draft=task.search.num_draft, **drafting, **task.drawing)
+    found = speculative_generate(*task.model, draft=draft, num_draft=task.search.num_draft, **task.drawing)
     return _rows(
         found.generation, lambda row: f"{int(found.accepted[row])} drafts accepted in {int(found.rounds[row])} rounds"
     )
