@@ -105,6 +105,38 @@ class Search:
     """best-of-n, mbr: samples to choose from."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TreeSearch:
+    """The size of a search tree, and the choice of the children of a node."""
+
+    depth: int = 5
+    """Levels: tokens from the root to a leaf."""
+    branching: int = 2
+    """Children of a node."""
+    select: Literal["best", "sample", "top-k", "nucleus"] = "best"
+    """The most probable children, or children drawn without replacement: from all tokens, the top k or the nucleus."""
+    top_k: int | None = None
+    """For top-k; 20 if not given."""
+    top_p: float | None = None
+    """For nucleus; 0.5 if not given."""
+    temperature: float = 1.0
+    """For children that are drawn."""
+    seed: int = 0
+    """Random seed, for children that are drawn."""
+
+    def __post_init__(self):
+        filters = {"best": set(), "sample": set(), "top-k": {"top_k"}, "nucleus": {"top_p"}}
+        if self.select not in filters:
+            raise ValueError(f"select must be one of {', '.join(filters)}, but is {self.select!r}.")
+        if self.select == "best" and self.temperature != 1.0:
+            raise ValueError("temperature is for children that are drawn: select sample, top-k or nucleus.")
+        for name, default in (("top_k", 20), ("top_p", 0.5)):
+            if name not in filters[self.select] and getattr(self, name) is not None:
+                raise ValueError(f"the selection {self.select} does not use {name}.")
+            if name in filters[self.select] and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+
+
 Group = TypeVar("Group", Sampling, Search)
 
 EVERYWHERE = {"max_new_tokens", "seed"}  # a strategy that draws nothing gives the same for every seed
