@@ -50,4 +50,4 @@ def submodules(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
             return importlib.import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *names()})
+    return get, lambda: sorted(names())

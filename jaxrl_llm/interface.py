@@ -490,9 +490,7 @@ class LM:
 
     # Analysis ---------------------------------------------------------------------------------------------------------
 
-    def attention(
-        self, source: str, *, kind: attention.Kind | None = None, target: str | None = None
-    ) -> TextAttention:
+    def attention(self, source: str, *, kind: attention.Kind | None = None, target: str | None = None) -> TextAttention:
         """Compute the attention maps of a text, `lm.attention("twenty-one").plot(layer=1, head=3)`.
 
         Args:
@@ -673,15 +671,21 @@ class LM:
         before: Sequence[int],
         stop: Sequence[str],
     ) -> Completion:
-        tokens, written, stopped = hypothesis.tokens, None, False
+        tokens, written, ended = hypothesis.tokens, None, hypothesis.tokens[-1] in self.eos_ids
         if self.tokenizer is not None:
             stream = text.TextStream(self.tokenizer, before, stop)
             written = stream.push(tokens) + stream.finish()
-            stopped = stream.stopped
-        ended = stopped or (bool(tokens) and tokens[-1] in self.eos_ids)
-        reason = "stop" if ended else "length"
-        numbers_ = (hypothesis.logp, hypothesis.log_prob)
-        return Completion(written, tokens, *numbers_, reason, prompt, index, hypothesis.details)
+            ended |= stream.stopped
+        return Completion(
+            text=written,
+            tokens=tokens,
+            logp=hypothesis.logp,
+            log_prob=hypothesis.log_prob,
+            finish_reason="stop" if ended else "length",
+            prompt=prompt,
+            index=index,
+            details=hypothesis.details,
+        )
 
     def _scored(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]

@@ -144,9 +144,7 @@ def _greedy(request: Request) -> list[list[Hypothesis]]:
 def _beam(request: Request, **groups: Any) -> list[list[Hypothesis]]:
     search = request.search
     sizes = {"num_beams": search.num_beams, "length_penalty": search.length_penalty, **groups}
-    return _hypotheses(
-        decoding.beam_search(*request.model, transform=request.transform, **sizes, **request.common)
-    )
+    return _hypotheses(decoding.beam_search(*request.model, transform=request.transform, **sizes, **request.common))
 
 
 def _diverse_beam(request: Request) -> list[list[Hypothesis]]:
@@ -162,9 +160,7 @@ def _stochastic_beam(request: Request) -> list[list[Hypothesis]]:
 
 def _contrastive(request: Request) -> list[list[Hypothesis]]:
     search = request.search
-    found = decoding.contrastive_search(
-        *request.model, top_k=search.candidates, alpha=search.alpha, **request.common
-    )
+    found = decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **request.common)
     return _rows(found)
 
 
@@ -183,18 +179,14 @@ def _speculate(request: Request, **drafting: Any) -> list[list[Hypothesis]]:
     found = decoding.speculative_generate(
         *request.model, num_draft=request.search.num_draft, **drafting, **request.drawing
     )
-    return _rows(
-        found.generation, lambda row: {"accepted": int(found.accepted[row]), "rounds": int(found.rounds[row])}
-    )
+    return _rows(found.generation, lambda row: {"accepted": int(found.accepted[row]), "rounds": int(found.rounds[row])})
 
 
 def _best_of_n(request: Request) -> list[list[Hypothesis]]:
     def mean_log_prob(samples: decoding.Generation) -> Any:
         return (samples.logp * samples.mask).sum(axis=-1) / samples.mask.sum(axis=-1).clip(1)
 
-    found = decoding.best_of_n(
-        *request.model, n=request.search.num_candidates, score=mean_log_prob, **request.drawing
-    )
+    found = decoding.best_of_n(*request.model, n=request.search.num_candidates, score=mean_log_prob, **request.drawing)
     return _rows(found.generation, lambda row: {"log_prob_per_token": float(found.scores[row].max())})
 
 
