@@ -237,7 +237,7 @@ class LM:
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes that each token adds to a text."""
-        return text.token_bytes(self._tokenizer, self.model.vocab_size)
+        return text.token_bytes(self._require_tokenizer(), self.model.vocab_size)
 
     def __repr__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -296,17 +296,26 @@ class LM:
         ]
 
     @_takes(Sampling, Search)
-    def chat(self, messages: str | Conversation, **options: Any) -> Completion:
+    def chat(
+        self,
+        messages: str | Conversation,
+        *,
+        strategy: Strategy = "sample",
+        greedy: bool = False,
+        transforms: Sequence[Transform] = (),
+        **options: Any,
+    ) -> Completion:
         """Return the model's reply to a user's message or a conversation, by its chat template.
 
         Args:
             messages: a string, or a list of {"role": ..., "content": ...}.
-            options: those of `generate`.
+            strategy, greedy, transforms, options: those of `generate`.
 
         Raises:
             ValueError: if the model has no chat template, or as `generate` does.
         """
-        return self.generate([messages], chat=True, **options)[0]
+        how = {"strategy": strategy, "greedy": greedy, "transforms": transforms}
+        return self.generate([messages], chat=True, **how, **options)[0]
 
     @_takes(Sampling)
     def stream(
@@ -335,14 +344,21 @@ class LM:
         _, rows = self._encoded(prompt, chat=chat)
         if len(rows) > 1:
             raise ValueError(f"stream takes one prompt, but is given {len(rows)}: generate takes several.")
-        texts = text.TextStream(self._tokenizer, self._before(rows[0], chat=chat), sampling.stop)
+        texts = text.TextStream(self._require_tokenizer(), self._before(rows[0], chat=chat), sampling.stop)
         request = self._request(strategy, rows, sampling, search, transforms, chat=chat)
         pieces = decoding.stream(*request.model, greedy=strategy == "greedy", **request.token_by_token)
         return _texts(texts, pieces)
 
     @_takes(Sampling, Search)
     def beam_search(
-        self, prompts: Prompts, *, n: int | None = None, num_groups: int = 1, **options: Any
+        self,
+        prompts: Prompts,
+        *,
+        n: int | None = None,
+        num_groups: int = 1,
+        chat: bool = False,
+        transforms: Sequence[Transform] = (),
+        **options: Any,
     ) -> list[Completion]:
         """Return the hypotheses of beam search, best first: `generate` by the strategies beam and diverse-beam.
 
@@ -350,7 +366,7 @@ class LM:
             prompts: one or several.
             n: hypotheses of each prompt; by default all `num_beams`.
             num_groups: more than one makes it diverse beam search.
-            options: those of `generate` that these strategies use.
+            chat, transforms, options: those of `generate`, as far as these strategies use them.
 
         Returns:
             The hypotheses of the first prompt, then those of the second, and so on. `log_prob` is theirs under the
@@ -360,9 +376,8 @@ class LM:
             TypeError, ValueError: as `generate` does.
         """
         n = options.get("num_beams", Search.num_beams) if n is None else n
-        if num_groups == 1:
-            return self.generate(prompts, strategy="beam", n=n, **options)
-        return self.generate(prompts, strategy="diverse-beam", n=n, num_groups=num_groups, **options)
+        how = {"strategy": "beam"} if num_groups == 1 else {"strategy": "diverse-beam", "num_groups": num_groups}
+        return self.generate(prompts, n=n, chat=chat, transforms=transforms, **how, **options)
 
     @_takes(TreeSearch)
     def search_tree(self, prompt: Prompt, **options: Any) -> TextTree:
@@ -377,7 +392,7 @@ class LM:
             ValueError: for an option that is out of range or not used, or as `decoding.search_tree` does.
         """
         options = TreeSearch(**options)
-        tokenizer = self._tokenizer
+        tokenizer = self._require_tokenizer()
         given, rows = self._encoded(prompt)
         if len(rows) > 1:
             raise ValueError(f"search_tree takes one prompt, but is given {len(rows)}.")
@@ -436,7 +451,7 @@ class LM:
         Raises:
             ValueError: as `translation.translate` does.
         """
-        self._tokenizer  # noqa: B018 (raises if there is none)
+        self._require_tokenizer()
         found = translation.translate(
             self.loaded,
             [sentences] if isinstance(sentences, str) else sentences,
@@ -501,7 +516,7 @@ class LM:
         Raises:
             ValueError: as `analysis.attention.attention_maps` does.
         """
-        self._tokenizer  # noqa: B018 (raises if there is none)
+        self._require_tokenizer()
         return TextAttention(attention.attention_maps(self.loaded, source, kind=kind, target=target), self.name)
 
     def landscape(
@@ -561,8 +576,8 @@ class LM:
     def encode(self, texts: str | Sequence[str]) -> list[int] | list[list[int]]:
         """Return the token ids of a string, or of each of several; an empty one is the BOS token."""
         if isinstance(texts, str):
-            return text.encode(self._tokenizer, texts)
-        return [text.encode(self._tokenizer, each) for each in texts]
+            return text.encode(self._require_tokenizer(), texts)
+        return [text.encode(self._require_tokenizer(), each) for each in texts]
 
     def decode(self, tokens: Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
         """Return the text of a list of token ids, or of each of several, without special tokens."""
@@ -575,8 +590,7 @@ class LM:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _tokenizer(self) -> Any:
+    def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.name} has no tokenizer files, so that text cannot be turned into tokens: give token ids."
@@ -588,7 +602,7 @@ class LM:
         return isinstance(self.model, models.T5)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._require_tokenizer().decode(tokens, skip_special_tokens=True)
 
     def _encoded(
         self, prompts: Prompts, *, chat: bool = False, name: str = "prompts"
@@ -609,15 +623,15 @@ class LM:
             if chat:
                 raise ValueError("an encoder-decoder has no chat template.")
             form = translation.Form.of(self.loaded)
-            return translation.known_tokens(self._tokenizer, prompt, form=form, name=name)
-        return text.encode(self._tokenizer, prompt, chat=chat)
+            return translation.known_tokens(self._require_tokenizer(), prompt, form=form, name=name)
+        return text.encode(self._require_tokenizer(), prompt, chat=chat)
 
     def _completion_ids(self, completion: Prompt, index: int) -> list[int]:
         if not isinstance(completion, str):
             return list(completion)
         if self._translates:
-            return translation.known_tokens(self._tokenizer, completion, name=f"completion {index}")
-        return self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+            return translation.known_tokens(self._require_tokenizer(), completion, name=f"completion {index}")
+        return self._require_tokenizer()(completion, add_special_tokens=False)["input_ids"]
 
     def _task(self, rows: Sequence[Sequence[int]]) -> Conditional:
         """The model with the prompts; of an encoder-decoder, with the encoded sources."""
@@ -642,6 +656,8 @@ class LM:
             raise TypeError(f"transforms must be logits transforms (jl.decoding.transforms), but are {further}.")
         if further and strategy == "contrastive":
             raise ValueError("the strategy contrastive does not use transforms.")
+        if strategy == "mbr":
+            self._require_tokenizer()
         warps = [*strategies.transforms_of(sampling, self.eos_ids, lambda: self.token_bytes), *further]
         return strategies.Request(
             self._task(rows),
