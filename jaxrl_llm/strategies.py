@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrl_llm import decoding, language_model, models
-from jaxrl_llm.analysis.bleu import sentence_chrf
+from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import constraints, transforms
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.sampling import Sampling, Search, Strategy
