@@ -13,9 +13,7 @@ strings, a list of token ids, a list of such lists (of any lengths) or an intege
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import inspect
 import io
 import math
 import numbers
@@ -35,6 +33,7 @@ from jaxrl_llm.analysis import attention, landscape, tree
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
+from jaxrl_llm.options import takes
 from jaxrl_llm.plots import interactive, style
 from jaxrl_llm.plots.attention import attention_figure
 from jaxrl_llm.plots.landscape import landscape_figure
@@ -160,35 +159,6 @@ class TextLandscape:
         )
 
 
-def _takes(*groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a method with `**options` the signature that the fields of these dataclasses make, and refuse others."""
-
-    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(method)
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        fields = {field.name: field for group in groups for field in dataclasses.fields(group)}
-        further = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-            for name, field in fields.items()
-            if name not in signature.parameters
-        ]
-        names = [each.name for each in (*own, *further)]
-
-        @functools.wraps(method)
-        def checked(*args: Any, **keywords: Any) -> Any:
-            for name in keywords:
-                if name not in names:
-                    near = difflib.get_close_matches(name, names, n=1)
-                    hint = f": did you mean {near[0]!r}?" if near else ""
-                    raise TypeError(f"{method.__name__}() got an unexpected keyword argument {name!r}{hint}")
-            return method(*args, **keywords)
-
-        checked.__signature__ = signature.replace(parameters=[*own, *further])
-        return checked
-
-    return decorate
-
-
 def _options(keywords: Mapping[str, Any]) -> tuple[Sampling, Search]:
     names = {field.name for field in dataclasses.fields(Sampling)}
     chosen = {name: value for name, value in keywords.items() if name in names}
@@ -248,7 +218,7 @@ class LM:
 
     # Decoding ---------------------------------------------------------------------------------------------------------
 
-    @_takes(Sampling, Search)
+    @takes(Sampling, Search)
     def generate(
         self,
         prompts: Prompts,
@@ -269,7 +239,8 @@ class LM:
             n: completions of each prompt; of a beam search its best hypotheses.
             chat: put each prompt into the model's chat template, a string as a user's message.
             transforms: further logits transforms (`jl.decoding.transforms`), applied after those of the options.
-            options: fields of `jaxrl_llm.sampling.Sampling` and `Search`, such as temperature, top_p, regex and stop.
+
+        Options: listed here.
 
         Returns:
             n completions of the first prompt, then n of the second, and so on (fewer of a beam search that finds
@@ -295,7 +266,7 @@ class LM:
             for hypothesis in hypotheses[: n if beam else 1]
         ]
 
-    @_takes(Sampling, Search)
+    @takes(Sampling, Search)
     def chat(
         self,
         messages: str | Conversation,
@@ -309,7 +280,9 @@ class LM:
 
         Args:
             messages: a string, or a list of {"role": ..., "content": ...}.
-            strategy, greedy, transforms, options: those of `generate`.
+            strategy, greedy, transforms: as in `generate`.
+
+        Options: listed here.
 
         Raises:
             ValueError: if the model has no chat template, or as `generate` does.
@@ -317,7 +290,7 @@ class LM:
         how = {"strategy": strategy, "greedy": greedy, "transforms": transforms}
         return self.generate([messages], chat=True, **how, **options)[0]
 
-    @_takes(Sampling)
+    @takes(Sampling)
     def stream(
         self,
         prompt: Prompt,
@@ -333,7 +306,9 @@ class LM:
 
         Args:
             prompt: a single one.
-            greedy, chat, transforms, options: those of `generate`.
+            greedy, chat, transforms: as in `generate`.
+
+        Options: listed here.
 
         Raises:
             TypeError, ValueError: as `generate` does.
@@ -349,7 +324,7 @@ class LM:
         pieces = decoding.stream(*request.model, greedy=strategy == "greedy", **request.token_by_token)
         return _texts(texts, pieces)
 
-    @_takes(Sampling, Search)
+    @takes(Sampling, Search)
     def beam_search(
         self,
         prompts: Prompts,
@@ -366,7 +341,9 @@ class LM:
             prompts: one or several.
             n: hypotheses of each prompt; by default all `num_beams`.
             num_groups: more than one makes it diverse beam search.
-            chat, transforms, options: those of `generate`, as far as these strategies use them.
+            chat, transforms: as in `generate`.
+
+        Options, as far as these strategies use them, as in `generate`.
 
         Returns:
             The hypotheses of the first prompt, then those of the second, and so on. `log_prob` is theirs under the
@@ -379,13 +356,14 @@ class LM:
         how = {"strategy": "beam"} if num_groups == 1 else {"strategy": "diverse-beam", "num_groups": num_groups}
         return self.generate(prompts, n=n, chat=chat, transforms=transforms, **how, **options)
 
-    @_takes(TreeSearch)
+    @takes(TreeSearch)
     def search_tree(self, prompt: Prompt, **options: Any) -> TextTree:
         """Grow the search tree of a prompt: every node is continued by several distinct tokens.
 
         Args:
             prompt: a single one.
-            options: fields of `jaxrl_llm.sampling.TreeSearch`.
+
+        Options: listed here.
 
         Raises:
             TypeError: for a prompt of another type, or an unknown option.

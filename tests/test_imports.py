@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # nothing of each other.
 FLOORS = [
     {"numerics"},
-    {"objectives", "runtime", "text", "sampling"},
+    {"objectives", "runtime", "text", "sampling", "options"},
     {"language_model", "data"},
     {"tabular", "scoring"},
     {"oracle", "models"},

@@ -102,6 +102,12 @@ def test_the_signature_shows_every_option():
     )
     assert set(sampling.TreeSearch.__dataclass_fields__) < set(inspect.signature(LM.search_tree).parameters)
     assert inspect.signature(LM.generate).parameters["temperature"].default == 1.0
+    for method, group in (
+        (LM.generate, sampling.Search),
+        (LM.chat, sampling.Sampling),
+        (LM.search_tree, sampling.TreeSearch),
+    ):
+        assert all(f"\n    {name} (" in method.__doc__ for name in group.__dataclass_fields__), method
 
 
 def test_every_option_belongs_to_a_strategy():
