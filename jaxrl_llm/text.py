@@ -14,10 +14,10 @@ from jaxtyping import Bool, Int
 def encode(
     tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], *, chat: bool = False, lead: str = ""
 ) -> list[int]:
-    """The tokens of a prompt; with `chat`, of the prompt as a user's message in the model's chat template.
+    """Return the tokens of a prompt; with `chat`, of the prompt as a user's message in the model's chat template.
 
     With `chat` it may also be a conversation: messages with `role` and `content`. An empty prompt is the beginning of a
-    text: the tokenizer's BOS token. `lead` is what the answer begins with.
+    text: the tokenizer's BOS token. `lead` is the beginning of the completion.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or no BOS token to stand for an empty prompt.
@@ -35,13 +35,17 @@ def encode(
 
 
 def eos_ids(tokenizer: Any, config: dict[str, Any]) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those of the model's `config.json` (one or a list).
+    """Return the tokens that end a text: the tokenizer's, and those of the model's `config.json` (one or a list).
 
-    Small models often declare the ending token of the large vocabulary that they were not given: it counts for nothing.
+    Small models often declare the EOS token of a larger vocabulary than theirs: it is left out.
+
+    Args:
+        tokenizer: of Hugging Face's kind, or None.
+        config: with `vocab_size`.
     """
     declared = config.get("eos_token_id")
     declared = declared if isinstance(declared, list) else [declared]
-    known = {token for token in (tokenizer.eos_token_id, *declared) if token is not None}
+    known = {token for token in (getattr(tokenizer, "eos_token_id", None), *declared) if token is not None}
     return sorted(token for token in known if token < config["vocab_size"])
 
 
@@ -69,10 +73,10 @@ def _pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool)
 
 
 def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> list[bytes]:
-    """What each token adds to the text, in UTF-8: a token may hold a part of a character.
+    """Return the bytes that each token contributes to a text, in UTF-8: a token may hold a part of a character.
 
-    Special tokens, which are no text, add nothing, nor do ids that the tokenizer does not know. Written as they stand
-    in a continuation: SentencePiece drops the space before the first word of a whole text.
+    Special tokens contribute no bytes, nor do ids that the tokenizer does not know. The bytes are those of a
+    continuation: SentencePiece drops the space before the first word of a whole text.
 
     Args:
         tokenizer: of Hugging Face's kind, byte-level BPE (GPT-2, Llama 3) or SentencePiece (Llama 2).
@@ -95,7 +99,7 @@ def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> list[bytes]:
 
 
 def _spelling(tokens: set[str]) -> Callable[[str], bytes]:
-    """How tokens are spelt: by GPT-2's stand-ins for bytes, or SentencePiece's ▁ for a space and <0x0A> for a byte."""
+    """Return the spelling of tokens: GPT-2's stand-ins for bytes, or SentencePiece's ▁ for a space and <0x0A>."""
     if any("▁" in token for token in tokens):
         return lambda token: (
             bytes([int(token[3:5], 16)])
@@ -112,16 +116,16 @@ def _spelling(tokens: set[str]) -> Callable[[str], bytes]:
 
 @functools.cache
 def _byte_stand_ins() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte (Radford et al. 2019): itself, where it is printable."""
+    """Return the character of each byte in byte-level BPE (Radford et al. 2019): itself, where it is printable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def trim_at_stop(text: str, strings: Sequence[str]) -> str:
-    """The text before the stop string that is complete first, if it contains one (of several, before the longest).
+    """Return the text before the stop string that is complete first, if it contains one (of several, the longest).
 
-    What is left contains none, and does not depend on how the text was cut into tokens.
+    The result contains no stop string, and does not depend on how the text was split into tokens.
 
     Raises:
         ValueError: if a stop string is empty.
@@ -138,26 +142,39 @@ class TextStream:
     Args:
         prompt: the tokens before them, whose text is not given again. SentencePiece drops the space before the first
             word of a text; with the prompt in front, a continuation keeps its own.
+        stop: strings that end the text; as in `trim_at_stop`, neither they nor anything after them is given.
+
+    `stopped` says whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, stop
         self._tokens = [int(token) for token in prompt]
-        self._printed = len(self._text())
+        self._start, self._printed, self.stopped = len(self._text()), 0, False
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that the new tokens complete."""
+        """Return the text that the new tokens complete."""
         self._tokens += [int(token) for token in tokens]
         # A character whose bytes are not all there yet decodes to U+FFFD at the end: it waits.
-        return self._emit(self._text().rstrip("\ufffd"))
+        new = self._trimmed(self._text().rstrip("\ufffd"))
+        begun = [len(part) for part in self._beginnings() if new.endswith(part)]  # of a stop string: it waits too
+        return self._emit(new if self.stopped else new[: len(new) - max(begun, default=0)])
 
     def finish(self) -> str:
-        """What is left, complete or not."""
-        return self._emit(self._text())
+        """Return the rest, complete or not."""
+        return self._emit(self._trimmed(self._text()))
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _emit(self, text: str) -> str:
-        new, self._printed = text[self._printed :], max(self._printed, len(text))
+    def _trimmed(self, text: str) -> str:
+        new = trim_at_stop(text[self._start :], self._stop)
+        self.stopped = len(new) < len(text) - self._start
         return new
+
+    def _beginnings(self) -> list[str]:
+        return [string[:length] for string in self._stop for length in range(1, len(string))]
+
+    def _emit(self, new: str) -> str:
+        piece, self._printed = new[self._printed :], max(self._printed, len(new))
+        return piece
