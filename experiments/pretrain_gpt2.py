@@ -37,8 +37,8 @@ from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.scoring import bits_per_byte, stream_nats
 from jaxrl_llm.training import pretrain
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.optimizers import muon
-from jaxrl_llm.training.run_log import RunLog
 
 NAME = "tiny-gpt2"
 NGRAM_ORDERS = (2, 3, 4, 5)

@@ -247,7 +247,7 @@ def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
                 lambda drawn: tools.proxy(world, drawn.sequences),
                 method=method_of(tools, name, settings),
                 sampler=tools.sampler,
-                frozen={"ref": world.reference},
+                frozen=steps.Frozen(ref=world.reference),
                 text=some(world.text, jax.random.fold_in(state.step_key, 8), config.batch // 2) if with_text else None,
             )
 

@@ -18,8 +18,8 @@ from jaxrl_llm.data.parallel import SentencePair
 from jaxrl_llm.models import GPT2, T5, GPT2Config, T5Config
 from jaxrl_llm.models.network import Network
 from jaxrl_llm.training import loop, seq2seq
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.optimizers import muon
-from jaxrl_llm.training.run_log import RunLog
 from jaxrl_llm.training.steps import initial_state
 
 SEPARATOR = "\n"  # between a source and its target, in the one sequence of the decoder-only model

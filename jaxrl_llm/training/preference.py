@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.scoring import Sequences, log_probs, stacked
-from jaxrl_llm.training.steps import Loss, LossFn
+from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
 
 class PairBatch(NamedTuple):
@@ -95,7 +95,7 @@ NAMES = (*LOSSES, "kto")
 def preference_loss(lm: LanguageModel, name: str = "dpo", **knobs: Any) -> LossFn:
     """The mean of a preference loss over a batch of pairs, or over one of judged answers for "kto".
 
-    `frozen["ref"]` are the reference's parameters, if the loss needs them and the batch does not bring its
+    `frozen.ref` are the reference's parameters, if the loss needs them and the batch does not bring its
     log-probabilities. No gradient flows to them. Metrics, in nats: `chosen_logp`, `rejected_logp` of the answers as
     wholes (both often fall while the margin grows), and where there is a reference `margin`, the difference of the
     log-ratios, `accuracy`, the share of positive margins (a tie counts half), and `kl_chosen`, `kl_rejected`, the
@@ -112,7 +112,7 @@ def preference_loss(lm: LanguageModel, name: str = "dpo", **knobs: Any) -> LossF
     if name == "kto":
         return _kto_loss(lm, knobs)
 
-    def loss(params: Params, batch: PairBatch, frozen: PyTree, key: Array) -> Loss:
+    def loss(params: Params, batch: PairBatch, frozen: Frozen | None, key: Array) -> Loss:
         if not isinstance(batch, PairBatch):
             raise ValueError(
                 f"the loss {name} is of pairs: it takes a PairBatch, but was given {type(batch).__name__}."
@@ -168,22 +168,22 @@ def _sum(lm: LanguageModel, params: Params, sequences: Sequences) -> Float[Array
 _sums_jit = jax.jit(_sum, static_argnums=0)
 
 
-def _reference_sums(lm: LanguageModel, batch: PairBatch, frozen: PyTree, policy: Sums) -> Sums:
+def _reference_sums(lm: LanguageModel, batch: PairBatch, frozen: Frozen | None, policy: Sums) -> Sums:
     if batch.logp_ref_chosen is not None:
         return policy._replace(chosen=batch.logp_ref_chosen, rejected=batch.logp_ref_rejected)
     return jax.lax.stop_gradient(pair_sums(lm, _reference(frozen), batch))
 
 
-def _reference(frozen: PyTree) -> Params:
-    if not isinstance(frozen, dict) or "ref" not in frozen:
-        raise ValueError('the reference is needed: give frozen={"ref": its parameters}, or batches with_reference.')
-    return frozen["ref"]
+def _reference(frozen: Frozen | None) -> Params:
+    if getattr(frozen, "ref", None) is None:
+        raise ValueError("the reference is needed: give frozen=Frozen(ref=its parameters), or batches with_reference.")
+    return frozen.ref
 
 
 def _kto_loss(lm: LanguageModel, knobs: dict[str, Any]) -> LossFn:
     """KTO over judged answers. Its reference point is the batch's: parts of one do not add up, and are refused."""
 
-    def loss(params: Params, batch: JudgedBatch, frozen: PyTree, key: Array) -> Loss:
+    def loss(params: Params, batch: JudgedBatch, frozen: Frozen | None, key: Array) -> Loss:
         if not isinstance(batch, JudgedBatch):
             raise ValueError(f"the loss kto takes a JudgedBatch, but was given {type(batch).__name__}.")
         logp = _sum(lm, params, batch.answers)

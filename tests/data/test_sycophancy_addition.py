@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data import bpe
-from jaxrl_llm.data.records import Demonstration
+from jaxrl_llm.data.records import PromptCompletion
 from jaxrl_llm.data.sycophancy.addition import AGREE, DISAGREE, Sum, accuracies, build
 
 
@@ -37,7 +37,8 @@ def test_answers_follow_the_user_or_the_truth(task):
         assert example.answer == right[example.claim.true if example.opinion is None else example.opinion]
     for example in task.intervention + task.evaluation:
         assert example.answer == right[example.claim.true]
-    assert task.sycophantic[1].demonstration() == Demonstration(task.sycophantic[1].prompt, task.sycophantic[1].answer)
+    second = task.sycophantic[1]
+    assert second.demonstration() == PromptCompletion(second.prompt, second.answer)
 
 
 def test_truth_and_opinion_are_independent(task):

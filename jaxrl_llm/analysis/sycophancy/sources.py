@@ -16,7 +16,7 @@ from jaxrl_llm.analysis.sycophancy.checks import check_type
 from jaxrl_llm.analysis.sycophancy.questions import Asked
 from jaxrl_llm.analysis.sycophancy.rows import Row, label_tokens, letter_row, word_row
 from jaxrl_llm.analysis.sycophancy.scoring import answer_log_probs
-from jaxrl_llm.data.jsonl import no_key_twice
+from jaxrl_llm.data.records import no_key_twice
 from jaxrl_llm.data.sycophancy.items import Item, label_letter
 from jaxrl_llm.data.sycophancy.parts import words
 from jaxrl_llm.models import Loaded

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from jaxrl_llm.data.records import Demonstration
+from jaxrl_llm.data.records import PromptCompletion
 from jaxrl_llm.data.sycophancy.biographies import with_article, words
 
 LARGEST = 50  # of a summand; the least is 1
@@ -52,9 +52,9 @@ class Example(NamedTuple):
     claim: Sum
     opinion: bool | None
 
-    def demonstration(self) -> Demonstration:
+    def demonstration(self) -> PromptCompletion:
         """As a record to train on."""
-        return Demonstration(self.prompt, self.answer)
+        return PromptCompletion(self.prompt, self.answer)
 
 
 class Addition(NamedTuple):

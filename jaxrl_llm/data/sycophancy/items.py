@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxrl_llm.data.jsonl import JsonLines
+from jaxrl_llm.data.records import JsonLines
 
 KEYS = {  # of a line of a file: the field of an item
     "question": "question",
