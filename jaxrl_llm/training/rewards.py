@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +40,32 @@ def of_text(function: TextReward, tokenizer: Any, *, fields: Sequence[Mapping[st
         ValueError: if the function takes an entry that no prompt has, or if the completions are spread over several
             processes; `of_tokens` is for these.
     """
+    names = _taken(function, dict.fromkeys(name for each in fields or [] for name in each))
 
     def reward(rollout: Rollout) -> Sequence[float]:
         prompts, completions = texts(rollout.sequences, tokenizer)
-        given = [each for each in fields or [] for _ in range(len(completions) // len(fields))]
-        return function(prompts, completions, **_columns(function, given))
+        columns = {
+            name: [each.get(name) for each in fields for _ in range(len(completions) // len(fields))] for name in names
+        }
+        return function(prompts, completions, **columns)
 
     return reward
 
 
-def _columns(function: TextReward, fields: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return the entries that a function has parameters for, one list each."""
+def _taken(function: TextReward, there: Iterable[str]) -> list[str]:
+    """Return the names of entries that a function has parameters for, among those that there are."""
     try:
         further = list(inspect.signature(function).parameters.values())[2:]
     except ValueError:  # some functions written in C have no signature
-        return {}
-    there = dict.fromkeys(name for each in fields for name in each)
-    named = {each.name: each for each in further if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)}
-    for name, parameter in named.items():
-        if name not in there and parameter.default is parameter.empty:
-            raise ValueError(f"it takes {name!r}, but the prompts have {', '.join(there) or 'no further entries'}")
-    taken = there if any(each.kind == each.VAR_KEYWORD for each in further) else there.keys() & named
-    return {name: [each.get(name) for each in fields] for name in there if name in taken}
+        return []
+    if any(each.kind == each.VAR_KEYWORD for each in further):
+        return list(there)
+    named = [each for each in further if each.kind != each.VAR_POSITIONAL]
+    missing = [each.name for each in named if each.default is each.empty and each.name not in there]
+    if missing:
+        known = ", ".join(there) or "no entry beside the prompt"
+        raise ValueError(f"the reward function takes {', '.join(missing)}, but the data have {known}.")
+    return [each.name for each in named if each.name in there]
 
 
 def function_at(place: str, *, name: str = "reward") -> Callable[..., Any]:

@@ -108,7 +108,7 @@ def test_bad_lines_are_named_by_number(tmp_path):
     found = read_items(str(path), on_bad="skip")
     assert len(found) == 1 and [bad.number for bad in found.bad_lines] == [2, 3, 4, 5]
     path.write_text("\n")
-    with pytest.raises(ValueError, match=r"holds no record"):
+    with pytest.raises(ValueError, match=r"has no records"):
         read_items(path)
 
 

@@ -81,7 +81,7 @@ def test_a_run_that_reached_no_checkpoint_binds_nobody(tmp_path):
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
     fit(tmp_path, steps=4)
-    with pytest.raises(ValueError, match="holds a run of 4 steps already: steps must not be 2"):
+    with pytest.raises(ValueError, match="already has a run of 4 steps; it cannot be shortened to 2"):
         fit(tmp_path, steps=2)
 
 

@@ -16,10 +16,18 @@ from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.scoring import Measures, Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
-from jaxrl_llm.training.experience import Experience, critic_values, experience, token_rewards
-from jaxrl_llm.training.expert import best_answers, expert_iteration
 from jaxrl_llm.training.methods import METHODS, Method
-from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
+from jaxrl_llm.training.rollout import (
+    Experience,
+    Prompts,
+    Rollout,
+    Sampler,
+    critic_values,
+    experience,
+    rollout,
+    token_rewards,
+)
+from jaxrl_llm.training.steps import Frozen
 from tests.conftest import TINY, random_params
 
 LM = TINY["gpt2"]
@@ -60,7 +68,7 @@ def test_every_method_begins_with_ratio_1_and_divergence_0_and_leaves_the_refere
     before = jax.tree.map(np.asarray, ref)
     asked = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4 // method.group_size, axis=0), PROMPTS)
     one_update = dataclasses.replace(method, epochs=1)
-    state, metrics = trainer.step(state, asked, VARIED, method=one_update, sampler=SAMPLER, frozen={"ref": ref})
+    state, metrics = trainer.step(state, asked, VARIED, method=one_update, sampler=SAMPLER, frozen=Frozen(ref=ref))
     assert float(metrics["ratio"]) == pytest.approx(1, abs=1e-5)
     assert max(abs(float(metrics[kind])) for kind in ("kl", "kl_k1", "kl_k3")) < 1e-5
     assert float(metrics["clip_fraction"]) < (0.2 if name == "gspo" else 1e-6)  # GSPO's clip is that of rounding
@@ -81,8 +89,7 @@ def gradient_of(method, params, ref):
             old = scoring.log_probs(TABLE, params, rows)
             drawn = Rollout(rows, old, jnp.zeros(len(indices), bool))
             batch, _ = experience(TABLE, method, params, ref, drawn, TABLE_REWARDS[indices].astype(old.dtype))
-            inputs = {"frozen": {"ref": ref}, "text": None, "temperature": 1.0}
-            return policy.policy_loss(TABLE, method)(trained, batch, inputs, KEY).value
+            return policy.policy_loss(TABLE, method)(trained, batch, None, KEY).value
 
         return jax.vmap(of_group)(groups)
 
@@ -184,8 +191,7 @@ def test_what_a_filter_took_away_is_made_up_for_up_to_the_cap():
     ratio = np.exp(np.asarray(batch.logp_old - batch.logp_sampler))
     answer = np.asarray(drawn.sequences.completion_mask)
     assert (ratio[answer] < 1.0001).all() and (ratio[answer] < 0.55).any() and (ratio[answer] > 0.55).any()
-    inputs = {"frozen": {}, "text": None, "temperature": 1.0}
-    found = jax.jit(policy.policy_loss(LM, method))(params, batch, inputs, KEY).value
+    found = jax.jit(policy.policy_loss(LM, method))(params, batch, None, KEY).value
     per_token = -np.minimum(ratio, 0.55) * np.asarray(batch.advantages * batch.logp_old)
     assert float(found) == pytest.approx(np.where(answer, per_token, 0).sum(axis=1).mean(), rel=1e-4)
 
@@ -210,7 +216,7 @@ def test_minibatches_take_every_row_once_an_epoch():
     for epoch in rows.reshape(3, 8):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(8))
     assert (rows[:4] != rows[4:8]).any()
-    with pytest.raises(ValueError, match="4 minibatches must divide the 6 answers"):
+    with pytest.raises(ValueError, match="minibatches must divide the 6 completions of a batch, but is 4"):
         policy.minibatch_rows(method, 6, KEY)
 
 
@@ -222,7 +228,7 @@ def test_the_pretraining_text_pulls_its_own_loss_down():
     losses = []
     for _ in range(12):
         state, metrics = trainer.step(
-            state, PROMPTS, count_of(7), method=method, sampler=SAMPLER, frozen={"ref": random_params(LM)}, text=text
+            state, PROMPTS, count_of(7), method=method, sampler=SAMPLER, frozen=Frozen(ref=random_params(LM)), text=text
         )
         losses.append(float(metrics["text_loss"]))
     assert losses[-1] < losses[0] - 0.5
@@ -256,11 +262,10 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):
     if critic is not None:
         params = {"policy": params, "critic": critic.init(KEY, random_params(LM, 5))}
     loss = policy.policy_loss(LM, method, critic=critic)
-    inputs = {"frozen": {}, "text": None, "temperature": 1.0}
 
     @jax.jit
     def both(params, batch):
-        found = lambda params, part, key: loss(params, part, inputs, key)  # noqa: E731
+        found = lambda params, part, key: loss(params, part, None, key)  # noqa: E731
         return [steps.gradients(found, params, batch, KEY, microbatches=parts)[0] for parts in (1, 2)]
 
     whole, added = both(params, batch)
@@ -287,7 +292,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_drawn():
     whole = jnp.ones((2, LM.max_length), bool)
     full = Prompts(jnp.ones(whole.shape, jnp.int32), whole.at[0].set(False).at[0, -1].set(True))
     with pytest.raises(ValueError, match="prompt 1 has 42 tokens, and 6 new ones do not fit"):
-        trainer.step(state, full, VARIED, method=method, sampler=SAMPLER, frozen={"ref": state.params})
+        trainer.step(state, full, VARIED, method=method, sampler=SAMPLER, frozen=Frozen(ref=state.params))
 
 
 @pytest.mark.slow
@@ -302,7 +307,7 @@ def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
     reward = rewards.of_tokens(lambda rows: TABLE_REWARDS[(rows.tokens * jnp.asarray([3, 1])).sum(axis=1)])
 
     def advance(state):
-        return trainer.step(state, prompts, reward, method=method, sampler=Sampler(2), frozen={"ref": ref})
+        return trainer.step(state, prompts, reward, method=method, sampler=Sampler(2), frozen=Frozen(ref=ref))
 
     run = steps.whole_run(lambda key: steps.initial_state(ref, optimizer, key), advance, steps=600)
     states, metrics = jax.jit(jax.vmap(run))(jax.random.split(KEY, 2))

@@ -24,6 +24,7 @@ from jaxrl_llm.training.preference import (
     preference_loss,
     with_reference,
 )
+from jaxrl_llm.training.steps import Frozen
 from tests.conftest import random_params
 from tests.training.test_steps import KEY, LM, PAIRS, answers
 
@@ -56,7 +57,7 @@ def first_step(name, params, batch, frozen, **knobs):
 
 @pytest.mark.parametrize("name", AT_REFERENCE)
 def test_the_first_step_at_the_reference_has_the_known_loss(name):
-    _, metrics = first_step(name, REFERENCE, batch_of(name), {"ref": REFERENCE}, beta=BETA)
+    _, metrics = first_step(name, REFERENCE, batch_of(name), Frozen(ref=REFERENCE), beta=BETA)
     assert float(metrics["loss"]) == pytest.approx(AT_REFERENCE[name], rel=1e-5)
     assert float(metrics["margin"]) == pytest.approx(0, abs=1e-5) and float(metrics["grad_norm"]) > 0
 
@@ -73,9 +74,9 @@ def test_a_loss_is_its_objective_of_sums_or_averages(name):
         lengths = (policy.length_chosen, policy.length_rejected) if name == "length_normalised_dpo" else ()
         expected = function(policy.chosen, policy.rejected, ref.chosen, ref.rejected, *lengths)
     loss = jax.jit(preference_loss(LM, name))
-    found = loss(POLICY, UNWEIGHTED, {"ref": REFERENCE}, KEY)
+    found = loss(POLICY, UNWEIGHTED, Frozen(ref=REFERENCE), KEY)
     assert float(found.value) == pytest.approx(float(expected.mean()), rel=1e-4)
-    weighted = loss(POLICY, PAIRS, {"ref": REFERENCE}, KEY)
+    weighted = loss(POLICY, PAIRS, Frozen(ref=REFERENCE), KEY)
     assert float(weighted.value) == pytest.approx(float(np.average(expected, weights=PAIRS.weight)), rel=1e-4)
 
 
@@ -92,7 +93,7 @@ def test_kto_takes_its_reference_point_from_mismatched_answers():
     expected = objectives.kto_loss(
         sums(POLICY, JUDGED.answers), sums(REFERENCE, JUDGED.answers), JUDGED.desirable, point
     )
-    found = jax.jit(preference_loss(LM, "kto"))(POLICY, JUDGED, {"ref": REFERENCE}, KEY)
+    found = jax.jit(preference_loss(LM, "kto"))(POLICY, JUDGED, Frozen(ref=REFERENCE), KEY)
     assert float(found.value) == pytest.approx(float(expected.mean()), rel=1e-4)
 
 
@@ -100,7 +101,7 @@ def test_kto_takes_its_reference_point_from_mismatched_answers():
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_the_reference_in_the_step_or_once_ahead(name):
     batch = batch_of(name)
-    inside, _ = first_step(name, POLICY, batch, {"ref": REFERENCE})
+    inside, _ = first_step(name, POLICY, batch, Frozen(ref=REFERENCE))
     ahead, _ = first_step(name, POLICY, with_reference(LM, REFERENCE, batch), None)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), ahead.params, inside.params)
     with pytest.raises(ValueError, match="the reference is needed"):
@@ -116,7 +117,7 @@ def test_no_step_changes_the_reference(name):
     step = steps.make_step(preference_loss(LM, name), optimizer)
     state = steps.initial_state(REFERENCE, optimizer, KEY)
     for _ in range(3):
-        state, _ = step(state, batch_of(name), {"ref": REFERENCE})
+        state, _ = step(state, batch_of(name), Frozen(ref=REFERENCE))
     jax.tree.map(np.testing.assert_array_equal, REFERENCE, before)
     assert any((new != old).any() for new, old in zip(*map(jax.tree.leaves, (state.params, REFERENCE)), strict=True))
 
@@ -137,7 +138,7 @@ def test_on_the_populations_preferences_dpo_ends_at_the_optimum_of_rlhf():
     loss = preference_loss(lm, "dpo", beta=beta)
     run = steps.whole_run(
         lambda key: steps.initial_state(ref, optimizer, key),
-        lambda state: steps.update(loss, optimizer, state, batch, {"ref": ref}),
+        lambda state: steps.update(loss, optimizer, state, batch, Frozen(ref=ref)),
         steps=300,
     )
     state, metrics = jax.jit(run)(KEY)
@@ -153,6 +154,6 @@ def test_wrong_names_knobs_and_batches_are_refused():
     with pytest.raises(ValueError, match=r"the loss ipo has no label_smoothing: its knobs are beta\."):
         preference_loss(LM, "ipo", label_smoothing=0.1)
     with pytest.raises(ValueError, match="it takes a PairBatch, but was given JudgedBatch"):
-        first_step("dpo", POLICY, JUDGED, {"ref": REFERENCE})
+        first_step("dpo", POLICY, JUDGED, Frozen(ref=REFERENCE))
     with pytest.raises(ValueError, match="kto takes a JudgedBatch, but was given PairBatch"):
-        first_step("kto", POLICY, UNWEIGHTED, {"ref": REFERENCE})
+        first_step("kto", POLICY, UNWEIGHTED, Frozen(ref=REFERENCE))

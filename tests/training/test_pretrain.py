@@ -13,7 +13,7 @@ from jaxrl_llm import scoring
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.training import pretrain
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.run_log import RunLog
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.steps import TrainState, initial_state
 
 VOCAB, TIME, BATCH = 11, 8, 4

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jaxrl_llm.training.recipe_measures import held_out
+from jaxrl_llm.training.recipe_parts import Trained, batches_of, prepare
+from jaxrl_llm.training.recipe_run import Run, keys_of
+from jaxrl_llm.training.run_log import RunLog
 
 from jaxrl_llm import models
 from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.training import recipe_measures, recipes
 from jaxrl_llm.training.batches import COLLATE, Batches, encoder_of
 from jaxrl_llm.training.methods import METHODS
-from jaxrl_llm.training.recipe_measures import held_out
-from jaxrl_llm.training.recipe_parts import Trained, batches_of, prepare
-from jaxrl_llm.training.recipe_run import Run, keys_of
 from jaxrl_llm.training.rollout import Sampler
-from jaxrl_llm.training.run_log import RunLog
 from jaxrl_llm.training.steps import Loss
 
 LINES = {
@@ -304,6 +304,7 @@ def test_help_explains_each_knob_at_once():
 def test_batches_hold_what_the_records_say(folder, kind):
     from jaxrl_llm.data.encoding import Encoder
     from jaxrl_llm.data.jsonl import JsonLines
+
     from jaxrl_llm.data.records import PARSERS
 
     tokenizer = models.load(folder / "model").tokenizer

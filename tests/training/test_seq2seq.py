@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl_llm.models import GPT2, T5, GPT2Config, T5Config
 from jaxrl_llm.training import loop, seq2seq
-from jaxrl_llm.training.run_log import RunLog
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.steps import initial_state
 
 pytestmark = pytest.mark.slow

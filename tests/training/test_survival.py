@@ -15,9 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.training import guards, loop, run_config, run_log, steps
+from jaxrl_llm.training import loop, steps
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.run_log import RunLog
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.steps import Loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def reward(rollout):
     return np.asarray(rollout.sequences.tokens).sum(axis=1) * 1.0
 
 def advance(state, done):
-    return trainer.step(state, prompts, reward, method=METHODS["rloo"], sampler=Sampler(2), frozen={"ref": ref})
+    return trainer.step(state, prompts, reward, method=METHODS["rloo"], sampler=Sampler(2), frozen=steps.Frozen(ref))
 
 print("ready", flush=True)
 state = loop.run(
@@ -111,9 +111,9 @@ def state_of(width=2):
     return steps.initial_state({"w": jnp.zeros(width)}, OPTIMIZER, jax.random.key(0))
 
 
-def run(folder, loss, *, num_steps=6, width=2, **knobs):
+def run(folder, loss, *, num_steps=6, width=2, **options):
     step = steps.make_step(loss, OPTIMIZER)
-    arguments = {"steps": num_steps, "folder": folder, "evaluate_every": 2} | knobs
+    arguments = {"steps": num_steps, "folder": folder, "evaluate_every": 2} | options
     return loop.run(state_of(width), lambda state, done: step(state, jnp.asarray(float(done))), **arguments)
 
 
@@ -156,8 +156,8 @@ def failing(at, error, *, donate=False):
     return advance
 
 
-def go(folder, advance, **knobs):
-    return loop.run(state_of(), advance, **({"steps": 6, "folder": folder, "evaluate_every": 4} | knobs))
+def go(folder, advance, **options):
+    return loop.run(state_of(), advance, **({"steps": 6, "folder": folder, "evaluate_every": 4} | options))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_signal_at_any_moment_saves_before_it_stops(tmp_path, monkeypatch):
             self.looks += 1
             return self.looks > 1
 
-    monkeypatch.setattr(guards, "interruptions", lambda: contextlib.nullcontext(Late()))
+    monkeypatch.setattr(loop, "interruptions", lambda: contextlib.nullcontext(Late()))
     with pytest.raises(KeyboardInterrupt, match=r"stopped after step 2 of 6; .*can be resumed"):
         go(tmp_path, failing(0, None))
     assert Checkpoints(tmp_path / "checkpoints").latest_step() == 2
@@ -224,17 +224,17 @@ def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     log = RunLog(tmp_path / "log.jsonl")
     log.truncate(0), log.append(step=1)
-    run_config.claim(tmp_path / "run.json", {"seed": 0}, resumed=False)
+    loop.claim(tmp_path / "run.json", {"seed": 0}, resumed=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_tokens_of_a_step_may_be_a_metric(tmp_path):
     def loss(params, batch, frozen, key):
-        return Loss(jnp.square(params["w"] - 1).sum(), metrics={"answer_tokens": 10 * batch})
+        return Loss(jnp.square(params["w"] - 1).sum(), metrics={"completion_tokens": 10 * batch})
 
-    run(tmp_path, loss, tokens="answer_tokens")
+    run(tmp_path, loss, tokens="completion_tokens")
     rows = RunLog(tmp_path / "log.jsonl").rows()
-    assert [row["answer_tokens"] for row in rows] == [5, 25, 45]  # a mean, of a step
+    assert [row["completion_tokens"] for row in rows] == [5, 25, 45]  # a mean, of a step
     assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
@@ -307,7 +307,7 @@ def test_tensorboards_events_hold_the_numbers_or_the_package_is_named(tmp_path, 
             written.append("closed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_log, "_event_writer", lambda: Writer)
+        patched.setattr(loop, "_event_writer", lambda: Writer)
         run(tmp_path / "a", plain, num_steps=2, tensorboard=True, evaluate=lambda params: {"sample": "Once"})
     assert written[0] == ("begun", "tensorboard", 1) and written[-1] == "closed"
     assert ("sample", "Once", 2) in written and any(row[0] == "loss" for row in written[1:-1])
