@@ -198,6 +198,7 @@ def dpo(
         "unpaired-preference" if loss == "kto" else "preference",
         ("loss", "margin", "chosen_logp", "rejected_logp"),
         {"loss": recipes.place_of(config.loss), "loss_kwargs": kwargs},
+        fields=not isinstance(loss, str),
     )
     return _offline(run, data, objective, reference=_needs_reference(loss))
 

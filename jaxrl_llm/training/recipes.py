@@ -266,6 +266,7 @@ class Objective(NamedTuple):
     kind: str
     watch: tuple[str, ...]
     identity: Mapping[str, Any] = {}
+    fields: bool = False  # the loss takes numbers beside the text of each row
 
 
 def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples: bool = True) -> Params:
@@ -275,13 +276,12 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         samples: log a sample of the model's text with each checkpoint.
     """
     config: OfflineConfig = run.config
-    fields = callable(getattr(config, "loss", None))
-    batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, fields=fields)
+    batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, fields=objective.fields)
     optimizer = _adamw(config, config.steps)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
     measures: dict[str, Callable[[Params], float | str]] = {}
     if config.eval_data is not None:
-        measures["held_out_loss"] = held_out(run, objective, trained, fields=fields)
+        measures["held_out_loss"] = held_out(run, objective, trained)
     if samples:
         sample = sampler_of(run, *_start_of(run, batches))
         measures["sample"] = lambda params: sample(trained.model(params))
@@ -298,10 +298,12 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     return state.params
 
 
-def held_out(run: Run, objective: Objective, trained: Trained, *, fields: bool = False) -> Callable[[Params], float]:
+def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], float]:
     """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows."""
     config = run.config
-    batches, _ = batches_of(run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=fields)
+    batches, _ = batches_of(
+        run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
+    )
     count, size = batches.order.steps_per_epoch, config.batch_size // config.microbatches
     order = sorted(range(count), key=lambda place: batches.rows(place).length)
     # As few parts as possible, of sizes at most 1 apart.

@@ -234,6 +234,34 @@ def test_tokens_and_waste_are_those_of_the_batches_in_every_epoch(kind):
     assert batches.pad_waste == pytest.approx(1 - found[:3, 0].sum() / found[:3, 1].sum())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_hold_the_texts_of_their_records(kind):
+    batches = batches_of(kind, ragged(kind), batch_size=3)
+    batch, found = batches(1), batches.records(1)
+    prompts = [record.prompt for record in found]
+    match kind:
+        case "prompt-only":
+            assert rows_as_text(batch) == prompts
+        case "prompt-completion":
+            assert rows_as_text(batch) == [f"{record.prompt}{record.completion}`" for record in found]
+            scored = batch._replace(mask=batch.completion_mask)
+            assert rows_as_text(scored) == [f"{record.completion}`" for record in found]
+        case "preference":
+            assert rows_as_text(batch.chosen) == [f"{record.prompt}{record.chosen}`" for record in found]
+            assert rows_as_text(batch.rejected) == [f"{record.prompt}{record.rejected}`" for record in found]
+        case "unpaired-preference":
+            assert rows_as_text(batch.answers) == [f"{record.prompt}{record.completion}`" for record in found]
+            np.testing.assert_array_equal(batch.desirable, [record.label for record in found])
+            others = [found[place - 1].completion for place in range(3)]
+            assert rows_as_text(batch.mismatched) == [f"{a}{b}`" for a, b in zip(prompts, others, strict=True)]
+        case "ranked":
+            for row, record in enumerate(found):
+                there = rows_as_text([leaf[row][batch.real[row]] for leaf in batch.completions])
+                assert there == [f"{record.prompt}{each}`" for each in record.completions]
+                np.testing.assert_array_equal(batch.ranks[row][batch.real[row]], record.ranks)
+    assert batches.describe(1).startswith("rows ")
+
+
 def test_nothing_is_wasted_where_all_rows_are_alike():
     assert batches_of("preference", [Preference("abc", "defg", "hijk")] * 4).pad_waste == 0
     # Three rows of the 8 places each, and the fourth repeats an answer.
