@@ -25,6 +25,7 @@ FLOORS = [
     {"training", "translation"},
     {"analysis"},
     {"plots"},
+    {"train"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(FLOORS) for part in parts}

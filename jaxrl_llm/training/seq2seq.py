@@ -43,8 +43,9 @@ def pad_pairs(sources: Rows, targets: Rows, *, multiple: int = 1, pad_id: int = 
     """
     if not sources or len(sources) != len(targets):
         raise ValueError(f"there must be one target for each source, but there are {len(targets)} for {len(sources)}.")
-    if not all(map(len, sources)) or not all(map(len, targets)):
-        raise ValueError("sources and targets must hold tokens, but one is empty.")
+    for name, rows in (("source", sources), ("target", targets)):
+        if not all(map(len, rows)):
+            raise ValueError(f"{name} {next(i for i, row in enumerate(rows) if not len(row))} is empty.")
     lengths = (rounded(max(map(len, rows)), multiple) for rows in (sources, targets))
     left = text.left_pad(sources, length=next(lengths), pad_id=pad_id)
     return Seq2SeqBatch(*left, *text.right_pad(targets, length=next(lengths), pad_id=pad_id))

@@ -131,10 +131,10 @@ def test_sources_are_padded_on_the_left_and_targets_on_the_right():
 @pytest.mark.parametrize(
     ("sources", "targets", "said"),
     [
-        ([], [], "each source needs its target, but there are 0 and 0"),
-        ([[1]], [[1], [1]], "each source needs its target, but there are 1 and 2"),
-        ([[1], []], [[1], [1]], "a source or a target is empty"),
-        ([[1], [1]], [[1], []], "a source or a target is empty"),
+        ([], [], "one target for each source, but there are 0 for 0"),
+        ([[1]], [[1], [1]], "one target for each source, but there are 2 for 1"),
+        ([[1], []], [[1], [1]], "source 1 is empty"),
+        ([[1], [1]], [[1], []], "target 1 is empty"),
     ],
 )
 def test_pairs_that_are_none_are_refused(sources, targets, said):
