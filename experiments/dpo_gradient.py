@@ -162,7 +162,7 @@ def make_step(loaded: models.Loaded, config: Config) -> Any:
     ) -> tuple[Any, dict[str, jax.Array]]:
         (chosen, rejected), pull_back = jax.vjp(lambda params: scores(params, batch), params)
         loss = preference.dpo_loss(chosen, rejected, *ref, beta=config.beta)
-        of_chosen, of_rejected, *_ = preference.dpo_loss_grad(chosen, rejected, *ref, beta=config.beta)
+        of_chosen, of_rejected, *_ = preference.dpo_loss.grad(chosen, rejected, *ref, beta=config.beta)
         nothing = jnp.zeros_like(of_chosen)
         (up,) = pull_back((of_chosen / loss.size, nothing))
         (down,) = pull_back((nothing, of_rejected / loss.size))

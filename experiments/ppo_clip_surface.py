@@ -124,15 +124,15 @@ def sections(config: Config) -> dict[str, Any]:
             }
             for variant, clips in variants(config).items()
         }
-        drawn[name]["cispo"] = {"gradient": policy_gradient.cispo_loss_grad(logp, old, advantages)[0]}
-        drawn[name]["reinforce"] = {"gradient": policy_gradient.reinforce_loss_grad(logp, advantages)[0]}
+        drawn[name]["cispo"] = {"gradient": policy_gradient.cispo_loss.grad(logp, old, advantages)[0]}
+        drawn[name]["reinforce"] = {"gradient": policy_gradient.reinforce_loss.grad(logp, advantages)[0]}
     return drawn
 
 
 def gradient(ratio: Array, advantage: Array, **clips: float) -> Float[Array, "..."]:
     """Return PPO's gradient at ratios and advantages that broadcast."""
     logp, advantages = jnp.broadcast_arrays(jnp.log(ratio), advantage)
-    return policy_gradient.ppo_clip_loss_grad(logp, jnp.zeros_like(logp), advantages, **clips)[0]
+    return policy_gradient.ppo_clip_loss.grad(logp, jnp.zeros_like(logp), advantages, **clips)[0]
 
 
 def moves(config: Config, clips: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +223,7 @@ def identities(config: Config) -> list[dict[str, Any]]:
             off.append(jnp.abs(jnp.where(where, 0, found + ratio * sign)).max())
     far, minus = jnp.log(jnp.asarray([10.0, 100.0, 1000.0])), -jnp.ones(3)
     bounded = policy_gradient.ppo_clip_loss(far, jnp.zeros(3), minus, **variants(config)["dual"]).max()
-    cispo = policy_gradient.cispo_loss_grad(jnp.log(ratio), jnp.zeros_like(ratio), jnp.ones_like(ratio))[0]
+    cispo = policy_gradient.cispo_loss.grad(jnp.log(ratio), jnp.zeros_like(ratio), jnp.ones_like(ratio))[0]
     three = "symmetric, asymmetric and dual clip"
     rows = (
         ("largest |gradient + A| at ratio 1", max(at_one), 0.0, f"{PPO}; {three}"),

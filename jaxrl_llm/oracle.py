@@ -1,7 +1,8 @@
 """Exact answers on a tabular language model, by enumeration of every sequence.
 
-The expectation, variance and gradient of anything under the model's law; J(π) of RLHF, sequence-level KL and the
-population's preferences. The law of best-of-n and the Gibbs optimum are `objectives.rlhf` on `sequence_log_probs`.
+The expectation, variance and gradient of anything under the distribution of the model; J(π) of RLHF, sequence-level KL
+and the population's preferences. The distribution of best-of-n and the Gibbs optimum are in `objectives.rlhf`, of
+`sequence_log_probs`.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def gradient_moments(
     Args:
         loss: from `params` and groups (see `moments`), of which it is given some at a time, to the loss on each;
             differentiated in `params`.
-        sampler_params: of the law that the groups are drawn from; by default `params`, on-policy.
+        sampler_params: of the distribution that the groups are drawn from; by default `params`, on-policy.
     """
 
     def gradient(group: Array) -> Params:
@@ -135,7 +136,7 @@ def gradient_moments(
 
 
 def sequence_kl(lm: TabularLM, params: Params, ref_params: Params) -> Float[Array, ""]:
-    """KL(π‖ref) of the two laws of whole sequences, in nats."""
+    """KL(π‖ref) of the two distributions of whole sequences, in nats."""
     return _kl(sequence_log_probs(lm, params), sequence_log_probs(lm, ref_params))
 
 
@@ -164,7 +165,7 @@ def objective(
 
     Raises:
         ValueError: if there is not one floating reward, and one probability, for each sequence, beta or gamma is
-            negative, or the pretraining law is missing or does not sum to 1.
+            negative, or the pretraining distribution is missing or does not sum to 1.
     """
     log_probs = sequence_log_probs(lm, params)
     value = rlhf.regularised_objective(log_probs, sequence_log_probs(lm, ref_params), rewards, beta=beta)
@@ -186,7 +187,7 @@ def objective_grad(
     """∇J = E_π[(r − β log(π/ref)) ∇log π] + γ E_pretraining[∇log π] in `params`: the policy gradient, exactly."""
     log_probs, pull_back = jax.vjp(lambda params: sequence_log_probs(lm, params), params)
     ref_log_probs = sequence_log_probs(lm, ref_params)
-    of_log_probs, *_ = rlhf.regularised_objective_grad(log_probs, ref_log_probs, rewards, beta=beta)
+    of_log_probs, *_ = rlhf.regularised_objective.grad(log_probs, ref_log_probs, rewards, beta=beta)
     return pull_back(of_log_probs + gamma * _checked_pretraining(log_probs, pretraining, gamma))[0]
 
 
@@ -197,7 +198,7 @@ def population_preferences(
 
         P(chosen = i, rejected = j) = 2 p_i p_j σ(r_i − r_j)
 
-    Two answers are drawn independently from the law `log_probs`, then one is preferred. All entries sum to 1.
+    Two answers are drawn independently from the distribution `log_probs`, then one is preferred. All entries sum to 1.
 
     Raises:
         ValueError: if the two are not floating and of one shape [sequences].
@@ -218,11 +219,11 @@ def _digits(base: int, places: int) -> Int[Array, "rows places"]:
 
 
 def _checked_pretraining(log_probs: Array, pretraining: Array | None, gamma: float) -> Float[Array, "sequences"]:
-    """The pretraining law, all 0 if there is none and gamma is 0."""
+    """The pretraining distribution, all 0 if it is None and gamma is 0."""
     check_range(0, gamma=gamma)
     if pretraining is None:
         if not (isinstance(gamma, float | int) and gamma == 0):
-            raise ValueError(f"gamma is {gamma}: the pretraining law must be given too.")
+            raise ValueError(f"gamma is {gamma}: the pretraining distribution must be given too.")
         return jnp.zeros_like(log_probs)
     _, pretraining = checked(log_probs=log_probs, pretraining=pretraining)
     if violated((pretraining >= 0) & (jnp.abs(pretraining.sum() - 1) < 1e-4)):

@@ -43,7 +43,7 @@ from jaxrl_llm.training.config import (
     field_docs,
 )
 from jaxrl_llm.training.methods import Method
-from jaxrl_llm.training.preference import LOSSES, check_name, preference_loss
+from jaxrl_llm.training.preference import find_loss, preference_loss
 from jaxrl_llm.training.recipes import Objective, Trained
 from jaxrl_llm.training.reward import reward_loss
 from jaxrl_llm.training.rewards import function_at
@@ -189,8 +189,7 @@ def dpo(
         loss = function_at(loss, name="loss")
     beta = {} if config.beta is None else {"beta": config.beta}
     kwargs = dict(sorted((beta | config.loss_kwargs).items()))
-    if isinstance(loss, str):
-        check_name(loss, kwargs)  # before anything is loaded
+    function = find_loss(loss, kwargs)  # an unknown name is an error before anything is loaded
     run = recipes.begin(lm, config, out, verbose=verbose)
     objective = Objective(
         "dpo",
@@ -200,13 +199,7 @@ def dpo(
         {"loss": recipes.place_of(config.loss), "loss_kwargs": kwargs},
         fields=not isinstance(loss, str),
     )
-    return _offline(run, data, objective, reference=_needs_reference(loss))
-
-
-def _needs_reference(loss: str | Callable[..., Any]) -> bool:
-    if loss == "kto":
-        return True
-    return LOSSES[loss].needs_reference if isinstance(loss, str) else "ref" in getattr(loss, "needs", "ref")
+    return _offline(run, data, objective, reference=loss == "kto" or "reference" in function.needs)
 
 
 @_takes(RewardConfig)

@@ -123,6 +123,25 @@ def test_preferences_move_the_policy_from_the_reference_and_the_data_may_be_in_m
                 train.dpo(folder / "model", folder / "pairs.jsonl", out=out, **options | changes | {"resume": True})
 
 
+def square(a, b, *, beta=0.1, gap, **others):
+    return (a - b - beta * gap) ** 2
+
+
+def test_a_preference_loss_of_ones_own_receives_the_numbers_of_its_rows(folder, model):
+    """At the reference a = b = 0, so that the first loss is the mean of (beta · gap)²."""
+    rows = [line | {"gap": place, "note": "x"} for place, line in enumerate(LINES["pairs"])]
+    (folder / "loss.py").write_text(inspect.getsource(square))
+    out, place = folder / "square", f"{folder / 'loss.py'}:square"
+    options = OPTIONS | {"batch_size": 8, "beta": 2.0, "steps": 1, "verbose": False}
+    tuned = train.dpo(model, rows, loss=place, out=out, **options)
+    expected = np.mean([(2 * gap) ** 2 for gap in range(8)])
+    assert RunLog(out / "log.jsonl").rows()[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert json.loads((out / "run.json").read_text())["loss"] == place
+    assert_same(train.dpo(model, rows, loss=square, **options).params, tuned.params)
+    with pytest.raises(ValueError, match="the loss square must be given gap, .* but the batch has no fields"):
+        train.dpo(model, LINES["pairs"], loss=square, **options)
+
+
 def test_a_run_in_memory_writes_nothing_and_leaves_the_model(folder, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = leaves(model.params)

@@ -40,15 +40,15 @@ def evaluate(
 ) -> tuple[Array, Array, Array]:
     """Return the loss and its derivatives by log π_w and log π_l; KTO sums a good and a bad answer, z = 0."""
     stem, settings = keywords(config)[name]
-    loss, slopes = getattr(preference, f"{stem}_loss"), getattr(preference, f"{stem}_loss_grad")
+    loss = getattr(preference, f"{stem}_loss")
     ref_w, ref_l = (jnp.full_like(w, each) for each in reference)
     if name == "kto":
         good, bad = jnp.ones(w.shape, bool), jnp.zeros(w.shape, bool)
         of_good, of_bad = (w, ref_w, good, 0.0), (l, ref_l, bad, 0.0)
         total = loss(*of_good, **settings) + loss(*of_bad, **settings)
-        return total, slopes(*of_good, **settings)[0], slopes(*of_bad, **settings)[0]
+        return total, loss.grad(*of_good, **settings)[0], loss.grad(*of_bad, **settings)[0]
     arguments = (w, l) if name in WITHOUT_REFERENCE else (w, l, ref_w, ref_l)
-    by_chosen, by_rejected, *_ = slopes(*arguments, **settings)
+    by_chosen, by_rejected, *_ = loss.grad(*arguments, **settings)
     return loss(*arguments, **settings), by_chosen, by_rejected
 
 

@@ -23,7 +23,7 @@ def gradient_flow(config: Any) -> tuple[dict[str, Any], ledger.Number]:
     step_size = config.end / config.flow_steps
 
     def velocity(scores: Array) -> Array:
-        return -jnp.stack(reward_model.pairwise_loss_grad(scores[0], scores[1]))
+        return -jnp.stack(reward_model.pairwise_loss.grad(scores[0], scores[1]))
 
     def step(scores: Array, _: None) -> tuple[Array, Array]:
         k1 = velocity(scores)
@@ -51,7 +51,7 @@ def gradient_flow(config: Any) -> tuple[dict[str, Any], ledger.Number]:
 
 def bounds(config: Any, key: Array) -> tuple[list[dict[str, Any]], ledger.Number]:
     """Find the largest gradient of any answer: over random scores, and where the ranking is upside down."""
-    curves, largest, gradient_of = [], [], jax.jit(lambda *args: reward_model.k_choose_2_loss_grad(*args)[0])
+    curves, largest, gradient_of = [], [], jax.jit(lambda *args: reward_model.k_choose_2_loss.grad(*args)[0])
     for size in config.sizes:
         ranks = jnp.arange(size)
         scale = jnp.asarray(np.geomspace(0.03, 100, 40))
@@ -78,7 +78,7 @@ def label_noise(config: Any) -> tuple[dict[str, Any], ledger.Number]:
     probabilities = jnp.asarray([*config.label_probabilities, p_of_agreement])
 
     def step(margin: Array, _: None) -> tuple[Array, None]:
-        slope = jax.vmap(lambda lead, p: reward_model.pairwise_loss_grad(lead, 0.0 * lead, label_noise=1 - p)[0])
+        slope = jax.vmap(lambda lead, p: reward_model.pairwise_loss.grad(lead, 0.0 * lead, label_noise=1 - p)[0])
         return margin - slope(margin, probabilities), None
 
     found, _ = jax.jit(lambda start: jax.lax.scan(step, start, length=10_000))(jnp.zeros_like(probabilities))
@@ -103,8 +103,8 @@ def free_shift(key: Array) -> list[ledger.Number]:
     @functools.partial(jax.jit, static_argnames="coefficient")
     def descend(coefficient: float) -> Array:
         def step(pair: Array, _: None) -> tuple[Array, None]:
-            slopes = jnp.stack(reward_model.pairwise_loss_grad(*pair, label_noise=0.27))
-            slopes += jnp.stack(reward_model.centering_loss_grad(*pair, coefficient=coefficient))
+            slopes = jnp.stack(reward_model.pairwise_loss.grad(*pair, label_noise=0.27))
+            slopes += jnp.stack(reward_model.centering_loss.grad(*pair, coefficient=coefficient))
             return pair - slopes, None
 
         return jax.lax.scan(step, jnp.asarray([5.0, 5.0]), length=1000)[0]

@@ -15,7 +15,7 @@ from jaxrl_llm.data import records
 from jaxrl_llm.data.records import Fields, Text, alike
 from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training.config import Cut
-from jaxrl_llm.training.preference import JudgedBatch, PairBatch
+from jaxrl_llm.training.preference import PairBatch, UnpairedBatch
 from jaxrl_llm.training.reward import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
 
@@ -195,7 +195,7 @@ def preferences(rows: list[Rows], multiple: int) -> PairBatch:
     )
 
 
-def unpaired_preferences(rows: list[Rows], multiple: int) -> JudgedBatch:
+def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
     """Return desirable and undesirable completions, and each prompt with the completion of the row before.
 
     The latter ends at the maximal length if it does not fit, independently of the padding of the other rows.
@@ -206,7 +206,7 @@ def unpaired_preferences(rows: list[Rows], multiple: int) -> JudgedBatch:
         for row, other in zip(rows, [completions[-1], *completions[:-1]], strict=True)
     ]
     shown, mismatched = _of_one_length(rows, completions, others, multiple=multiple)
-    return JudgedBatch(shown, np.asarray([row.label for row in rows], bool), mismatched)
+    return UnpairedBatch(shown, np.asarray([row.label for row in rows], bool), mismatched)
 
 
 def ranked(rows: list[Rows], multiple: int) -> RankedBatch:

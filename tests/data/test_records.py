@@ -38,9 +38,12 @@ PAIR = Preference((USER,), (GOOD,), (BAD,))
             ("preference", {"prompt": asked, "chosen": chosen, "rejected": rejected}, PAIR)
             for asked in ("Hi", [USER])
             for chosen, rejected in [
-                ("Hello", [BAD]), ([GOOD], "No"), ([USER, GOOD], [USER, BAD]), ([USER, GOOD], "No"),
+                ("Hello", [BAD]),
+                ([GOOD], "No"),
+                ([USER, GOOD], [USER, BAD]),
+                ([USER, GOOD], "No"),
             ]
-        ),  # fmt: skip
+        ),
         ("unpaired", {"prompt": [USER], "answer": "No", "label": 0}, UnpairedPreference((USER,), (BAD,), False)),
         ("unpaired", {"prompt": "a", "completion": "b", "label": False}, UnpairedPreference("a", "b", False)),
         ("unpaired", {"text": "b", "label": 1}, UnpairedPreference("", "b", True)),
@@ -151,7 +154,7 @@ def test_bad_lines_can_be_skipped_and_are_kept_for_the_report(tmp_path):
     found = JsonLines(path, records.prompt, on_bad="skip")
     assert [each.prompt for each in found] == ["0", "1", "2"]
     assert [bad.number for bad in found.bad_lines] == [1, 5]
-    with pytest.raises(ValueError, match="has no records: .* has 1 bad line: line 1: it is not JSON"):
+    with pytest.raises(ValueError, match=r"has no records: .* has 1 bad line: line 1: it is not JSON"):
         JsonLines(write(path, b"x"), records.prompt, on_bad="skip")
 
 

@@ -250,7 +250,7 @@ def test_batches_hold_the_texts_of_their_records(kind):
             assert rows_as_text(batch.chosen) == [f"{record.prompt}{record.chosen}`" for record in found]
             assert rows_as_text(batch.rejected) == [f"{record.prompt}{record.rejected}`" for record in found]
         case "unpaired-preference":
-            assert rows_as_text(batch.answers) == [f"{record.prompt}{record.completion}`" for record in found]
+            assert rows_as_text(batch.completions) == [f"{record.prompt}{record.completion}`" for record in found]
             np.testing.assert_array_equal(batch.desirable, [record.label for record in found])
             others = [found[place - 1].completion for place in range(3)]
             assert rows_as_text(batch.mismatched) == [f"{a}{b}`" for a, b in zip(prompts, others, strict=True)]
@@ -278,7 +278,9 @@ def test_kto_is_given_the_same_tokens_however_its_rows_are_padded(multiple):
     given = [UnpairedPreference("a" * 10, "b", True), UnpairedPreference("c", "d" * 12, False)]
     batch = batches_of("unpaired-preference", given, multiple=multiple)(0)
     assert sorted(rows_as_text(batch.mismatched)) == ["a" * 10 + "d" * 12 + "`", "cb`"]
-    assert batch.mismatched.mask.shape == batch.answers.mask.shape and batch.answers.mask.shape[1] % multiple == 0
+    assert (
+        batch.mismatched.mask.shape == batch.completions.mask.shape and batch.completions.mask.shape[1] % multiple == 0
+    )
     short = batches_of("unpaired-preference", given, multiple=multiple, max_length=16)(0)  # where no row may be longer
     assert sorted(rows_as_text(short.mismatched)) == ["a" * 10 + "d" * 6, "cb`"]
 

@@ -11,7 +11,7 @@ import pytest
 from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import steps
-from jaxrl_llm.training.preference import JudgedBatch, PairBatch, preference_loss
+from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
 from jaxrl_llm.training.reward import RankedBatch, reward_loss
 from jaxrl_llm.training.sft import sft_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
@@ -147,7 +147,7 @@ def test_bfloat16_computes_and_float32_remembers(microbatches):
 
 def test_parts_of_a_batch_of_kto_are_refused():
     """Its reference point is that of the whole batch."""
-    batch = JudgedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
+    batch = UnpairedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
     step = steps.make_step(preference_loss(LM, "kto"), OPTIMIZER, microbatches=2)
     with pytest.raises(ValueError, match="microbatches must be 1 for a loss that compares with all rows"):
         step(steps.initial_state(start(None), OPTIMIZER, KEY), batch, Frozen(ref=random_params(LM, 1)))

@@ -1,4 +1,4 @@
-"""Random inputs for every public objective, for the tests that hold it against its closed-form gradient."""
+"""Random inputs for every public objective, for the tests of its closed-form gradient."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from jaxrl_llm import objectives
 
-TOOLS = {"fused", "_margins"}  # modules that hold no objective
-CONSTANTS = {"advantages"}  # modules whose results are numbers through which no gradient flows: a test holds them to it
+TOOLS = {"fused", "objective"}  # modules that hold no objective
+CONSTANTS = {"advantages"}  # modules whose results carry no gradient: a test checks that
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What hypothesis draws."""
+    """Sizes that hypothesis draws."""
 
     batch: int = 4
     time: int = 5
@@ -30,11 +30,11 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Arguments of one call: those with a gradient come first, then constants (arrays too), then knobs by keyword."""
+    """Arguments of one call: differentiable ones, then constants (arrays too), then hyperparameters by keyword."""
 
     differentiable: tuple[np.ndarray, ...]
     constants: tuple[np.ndarray, ...] = ()
-    knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Builder = Callable[[np.random.Generator, Sizes], Case]
@@ -51,12 +51,6 @@ def public_functions(*, skip: set[str]) -> dict[str, Callable[..., Any]]:
             if function.__module__.startswith(module.__name__) and not name.startswith("_"):
                 found[f"{info.name}.{name}"] = function
     return found
-
-
-def twin_of(name: str) -> Callable[..., tuple[Any, ...]]:
-    """The closed-form gradient of the objective `module.function`."""
-    module, function = name.split(".")
-    return getattr(importlib.import_module(f"jaxrl_llm.objectives.{module}"), f"{function}_grad")
 
 
 def log_probs(rng: np.random.Generator, *shape: int) -> np.ndarray:

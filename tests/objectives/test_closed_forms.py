@@ -1,6 +1,7 @@
 """Every public objective has a closed-form gradient, and `jax.grad` agrees with it."""
 
 import importlib
+import inspect
 import pkgutil
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tests.objectives
-from tests.objectives.twins import CONSTANTS, TOOLS, Sizes, public_functions, twin_of
+from tests.objectives.cases import CONSTANTS, TOOLS, Sizes, public_functions
 
 CASES = {
     f"{function.__module__.split('.')[2]}.{function.__name__}": build
@@ -20,9 +21,11 @@ CASES = {
     for function, build in importlib.import_module(f"tests.objectives.{info.name}").CASES.items()
 }
 EXEMPT: dict[str, str] = {
+    "preference.pair_loss": "the decorator of the preference losses",
     "preference.kto_reference_point": "a constant of kto_loss, through which no gradient flows",
     "policy_gradient.truncated_importance_weight": "a constant weight, through which no gradient flows",
-    "rlhf.best_of_n": "a law, not an objective",
+    "rlhf.best_of_n": "a distribution, not an objective",
+    "rlhf.gibbs_optimum": "a distribution, not an objective",
     "rlhf.best_of_n_kl_bound": "a function of the number of draws",
 }
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-10}
@@ -30,7 +33,7 @@ TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-10}
 
 def objectives():
     functions = public_functions(skip=TOOLS | CONSTANTS)
-    return {name: each for name, each in functions.items() if not name.endswith("_grad") and name not in EXEMPT}
+    return {name: each for name, each in functions.items() if name not in EXEMPT}
 
 
 def cast(arrays, dtype):
@@ -41,14 +44,14 @@ def cast(arrays, dtype):
 
 def gradients(name, case):
     """Of the sum of the objective's values, by autodiff and in closed form, as functions of the arrays."""
-    function, twin, count = objectives()[name], twin_of(name), len(case.differentiable)
+    function, count = objectives()[name], len(case.differentiable)
 
     def by_autodiff(*arrays):
-        total = lambda *given: function(*given, *arrays[count:], **case.knobs).sum()  # noqa: E731
+        total = lambda *given: function(*given, *arrays[count:], **case.settings).sum()  # noqa: E731
         return jax.grad(total, argnums=tuple(range(count)))(*arrays[:count])
 
     def in_closed_form(*arrays):
-        return twin(*arrays, **case.knobs)
+        return function.grad(*arrays, **case.settings)
 
     return by_autodiff, in_closed_form
 
@@ -80,14 +83,19 @@ def stacked(arrays):
     return tuple(jnp.stack([array, array[::-1]]) for array in arrays)
 
 
-def test_every_objective_has_its_twin_and_a_case():
-    functions = public_functions(skip=TOOLS | CONSTANTS)
+def test_every_objective_has_its_gradient_and_a_case():
     assert len(objectives()) > 5
-    assert {name for name in objectives() if f"{name}_grad" not in functions} == set()
+    assert {name for name, function in objectives().items() if not hasattr(function, "grad")} == set()
     assert set(objectives()) == set(CASES)
-    orphans = {n for n in functions if n.endswith("_grad") and n.removesuffix("_grad") not in objectives()}
-    assert orphans == set()
-    assert set(EXEMPT) <= set(functions)
+    assert set(EXEMPT) <= set(public_functions(skip=TOOLS | CONSTANTS))
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_gradient_takes_the_arguments_of_its_objective(name):
+    function = objectives()[name]
+    own, gradient = inspect.signature(function), inspect.signature(function.grad)
+    assert own.parameters == gradient.parameters
+    assert f"`{function.__name__}`" in function.grad.__doc__ and "Raises:" in function.__doc__
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
@@ -102,7 +110,7 @@ def test_the_closed_form_is_what_autodiff_finds(name, dtype, record_property):
         errors = [relative_error(found, expected), relative_error(*batched)]
         if dtype == jnp.float64:  # eager once: operation by operation is slow to compile
             errors.append(relative_error(in_closed_form(*arrays), by_autodiff(*arrays)))
-        record_property("twin", (name, dtype.__name__, max(errors)))
+        record_property("closed form", (name, dtype.__name__, max(errors)))
         assert max(errors) < TOLERANCE[dtype]
 
 
@@ -130,7 +138,7 @@ def test_the_closed_form_holds_for_any_shape_mask_and_beta(name, sizes, seed):
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_constants_carry_no_gradient(name):
-    """Arguments that the twin does not return a gradient for: advantages, the sampler's log-probabilities, …"""
+    """Arguments without a closed-form gradient: advantages, the log-probabilities of the sampler, …"""
     case = CASES[name](np.random.default_rng(3), Sizes())
     arrays = cast((*case.differentiable, *case.constants), jnp.float32)
     floating = [
@@ -138,7 +146,7 @@ def test_constants_carry_no_gradient(name):
     ]
     if floating:
         function = objectives()[name]
-        total = jax.grad(lambda *given: function(*given, **case.knobs).sum(), argnums=tuple(floating))
+        total = jax.grad(lambda *given: function(*given, **case.settings).sum(), argnums=tuple(floating))
         assert all((gradient == 0).all() for gradient in jax.jit(total)(*arrays))
 
 
@@ -147,12 +155,12 @@ def test_a_wrong_dtype_and_a_wrong_shape_are_refused(name):
     case = CASES[name](np.random.default_rng(3), Sizes())
     function = objectives()[name]
     arrays = cast((*case.differentiable, *case.constants), jnp.float32)
-    for attempt in (function, twin_of(name)):
+    for attempt in (function, function.grad):
         with pytest.raises(ValueError, match="must be floating"):
-            attempt(arrays[0].astype(jnp.int32), *arrays[1:], **case.knobs)
+            attempt(arrays[0].astype(jnp.int32), *arrays[1:], **case.settings)
         if len(arrays) > 1:
             with pytest.raises(ValueError, match="must"):
-                attempt(*arrays[:-1], jnp.concatenate([arrays[-1]] * 2, axis=-1), **case.knobs)
+                attempt(*arrays[:-1], jnp.concatenate([arrays[-1]] * 2, axis=-1), **case.settings)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -161,6 +169,6 @@ def test_bfloat16_inputs_are_widened(name):
     narrow = cast((*case.differentiable, *case.constants), jnp.bfloat16)
     widened = cast([np.asarray(a, np.float32) if a.dtype == jnp.bfloat16 else a for a in narrow], jnp.float32)
     function = objectives()[name]
-    value, expected = jax.jit(lambda *given: [function(*arrays, **case.knobs) for arrays in given])(narrow, widened)
+    value, expected = jax.jit(lambda *given: [function(*arrays, **case.settings) for arrays in given])(narrow, widened)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
