@@ -88,7 +88,7 @@ goldens: setup $(PARITY)/.ready
 	for script in tests/goldens/make_*.py; do PYTHONPATH=$(PARITY) $(BIN)/python $$script || exit 1; done
 
 corpus: setup
-	$(BIN)/python -m jaxrl_llm.data.corpus
+	$(BIN)/python -m tools.corpus
 
 benchmark: setup $(PARITY)/.ready
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.decode

@@ -22,7 +22,7 @@ from experiments.parts import attention_numbers
 from experiments.parts.attention_corpus import KINDS
 from experiments.parts.attention_numbers import BOUND, ENOUGH, Study, at
 from jaxrl_llm import models
-from jaxrl_llm.analysis import alignment
+from jaxrl_llm.analysis import word_alignment
 from jaxrl_llm.analysis.bootstrap import Interval
 from jaxrl_llm.data import number_names
 
@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
     together = corpora.read(loaded, np.concatenate(drawn))  # one program
     ends = np.cumsum([0, *map(len, drawn)])
     train, held_out, example = (together.part(*place) for place in itertools.pairwise(ends))
-    best = alignment.best_head(alignment.alignment_error_rate(corpora.counts(train)))
+    best = word_alignment.best_head(word_alignment.alignment_error_rate(corpora.counts(train)))
     study = Study(held_out, best, seed=config.seed, resamples=config.resamples)
     data = {
         "model": config.model,

@@ -23,6 +23,7 @@ from experiments.parts.landscapes import Place
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.scoring import Sequences
 
 PAIRS = (  # prompt, preferred answer, rejected answer
     ("And the king said unto the stranger,", " Peace be with thee.", " Get thee hence."),
@@ -122,7 +123,7 @@ def lowest_of_planes(config: Config, dpo: Place, key: jax.Array) -> list[float]:
     return lowest
 
 
-def answers(tokenizer: Any, which: int, pairs: tuple[tuple[str, str, str], ...] = PAIRS) -> landscape.Answers:
+def answers(tokenizer: Any, which: int, pairs: tuple[tuple[str, str, str], ...] = PAIRS) -> Sequences:
     """Return the prompts with their answers of one kind, padded on the right."""
     prompts = [text.encode(tokenizer, pair[0]) for pair in pairs]
     wholes = [text.encode(tokenizer, pair[0] + pair[which]) for pair in pairs]
@@ -135,7 +136,7 @@ def answers(tokenizer: Any, which: int, pairs: tuple[tuple[str, str, str], ...] 
     for row, whole in zip(tokens, wholes, strict=True):
         row[: len(whole)] = whole
     mask = place < lengths
-    return landscape.Answers(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(mask & (place >= starts)))
+    return Sequences(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(mask & (place >= starts)))
 
 
 def reward_place(loaded: models.Loaded, chosen: Any, rejected: Any, key: jax.Array) -> Place:
@@ -171,16 +172,8 @@ def path_surface(config: Config, dpo: Place, plane: landscape.PrincipalDirection
     low, high = places.min(axis=0), places.max(axis=0)
     room = config.margin * (high - low).max()
     alphas, betas = (np.linspace(low[i] - room, high[i] + room, config.points) for i in (0, 1))
-    losses = landscape.loss_surface(dpo.loss, dpo.params, plane.directions, alphas, betas)
-    return landscape.describe(
-        alphas,
-        betas,
-        losses,
-        title="the plane of DPO's path",
-        centre=dpo.centre,
-        cosine=float(landscape.cosine(*plane.directions)),
-        unit="nats per pair",
-    )
+    shown = {"title": "the plane of DPO's path", "unit": "nats per pair"}
+    return landscape.surface_of(dpo.loss, dpo.params, plane.directions, alphas, betas, **shown).as_dict()
 
 
 def log_two(dpo: Place) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from experiments import command, ledger, model_card
 from experiments.parts import embedded
 from jaxrl_llm import models
 from jaxrl_llm.analysis.ngram import KneserNey
-from jaxrl_llm.data import bpe, corpus
+from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding import generate
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP
 from jaxrl_llm.language_model import Params
@@ -39,6 +39,7 @@ from jaxrl_llm.scoring import bits_per_byte, stream_nats
 from jaxrl_llm.training import pretrain
 from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.optimizers import muon
+from tools import corpus
 
 NAME = "tiny-gpt2"
 NGRAM_ORDERS = (2, 3, 4, 5)

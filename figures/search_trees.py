@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from jaxrl_llm.plots import bars, style, trees
-from jaxrl_llm.plots.sheet import Sheet
-from jaxrl_llm.plots.text import sentence, text_width
-from jaxrl_llm.plots.tree_layout import place
+from jaxrl_llm.plots import bars, style
+from jaxrl_llm.plots import tree as trees
+from jaxrl_llm.plots.layout import Sheet, sentence, text_width
+from jaxrl_llm.plots.tree import place
 
 WIDTH, MARGIN, GAP, HEADING, TITLE, TOP = 619.0, 20.0, 14.0, 34.0, 40.0, 104.0
 LEAVES = {"full": 12, "top_k": 8, "nucleus": 8}  # shown of each tree

@@ -35,13 +35,17 @@ def encode(
 
 
 def eos_ids(tokenizer: Any, config: dict[str, Any]) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those of the model's `config.json` (one or a list).
+    """Return the tokens that end a text: the tokenizer's, and those of the model's `config.json` (one or a list).
 
-    Small models often declare the ending token of the large vocabulary that they were not given: it counts for nothing.
+    Small models often declare the EOS token of a larger vocabulary than theirs: it is left out.
+
+    Args:
+        tokenizer: of Hugging Face's kind, or None.
+        config: with `vocab_size`.
     """
     declared = config.get("eos_token_id")
     declared = declared if isinstance(declared, list) else [declared]
-    known = {token for token in (tokenizer.eos_token_id, *declared) if token is not None}
+    known = {token for token in (getattr(tokenizer, "eos_token_id", None), *declared) if token is not None}
     return sorted(token for token in known if token < config["vocab_size"])
 
 
@@ -138,26 +142,39 @@ class TextStream:
     Args:
         prompt: the tokens before them, whose text is not given again. SentencePiece drops the space before the first
             word of a text; with the prompt in front, a continuation keeps its own.
+        stop: strings that end the text; as in `trim_at_stop`, neither they nor anything after them is given.
+
+    `stopped` says whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, stop
         self._tokens = [int(token) for token in prompt]
-        self._printed = len(self._text())
+        self._start, self._printed, self.stopped = len(self._text()), 0, False
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that the new tokens complete."""
+        """Return the text that the new tokens complete."""
         self._tokens += [int(token) for token in tokens]
         # A character whose bytes are not all there yet decodes to U+FFFD at the end: it waits.
-        return self._emit(self._text().rstrip("\ufffd"))
+        new = self._trimmed(self._text().rstrip("\ufffd"))
+        begun = [len(part) for part in self._beginnings() if new.endswith(part)]  # of a stop string: it waits too
+        return self._emit(new if self.stopped else new[: len(new) - max(begun, default=0)])
 
     def finish(self) -> str:
-        """What is left, complete or not."""
-        return self._emit(self._text())
+        """Return the rest, complete or not."""
+        return self._emit(self._trimmed(self._text()))
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _emit(self, text: str) -> str:
-        new, self._printed = text[self._printed :], max(self._printed, len(text))
+    def _trimmed(self, text: str) -> str:
+        new = trim_at_stop(text[self._start :], self._stop)
+        self.stopped = len(new) < len(text) - self._start
         return new
+
+    def _beginnings(self) -> list[str]:
+        return [string[:length] for string in self._stop for length in range(1, len(string))]
+
+    def _emit(self, new: str) -> str:
+        piece, self._printed = new[self._printed :], max(self._printed, len(new))
+        return piece

@@ -5,7 +5,7 @@
 
 Every trainer takes
 
-* a model: one that is loaded, its name or its path;
+* a model: an `LM` (`jl.load`), its name or its path;
 * data: the path of a file of JSON lines, or any iterable of dicts;
 * options by keyword, or all of them as `config`, a dataclass of `jaxrl_llm.training.config`.
 
@@ -16,11 +16,9 @@ checkpoints, `log.jsonl` and the model there, and `resume=True` continues a run 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
-import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +26,9 @@ import numpy as np
 
 from jaxrl_llm import models
 from jaxrl_llm.data.records import Text
+from jaxrl_llm.interface import LM
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
+from jaxrl_llm.options import takes
 from jaxrl_llm.scoring import pad_completions
 from jaxrl_llm.training import recipes
 from jaxrl_llm.training.batches import Encoder, rounded
@@ -40,7 +40,6 @@ from jaxrl_llm.training.config import (
     PPOConfig,
     RewardConfig,
     SFTConfig,
-    field_docs,
 )
 from jaxrl_llm.training.methods import Method
 from jaxrl_llm.training.preference import find_loss, preference_loss
@@ -52,47 +51,10 @@ from jaxrl_llm.training.steps import Frozen, compute_in
 
 __all__ = ["RewardModel", "dpo", "grpo", "ppo", "reward", "sft"]
 Model = Any  # a loaded model, its name or its path
-Trainer = TypeVar("Trainer", bound=Callable[..., Any])
 Folder = str | os.PathLike[str]
 
 
-def _takes(cls: type[Config]) -> Callable[[Trainer], Trainer]:
-    """Show the options of a configuration in the signature and the docstring of a trainer."""
-
-    def documented(trainer: Trainer) -> Trainer:
-        docs, own = field_docs(cls), cls.__annotations__
-        shared = [field.name for field in dataclasses.fields(Config)]
-        fields = sorted(dataclasses.fields(cls), key=lambda field: (field.name in shared, field.name not in own))
-        signature = inspect.signature(trainer)
-        shown = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
-        shown += [
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field)) for field in fields
-        ]
-        trainer.__signature__ = signature.replace(parameters=shown)
-        lines = [
-            textwrap.fill(
-                f"{field.name} ({_default(field)!r}): {docs[field.name]}",
-                116,
-                initial_indent=" " * 8,
-                subsequent_indent=" " * 12,
-            )
-            for field in fields
-        ]
-        trainer.__doc__ = trainer.__doc__.replace("    Options: listed here.", "\n".join(["    Options:", *lines]))
-        return trainer
-
-    return documented
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def _configured(cls: type[Config], config: Config | None, options: dict[str, Any]) -> Config:
-    names = [field.name for field in dataclasses.fields(cls)]
-    unknown = [name for name in options if name not in names]
-    if unknown:
-        raise TypeError(f"options must be among {', '.join(names)}, but {', '.join(unknown)} is given.")
     if config is None:
         return cls(**options)
     if not isinstance(config, cls):
@@ -100,12 +62,11 @@ def _configured(cls: type[Config], config: Config | None, options: dict[str, Any
     return dataclasses.replace(config, **options)
 
 
-def _wrap(loaded: models.Loaded, run: recipes.Run) -> models.Loaded:
-    """Return the kind of model that `jaxrl_llm.load` returns."""
-    return loaded
+def _model(loaded: models.Loaded, run: recipes.Run) -> LM:
+    return LM(loaded, name=run.name if run.out is None else str(run.out))
 
 
-@_takes(SFTConfig)
+@takes(SFTConfig)
 def sft(
     lm: Model,
     data: Data,
@@ -114,7 +75,7 @@ def sft(
     config: SFTConfig | None = None,
     verbose: bool = True,
     **options: Any,
-) -> Any:
+) -> LM:
     """Fine-tune a model on completions (supervised fine-tuning).
 
         loss = −log π(completion | prompt), the mean over the completion tokens of a batch, in nats
@@ -122,7 +83,7 @@ def sft(
         jl.train.sft("tiny-gpt2", [{"prompt": "The king", "completion": " is wise."}], batch_size=1, steps=10)
 
     Args:
-        lm: a loaded model, its name or its path.
+        lm: a model (`jl.load`), its name or its path.
         data: a path or dicts, in one of three formats: {"prompt", "completion"} ("answer" is a synonym), {"messages"}
             that end with the assistant's, or {"text"}. Prompts and completions are strings or lists of messages.
         out: a folder for checkpoints, log and model; None writes nothing.
@@ -146,7 +107,7 @@ def sft(
     return _offline(run, data, Objective("sft", sft_loss(run.lm), "prompt-completion", ("loss",)))
 
 
-@_takes(DPOConfig)
+@takes(DPOConfig)
 def dpo(
     lm: Model,
     data: Data,
@@ -155,13 +116,13 @@ def dpo(
     config: DPOConfig | None = None,
     verbose: bool = True,
     **options: Any,
-) -> Any:
+) -> LM:
     """Optimise preferences, by DPO or any other preference loss. The reference is `lm` as it is given.
 
         jl.train.dpo("tiny-gpt2", [{"prompt": "The king", "chosen": " is wise.", "rejected": " is."}], batch_size=1)
 
     Args:
-        lm: a loaded model, its name or its path.
+        lm: a model (`jl.load`), its name or its path.
         data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Two
             conversations need no "prompt": it is what they share. For "kto": {"prompt", "completion", "label"}.
         out: a folder for checkpoints, log and model; None writes nothing.
@@ -202,7 +163,7 @@ def dpo(
     return _offline(run, data, objective, reference=loss == "kto" or "reference" in function.needs)
 
 
-@_takes(RewardConfig)
+@takes(RewardConfig)
 def reward(
     lm: Model,
     data: Data,
@@ -220,7 +181,7 @@ def reward(
         scorer.score(["The king"], [" is wise."])
 
     Args:
-        lm: a loaded model, its name or its path; its weights are trained too.
+        lm: a model (`jl.load`), its name or its path; its weights are trained too.
         data: a path or dicts, in one of two formats: {"prompt", "chosen", "rejected"}, or {"prompt", "answers"}, best
             first or with "ranks", 0 for the best.
         out: a folder for checkpoints, log and model; None writes nothing.
@@ -255,7 +216,7 @@ def reward(
     return found
 
 
-@_takes(GRPOConfig)
+@takes(GRPOConfig)
 def grpo(
     lm: Model,
     prompts: Data,
@@ -264,7 +225,7 @@ def grpo(
     config: GRPOConfig | None = None,
     verbose: bool = True,
     **options: Any,
-) -> Any:
+) -> LM:
     """Optimise rewards of the model's own completions, by GRPO or another method that compares them in groups.
 
     The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
@@ -273,7 +234,7 @@ def grpo(
         jl.train.grpo("tiny-gpt2", [{"prompt": "The king"}] * 4, reward=lambda prompts, completions: [...])
 
     Args:
-        lm: a loaded model, its name or its path.
+        lm: a model (`jl.load`), its name or its path.
         prompts: a path or dicts {"prompt", ...}, the prompt a string or a list of messages.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
@@ -304,7 +265,7 @@ def grpo(
     return _online(GRPOConfig, "grpo", lm, prompts, out, config, verbose, options)
 
 
-@_takes(PPOConfig)
+@takes(PPOConfig)
 def ppo(
     lm: Model,
     prompts: Data,
@@ -313,7 +274,7 @@ def ppo(
     config: PPOConfig | None = None,
     verbose: bool = True,
     **options: Any,
-) -> Any:
+) -> LM:
     """Optimise rewards of the model's own completions by PPO, with a critic that is trained beside the policy.
 
     The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
@@ -322,7 +283,7 @@ def ppo(
         jl.train.ppo("tiny-gpt2", "prompts.jsonl", reward=scorer)
 
     Args:
-        lm: a loaded model, its name or its path; the critic starts from its weights.
+        lm: a model (`jl.load`), its name or its path; the critic starts from its weights.
         prompts: as in `grpo`.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
@@ -341,9 +302,9 @@ def ppo(
     return _online(PPOConfig, "ppo", lm, prompts, out, config, verbose, options)
 
 
-def _offline(run: recipes.Run, data: Data, objective: Objective, *, reference: bool = False) -> Any:
+def _offline(run: recipes.Run, data: Data, objective: Objective, *, reference: bool = False) -> LM:
     trained = recipes.trained_of(run, reference=reference)
-    return _wrap(recipes.finish(run, trained, recipes.fit(run, data, objective, trained)), run)
+    return _model(recipes.finish(run, trained, recipes.fit(run, data, objective, trained)), run)
 
 
 def _online(
@@ -355,7 +316,7 @@ def _online(
     config: GRPOConfig | None,
     verbose: bool,
     options: dict[str, Any],
-) -> Any:
+) -> LM:
     method = None
     if isinstance(options.get("method"), Method):
         names = {field.name for field in dataclasses.fields(Method)}
@@ -365,7 +326,7 @@ def _online(
         shared = [field.name for field in dataclasses.fields(cls) if field.name in names]
         options |= {name: getattr(method, name) for name in shared}
     run = recipes.begin(lm, _configured(cls, config, options), out, verbose=verbose)
-    return _wrap(recipes.optimise_rewards(run, prompts, kind, method=method), run)
+    return _model(recipes.optimise_rewards(run, prompts, kind, method=method), run)
 
 
 class RewardModel(LoadedReward):

@@ -25,10 +25,12 @@ import pytest  # noqa: E402
 import scipy.stats  # noqa: E402
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
-from jaxrl_llm.models.llama import Llama, LlamaConfig  # noqa: E402
-from jaxrl_llm.models.stablelm import StableLM, StableLMConfig  # noqa: E402
-from jaxrl_llm.models.t5 import T5, T5Given  # noqa: E402
-from jaxrl_llm.models.t5_layers import T5Config  # noqa: E402
+from jaxrl_llm.models.llama import Llama, LlamaConfig, StableLM, StableLMConfig  # noqa: E402  # noqa: E402
+from jaxrl_llm.models.t5 import (  # noqa: E402
+    T5,
+    T5LM,
+    T5Config,
+)
 from jaxrl_llm.tabular import TabularLM  # noqa: E402
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
@@ -78,7 +80,7 @@ TINY = {
             qk_layernorm=True,
         )
     ),
-    "t5": T5Given(TINY_T5.config, num_sources=1),
+    "t5": T5LM(TINY_T5.config, num_sources=1),
     "tabular": TabularLM(vocab_size=3, horizon=8),
 }
 
@@ -96,7 +98,7 @@ def _forget_programs_before_they_are_too_many():
 
 def random_params(lm, seed=0, *, dtype=jnp.float32):
     """Every parameter random, biases and norms too, and logits far from uniform; of a given T5, sources too."""
-    if isinstance(lm, T5Given):
+    if isinstance(lm, T5LM):
         t5, source = T5(lm.config), np.random.default_rng(seed).integers(0, lm.vocab_size, (lm.num_sources, 7))
         return t5.start(random_params(t5, seed, dtype=dtype), jnp.asarray(source)).params
     if isinstance(lm, TabularLM):

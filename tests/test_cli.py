@@ -14,11 +14,11 @@ import pytest
 import transformers
 
 from jaxrl_llm import cli, models
-from jaxrl_llm.cli.strategies import STRATEGIES
 from jaxrl_llm.data import bpe, number_tokenizer
 from jaxrl_llm.decoding import generate, transforms
 from jaxrl_llm.models import T5, T5Config, loading
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.sampling import USED
 
 CONTEXT = 48
 TEMPLATE = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
@@ -198,14 +198,18 @@ def test_chat_prints_the_answer_alone(run, chat_model):
 # Strategies -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("strategy", sorted(USED))
 def test_every_strategy_continues_the_prompt(run, model, strategy):
-    drafts = ("--draft-model", model) if strategy == "speculative" else ()
-    small = ("--max-new-tokens", 6, "--num-candidates", 3, "--num-beams", 2, "--candidates", 2, "--num-draft", 2)
-    command = ("generate", "the cat", "--model", model, "--strategy", strategy, *small, *drafts)
+    small = {"num_candidates": 3, "num_beams": 2, "candidates": 2, "num_draft": 2, "draft_model": model}
+    options = [part for name, value in small.items() if name in USED[strategy] for part in (option(name), value)]
+    command = ("generate", "the cat", "--model", model, "--strategy", strategy, "--max-new-tokens", 6, *options)
     status, out, err = run(*command)
     assert (status, err) == (0, "") and out.startswith("the cat") and len(out) > len("the cat\n")
     assert run(*command) == (0, out, ""), "the same seed"
+
+
+def option(name):
+    return "--" + name.replace("_", "-")
 
 
 def test_beams_print_their_hypotheses_best_first(run, model):
@@ -241,9 +245,10 @@ def test_compare_shows_each_strategy_under_its_name(run, model):
     names = [line.split()[0] for line in out.splitlines() if line and not line.startswith(" ")]
     assert names == ["greedy", "beam", "sample"]
     assert out.count("  the cat") == 3
-    assert_one_line(run("decode-compare", "the cat", "--model", model, "--width", 5), "--width must be at least 20")
-    drafts = ("--strategies", "greedy", "speculative")
-    assert_one_line(run("decode-compare", "the cat", "--model", model, *drafts), "speculative needs --draft-model")
+    command = ("decode-compare", "the cat", "--model", model, "--strategies", "greedy")
+    assert_one_line(run(*command, "--width", 5), "--width must be at least 20")
+    assert_one_line(run(*command, "speculative"), "the strategy speculative needs draft_model")
+    assert_one_line(run(*command, "beam", "--alpha", 0.5), "none of these strategies uses alpha")
 
 
 def test_compare_names_the_options_that_a_strategy_leaves_out(run, model):
@@ -251,7 +256,7 @@ def test_compare_names_the_options_that_a_strategy_leaves_out(run, model):
     status, out, err = run("decode-compare", "the cat", "--model", model, *chosen)
     assert (status, err) == (0, "")
     greedy, contrastive = (line for line in out.splitlines() if line and not line.startswith(" "))
-    assert "without" not in greedy and contrastive.endswith("(without --choices)")
+    assert "without" not in greedy and contrastive.endswith("(without choices)")
 
 
 def test_bayes_risk_compares_texts_without_their_end(run, model):
@@ -281,16 +286,19 @@ def assert_one_line(result, said):
         (["--temperature", "nan"], "temperature must be a finite number above 0, but is nan"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, but is 0"),
         (["--max-new-tokens", str(CONTEXT)], f"do not fit with it in the model's context of {CONTEXT}"),
-        (["--greedy", "--top-k", "3"], "--strategy greedy has no use for --top-k"),
-        (["--greedy", "--temperature", "0.5"], "--strategy greedy has no use for --temperature"),
+        (["--greedy", "--top-k", "3"], "the strategy greedy does not use top_k"),
+        (["--greedy", "--temperature", "0.5"], "the strategy greedy does not use temperature"),
         (["--greedy", "--strategy", "beam"], "two strategies"),
-        (["--strategy", "beam", "--repetition-penalty", "2"], "--strategy beam has no use for --repetition-penalty"),
-        (["--strategy", "beam", "--num-samples", "9"], "--num-samples is 9, but --num-beams only 4"),
-        (["--strategy", "mbr", "--stop", "x"], "--stop and --guidance-prompt are for --strategy sample and greedy"),
-        (["--strategy", "speculative"], "needs --draft-model"),
-        (["--regex", "a", "--choices", "b"], "either --regex or --choices"),
+        (["--strategy", "beam", "--repetition-penalty", "2"], "the strategy beam does not use repetition_penalty"),
+        (["--strategy", "beam", "--num-samples", "9"], "must be at least the 9 completions asked for, but is 4"),
+        (["--strategy", "beam", "--num-beams", "0"], "num_beams must be at least 1, but is 0"),
+        (["--num-beams", "3"], "the strategy sample does not use num_beams"),
+        (["--guidance-scale", "2"], "guidance_scale needs guidance_prompt"),
+        (["--strategy", "mbr", "--stop", "x"], "the strategy mbr does not use stop"),
+        (["--strategy", "speculative"], "the strategy speculative needs draft_model"),
+        (["--regex", "a", "--choices", "b"], "give either regex or choices, not both"),
         (["--regex", "("], "is not a regular expression"),
-        (["--num-samples", "0"], "--num-samples must be at least 1, but is 0"),
+        (["--num-samples", "0"], "completions of a prompt must be at least 1, but is 0"),
         (["--chat"], "this model has no chat template"),
         (["--prompts", "nowhere.txt"], "give either a prompt or --prompts, not both"),
     ],
@@ -533,9 +541,9 @@ def test_attention_of_a_decoder_only_model(run, model, tmp_path):
     [
         (["--out", "map.bmp"], "cannot write a figure to map.bmp: the suffix must be one of"),
         (["--kind", "self"], "attention of kind cross, encoder, decoder, but none of kind self"),
-        (["--layer", "1"], "--layer must be from 0 to 0"),
-        (["--kind", "encoder", "--layer", "2"], "--layer must be from 0 to 1"),
-        (["--head", "-4"], "--head must be from 0 to 2 (or −3 to −1), but is -4"),
+        (["--layer", "1"], "layer must be from 0 to 0"),
+        (["--kind", "encoder", "--layer", "2"], "layer must be from 0 to 1"),
+        (["--head", "-4"], "head must be from 0 to 2 (or −3 to −1), but is -4"),
         (["--links", "-1"], "--links must be 0 or above, but is -1"),
         (["--target", "hello"], "the target, 'hello': the model's tokenizer does not know 'hello'"),
     ],
@@ -584,7 +592,8 @@ def test_a_drawn_tree_follows_from_its_seed(run, model, tmp_path):
         (["--out", "tree"], "cannot write a figure to tree: the suffix must be one of"),
         (["--depth", "0"], "depth"),
         (["--branching", "0"], "branching"),
-        (["--temperature", "2"], "--temperature is for children that are drawn"),
+        (["--temperature", "2"], "temperature is for children that are drawn"),
+        (["--top-k", "9"], "the selection best does not use top_k"),
         (["--select", "top-k", "--top-k", "0"], "k must be an integer of at least 1, but is 0"),
         (["--select", "nucleus", "--top-p", "2"], "p must be in (0, 1], but is 2.0"),
     ],

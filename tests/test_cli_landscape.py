@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import models, text
+from jaxrl_llm import interface, models, text
 from jaxrl_llm.analysis import landscape
-from jaxrl_llm.cli.landscape import Landscape
 
 SMALL = ("--points", "3", "--radius", "0.5")
 
@@ -49,7 +48,7 @@ def test_an_even_grid_says_that_the_centre_is_not_on_it(run):
 @pytest.mark.slow
 def test_checkpoint_and_page(run, tmp_path):
     status, first, _ = run("I have a dream", *SMALL, "--checkpoint", "kept.json", "--html", "page.html")
-    assert status == 0 and "to be turned by hand: page.html" in first
+    assert status == 0 and "interactive 3-D plot: page.html" in first
     assert "I have a dream" in (tmp_path / "page.html").read_text()
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert [len(row) for row in kept["losses"]] == [3, 3, 3]
@@ -72,8 +71,7 @@ def test_hessian_directions_come_with_the_sharpness(monkeypatch, capsys):
         return found
 
     monkeypatch.setattr(landscape, "top_eigenpairs", eigenpairs)
-    command = Landscape("I have a dream", directions="hessian", iterations=7)
-    directions, sharpness = command._directions(None, loaded.params)
+    (directions, sharpness) = interface.LM(loaded)._plane(None, "hessian", jax.random.key(0), 7)
     assert sharpness == 5.5 and asked["max_iterations"] == 7
     for direction in directions:
         np.testing.assert_allclose(landscape.norm(direction), landscape.norm(loaded.params), rtol=1e-5)
@@ -89,8 +87,8 @@ def test_holes_are_counted_and_nothing_else_is_said(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("hi", "--points", "0"), "at least one point"),
-        (("hi", "--points", "1"), "--points must be at least 2"),
+        (("hi", "--points", "0"), "points must be at least 2, but is 0"),
+        (("hi", "--points", "1"), "points must be at least 2, but is 1"),
         (("hi", "--radius", "-1"), "radius must be positive and finite, but is -1.0"),
         (("hi", "--out", "x.docx"), "cannot write a figure to x.docx"),
         (("", *SMALL), "nothing to predict"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jaxrl_llm import models, text
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import gguf_file, gguf_tokenizer, loading
+from jaxrl_llm.models import gguf, loading
+from jaxrl_llm.models.tokenizers import from_gguf
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -43,7 +44,7 @@ def sentencepiece():
         "eos_token_id": 2,
         "unknown_token_id": 0,
     }
-    return gguf_tokenizer.build({f"tokenizer.ggml.{key}": value for key, value in fields.items()}, "a test")
+    return from_gguf({f"tokenizer.ggml.{key}": value for key, value in fields.items()}, "a test")
 
 
 def decode(tokenizer, tokens):
@@ -261,7 +262,7 @@ def test_the_bytes_of_sentencepiece_tokens_are_a_continuations(string):
 
 @pytest.mark.parity
 def test_the_bytes_of_smollm2s_tokens():
-    whole, pieces = spelt(gguf_file.read(loading.locate("smollm2-135m-instruct")).tokenizer)
+    whole, pieces = spelt(gguf.read(loading.locate("smollm2-135m-instruct")).tokenizer)
     for string in [*CORPUS, "def f(x):\n\treturn  x\n\n", "12345 ½ 👩‍🚀"]:
         assert b"".join(pieces[token] for token in whole(string)["input_ids"]) == string.encode()
 

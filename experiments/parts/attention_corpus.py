@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import models
-from jaxrl_llm.analysis import alignment, attention
+from jaxrl_llm.analysis import attention, word_alignment
 from jaxrl_llm.data import number_names
 
 KINDS = ("encoder", "decoder", "cross")
@@ -86,7 +86,7 @@ def _tokens(loaded: models.Loaded, texts: list[tuple[str, ...]]) -> tuple[np.nda
 def counts(corpus: Corpus, *, late: bool = False, weights: np.ndarray | None = None) -> np.ndarray:
     """Alignment counts [pair, layer, head, 2]; `late` reads each word in the row after the one that predicts it."""
     weights = corpus.weights["cross"] if weights is None else weights
-    return alignment.head_counts(
+    return word_alignment.head_counts(
         np.roll(weights, -1, axis=-2) if late else weights,
         [pair.sure for pair in corpus.pairs],
         [pair.possible for pair in corpus.pairs],
@@ -151,7 +151,7 @@ def inversions(corpus: Corpus, layer: int, head: int) -> np.ndarray:
 def _links(corpus: Corpus, layer: int, head: int) -> np.ndarray:
     """Return the source word with the largest weight in each row of a cross-attention head, [pair, target, source]."""
     weights = corpus.weights["cross"][layer : layer + 1, :, head : head + 1]
-    return alignment.hard_alignment(weights, corpus.target_words, corpus.source_words)[0, :, 0]
+    return word_alignment.hard_alignment(weights, corpus.target_words, corpus.source_words)[0, :, 0]
 
 
 def example(corpus: Corpus, number: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import scipy.stats
 from experiments import ledger, statistics
 from experiments.parts import attention_corpus as corpora
 from experiments.parts.attention_corpus import KINDS, Corpus
-from jaxrl_llm.analysis import alignment
+from jaxrl_llm.analysis import word_alignment
 from jaxrl_llm.analysis.bootstrap import Interval, bootstrap_interval
 
 SHORT, LONG = (1, 2), (7, 9)  # English words of short and long names
@@ -38,7 +38,7 @@ class Study:
 
     def error_rate(self, counts: np.ndarray) -> Interval:
         """Return the alignment error rate of a corpus, with its interval over the names."""
-        return self.interval(counts, alignment.alignment_error_rate)
+        return self.interval(counts, word_alignment.alignment_error_rate)
 
 
 def at(interval: Interval, *place: int) -> dict[str, float]:
@@ -95,7 +95,7 @@ def hypotheses(study: Study) -> list[Entry]:
     encoder, relative = (
         corpora.entropies(held_out, "encoder", normalised=normalised).mean(axis=2) for normalised in (False, True)
     )
-    errors = alignment.alignment_error_rate(corpora.counts(held_out)[None]).mean(axis=2)  # each name a corpus
+    errors = word_alignment.alignment_error_rate(corpora.counts(held_out)[None]).mean(axis=2)  # each name a corpus
     falls, grows = "Wilcoxon's signed-rank test", "Spearman's rank correlation with English words"
     p_values = {
         "encoder attention is sharper in its last layer": (
@@ -165,7 +165,7 @@ def lengths(study: Study) -> list[Entry]:
 
 def _mean_error_rate(counts: np.ndarray, axis: int) -> np.ndarray:
     """Return the mean error rate of some heads."""
-    return alignment.alignment_error_rate(counts, axis).mean(axis=-1)
+    return word_alignment.alignment_error_rate(counts, axis).mean(axis=-1)
 
 
 def _ratio(counts: np.ndarray, axis: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from experiments import ledger
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import landscape
-from jaxrl_llm.analysis.landscape.losses import LossFn
+from jaxrl_llm.analysis.landscape.vectors import LossFn
 from jaxrl_llm.language_model import Params
 
 EXERCISE = "I have a dream"
@@ -50,9 +50,7 @@ def surface_of(
 ) -> dict[str, Any]:
     """Return the surface over [−radius, radius]² as data."""
     axis = landscape.axis(radius, points)
-    losses = landscape.loss_surface(place.loss, place.params, directions, axis, axis)
-    cosine = float(landscape.cosine(*directions))
-    return landscape.describe(axis, axis, losses, title=title, centre=place.centre, cosine=cosine, **facts)
+    return landscape.surface_of(place.loss, place.params, directions, axis, axis, title=title, **facts).as_dict()
 
 
 def identities(surfaces: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

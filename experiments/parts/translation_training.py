@@ -16,7 +16,7 @@ from jaxrl_llm import models
 from jaxrl_llm.data import bpe, parallel, verses
 from jaxrl_llm.data.parallel import SentencePair
 from jaxrl_llm.models import GPT2, T5, GPT2Config, T5Config
-from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.training import loop, seq2seq
 from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.optimizers import muon

@@ -1,4 +1,4 @@
-"""BLEU as sacreBLEU defines it, of corpora and of single texts; chrF, its neighbour, is importable from here too."""
+"""BLEU as sacreBLEU defines it, of corpora and of single texts; `corpus_chrf` is importable from here too."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from jaxrl_llm.analysis.chrf import corpus_chrf, reference_lists, sentence_chrf
+from jaxrl_llm.analysis.chrf import corpus_chrf, reference_lists
 
-__all__ = ["BleuCounts", "corpus_bleu", "corpus_chrf", "count", "score", "sentence_bleu", "sentence_chrf", "tokenise"]
+__all__ = ["BleuCounts", "corpus_bleu", "corpus_chrf", "count", "score", "sentence_bleu", "tokenise"]
 
 SMOOTH_VALUES = {"exp": None, "none": None, "floor": 0.1, "add-k": 1.0}  # Chen and Cherry 2014
 ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))

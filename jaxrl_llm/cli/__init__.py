@@ -30,16 +30,16 @@ Command = (
 
 def main() -> None:
     """Entry point of `jaxrl-llm`."""
-    command = tyro.cli(
-        Command,
-        prog="jaxrl-llm",
-        description="Train language models, decode from them, and look at both.",
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-    )
-    from jaxrl_llm import runtime
-
-    runtime.set_up()
     try:
+        command = tyro.cli(
+            Command,
+            prog="jaxrl-llm",
+            description="Train language models, decode from them, and analyse both.",
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
+        from jaxrl_llm import runtime
+
+        runtime.set_up()
         command.run()
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()

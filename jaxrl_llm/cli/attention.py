@@ -1,4 +1,4 @@
-"""`jaxrl-llm attention`: what each token looks at, drawn and in numbers."""
+"""`jaxrl-llm attention`: the attention maps of a text, drawn and in numbers."""
 
 from __future__ import annotations
 
@@ -8,78 +8,50 @@ from typing import Any, Literal
 
 import tyro
 
-from jaxrl_llm.cli.prompts import require_tokenizer
-
-NAMES = {
-    "cross": "cross-attention",
-    "encoder": "encoder self-attention",
-    "decoder": "decoder self-attention",
-    "self": "self-attention",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Draw the attention maps of a text: which tokens each token looks at, in any layer and head."""
+    """Draw the attention maps of a text: the tokens that each token attends to, in any layer and head."""
 
     text: tyro.conf.Positional[str]
-    """The text; of an encoder-decoder, what it translates."""
+    """The text; for an encoder-decoder, the text to translate."""
     model: str = "tiny-t5"
     """As in `generate`, or a T5."""
     kind: Literal["cross", "encoder", "decoder", "self"] | None = None
-    """Of a T5 cross (the default), encoder or decoder; of other models self."""
+    """cross (the default), encoder or decoder of a T5; self of other models."""
     layer: int | None = None
     """Counted from 0, or from −1 backwards; all if not given."""
     head: int | None = None
     """Likewise."""
     target: str | None = None
-    """A T5's output; by default what it translates greedily."""
+    """A T5's output; by default its greedy translation."""
     links: int = 20
-    """Print the strongest link of so many tokens, those with the most weight; of several heads, in their mean."""
+    """Tokens whose strongest link is printed, those of most weight first; of several heads, of their mean."""
     out: Path = Path("attention.png")
-    """Where to draw it; the suffix decides the format (.png, .svg, .pdf)."""
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
 
     def run(self) -> None:
         """Compute the maps, draw them, print entropy and the strongest links."""
-        from jaxrl_llm import models
-        from jaxrl_llm.analysis import text_maps
+        import jaxrl_llm as jl
+        from jaxrl_llm.analysis import attention
         from jaxrl_llm.plots import style
 
         if self.links < 0:
             raise ValueError(f"--links must be 0 or above, but is {self.links}.")
-        loaded = models.load(self.model)
-        require_tokenizer(loaded, self.model)
-        maps = text_maps.text_maps(loaded, self.text, kind=self.kind, target=self.target)
-        layers = _chosen("--layer", self.layer, maps.weights.shape[0])
-        heads = _chosen("--head", self.head, maps.weights.shape[1])
-        style.save_as(self._figure(maps, layers, heads), self.out)
-        print(f"{self.model}, {NAMES[maps.kind]}: {maps.source}" + (f" → {maps.target}" if maps.target else ""))
+        style.check_suffix(self.out)
+        found = jl.load(self.model).attention(self.text, kind=self.kind, target=self.target)
+        figure, maps = found.plot(layer=self.layer, head=self.head), found.maps
+        layers, heads = (
+            list(range(count)) if index is None else [index % count]
+            for index, count in zip((self.layer, self.head), maps.weights.shape, strict=False)
+        )
+        style.save_as(figure, self.out)
+        print(f"{self.model}, {maps.name}: {maps.source}" + (f" → {maps.target}" if maps.target else ""))
         _print_entropies(maps, layers, heads)
         count = len(layers) * len(heads)
         where = f"mean of {count} heads" if count > 1 else f"layer {layers[0]}, head {heads[0]}"
-        _print_links(text_maps.strongest_links(maps, layers=layers, heads=heads), maps, self.links, where)
+        _print_links(attention.strongest_links(maps, layers=layers, heads=heads), maps, self.links, where)
         print(f"drawn: {self.out}")
-
-    def _figure(self, maps: Any, layers: list[int], heads: list[int]) -> Any:
-        from jaxrl_llm.plots.attention import grid_figure, head_figure
-
-        axis_names = ("target", "source") if maps.kind == "cross" else ("query", "key")
-        if len(layers) == len(heads) == 1:
-            title = f"{self.model}, {NAMES[maps.kind]}, layer {layers[0]}, head {heads[0]}"
-            weights = maps.weights[layers[0], heads[0]]
-            return head_figure(weights, queries=maps.queries, keys=maps.keys, title=title, axis_names=axis_names)
-        weights = maps.weights[layers][:, heads]
-        title = f"{self.model}, {NAMES[maps.kind]}: {maps.source}"
-        return grid_figure(weights, title=title, axis_names=axis_names, layers=layers, heads=heads)
-
-
-def _chosen(option: str, index: int | None, count: int) -> list[int]:
-    """One of them, or all."""
-    if index is None:
-        return list(range(count))
-    if not -count <= index < count:
-        raise ValueError(f"{option} must be from 0 to {count - 1} (or −{count} to −1), but is {index}.")
-    return [index % count]
 
 
 def _print_entropies(maps: Any, layers: list[int], heads: list[int]) -> None:
@@ -93,7 +65,7 @@ def _print_entropies(maps: Any, layers: list[int], heads: list[int]) -> None:
 
 
 def _print_links(links: list[Any], maps: Any, limit: int, where: str) -> None:
-    """The strongest, in the order of the text."""
+    """Print the strongest links, in the order of the text."""
     kept = sorted(links, key=lambda link: -link.weight)[:limit]
     rows = [(maps.queries[link.query], maps.keys[link.key], link) for link in sorted(kept)]
     if not rows:
@@ -106,5 +78,5 @@ def _print_links(links: list[Any], maps: Any, limit: int, where: str) -> None:
 
 
 def _visible(token: str) -> str:
-    """A token on one line, in quotes where it would not be seen as it is."""
+    """Return a token on one line, in quotes where it would not be visible."""
     return token if token.isprintable() and token == token.strip() != "" else repr(token)

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxrl_llm.cli.generate import answer_text
-from jaxrl_llm.cli.options import KNOWN, Sampling, Search, Strategy, options, unheeded
-from jaxrl_llm.cli.prompts import load_batch
+from jaxrl_llm import sampling as options_of
+from jaxrl_llm.cli.generate import note, whole
+from jaxrl_llm.sampling import Sampling, Search, Strategy
 
-TOP_P = 0.95  # for the strategies that draw
+DEFAULTS = Sampling(max_new_tokens=40, top_p=0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,45 +26,40 @@ class Compare:
     strategies: tuple[Strategy, ...] = (
         "greedy", "beam", "diverse-beam", "contrastive", "sample", "stochastic-beam", "lookup", "best-of-n", "mbr",
     )  # fmt: skip
-    """Which; `speculative` needs --draft-model."""
-    max_new_tokens: int = 40
-    """The most tokens to add."""
+    """The strategies; `speculative` needs --draft-model."""
     width: int = 76
     """Characters in a line."""
     chat: bool = False
     """Put the prompt into the model's chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=lambda: Sampling(top_p=TOP_P)
-    )
+    """Dtype of the parameters."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: DEFAULTS)
     search: Annotated[Search, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Search)
 
     def run(self) -> None:
-        """Print each strategy's best answer under its name."""
-        from jaxrl_llm.cli.strategies import Task, answers
-
+        """Print each strategy's best completion under its name, with the options that it does not use."""
         if self.width < 20:
             raise ValueError(f"--width must be at least 20, but is {self.width}.")
-        if "speculative" in self.strategies and self.search.draft_model is None:
-            raise ValueError("the strategy speculative needs --draft-model.")
-        batch = load_batch(self.model, [self.prompt], dtype=self.dtype, chat=self.chat)
-        for strategy in self.strategies:
-            answer = answers(strategy, Task(batch, heeded(strategy, self.sampling), self.search, self.max_new_tokens))[
-                0
-            ][0]
-            by_default = {"top_p"} if self.sampling.top_p == TOP_P else set()
-            left_out = options(unheeded(strategy, self.sampling) - by_default)
-            print(f"{strategy:<16}{answer.note}" + (f"   (without {left_out})" if left_out else ""))
-            lines = answer_text(batch, 0, self.prompt, answer.tokens, chat=self.chat).splitlines() or [""]
-            for line in lines:
-                print(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))
-            print()
+        if useless := set.intersection(*(options_of.unused(each, self.search) for each in self.strategies)):
+            raise ValueError(f"none of these strategies uses {', '.join(sorted(useless))}.")
+        used = [
+            (each, options_of.restricted(each, self.sampling), options_of.restricted(each, self.search))
+            for each in self.strategies
+        ]
+        for each in used:
+            options_of.check(*each)
+        import jaxrl_llm as jl
 
+        lm = jl.load(self.model, dtype=self.dtype)
+        for strategy, sampling, search in used:
+            options = {"chat": self.chat, **vars(sampling), **vars(search)}
+            for completion in lm.generate(self.prompt, strategy=strategy, **options):
+                print(f"{strategy:<16}{note(strategy, completion)}{self._left_out(strategy)}")
+                for line in whole(completion, chat=self.chat).splitlines() or [""]:
+                    print(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))
+                print()
 
-def heeded(strategy: str, sampling: Sampling) -> Sampling:
-    """The options that this strategy knows; the others as they are by default."""
-    if strategy not in KNOWN:
-        return sampling
-    known = {name: getattr(sampling, name) for name in KNOWN[strategy]}
-    return Sampling(seed=sampling.seed, **known)
+    def _left_out(self, strategy: Strategy) -> str:
+        names = options_of.unused(strategy, self.sampling)
+        names -= {name for name in names if getattr(self.sampling, name) == getattr(DEFAULTS, name)}
+        return f"   (without {', '.join(sorted(names))})" if names else ""

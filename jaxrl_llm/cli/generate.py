@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxrl_llm.cli.options import Sampling, Search, Strategy, check_known
-from jaxrl_llm.cli.prompts import Batch, load_batch, read_prompts
+from jaxrl_llm import sampling as options_of
+from jaxrl_llm.sampling import Sampling, Search, Strategy
+
+NOTES: dict[Strategy, str] = {  # of a completion, before its text
+    "speculative": "{accepted} drafts accepted in {rounds} rounds",
+    "lookup": "{accepted} drafts accepted in {rounds} rounds",
+    "best-of-n": "log-probability per token {log_prob_per_token:.3f}",
+    "mbr": "expected chrF {expected_chrf:.1f}",
+}
+LOG_PROBABILITY = "log-probability {log_prob:.2f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,124 +33,74 @@ class Generate:
     model: str = "tiny-gpt2"
     """A folder, a .gguf file, tiny-gpt2, smollm2-135m-instruct, or a name on the Hugging Face hub."""
     strategy: Strategy = "sample"
-    """How the text is decoded."""
+    """The decoding strategy."""
     greedy: bool = False
     """The same as --strategy greedy."""
-    max_new_tokens: int = 64
-    """The most tokens to add."""
     num_samples: int = 1
-    """Continuations of each prompt; of beams, hypotheses that are printed."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not printed. For sample and greedy."""
-    guidance_prompt: str | None = None
-    """Move away from what would follow this prompt too. For sample and greedy."""
-    guidance_scale: float = 1.5
-    """How far; 1 is not at all."""
+    """Completions of each prompt; of beams, hypotheses that are printed."""
     chat: bool = False
     """Put the prompt into the model's chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters."""
+    """Dtype of the parameters."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     search: Annotated[Search, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Search)
 
     def run(self) -> None:
-        """Print each continuation: a single one as it comes, several when they are there."""
-        strategy = self.chosen()
-        streams = strategy in ("sample", "greedy")
-        if not streams and (self.stop or self.guidance_prompt is not None):
-            raise ValueError("--stop and --guidance-prompt are for --strategy sample and greedy.")
-        if self.num_samples < 1:
-            raise ValueError(f"--num-samples must be at least 1, but is {self.num_samples}.")
-        beams = strategy.endswith("beam")
-        if self.search.num_beams < 1:
-            raise ValueError(f"--num-beams must be at least 1, but is {self.search.num_beams}.")
-        if beams and self.num_samples > self.search.num_beams:
-            raise ValueError(f"--num-samples is {self.num_samples}, but --num-beams only {self.search.num_beams}.")
-        copies = 1 if beams else self.num_samples
-        prompts = [prompt for prompt in read_prompts(self.prompt, self.prompts) for _ in range(copies)]
-        batch = load_batch(self.model, prompts, dtype=self.dtype, chat=self.chat)
-        if streams:
-            self.print_stream(batch, prompts, greedy=strategy == "greedy")
-        else:
-            self.print_answers(batch, prompts, strategy)
+        """Print each completion: a single one while it is generated, several at the end."""
+        strategy = options_of.chosen(self.strategy, greedy=self.greedy)
+        options_of.check(strategy, self.sampling, self.search, n=self.num_samples)
+        prompts = read_prompts(self.prompt, self.prompts)
+        import jaxrl_llm as jl
 
-    def chosen(self) -> str:
-        """The strategy, checked against the other options."""
-        if self.greedy and self.strategy not in ("sample", "greedy"):
-            raise ValueError(f"--greedy and --strategy {self.strategy} are two strategies: give one.")
-        strategy = "greedy" if self.greedy else self.strategy
-        check_known(strategy, self.sampling)
-        return strategy
-
-    def print_stream(self, batch: Batch, prompts: list[str], *, greedy: bool) -> None:
-        """Text as soon as it is known."""
-        import jax
-
-        from jaxrl_llm import text
-        from jaxrl_llm.decoding import stop_strings, stream
-
-        tokenizer, stop = batch.loaded.tokenizer, None
-        if self.stop:
-            stop = stop_strings(text.token_bytes(tokenizer, batch.loaded.model.vocab_size), self.stop)
-        pieces = stream(
-            batch.loaded.model,
-            batch.loaded.params,
-            batch.tokens,
-            prompt_mask=batch.mask,
-            max_new_tokens=self.max_new_tokens,
-            transform=self.sampling.transform(batch),
-            greedy=greedy,
-            key=jax.random.key(self.sampling.seed),
-            eos_id=batch.eos_ids,
-            stop=stop,
-            guidance=self.guidance(batch),
-        )
-        streams = [text.TextStream(tokenizer, () if self.chat else row) for row in batch.rows]
-        heads = ["" if self.chat else prompt for prompt in prompts]
-        if len(prompts) == 1 and not self.stop:
-            for piece in pieces:
-                print(heads.pop() if heads else "", end="")  # not before it is known that the prompt is accepted
-                print(streams[0].push(piece.tokens[0][piece.mask[0]].tolist()), end="", flush=True)
-            print(streams[0].finish())
+        lm = jl.load(self.model, dtype=self.dtype)
+        if len(prompts) == self.num_samples == 1 and strategy in ("sample", "greedy"):
+            self._print_stream(lm, prompts[0], greedy=strategy == "greedy")
             return
-        texts = [""] * len(prompts)
-        for piece in pieces:
-            for i, row in enumerate(streams):
-                texts[i] += row.push(piece.tokens[i][piece.mask[i]].tolist())
-        for i, row in enumerate(streams):
-            texts[i] = heads[i] + text.trim_at_stop(texts[i] + row.finish(), self.stop)
-        if len(texts) == 1:
-            print(texts[0])
-            return
-        for i, each in enumerate(texts):
-            print(f"--- {i + 1}: {prompts[i]}" if self.chat else f"--- {i + 1}", each, sep="\n")
-
-    def guidance(self, batch: Batch) -> Any:
-        """The second prompt, for every row."""
-        if self.guidance_prompt is None:
-            return None
-        from jaxrl_llm import text
-        from jaxrl_llm.decoding import Guidance
-
-        row = text.encode(batch.loaded.tokenizer, self.guidance_prompt, chat=self.chat)
-        tokens, mask = text.left_pad([row] * len(batch.rows))
-        return Guidance(tokens, self.guidance_scale, mask)
-
-    def print_answers(self, batch: Batch, prompts: list[str], strategy: str) -> None:
-        """All at the end, each with what there is to say about it."""
-        from jaxrl_llm.cli.strategies import Task, answers
-
-        found = answers(strategy, Task(batch, self.sampling, self.search, self.max_new_tokens))
-        for i, (prompt, hypotheses) in enumerate(zip(prompts, found, strict=True)):
-            for j, answer in enumerate(hypotheses[: self.num_samples]):
+        options = {"n": self.num_samples, "chat": self.chat, **vars(self.sampling), **vars(self.search)}
+        completions = lm.generate(prompts, strategy=strategy, **options)
+        numbers = itertools.count(1)
+        for _, of_prompt in itertools.groupby(completions, key=lambda completion: completion.index):
+            for rank, completion in enumerate(of_prompt, 1):
                 if len(prompts) > 1 or self.num_samples > 1:
-                    print(f"--- {i + 1}" + (f".{j + 1}" if strategy.endswith("beam") else "") + f": {answer.note}")
-                print(answer_text(batch, i, prompt, answer.tokens, chat=self.chat))
+                    print(self._heading(strategy, completion, next(numbers), rank))
+                print(whole(completion, chat=self.chat))
+
+    def _print_stream(self, lm: Any, prompt: str, *, greedy: bool) -> None:
+        pieces = lm.stream(prompt, greedy=greedy, chat=self.chat, **vars(self.sampling))
+        first = next(pieces)  # the prompt is not printed before it is known to be accepted
+        print("" if self.chat else prompt, first, sep="", end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+    def _heading(self, strategy: Strategy, completion: Any, number: int, rank: int) -> str:
+        if strategy in ("sample", "greedy"):
+            return f"--- {number}: {completion.prompt}" if self.chat else f"--- {number}"
+        place = f"{completion.index + 1}.{rank}" if options_of.is_beam(strategy) else number
+        return f"--- {place}: {note(strategy, completion)}"
 
 
-def answer_text(batch: Batch, index: int, prompt: str, tokens: list[int], *, chat: bool) -> str:
-    """The prompt, unless it was a chat, and the new text."""
-    from jaxrl_llm import text
+def note(strategy: Strategy, completion: Any) -> str:
+    """Return what a strategy says about its completion."""
+    template = NOTES.get(strategy) or LOG_PROBABILITY
+    return template.format(log_prob=completion.log_prob, **completion.details)
 
-    row = text.TextStream(batch.loaded.tokenizer, () if chat else batch.rows[index])
-    return ("" if chat else prompt) + row.push(tokens) + row.finish()
+
+def whole(completion: Any, *, chat: bool) -> str:
+    """Return the prompt, unless it was a chat, with the new text."""
+    return completion.text if chat else completion.prompt + completion.text
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """Return one prompt, or the lines of a file or of standard input."""
+    if prompt is not None and file is not None:
+        raise ValueError("give either a prompt or --prompts, not both.")
+    if prompt is not None:
+        return [prompt]
+    if file is None and sys.stdin.isatty():
+        raise ValueError("give a prompt, a file with --prompts, or lines on standard input.")
+    source = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    lines = [line for line in source.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"no prompt in {'standard input' if file is None else file}.")
+    return lines

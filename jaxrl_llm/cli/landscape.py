@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-
-from jaxrl_llm.cli.prompts import require_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,99 +16,57 @@ class Landscape:
     """Draw the loss of a text around a model, over a plane of two orthogonal directions."""
 
     text: tyro.conf.Positional[str]
-    """The text whose loss it is: next-token loss, in nats per token."""
+    """The text whose next-token loss it is, in nats per token."""
     model: str = "tiny-gpt2"
     """As in `generate`."""
     directions: Literal["parameter", "filter", "none", "hessian"] = "parameter"
     """Random, scaled to each tensor's norm, filter by filter or not at all; or the top two Hessian eigenvectors."""
     points: int = 21
-    """Along each direction; of an odd number the middle one is the model itself."""
+    """Points along each direction; of an odd number the middle one is the model itself."""
     radius: float = 1.0
     """The grid reaches from -radius to radius, in lengths of the directions."""
     seed: int = 0
-    """Of the directions."""
+    """Random seed of the directions."""
     iterations: int = 40
-    """For --directions hessian: the most Lanczos iterations; each holds one copy of the parameters."""
+    """The most Lanczos iterations, for --directions hessian; each holds one copy of the parameters."""
     memory_budget: int | None = None
-    """Bytes for the points that are evaluated together; by default one at a time on a CPU."""
+    """Bytes for the points that are evaluated together; by default one point at a time on a CPU."""
     checkpoint: Path | None = None
-    """A file that keeps what is done, so that the same command goes on after an interruption."""
+    """A file that keeps finished rows, so that the same command continues after an interruption."""
     out: Path = Path("landscape.png")
-    """Where to draw it; the suffix decides the format (.png, .svg, .pdf)."""
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
     html: Path | None = None
-    """Also write one self-contained page with the surface to be turned by hand (needs the extra `interactive`)."""
+    """Also write a self-contained page with an interactive 3-D plot (needs the extra `interactive`)."""
 
     def run(self) -> None:
         """Compute the surface, draw it, print its numbers."""
-        import jax
-        import jax.numpy as jnp
-
-        from jaxrl_llm import models, text
-        from jaxrl_llm.analysis import landscape
+        import jaxrl_llm as jl
         from jaxrl_llm.plots import interactive, style
-        from jaxrl_llm.plots.landscape import landscape_figure
 
-        axis = landscape.axis(self.radius, self.points)
-        if self.points < 2:
-            raise ValueError(f"--points must be at least 2, but is {self.points}.")
         style.check_suffix(self.out)
         if self.html is not None:
             interactive.require_plotly()
-        loaded = models.load(self.model)
-        tokens = text.encode(require_tokenizer(loaded, self.model), self.text)
-        loss_fn = landscape.next_token_loss(loaded.model, jnp.asarray([tokens]))
-        directions, sharpness = self._directions(loss_fn, loaded.params)
-        losses = self._surface(loss_fn, loaded.params, directions, axis)
-        surface = landscape.describe(
-            axis,
-            axis,
-            losses,
-            title=f"Loss of “{self.text}”",
-            centre=float(jax.jit(loss_fn)(loaded.params)),
-            cosine=float(landscape.cosine(*directions)),
-            sharpness=sharpness,
-        )
-        style.save_as(landscape_figure(surface, model=self.model), self.out)
-        self._print(surface)
+        found = self._landscape(jl.load(self.model))
+        style.save_as(found.plot(), self.out)
+        self._print(found.surface.as_dict())
         print(f"drawn: {self.out}")
         if self.html is not None:
-            page = interactive.surface_html([surface], title=surface["title"])
-            style.write_atomically(self.html, page.encode())
-            print(f"to be turned by hand: {self.html}")
+            style.write_atomically(self.html, found.html().encode())
+            print(f"interactive 3-D plot: {self.html}")
 
-    def _directions(self, loss_fn: Any, params: Any) -> tuple[tuple[Any, Any], float | None]:
-        """The two directions, and the sharpness where it comes with them."""
-        import jax
+    def _landscape(self, lm: Any) -> Any:
+        """Compute it; holes are reported with the other numbers, and an interruption with how to resume."""
+        from jaxrl_llm.analysis.landscape import LossHole
 
-        from jaxrl_llm.analysis import landscape
-
-        key = jax.random.key(self.seed)
-        if self.directions != "hessian":
-            return landscape.random_directions(params, key, scale=self.directions), None
-        top = landscape.top_eigenpairs(loss_fn, params, key, max_iterations=self.iterations, progress=True)
-        length = landscape.norm(params)
-        return tuple(landscape.rescaled(vector, length) for vector in top.vectors), float(top.values[0])
-
-    def _surface(self, loss_fn: Any, params: Any, directions: tuple[Any, Any], axis: Any) -> Any:
-        """The losses; holes are reported with the other numbers, and an interruption with what goes on."""
-        import warnings
-
-        import numpy as np
-
-        from jaxrl_llm.analysis import landscape
-
-        options = {"memory_budget": self.memory_budget, "checkpoint": self.checkpoint}
+        names = ("directions", "points", "radius", "seed", "iterations", "memory_budget", "checkpoint")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", landscape.LossHole)
-                losses = landscape.loss_surface(loss_fn, params, directions, axis, axis, **options)
+                warnings.simplefilter("ignore", LossHole)
+                return lm.landscape(self.text, **{name: getattr(self, name) for name in names})
         except KeyboardInterrupt:
             if self.checkpoint is not None:
-                print(f"the rows that are done are in {self.checkpoint}: the same command goes on.", file=sys.stderr)
+                print(f"finished rows are in {self.checkpoint}: the same command continues.", file=sys.stderr)
             raise
-        if not np.isfinite(losses).any():
-            raise ValueError(f"the loss is finite nowhere on the grid: take a --radius below {self.radius:g}.")
-        return losses
 
     def _print(self, surface: dict[str, Any]) -> None:
         where = "" if surface["centre_on_grid"] else ", not on the grid"

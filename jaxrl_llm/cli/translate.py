@@ -9,8 +9,6 @@ from typing import Literal
 
 import tyro
 
-from jaxrl_llm.cli.prompts import require_tokenizer
-
 
 @dataclasses.dataclass(frozen=True)
 class Translate:
@@ -30,44 +28,33 @@ class Translate:
     max_new_tokens: int = 64
     """The most tokens of a translation."""
     prefix: str | None = None
-    """Before each sentence, as "translate English to German: "; by default what the model's config.json says."""
+    """Text before each sentence, as "translate English to German: "; by default what the model's config.json says."""
     suffix: str | None = None
-    """Behind each sentence; of decoder-only models a line break, if config.json says nothing."""
+    """Text after each sentence; a line break for a decoder-only model, if config.json says nothing."""
     batch_size: int = 32
-    """Sentences that are translated at once."""
+    """Sentences that are translated together."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters."""
+    """Dtype of the parameters."""
 
     def run(self) -> None:
-        """Print the translations, one a line; a line without text stays one."""
+        """Print the translations, one a line; an empty line stays empty."""
         lines = read_lines(self.text, self.file)
         if self.num_beams < 1:
             raise ValueError(f"--num-beams must be at least 1, but is {self.num_beams}.")
         if self.num_beams == 1 and self.length_penalty != 1:
             raise ValueError("--length-penalty ranks beams: it needs --num-beams of 2 or more.")
-        from jaxrl_llm import models
-        from jaxrl_llm.translation import Form, translate
+        import jaxrl_llm as jl
 
-        loaded = models.load(self.model, dtype=self.dtype)
-        require_tokenizer(loaded, self.model)
+        names = ("num_beams", "length_penalty", "max_new_tokens", "batch_size", "prefix", "suffix")
         sentences = [line for line in lines if line.strip()]
-        found = iter(
-            translate(
-                loaded,
-                sentences,
-                form=Form.of(loaded, prefix=self.prefix, suffix=self.suffix),
-                num_beams=self.num_beams,
-                length_penalty=self.length_penalty,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
-            )
-        )
+        options = {name: getattr(self, name) for name in names}
+        found = iter(jl.load(self.model, dtype=self.dtype).translate(sentences, **options))
         for line in lines:
             print(next(found).replace("\n", " ") if line.strip() else "")
 
 
 def read_lines(text: str | None, file: Path | None) -> list[str]:
-    """One sentence, or the lines of a file or of standard input."""
+    """Return one sentence, or the lines of a file or of standard input."""
     if text is not None and file is not None:
         raise ValueError("give either a text or --file, not both.")
     if text not in (None, "-"):
@@ -84,6 +71,6 @@ def read_lines(text: str | None, file: Path | None) -> list[str]:
 
 
 def split_lines(content: str) -> list[str]:
-    """Lines end in a line feed, with or without a carriage return, in nothing else; a byte order mark is dropped."""
+    """Split at line feeds, with or without a carriage return, and at nothing else; drop a byte order mark."""
     lines = content.removeprefix("\ufeff").removesuffix("\n").split("\n")
     return [line.removesuffix("\r") for line in lines]

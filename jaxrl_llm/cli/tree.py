@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
-from jaxrl_llm.cli.prompts import require_tokenizer
+from jaxrl_llm.sampling import TreeSearch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,67 +19,18 @@ class SearchTree:
     """The text at the root."""
     model: str = "tiny-gpt2"
     """As in `generate`."""
-    depth: int = 5
-    """Levels: tokens from the root to a leaf."""
-    branching: int = 2
-    """Children of a node."""
-    select: Literal["best", "top-k", "nucleus"] = "best"
-    """The most probable children, or children drawn without replacement from the top k or the nucleus."""
-    top_k: int = 20
-    """For --select top-k."""
-    top_p: float = 0.5
-    """For --select nucleus."""
-    temperature: float = 1.0
-    """For the drawn children."""
-    seed: int = 0
-    """Of the random numbers."""
     out: Path = Path("tree.png")
-    """Where to draw it; the suffix decides the format (.png, .svg, .pdf)."""
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
+    search: Annotated[TreeSearch, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TreeSearch)
 
     def run(self) -> None:
         """Grow the tree, draw it, print its best leaf."""
-        import jax
-        import jax.numpy as jnp
-
-        from jaxrl_llm import models, text
-        from jaxrl_llm.analysis import trees
-        from jaxrl_llm.decoding import search_tree
-        from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
+        import jaxrl_llm as jl
         from jaxrl_llm.plots import style
-        from jaxrl_llm.plots.trees import tree_figure
 
-        loaded = models.load(self.model)
-        tokenizer = require_tokenizer(loaded, self.model)
-        if self.select == "best" and self.temperature != 1.0:
-            raise ValueError("--temperature is for children that are drawn: give --select top-k or nucleus.")
-        kept = {"best": lambda: None, "top-k": lambda: TopK(self.top_k), "nucleus": lambda: TopP(self.top_p)}[
-            self.select
-        ]()
-        prompt = text.encode(tokenizer, self.prompt)
-        tree = search_tree(
-            loaded.model,
-            loaded.params,
-            jnp.asarray(prompt),
-            branching=self.branching,
-            depth=self.depth,
-            select="best" if kept is None else Chain((Temperature(self.temperature), kept)),
-            key=jax.random.key(self.seed),
-            eos_id=text.eos_ids(tokenizer, loaded.config),
-        )
-        titles = {
-            "best": "most probable",
-            "top-k": f"top-k, k = {self.top_k}",
-            "nucleus": f"nucleus, p = {self.top_p:g}",
-        }
-        described = trees.describe(
-            tree,
-            tokenizer,
-            name=self.select,
-            title=f"{titles[self.select]}, branching {self.branching}",
-            prompt=self.prompt,
-            prompt_tokens=prompt,
-        )
-        style.save_as(tree_figure(described, model=self.model), self.out)
-        print(f"best of {len(tree.leaves())} leaves, {described['best_score']:.4f} nats per token:")
-        print(described["best_text"])
+        style.check_suffix(self.out)
+        tree = jl.load(self.model).search_tree(self.prompt, **vars(self.search))
+        style.save_as(tree.plot(), self.out)
+        print(f"best of {len(tree.tree.leaves())} leaves, {tree.score:.4f} nats per token:")
+        print(tree.best)
         print(f"drawn: {self.out}")

@@ -115,11 +115,6 @@ def join_german(words: Sequence[str]) -> str:
     return "-".join(words)
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a name in either language: what stands between spaces and hyphens."""
-    return text.replace("-", " ").split()
-
-
 def english_lengths(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """How many words the English name of each number has, 1 to 9.
 

@@ -1,31 +1,36 @@
 """31,079 English-Spanish sentence pairs: the King James Bible and the Reina-Valera of 1909, verse by verse.
 
-    python -m jaxrl_llm.data.verses
-
-fetches both texts with apt-get and writes `embedded/verses.tsv.xz` in this folder, one pair a line: reference, English
-and Spanish, separated by tabs. It is part of the package, so that nobody else needs Debian, a network or this command.
+`embedded/verses.tsv.xz`, a part of the package, holds one pair a line: reference, English and Spanish, separated by
+tabs. `tools/verses.py` made it.
 
 Both texts are in the public domain (in the United Kingdom the King James Bible is printed under letters patent). They
 are the electronic editions of eBible.org (King James: with the CrossWire Bible Society), from Debian's packages
-`sword-text-kjv` 14.3 and `sword-text-sparv` 2.60. `verse_alignment` says what was done to them.
+`sword-text-kjv` 14.3 and `sword-text-sparv` 2.60.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import lzma
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.data import packages, sword
-from jaxrl_llm.data.verse_alignment import VersePair, align, plain_verse, without_initial_capitals
-
 FILE = importlib.resources.files("jaxrl_llm.data") / "embedded" / "verses.tsv.xz"
+
+
+class VersePair(NamedTuple):
+    """A verse, or a few that belong together, in both languages; its number is that of the King James Bible."""
+
+    reference: str  # "Gen 1:1", "Num 13:32-33"
+    english: str
+    spanish: str
+
+    @property
+    def chapter(self) -> str:
+        """Such as "Gen 1"."""
+        return self.reference.partition(":")[0]
 
 
 class Split(NamedTuple):
@@ -68,44 +73,10 @@ def split(pairs: Sequence[VersePair], *, held_out: int = 800, seed: int = 0) -> 
     return Split(train, *([pair for pair in new if pair.chapter in part] for part in parts))
 
 
-def pack(pairs: Sequence[VersePair]) -> bytes:
-    """The pairs as xz-compressed lines; the same bytes for the same pairs.
-
-    Raises:
-        ValueError: if a field has a tab or a line break in it.
-    """
-    for pair in pairs:
-        if any(set(field) & set("\t\n\r") for field in pair):
-            raise ValueError(f"{pair.reference} has a tab or a line break in it.")
-    text = "".join("\t".join(pair) + "\n" for pair in pairs)
-    return lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME)
-
-
 def unpack(data: bytes) -> list[VersePair]:
-    """What `pack` was given."""
+    """Return the pairs of xz-compressed lines, one pair a line, its fields separated by tabs."""
     lines = lzma.decompress(data).decode("utf-8").removesuffix("\n").split("\n")
     return [VersePair(*line.split("\t")) for line in lines if line]
-
-
-def read_packages(english: Path, spanish: Path) -> list[VersePair]:
-    """The aligned pairs of the two unpacked Debian packages."""
-    ours, theirs = (
-        {place: plain_verse(markup) for place, markup in sword.read_verses(folder).items()}
-        for folder in (english, spanish)
-    )
-    return align(ours, without_initial_capitals(theirs))
-
-
-def fetch(out: Path) -> list[VersePair]:
-    """Fetch both packages, write the file `out` (atomically) and return the pairs."""
-    with tempfile.TemporaryDirectory() as scratch:
-        names = ("sword-text-kjv", "sword-text-sparv")
-        pairs = read_packages(*(packages.fetch_debian(name, Path(scratch) / name) for name in names))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_bytes(pack(pairs))
-    os.replace(partial, out)
-    return pairs
 
 
 def _drawn(order: list[str], chapters: dict[str, list[VersePair]], size: int) -> set[str]:
@@ -116,18 +87,3 @@ def _drawn(order: list[str], chapters: dict[str, list[VersePair]], size: int) ->
         drawn.add(chapter)
         pairs += len(chapters[chapter])
     return drawn
-
-
-if __name__ == "__main__":
-    import tyro
-
-    def main(out: Path = Path(str(FILE))) -> None:
-        """Fetch and align the verse pairs.
-
-        Args:
-            out: The file to write.
-        """
-        pairs = fetch(out)
-        print(f"wrote {len(pairs):,} pairs to {out}, {out.stat().st_size:,} bytes")
-
-    tyro.cli(main)

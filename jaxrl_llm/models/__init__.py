@@ -2,11 +2,9 @@
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
-from jaxrl_llm.models.llama import Llama, LlamaConfig
+from jaxrl_llm.models.llama import Llama, LlamaConfig, StableLM, StableLMConfig
 from jaxrl_llm.models.loading import Loaded, load, save
-from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
-from jaxrl_llm.models.t5 import T5
-from jaxrl_llm.models.t5_layers import T5Config
+from jaxrl_llm.models.t5 import T5, T5Config
 
 __all__ = [
     "GPT2",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxrl_llm.language_model import LanguageModel, Params
-from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 
 

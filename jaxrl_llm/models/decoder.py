@@ -1,21 +1,87 @@
-"""What every causal transformer shares: where tokens stand, what they may look at, and the protocol around it."""
+"""The base of every neural model, and that of causal transformers: configuration, parameters, positions, cache."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import language_model
 from jaxrl_llm.language_model import Cache, Params
 from jaxrl_llm.models.layers import KeyValue, recorded_weights
-from jaxrl_llm.models.network import Network
+
+TokenId = int  # in a configuration: 0 is one
+KINDS = {  # of a configuration's fields: numpy's numbers count, but True is no number
+    "int": ("a positive integer", lambda value: isinstance(value, numbers.Integral) and value > 0),
+    "TokenId": ("a token id, 0 or above", lambda value: isinstance(value, numbers.Integral) and value >= 0),
+    "float": ("a finite number, 0 or above", lambda value: isinstance(value, numbers.Real) and 0 <= value < math.inf),
+    "bool": ("true or false", lambda value: isinstance(value, bool | np.bool_)),
+    "str": ("a name", lambda value: isinstance(value, str)),
+}
+
+
+def check_config(config: Any) -> None:
+    """Raise for a field of a configuration that is not what its annotation says, naming it."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.type.removesuffix(" | None")
+        if kind not in KINDS or (value is None and kind != field.type):
+            continue
+        expected, fits = KINDS[kind]
+        if not fits(value) or (isinstance(value, bool) and kind != "bool"):
+            raise ValueError(f"{field.name} must be {expected}, but is {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network(abc.ABC):
+    """An NNX module as pure functions: `config` is all its state, its parameters are a plain nested dict.
+
+    `nnx.split` of the abstract module, once, gives the static graph; merging it with the parameters costs nothing under
+    `jit`.
+    """
+
+    config: Any
+
+    @abc.abstractmethod
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The NNX module, with parameters drawn at random."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def init(self, key: Array) -> Params:
+        """Random parameters."""
+        return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
+
+    def merge(self, params: Params) -> nnx.Module:
+        """The module with these parameters."""
+        return nnx.merge(self._split[0], params)
+
+    @functools.cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
+
+    @property
+    def abstract_params(self) -> Params:
+        """The parameters' shapes and dtypes, without the parameters."""
+        return nnx.to_pure_dict(self._split[1])
+
+    def num_params(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
+
+
+# Causal transformers --------------------------------------------------------------------------------------------------
 
 
 class Placed(NamedTuple):
@@ -23,8 +89,8 @@ class Placed(NamedTuple):
 
     positions: Int[Array, "batch time"]  # valid tokens before each
     slots: Int[Array, "batch slot"]  # the position of what stands in each slot; without a cache, `positions`
-    allowed: Bool[Array, "batch time slot"]
-    start: Int[Array, ""] | None  # the slot of the first token; None without a cache
+    attention_mask: Bool[Array, "batch time slot"]
+    cache_index: Int[Array, ""] | None  # the slot of the first token; None without a cache
     cache: Cache | None  # with the tokens' slots claimed
 
 
@@ -33,15 +99,15 @@ def place(mask: Bool[Array, "batch time"], cache: Cache | None) -> Placed:
     time = jnp.arange(mask.shape[1])
     positions = jnp.cumsum(mask, axis=1) - 1
     if cache is None:
-        allowed = mask[:, None, :] & (time[None, :] <= time[:, None])
+        attention_mask = mask[:, None, :] & (time[None, :] <= time[:, None])
         positions = jnp.maximum(positions, 0)
-        return Placed(positions, positions, allowed, None, None)
-    start = cache.length
+        return Placed(positions, positions, attention_mask, None, None)
+    cache_index = cache.length
     positions += cache.valid.sum(axis=1, keepdims=True)
     cache = cache.append(mask)
-    allowed = cache.valid[:, None, :] & (jnp.arange(cache.max_length) <= start + time[:, None])
+    attention_mask = cache.valid[:, None, :] & (jnp.arange(cache.max_length) <= cache_index + time[:, None])
     slots = jnp.cumsum(cache.valid, axis=1) - 1
-    return Placed(jnp.maximum(positions, 0), slots, allowed, start, cache)
+    return Placed(jnp.maximum(positions, 0), slots, attention_mask, cache_index, cache)
 
 
 def checkpointed(block: nnx.Module) -> Callable[..., tuple[Array, KeyValue]]:
@@ -58,8 +124,8 @@ def empty_slots(
 ) -> tuple[list[KeyValue], Bool[Array, "batch slot"], Int[Array, ""]]:
     """Of a cache in which nothing is written: its memory, `valid` and `length`."""
     shape = (batch_size, heads, max_length, head_dim)
-    memory = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)]
-    return memory, jnp.zeros((batch_size, max_length), bool), jnp.zeros((), jnp.int32)
+    kv_cache = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)]
+    return kv_cache, jnp.zeros((batch_size, max_length), bool), jnp.zeros((), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +141,10 @@ class DecoderLM(Network, language_model.LanguageModel):
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The NNX module: `module(tokens, positions, allowed, memory, start, record) -> hidden, memory`; `.unembed`."""
+        """Return the NNX module, with a method `unembed` and
+
+        module(tokens, positions, mask, cache, index, intermediates) -> hidden, cache
+        """
 
     @property
     @abc.abstractmethod
@@ -104,9 +173,9 @@ class DecoderLM(Network, language_model.LanguageModel):
         The row of a valid query sums to 1 over the valid keys up to itself and is exactly 0 elsewhere; the row of a
         query that is padding is 0.
         """
-        record = []
-        self._read(params, tokens, None, mask, record)
-        return recorded_weights(record, mask)
+        intermediates = []
+        self._read(params, tokens, None, mask, intermediates)
+        return recorded_weights(intermediates, mask)
 
     def _read(
         self,
@@ -114,13 +183,15 @@ class DecoderLM(Network, language_model.LanguageModel):
         tokens: Int[Array, "batch time"],
         cache: Cache | None,
         mask: Bool[Array, "batch time"] | None,
-        record: list[Array] | None = None,
+        intermediates: list[Array] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
         language_model.check_tokens(self, tokens, mask, cache)
         at = place(jnp.ones(tokens.shape, bool) if mask is None else mask, cache)
-        memory = None if cache is None else cache.memory
-        hidden, memory = self.merge(params)(tokens, at.positions, at.allowed, memory, at.start, record)
-        return hidden, None if cache is None else dataclasses.replace(at.cache, memory=memory)
+        kv_cache = None if cache is None else cache.memory
+        hidden, kv_cache = self.merge(params)(
+            tokens, at.positions, at.attention_mask, kv_cache, at.cache_index, intermediates
+        )
+        return hidden, None if cache is None else dataclasses.replace(at.cache, memory=kv_cache)
 
     def logits(self, params: Params, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         return self.merge(params).unembed(hidden)

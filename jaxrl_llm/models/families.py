@@ -7,13 +7,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.models.llama import Llama, LlamaConfig
-from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.llama import Llama, LlamaConfig, StableLM, StableLMConfig
 from jaxrl_llm.models.rotary import rope_from_config, rope_parameters
-from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
-from jaxrl_llm.models.t5 import T5
-from jaxrl_llm.models.t5_layers import T5Config
+from jaxrl_llm.models.t5 import T5, T5Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM, checkpointed
+from jaxrl_llm.models.decoder import DecoderLM, check_config, checkpointed
 from jaxrl_llm.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -21,7 +21,6 @@ from jaxrl_llm.models.layers import (
     attention_weights,
     write_slots,
 )
-from jaxrl_llm.models.network import check_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +63,10 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Array,
-        allowed: Array,
-        memory: KeyValue | None,
-        start: Array | None,
-        record: list[Array] | None,
+        mask: Array,
+        cache: KeyValue | None,
+        index: Array | None,
+        intermediates: list[Array] | None,
     ):
         batch, time, width = x.shape
         # Split, not indexed: the gradient of an index is a padded copy of the whole.
@@ -76,9 +75,9 @@ class Attention(nnx.Module):
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
         )  # each [batch, head, time, head_dim]
         dtype = self.c_attn.kernel[...].dtype
-        memory = (key.astype(dtype), value.astype(dtype)) if memory is None else write_slots(memory, key, value, start)
-        weights = attention_weights(query, memory[0], allowed, scale=self.scale, record=record)
-        return self.c_proj(attend(weights, memory[1])), memory
+        cache = (key.astype(dtype), value.astype(dtype)) if cache is None else write_slots(cache, key, value, index)
+        weights = attention_weights(query, cache[0], mask, scale=self.scale, intermediates=intermediates)
+        return self.c_proj(attend(weights, cache[1])), cache
 
 
 class MLP(nnx.Module):
@@ -108,14 +107,14 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Array,
-        allowed: Array,
-        memory: KeyValue | None,
-        start: Array | None,
-        record: list[Array] | None,
+        mask: Array,
+        cache: KeyValue | None,
+        index: Array | None,
+        intermediates: list[Array] | None,
     ):
-        mixed, memory = self.attn(self.ln_1(x), allowed, memory, start, record)
+        mixed, cache = self.attn(self.ln_1(x), mask, cache, index, intermediates)
         x = x + mixed
-        return x + self.mlp(self.ln_2(x)), memory
+        return x + self.mlp(self.ln_2(x)), cache
 
 
 class GPT2Module(nnx.Module):
@@ -135,18 +134,18 @@ class GPT2Module(nnx.Module):
         self,
         tokens: Int[Array, "batch time"],
         positions: Int[Array, "batch time"],
-        allowed: Bool[Array, "batch time slot"],
-        memory: list[KeyValue] | None,
-        start: Int[Array, ""] | None,
-        record: list[Array] | None,
+        mask: Bool[Array, "batch time slot"],
+        cache: list[KeyValue] | None,
+        index: Int[Array, ""] | None,
+        intermediates: list[Array] | None,
     ) -> tuple[Float[Array, "batch time width"], list[KeyValue]]:
         x = self.wte(tokens) + self.wpe(positions)
         written = []
         for layer, block in enumerate(self.h):  # unrolled: a scan would slice the stacked weights at every step
-            if self.checkpoint_blocks and memory is None and record is None:
-                x, key_value = checkpointed(block)(x, allowed)
+            if self.checkpoint_blocks and cache is None and intermediates is None:
+                x, key_value = checkpointed(block)(x, mask)
             else:
-                x, key_value = block(x, allowed, None if memory is None else memory[layer], start, record)
+                x, key_value = block(x, mask, None if cache is None else cache[layer], index, intermediates)
             written.append(key_value)
         return self.ln_f(x), written
 

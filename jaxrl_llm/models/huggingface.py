@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of
-from jaxrl_llm.models.network import Network
 
 TensorPath = tuple[str | int, ...]
 SCORE = "score.weight"  # the head of a reward model, [1, width]

@@ -116,30 +116,30 @@ class RMSNorm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
 
 
-def write_slots(memory: KeyValue, key: Array, value: Array, start: Int[Array, ""]) -> KeyValue:
-    """Write keys and values [batch, kv_head, time, head_dim] at slot `start`."""
-    zero = jnp.zeros_like(start)
-    index = (zero, zero, start, zero)
-    old_key, old_value = memory
+def write_slots(cache: KeyValue, key: Array, value: Array, index: Int[Array, ""]) -> KeyValue:
+    """Write keys and values [batch, kv_head, time, head_dim] from slot `index` on."""
+    zero = jnp.zeros_like(index)
+    place = (zero, zero, index, zero)
+    old_key, old_value = cache
     return (
-        jax.lax.dynamic_update_slice(old_key, key.astype(old_key.dtype), index),
-        jax.lax.dynamic_update_slice(old_value, value.astype(old_value.dtype), index),
+        jax.lax.dynamic_update_slice(old_key, key.astype(old_key.dtype), place),
+        jax.lax.dynamic_update_slice(old_value, value.astype(old_value.dtype), place),
     )
 
 
 def attention_weights(
     query: Float[Array, "batch head time head_dim"],
     key: Float[Array, "batch kv_head slot head_dim"],
-    allowed: Bool[Array, "batch time slot"],
+    mask: Bool[Array, "batch time slot"],
     *,
     scale: float,
     bias: Float[Array, "#batch head time slot"] | None = None,
-    record: list[Array] | None = None,
+    intermediates: list[Array] | None = None,
 ) -> Float[Array, "batch kv_head group time slot"]:
     """softmax(scale · q kᵀ + bias) over the allowed slots; query head i looks at key head i // group.
 
-    A query that may look nowhere (padding) gets uniform weights, not NaN. `record`, where the weights are asked for,
-    is a list that they are appended to.
+    A query that attends to nothing (padding) gets uniform weights, not NaN. The weights are appended to `intermediates`
+    if it is a list.
     """
     batch, heads, time, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -147,18 +147,18 @@ def attention_weights(
     scores = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=accumulator(key.dtype)) * scale
     if bias is not None:
         scores += bias.reshape(bias.shape[0], *scores.shape[1:])
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1)
-    if record is not None:
-        record.append(weights)
+    if intermediates is not None:
+        intermediates.append(weights)
     return weights
 
 
 def recorded_weights(
-    record: Sequence[Float[Array, "batch kv_head group query key"]], queries: Bool[Array, "batch query"] | None
+    intermediates: Sequence[Float[Array, "batch kv_head group query key"]], queries: Bool[Array, "batch query"] | None
 ) -> Float[Array, "layer batch head query key"]:
     """What the layers recorded as one array, 0 where the query is padding."""
-    weights = jnp.stack(record)
+    weights = jnp.stack(intermediates)
     weights = weights.reshape(*weights.shape[:2], -1, *weights.shape[-2:])
     return weights if queries is None else jnp.where(queries[None, :, None, :, None], weights, 0)
 

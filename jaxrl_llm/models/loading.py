@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, gguf_file, huggingface, sentencepiece_file
-from jaxrl_llm.models.network import Network
+from jaxrl_llm.models import families, gguf, huggingface, tokenizers
+from jaxrl_llm.models.decoder import Network
 
 EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")
 SMOLLM2 = "smollm2-135m-instruct"
@@ -153,7 +153,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _load_gguf(path: Path, dtype: Any) -> Loaded:
-    file = gguf_file.read(path)
+    file = gguf.read(path)
     model = families.model_from_config(file.config, source=str(path))
     params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path))
     return Loaded(model, params, file.tokenizer(), file.config)
@@ -167,7 +167,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
-        return sentencepiece_file.load(folder)
+        return tokenizers.from_spiece(folder)
     runtime.quiet_transformers()
     from transformers import AutoTokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl_llm.models.network import check_config
+from jaxrl_llm.models.decoder import check_config
 
 
 @dataclasses.dataclass(frozen=True)

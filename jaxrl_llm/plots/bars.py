@@ -1,16 +1,14 @@
-"""Bars of token probabilities: the kept set in colour, what was removed in grey, the tokens drawn marked."""
+"""Bars of token probabilities: kept tokens in colour, removed ones in grey, sampled ones marked."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.sheet import Sheet, size_in_points
-from jaxrl_llm.plots.text import LITERAL, per_cent, text_width, token_label
+from jaxrl_llm.plots.layout import LITERAL, Sheet, per_cent, size_in_points, text_width, token_label
 
 KEPT, REMOVED = style.PALETTE[0], "#cfd4d9"
 LABEL_SIZE, LABEL_WIDTH, VALUE_WIDTH = 7.0, 58.0, 44.0
@@ -18,10 +16,12 @@ HEADING, ROW = 34.0, 13.6
 
 
 def draw_bars(axes: Axes, bars: dict[str, Any], *, largest: float | None = None) -> None:
-    """Draw a distribution's first tokens as horizontal bars, in the order given.
+    """Draw tokens of a distribution as horizontal bars, in the order given; their labels take 64 points on the left.
 
-    `bars` has `tokens`, each with `text`, `prob`, `kept` and `drawn`; `largest` is the probability of the longest bar
-    (panels side by side should share it), by default the largest there is. Labels stand left of the axes, in 64 points.
+    Args:
+        bars: `tokens`, each with `text`, `prob`, `kept` and `drawn`.
+        largest: the probability of a bar over the whole width; panels side by side should share it. By default the
+            largest of the tokens.
     """
     tokens = bars["tokens"]
     width, height = size_in_points(axes)
@@ -53,30 +53,21 @@ def _label(token: dict[str, Any], size: float) -> str:
 
 
 def _divide(axes: Axes, kept: list[bool]) -> None:
-    """A line under the kept tokens, where they are the first ones."""
+    """Draw a line below the kept tokens if they are the first ones."""
     count = sum(kept)
     if 0 < count < len(kept) and all(kept[:count]):
         axes.axhline(count - 0.5, color=style.MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
 
 
-@style.look()
-def bars_figure(panels: list[dict[str, Any]]) -> Figure:
-    """A figure of distributions side by side, on one scale."""
-    margin, height = 10.0, needed_height(panels)
-    sheet = Sheet(200.0 * len(panels) + 2 * margin, height + 2 * margin)
-    draw_panels(sheet, margin, margin, panels, width=200.0 * len(panels), height=height)
-    return sheet.figure
-
-
 def needed_height(panels: list[dict[str, Any]]) -> float:
-    """The height in points of panels side by side."""
+    """Return the height in points of panels side by side."""
     return HEADING + ROW * max(len(panel["tokens"]) for panel in panels)
 
 
 def draw_panels(
     sheet: Sheet, x: float, y: float, panels: list[dict[str, Any]], *, width: float, height: float, prefix: str = ""
 ) -> None:
-    """Distributions side by side within a rectangle of the sheet, each under its title and its kept mass."""
+    """Draw distributions side by side in a rectangle of the sheet, each with its title and its kept mass."""
     tokens = [token for panel in panels for token in panel["tokens"]]
     largest = max((token["prob"] for token in tokens), default=0.0)
     labels = 6 + max((text_width(_label(token, LABEL_SIZE), LABEL_SIZE, "bold") for token in tokens), default=0.0)

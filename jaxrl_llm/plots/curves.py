@@ -13,7 +13,7 @@ from jaxrl_llm.plots import style
 def draw_training_curve(
     axes: Axes, log: Sequence[dict[str, Any]], *, baseline: tuple[str, float] | None = None
 ) -> None:
-    """Training and held-out loss (nats per token) of a run's log against the tokens seen, over a baseline's line."""
+    """Draw the training and held-out loss (nats per token) of a run's log against tokens seen, with a baseline."""
     millions = [row["tokens"] / 1e6 for row in log]
     axes.plot(millions, [row["loss"] for row in log], color=style.PALETTE[0], label="training text")
     held_out = [row["held_out_loss"] for row in log]

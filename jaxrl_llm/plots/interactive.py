@@ -1,4 +1,4 @@
-"""Interactive 3-D pages of loss surfaces, each one file that needs nothing beside it and no network."""
+"""Interactive 3-D pages of loss surfaces, each one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.loss_grid import LossGrid, read_grid
-from jaxrl_llm.plots.loss_marks import FIRST, SECOND
-from jaxrl_llm.plots.loss_scale import digits, is_log, loss_limits, loss_norm, ticks
+from jaxrl_llm.plots.loss_grid import (
+    FIRST,
+    SECOND,
+    LossGrid,
+    digits,
+    fields_of,
+    is_log,
+    loss_limits,
+    loss_norm,
+    read_grid,
+    ticks,
+)
 
 COLOURS = "Viridis"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -19,13 +28,12 @@ _MENU: dict[str, Any] = {"xanchor": "left", "y": 1.0, "yanchor": "bottom", "show
 HOVER = "direction 1 %{x:.4g}<br>direction 2 %{y:.4g}<br>loss %{z:.5g}<extra></extra>"
 
 
-def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
-    """A page of loss surfaces that can be turned, with the numbers under the pointer.
+def surface_html(surfaces: Sequence[Any], *, title: str) -> str:
+    """Return a page of loss surfaces that can be rotated; it shows the loss under the pointer.
 
-    A menu chooses the surface, two buttons a linear or a log scale of the loss, of height and colour alike; it opens
-    with the one that `draw_surface` would take. Losses that are not all positive have no log scale, and no buttons.
-    Holes are open, and the origin is marked with its loss. The page holds all it needs (about 5 MB), and equal
-    arguments give equal bytes.
+    A menu selects the surface. Two buttons select a linear or a log scale for height and colour; the page opens with
+    the scale that `draw_surface` would use. Without buttons the losses are not all positive. Holes are left open, and
+    the origin is marked with its loss. The page is self-contained (about 5 MB), and equal arguments give equal bytes.
 
     Args:
         surfaces: as in `jaxrl_llm.plots.landscape`.
@@ -36,14 +44,14 @@ def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
         ModuleNotFoundError: without plotly, which is an optional dependency.
     """
     if not surfaces:
-        raise ValueError("there is no surface to draw: expected at least one, found none.")
+        raise ValueError("there must be at least one surface to draw, but there is none.")
     grids = [read_grid(surface) for surface in surfaces]
     plotly = require_plotly()
     starts_log = [is_log(loss_norm(loss_limits([surface]))) for surface in surfaces]
     has_log = all(min(grid.loss.min(), grid.centre) > 0 for grid in grids)
     log = has_log and any(starts_log)
     traces = [trace for index, grid in enumerate(grids) for trace in _traces(grid, log=log, visible=index == 0)]
-    names = [str(surface.get("title", f"surface {index + 1}")) for index, surface in enumerate(surfaces)]
+    names = [str(fields_of(surface).get("title", f"surface {index + 1}")) for index, surface in enumerate(surfaces)]
     menus = [_surface_menu(names)] if len(grids) > 1 else []
     menus += [_scale_menu(grids, log=log)] if has_log else []
     figure = {"data": traces, "layout": _layout(grids, menus, log=log)}
@@ -59,28 +67,28 @@ def surface_html(surfaces: Sequence[dict[str, Any]], *, title: str) -> str:
 
 
 def require_plotly() -> Any:
-    """The library that draws them, which is an optional dependency.
+    """Import plotly, which is an optional dependency.
 
     Raises:
-        ModuleNotFoundError: naming the extra that brings it.
+        ModuleNotFoundError: naming the extra that installs it.
     """
     try:
         import plotly.io
     except ModuleNotFoundError as error:
-        message = "surfaces to be turned by hand need plotly: pip install 'jaxrl_llm[interactive]' installs it."
+        message = "interactive 3-D plots need plotly: pip install 'jaxrl_llm[interactive]' installs it."
         raise ModuleNotFoundError(message, name="plotly") from error
     return plotly
 
 
-def _note(surfaces: Sequence[dict[str, Any]]) -> str:
-    name = f"{surfaces[0].get('title', '')}. " if len(surfaces) == 1 else ""
+def _note(surfaces: Sequence[Any]) -> str:
+    name = f"{fields_of(surfaces[0]).get('title', '')}. " if len(surfaces) == 1 else ""
     return (
-        f"{name}Drag to turn, scroll to come nearer, point at the surface to read its loss; holes have no finite loss."
+        f"{name}Drag to rotate, scroll to zoom, point at the surface to read its loss; at holes the loss is not finite."
     )
 
 
 def _traces(grid: LossGrid, *, log: bool, visible: bool) -> list[dict[str, Any]]:
-    """The surface and the mark of its origin."""
+    """Return the traces of the surface and of its origin."""
     surface = {"type": "surface", "x": grid.alphas.tolist(), "y": grid.betas.tolist(), "z": _rows(grid.loss)}
     surface |= {"surfacecolor": _colour_values(grid, log=log), "colorbar": _bar(grid, log=log), "colorscale": COLOURS}
     surface |= {"contours": {"x": _mesh(grid.alphas), "y": _mesh(grid.betas)}, "connectgaps": False}
@@ -94,12 +102,12 @@ def _traces(grid: LossGrid, *, log: bool, visible: bool) -> list[dict[str, Any]]
 
 
 def _rows(losses: np.ma.MaskedArray) -> list[list[float | None]]:
-    """Rows along beta, as plotly has them; a hole is None."""
+    """Return rows along beta, as plotly expects, with None at holes."""
     return np.where(np.ma.getmaskarray(losses), None, losses.data.astype(object)).T.tolist()
 
 
 def _mesh(steps: np.ndarray) -> dict[str, Any]:
-    """Thin lines over the surface, at most forty, through points of an even grid."""
+    """Return at most forty thin lines over the surface, through points of an even grid."""
     between = int(np.ceil((len(steps) - 1) / 40))
     size = float(np.ptp(steps)) / (len(steps) - 1) * between
     lines = {"start": float(steps[0]), "end": float(steps[-1]), "size": size, "width": 1}
@@ -111,7 +119,7 @@ def _colour_values(grid: LossGrid, *, log: bool) -> list[list[float | None]]:
 
 
 def _bar(grid: LossGrid, *, log: bool) -> dict[str, Any]:
-    """A colour bar whose ticks are losses, also where the colours are of their logarithms."""
+    """Return a colour bar with losses at its ticks, also on a log scale."""
     bar = {"title": {"text": grid.label, "side": "right"}, "thickness": 16, "len": 0.7, "outlinewidth": 0}
     if not log:
         return bar | {"tickmode": "auto"}
@@ -142,7 +150,7 @@ def _scale_menu(grids: Sequence[LossGrid], *, log: bool) -> dict[str, Any]:
 
 
 def _height(grids: Sequence[LossGrid], *, log: bool) -> dict[str, Any]:
-    """The vertical axis; on a log scale plotly would write a digit at each tenth."""
+    """Return the vertical axis, with our ticks on a log scale: plotly would label each tenth of a decade."""
     if not log:
         return {"type": "linear", "tickmode": "auto"}
     limits = min(float(grid.loss.min()) for grid in grids), max(float(grid.loss.max()) for grid in grids)

@@ -1,4 +1,4 @@
-"""One look for every figure, and one way to save them: atomic, and the same bytes for the same picture."""
+"""The style of every figure, and saving: atomically, with equal bytes for equal figures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from matplotlib.figure import Figure, SubFigure
 
 DPI = 180
 INK, MUTED, EDGE, FAINT = "#1b1f24", "#66707a", "#9aa3ac", "#c9ced4"
-ACCENT = "#c8480a"  # what the reader should see first; Okabe and Ito's vermilion, darkened to be read as text
+ACCENT = "#c8480a"  # for the main point of a figure; Okabe and Ito's vermilion, darkened so that text is legible
 
-# Okabe and Ito (2008), told apart by colour-blind readers; the yellow, unreadable on white, is left out.
+# Okabe and Ito (2008), distinguishable by colour-blind readers; their yellow is illegible on white and left out.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 _LOOK = {
@@ -62,7 +62,7 @@ _LOOK = {
 
 
 def look() -> contextlib.AbstractContextManager[None]:
-    """The library's look, as a context or a decorator; it starts from matplotlib's defaults, not the user's."""
+    """Return the library's style as a context manager or decorator; it starts from matplotlib's own defaults."""
     return matplotlib.style.context(_LOOK, after_reset=True)
 
 
@@ -72,24 +72,24 @@ def headline(figure: Figure | SubFigure, text: str) -> None:
 
 
 def score_colours() -> Colormap:
-    """Pale yellow for low, blue for high: ordered also in grey, and pale enough to write upon in dark ink."""
+    """Return the colour map of scores: pale yellow to blue, ordered also in grey, and pale enough for dark text."""
     return ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.02, 0.6, 256)), name="score")
 
 
 def ink_on(colour: str | tuple[float, ...]) -> str:
-    """Dark or white, whichever is read better on this colour (WCAG's relative luminance)."""
+    """Return the text colour, dark or white, that is more legible on this colour (WCAG's relative luminance)."""
     rgb = np.asarray(to_rgb(colour))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.2 else INK
 
 
 def save_as(figure: Figure, path: str | Path, *, source: str | None = None) -> Path:
-    """Write one file, atomically and without a date, in the format that its suffix names.
+    """Write one file, atomically and without a date, in the format of its suffix.
 
     Saving an equal figure again gives equal bytes.
 
     Args:
-        source: what the figure was drawn from, to be kept in the metadata of a PNG or SVG.
+        source: a name of the figure's data, for the metadata of a PNG or SVG.
 
     Raises:
         ValueError: if matplotlib does not write such files.
@@ -107,7 +107,7 @@ def save_as(figure: Figure, path: str | Path, *, source: str | None = None) -> P
 
 
 def check_suffix(path: Path) -> str:
-    """The format that a file's suffix names: to be called before a long computation whose end is a figure.
+    """Return the format of a file's suffix; call it before a long computation whose result is a figure.
 
     Raises:
         ValueError: if matplotlib does not write such files.
@@ -121,7 +121,7 @@ def check_suffix(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a whole file or none, making its folder if need be."""
+    """Write a file atomically, and make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)

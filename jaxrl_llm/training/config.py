@@ -5,13 +5,9 @@ Imports nothing heavy, so that `jaxrl-llm train --help` answers at once.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
 import math
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -92,18 +88,6 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
-
-
-@functools.cache
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass and its bases."""
-    found: dict[str, str] = {}
-    for each in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body
-        for field, doc in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
-                found[field.target.id] = inspect.cleandoc(doc.value.value).replace("\n", " ")
-    return found
 
 
 # All runs -------------------------------------------------------------------------------------------------------------
@@ -258,7 +242,7 @@ class CriticOptions(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPOConfig(Config, PolicyOptions):
+class GRPOConfig(PolicyOptions, Config):
     """Optimise rewards of the model's own completions, each compared with the others of its prompt."""
 
     method: Literal["grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = "grpo"
@@ -300,7 +284,7 @@ class GRPOConfig(Config, PolicyOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig(GRPOConfig, CriticOptions):
+class PPOConfig(CriticOptions, GRPOConfig):
     """Optimise rewards of the model's own completions against a critic, with clipped updates."""
 
     method: Literal["ppo"] = "ppo"

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import families, huggingface
-from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.training.steps import View
 
 Adapter = dict[str, dict[str, Array]]  # the tensor's name: {"a": [in, rank], "b": [rank, out]}

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm import text
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.conditional import given
-from jaxrl_llm.models.network import Network
+from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.numerics import is_concrete
 from jaxrl_llm.objectives.aggregate import aggregate

@@ -55,13 +55,6 @@ def test_allowed_keys_are_valid_and_not_behind():
     assert cross.shape == (3, 2, 5) and cross[1].tolist() == [[1, 1, 1, 0, 0]] * 2 and not cross[2].any()
 
 
-def test_distance_of_heads_that_look_at_one_place():
-    keys = np.asarray([0, 0, 0, 0])  # each looks at the first
-    np.testing.assert_array_equal(attention.mean_distance(np.eye(4)[keys]), [0, 1, 2, 3])
-    np.testing.assert_array_equal(attention.mean_distance(np.eye(4)), [0, 0, 0, 0])
-    np.testing.assert_allclose(attention.mean_distance(np.full((3, 3), 1 / 3)), [1, 2 / 3, 1])
-
-
 @pytest.mark.parametrize(
     ("keys", "kind"),
     [
@@ -122,7 +115,6 @@ def test_weights_of_a_model_have_these_properties(neural):
         (lambda: attention.entropy([[2.0, -1.0]]), "must sum to 1"),
         (lambda: attention.entropy([[np.nan, 1.0]]), "must sum to 1"),
         (lambda: attention.entropy([1.0]), r"\[\.\.\., query, key\]"),
-        (lambda: attention.mean_distance(np.full((2, 3), 1 / 3)), "3 and 2"),
         (lambda: attention.allowed_keys(RAGGED, RAGGED, causal=True), "give no keys"),
         (lambda: attention.allowed_keys(RAGGED[0]), r"\[batch, time\]"),
         (lambda: attention.shares(np.ones((1, 3, 1, 5, 1)), np.ones((3, 5, 1), bool)), "as many keys as queries"),

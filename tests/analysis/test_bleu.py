@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxrl_llm.analysis import bleu, chrf
-from jaxrl_llm.analysis.bleu import corpus_bleu, corpus_chrf, sentence_bleu, sentence_chrf
+from jaxrl_llm.analysis.bleu import corpus_bleu, corpus_chrf, sentence_bleu
+from jaxrl_llm.analysis.chrf import sentence_chrf
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "bleu.json").read_text(encoding="utf-8"))
 CAT = "the cat is on the mat"

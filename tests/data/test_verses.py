@@ -1,13 +1,11 @@
 import collections
-import os
 import re
 
 import numpy as np
 import pytest
 
 from jaxrl_llm.data import verses
-from jaxrl_llm.data.verse_alignment import VersePair
-from tests.data.sword_modules import write_module
+from jaxrl_llm.data.verses import VersePair
 
 PAIRS = verses.load()
 BY_REFERENCE = {pair.reference: pair for pair in PAIRS}
@@ -147,34 +145,3 @@ def test_the_split_of_a_few():
 
 
 # The file and the packages --------------------------------------------------------------------------------------------
-
-
-def test_packing_keeps_everything_and_is_the_same_every_time():
-    pairs = [VersePair("Gen 1:1", "it's\u2028so", "ñ ¿á?"), VersePair("Ps 1:2-3", "b", "c")]
-    assert verses.unpack(verses.pack(pairs)) == pairs
-    assert verses.pack(pairs) == verses.pack(list(pairs))
-    with pytest.raises(ValueError, match="Gen 1:1 has a tab or a line break in it"):
-        verses.pack([VersePair("Gen 1:1", "a\tb", "c")])
-
-
-def test_the_packages_become_the_file(tmp_path, monkeypatch):
-    added = '<transChange type="added">y</transChange>'
-    write_module(tmp_path / "sword-text-kjv" / "m", "ot", {"Gen": [["In\u2019s<note>n</note> it.", "And."], ["Thus."]]})
-    write_module(tmp_path / "sword-text-sparv" / "m", "ot", {"Gen": [["EN ello.", f"Y{added}más."], ["ASÍ."]]})
-    clients = tmp_path / "clients"
-    clients.mkdir()
-    for name, script in {
-        "apt-get": 'touch "$3"_1_all.deb',
-        "dpkg-deb": f'name=$(basename "$2" _1_all.deb); cp -r {tmp_path}/$name/. "$3"',
-    }.items():
-        (clients / name).write_text(f"#!/bin/sh\n{script}\n")
-        (clients / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(clients), prepend=os.pathsep)
-    out = tmp_path / "new" / "verses.tsv.xz"
-    expected = [
-        VersePair("Gen 1:1", "In's it.", "En ello."),
-        VersePair("Gen 1:2", "And.", "Y y más."),
-        VersePair("Gen 2:1", "Thus.", "Así."),
-    ]
-    assert verses.fetch(out) == verses.unpack(out.read_bytes()) == expected
-    assert [path.name for path in out.parent.iterdir()] == ["verses.tsv.xz"]

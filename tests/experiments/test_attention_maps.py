@@ -9,7 +9,7 @@ import pytest
 from experiments import ledger
 from experiments.parts import attention_corpus as corpora
 from experiments.parts import attention_numbers
-from jaxrl_llm.analysis import alignment
+from jaxrl_llm.analysis import word_alignment
 from jaxrl_llm.data import number_names
 
 NUMBERS = np.asarray([7, 81, 100, 345_678, 841_592])
@@ -39,10 +39,10 @@ def corpus():
 
 
 def test_heads_are_counted_against_the_gold(corpus):
-    rates = alignment.alignment_error_rate(corpora.counts(corpus))
-    order = alignment.alignment_error_rate(corpora.in_order(corpus))
+    rates = word_alignment.alignment_error_rate(corpora.counts(corpus))
+    order = word_alignment.alignment_error_rate(corpora.in_order(corpus))
     assert rates[0, 0] == 0 and rates[1, 0] == order > 0.3
-    assert alignment.alignment_error_rate(corpora.counts(corpus, late=True))[0, 0] > 0.5
+    assert word_alignment.alignment_error_rate(corpora.counts(corpus, late=True))[0, 0] > 0.5
 
 
 def test_inversions_are_found_where_they_are(corpus):

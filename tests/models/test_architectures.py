@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models.gpt2 import ACTIVATIONS, GPT2, GPT2Config
-from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
-from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
+from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling, StableLM, StableLMConfig
 
 VOCAB, CONTEXT = 29, 16
 GPT2_SIZES = {"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 12, "n_layer": 2, "n_head": 3}

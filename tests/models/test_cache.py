@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models.gpt2 import GPT2
-from jaxrl_llm.models.llama import Llama
-from jaxrl_llm.models.stablelm import StableLM
+from jaxrl_llm.models.llama import Llama, StableLM
 from tests.conftest import TINY, random_params
 
 DEEPER = {  # what a layer writes into its memory depends on what the layer below read from its own

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from jaxrl_llm.models import gguf_file
+from jaxrl_llm.models.gguf import read
 
 VOCAB, WIDTH, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 300, 64, 96, 2, 4, 2, 16
 SHAPES = {
@@ -94,7 +94,7 @@ def write(path, weights=None, kind=Type.F32, fields=None, extra=(), architecture
 
 
 def test_the_configuration_is_that_of_the_hugging_face_file(tmp_path):
-    config = gguf_file.read(write(tmp_path / "m.gguf")).config
+    config = read(write(tmp_path / "m.gguf")).config
     assert config == {
         "model_type": "llama",
         "vocab_size": VOCAB,
@@ -134,18 +134,18 @@ def test_the_configuration_is_that_of_the_hugging_face_file(tmp_path):
     ],
 )
 def test_the_configuration_follows_the_fields(tmp_path, fields, changed):
-    plain = gguf_file.read(write(tmp_path / "plain.gguf")).config
-    assert gguf_file.read(write(tmp_path / "m.gguf", fields=fields)).config == plain | changed
+    plain = read(write(tmp_path / "plain.gguf")).config
+    assert read(write(tmp_path / "m.gguf", fields=fields)).config == plain | changed
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biases", [False, True])
 def test_every_weight_comes_back_under_its_hugging_face_name(tmp_path, tied, biases):
     weights = checkpoint(tied, biases)
-    model = gguf_file.read(write(tmp_path / "m.gguf", weights))
-    read = dict(model.tensors())
-    assert read.keys() == weights.keys()
-    for name, tensor in read.items():
+    model = read(write(tmp_path / "m.gguf", weights))
+    found = dict(model.tensors())
+    assert found.keys() == weights.keys()
+    for name, tensor in found.items():
         assert tensor.dtype == np.float32
         np.testing.assert_array_equal(tensor, weights[name])
     assert model.config["tie_word_embeddings"] is tied
@@ -159,7 +159,7 @@ KINDS = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q
 def test_quantised_weights_are_those_of_the_gguf_library(tmp_path, kind):
     weights = checkpoint()
     tolerance = {Type.F16: 1e-2, Type.BF16: 2e-2, Type.Q8_0: 2e-2}.get(kind, 0.5)
-    for name, tensor in gguf_file.read(write(tmp_path / "m.gguf", weights, kind)).tensors():
+    for name, tensor in read(write(tmp_path / "m.gguf", weights, kind)).tensors():
         original = weights[name]
         if original.ndim == 2:  # rows are quantised one by one, so their order does not matter
             np.testing.assert_array_equal(tensor, gguf.quants.dequantize(gguf.quants.quantize(original, kind), kind))
@@ -175,7 +175,7 @@ def test_types_that_the_library_only_reads_are_read(tmp_path):
     shapes |= {"ffn_gate": (96, 256), "ffn_up": (96, 256), "ffn_down": (256, 96), "attn_norm": 256, "ffn_norm": 256}
     extra = [(f"blk.0.{name}.weight", np.ones(shape, np.float32), Type.F32) for name, shape in shapes.items()]
     extra += [("output_norm.weight", norm, Type.F32), ("token_embd.weight", raw, Type.Q4_K)]
-    model = gguf_file.read(write(tmp_path / "m.gguf", {}, fields=wide, extra=extra))
+    model = read(write(tmp_path / "m.gguf", {}, fields=wide, extra=extra))
     assert model.config["tie_word_embeddings"]
     np.testing.assert_array_equal(
         dict(model.tensors())["model.embed_tokens.weight"], gguf.quants.dequantize(raw, Type.Q4_K)
@@ -187,7 +187,7 @@ def test_types_that_the_library_only_reads_are_read(tmp_path):
 
 def refused(path, match):
     with pytest.raises(ValueError, match=match) as caught:
-        gguf_file.read(path)
+        read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -201,12 +201,12 @@ def test_other_files_are_refused(tmp_path):
         path.write_bytes(b"GGUF" + version.to_bytes(4, "little") + bytes(100))
         refused(path, f"of version 2 or 3, but its version reads {version}")
     with pytest.raises(FileNotFoundError):
-        gguf_file.read(tmp_path / "absent.gguf")
+        read(tmp_path / "absent.gguf")
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     path = write(tmp_path / "m.gguf", kind=Type.Q8_0, fields={"general.tags": ["a", "bc"], "general.sizes": [1.0, 2.0]})
-    whole, model = path.read_bytes(), gguf_file.read(path)
+    whole, model = path.read_bytes(), read(path)
     start = min(tensor.start for tensor in model.stored.values())
     last = max(model.stored.values(), key=lambda tensor: tensor.start)
     end = last.start + int(np.prod(last.stored_shape))
@@ -214,19 +214,19 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         path.write_bytes(whole[:cut])
         refused(path, "is cut short or damaged")
     path.write_bytes(whole[:end])
-    assert len(dict(gguf_file.read(path).tensors())) == len(model.stored)
+    assert len(dict(read(path).tensors())) == len(model.stored)
 
 
 def test_a_damaged_file_is_read_or_refused_but_nothing_else(tmp_path):
     path = write(tmp_path / "m.gguf", fields=bpe_fields("smollm") | {"general.tags": ["a", "bc"]})
     whole, rng = path.read_bytes(), random.Random(0)
-    header = min(tensor.start for tensor in gguf_file.read(path).stored.values())
+    header = min(tensor.start for tensor in read(path).stored.values())
     for _ in range(150):
         damaged = bytearray(whole)
         damaged[rng.choice((rng.randrange(600), rng.randrange(header)))] = rng.choice((0, 1, 9, 127, 255))
         path.write_bytes(damaged)
         try:
-            gguf_file.read(path).tokenizer()
+            read(path).tokenizer()
         except ValueError as error:
             assert str(error).startswith(str(path))
 
@@ -304,7 +304,7 @@ def bpe_fields(pre, **more):
 
 
 def tokenizer(path, fields):
-    return gguf_file.read(write(path, fields=fields)).tokenizer()
+    return read(write(path, fields=fields)).tokenizer()
 
 
 def reference(pre):
@@ -414,14 +414,14 @@ def test_the_chat_template_is_the_files(tmp_path):
     ],
 )
 def test_an_incomplete_or_unknown_tokenizer_is_refused(tmp_path, fields, match):
-    model = gguf_file.read(write(tmp_path / "m.gguf", fields=fields))
+    model = read(write(tmp_path / "m.gguf", fields=fields))
     with pytest.raises(ValueError, match=match) as caught:
         model.tokenizer()
     assert str(tmp_path / "m.gguf") in str(caught.value)
 
 
 def test_a_file_without_a_tokenizer_has_none(tmp_path):
-    assert gguf_file.read(write(tmp_path / "m.gguf")).tokenizer() is None
+    assert read(write(tmp_path / "m.gguf")).tokenizer() is None
 
 
 # SentencePiece tokenizers ---------------------------------------------------------------------------------------------

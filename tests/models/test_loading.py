@@ -27,31 +27,9 @@ from safetensors.numpy import load_file, save, save_file
 from jaxrl_llm import models
 from jaxrl_llm.data import bpe
 from jaxrl_llm.models import loading
+from tests.models.wild import ABSENT, GOLDENS, assert_is_golden, beside, copy_of, golden, variant, without
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 PACKAGE = Path(models.__file__).parents[1]
-ABSENT = object()
-
-
-@functools.cache
-def golden(name):
-    return models.load(GOLDENS / name)
-
-
-def variant(folder, name, *, config=None, tensors=None):
-    """The golden `name`, written into `folder` with fields of its configuration and its tensors changed."""
-    fields = json.loads((GOLDENS / name / "config.json").read_text()) | (config or {})
-    fields = {field: value for field, value in fields.items() if value is not ABSENT}
-    (folder / "config.json").write_text(json.dumps(fields))
-    stored = load_file(GOLDENS / name / "model.safetensors")
-    save_file(stored if tensors is None else tensors(stored), folder / "model.safetensors")
-    return folder
-
-
-def assert_is_golden(loaded, name):
-    """The same function, and the same parameters bit for bit."""
-    assert loaded.model == golden(name).model
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, golden(name).params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -66,52 +44,58 @@ def logits(loaded):
 # Names and tensors that vary ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix"),
-    [("gpt2-0", "transformer."), ("gpt2-1", "transformer."), ("llama-0", "model."), ("stablelm-0", "model.")],
-)
-def test_tensor_names_may_lack_the_prefix(tmp_path, name, prefix):
-    def without(tensors):
+def without_prefix(prefix):
+    def renamed(tensors):
         assert sum(each.startswith(prefix) for each in tensors) >= len(tensors) - 1
         return {each.removeprefix(prefix): tensor for each, tensor in tensors.items()}
 
-    assert_is_golden(models.load(variant(tmp_path, name, tensors=without)), name)
+    return renamed
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_the_mask_buffers_of_old_gpt2_files_are_ignored(tmp_path, prefix):
-    buffers = {
-        f"{prefix}h.0.attn.bias": np.tril(np.ones((1, 1, 48, 48), np.uint8)),
-        f"{prefix}h.2.attn.bias": np.tril(np.ones((1, 1, 48, 48), bool)),
-        f"{prefix}h.0.attn.masked_bias": np.asarray(-1e4, np.float32),
-    }
-    assert_is_golden(models.load(variant(tmp_path, "gpt2-1", tensors=lambda stored: stored | buffers)), "gpt2-1")
+def mask_buffers(prefix):
+    return lambda stored: (
+        stored
+        | {
+            f"{prefix}h.0.attn.bias": np.tril(np.ones((1, 1, 48, 48), np.uint8)),
+            f"{prefix}h.2.attn.bias": np.tril(np.ones((1, 1, 48, 48), bool)),
+            f"{prefix}h.0.attn.masked_bias": np.asarray(-1e4, np.float32),
+        }
+    )
 
 
-@pytest.mark.parametrize("prefix", ["model.", ""])
-def test_the_rotary_buffers_of_old_llama_files_are_ignored(tmp_path, prefix):
-    buffers = {f"{prefix}layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for layer in range(2)}
-    assert_is_golden(models.load(variant(tmp_path, "llama-0", tensors=lambda stored: stored | buffers)), "llama-0")
+def rotary_buffers(prefix):
+    names = [f"{prefix}layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2)]
+    return lambda stored: stored | {name: np.ones(4, np.float32) for name in names}
 
 
-def test_a_tied_head_may_be_repeated(tmp_path):
-    def with_head(stored):
-        assert "lm_head.weight" not in stored
-        return stored | {"lm_head.weight": stored["model.embed_tokens.weight"].copy()}
+def copies_of_shared(stored):
+    """As older files of T5 have them, with a bias that is not used."""
+    copied, table = copy_of("shared.weight"), "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    head = {} if "lm_head.weight" in stored else {"lm_head.weight": copied(stored)}
+    return stored | {name: copied(stored) for name in names} | head | {table: np.ones((8, 2), np.float32)}
 
-    folder = variant(tmp_path, "llama-1", tensors=with_head)
-    assert_is_golden(models.load(folder), "llama-1")
+
+def copies_alone(stored):
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    return without("shared.weight")(stored) | {name: stored["shared.weight"].copy() for name in names}
+
+
+TENSORS = [
+    *(("gpt2-0", without_prefix("transformer.")), ("gpt2-1", without_prefix("transformer."))),
+    *(("llama-0", without_prefix("model.")), ("stablelm-0", without_prefix("model."))),
+    *(("gpt2-1", mask_buffers("transformer.")), ("gpt2-1", mask_buffers(""))),
+    *(("llama-0", rotary_buffers("model.")), ("llama-0", rotary_buffers(""))),
+    ("llama-1", beside(lm_head__weight=copy_of("model.embed_tokens.weight"))),  # a tied head, repeated
+    *(("t5-0", copies_of_shared), ("t5-1", copies_of_shared), ("t5-0", copies_alone), ("t5-1", copies_alone)),
+]
+
+
+@pytest.mark.parametrize(("name", "tensors"), TENSORS)
+def test_names_without_prefix_old_buffers_and_copies_of_the_embedding_are_welcome(tmp_path, name, tensors):
+    folder = variant(tmp_path, name, tensors=tensors)
+    assert_is_golden(models.load(folder), name)
     models.load(folder, dtype="bfloat16")
-
-
-def test_a_tied_head_must_not_contradict_the_embedding(tmp_path):
-    def with_head(stored):
-        head = stored["model.embed_tokens.weight"].copy()
-        head[5, 7] += 1e-3
-        return stored | {"lm_head.weight": head}
-
-    with pytest.raises(ValueError, match=r"tie_word_embeddings is set, but lm_head\.weight is not the embedding"):
-        models.load(variant(tmp_path, "llama-1", tensors=with_head))
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64], ids=["float16", "bfloat16", "float64"])
@@ -290,14 +274,19 @@ def test_stablelms_absent_fields_have_the_defaults_of_the_format(tmp_path):
     assert loaded.model.config == expected
 
 
-@pytest.mark.parametrize("value", [ABSENT, None])
-def test_without_num_key_value_heads_every_head_has_its_own(tmp_path, value):
-    assert_is_golden(models.load(variant(tmp_path, "llama-0", config={"num_key_value_heads": value})), "llama-0")
-
-
-@pytest.mark.parametrize("act", [ABSENT, None, "swish"])
-def test_silu_goes_by_other_names(tmp_path, act):
-    assert_is_golden(models.load(variant(tmp_path, "llama-0", config={"hidden_act": act})), "llama-0")
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *(("llama-0", {"num_key_value_heads": value}) for value in (ABSENT, None)),  # every head has its own
+        *(("llama-0", {"hidden_act": act}) for act in (ABSENT, None, "swish")),  # other names of silu
+        ("t5-0", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": False}),  # as before transformers 5
+        ("t5-0", {"scale_decoder_outputs": False, "tie_word_embeddings": True}),  # as it writes them itself
+        ("t5-1", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": ABSENT}),  # as t5-small's
+        ("t5-1", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": None, "dense_act_fn": ABSENT}),
+    ],
+)
+def test_other_spellings_of_a_configuration_are_the_same_model(tmp_path, name, config):
+    assert_is_golden(models.load(variant(tmp_path, name, config=config)), name)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +305,14 @@ def test_silu_goes_by_other_names(tmp_path, act):
         ("gpt2-1", {"n_layer": 3.0}, "n_layer must be a positive integer, but is 3.0"),
         ("gpt2-1", {"layer_norm_epsilon": None}, "layer_norm_epsilon must be a finite number, 0 or above, but is None"),
         ("gpt2-1", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, but is 'false'"),
+        ("t5-1", {"d_kv": ABSENT, "num_heads": ABSENT}, "the configuration lacks d_kv, num_heads"),
+        ("t5-1", {"num_heads": "2"}, "num_heads must be a positive integer, but is '2'"),
+        ("t5-1", {"is_decoder": True}, "is_decoder = True is not supported"),
+        ("t5-1", {"is_encoder_decoder": False}, "is_encoder_decoder = False is not supported"),
+        ("t5-1", {"feed_forward_proj": "gated-mish", "dense_act_fn": ABSENT}, "but is 'gated-mish'"),
+        ("t5-1", {"dense_act_fn": "silu"}, "feed_forward_proj is 'relu', but dense_act_fn is 'silu'"),
+        ("t5-1", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, but is 'yes'"),
+        ("t5-1", {"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, but is 1"),
         ("llama-0", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ("llama-0", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ("llama-0", {"num_hidden_layers": ABSENT}, "the configuration lacks num_hidden_layers"),
@@ -409,58 +406,87 @@ def test_a_folder_without_config_is_an_error(tmp_path):
 
 # Tensors that do not fit ----------------------------------------------------------------------------------------------
 
+ZEROS = functools.partial(np.zeros, dtype=np.float32)
+TIED = "tie_word_embeddings is set, but lm_head.weight is not the embedding"
+DAMAGED = [
+    (
+        ("gpt2-1", without("transformer.h.1.ln_2.bias", "transformer.wpe.weight")),
+        ["missing h.1.ln_2.bias, missing wpe.weight."],
+    ),
+    (("llama-0", without("lm_head.weight")), ["missing lm_head.weight"]),
+    (("llama-1", beside(lm_head__weight=copy_of("model.embed_tokens.weight", off=1e-3))), [TIED]),
+    (
+        ("gpt2-1", beside(score__weight=ZEROS((2, 32)), transformer__h__3__ln_1__bias=ZEROS(32))),
+        ["unknown score.weight, unknown transformer.h.3.ln_1.bias"],
+    ),
+    (
+        ("gpt2-1", beside(transformer__wte__weight=ZEROS((57, 32)))),
+        ["transformer.wte.weight is [57, 32], expected [58, 32]."],
+    ),
+    (
+        ("llama-0", beside(model__layers__1__mlp__up_proj__weight=ZEROS((32, 24)))),
+        ["model.layers.1.mlp.up_proj.weight is [32, 24], expected [24, 32]."],
+    ),
+    (
+        (
+            "gpt2-1",
+            lambda stored: (
+                without("transformer.wpe.weight")(stored) | {"odd": ZEROS(1), "transformer.ln_f.bias": ZEROS(31)}
+            ),
+        ),
+        [
+            *("does not fit its configuration", "unknown odd", "missing wpe.weight"),
+            "transformer.ln_f.bias is [31], expected [32]",
+        ],
+    ),
+    (
+        ("gpt2-1", beside(transformer__h__0__mlp__c_fc__weight=np.ones((32, 40), np.int8))),
+        ["transformer.h.0.mlp.c_fc.weight is stored as int8"],
+    ),
+    (
+        (
+            "t5-1",
+            lambda stored: (
+                without("decoder.final_layer_norm.weight")(stored)
+                | {
+                    "encoder.block.0.layer.0.SelfAttention.q.weight": ZEROS((4, 4)),
+                    "encoder.block.7.layer_norm.weight": ZEROS(16),
+                }
+            ),
+        ),
+        [
+            "encoder.block.0.layer.0.SelfAttention.q.weight is [4, 4], expected [10, 16]",
+            *("unknown encoder.block.7.layer_norm.weight", "missing decoder.final_layer_norm.weight"),
+        ],
+    ),
+]
 
-def without(*names):
-    return lambda stored: {name: tensor for name, tensor in stored.items() if name not in names}
+
+@pytest.mark.parametrize(("damaged", "said"), DAMAGED)
+def test_tensors_that_do_not_fit_are_named_together(tmp_path, damaged, said):
+    name, tensors = damaged
+    with pytest.raises(ValueError) as error:
+        models.load(variant(tmp_path, name, tensors=tensors))
+    assert not [each for each in said if each not in str(error.value)]
 
 
-def test_missing_tensors_are_named(tmp_path):
-    names = ("transformer.h.1.ln_2.bias", "transformer.wpe.weight")
-    with pytest.raises(ValueError, match=r"missing h\.1\.ln_2\.bias, missing wpe\.weight\.$"):
-        models.load(variant(tmp_path, "gpt2-1", tensors=without(*names)))
-
-
-def test_an_untied_model_needs_its_head(tmp_path):
-    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
-        models.load(variant(tmp_path, "llama-0", tensors=without("lm_head.weight")))
-
-
-def test_unknown_tensors_are_named(tmp_path):
-    extra = {"score.weight": np.zeros((2, 32), np.float32), "transformer.h.3.ln_1.bias": np.zeros(32, np.float32)}
-    with pytest.raises(ValueError, match=r"unknown score\.weight, unknown transformer\.h\.3\.ln_1\.bias"):
-        models.load(variant(tmp_path, "gpt2-1", tensors=lambda stored: stored | extra))
+@pytest.mark.parametrize("copy", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
+def test_a_copy_must_not_contradict_the_embedding(tmp_path, copy):
+    tensors = beside(**{copy.replace(".", "__"): copy_of("shared.weight", off=1e-3)})
+    with pytest.raises(ValueError, match=f"{copy} is not the embedding"):
+        models.load(variant(tmp_path, "t5-1", tensors=tensors, config={"scale_decoder_outputs": ABSENT}))
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "shape"),
-    [("gpt2-1", "transformer.wte.weight", (57, 32)), ("llama-0", "model.layers.1.mlp.up_proj.weight", (32, 24))],
+    ("name", "config", "said"),
+    [
+        ("gpt2-1", {"n_layer": 5}, r"missing h\.3\.attn\.c_attn\.bias.*, and 16 more\.$"),
+        ("t5-1", {"tie_word_embeddings": False, "scale_decoder_outputs": ABSENT}, r"missing lm_head\.weight"),
+    ],
 )
-def test_tensors_of_another_shape_are_named_with_both_shapes(tmp_path, name, tensor, shape):
-    right = list(load_file(GOLDENS / name / "model.safetensors")[tensor].shape)
-    said = re.escape(f"{tensor} is {list(shape)}, expected {right}.")
+def test_tensors_that_a_configuration_asks_for_are_missing(tmp_path, name, config, said):
     with pytest.raises(ValueError, match=said):
-        models.load(variant(tmp_path, name, tensors=lambda stored: stored | {tensor: np.zeros(shape, np.float32)}))
-
-
-def test_several_problems_are_told_at_once_and_many_are_counted(tmp_path):
-    def broken(stored):
-        stored = without("transformer.wpe.weight")(stored)
-        return stored | {"odd": np.zeros(1, np.float32), "transformer.ln_f.bias": np.zeros(31, np.float32)}
-
-    with pytest.raises(ValueError, match="does not fit its configuration") as error:
-        models.load(variant(tmp_path, "gpt2-1", tensors=broken))
-    for said in ("unknown odd", "transformer.ln_f.bias is [31], expected [32]", "missing wpe.weight"):
-        assert said in str(error.value)
-    with pytest.raises(ValueError, match=r"missing h\.3\.attn\.c_attn\.bias.*, and 16 more\.$"):
-        models.load(variant(tmp_path, "gpt2-1", config={"n_layer": 5}))
-
-
-def test_integer_weights_are_an_error(tmp_path):
-    def quantised(stored):
-        return stored | {"transformer.h.0.mlp.c_fc.weight": np.ones((32, 40), np.int8)}
-
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight is stored as int8"):
-        models.load(variant(tmp_path, "gpt2-1", tensors=quantised))
+        models.load(variant(tmp_path, name, config=config))
 
 
 def test_weights_of_a_type_that_numpy_lacks_are_an_error(tmp_path):
@@ -473,17 +499,13 @@ def test_weights_of_a_type_that_numpy_lacks_are_an_error(tmp_path):
         models.load(tmp_path)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, 0.5, 0.99, -1])
-def test_a_truncated_file_is_an_error(tmp_path, kept):
-    raw = (GOLDENS / "llama-1" / "model.safetensors").read_bytes()
-    end = int(kept * len(raw)) if isinstance(kept, float) else kept
-    (variant(tmp_path, "llama-1") / "model.safetensors").write_bytes(raw[:end])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
-        models.load(tmp_path)
+WHOLE = (GOLDENS / "llama-1" / "model.safetensors").read_bytes()
+CUT = [WHOLE[:end] for end in (0, 1, 7, 8, 9, 100, len(WHOLE) // 2, 99 * len(WHOLE) // 100, -1)]
+OTHERS = [b"PK\x03\x04" + bytes(500), b"\x80\x02}q\x00." * 50, b"version https://git-lfs\n" * 6]
 
 
-@pytest.mark.parametrize("raw", [b"PK\x03\x04" + bytes(500), b"\x80\x02}q\x00." * 50, b"version https://git-lfs\n" * 6])
-def test_a_file_that_is_no_safetensors_is_an_error(tmp_path, raw):
+@pytest.mark.parametrize("raw", CUT + OTHERS, ids=range(len(CUT + OTHERS)))
+def test_a_file_that_is_cut_or_is_not_safetensors_is_an_error(tmp_path, raw):
     (variant(tmp_path, "llama-1") / "model.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
         models.load(tmp_path)

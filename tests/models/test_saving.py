@@ -15,8 +15,7 @@ from safetensors.numpy import load_file
 from jaxrl_llm import models
 from jaxrl_llm.data import bpe
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling
-from jaxrl_llm.models.stablelm import StableLM, StableLMConfig
+from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling, StableLM, StableLMConfig
 from jaxrl_llm.tabular import TabularLM
 
 GPT2_SIZES = {"vocab_size": 19, "n_positions": 24, "n_embd": 12, "n_layer": 2, "n_head": 3}

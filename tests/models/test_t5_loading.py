@@ -3,111 +3,21 @@
 import json
 import shutil
 import struct
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jaxrl_llm import models
-from jaxrl_llm.models import sentencepiece_file
-from jaxrl_llm.models.t5 import T5
-from jaxrl_llm.models.t5_layers import T5Config
+from jaxrl_llm.models import tokenizers
+from jaxrl_llm.models.t5 import T5, T5Config
 from tests.conftest import TINY_T5, random_params
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-ABSENT = object()
-NAMES = ("t5-0", "t5-1")  # gated and untied, plain and tied
-
-
-def variant(folder, name, *, config=None, tensors=lambda stored: stored):
-    """The golden, written into `folder` with fields of its configuration and its tensors changed."""
-    fields = json.loads((GOLDENS / name / "config.json").read_text()) | (config or {})
-    fields = {field: value for field, value in fields.items() if value is not ABSENT}
-    (folder / "config.json").write_text(json.dumps(fields))
-    save_file(tensors(load_file(GOLDENS / name / "model.safetensors")), folder / "model.safetensors")
-    return folder
-
-
-def assert_is_golden(loaded, name):
-    golden = models.load(GOLDENS / name)
-    assert loaded.model == golden.model
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, golden.params)
-
-
-def copies_of_shared(stored):
-    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    return {name: stored["shared.weight"].copy() for name in names}
-
-
-# Tensors --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_copies_of_the_embedding_are_welcome(tmp_path, name):
-    def repeated(stored):
-        head = {} if "lm_head.weight" in stored else {"lm_head.weight": stored["shared.weight"].copy()}
-        unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((8, 2), np.float32)}
-        return stored | copies_of_shared(stored) | head | unused
-
-    folder = variant(tmp_path, name, tensors=repeated)
-    assert_is_golden(models.load(folder), name)
-    models.load(folder, dtype="bfloat16")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_copy_stands_for_the_embedding_where_that_is_not_in_the_file(tmp_path, name):
-    def moved(stored):
-        rest = {each: tensor for each, tensor in stored.items() if each != "shared.weight"}
-        return rest | copies_of_shared(stored)
-
-    assert_is_golden(models.load(variant(tmp_path, name, tensors=moved)), name)
-
-
-@pytest.mark.parametrize("copy", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
-def test_a_copy_must_not_contradict_the_embedding(tmp_path, copy):
-    def contradicted(stored):
-        other = stored["shared.weight"].copy()
-        other[3, 5] += 1e-3
-        return stored | {copy: other}
-
-    with pytest.raises(ValueError, match=f"{copy} is not the embedding"):
-        models.load(variant(tmp_path, "t5-1", tensors=contradicted, config={"scale_decoder_outputs": ABSENT}))
-
-
-def test_what_is_missing_unknown_or_of_another_shape_is_named(tmp_path):
-    def damaged(stored):
-        stored["encoder.block.0.layer.0.SelfAttention.q.weight"] = np.ones((4, 4), np.float32)
-        del stored["decoder.final_layer_norm.weight"]
-        return stored | {"encoder.block.7.layer_norm.weight": np.ones(16, np.float32)}
-
-    with pytest.raises(ValueError) as error:
-        models.load(variant(tmp_path, "t5-1", tensors=damaged))
-    for said in (
-        r"encoder.block.0.layer.0.SelfAttention.q.weight is [4, 4], expected [10, 16]",
-        "unknown encoder.block.7.layer_norm.weight",
-        "missing decoder.final_layer_norm.weight",
-    ):
-        assert said in str(error.value)
-
+from tests.models.wild import ABSENT, GOLDENS, variant
 
 # Configurations -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("t5-0", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": False}),  # as before transformers 5
-        ("t5-0", {"scale_decoder_outputs": False, "tie_word_embeddings": True}),  # as it writes them itself
-        ("t5-1", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": ABSENT}),  # as t5-small's
-        ("t5-1", {"scale_decoder_outputs": ABSENT, "tie_word_embeddings": None, "dense_act_fn": ABSENT}),
-    ],
-)
-def test_the_forms_of_before_and_after_transformers_5_are_one(tmp_path, name, config):
-    assert_is_golden(models.load(variant(tmp_path, name, config=config)), name)
 
 
 def test_a_tied_head_without_scale_is_what_it_says(tmp_path):
@@ -159,30 +69,6 @@ def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
     assert config.decoder_start_token_id == 4, "the padding token"
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"d_kv": ABSENT, "num_heads": ABSENT}, "the configuration lacks d_kv, num_heads"),
-        ({"num_heads": "2"}, "num_heads must be a positive integer, but is '2'"),
-        ({"is_decoder": True}, "is_decoder = True is not supported"),
-        ({"is_encoder_decoder": False}, "is_encoder_decoder = False is not supported"),
-        ({"feed_forward_proj": "gated-mish", "dense_act_fn": ABSENT}, "but is 'gated-mish'"),
-        ({"dense_act_fn": "silu"}, "feed_forward_proj is 'relu', but dense_act_fn is 'silu'"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, but is 'yes'"),
-        ({"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, but is 1"),
-    ],
-)
-def test_a_configuration_that_is_not_supported_is_an_error_that_says_so(tmp_path, config, said):
-    with pytest.raises(ValueError) as error:
-        models.load(variant(tmp_path, "t5-1", config=config))
-    assert said in str(error.value) and str(tmp_path) in str(error.value)
-
-
-def test_an_untied_head_that_is_not_there_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
-        models.load(variant(tmp_path, "t5-1", config={"tie_word_embeddings": False, "scale_decoder_outputs": ABSENT}))
-
-
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 SAVED = {
@@ -226,7 +112,7 @@ def test_tensors_have_the_names_and_shapes_of_published_checkpoints(tmp_path):
 
 def test_a_model_that_is_given_its_source_is_not_saved(tmp_path):
     lm, given = TINY_T5.start(random_params(TINY_T5), jnp.ones((1, 2), jnp.int32))
-    with pytest.raises(ValueError, match="T5Given has no Hugging Face form"):
+    with pytest.raises(ValueError, match="T5LM has no Hugging Face form"):
         models.save(tmp_path, lm, given)
 
 
@@ -279,7 +165,7 @@ def test_no_number_of_sentinels_is_a_hundred(spiece):
 def test_a_wrong_tokenizer_config_is_named(spiece, text, said):
     (spiece / "tokenizer_config.json").write_text(text)
     with pytest.raises(ValueError) as error:
-        sentencepiece_file.load(spiece)
+        tokenizers.from_spiece(spiece)
     assert said in str(error.value) and str(spiece / "tokenizer_config.json") in str(error.value)
 
 
@@ -311,7 +197,7 @@ TRAINER = bytes([2 << 3 | 2, 5, 3 << 3, 1]) + bytes([40 << 3 & 127 | 128, 40 >> 
 
 def test_the_parts_of_the_file_are_read(tmp_path):
     (tmp_path / "spiece.model").write_bytes(WHOLE + TRAINER + field(3, 2, field(2, 2, b"table")) + field(9, 2, b"x"))
-    pieces, kinds, unknown, charsmap = sentencepiece_file.read(tmp_path / "spiece.model")
+    pieces, kinds, unknown, charsmap = tokenizers.read_spiece(tmp_path / "spiece.model")
     assert pieces == [("<unk>", 0.0), ("▁a", -1.5), ("b", -2.0)]
     assert (kinds, unknown, charsmap) == ([2, 1, 1], 0, b"table")
 
@@ -322,13 +208,13 @@ def test_the_parts_of_the_file_are_read(tmp_path):
 def test_a_damaged_file_is_an_error(tmp_path, content):
     (tmp_path / "spiece.model").write_bytes(content)
     with pytest.raises(ValueError, match=r"spiece\.model is damaged, or no SentencePiece model"):
-        sentencepiece_file.load(tmp_path)
+        tokenizers.from_spiece(tmp_path)
 
 
 def test_another_kind_of_model_is_an_error(tmp_path):
     (tmp_path / "spiece.model").write_bytes(WHOLE + field(2, 2, field(3, 0, 2)))
     with pytest.raises(ValueError, match=r"must hold a unigram model \(kind 1\), but its kind is 2"):
-        sentencepiece_file.load(tmp_path)
+        tokenizers.from_spiece(tmp_path)
 
 
 UNUSED = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁ab", -1, 5), ("▁a", -2, 1), ("b", -3, 1), ("c", -1, 5)]
@@ -337,7 +223,7 @@ UNUSED = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁ab", -1, 5), ("
 def test_no_text_is_cut_into_a_piece_that_is_not_used(tmp_path):
     """As sentencepiece 0.2.3 cuts it. Such a piece still has its text; "c", which no other piece has, is unknown."""
     (tmp_path / "spiece.model").write_bytes(b"".join(piece(*each) for each in UNUSED) + field(2, 2, TRAINER_OF_2))
-    tokenizer = sentencepiece_file.load(tmp_path)
+    tokenizer = tokenizers.from_spiece(tmp_path)
     assert [tokenizer(text).input_ids for text in ("ab", "ab a", "abc")] == [[4, 5, 1], [4, 5, 4, 1], [4, 5, 2, 1]]
     assert tokenizer.decode([4, 3, 6]) == "a abc" and tokenizer.decode([3]) == "ab"
     tokenizer.save_pretrained(tmp_path / "saved")

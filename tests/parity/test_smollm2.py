@@ -7,14 +7,14 @@ import pytest
 from jaxrl_llm import models
 from jaxrl_llm import text as texts
 from jaxrl_llm.decoding import generate
-from jaxrl_llm.models import gguf_file, loading
+from jaxrl_llm.models import gguf, loading
 
 pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")
 def smollm():
-    return gguf_file.read(loading.locate("smollm2-135m-instruct"))
+    return gguf.read(loading.locate("smollm2-135m-instruct"))
 
 
 def test_smollm2_is_the_published_model(smollm):

@@ -85,8 +85,7 @@ def test_transformers_loads_what_we_save(theirs, tied, scaled, tmp_path):
     import torch
     import transformers
 
-    from jaxrl_llm.models.t5 import T5
-    from jaxrl_llm.models.t5_layers import T5Config
+    from jaxrl_llm.models.t5 import T5, T5Config
     from tests.conftest import random_params
 
     sizes = {"vocab_size": 31, "d_model": 12, "d_kv": 5, "d_ff": 20, "num_layers": 2, "num_heads": 3}

@@ -1,6 +1,7 @@
 """Attention maps: what is drawn where, and that any token can be written beside it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from figures import _results, attention_maps
-from jaxrl_llm.plots import attention, attention_measures, style
-from jaxrl_llm.plots.text import token_label
-from tests.plots.test_trees import NASTY, assert_legible
+from jaxrl_llm.plots import attention, style
+from jaxrl_llm.plots.layout import token_label
+from tests.plots.test_tree import NASTY, assert_legible
 
 SOURCE, TARGET = ["twenty", "one", "</s>"], ["ein", "und", "zwanzig", "</s>"]
 WEIGHTS = np.asarray([[0, 1, 0], [0.9, 0.1, 0], [1, 0, 0], [0, 0, 1]])  # [target, source]; no row is its column
@@ -26,10 +27,13 @@ def colours_at(figure, axes, points):
     return [pixels[round(len(pixels) - y), round(x)] for x, y in places]
 
 
+def maps(weights, queries, keys):
+    about = {"name": "a $head$", "source": "all", "axis_names": ("target", "source")}
+    return SimpleNamespace(weights=weights, queries=queries, keys=keys, **about)
+
+
 def head_figure(weights=WEIGHTS, queries=TARGET, keys=SOURCE, **links):
-    return attention.head_figure(
-        weights, queries=queries, keys=keys, title="a $head$", axis_names=("target", "source"), **links
-    )
+    return attention.attention_figure(maps(weights[None, None], queries, keys), layer=0, head=-1, **links)
 
 
 def cells(shape):
@@ -89,18 +93,27 @@ def test_a_grid_shows_every_head_in_its_place():
     for layer in range(2):
         for head in range(3):
             weights[layer, head, layer, head] = 1
-    figure = attention.grid_figure(weights, title="all", axis_names=("target", "source"))
-    maps = figure.axes[:-1]  # the last is the colour bar
-    assert len(maps) == 6
-    places = np.asarray([axes.get_position().bounds[:2] for axes in maps])
+    figure = attention.attention_figure(maps(weights, TARGET[:2], SOURCE), model="tiny")
+    drawn_maps = figure.axes[:-1]  # the last is the colour bar
+    assert len(drawn_maps) == 6
+    places = np.asarray([axes.get_position().bounds[:2] for axes in drawn_maps])
     assert len(np.unique(places[:, 0])) == 3 and len(np.unique(places[:, 1])) == 2
     order = np.lexsort((places[:, 0], -places[:, 1]))  # as one reads
     for place, index in enumerate(order):
-        drawn = colours_at(figure, maps[index], cells((2, 3)))
+        drawn = colours_at(figure, drawn_maps[index], cells((2, 3)))
         assert np.argmin(np.sum(drawn, axis=1)) == 3 * (place // 3) + place % 3
     assert_legible(figure)
-    some = attention.grid_figure(weights[1:, :2], title="", axis_names=("q", "k"), layers=[7], heads=[4, 9])
-    assert {"layer 7", "head 4", "head 9"} <= {text.get_text() for text in some.texts}
+    assert "tiny, a $head$: all" in {text.get_text() for text in figure.texts}
+    for chosen, shown in (({"layer": -1}, {"layer 1", "head 0", "head 2"}), ({"head": 1}, {"layer 0", "head 1"})):
+        some = attention.attention_figure(maps(weights, TARGET[:2], SOURCE), **chosen)
+        assert shown <= {text.get_text() for text in some.texts}
+        assert len(some.axes) == 1 + (3 if "layer" in chosen else 2)
+
+
+@pytest.mark.parametrize("name", ["layer", "head"])
+def test_a_layer_or_head_that_there_is_not_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} must be from 0 to 1 \(or −2 to −1\), but is 2"):
+        attention.attention_figure(maps(np.zeros((2, 2, 4, 3)), TARGET, SOURCE), **{name: 2})
 
 
 def test_a_frame_marks_one_head():
@@ -113,10 +126,10 @@ def test_a_frame_marks_one_head():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"queries": TARGET[:3]}, "4 queries, but 3 tokens"),
-        ({"keys": TARGET}, "3 keys, but 4 tokens"),
-        ({"sure": [(3, 0)]}, r"link \(3, 0\) is outside"),
-        ({"possible": [(0, 4)]}, r"link \(0, 4\) is outside"),
+        ({"queries": TARGET[:3]}, "queries must be the 4 tokens of the map, but are 3"),
+        ({"keys": TARGET}, "keys must be the 3 tokens of the map, but are 4"),
+        ({"sure": [(3, 0)]}, r"a link must lie in the map of 3 keys and 4 queries, but is \(3, 0\)"),
+        ({"possible": [(0, 4)]}, r"a link must lie in the map of 3 keys and 4 queries, but is \(0, 4\)"),
     ],
 )
 def test_what_does_not_fit_the_map_is_refused(change, said):
@@ -130,11 +143,9 @@ def test_measures_are_drawn_where_they_are():
         figure = Figure(figsize=(9, 3))
         first, second, third = figure.subplots(1, 3)
         curve = {"name": "cross", "layers": estimates([1.0, 0.5]), "heads": [[0.9, 1.1], [0.4, 0.6]]}
-        attention_measures.draw_by_layer(first, [curve])
-        attention_measures.draw_error_rates(
-            second, [estimates([0.3, 0.2]), estimates([0.1, 0.4])], best=(1, 0), bound=0.05
-        )
-        attention_measures.draw_shares(third, [[dict.fromkeys(attention_measures.KINDS, 1 / 6)] * 2])
+        attention.draw_by_layer(first, [curve])
+        attention.draw_error_rates(second, [estimates([0.3, 0.2]), estimates([0.1, 0.4])], best=(1, 0), bound=0.05)
+        attention.draw_shares(third, [[dict.fromkeys(attention.KINDS, 1 / 6)] * 2])
     means = next(line for line in first.lines if line.get_label() == "cross")
     np.testing.assert_allclose(means.get_xydata(), [[0, 1.0], [1, 0.5]])
     marked = [line for line in second.lines if line.get_color() == style.ACCENT and line.get_marker() == "o"]

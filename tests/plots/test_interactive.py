@@ -135,9 +135,12 @@ def test_equal_surfaces_give_equal_bytes():
 @pytest.mark.parametrize(
     ("surfaces", "message"),
     [
-        ([], "expected at least one, found none"),
-        ([tilted(3, 3), tilted(3, 3) | {"loss": [[None] * 3] * 3}], "none of the 9 losses is finite"),
-        ([tilted(3, 3) | {"alphas": [], "loss": []}], "found 0"),
+        ([], "must be at least one surface to draw, but there is none"),
+        (
+            [tilted(3, 3), tilted(3, 3) | {"loss": [[None] * 3] * 3}],
+            "at least one loss must be finite, but none of 9 is",
+        ),
+        ([tilted(3, 3) | {"alphas": [], "loss": []}], "but are 0"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(surfaces, message):

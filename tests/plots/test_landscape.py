@@ -10,7 +10,7 @@ from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from jaxrl_llm.plots import landscape, loss_grid, loss_scale, loss_surface, style
+from jaxrl_llm.plots import landscape, loss_grid, style
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = {"label": "check_points $t$", "points": [[-0.8, 0.7], [-0.3, 0.2], [0, 0]]}
@@ -140,7 +140,7 @@ def test_holes_are_left_open_and_counted():
     np.testing.assert_allclose(pixels(axes, mirrored), 255 * colours.cmap(colours.norm(losses))[:, :3], atol=12)
     spread = np.ptp(pixels(axes, at), axis=1)
     assert (spread < 20).all(), "hatching is grey on white"
-    faces = loss_surface._faces(loss_grid.read_grid(surface))
+    faces = landscape._faces(loss_grid.read_grid(surface))
     seen = {tuple(corner) for face in faces for corner in face[:, :2].tolist()}
     assert len(seen) == 23
     assert not seen & {(0.5, -1.0), (-0.5, 1.0)}
@@ -150,14 +150,14 @@ def test_holes_are_left_open_and_counted():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"loss": [[None] * 5 for _ in range(5)]}, "none of the 25 losses is finite"),
-        ({"alphas": [], "loss": []}, "alphas must be at least 2 numbers, found 0"),
-        ({"betas": [], "loss": [[]] * 5}, "betas must be at least 2 numbers, found 0"),
-        ({"alphas": [0.0], "loss": [[1.0] * 5]}, "found 1; one row of a grid is drawn as a section"),
-        ({"loss": [[1.0] * 5] * 4}, r"5 x 5 \(alphas x betas\), found 4 x 5"),
-        ({"loss": [[1.0] * 5] * 4 + [[1.0] * 3]}, "found 5 x 3 or 5"),
-        ({"alphas": [0, 1, 1, 2, 3]}, "alphas must be finite and ascending, found 0, 1, 1, 2, 3"),
-        ({"centre": None}, "the loss at the origin must be a finite number, found None"),
+        ({"loss": [[None] * 5 for _ in range(5)]}, "at least one loss must be finite, but none of 25 is"),
+        ({"alphas": [], "loss": []}, "alphas must be at least 2 numbers, but are 0"),
+        ({"betas": [], "loss": [[]] * 5}, "betas must be at least 2 numbers, but are 0"),
+        ({"alphas": [0.0], "loss": [[1.0] * 5]}, "but are 1; one row of a grid is drawn as a section"),
+        ({"loss": [[1.0] * 5] * 4}, r"5 x 5 \(alphas x betas\), but is 4 x 5"),
+        ({"loss": [[1.0] * 5] * 4 + [[1.0] * 3]}, "but is 5 x 3 or 5"),
+        ({"alphas": [0, 1, 1, 2, 3]}, "alphas must be finite and ascending, but are 0, 1, 1, 2, 3"),
+        ({"centre": None}, "the loss at the origin must be a finite number, but is None"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(fields, message):
@@ -175,7 +175,7 @@ def test_a_field_that_is_missing_is_named():
         drawn(surface)
     surface = make_surface()
     del surface["cosine"]
-    with pytest.raises(ValueError, match="also needs its cosine"):
+    with pytest.raises(ValueError, match="must have title and cosine for its figure, but lacks cosine"):
         landscape.landscape_figure(surface, model="tiny")
 
 
@@ -186,7 +186,7 @@ def test_equal_limits_give_equal_scales():
     assert {(type(norm), norm.vmin, norm.vmax) for norm in norms} == {(LogNorm, *limits)}
     own = [drawn(surface)[1].norm for surface in several]
     assert own[0].vmax != own[1].vmax
-    with pytest.raises(ValueError, match="limits must be two finite losses, the lower first, found 5 and 4"):
+    with pytest.raises(ValueError, match="limits must be two finite losses, the lower first, but are 5 and 4"):
         drawn(several[0], limits=(5, 4))
 
 
@@ -214,7 +214,7 @@ def test_a_shared_colour_bar_speaks_for_every_panel():
         colours = [landscape.draw_contour(*pair, limits=limits) for pair in zip(panels, (within, beyond), strict=True)]
         assert landscape.add_colour_bar(panels, colours).extend == "max"
         other = landscape.draw_contour(panels[0], within, limits=(0, 1))
-        with pytest.raises(ValueError, match="need the same limits"):
+        with pytest.raises(ValueError, match="must have the same limits, but have"):
             landscape.add_colour_bar(panels, [*colours, other])
 
 
@@ -233,10 +233,10 @@ def test_a_flat_surface_can_be_drawn():
 
 
 def test_ticks_are_round_and_within_the_scale():
-    np.testing.assert_array_equal(loss_scale.ticks(loss_scale.loss_norm((4.0, 130.0))), [6, 10, 15, 25, 40, 50, 80])
+    np.testing.assert_array_equal(loss_grid.ticks(loss_grid.loss_norm((4.0, 130.0))), [6, 10, 15, 25, 40, 50, 80])
     for limits in [(0.01, 4000.0), (-3, 7), (4.0, 4.002), (1e-6, 1e6)]:
-        norm = loss_scale.loss_norm(limits)
-        values = loss_scale.ticks(norm)
+        norm = loss_grid.loss_norm(limits)
+        values = loss_grid.ticks(norm)
         assert len(values) >= 3
         assert (np.diff(values) > 0).all()
         assert limits[0] < values[0]
@@ -311,11 +311,11 @@ def test_gaps_of_a_section_are_counted():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ([], "expected at least one, found none"),
+        ([], "must be at least one section to draw, but there is none"),
         ([{"label": "x"}], "lacks alphas, loss, quadratic, curvature"),
-        ([make_section(loss=[1.0])], "11 alphas needs as many values"),
-        ([make_section(loss=[None] * 11)], "none of the 11 losses is finite"),
-        ([make_section(alphas=[0.0])], "alphas must be at least 2 numbers, found 1"),
+        ([make_section(loss=[1.0])], "11 alphas must have as many values"),
+        ([make_section(loss=[None] * 11)], "at least one loss must be finite, but none of 11 is"),
+        ([make_section(alphas=[0.0])], "alphas must be at least 2 numbers, but are 1"),
     ],
 )
 def test_sections_that_cannot_be_drawn_are_refused(sections, message):
@@ -396,7 +396,7 @@ def test_labels_of_contour_lines_keep_apart_and_off_the_path():
     ],
 )
 def test_numbers_have_one_format(value, short, padded):
-    assert (loss_scale.digits(value), loss_scale.digits(value, padded=True)) == (short, padded)
+    assert (loss_grid.digits(value), loss_grid.digits(value, padded=True)) == (short, padded)
 
 
 def test_the_facts_stand_under_the_title():
@@ -430,5 +430,5 @@ def test_a_grid_is_read_once_and_not_changed():
 def test_faces_of_four_and_of_three_corners():
     surface = tilted(3, 3)
     surface["loss"][0][0] = None
-    sizes = sorted(len(face) for face in loss_surface._faces(loss_grid.read_grid(surface)))
+    sizes = sorted(len(face) for face in landscape._faces(loss_grid.read_grid(surface)))
     assert sizes == [3, 4, 4, 4]

@@ -19,21 +19,19 @@ from jaxrl_llm.analysis.landscape.directions import (
     random_directions,
     rescaled,
 )
-from jaxrl_llm.analysis.landscape.losses import Answers, next_token_loss, preference_loss, reward_model_loss
-from jaxrl_llm.analysis.landscape.report import describe
-from jaxrl_llm.analysis.landscape.surface import LossHole, axis, loss_section, loss_surface
-from jaxrl_llm.analysis.landscape.trees import cosine, inner, norm
+from jaxrl_llm.analysis.landscape.losses import next_token_loss, preference_loss, reward_model_loss
+from jaxrl_llm.analysis.landscape.surface import LossHole, Surface, axis, loss_section, loss_surface, surface_of
+from jaxrl_llm.analysis.landscape.vectors import cosine, inner, norm
 
 __all__ = [
-    "Answers",
     "Eigenpairs",
     "LossHole",
     "PrincipalDirections",
+    "Surface",
     "axis",
     "coordinates",
     "cosine",
     "curvature",
-    "describe",
     "hessian_vector_product",
     "inner",
     "interpolation_directions",
@@ -48,5 +46,6 @@ __all__ = [
     "reward_model_loss",
     "second_difference",
     "slope",
+    "surface_of",
     "top_eigenpairs",
 ]

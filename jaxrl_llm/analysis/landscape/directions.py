@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxrl_llm.analysis.landscape.trees import (
+from jaxrl_llm.analysis.landscape.vectors import (
     accurate_sum,
     check_like,
     check_params,

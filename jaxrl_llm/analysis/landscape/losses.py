@@ -1,4 +1,4 @@
-"""What can be lost: a language model's next tokens, a preference, a comparison of rewards, as functions of params."""
+"""Losses as functions of parameters alone: next-token loss, preference losses, the loss of a reward model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.analysis.landscape.trees import LossFn
+from jaxrl_llm.analysis.landscape.vectors import LossFn
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference, reward_model
 from jaxrl_llm.objectives.aggregate import aggregate
-from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.scoring import Sequences as Answers
+from jaxrl_llm.scoring import Sequences, check_sequences, log_probs
 
 
 def next_token_loss(
     lm: LanguageModel, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"] | None = None
 ) -> LossFn:
-    """−log p of every real token after the first of its row, on average over them, in nats per token.
+    """Return the mean −log p of the real tokens after the first of each row, in nats per token.
 
     Raises:
         ValueError: if the tokens are not ids of the model, or leave nothing to predict.
@@ -32,9 +31,10 @@ def next_token_loss(
     predicted = mask & (jnp.cumsum(mask, axis=1) > 1)
     if not predicted.any():
         raise ValueError("no row has two real tokens, so that there is nothing to predict.")
+    sequences = Sequences(tokens, mask, predicted)
 
     def loss(params: Params) -> Float[Array, ""]:
-        return -aggregate(_log_probs(lm, params, tokens, mask), predicted[:, 1:], "token_mean")
+        return -aggregate(log_probs(lm, params, sequences), predicted, "token_mean")
 
     return loss
 
@@ -42,34 +42,37 @@ def next_token_loss(
 def preference_loss(
     lm: LanguageModel,
     ref_params: Params,
-    chosen: Answers,
-    rejected: Answers,
+    chosen: Sequences,
+    rejected: Sequences,
     *,
     loss: Callable[..., Float[Array, "batch"]] = preference.dpo_loss,
-    **knobs: Any,
+    **hyperparameters: Any,
 ) -> LossFn:
-    """The mean over pairs of a loss of `objectives.preference` that takes a reference, DPO's for one, in nats.
+    """Return the mean over pairs of a loss of `objectives.preference` with a reference, such as DPO's, in nats.
 
     Args:
         chosen, rejected: row i of the one is preferred to row i of the other.
-        loss: loss(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen, logp_ref_rejected, **knobs) -> [batch].
+        loss: of summed log-probabilities: loss(logp_policy_chosen, logp_policy_rejected, logp_ref_chosen,
+            logp_ref_rejected, **hyperparameters) -> [batch].
 
     Raises:
-        ValueError: if the answers do not match in number, are no tokens of the model, or one of them is empty.
+        ValueError: if the rows do not match in number, are not tokens of the model, or one has no completion.
     """
     _check_pairs(lm, chosen, rejected)
-    of_reference = jax.jit(lambda params: [answer_log_probs(lm, params, answers) for answers in (chosen, rejected)])
-    logp_ref = of_reference(ref_params)
+
+    def logp(params: Params) -> list[Float[Array, "batch"]]:
+        return [log_probs(lm, params, each).sum(axis=1) for each in (chosen, rejected)]
+
+    logp_ref = jax.jit(logp)(ref_params)
 
     def pair_loss(params: Params) -> Float[Array, ""]:
-        logp = [answer_log_probs(lm, params, answers) for answers in (chosen, rejected)]
-        return loss(*logp, *logp_ref, **knobs).mean()
+        return loss(*logp(params), *logp_ref, **hyperparameters).mean()
 
     return pair_loss
 
 
-def reward_model_loss(lm: LanguageModel, chosen: Answers, rejected: Answers, **knobs: Any) -> LossFn:
-    """The mean pairwise loss −log σ(r_chosen − r_rejected) of a reward model, in nats.
+def reward_model_loss(lm: LanguageModel, chosen: Sequences, rejected: Sequences, **hyperparameters: Any) -> LossFn:
+    """Return the mean pairwise loss −log σ(r_chosen − r_rejected) of a reward model, in nats.
 
     Its parameters are {"model": the language model's, "head": [width]}; the reward of a row is the head's product
     with the hidden state at the row's last real token.
@@ -78,37 +81,20 @@ def reward_model_loss(lm: LanguageModel, chosen: Answers, rejected: Answers, **k
         ValueError: as `preference_loss`.
     """
     _check_pairs(lm, chosen, rejected)
-
     head = ScalarHead(lm)
 
-    def scores(params: Params, answers: Answers) -> Float[Array, "batch"]:
-        return head.scores(params, answers.tokens, mask=answers.mask)
+    def scores(params: Params, rows: Sequences) -> Float[Array, "batch"]:
+        return head.scores(params, rows.tokens, mask=rows.mask)
 
     def pair_loss(params: Params) -> Float[Array, ""]:
-        return reward_model.pairwise_loss(scores(params, chosen), scores(params, rejected), **knobs).mean()
+        return reward_model.pairwise_loss(scores(params, chosen), scores(params, rejected), **hyperparameters).mean()
 
     return pair_loss
 
 
-def answer_log_probs(lm: LanguageModel, params: Params, answers: Answers) -> Float[Array, "batch"]:
-    """log π(answer | prompt) of each row, summed over the answer's tokens, in nats."""
-    logp = _log_probs(lm, params, answers.tokens, answers.mask)
-    return jnp.where(answers.completion_mask[:, 1:], logp, 0).sum(axis=1)
-
-
-def _log_probs(lm: LanguageModel, params: Params, tokens: Array, mask: Array) -> Float[Array, "batch time-1"]:
-    logits, _ = lm.apply(params, tokens[:, :-1], mask=mask[:, :-1])
-    return token_log_probs(logits, tokens[:, 1:])
-
-
-def _check_pairs(lm: LanguageModel, chosen: Answers, rejected: Answers) -> None:
-    for name, answers in (("chosen", chosen), ("rejected", rejected)):
-        check_tokens(lm, jnp.asarray(answers.tokens), answers.mask, name=f"{name}.tokens")
-        if answers.completion_mask.shape != answers.mask.shape or (answers.completion_mask & ~answers.mask).any():
-            raise ValueError(f"{name}.completion_mask must mark real tokens in the shape of {name}.mask.")
-        first = jnp.cumsum(answers.mask, axis=1) == 1
-        if not answers.completion_mask.any(axis=1).all() or (answers.completion_mask & first).any():
-            raise ValueError(f"every row of {name} needs an answer of a token or more, after a prompt of one or more.")
+def _check_pairs(lm: LanguageModel, chosen: Sequences, rejected: Sequences) -> None:
+    check_sequences(lm, chosen, name="chosen")
+    check_sequences(lm, rejected, name="rejected")
     if len(chosen.tokens) != len(rejected.tokens) or not len(chosen.tokens):
         raise ValueError(
             f"chosen and rejected must be pairs, but there are {len(chosen.tokens)} and {len(rejected.tokens)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jaxrl_llm.analysis.landscape.trees import LossFn, check_like, check_params
+from jaxrl_llm.analysis.landscape.vectors import LossFn, check_like, check_params, cosine
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.numerics import wide
 
@@ -99,6 +101,88 @@ def loss_surface(
     bar.close()
     _report_holes(rows.done, alphas, betas)
     return rows.done
+
+
+@dataclasses.dataclass(frozen=True)
+class Surface:
+    """The loss over a plane of two directions around a point of parameter space.
+
+    Args:
+        title: of a figure.
+        unit: of the loss.
+        alphas: [A] the steps along the first direction.
+        betas: [B] the steps along the second.
+        loss: [A, B]; not finite at a hole.
+        centre: the loss at the origin, which an even grid does not hold.
+        cosine: of the two directions.
+        sharpness: the largest eigenvalue of the Hessian at the centre, if it is known.
+
+    Raises:
+        ValueError: if the shapes do not match, or no loss is finite.
+    """
+
+    title: str
+    unit: str
+    alphas: Float[np.ndarray, "A"]
+    betas: Float[np.ndarray, "B"]
+    loss: Float[np.ndarray, "A B"]
+    centre: float
+    cosine: float
+    sharpness: float | None = None
+
+    def __post_init__(self):
+        if np.shape(self.loss) != (len(self.alphas), len(self.betas)):
+            raise ValueError(
+                f"loss must be [{len(self.alphas)}, {len(self.betas)}], but is {list(np.shape(self.loss))}."
+            )
+        if not np.isfinite(self.loss).any():
+            raise ValueError(f"none of the {np.size(self.loss)} losses is finite: take a smaller radius.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the surface as JSON, for results files: None where the loss is not finite, and the numbers of it."""
+        finite = np.isfinite(self.loss)
+        fields = {
+            "title": self.title,
+            "unit": self.unit,
+            "alphas": [float(alpha) for alpha in self.alphas],
+            "betas": [float(beta) for beta in self.betas],
+            "loss": [[float(loss) if np.isfinite(loss) else None for loss in row] for row in self.loss],
+            "centre": self.centre,
+            "minimum": float(self.loss[finite].min()),
+            "maximum": float(self.loss[finite].max()),
+            "holes": int((~finite).sum()),
+            "cosine": self.cosine,
+            "centre_on_grid": bool(np.any(self.alphas == 0) and np.any(self.betas == 0)),
+        }
+        return fields if self.sharpness is None else fields | {"sharpness": self.sharpness}
+
+
+def surface_of(
+    loss_fn: LossFn,
+    params: Params,
+    directions: tuple[Params, Params],
+    alphas: Float[np.ndarray, "A"] | None = None,
+    betas: Float[np.ndarray, "B"] | None = None,
+    *,
+    title: str = "Loss",
+    unit: str = "nats per token",
+    sharpness: float | None = None,
+    **options: Any,
+) -> Surface:
+    """Compute `loss_surface` with the numbers that belong to it: what `jaxrl_llm.plots.landscape` draws.
+
+    Args:
+        alphas, betas: by default `axis()` each.
+        title, unit, sharpness: as in `Surface`.
+        options: of `loss_surface`.
+
+    Raises:
+        ValueError: as `loss_surface` and `Surface` do.
+    """
+    alphas, betas = (axis() if steps is None else np.asarray(steps, np.float64) for steps in (alphas, betas))
+    losses = loss_surface(loss_fn, params, directions, alphas, betas, **options)
+    centre, angle = float(jax.jit(loss_fn)(params)), float(cosine(*directions))
+    return Surface(title, unit, alphas, betas, losses, centre, angle, sharpness)
 
 
 def loss_section(

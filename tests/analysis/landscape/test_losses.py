@@ -5,6 +5,7 @@ import pytest
 
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.objectives import preference
+from jaxrl_llm.scoring import Sequences
 from tests.conftest import TINY, log_softmax, random_params
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ def rows(lm, *, seed, left):
         tokens[row, place] = real[row, :length]
         mask[row, place] = True
         answer[row, place.stop - 2 : place.stop] = True
-    return landscape.Answers(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(answer))
+    return Sequences(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(answer))
 
 
 def token_log_probs_of(lm, params, tokens):
@@ -90,8 +91,11 @@ def test_wrong_inputs_are_named():
     short = jax.tree.map(lambda leaf: leaf[:1], good)
     with pytest.raises(ValueError, match="must be pairs, but there are 2 and 1"):
         landscape.preference_loss(lm, params, good, short)
-    for answer in (jnp.zeros_like(good.completion_mask), good.mask):
-        with pytest.raises(ValueError, match="every row of rejected needs an answer"):
-            landscape.preference_loss(lm, params, good, good._replace(completion_mask=answer))
+    for marked, message in (
+        (jnp.zeros_like(good.completion_mask), "row 0 of rejected has no completion"),
+        (good.mask, "row 0 of rejected has a completion without 1 token before it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            landscape.preference_loss(lm, params, good, good._replace(completion_mask=marked))
     with pytest.raises(ValueError, match=r"chosen.completion_mask must mark real tokens"):
         landscape.reward_model_loss(lm, good._replace(completion_mask=~good.mask), good)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -208,10 +209,10 @@ def test_a_loss_that_is_not_finite_is_a_hole_and_reported():
     directions = ({"w": jnp.asarray([1.0, 0.0])}, {"w": jnp.asarray([0.0, 1.0])})
     grid = landscape.axis(1, 5)
     with pytest.warns(landscape.LossHole, match=r"not finite at 9 of 25 points, first at \(-1, -1\)"):
-        found = surface_of(broken_loss, params, directions, grid, grid)
+        surface = landscape.surface_of(broken_loss, params, directions, grid, grid, progress=False)
+    found, described = surface.loss, surface.as_dict()
     assert np.isnan(found[4]).all() and np.isinf(found[:4, 0]).all()
     assert np.isfinite(found[:4, 1:]).all()
-    described = landscape.describe(grid, grid, found, title="", centre=0.0, cosine=0.0)
     assert described["holes"] == 9 and described["loss"][4] == [None] * 5
     assert described["minimum"] == 0 and described["maximum"] == 2.0
     json.dumps(described, allow_nan=False)
@@ -224,19 +225,33 @@ def test_no_hole_no_warning(small):
         surface_of(loss, params, directions, [0.0, 0.5], [0.0])
 
 
-def test_describing_what_is_all_holes_or_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="none of the 4 losses is finite"):
-        landscape.describe([0, 1], [0, 1], np.full((2, 2), np.nan), title="", centre=0.0, cosine=0.0)
-    with pytest.raises(ValueError, match=r"must be \[2, 3\], but are \[3, 2\]"):
-        landscape.describe([0, 1], [0, 1, 2], np.zeros((3, 2)), title="", centre=0.0, cosine=0.0)
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (np.full((2, 3), np.nan), "none of the 6 losses is finite"),
+        (np.zeros((3, 2)), r"loss must be \[2, 3\], but is \[3, 2\]"),
+    ],
+)
+def test_a_surface_of_holes_alone_or_of_another_shape_is_refused(losses, message):
+    with pytest.raises(ValueError, match=message):
+        landscape.Surface("", "nats", np.arange(2), np.arange(3), losses, centre=0.0, cosine=0.0)
 
 
-def test_a_description_knows_whether_the_origin_is_on_the_grid():
-    for points, on_grid in ((21, True), (20, False)):
-        axis = landscape.axis(1, points)
-        losses = np.add.outer(axis**2, axis)
-        described = landscape.describe(axis, axis, losses, title="", centre=0.0, cosine=0.0, sharpness=2.0)
-        assert described["centre_on_grid"] == on_grid and described["sharpness"] == 2.0
+@pytest.mark.parametrize(("points", "on_grid"), [(5, True), (4, False)])
+def test_a_surface_computes_the_numbers_that_belong_to_it(quadratic, points, on_grid):
+    directions, axis = landscape.random_directions(quadratic.params, jax.random.key(0)), landscape.axis(1, points)
+    options = {"title": "a bowl", "unit": "nats", "progress": False}
+    found = landscape.surface_of(quadratic.loss, quadratic.params, directions, axis, axis, **options)
+    assert (found.title, found.unit, found.sharpness) == ("a bowl", "nats", None)
+    np.testing.assert_array_equal(
+        found.loss, surface_of(quadratic.loss, quadratic.params, directions, axis, axis), strict=True
+    )
+    assert found.centre == jax.jit(quadratic.loss)(quadratic.params)
+    assert found.cosine == landscape.cosine(*directions)
+    described = found.as_dict()
+    assert described["centre_on_grid"] == on_grid and "sharpness" not in described
+    assert (described["minimum"], described["maximum"]) == (found.loss.min(), found.loss.max())
+    assert dataclasses.replace(found, sharpness=2.0).as_dict()["sharpness"] == 2.0
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import tarfile
 
 import pytest
 
-from jaxrl_llm.data import corpus, packages
-from jaxrl_llm.data.corpus import Document
-from tests.data.sword_modules import write_blocks
+from tests.tools.sword_modules import write_blocks
+from tools import corpus, packages
+from tools.corpus import Document
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Brown.

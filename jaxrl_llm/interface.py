@@ -1,0 +1,758 @@
+"""The public interface: a loaded model takes strings and returns strings; arrays are one attribute away.
+
+    import jaxrl_llm as jl
+
+    lm = jl.load("tiny-gpt2")
+    lm.generate("I have a dream", max_new_tokens=20, temperature=0.8, n=2)
+
+Every method encodes its texts, calls the functional layer (`jaxrl_llm.decoding`, `jaxrl_llm.scoring`,
+`jaxrl_llm.analysis`) on `lm.model` and `lm.params`, and wraps the result. Prompts and texts are a string, a list of
+strings, a list of token ids, a list of such lists (of any lengths) or an integer array [time] or [batch, time].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import numbers
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
+
+from jaxrl_llm import decoding, models, scoring, strategies, text, translation
+from jaxrl_llm import sampling as options_of
+from jaxrl_llm.analysis import attention, landscape, tree
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
+from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
+from jaxrl_llm.models.conditional import Conditional
+from jaxrl_llm.options import takes
+from jaxrl_llm.plots import interactive, style
+from jaxrl_llm.plots.attention import attention_figure
+from jaxrl_llm.plots.landscape import landscape_figure
+from jaxrl_llm.plots.tree import tree_figure
+from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
+
+Conversation = Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Conversation
+Prompts = str | Sequence[Prompt] | Int[np.ndarray, "..."] | Sequence[int]
+
+SHOWN = 100  # characters of a text in a repr
+_log_probs = jax.jit(scoring.log_probs, static_argnames="lm")
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Completion:
+    """The continuation of one prompt; `print` writes its text."""
+
+    text: str | None
+    """The new text, without the prompt and without a stop string; None if the model has no tokenizer."""
+    tokens: list[int]
+    """The new tokens; a final EOS, or the token that completes a stop string, is one of them."""
+    logp: Float[np.ndarray, "time"] | None
+    """Log-probability of each new token under the model at temperature 1, in nats; None of beams, which keep sums."""
+    log_prob: float
+    """Their sum; of the strategy stochastic-beam under the distribution that it draws from."""
+    finish_reason: Literal["stop", "length"]
+    """"stop" at an EOS token or a stop string, "length" at `max_new_tokens`."""
+    prompt: Prompt
+    """The prompt that it continues, as it was given."""
+    index: int
+    """The place of that prompt among the prompts."""
+    details: dict[str, float]
+    """Further numbers of the strategy, such as the accepted drafts of speculative decoding."""
+
+    def __str__(self) -> str:
+        return str(self.tokens) if self.text is None else self.text
+
+    def __repr__(self) -> str:
+        shown = self.tokens if self.text is None else self.text
+        return (
+            f"Completion({_short(shown)}, log_prob={self.log_prob:.2f}, {len(self.tokens)} tokens, "
+            f"finish_reason={self.finish_reason!r})"
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class TextTree:
+    """A search tree with its texts."""
+
+    tree: decoding.Tree
+    described: dict[str, Any]
+    """Nodes with text, probability and score, as plain data (`analysis.tree.describe`)."""
+    model: str
+
+    @property
+    def best(self) -> str:
+        """The prompt continued to the leaf of the highest score."""
+        return self.described["best_text"]
+
+    @property
+    def score(self) -> float:
+        """Σ log p / length of that leaf, in nats per token."""
+        return self.described["best_score"]
+
+    def plot(self) -> Figure:
+        """Draw the tree; a notebook shows the figure."""
+        return _shown(tree_figure(self.described, model=self.model))
+
+    def __repr__(self) -> str:
+        leaves = len(self.tree.leaves())
+        return f"TextTree({leaves} leaves, best: {_short(self.best)} with {self.score:.4f} nats per token)"
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class TextAttention:
+    """The attention maps of a text."""
+
+    maps: attention.AttentionMaps
+    model: str
+
+    @property
+    def weights(self) -> Float[np.ndarray, "layer head query key"]:
+        """The attention weights; each row sums to 1."""
+        return self.maps.weights
+
+    def plot(self, *, layer: int | None = None, head: int | None = None) -> Figure:
+        """Draw one head, or all heads of those that are not given; a notebook shows the figure.
+
+        Args:
+            layer, head: counted from 0, or from −1 backwards.
+        """
+        return _shown(attention_figure(self.maps, layer=layer, head=head, model=self.model))
+
+    def __repr__(self) -> str:
+        layers, heads, queries, keys = self.weights.shape
+        return (
+            f"TextAttention({self.maps.name} of {_short(self.maps.source)}: "
+            f"{layers} layers, {heads} heads, {queries} queries, {keys} keys)"
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class TextLandscape:
+    """The loss of a text over a plane of two directions around the model."""
+
+    surface: landscape.Surface
+    model: str
+
+    def plot(self) -> Figure:
+        """Draw the surface; a notebook shows the figure."""
+        return _shown(landscape_figure(self.surface, model=self.model))
+
+    def html(self) -> str:
+        """Return a self-contained page with an interactive 3-D plot (needs the extra `interactive`)."""
+        return interactive.surface_html([self.surface], title=self.surface.title)
+
+    def __repr__(self) -> str:
+        loss = self.surface.loss
+        return (
+            f"TextLandscape({_short(self.surface.title)}: {loss.shape[0]} × {loss.shape[1]} points, "
+            f"{self.surface.centre:.4f} {self.surface.unit} at the centre, {np.nanmin(loss):.4f} at the minimum)"
+        )
+
+
+def _options(keywords: Mapping[str, Any]) -> tuple[Sampling, Search]:
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    chosen = {name: value for name, value in keywords.items() if name in names}
+    return Sampling(**chosen), Search(**{name: value for name, value in keywords.items() if name not in names})
+
+
+class LM:
+    """A language model with its parameters and its tokenizer.
+
+    `lm.model` and `lm.params` are the arguments of the functional layer:
+    `jl.decoding.generate(lm.model, lm.params, tokens, ...)`.
+
+    Args:
+        loaded: the model (also a `TabularLM`), its parameters, its tokenizer or None, and its `config.json`.
+        name: for messages and figures.
+    """
+
+    def __init__(self, loaded: models.Loaded, name: str = "model"):
+        self.loaded, self.name = loaded, name
+
+    @property
+    def model(self) -> LanguageModel | models.T5:
+        """The model, a pure function of its parameters."""
+        return self.loaded.model
+
+    @property
+    def params(self) -> Params:
+        """The parameters, a plain nested dict of arrays."""
+        return self.loaded.params
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, of Hugging Face's kind, or None."""
+        return self.loaded.tokenizer
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        return self.loaded.config
+
+    @functools.cached_property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a text: the tokenizer's and the configuration's."""
+        return text.eos_ids(self.tokenizer, {"vocab_size": self.model.vocab_size, **self.config})
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token adds to a text."""
+        return text.token_bytes(self._require_tokenizer(), self.model.vocab_size)
+
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        context = getattr(self.model, "max_length", None)  # a T5 has none
+        parts = [type(self.model).__name__, f"{_rounded(size)} parameters", f"vocabulary {self.model.vocab_size}"]
+        parts += [] if context is None else [f"context {context}"]
+        return f"LM({self.name}: {', '.join(parts)}, {params_dtype(self.params)})"
+
+    # Decoding ---------------------------------------------------------------------------------------------------------
+
+    @takes(Sampling, Search)
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        strategy: Strategy = "sample",
+        greedy: bool = False,
+        n: int = 1,
+        chat: bool = False,
+        transforms: Sequence[Transform] = (),
+        **options: Any,
+    ) -> list[Completion]:
+        """Continue each prompt, or translate it with an encoder-decoder.
+
+        Args:
+            prompts: one or several, as the module says; with `chat` also conversations, lists of messages.
+            strategy: a decoding strategy; all of them share the options, and refuse those that they do not use.
+            greedy: the same as `strategy="greedy"`.
+            n: completions of each prompt; of a beam search its best hypotheses.
+            chat: put each prompt into the model's chat template, a string as a user's message.
+            transforms: further logits transforms (`jl.decoding.transforms`), applied after those of the options.
+            options: fields of `jaxrl_llm.sampling.Sampling` and `Search`, such as temperature, top_p, regex and stop.
+
+        Returns:
+            n completions of the first prompt, then n of the second, and so on (fewer of a beam search that finds
+            fewer): a list also for a single prompt.
+
+        Raises:
+            TypeError: for prompts of another type, or an unknown option.
+            ValueError: for an option that is out of range or that the strategy does not use, a prompt that is empty or
+                does not fit the context, or strings without a tokenizer.
+            FloatingPointError: if the model's logits are NaN, or no token is possible.
+        """
+        sampling, search = _options(options)
+        strategy = options_of.chosen(strategy, greedy=greedy)
+        options_of.check(strategy, sampling, search, n=n)
+        given, rows = self._encoded(prompts, chat=chat)
+        beam = options_of.is_beam(strategy)
+        indices = [index for index in range(len(rows)) for _ in range(1 if beam else n)]
+        request = self._request(strategy, [rows[i] for i in indices], sampling, search, transforms, chat=chat)
+        found = strategies.run(strategy, request)
+        return [
+            self._completion(hypothesis, given[index], index, self._before(rows[index], chat=chat), sampling.stop)
+            for index, hypotheses in zip(indices, found, strict=True)
+            for hypothesis in hypotheses[: n if beam else 1]
+        ]
+
+    @takes(Sampling, Search)
+    def chat(
+        self,
+        messages: str | Conversation,
+        *,
+        strategy: Strategy = "sample",
+        greedy: bool = False,
+        transforms: Sequence[Transform] = (),
+        **options: Any,
+    ) -> Completion:
+        """Return the model's reply to a user's message or a conversation, by its chat template.
+
+        Args:
+            messages: a string, or a list of {"role": ..., "content": ...}.
+            strategy, greedy, transforms, options: those of `generate`.
+
+        Raises:
+            ValueError: if the model has no chat template, or as `generate` does.
+        """
+        how = {"strategy": strategy, "greedy": greedy, "transforms": transforms}
+        return self.generate([messages], chat=True, **how, **options)[0]
+
+    @takes(Sampling)
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        greedy: bool = False,
+        chat: bool = False,
+        transforms: Sequence[Transform] = (),
+        **options: Any,
+    ) -> Iterator[str]:
+        """Return an iterator over the text of `generate(prompt, ...)[0]`, in pieces as they are known.
+
+        A piece never ends within a character, nor holds a part of a stop string.
+
+        Args:
+            prompt: a single one.
+            greedy, chat, transforms, options: those of `generate`.
+
+        Raises:
+            TypeError, ValueError: as `generate` does.
+        """
+        sampling, search = _options(options)
+        strategy = options_of.chosen("sample", greedy=greedy)
+        options_of.check(strategy, sampling, search)
+        _, rows = self._encoded(prompt, chat=chat)
+        if len(rows) > 1:
+            raise ValueError(f"stream takes one prompt, but is given {len(rows)}: generate takes several.")
+        texts = text.TextStream(self._require_tokenizer(), self._before(rows[0], chat=chat), sampling.stop)
+        request = self._request(strategy, rows, sampling, search, transforms, chat=chat)
+        pieces = decoding.stream(*request.model, greedy=strategy == "greedy", **request.token_by_token)
+        return _texts(texts, pieces)
+
+    @takes(Sampling, Search)
+    def beam_search(
+        self,
+        prompts: Prompts,
+        *,
+        n: int | None = None,
+        num_groups: int = 1,
+        chat: bool = False,
+        transforms: Sequence[Transform] = (),
+        **options: Any,
+    ) -> list[Completion]:
+        """Return the hypotheses of beam search, best first: `generate` by the strategies beam and diverse-beam.
+
+        Args:
+            prompts: one or several.
+            n: hypotheses of each prompt; by default all `num_beams`.
+            num_groups: more than one makes it diverse beam search.
+            chat, transforms, options: those of `generate`, as far as these strategies use them.
+
+        Returns:
+            The hypotheses of the first prompt, then those of the second, and so on. `log_prob` is theirs under the
+            model; they are ranked by log_prob / length**length_penalty.
+
+        Raises:
+            TypeError, ValueError: as `generate` does.
+        """
+        n = options.get("num_beams", Search.num_beams) if n is None else n
+        how = {"strategy": "beam"} if num_groups == 1 else {"strategy": "diverse-beam", "num_groups": num_groups}
+        return self.generate(prompts, n=n, chat=chat, transforms=transforms, **how, **options)
+
+    @takes(TreeSearch)
+    def search_tree(self, prompt: Prompt, **options: Any) -> TextTree:
+        """Grow the search tree of a prompt: every node is continued by several distinct tokens.
+
+        Args:
+            prompt: a single one.
+            options: fields of `jaxrl_llm.sampling.TreeSearch`.
+
+        Raises:
+            TypeError: for a prompt of another type, or an unknown option.
+            ValueError: for an option that is out of range or not used, or as `decoding.search_tree` does.
+        """
+        options = TreeSearch(**options)
+        tokenizer = self._require_tokenizer()
+        given, rows = self._encoded(prompt)
+        if len(rows) > 1:
+            raise ValueError(f"search_tree takes one prompt, but is given {len(rows)}.")
+        filters = {"top-k": lambda: TopK(options.top_k), "nucleus": lambda: TopP(options.top_p)}
+        kept = [filters[options.select]()] if options.select in filters else []
+        task = self._task(rows)
+        found = decoding.search_tree(
+            task.lm,
+            task.params,
+            task.prompts[0][task.mask[0]],
+            branching=options.branching,
+            depth=options.depth,
+            select="best" if options.select == "best" else Chain((Temperature(options.temperature), *kept)),
+            key=jax.random.key(options.seed),
+            eos_id=self.eos_ids,
+        )
+        titles = {
+            "best": "most probable",
+            "sample": "sampled",
+            "top-k": f"top-k, k = {options.top_k}",
+            "nucleus": f"nucleus, p = {options.top_p}",
+        }
+        start = given[0] if isinstance(given[0], str) else tokenizer.decode(rows[0])
+        described = tree.describe(
+            found,
+            tokenizer,
+            name=options.select,
+            title=f"{titles[options.select]}, branching {options.branching}",
+            prompt=f"{start} → " if self._translates else start,
+            prompt_tokens=self._before(rows[0]),
+        )
+        return TextTree(found, described, self.name)
+
+    def translate(
+        self,
+        sentences: str | Sequence[str],
+        *,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        max_new_tokens: int = 64,
+        batch_size: int = translation.BATCH,
+        prefix: str | None = None,
+        suffix: str | None = None,
+    ) -> str | list[str]:
+        """Translate a sentence, or each of several, greedily or by beam search.
+
+        Args:
+            sentences: one gives a string, a list a list.
+            num_beams: 1 is greedy decoding.
+            length_penalty: beams are ranked by log p / length**length_penalty.
+            max_new_tokens: the most tokens of a translation.
+            batch_size: sentences that are translated together.
+            prefix, suffix: text before and after each sentence; by default what `config.json` says, and a line break
+                after a sentence for a decoder-only model.
+
+        Raises:
+            ValueError: as `translation.translate` does.
+        """
+        self._require_tokenizer()
+        found = translation.translate(
+            self.loaded,
+            [sentences] if isinstance(sentences, str) else sentences,
+            form=translation.Form.of(self.loaded, prefix=prefix, suffix=suffix),
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        return found[0] if isinstance(sentences, str) else found
+
+    # Scoring ----------------------------------------------------------------------------------------------------------
+
+    def log_probs(
+        self, texts: Prompts, completions: Prompts | None = None
+    ) -> Float[np.ndarray, "time"] | list[Float[np.ndarray, "time"]]:
+        """Return the log-probability of each token of a text given those before it, in nats.
+
+        Args:
+            texts: one gives an array, several give a list of arrays. The first token of a text is not scored, for
+                nothing precedes it (it is by a model with a root state, as `TabularLM`).
+            completions: then `texts` are the prompts before them (of an encoder-decoder the sources), and the values
+                are those of the completions' tokens. One prompt may have several completions. A completion is encoded
+                by itself, without an EOS token that the tokenizer does not add.
+
+        Raises:
+            TypeError: for texts of another type.
+            ValueError: if a text leaves nothing to score, or does not fit the context.
+        """
+        _, prompts = self._encoded(texts, name="texts")
+        if completions is None:
+            if self._translates:
+                raise ValueError("an encoder-decoder scores completions given texts: give both.")
+            least = self.model.min_prompt_length
+            for index, row in enumerate(prompts):
+                if len(row) <= least:
+                    raise ValueError(f"text {index} has too few tokens ({len(row)}): there is nothing to score.")
+            scored, prompts = [row[least:] for row in prompts], [row[:least] for row in prompts]
+        else:
+            scored = [self._completion_ids(each, i) for i, each in enumerate(_listed(completions, "completions"))]
+            prompts = prompts * len(scored) if len(prompts) == 1 else prompts
+        found = self._scored(prompts, scored)
+        return found[0] if _is_single(texts) and (completions is None or _is_single(completions)) else found
+
+    def perplexity(self, texts: Prompts, completions: Prompts | None = None) -> float | list[float]:
+        """Return exp(−mean log p) over the scored tokens of a text, or of each of several; see `log_probs`."""
+        found = self.log_probs(texts, completions)
+        if isinstance(found, list):
+            return [math.exp(-each.mean()) for each in found]
+        return math.exp(-found.mean())
+
+    # Analysis ---------------------------------------------------------------------------------------------------------
+
+    def attention(self, source: str, *, kind: attention.Kind | None = None, target: str | None = None) -> TextAttention:
+        """Compute the attention maps of a text, `lm.attention("twenty-one").plot(layer=1, head=3)`.
+
+        Args:
+            source: the text; of an encoder-decoder, what it translates.
+            kind: of an encoder-decoder "cross" (the default), "encoder" or "decoder"; else "self".
+            target: an encoder-decoder's output; by default its greedy translation.
+
+        Raises:
+            ValueError: as `analysis.attention.attention_maps` does.
+        """
+        self._require_tokenizer()
+        return TextAttention(attention.attention_maps(self.loaded, source, kind=kind, target=target), self.name)
+
+    def landscape(
+        self,
+        texts: Prompts,
+        *,
+        directions: Literal["parameter", "filter", "none", "hessian"] = "parameter",
+        points: int = 21,
+        radius: float = 1.0,
+        seed: int = 0,
+        iterations: int = 40,
+        memory_budget: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> TextLandscape:
+        """Compute the next-token loss of a text, or of several, over a plane of two orthogonal directions.
+
+        Args:
+            texts: the texts whose mean loss it is, in nats per token.
+            directions: random ones, scaled to each tensor's norm, filter by filter or not at all; or "hessian", the
+                eigenvectors of the two largest Hessian eigenvalues.
+            points: along each direction; of an odd number the middle one is the model itself.
+            radius: the grid reaches from −radius to radius, in lengths of the directions.
+            seed: of the random directions, and of the first Lanczos vector.
+            iterations: the most Lanczos iterations, for "hessian".
+            memory_budget, checkpoint, progress: as in `analysis.landscape.loss_surface`.
+
+        Raises:
+            ValueError: as `analysis.landscape.surface_of` does.
+        """
+        if points < 2:
+            raise ValueError(f"points must be at least 2, but is {points}.")
+        axis = landscape.axis(radius, points)
+        if self._translates:
+            raise ValueError("landscape needs a model of one text: an encoder-decoder has no next-token loss of one.")
+        given, rows = self._encoded(texts, name="texts")
+        tokens, mask = text.right_pad(rows)
+        loss = landscape.next_token_loss(self.model, tokens, None if mask.all() else mask)
+        plane, sharpness = self._plane(loss, directions, jax.random.key(seed), iterations)
+        one = given[0] if len(given) == 1 and isinstance(given[0], str) else None
+        surface = landscape.surface_of(
+            loss,
+            self.params,
+            plane,
+            axis,
+            axis,
+            title=f"Loss of {len(rows)} texts" if one is None else f"Loss of “{one}”",
+            sharpness=sharpness,
+            memory_budget=memory_budget,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        return TextLandscape(surface, self.name)
+
+    # Text and files ---------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: str | Sequence[str]) -> list[int] | list[list[int]]:
+        """Return the token ids of a string, or of each of several; an empty one is the BOS token."""
+        if isinstance(texts, str):
+            return text.encode(self._require_tokenizer(), texts)
+        return [text.encode(self._require_tokenizer(), each) for each in texts]
+
+    def decode(self, tokens: Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
+        """Return the text of a list of token ids, or of each of several, without special tokens."""
+        found = [self._text(row) for row in _listed(tokens, "tokens")]
+        return found[0] if _is_single(tokens) else found
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model to a folder that `jl.load` and transformers load: configuration, safetensors, tokenizer."""
+        models.save(folder, self.model, self.params, self.tokenizer, config=self.config)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} has no tokenizer files, so that text cannot be turned into tokens: give token ids."
+            )
+        return self.tokenizer
+
+    @property
+    def _translates(self) -> bool:
+        return isinstance(self.model, models.T5)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._require_tokenizer().decode(tokens, skip_special_tokens=True)
+
+    def _encoded(
+        self, prompts: Prompts, *, chat: bool = False, name: str = "prompts"
+    ) -> tuple[list[Prompt], list[list[int]]]:
+        """Each prompt as it was given, and its tokens."""
+        given = _listed(prompts, name)
+        return given, [self._ids(each, f"{name.removesuffix('s')} {i}", chat=chat) for i, each in enumerate(given)]
+
+    def _ids(self, prompt: Prompt, name: str, *, chat: bool) -> list[int]:
+        conversation = not isinstance(prompt, str) and any(isinstance(each, Mapping) for each in prompt)
+        if not isinstance(prompt, str) and not conversation:
+            if chat:
+                raise ValueError(f"{name} must be a string or a list of messages for a chat, but is token ids.")
+            return list(prompt)
+        if conversation and not chat:
+            raise ValueError(f"{name} is a conversation: lm.chat, or chat=True, puts it into the chat template.")
+        if self._translates:
+            if chat:
+                raise ValueError("an encoder-decoder has no chat template.")
+            form = translation.Form.of(self.loaded)
+            return translation.known_tokens(self._require_tokenizer(), prompt, form=form, name=name)
+        return text.encode(self._require_tokenizer(), prompt, chat=chat)
+
+    def _completion_ids(self, completion: Prompt, index: int) -> list[int]:
+        if not isinstance(completion, str):
+            return list(completion)
+        if self._translates:
+            return translation.known_tokens(self._require_tokenizer(), completion, name=f"completion {index}")
+        return self._require_tokenizer()(completion, add_special_tokens=False)["input_ids"]
+
+    def _task(self, rows: Sequence[Sequence[int]]) -> Conditional:
+        """The model with the prompts; of an encoder-decoder, with the encoded sources."""
+        return next(translation.conditionals(self.loaded, rows, batch_size=len(rows)))
+
+    def _before(self, row: Sequence[int], *, chat: bool = False) -> Sequence[int]:
+        """The tokens whose text the completion continues; a reply and a translation are texts of their own."""
+        return () if chat or self._translates else row
+
+    def _request(
+        self,
+        strategy: Strategy,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        search: Search,
+        further: Sequence[Transform],
+        *,
+        chat: bool,
+    ) -> strategies.Request:
+        further = [further] if isinstance(further, Transform) else list(further)
+        if not all(isinstance(each, Transform) for each in further):
+            raise TypeError(f"transforms must be logits transforms (jl.decoding.transforms), but are {further}.")
+        if further and strategy == "contrastive":
+            raise ValueError("the strategy contrastive does not use transforms.")
+        if strategy == "mbr":
+            self._require_tokenizer()
+        warps = [*strategies.transforms_of(sampling, self.eos_ids, lambda: self.token_bytes), *further]
+        return strategies.Request(
+            self._task(rows),
+            sampling,
+            search,
+            self.eos_ids,
+            transform=Chain(tuple(warps)) if warps else None,
+            stop=decoding.stop_strings(self.token_bytes, sampling.stop) if sampling.stop else None,
+            guidance=self._guidance(sampling, len(rows), chat=chat),
+            decode=self._text,
+        )
+
+    def _guidance(self, sampling: Sampling, rows: int, *, chat: bool) -> decoding.Guidance | None:
+        if sampling.guidance_prompt is None:
+            return None
+        if self._translates:
+            raise ValueError("guidance_prompt is for decoder-only models.")
+        row = self._ids(sampling.guidance_prompt, "guidance_prompt", chat=chat)
+        tokens, mask = text.left_pad([row] * rows)
+        return decoding.Guidance(tokens, sampling.guidance_scale, mask)
+
+    def _completion(
+        self,
+        hypothesis: strategies.Hypothesis,
+        prompt: Prompt,
+        index: int,
+        before: Sequence[int],
+        stop: Sequence[str],
+    ) -> Completion:
+        tokens, written, ended = hypothesis.tokens, None, hypothesis.tokens[-1] in self.eos_ids
+        if self.tokenizer is not None:
+            stream = text.TextStream(self.tokenizer, before, stop)
+            written = stream.push(tokens) + stream.finish()
+            ended |= stream.stopped
+        return Completion(
+            text=written,
+            tokens=tokens,
+            logp=hypothesis.logp,
+            log_prob=hypothesis.log_prob,
+            finish_reason="stop" if ended else "length",
+            prompt=prompt,
+            index=index,
+            details=hypothesis.details,
+        )
+
+    def _scored(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[Float[np.ndarray, "time"]]:
+        if not self._translates:
+            return scoring.completion_log_probs(self.model, self.params, prompts, completions)
+        task = self._task(prompts)
+        rows = scoring.pad_completions(np.asarray(task.prompts).tolist(), completions)
+        scoring.check_sequences(task.lm, rows)
+        values = np.asarray(_log_probs(task.lm, task.params, jax.tree.map(jnp.asarray, rows)))
+        return [row[mask] for row, mask in zip(values, rows.completion_mask, strict=True)]
+
+    def _plane(
+        self, loss: Callable[[Params], Array], directions: str, key: Array, iterations: int
+    ) -> tuple[tuple[Params, Params], float | None]:
+        """Two directions, and the sharpness where it comes with them."""
+        if directions != "hessian":
+            return landscape.random_directions(self.params, key, scale=directions), None
+        top = landscape.top_eigenpairs(loss, self.params, key, max_iterations=iterations, progress=True)
+        length = landscape.norm(self.params)
+        first, second = (landscape.rescaled(vector, length) for vector in top.vectors)
+        return (first, second), float(top.values[0])
+
+
+def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
+    """Load a model by path or by name; the arguments and errors are those of `jaxrl_llm.models.load`."""
+    return LM(models.load(path_or_name, dtype=dtype), os.fspath(path_or_name))
+
+
+def _texts(texts: text.TextStream, pieces: Iterator[decoding.Generation]) -> Iterator[str]:
+    for piece in pieces:
+        yield texts.push(piece.tokens[0][piece.mask[0]].tolist())
+    yield texts.finish()
+
+
+def _is_single(prompts: Prompts) -> bool:
+    """Return whether this is one string, one list of token ids or one conversation."""
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    return isinstance(prompts, str) or all(isinstance(each, numbers.Integral | Mapping) for each in prompts)
+
+
+def _listed(prompts: Prompts, name: str) -> list[Prompt]:
+    """Return the prompts as a list of strings, lists of token ids and conversations."""
+    expected = f"{name} must be a string, a list of strings or lists of token ids, but is"
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise TypeError(f"{expected} {prompts!r}.")
+    if not prompts:
+        raise ValueError(f"{expected} empty.")
+    if _is_single(prompts):
+        return [list(prompts)]
+    rows = [each.tolist() if hasattr(each, "tolist") else each for each in prompts]
+    for row in rows:
+        if not isinstance(row, str) and not (isinstance(row, list | tuple) and _is_single(row)):
+            raise TypeError(f"{expected} a list that holds {row!r}.")
+    return rows
+
+
+def _short(content: Any) -> str:
+    whole = repr(content)
+    return whole if len(whole) <= SHOWN else f"{whole[: SHOWN - 1]}…"
+
+
+def _rounded(count: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)
+
+
+def _shown(figure: Figure) -> Figure:
+    """Make a figure without pyplot show itself in a notebook, once."""
+
+    def png() -> tuple[bytes, dict[str, int]]:
+        buffer = io.BytesIO()
+        with style.look():
+            figure.savefig(buffer, format="png", dpi=style.DPI)
+        width, height = (round(100 * inches) for inches in figure.get_size_inches())  # on the screen; dpi make it crisp
+        return buffer.getvalue(), {"width": width, "height": height}
+
+    figure._repr_png_ = png
+    return figure

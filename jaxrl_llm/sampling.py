@@ -1,0 +1,214 @@
+"""The options of decoding, declared once for Python and the command line; nothing here needs jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeVar
+
+Strategy = Literal[
+    "sample",
+    "greedy",
+    "beam",
+    "diverse-beam",
+    "stochastic-beam",
+    "contrastive",
+    "speculative",
+    "lookup",
+    "best-of-n",
+    "mbr",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The choice of each token, and the end of a text."""
+
+    max_new_tokens: int = 64
+    """The most tokens to add."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 sharper, above 1 flatter."""
+    top_k: int | None = None
+    """Keep the k most probable tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of most probable tokens with this mass."""
+    min_p: float | None = None
+    """Keep the tokens of at least this share of the most probable one's probability."""
+    typical_p: float | None = None
+    """Keep the most typical tokens with this mass."""
+    epsilon: float | None = None
+    """Keep the tokens of at least this probability."""
+    eta: float | None = None
+    """Epsilon, lowered where the entropy is high."""
+    top_n_sigma: float | None = None
+    """Keep the tokens within so many standard deviations of the largest logit."""
+    mirostat: float | None = None
+    """Hold the surprisal near this target, in bits (mirostat 2)."""
+    repetition_penalty: float | None = None
+    """Divides the logits of tokens that were seen, in the prompt too."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of tokens that were generated."""
+    frequency_penalty: float | None = None
+    """Subtracted for every time that a token was generated."""
+    no_repeat_ngram: int | None = None
+    """No n-gram of this length twice."""
+    min_new_tokens: int | None = None
+    """No end before so many tokens."""
+    regex: str | None = None
+    """The new text must match this pattern as a whole."""
+    choices: tuple[str, ...] = ()
+    """The new text must be one of these."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it. For sample and greedy."""
+    guidance_prompt: str | None = None
+    """Move away from what would follow this prompt too (classifier-free guidance). For sample and greedy."""
+    guidance_scale: float = 1.5
+    """Strength of the guidance; 1 is none."""
+    seed: int = 0
+    """Random seed; the same seed gives the same text."""
+
+    def __post_init__(self):
+        for name in ("choices", "stop"):
+            strings = getattr(self, name)
+            strings = (strings,) if isinstance(strings, str) else tuple(strings)
+            if not all(isinstance(each, str) and each for each in strings):
+                raise ValueError(f"{name} must be strings that are not empty, but are {list(strings)}.")
+            object.__setattr__(self, name, strings)
+        if self.regex is not None and self.choices:
+            raise ValueError("give either regex or choices, not both.")
+        if self.guidance_prompt is None and self.guidance_scale != Sampling.guidance_scale:
+            raise ValueError("guidance_scale needs guidance_prompt.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Options of single strategies."""
+
+    num_beams: int = 4
+    """beam, diverse-beam, stochastic-beam: the width."""
+    length_penalty: float = 0.0
+    """beam, diverse-beam: scores are log-probabilities over length to this power."""
+    num_groups: int | None = None
+    """diverse-beam: groups of beams; as many as beams if not given."""
+    diversity_penalty: float = 0.5
+    """diverse-beam: for each time that an earlier group chose a token."""
+    candidates: int = 6
+    """contrastive: tokens compared in each step."""
+    alpha: float = 0.6
+    """contrastive: weight of the penalty for states like earlier ones."""
+    num_draft: int = 4
+    """speculative, lookup: tokens drafted in a round."""
+    draft_model: str | None = None
+    """speculative: a cheaper model of the same vocabulary, by path or name (in Python also a loaded one)."""
+    lookup_ngram: int = 3
+    """lookup: the longest ending that is looked up in the text so far."""
+    num_candidates: int = 8
+    """best-of-n, mbr: samples to choose from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeSearch:
+    """The size of a search tree, and the choice of the children of a node."""
+
+    depth: int = 5
+    """Levels: tokens from the root to a leaf."""
+    branching: int = 2
+    """Children of a node."""
+    select: Literal["best", "sample", "top-k", "nucleus"] = "best"
+    """The most probable children, or children drawn without replacement: from all tokens, the top k or the nucleus."""
+    top_k: int | None = None
+    """For top-k; 20 if not given."""
+    top_p: float | None = None
+    """For nucleus; 0.5 if not given."""
+    temperature: float = 1.0
+    """For children that are drawn."""
+    seed: int = 0
+    """Random seed, for children that are drawn."""
+
+    def __post_init__(self):
+        filters = {"best": set(), "sample": set(), "top-k": {"top_k"}, "nucleus": {"top_p"}}
+        if self.select not in filters:
+            raise ValueError(f"select must be one of {', '.join(filters)}, but is {self.select!r}.")
+        if self.select == "best" and self.temperature != 1.0:
+            raise ValueError("temperature is for children that are drawn: select sample, top-k or nucleus.")
+        for name, default in (("top_k", 20), ("top_p", 0.5)):
+            if name not in filters[self.select] and getattr(self, name) is not None:
+                raise ValueError(f"the selection {self.select} does not use {name}.")
+            if name in filters[self.select] and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+
+
+Group = TypeVar("Group", Sampling, Search)
+
+EVERYWHERE = {"max_new_tokens", "seed"}  # a strategy that draws nothing gives the same for every seed
+FILTERS = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta", "top_n_sigma", "mirostat"}
+PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+CONSTRAINTS = {"no_repeat_ngram", "min_new_tokens", "regex", "choices"}
+DRAWING = FILTERS | PENALTIES | CONSTRAINTS
+TOKEN_BY_TOKEN = {"stop", "guidance_prompt", "guidance_scale"}
+USED: dict[Strategy, set[str]] = {
+    "sample": DRAWING | TOKEN_BY_TOKEN,
+    "greedy": PENALTIES | CONSTRAINTS | TOKEN_BY_TOKEN,
+    "beam": CONSTRAINTS | {"num_beams", "length_penalty"},
+    "diverse-beam": CONSTRAINTS | {"num_beams", "length_penalty", "num_groups", "diversity_penalty"},
+    "stochastic-beam": DRAWING | {"num_beams"},
+    "contrastive": {"candidates", "alpha"},
+    "speculative": DRAWING | {"num_draft", "draft_model"},
+    "lookup": DRAWING | {"num_draft", "lookup_ngram"},
+    "best-of-n": DRAWING | {"num_candidates"},
+    "mbr": DRAWING | {"num_candidates"},
+}
+
+
+def is_beam(strategy: Strategy) -> bool:
+    """Return whether the strategy gives several hypotheses of a prompt, best first."""
+    return strategy.endswith("beam")
+
+
+def unused(strategy: Strategy, *groups: Sampling | Search) -> set[str]:
+    """Return the options that were given (differ from their default) and that the strategy does not use."""
+    given = {
+        field.name
+        for group in groups
+        for field in dataclasses.fields(group)
+        if getattr(group, field.name) is not field.default and getattr(group, field.name) != field.default
+    }
+    return given - EVERYWHERE - USED[strategy]
+
+
+def restricted(strategy: Strategy, group: Group) -> Group:
+    """Return the options that the strategy uses; the others at their defaults."""
+    names = [field.name for field in dataclasses.fields(group)]
+    kept = EVERYWHERE | USED[strategy]
+    return type(group)(**{name: getattr(group, name) for name in names if name in kept})
+
+
+def chosen(strategy: Strategy, *, greedy: bool) -> Strategy:
+    """Return the strategy, which `greedy` names too.
+
+    Raises:
+        ValueError: if it is unknown, or the two name different ones.
+    """
+    if strategy not in USED:
+        raise ValueError(f"strategy must be one of {', '.join(USED)}, but is {strategy!r}.")
+    if greedy and strategy not in ("sample", "greedy"):
+        raise ValueError(f"greedy and {strategy} are two strategies: give one.")
+    return "greedy" if greedy else strategy
+
+
+def check(strategy: Strategy, sampling: Sampling, search: Search, *, n: int = 1) -> None:
+    """Check that the strategy uses all options that were given, and can give `n` completions of a prompt.
+
+    Raises:
+        ValueError: naming the options.
+    """
+    if left := unused(strategy, sampling, search):
+        raise ValueError(f"the strategy {strategy} does not use {', '.join(sorted(left))}.")
+    if n < 1:
+        raise ValueError(f"the number of completions of a prompt must be at least 1, but is {n}.")
+    if is_beam(strategy):
+        if search.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, but is {search.num_beams}.")
+        if n > search.num_beams:
+            raise ValueError(f"num_beams must be at least the {n} completions asked for, but is {search.num_beams}.")
+    if strategy == "speculative" and search.draft_model is None:
+        raise ValueError("the strategy speculative needs draft_model; without one, try the strategy lookup.")

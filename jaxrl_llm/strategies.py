@@ -1,0 +1,217 @@
+"""Decoding strategies by name: from prompts and options to hypotheses. Each is one call of `jaxrl_llm.decoding`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxrl_llm import decoding, language_model, models
+from jaxrl_llm.analysis.chrf import sentence_chrf
+from jaxrl_llm.decoding import constraints, transforms
+from jaxrl_llm.models.conditional import Conditional
+from jaxrl_llm.sampling import Sampling, Search, Strategy
+
+MIROSTAT_RATE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """A continuation of a prompt."""
+
+    tokens: list[int]
+    """The new tokens; a final EOS is one of them."""
+    logp: Float[np.ndarray, "time"] | None
+    """Log-probability of each under the model, in nats; None of beams, which keep sums."""
+    log_prob: float
+    """Their sum; of stochastic-beam under the distribution that it draws from."""
+    details: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Further numbers of the strategy, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The arguments of a strategy."""
+
+    task: Conditional
+    """The model, its parameters, and the prompts."""
+    sampling: Sampling
+    search: Search
+    eos_ids: list[int]
+    transform: transforms.Transform | None = None
+    stop: decoding.StopStrings | None = None
+    guidance: decoding.Guidance | None = None
+    decode: Callable[[list[int]], str] | None = None
+    """Text of tokens, for mbr."""
+
+    @property
+    def model(self) -> tuple[Any, Any, Any]:
+        """The model, its parameters and the prompts: positional arguments of every decoder."""
+        return self.task.lm, self.task.params, self.task.prompts
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The arguments that all decoders share."""
+        limit = self.sampling.max_new_tokens
+        return {"max_new_tokens": limit, "prompt_mask": self.task.mask, "eos_id": self.eos_ids}
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The common arguments, the transform, and a key."""
+        return self.common | {"transform": self.transform, "key": jax.random.key(self.sampling.seed)}
+
+    @property
+    def token_by_token(self) -> dict[str, Any]:
+        """The arguments of `generate` and `stream`."""
+        return self.drawing | {"stop": self.stop, "guidance": self.guidance}
+
+
+def run(strategy: Strategy, request: Request) -> list[list[Hypothesis]]:
+    """Return the hypotheses of each prompt, best first.
+
+    Raises:
+        ValueError, FloatingPointError: as the decoder does.
+    """
+    return STRATEGIES[strategy](request)
+
+
+def transforms_of(
+    sampling: Sampling, eos_ids: Sequence[int], vocabulary: Callable[[], Sequence[bytes]]
+) -> list[transforms.Transform]:
+    """Return the logits transforms that the options ask for: constraints first, so that filters choose among the rest.
+
+    Args:
+        vocabulary: gives the bytes of each token (`text.token_bytes`); called for `regex` and `choices` alone.
+    """
+    kinds = {
+        "regex": lambda pattern: constraints.Constrained(constraints.from_regex(pattern, vocabulary()), eos_ids),
+        "choices": lambda texts: constraints.Constrained(constraints.from_choices(texts, vocabulary()), eos_ids),
+        "min_new_tokens": lambda count: transforms.MinLength(count, eos_ids),
+        "repetition_penalty": transforms.RepetitionPenalty,
+        "presence_penalty": transforms.PresencePenalty,
+        "frequency_penalty": transforms.FrequencyPenalty,
+        "no_repeat_ngram": transforms.NoRepeatNgram,
+        "temperature": transforms.Temperature,
+        "top_k": transforms.TopK,
+        "top_p": transforms.TopP,
+        "min_p": transforms.MinP,
+        "typical_p": transforms.Typical,
+        "epsilon": transforms.Epsilon,
+        "eta": transforms.Eta,
+        "top_n_sigma": transforms.TopNSigma,
+        "mirostat": lambda target: transforms.Mirostat(target, MIROSTAT_RATE),
+    }
+    given = {name: getattr(sampling, name) for name in kinds}
+    return [kinds[name](value) for name, value in given.items() if value != getattr(Sampling, name)]
+
+
+def _rows(generation: decoding.Generation, details: Callable[[int], dict[str, float]] = lambda row: {}) -> list:
+    """One hypothesis a row."""
+    arrays = (np.asarray(each) for each in (generation.tokens, generation.mask, generation.logp))
+    return [
+        [Hypothesis(tokens[mask].tolist(), logp[mask], float(logp[mask].sum()), details(row))]
+        for row, (tokens, mask, logp) in enumerate(zip(*arrays, strict=True))
+    ]
+
+
+def _hypotheses(beams: decoding.Beams | decoding.StochasticBeams) -> list[list[Hypothesis]]:
+    """The hypotheses of each row that exist."""
+    arrays = (np.asarray(each) for each in (beams.tokens, beams.mask, beams.log_prob))
+    return [
+        [
+            Hypothesis(tokens[mask].tolist(), None, float(log_prob))
+            for tokens, mask, log_prob in zip(*row, strict=True)
+            if mask.any()
+        ]
+        for row in zip(*arrays, strict=True)
+    ]
+
+
+def _sample(request: Request) -> list[list[Hypothesis]]:
+    return _rows(decoding.generate(*request.model, **request.token_by_token))
+
+
+def _greedy(request: Request) -> list[list[Hypothesis]]:
+    return _rows(decoding.generate(*request.model, greedy=True, **request.token_by_token))
+
+
+def _beam(request: Request, **groups: Any) -> list[list[Hypothesis]]:
+    search = request.search
+    sizes = {"num_beams": search.num_beams, "length_penalty": search.length_penalty, **groups}
+    return _hypotheses(decoding.beam_search(*request.model, transform=request.transform, **sizes, **request.common))
+
+
+def _diverse_beam(request: Request) -> list[list[Hypothesis]]:
+    search = request.search
+    groups = search.num_beams if search.num_groups is None else search.num_groups
+    return _beam(request, num_groups=groups, diversity_penalty=search.diversity_penalty)
+
+
+def _stochastic_beam(request: Request) -> list[list[Hypothesis]]:
+    beams = decoding.stochastic_beam_search(*request.model, num_beams=request.search.num_beams, **request.drawing)
+    return _hypotheses(beams)
+
+
+def _contrastive(request: Request) -> list[list[Hypothesis]]:
+    search = request.search
+    found = decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **request.common)
+    return _rows(found)
+
+
+def _speculative(request: Request) -> list[list[Hypothesis]]:
+    draft = request.search.draft_model
+    if isinstance(draft, str | os.PathLike):
+        draft = models.load(draft, dtype=language_model.params_dtype(request.task.params))
+    return _speculate(request, draft_lm=draft.model, draft_params=draft.params)
+
+
+def _lookup(request: Request) -> list[list[Hypothesis]]:
+    return _speculate(request, lookup_ngram=request.search.lookup_ngram)
+
+
+def _speculate(request: Request, **drafting: Any) -> list[list[Hypothesis]]:
+    found = decoding.speculative_generate(
+        *request.model, num_draft=request.search.num_draft, **drafting, **request.drawing
+    )
+    return _rows(found.generation, lambda row: {"accepted": int(found.accepted[row]), "rounds": int(found.rounds[row])})
+
+
+def _best_of_n(request: Request) -> list[list[Hypothesis]]:
+    def mean_log_prob(samples: decoding.Generation) -> Any:
+        return (samples.logp * samples.mask).sum(axis=-1) / samples.mask.sum(axis=-1).clip(1)
+
+    found = decoding.best_of_n(*request.model, n=request.search.num_candidates, score=mean_log_prob, **request.drawing)
+    return _rows(found.generation, lambda row: {"log_prob_per_token": float(found.scores[row].max())})
+
+
+def _mbr(request: Request) -> list[list[Hypothesis]]:
+    n, (lm, params, prompts) = request.search.num_candidates, request.model
+    repeated = {"prompt_mask": jnp.repeat(request.task.mask, n, axis=0)}
+    samples = _rows(decoding.generate(lm, params, jnp.repeat(prompts, n, axis=0), **request.drawing | repeated))
+    chosen = []
+    for start in range(0, len(samples), n):
+        candidates = [row[0] for row in samples[start : start + n]]
+        found = decoding.minimum_bayes_risk([request.decode(each.tokens) for each in candidates], sentence_chrf)
+        utility = {"expected_chrf": float(found.expected_utility[found.index])}
+        chosen.append([dataclasses.replace(candidates[found.index], details=utility)])
+    return chosen
+
+
+STRATEGIES: dict[Strategy, Callable[[Request], list[list[Hypothesis]]]] = {
+    "sample": _sample,
+    "greedy": _greedy,
+    "beam": _beam,
+    "diverse-beam": _diverse_beam,
+    "stochastic-beam": _stochastic_beam,
+    "contrastive": _contrastive,
+    "speculative": _speculative,
+    "lookup": _lookup,
+    "best-of-n": _best_of_n,
+    "mbr": _mbr,
+}

@@ -1,0 +1,513 @@
+"""The public interface: strings in, strings out, and the same numbers as the functional layer below it."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib._pylab_helpers import Gcf
+from matplotlib.figure import Figure
+
+import jaxrl_llm as jl
+from jaxrl_llm import decoding, models, oracle, sampling, scoring, text, translation
+from jaxrl_llm.analysis import attention, landscape
+from jaxrl_llm.analysis.chrf import sentence_chrf
+from jaxrl_llm.decoding import transforms
+from jaxrl_llm.interface import LM
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import random_params
+from tests.test_cli import CONTEXT, TEMPLATE, write_model
+
+PROMPTS = ["the cat", "the mat sat on the", "🙂"]
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return jl.load(write_model(tmp_path_factory.mktemp("interface"), template=TEMPLATE))
+
+
+@pytest.fixture(scope="module")
+def bare(lm):
+    """The same model without a tokenizer."""
+    return LM(models.Loaded(lm.model, lm.params, None, lm.config), "bare")
+
+
+@pytest.fixture(scope="module")
+def t5():
+    return jl.load("tiny-t5")
+
+
+@pytest.fixture(scope="module")
+def table():
+    model = TabularLM(vocab_size=3, horizon=4)
+    return LM(models.Loaded(model, random_params(model), None, {}), "table")
+
+
+def padded(lm, prompts, *, n=1):
+    """Arguments of the functional layer: tokens and mask, each row n times."""
+    tokens, mask = text.left_pad([row for row in map(lm.tokenizer.encode, prompts) for _ in range(n)])
+    return (lm.model, lm.params, jnp.asarray(tokens)), {"prompt_mask": jnp.asarray(mask), "eos_id": lm.eos_ids}
+
+
+def rows(generation):
+    return [
+        row[mask].tolist() for row, mask in zip(*map(np.asarray, (generation.tokens, generation.mask)), strict=True)
+    ]
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def test_importing_it_imports_nothing_heavy_until_a_name_is_used():
+    code = """
+import json, sys
+import jaxrl_llm as jl
+dir(jl), jl.__version__
+heavy = {"jax", "flax", "numpy", "matplotlib", "transformers"}
+before = sorted(heavy & set(sys.modules))
+jl.objectives.kl.k1, jl.TabularLM
+print(json.dumps([before, "jax" in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]
+    )
+    assert json.loads(done.stdout) == [[], True], done.stderr
+
+
+def test_every_name_is_there_with_its_submodules():
+    assert {"load", "LM", "oracle", "objectives", "decoding", "scoring", "plots", "__version__"} <= set(dir(jl))
+    for name in set(jl.__all__) - {"train"}:
+        assert getattr(jl, name) is not None
+    assert callable(jl.objectives.preference.dpo_loss) and callable(jl.analysis.landscape.loss_surface)
+    assert callable(jl.plots.style.look) and callable(jl.training.steps.make_step)
+    assert "preference" in dir(jl.objectives)
+
+
+@pytest.mark.parametrize("module", [jl, jl.objectives, jl.analysis, jl.plots, jl.training, jl.data])
+def test_a_typo_is_an_attribute_error(module):
+    with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'laod'"):
+        module.laod  # noqa: B018
+
+
+def test_the_signature_shows_every_option():
+    options = {field for group in (sampling.Sampling, sampling.Search) for field in group.__dataclass_fields__}
+    assert {"prompts", "strategy", "n", "chat", "transforms", *options} <= set(
+        inspect.signature(LM.generate).parameters
+    )
+    assert set(sampling.TreeSearch.__dataclass_fields__) < set(inspect.signature(LM.search_tree).parameters)
+    assert inspect.signature(LM.generate).parameters["temperature"].default == 1.0
+
+
+def test_every_option_belongs_to_a_strategy():
+    options = {field for group in (sampling.Sampling, sampling.Search) for field in group.__dataclass_fields__}
+    assert options == sampling.EVERYWHERE.union(*sampling.USED.values())
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+
+def test_generate_is_the_functional_generate(lm):
+    warp = transforms.Chain((transforms.RepetitionPenalty(1.2), transforms.Temperature(1.5), transforms.TopP(0.9)))
+    arguments, common = padded(lm, PROMPTS, n=2)
+    expected = decoding.generate(*arguments, **common, max_new_tokens=LENGTH, transform=warp, key=jax.random.key(7))
+    options = {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.2, "max_new_tokens": LENGTH}
+    found = lm.generate(PROMPTS, n=2, seed=7, **options)
+    assert [each.tokens for each in found] == rows(expected)
+    assert [each.prompt for each in found] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [each.index for each in found] == [0, 0, 1, 1, 2, 2]
+    for each, logp, mask in zip(found, np.asarray(expected.logp), np.asarray(expected.mask), strict=True):
+        np.testing.assert_array_equal(each.logp, logp[mask])
+        assert each.log_prob == pytest.approx(logp[mask].sum())
+        row = lm.tokenizer.encode(each.prompt)
+        assert each.prompt + each.text == lm.decode(row + each.tokens)
+    assert [each.tokens for each in lm.generate(PROMPTS, n=2, seed=7, **options)] == rows(expected)
+    assert [each.tokens for each in lm.generate(PROMPTS, n=2, seed=8, **options)] != rows(expected)
+
+
+def test_every_form_of_prompts_gives_the_same(lm):
+    ids = lm.encode("the cat")
+    expected = lm.generate("the cat", greedy=True, max_new_tokens=LENGTH)[0]
+    forms = [["the cat"], ("the cat",), ids, tuple(ids), [ids], [tuple(ids)], np.asarray(ids), jnp.asarray([ids])]
+    forms += [[np.asarray(ids)], np.asarray([ids], np.int64), [np.int32(each) for each in ids]]
+    for form in forms:
+        (found,) = lm.generate(form, greedy=True, max_new_tokens=LENGTH)
+        assert (found.tokens, found.text) == (expected.tokens, expected.text), form
+    ragged = lm.generate([ids, lm.encode("mat")], greedy=True, max_new_tokens=LENGTH)
+    assert ragged[0].tokens == expected.tokens and len(ragged) == 2
+
+
+def expected_of(strategy, lm, arguments, common):
+    """The tokens of each row, from the functional layer."""
+    key = {"key": jax.random.key(0)}
+    if strategy in ("sample", "greedy"):
+        return rows(decoding.generate(*arguments, **common, greedy=strategy == "greedy", **key))
+    if strategy == "contrastive":
+        return rows(decoding.contrastive_search(*arguments, **common, top_k=6, alpha=0.6))
+    if strategy in ("speculative", "lookup"):
+        draft = {"draft_lm": lm.model, "draft_params": lm.params} if strategy == "speculative" else {"lookup_ngram": 3}
+        return rows(decoding.speculative_generate(*arguments, **common, **key, num_draft=4, **draft).generation)
+    if strategy == "best-of-n":
+
+        def score(samples):
+            return samples.logp.sum(axis=-1) / samples.mask.sum(axis=-1)
+
+        return rows(decoding.best_of_n(*arguments, **common, **key, n=8, score=score).generation)
+    if strategy == "mbr":
+        repeated = {name: jnp.repeat(each, 8, axis=0) for name, each in (("prompts", arguments[2]),)}
+        mask = {"prompt_mask": jnp.repeat(common["prompt_mask"], 8, axis=0)}
+        samples = rows(decoding.generate(*arguments[:2], repeated["prompts"], **common | mask, **key))
+        groups = [samples[start : start + 8] for start in range(0, len(samples), 8)]
+        return [
+            group[decoding.minimum_bayes_risk([lm.decode(each) for each in group], sentence_chrf).index]
+            for group in groups
+        ]
+    beams = {
+        "beam": lambda: decoding.beam_search(*arguments, **common, num_beams=4),
+        "diverse-beam": lambda: decoding.beam_search(
+            *arguments, **common, num_beams=4, num_groups=4, diversity_penalty=0.5
+        ),
+        "stochastic-beam": lambda: decoding.stochastic_beam_search(*arguments, **common, **key, num_beams=4),
+    }[strategy]()
+    return [np.asarray(beams.tokens[row, 0])[np.asarray(beams.mask[row, 0])].tolist() for row in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("strategy", sorted(sampling.USED))
+def test_every_strategy_is_its_decoder(lm, strategy):
+    arguments, common = padded(lm, PROMPTS)
+    expected = expected_of(strategy, lm, arguments, common | {"max_new_tokens": LENGTH})
+    options = {"draft_model": lm} if strategy == "speculative" else {}
+    found = lm.generate(PROMPTS, strategy=strategy, max_new_tokens=LENGTH, **options)
+    assert [each.tokens for each in found] == expected
+    for each in found:
+        logp = lm.log_probs([lm.encode(each.prompt)], [each.tokens])[0]
+        assert each.log_prob == pytest.approx(logp.sum(), abs=1e-3)
+        assert (each.logp is None) == strategy.endswith("beam")
+
+
+def test_beam_search_gives_the_hypotheses_best_first(lm):
+    arguments, common = padded(lm, PROMPTS)
+    options = {"num_beams": 3, "length_penalty": 0.7, "max_new_tokens": LENGTH}
+    beams = decoding.beam_search(*arguments, **common, **options, no_repeat_ngram=2)
+    found = lm.beam_search(PROMPTS, **options, no_repeat_ngram=2)
+    assert [each.index for each in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    np.testing.assert_allclose([each.log_prob for each in found], np.asarray(beams.log_prob).reshape(-1), rtol=1e-6)
+    assert [each.log_prob for each in lm.beam_search(PROMPTS, n=1, **options, no_repeat_ngram=2)] == [
+        each.log_prob for each in found[::3]
+    ]
+    groups = {"num_groups": 3, "diversity_penalty": 2.0, "num_beams": 3, "max_new_tokens": LENGTH}
+    diverse = decoding.beam_search(*arguments, **common, **groups)
+    found = lm.beam_search(PROMPTS, **groups)
+    np.testing.assert_allclose([each.log_prob for each in found], np.asarray(diverse.log_prob).reshape(-1), rtol=1e-6)
+
+
+def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
+    whole = lm.generate("the cat", greedy=True, max_new_tokens=8)[0]
+    assert whole.finish_reason == "length" and len(whole.tokens) == 8
+    stop = whole.text[3:5]
+    cut = lm.generate("the cat", greedy=True, max_new_tokens=8, stop=stop)[0]
+    assert cut.finish_reason == "stop" and cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.tokens == whole.tokens[: len(cut.tokens)] and stop in lm.decode(cut.tokens)
+    ended = lm.generate("the cat", regex=" (sat|mat)", max_new_tokens=8)[0]
+    assert ended.finish_reason == "stop" and ended.tokens[-1] in lm.eos_ids and ended.text in (" sat", " mat")
+    assert lm.generate("the cat", choices="on", max_new_tokens=8)[0].text == "on", "a single string is one choice"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_stream_is_the_text_of_generate_in_pieces(lm, prompt):
+    options = {"max_new_tokens": 20, "seed": 3, "temperature": 0.7}
+    whole = lm.generate(prompt, **options)[0].text
+    pieces = list(lm.stream(prompt, **options))
+    assert "".join(pieces) == whole and len(pieces) > 2
+    for stop in ([whole[4:7]], [whole[2:9], whole[5:7]], ["nowhere"], [whole[-1:]]):
+        cut = lm.generate(prompt, stop=stop, **options)[0].text
+        assert "".join(lm.stream(prompt, stop=stop, **options)) == cut == text.trim_at_stop(whole, stop)
+
+
+def test_chat_goes_through_the_template(lm):
+    rendered = lm.tokenizer("<the cat>", add_special_tokens=False)["input_ids"]
+    expected = lm.generate(rendered, greedy=True, max_new_tokens=LENGTH)[0].tokens
+    message = {"role": "user", "content": "the cat"}
+    for messages in ("the cat", [message]):
+        found = lm.chat(messages, strategy="greedy", max_new_tokens=LENGTH)
+        assert found.tokens == expected and found.prompt == messages
+        assert found.text == lm.decode(expected)
+    several = lm.generate([[message], "mat"], chat=True, greedy=True, max_new_tokens=LENGTH)
+    assert several[0].tokens == expected and len(several) == 2
+    assert "".join(lm.stream([message], chat=True, greedy=True, max_new_tokens=LENGTH)) == lm.decode(expected)
+
+
+def test_further_transforms_come_last(lm):
+    ban = transforms.LogitBias(jnp.where(jnp.arange(270) < 260, 0.0, -jnp.inf))
+    found = lm.generate("the cat", max_new_tokens=LENGTH, top_k=9, transforms=[ban])[0]
+    arguments, common = padded(lm, ["the cat"])
+    chain = transforms.Chain((transforms.TopK(9), ban))
+    expected = decoding.generate(*arguments, **common, max_new_tokens=LENGTH, transform=chain, key=jax.random.key(0))
+    assert [found.tokens] == rows(expected)
+    assert lm.generate("the cat", max_new_tokens=LENGTH, top_k=9, transforms=ban)[0].tokens == found.tokens
+
+
+def test_guidance_moves_away_from_a_second_prompt(lm):
+    found = lm.generate("the cat", greedy=True, guidance_prompt="mat", guidance_scale=3.0, max_new_tokens=LENGTH)
+    arguments, common = padded(lm, ["the cat"])
+    guidance = decoding.Guidance(jnp.asarray([lm.encode("mat")]), 3.0)
+    expected = decoding.generate(*arguments, **common, max_new_tokens=LENGTH, greedy=True, guidance=guidance)
+    assert [found[0].tokens] == rows(expected)
+
+
+@pytest.mark.parametrize("select", ["best", "sample", "top-k", "nucleus"])
+def test_search_tree_is_the_functional_one(lm, select):
+    chosen = {
+        "best": "best",
+        "sample": transforms.Chain((transforms.Temperature(1.0),)),
+        "top-k": transforms.Chain((transforms.Temperature(1.0), transforms.TopK(20))),
+        "nucleus": transforms.Chain((transforms.Temperature(1.0), transforms.TopP(0.5))),
+    }
+    size = {"depth": 3, "branching": 2}
+    expected = decoding.search_tree(
+        lm.model, lm.params, jnp.asarray(lm.encode("the cat")), **size, select=chosen[select],
+        key=jax.random.key(4), eos_id=lm.eos_ids,
+    )  # fmt: skip
+    found = lm.search_tree("the cat", **size, select=select, seed=4)
+    tokens, score = expected.best()
+    assert found.best == "the cat" + lm.decode([*lm.encode("the cat"), *tokens])[len("the cat") :]
+    assert found.score == pytest.approx(score, rel=1e-5)
+    np.testing.assert_array_equal(found.tree.tokens, expected.tokens)
+
+
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+
+def test_log_probs_and_perplexity_of_texts(lm):
+    texts = ["the cat sat", "the mat", "on the mat sat the cat"]
+    found = lm.log_probs(texts)
+    for written, logp in zip(texts, found, strict=True):
+        expected = scoring.next_token_log_probs(lm.model, lm.params, jnp.asarray([lm.encode(written)]))[0]
+        np.testing.assert_allclose(logp, expected, atol=1e-5)
+        np.testing.assert_allclose(lm.log_probs(written), expected, atol=1e-5)
+        assert lm.perplexity(written) == pytest.approx(np.exp(-np.mean(expected)), rel=1e-5)
+    np.testing.assert_allclose(lm.perplexity(texts), [np.exp(-each.mean()) for each in found], rtol=1e-6)
+    assert isinstance(lm.perplexity("the cat"), float) and isinstance(lm.perplexity(["the cat"]), list)
+
+
+def test_log_probs_of_completions_given_prompts(lm):
+    prompts, completions = ["the cat", "the mat sat"], [" sat", " on the mat"]
+    ids = [[lm.encode(each) for each in side] for side in (prompts, completions)]
+    expected = scoring.completion_log_probs(lm.model, lm.params, *ids)
+    for found in (lm.log_probs(prompts, completions), lm.log_probs(*ids)):
+        for logp, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(logp, wanted)
+    several = lm.log_probs("the cat", completions)
+    assert len(several) == 2
+    np.testing.assert_allclose(several[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(lm.log_probs("the cat", " sat"), expected[0], atol=1e-5)
+
+
+def test_the_enumerable_model_has_the_same_interface(table):
+    """A prompt may be empty there, and the first token is scored."""
+    sequences = oracle.enumerate_sequences(table.model)
+    expected = oracle.sequence_log_probs(table.model, table.params)
+    np.testing.assert_allclose([each.sum() for each in table.log_probs(sequences)], expected, atol=1e-5)
+    found = table.generate([[]], max_new_tokens=4, greedy=True)[0]
+    assert found.text is None and found.log_prob == pytest.approx(float(table.log_probs(found.tokens).sum()), abs=1e-5)
+
+
+# Encoder-decoders -----------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_decoder_translates(t5):
+    sources = ["twenty-one", "three hundred twenty-one"]
+    expected = translation.translate(t5.loaded, sources)
+    assert t5.translate(sources) == expected and t5.translate(sources[0]) == expected[0]
+    found = t5.generate(sources, greedy=True)
+    assert [each.text for each in found] == expected
+    assert {each.finish_reason for each in found} == {"stop"}
+    assert t5.beam_search(sources[0], num_beams=2)[0].text == expected[0]
+    assert "".join(t5.stream(sources[0], greedy=True)) == expected[0]
+    assert t5.search_tree("twenty-one", depth=4).best == f"twenty-one → {expected[0]}"
+    logp = t5.log_probs(sources, expected)
+    for each, completion in zip(logp, found, strict=True):
+        np.testing.assert_allclose(each, completion.logp, atol=1e-4)
+    assert len(t5.log_probs(sources[0], expected[0])) == len(found[0].tokens)
+    assert t5.generate(sources, n=2, seed=1, temperature=0.1)[3].text == expected[1]
+
+
+# Analysis and figures -------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_functions_below_and_show_themselves_once(lm, t5):
+    maps = t5.attention("twenty-one", kind="encoder")
+    expected = attention.attention_maps(t5.loaded, "twenty-one", kind="encoder")
+    np.testing.assert_array_equal(maps.weights, expected.weights)
+    surface = lm.landscape("the cat sat", points=3, radius=0.5, seed=2, progress=False)
+    loss = landscape.next_token_loss(lm.model, jnp.asarray([lm.encode("the cat sat")]))
+    axis, directions = np.asarray([-0.5, 0, 0.5]), landscape.random_directions(lm.params, jax.random.key(2))
+    losses = landscape.loss_surface(loss, lm.params, directions, axis, axis, progress=False)
+    np.testing.assert_array_equal(surface.surface.loss, losses)
+    results = (maps, surface, lm.search_tree("the cat", depth=2))
+    figures = [each.plot() for each in results] + [maps.plot(layer=-1), maps.plot(layer=1, head=0)]
+    for figure in figures:
+        assert isinstance(figure, Figure)
+        png, size = figure._repr_png_()
+        assert png.startswith(b"\x89PNG") and set(size) == {"width", "height"}
+        assert figure._repr_html_() is None, "or a notebook would have two pictures of it"
+    assert not Gcf.get_all_fig_managers(), "or a notebook would show them again at the end of the cell"
+
+
+def test_a_landscape_of_several_texts_is_that_of_their_tokens(lm):
+    texts = ["the cat sat", "on the mat"]
+    surface = lm.landscape(texts, points=3, progress=False).surface
+    logp = np.concatenate(lm.log_probs(texts))
+    assert surface.centre == pytest.approx(-logp.mean(), rel=1e-5) and surface.title == "Loss of 2 texts"
+
+
+def test_results_print_shortly(lm, t5, bare):
+    results = [
+        lm, t5, bare,
+        *lm.generate("the cat", max_new_tokens=40, n=2),
+        bare.generate([1, 2, 3], max_new_tokens=2)[0],
+        lm.search_tree("the cat", depth=2),
+        lm.attention("the cat"),
+        lm.landscape("the cat", points=3, progress=False),
+    ]  # fmt: skip
+    for each in results:
+        assert "\n" not in repr(each) and len(repr(each)) < 200, repr(each)
+    lm_repr = repr(LM(lm.loaded, "small"))
+    assert lm_repr == f"LM(small: GPT2, 8.4K parameters, vocabulary 270, context {CONTEXT}, float32)"
+    completion = results[3]
+    assert str(completion) == completion.text and repr(completion).endswith("40 tokens, finish_reason='length')")
+
+
+# Without a tokenizer, and files ---------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_ids_come_in_and_go_out(lm, bare):
+    ids = [lm.encode("the cat"), lm.encode("mat")]
+    expected = lm.generate(ids, max_new_tokens=LENGTH)
+    found = bare.generate(ids, max_new_tokens=LENGTH)
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+    assert {each.text for each in found} == {None} and str(found[0]) == str(found[0].tokens)
+    np.testing.assert_array_equal(bare.log_probs(ids[0]), lm.log_probs(ids[0]))
+    assert bare.beam_search(ids[0], max_new_tokens=LENGTH)[0].tokens
+    for use in (
+        lambda: bare.generate("the cat"),
+        lambda: bare.generate(ids, stop=["x"]),
+        lambda: bare.generate(ids, regex="x"),
+        lambda: bare.generate(ids, strategy="mbr"),
+        lambda: bare.chat("the cat"),
+        lambda: bare.stream(ids[0]),
+        lambda: bare.search_tree(ids[0]),
+        lambda: bare.translate("the cat"),
+        lambda: bare.attention("the cat"),
+        lambda: bare.perplexity("the cat"),
+        lambda: bare.encode("the cat"),
+        lambda: bare.decode([1]),
+    ):
+        with pytest.raises(ValueError, match="bare has no tokenizer files"):
+            use()
+
+
+def test_save_and_load_by_path_or_string(lm, tmp_path):
+    lm.save(tmp_path / "kept")
+    for where in (tmp_path / "kept", str(tmp_path / "kept")):
+        kept = jl.load(where)
+        assert kept.generate("the cat", max_new_tokens=LENGTH)[0].text == (
+            lm.generate("the cat", max_new_tokens=LENGTH)[0].text
+        )
+    assert str(jl.load(tmp_path / "kept", dtype="bfloat16").params["wte"]["embedding"].dtype) == "bfloat16"
+
+
+def test_encode_and_decode_are_inverse(lm):
+    assert lm.decode(lm.encode("the cat")) == "the cat"
+    assert lm.decode(lm.encode(PROMPTS)) == PROMPTS
+    assert lm.decode(np.asarray(lm.encode("the cat"))) == "the cat"
+    assert lm.encode("") == [lm.tokenizer.bos_token_id]
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+CONVERSATION = [{"role": "user", "content": "hi"}]
+FORMS = "must be a string, a list of strings or lists of token ids, but is"
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "use"),
+    [
+        (TypeError, f"prompts {FORMS} 3.0", lambda lm: lm.generate(3.0)),
+        (TypeError, f"prompts {FORMS} None", lambda lm: lm.generate(None)),
+        (TypeError, f"prompts {FORMS} a list that holds 0.5", lambda lm: lm.generate(np.asarray([0.5]))),
+        (TypeError, f"prompts {FORMS} a list that holds None", lambda lm: lm.generate(["the cat", None])),
+        (TypeError, f"prompts {FORMS} a list that holds 1", lambda lm: lm.generate(["the cat", 1])),
+        (TypeError, f"texts {FORMS} b'cat'", lambda lm: lm.perplexity(b"cat")),
+        (ValueError, f"prompts {FORMS} empty", lambda lm: lm.generate([])),
+        (ValueError, "prompt 1 is empty", lambda lm: lm.generate([[3], []])),
+        (ValueError, r"prompts must lie in \[0, 270\), the model's vocabulary", lambda lm: lm.generate([3, 999])),
+        (ValueError, "the model's context of", lambda lm: lm.generate("q" * 48)),
+        (ValueError, "prompt 0 is a conversation", lambda lm: lm.generate(CONVERSATION)),
+        (ValueError, "for a chat, but is token ids", lambda lm: lm.generate([1, 2], chat=True)),
+        (TypeError, "keyword argument 'top_pp': did you mean 'top_p'", lambda lm: lm.generate("x", top_pp=0.9)),
+        (TypeError, "keyword argument 'max_tokens': did you mean", lambda lm: lm.chat("x", max_tokens=9)),
+        (TypeError, "keyword argument 'colour'$", lambda lm: lm.search_tree("x", colour=1)),
+        (TypeError, "transforms must be logits transforms", lambda lm: lm.generate("x", transforms=[len])),
+        (ValueError, "does not use transforms", lambda lm: lm.generate(
+            "x", strategy="contrastive", transforms=[transforms.TopK(3)])),
+        (ValueError, "strategy must be one of sample, greedy", lambda lm: lm.generate("x", strategy="gredy")),
+        (ValueError, "greedy and beam are two strategies", lambda lm: lm.generate("x", strategy="beam", greedy=True)),
+        (ValueError, "the strategy greedy does not use temperature, top_p", lambda lm: lm.generate(
+            "x", greedy=True, top_p=0.5, temperature=2.0)),
+        (ValueError, "the strategy beam does not use diversity_penalty", lambda lm: lm.beam_search(
+            "x", diversity_penalty=1.0)),
+        (ValueError, "the strategy sample does not use num_beams", lambda lm: lm.generate("x", num_beams=2)),
+        (ValueError, "must be at least 1, but is 0", lambda lm: lm.generate("x", n=0)),
+        (ValueError, "num_beams must be at least the 9", lambda lm: lm.generate("x", strategy="beam", n=9)),
+        (ValueError, "needs draft_model", lambda lm: lm.generate("x", strategy="speculative")),
+        (ValueError, "give either regex or choices", lambda lm: lm.generate("x", regex="a", choices=["b"])),
+        (ValueError, "guidance_scale needs guidance_prompt", lambda lm: lm.generate("x", guidance_scale=2.0)),
+        (ValueError, "stop must be strings that are not empty", lambda lm: lm.generate("x", stop=[""])),
+        (ValueError, "max_new_tokens must be at least 1, but is 0", lambda lm: lm.generate("x", max_new_tokens=0)),
+        (ValueError, "temperature must be a finite number above 0", lambda lm: lm.generate("x", temperature=0.0)),
+        (ValueError, "stream takes one prompt, but is given 2", lambda lm: lm.stream(["x", "y"])),
+        (ValueError, "search_tree takes one prompt, but is given 2", lambda lm: lm.search_tree(["x", "y"])),
+        (ValueError, "select must be one of best, sample", lambda lm: lm.search_tree("x", select="top")),
+        (ValueError, "the selection best does not use top_k", lambda lm: lm.search_tree("x", top_k=3)),
+        (ValueError, "the selection top-k does not use top_p", lambda lm: lm.search_tree(
+            "x", select="top-k", top_p=0.5)),
+        (ValueError, "temperature is for children that are drawn", lambda lm: lm.search_tree("x", temperature=2.0)),
+        (ValueError, "text 0 has too few tokens", lambda lm: lm.log_probs("")),
+        (ValueError, "there are 3 for 2", lambda lm: lm.log_probs(["x", "y"], ["a", "b", "c"])),
+        (ValueError, "points must be at least 2", lambda lm: lm.landscape("the cat", points=1)),
+        (ValueError, "layer must be from 0 to 0", lambda lm: lm.attention("the cat").plot(layer=4)),
+        (ValueError, "attention of kind self", lambda lm: lm.attention("the cat", kind="cross")),
+    ],
+)  # fmt: skip
+def test_refusals(lm, error, said, use):
+    with pytest.raises(error, match=said):
+        use(lm)
+
+
+@pytest.mark.parametrize(
+    ("said", "use"),
+    [
+        ("prompt 0, 'hello': the model's tokenizer does not know 'hello'", lambda t5: t5.generate("hello")),
+        ("an encoder-decoder has no chat template", lambda t5: t5.chat("one")),
+        ("guidance_prompt is for decoder-only models", lambda t5: t5.generate("one", guidance_prompt="two")),
+        ("an encoder-decoder scores completions given texts", lambda t5: t5.perplexity("one")),
+        ("completion 1, 'hello'", lambda t5: t5.log_probs("one", ["eins", "hello"])),
+        ("landscape needs a model of one text", lambda t5: t5.landscape("one")),
+    ],
+)
+def test_refusals_of_an_encoder_decoder(t5, said, use):
+    with pytest.raises(ValueError, match=said):
+        use(t5)
+
+
+def test_a_model_without_a_template_does_not_chat(t5, lm):
+    tokenizer = type(lm.tokenizer)(tokenizer_object=lm.tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    plain = LM(models.Loaded(lm.model, lm.params, tokenizer, lm.config))
+    with pytest.raises(ValueError, match="this model has no chat template"):
+        plain.chat("the cat")
