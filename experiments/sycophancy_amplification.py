@@ -427,7 +427,8 @@ def by_policy_gradient(
     def advance(state: steps.TrainState) -> tuple[steps.TrainState, None]:
         rows = jax.random.choice(jax.random.fold_in(state.step_key, 7), jnp.asarray(given.training), (count,))
         prompts = jax.tree.map(lambda leaf: leaf[rows], given.prompts)
-        return trainer.step(state, prompts, reward, method=method, sampler=sampler, frozen={"ref": ref})[0], None
+        frozen = steps.Frozen(ref=ref)
+        return trainer.step(state, prompts, reward, method=method, sampler=sampler, frozen=frozen)[0], None
 
     def initial(key: Array) -> steps.TrainState:
         critic_key, run_key = jax.random.split(key)
