@@ -394,8 +394,8 @@ def test_attention_weights_are_those_of_their_definition():
         (SOURCE.astype(float), None, r"source must be integers \[batch, time\], but is float64\[3, 9\]"),
         (SOURCE + VOCAB, None, r"source must lie in \[0, 23\)"),
         (SOURCE, np.ones((3, 8), bool), r"the mask of source must be bool\[3, 9\], but is bool\[3, 8\]"),
-        (SOURCE, np.arange(3)[:, None] + np.zeros(9) > 0, "a source is empty"),
-        (SOURCE[:, :0], None, "a source is empty"),
+        (SOURCE, np.arange(3)[:, None] + np.zeros(9) > 0, "a source must have at least one token"),
+        (SOURCE[:, :0], None, "a source must have at least one token"),
     ],
 )
 def test_a_source_that_does_not_fit_is_an_error(source, mask, said):
@@ -407,7 +407,7 @@ def test_a_source_that_does_not_fit_is_an_error(source, mask, said):
 
 def test_rows_that_are_no_multiple_of_the_sources_are_an_error():
     lm, started = TINY_T5.start(random_params(TINY_T5), SOURCE)
-    said = "4 rows cannot be shared out among 3 sources: there must be as many for each source"
+    said = "the number of rows must be a multiple of the 3 sources, but is 4"
     with pytest.raises(ValueError, match=said):
         lm.apply(started, jnp.zeros((4, 2), jnp.int32))
     with pytest.raises(ValueError, match=said):
