@@ -129,7 +129,7 @@ def empty_slots(
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLM(Network, language_model.LanguageModel):
-    """A causal transformer behind the `LanguageModel` protocol.
+    """A causal transformer as a `LanguageModel`.
 
     With `checkpoint_blocks` the backward pass keeps only the activations between blocks and recomputes those inside
     (Chen et al. 2016): less memory for a second forward pass, and equal values. Calls with a cache are unaffected.

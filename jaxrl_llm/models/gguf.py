@@ -231,7 +231,7 @@ def _rope_scaling(name: str, fields: dict[str, Any], stored: dict[str, Tensor]) 
             f"{name} scales its rotary frequencies one by one (rope_freqs.weight, as Llama 3.1 does), "
             "which is not supported."
         )
-    kind = fields.get("llama.rope.scaling.type", "linear")  # where a factor stands alone, llama.cpp reads it so
+    kind = fields.get("llama.rope.scaling.type", "linear")  # as llama.cpp reads a factor without a type
     if kind not in ("none", "linear"):
         raise ValueError(f"{name}: llama.rope.scaling.type must be none or linear, but is {kind!r}.")
     old = _positive(name, fields, "llama.rope.scale_linear", 1.0, float)
@@ -240,7 +240,7 @@ def _rope_scaling(name: str, fields: dict[str, Any], stored: dict[str, Tensor]) 
 
 
 def _expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Of every tensor a llama may have: GGUF's name -> Hugging Face's name, shape."""
+    """Return Hugging Face name and shape of every possible tensor of a llama, by GGUF name."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     query, key = (config[heads] * config["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
     block = {

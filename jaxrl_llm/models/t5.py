@@ -97,7 +97,7 @@ class T5Config:
 
     @property
     def output_scale(self) -> float:
-        """What the decoder's last states are multiplied by."""
+        """Return the factor of the decoder's last states before the unembedding."""
         scaled = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
         return self.d_model**-0.5 if scaled else 1.0
 
