@@ -234,16 +234,6 @@ def test_rows_are_the_sources_each_repeated(model, copies):
     np.testing.assert_allclose(together, one_each, rtol=0, atol=1e-5)
 
 
-def test_eager_is_jit():
-    t5 = VARIANTS["plain and tied"]
-    params = random_params(t5)
-    source, source_mask = spread(SOURCE, LENGTHS, 9, "right")
-    lm, started = t5.start(params, source, source_mask)
-    eager, _ = lm.apply(started, jnp.asarray(TARGET))
-    np.testing.assert_allclose(eager, logits_of(t5, params, source, TARGET, source_mask), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(t5.encode(params, source, source_mask).shape, (3, 9, 16))
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_cache_of_several_sources_gives_what_no_cache_gives(name):
     """In pieces, with padding in both; with rows taken in another order, each goes on reading its own source."""
