@@ -75,7 +75,8 @@ def sequence_log_probs(
     """log p(y) = Σ_t log p(y_t | y_<t) of every sequence, in the order of `enumerate_sequences`, in nats.
 
     With a transform it is the exact distribution of a sampler: p(y_t | y_<t) = softmax(transform(logits))[y_t]. With a
-    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in `params`.
+    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in
+    `params`.
 
     Args:
         transform: a function of logits [batch, vocab]; one with `init`, `apply` and `update`, as all of
