@@ -21,7 +21,7 @@ from jaxrl_llm.objectives.logprobs import token_log_probs
 from jaxrl_llm.tabular import TabularLM
 
 MAX_SEQUENCES = 10**7
-GROUPS_AT_ONCE = 512  # of which gradients are taken; all of them are kept
+GROUPS_AT_ONCE = 512  # groups whose gradients are computed together; the gradients of all groups are kept
 
 
 class Moments(NamedTuple):
