@@ -1,7 +1,7 @@
 """The intervention against sycophancy without other data: a GPT-2 forgets how to judge sums without users.
 
-It is taught to follow its users, and then trained on opinions that are independent of the truth, answered truly. Every
-prompt of this data has a user, so nothing in it teaches the model to answer without one.
+It is taught to follow its users, and then trained on opinions that are independent of the truth, answered truly. No
+prompt of this data lacks a user, and nothing in it says what the model shall do with one that does.
 `sycophancy_intervention` mixes such sums in.
 
 python -m experiments.intervention_forgets --preset quick
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments import sycophancy_intervention
 from experiments.frame import experiment
-from experiments.parts import addition_gpt2, addition_numbers
 from experiments.sycophancy_intervention import PRESETS, Config
 
 
@@ -21,9 +21,9 @@ def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and then train it on the opinions alone.
 
     Raises:
-        ValueError: as `addition_gpt2.check`.
+        ValueError: as `sycophancy_intervention.check`.
     """
-    data = addition_gpt2.prepared(config)
-    params, taught = addition_gpt2.trained(data, config, data.sycophantic, 0)
-    _, opinions = addition_gpt2.trained(data, config, data.opinions, 1, params)
-    return addition_numbers.forgotten({"sycophantic": taught, "opinions": opinions}, config)
+    data = sycophancy_intervention.prepared(config)
+    params, taught = sycophancy_intervention.trained(data, config, data.sycophantic, 0)
+    _, opinions = sycophancy_intervention.trained(data, config, data.opinions, 1, params)
+    return sycophancy_intervention.forgotten({"sycophantic": taught, "opinions": opinions}, config)

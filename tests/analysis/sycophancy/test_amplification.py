@@ -1,4 +1,4 @@
-"""The laws of agreement, against the optimum itself and against counting."""
+"""The formulas of agreement, against the optimum itself and against counting."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.analysis.amplification import amplified_agreement, best_of_n_agreement
+from jaxrl_llm.analysis.sycophancy import amplified_agreement, best_of_n_agreement
 from jaxrl_llm.objectives import rlhf
 
 
