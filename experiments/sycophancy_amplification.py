@@ -83,9 +83,9 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {
-    "quick": Config(),
-    "full": Config(
+@experiment(
+    quick=Config(),
+    full=Config(
         table_references=(0.2, 0.5, 0.8),
         table_shares=(0.4, 0.5, 0.6, 0.75, 0.9),
         width=32,
@@ -105,10 +105,7 @@ PRESETS = {
         repeats=32,
         seed=1,
     ),
-}
-
-
-@experiment(**PRESETS)
+)
 def run(config: Config) -> dict[str, Any]:
     """Run the table in float64, the GPT-2 in float32.
 
