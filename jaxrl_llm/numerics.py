@@ -20,26 +20,26 @@ def violated(condition: bool | Array) -> bool:
 
 
 def wide(array: Float[Array, "..."]) -> Float[Array, "..."]:
-    """In float32 or wider, as log-probabilities always are."""
+    """Cast to float32 unless wider already, as log-probabilities always are."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def finite_gradient(array: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The array itself; no gradient flows into its entries that are infinite or NaN.
+    """The array itself, with no gradient into entries that are infinite or NaN.
 
-    So a log-probability of `-inf` behind a mask costs nothing: its value is masked later, and its gradient, which would
-    be 0 · inf = NaN, is 0. A value that is *not* masked stays infinite, and is seen.
+    A log-probability of `-inf` that a mask hides is then harmless: its value is masked later, and its gradient, which
+    would be 0 · inf = NaN, is 0. A value that is *not* masked stays infinite, and shows.
     """
     return jnp.where(jnp.isfinite(array), array, jax.lax.stop_gradient(array))
 
 
 def log_ratio(logp: Float[Array, "..."], logp_other: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log p − log q, with a `finite_gradient`: the one way in which objectives subtract log-probabilities."""
+    """log p − log q with a `finite_gradient`, the form in which objectives subtract log-probabilities."""
     return finite_gradient(logp - logp_other)
 
 
 def checked(**arrays: Array) -> tuple[Array, ...]:
-    """The named arrays, of one shape and floating, each `wide`.
+    """Return the named arrays, each `wide`, after checking that they are floating and of one shape.
 
     Raises:
         ValueError: naming the first array whose shape is not that of the first one, or whose dtype is not floating.
@@ -53,7 +53,7 @@ def checked(**arrays: Array) -> tuple[Array, ...]:
 
 
 def floating(name: str, array: Array, *, ndim: int = 0) -> Array:
-    """One named array, `wide`.
+    """Return one named array, `wide`.
 
     Raises:
         ValueError: if its dtype is not floating, or it has fewer than `ndim` axes.
@@ -67,7 +67,7 @@ def floating(name: str, array: Array, *, ndim: int = 0) -> Array:
 
 
 def checked_mask(mask: Array | None, shape: tuple[int, ...], *, of: str) -> Bool[Array, "..."]:
-    """The mask as booleans, all true if there is none.
+    """Return the mask as booleans, all true if it is None.
 
     Raises:
         ValueError: if its shape is not that of the array named `of`, or it holds anything but 0 and 1.
@@ -93,18 +93,21 @@ def check_range(
         above = value > low if open_low else value >= low
         below = value < high if open_high or high == jnp.inf else value <= high
         if violated(above & below):
-            interval = f"{'(' if open_low or low == -jnp.inf else '['}{low}, {high}"
-            raise ValueError(
-                f"{name} must lie in {interval}{')' if open_high or high == jnp.inf else ']'}, is {value}."
-            )
+            interval = f"{'(' if open_low or low == -jnp.inf else '['}{low:g}, {high:g}"
+            closing = ")" if open_high or high == jnp.inf else "]"
+            raise ValueError(f"{name} must lie in {interval}{closing}, but is {value}.")
+
+
+def times(weight: float | Array, value: Array) -> Array:
+    """weight · value, and 0 where the weight is 0, also if the value is infinite."""
+    return jnp.where(jnp.asarray(weight) == 0, 0, weight * value)
 
 
 @jax.custom_jvp
 def bounded_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """exp x, held at e^80 beyond 80 (float64: at e^700 beyond 700), so that it never overflows; its own derivative.
 
-    The derivative is held too, and does not fall to 0: a ratio that has left the range still says in which direction
-    it would come back.
+    The derivative is held too and does not fall to 0, so that a ratio out of range is still pulled back.
     """
     return jnp.exp(jnp.minimum(x, 700.0 if x.dtype == jnp.float64 else 80.0))
 

@@ -1,13 +1,14 @@
 """Exact answers on a tabular language model, by enumeration of every sequence.
 
-The expectation, variance and gradient of anything under the model's law; J(π) of RLHF, sequence-level KL and the
-population's preferences. The law of best-of-n and the Gibbs optimum are `objectives.rlhf` on `sequence_log_probs`.
+The expectation, variance and gradient of anything under the distribution of the model; J(π) of RLHF, sequence-level KL
+and the population's preferences. The distribution of best-of-n and the Gibbs optimum are in `objectives.rlhf`, of
+`sequence_log_probs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +65,71 @@ def next_token_logits(
     return lm.apply(params, inputs, mask=mask)[0]
 
 
-def sequence_log_probs(lm: TabularLM, params: Params) -> Float[Array, "sequences"]:
+def sequence_log_probs(
+    lm: TabularLM,
+    params: Params,
+    transform: Callable[[Array], Array] | Sequence[Callable[[Array], Array]] | None = None,
+    *,
+    prompt: Sequence[int] = (),
+) -> Float[Array, "sequences"]:
     """log p(y) = Σ_t log p(y_t | y_<t) of every sequence, in the order of `enumerate_sequences`, in nats.
 
-    Differentiable in `params`; the exponentials sum to 1.
+    With a transform it is the exact distribution of a sampler: p(y_t | y_<t) = softmax(transform(logits))[y_t]. With a
+    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in `params`.
+
+    Args:
+        transform: a function of logits [batch, vocab]; one with `init`, `apply` and `update`, as all of
+            `decoding.transforms` have; or a sequence of these, applied in their order.
+
+    Raises:
+        ValueError: if the prompt has more tokens than the horizon, or a transform cannot be called.
     """
-    return token_log_probs_of(lm, params, enumerate_sequences(lm)).sum(axis=-1)
+    if len(prompt) > lm.horizon:
+        raise ValueError(f"the prompt must have at most {lm.horizon} tokens, but has {len(prompt)}.")
+    sequences = _digits(lm.vocab_size, lm.horizon - len(prompt))
+    prompts = jnp.tile(jnp.asarray(prompt, jnp.int32), (len(sequences), 1))
+    logits = next_token_logits(lm, params, jnp.concatenate([prompts, sequences], axis=1))[:, len(prompt) :]
+    if transform is None:
+        return token_log_probs(logits, sequences).sum(axis=-1)
+    parts = [_stateful(each) for each in (transform if isinstance(transform, list | tuple) else (transform,))]
+    slots = jnp.pad(prompts, ((0, 0), (0, sequences.shape[1])))
+    mask = jnp.broadcast_to(jnp.arange(lm.horizon) < len(prompt), slots.shape)
+    states = [each.init(slots, mask, jnp.full(len(slots), sequences.shape[1])) for each in parts]
+
+    def step(states: list[PyTree[Array]], column: tuple[Array, Array]) -> tuple[list[PyTree[Array]], Array]:
+        logits, token = column
+        left = logits
+        for each, state in zip(parts, states, strict=True):
+            left = each.apply(state, left)
+        states = [each.update(state, token, logits) for each, state in zip(parts, states, strict=True)]
+        return states, token_log_probs(left, token)
+
+    return jax.lax.scan(step, states, (jnp.moveaxis(logits, 1, 0), sequences.T))[1].sum(axis=0)
+
+
+class _Stateless(NamedTuple):
+    """A function of logits, as a transform."""
+
+    function: Callable[[Array], Array]
+
+    def init(self, prompts: Array, mask: Array, limits: Array) -> tuple[()]:
+        return ()
+
+    def apply(self, state: tuple[()], logits: Array) -> Array:
+        return self.function(logits)
+
+    def update(self, state: tuple[()], token: Array, logits: Array) -> tuple[()]:
+        return ()
+
+
+def _stateful(transform: Any) -> Any:
+    if hasattr(transform, "init"):
+        return transform
+    if not callable(transform):
+        raise ValueError(
+            f"transform must be a function of logits, a transform, or a sequence of them, but is {transform!r}."
+        )
+    return _Stateless(transform)
 
 
 def expectation(
@@ -123,7 +183,7 @@ def gradient_moments(
     Args:
         loss: from `params` and groups (see `moments`), of which it is given some at a time, to the loss on each;
             differentiated in `params`.
-        sampler_params: of the law that the groups are drawn from; by default `params`, on-policy.
+        sampler_params: of the distribution that the groups are drawn from; by default `params`, on-policy.
     """
 
     def gradient(group: Array) -> Params:
@@ -135,7 +195,7 @@ def gradient_moments(
 
 
 def sequence_kl(lm: TabularLM, params: Params, ref_params: Params) -> Float[Array, ""]:
-    """KL(π‖ref) of the two laws of whole sequences, in nats."""
+    """KL(π‖ref) of the two distributions of whole sequences, in nats."""
     return _kl(sequence_log_probs(lm, params), sequence_log_probs(lm, ref_params))
 
 
@@ -164,7 +224,7 @@ def objective(
 
     Raises:
         ValueError: if there is not one floating reward, and one probability, for each sequence, beta or gamma is
-            negative, or the pretraining law is missing or does not sum to 1.
+            negative, or the pretraining distribution is missing or does not sum to 1.
     """
     log_probs = sequence_log_probs(lm, params)
     value = rlhf.regularised_objective(log_probs, sequence_log_probs(lm, ref_params), rewards, beta=beta)
@@ -186,7 +246,7 @@ def objective_grad(
     """∇J = E_π[(r − β log(π/ref)) ∇log π] + γ E_pretraining[∇log π] in `params`: the policy gradient, exactly."""
     log_probs, pull_back = jax.vjp(lambda params: sequence_log_probs(lm, params), params)
     ref_log_probs = sequence_log_probs(lm, ref_params)
-    of_log_probs, *_ = rlhf.regularised_objective_grad(log_probs, ref_log_probs, rewards, beta=beta)
+    of_log_probs, *_ = rlhf.regularised_objective.grad(log_probs, ref_log_probs, rewards, beta=beta)
     return pull_back(of_log_probs + gamma * _checked_pretraining(log_probs, pretraining, gamma))[0]
 
 
@@ -197,7 +257,7 @@ def population_preferences(
 
         P(chosen = i, rejected = j) = 2 p_i p_j σ(r_i − r_j)
 
-    Two answers are drawn independently from the law `log_probs`, then one is preferred. All entries sum to 1.
+    Two answers are drawn independently from the distribution `log_probs`, then one is preferred. All entries sum to 1.
 
     Raises:
         ValueError: if the two are not floating and of one shape [sequences].
@@ -218,11 +278,11 @@ def _digits(base: int, places: int) -> Int[Array, "rows places"]:
 
 
 def _checked_pretraining(log_probs: Array, pretraining: Array | None, gamma: float) -> Float[Array, "sequences"]:
-    """The pretraining law, all 0 if there is none and gamma is 0."""
+    """The pretraining distribution, all 0 if it is None and gamma is 0."""
     check_range(0, gamma=gamma)
     if pretraining is None:
         if not (isinstance(gamma, float | int) and gamma == 0):
-            raise ValueError(f"gamma is {gamma}: the pretraining law must be given too.")
+            raise ValueError(f"gamma is {gamma}: the pretraining distribution must be given too.")
         return jnp.zeros_like(log_probs)
     _, pretraining = checked(log_probs=log_probs, pretraining=pretraining)
     if violated((pretraining >= 0) & (jnp.abs(pretraining.sum() - 1) < 1e-4)):

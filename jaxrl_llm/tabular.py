@@ -18,7 +18,7 @@ class TabularLM(language_model.LanguageModel):
 
     The parameters are `{"logits": [prefixes, vocab]}` with prefixes ordered by length, then as base-`vocab` numbers:
     the empty prefix first. It has a root, so a prompt may be empty; after `horizon` tokens nothing follows, and the
-    logits there are zero, a uniform law that no sequence uses.
+    logits there are zero, a uniform distribution that no sequence uses.
     """
 
     vocab_size: int

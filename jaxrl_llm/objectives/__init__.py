@@ -1,4 +1,4 @@
-"""Objectives: arrays in, arrays out, unreduced; imports jax only."""
+"""Objectives: arrays in, arrays out, unreduced, each with its closed-form gradient as `.grad`; imports jax only."""
 
 from jaxrl_llm import submodules
 

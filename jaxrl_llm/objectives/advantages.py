@@ -1,14 +1,14 @@
-"""Advantages: how much better an action was than expected, from rewards and, where there is one, a critic.
+"""Advantages: by how much an action was better than expected, from rewards and, where there is one, a critic.
 
-Advantages are numbers, not paths for gradients: every public function here passes its result through
-`jax.lax.stop_gradient`, so none has a `_grad` twin. The rewards of sampled tokens carry no gradient; the score
-function, ∇log π, in `policy_gradient`, does.
+Advantages are constants: every public function here passes its result through `jax.lax.stop_gradient`, so none has a
+closed-form gradient. The rewards of sampled tokens carry no gradient; the score function, ∇log π, in `policy_gradient`,
+does.
 
-What a mask hides may be anything, NaN and infinity too, and its own result is 0. A reward, value or advantage that
-counts and is not finite raises ValueError where it can be read; under `jit` it cannot be, and there the result is NaN
-or infinite.
+Masked entries may hold anything, NaN and infinity too, and their own result is 0. An unmasked reward, value or
+advantage that is not finite raises ValueError where it can be read; under `jit` it cannot be, and there the result is
+NaN or infinite.
 
-In `rloo`, `grpo` and `centered` the last axis is a group: the N answers to one prompt.
+In `rloo`, `grpo` and `centered` the last axis is a group: the N completions of one prompt.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def returns_to_go(
 
     Args:
         discount: γ, as in `gae`.
-        mask: which tokens are real. The others are skipped, as if they had been cut out: they do not discount, and
-            their own return is 0. So masks with holes (the outputs of tools) are right too.
+        mask: the real tokens. The others are skipped, as if they had been cut out: they do not discount, and their own
+            return is 0. So masks with holes (the outputs of tools) are right too.
 
     Raises:
         ValueError: as `gae`.
@@ -54,22 +54,22 @@ def gae(
     lambda_: float | Float[Array, "..."],
     mask: Bool[Array, "*batch time"] | None = None,
 ) -> Float[Array, "*batch time"]:
-    """Generalised advantage estimation: returns against a critic's values, with the bias and variance λ trades.
+    """Generalised advantage estimation: returns against a critic's values; λ trades bias for variance.
 
         δ_t = r_t + γ V_{t+1} − V_t,      A_t = δ_t + γλ A_{t+1} = Σ_l (γλ)^l δ_{t+l}          (eq. 16)
 
     λ = 1 gives the returns to go minus the values, λ = 0 gives δ. A + V is the critic's target.
 
     Args:
-        values: V at each token and, last, the bootstrap, which stands after the last real token of the row, wherever
-            that is: 0 for an episode that ended, the critic's value for one that was cut off.
+        values: V at each token and, last, the bootstrap, the value after the last real token of the row, wherever that
+            is: 0 for an episode that ended, the critic's value for one that was truncated.
         discount, lambda_: γ and λ, or arrays of them that broadcast to the rewards; γ_t discounts what follows t, and
             is 0 at the end of an episode that another one follows in the same row.
-        mask: which tokens are real. "Next" means the next real token; the others get 0.
+        mask: the real tokens. "Next" means the next real token; the others get 0.
 
     Raises:
         ValueError: if a dtype is not floating, the values are not one longer than the rewards, γ or λ leaves [0, 1] or
-            does not broadcast, the mask does not match, or a reward or value that counts is not finite.
+            does not broadcast, the mask does not match, or an unmasked reward or value is not finite.
 
     Source: Schulman et al. 2016.
     """
@@ -102,18 +102,18 @@ def gae(
 def rloo(
     rewards: Float[Array, "*batch group"], *, mask: Bool[Array, "*batch group"] | None = None
 ) -> Float[Array, "*batch group"]:
-    """Each answer's reward against the mean of the *other* answers to its prompt (leave one out).
+    """Each completion's reward minus the mean of the *other* completions of its prompt (leave one out).
 
         A_i = r_i − 1/(N−1) Σ_{j≠i} r_j
 
-    The baseline does not depend on the answer it is taken from, so the policy gradient stays unbiased.
+    The baseline of a completion does not depend on it, so the policy gradient stays unbiased.
 
     Args:
-        mask: which answers are real; N is then their number. One that is alone in its group gets 0.
+        mask: the real completions; N is then their number. One that is alone in its group gets 0.
 
     Raises:
-        ValueError: if the rewards are not floating, there are fewer than two, the mask does not match, or a reward that
-            counts is not finite.
+        ValueError: if the rewards are not floating, there are fewer than two, the mask does not match, or an unmasked
+            reward is not finite.
 
     Source: Kool et al. 2019; Ahmadian et al. 2024.
     """
@@ -131,7 +131,7 @@ def grpo(
     eps: float = 1e-4,
     mask: Bool[Array, "*batch group"] | None = None,
 ) -> Float[Array, "*batch group"]:
-    """Each answer's reward, standardised within its group.
+    """Each completion's reward, standardised within its group.
 
         A_i = (r_i − mean r) / (std r + ε)
 
@@ -140,7 +140,7 @@ def grpo(
     Args:
         ddof: the standard deviation divides by N − ddof: 1 for the sample's, 0 for the population's. A Python int.
         eps: ε, in the unit of the rewards.
-        mask: which answers are real. A group with no more than `ddof` of them gets 0.
+        mask: the real completions. A group with no more than `ddof` of them gets 0.
 
     Raises:
         ValueError: as `rloo`, but for N ≤ ddof; or if ε is negative.
@@ -159,15 +159,15 @@ def grpo(
 def centered(
     rewards: Float[Array, "*batch group"], *, mask: Bool[Array, "*batch group"] | None = None
 ) -> Float[Array, "*batch group"]:
-    """Each answer's reward against the mean of its group, not divided by the standard deviation (Dr. GRPO).
+    """Each completion's reward minus the mean of its group, not divided by the standard deviation (Dr. GRPO).
 
         A_i = r_i − mean r
 
-    The mean includes the answer itself, so this is (1 − 1/N) of `rloo`: the policy gradient keeps its direction, and is
-    short by that factor.
+    The mean includes the completion itself, so this is (1 − 1/N) of `rloo`: the policy gradient keeps its direction,
+    and is smaller by that factor.
 
     Args:
-        mask: which answers are real; the mean is over them.
+        mask: the real completions; the mean is over them.
 
     Raises:
         ValueError: as `rloo`, but for any N.
@@ -186,20 +186,20 @@ def whiten(
     shift_mean: bool = True,
     eps: float = 1e-8,
 ) -> Float[Array, "..."]:
-    """The advantages of a whole batch, to mean 0 and variance 1.
+    """The advantages of a whole batch, scaled to mean 0 and variance 1.
 
         (A − mean A) / √(var A + ε)
 
-    Mean and (population) variance are over all real entries of all axes, so that padding has no part in them.
+    Mean and (population) variance are over all real entries of all axes, without padding.
 
     Args:
-        mask: which entries are real; the others get 0.
-        shift_mean: False adds the mean back, so that only the spread changes. A Python bool.
+        mask: the real entries; the others get 0.
+        shift_mean: False adds the mean back, so that only the scale changes. A Python bool.
         eps: ε, in the square of the advantages' unit.
 
     Raises:
-        ValueError: if the advantages are not floating, the mask does not match, ε is negative, or an advantage that
-            counts is not finite.
+        ValueError: if the advantages are not floating, the mask does not match, ε is negative, or an unmasked
+            advantage is not finite.
 
     Source: Ziegler et al. 2019.
     """
@@ -224,17 +224,17 @@ def optimal_baseline(
 
         b* = E[‖∇log π‖² r] / E[‖∇log π‖²]
 
-    Not the mean reward: what counts is the mean where the score is large. The expectation is over the last axis; where
-    all norms are 0, every b is as good, and b* is 0.
+    It is not the mean reward, but a mean weighted towards completions whose score is large. The expectation is over the
+    last axis; where all norms are 0, every b is as good, and b* is 0.
 
     Args:
-        squared_score_norms: ‖∇log π‖² of the same answers.
-        probabilities: weights of the answers, for exact expectations; by default each counts once. Of an answer of
-            weight 0 the reward may be anything.
+        squared_score_norms: ‖∇log π‖² of the same completions.
+        probabilities: weights of the completions, for exact expectations; by default each counts once. The reward of a
+            completion of weight 0 may be anything.
 
     Raises:
-        ValueError: if the shapes differ, a dtype is not floating, a norm or weight is negative, or a reward that counts
-            is not finite.
+        ValueError: if the shapes differ, a dtype is not floating, a norm or weight is negative, or a reward of positive
+            weight is not finite.
 
     Source: Greensmith et al. 2004.
     """
@@ -248,7 +248,7 @@ def optimal_baseline(
 
 
 def _counting(name: str, array: Array, mask: Array) -> Array:
-    """The array, 0 where the mask is false; a ValueError if an entry that counts can be read and is not finite."""
+    """The array, 0 where the mask is false; a ValueError if an unmasked entry can be read and is not finite."""
     sound = jnp.isfinite(array) | ~mask
     if violated(sound):
         place = tuple(int(index) for index in jnp.unravel_index(sound.argmin(), sound.shape))  # the first
@@ -268,9 +268,9 @@ def _coefficients(name: str, given: float | Array, rewards: Array, mask: Array) 
 
 
 def _deviations(name: str, array: Array, mask: Array, *, axis: int | None) -> tuple[Array, Array]:
-    """Real entries minus their mean, 0 elsewhere; and how many are real (an axis of length 1 is kept).
+    """Real entries minus their mean, 0 elsewhere; and the number of real ones (an axis of length 1 is kept).
 
-    First the smallest entry is taken off: equal entries then give exactly 0, and a large common part costs no digits.
+    The smallest entry is subtracted first: equal entries then give exactly 0, and a large common part costs no digits.
     """
     array = _counting(name, array, mask)
     count = mask.sum(axis=axis, keepdims=True).astype(array.dtype)

@@ -1,7 +1,7 @@
 """Log-probabilities over a large vocabulary in chunks: forward and backward never hold [places, vocab].
 
-The forward pass is an online log Σ exp over chunks of the vocabulary. The backward pass computes each chunk's logits
-anew: four products of matrices where the plain form has three, for a memory of one chunk.
+The forward pass is an online log Σ exp over chunks of the vocabulary. The backward pass recomputes the logits of each
+chunk: four matrix products where the plain form has three, with the memory of one chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 CHUNK_ELEMENTS = 2**20  # of one chunk's logits: 4 MiB in float32
-SMALLEST_CHUNK = 128  # below it the products of matrices are too thin to be fast
+SMALLEST_CHUNK = 128  # below it the matrix products are too thin to be fast
 
 
 def chunk_size_for(places: int, vocab_size: int) -> int:
@@ -35,7 +35,7 @@ def log_probs(
 
 
 def forward(hidden: Array, unembedding: Array, tokens: Array, chunk_size: int) -> tuple[Array, tuple[Array, ...]]:
-    """The log-probabilities, and what the backward pass needs: the three inputs and log Σ_v exp z_v of each place."""
+    """The log-probabilities, and the residuals of the backward pass: the inputs and log Σ_v exp z_v of each place."""
     dtype = _wide(hidden, unembedding)
 
     def read(carry: tuple[Array, Array], rows: Array, start: Any) -> tuple[Array, Array]:
@@ -66,7 +66,7 @@ def gradients(
     cotangent: Float[Array, "place"],
     chunk_size: int,
 ) -> tuple[Float[Array, "place width"], Float[Array, "vocab width"]]:
-    """Of Σ_t c_t log p_t: c_t (W[y_t] − Σ_v p_tv W_v) for h_t, and Σ_t c_t (1[v = y_t] − p_tv) h_t for W_v."""
+    """Gradients of Σ_t c_t log p_t: c_t (W[y_t] − Σ_v p_tv W_v) for h_t, Σ_t c_t (1[v = y_t] − p_tv) h_t for W_v."""
     dtype = _wide(hidden, unembedding)
 
     def read(carry: tuple[Array, Array], rows: Array, start: Any) -> tuple[Array, Array]:
@@ -84,7 +84,7 @@ def gradients(
 
 
 def _over_chunks(read: Callable[..., Any], carry: Any, unembedding: Array, chunk_size: int) -> Any:
-    """Fold `read(carry, rows, start)` over the vocabulary; the last, shorter chunk apart, so that nothing is padded."""
+    """Fold `read(carry, rows, start)` over the vocabulary; a last, shorter chunk is read by itself, without padding."""
     whole, rest = divmod(unembedding.shape[0], chunk_size)
 
     def step(index: Array, carry: Any) -> Any:

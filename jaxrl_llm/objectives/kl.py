@@ -18,11 +18,11 @@ from another distribution μ (off-policy), and ρ = π(y)/μ(y); `sg` stops the 
 | with a constant ratio, E_μ[sg(ρ) ∇k] | 0 | ∇KL | ∇KL(ref‖π) |
 | through the ratio, E_μ[∇(ρ k)] | ∇KL | ∇E_π[k2] | ∇KL |
 
-So k1 is the one to take in the *reward*; as a *loss* k2, off-policy with a constant ratio, or k1 or k3 through it.
+So take k1 in the *reward*; as a *loss* take k2 (off-policy with a constant ratio), or k1 or k3 through the ratio.
 
 Variance: close to the reference Var k1 ≈ 2 KL, while Var k2 ≈ Var k3 ≈ ¼ Var d² is of higher order. At any distance
-Var k2 ≤ (sup |d|)² Var k1, and Var k3 ≤ Var k1 where ref ≤ 2π. A small KL alone does not bring it about: one rare token
-with a large |d| makes k2 or k3 vary more than k1.
+Var k2 ≤ (sup |d|)² Var k1, and Var k3 ≤ Var k1 where ref ≤ 2π. A small KL alone does not suffice: one rare token with a
+large |d| makes k2 or k3 vary more than k1.
 
 Token by token, d_t = log π(y_t | y_<t) − log ref(y_t | y_<t). With KL_t and KL_t(ref‖π), the divergences of the two
 next-token distributions after y_<t, the sums over the positions of a sampled sequence estimate
@@ -48,78 +48,70 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.numerics import checked, checked_mask, exp_minus_one, floating, log_ratio, log_softmax
+from jaxrl_llm.numerics import exp_minus_one, log_ratio, log_softmax
+from jaxrl_llm.objectives.objective import objective
 
 
-def k1(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
+@objective
+def k1(logp_policy: Float[Array, "*batch"], logp_ref: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The unbiased log-ratio estimator of KL(π‖ref) from samples of π, in nats; it may be negative.
 
         k1 = log π(y) − log ref(y)
 
-    Value, on-policy: unbiased. Gradient as a loss: 0 in expectation, so it holds nothing back. As a reward: that of
-    KL(π‖ref). Off-policy, see the table above.
+    Value, on-policy: unbiased. Gradient as a loss: 0 in expectation, so it restrains nothing. As a reward: that of
+    KL(π‖ref). Off-policy: see the table above.
 
     Args:
         logp_policy, logp_ref: log-probabilities of the same tokens, or sums of them over the same sequences.
-
-    Raises:
-        ValueError: if the shapes differ or a dtype is not floating.
     """
-    logp_policy, logp_ref = checked(logp_policy=logp_policy, logp_ref=logp_ref)
     return log_ratio(logp_policy, logp_ref)
 
 
-def k1_grad(
-    logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Closed-form gradient of `k1`: (1, −1)."""
-    one = jnp.where(jnp.isfinite(k1(logp_policy, logp_ref)), 1.0, 0.0)
+@k1.gradient
+def _(logp_policy, logp_ref):
+    """(1, −1)."""
+    one = jnp.isfinite(logp_policy - logp_ref).astype(logp_policy.dtype)
     return one, -one
 
 
-def k2(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The squared estimator, in nats²: biased, and as a loss the right one.
+@objective
+def k2(logp_policy: Float[Array, "*batch"], logp_ref: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """The squared estimator, in nats²: biased in value, and right as a loss.
 
         k2 = ½ (log π(y) − log ref(y))²
 
-    Value, on-policy: ½ E[d²] = KL + E[d³]/6 − E[d⁴]/24 + …. Gradient as a loss: E[d ∇log π] = ∇KL(π‖ref). Off-policy,
+    Value, on-policy: ½ E[d²] = KL + E[d³]/6 − E[d⁴]/24 + …. Gradient as a loss: E[d ∇log π] = ∇KL(π‖ref). Off-policy:
     see above.
 
     Args:
         logp_policy, logp_ref: as in `k1`.
-
-    Raises:
-        ValueError: as `k1`.
     """
-    return jnp.square(k1(logp_policy, logp_ref)) / 2
+    return jnp.square(log_ratio(logp_policy, logp_ref)) / 2
 
 
-def k2_grad(
-    logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Closed-form gradient of `k2`: (d, −d)."""
-    d = k1(logp_policy, logp_ref)
+@k2.gradient
+def _(logp_policy, logp_ref):
+    """(d, −d)."""
+    d = logp_policy - logp_ref
     slope = jnp.where(jnp.isfinite(d), d, 0)
     return slope, -slope
 
 
-def k3(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
+@objective
+def k3(logp_policy: Float[Array, "*batch"], logp_ref: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The control-variate estimator of KL(π‖ref), in nats: unbiased and never negative.
 
         k3 = (r − 1) − log r,   r = ref(y)/π(y) = e^{−d}
 
     Value, on-policy: unbiased where π > 0 wherever ref > 0 (else short by the mass of ref that π never draws); its
     variance is infinite for heavy ratios. Gradient as a loss: that of the *other* divergence, KL(ref‖π), of whole
-    sequences for sums of log-probabilities; for tokens see the second table above. Beyond
-    log r = 80 (float64: 700) r is held at its value there, so that nothing overflows.
+    sequences for sums of log-probabilities; for tokens see the second table above. Beyond log r = 80 (float64: 700) r
+    is held at its value there, so that nothing overflows.
 
     Args:
         logp_policy, logp_ref: as in `k1`.
-
-    Raises:
-        ValueError: as `k1`.
     """
-    d = k1(logp_policy, logp_ref)
+    d = log_ratio(logp_policy, logp_ref)
     # Near 0 the two terms cancel to d²/2, and a series keeps what the difference would lose.
     near = jnp.abs(d) < 0.05
     x = jnp.where(near, d, 0)
@@ -127,68 +119,61 @@ def k3(logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float
     return jnp.where(near, series, exp_minus_one(-d) + d)
 
 
-def k3_grad(
-    logp_policy: Float[Array, "..."], logp_ref: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Closed-form gradient of `k3`: (1 − r, r − 1)."""
-    d = k1(logp_policy, logp_ref)
+@k3.gradient
+def _(logp_policy, logp_ref):
+    """(1 − r, r − 1)."""
+    d = logp_policy - logp_ref
     slope = jnp.where(jnp.isfinite(d), -exp_minus_one(-d), 0)
     return slope, -slope
 
 
-def exact_kl(logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]) -> Float[Array, "..."]:
+@objective
+def exact_kl(
+    logits_policy: Float[Array, "*batch vocab"], logits_ref: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
     """The reverse divergence KL(π‖ref) of two next-token distributions, over the whole vocabulary, in nats.
 
         KL = Σ_v π_v (log π_v − log ref_v),   π = softmax(logits_policy), ref = softmax(logits_ref)
 
-    No sampling, so no variance; the gradient is that of KL at this position, given the tokens before it. A token whose
-    logit is `-inf` under the policy adds nothing; one that only the reference excludes makes the divergence infinite. A
-    row of the policy that is all `-inf` gives 0.
-
-    Raises:
-        ValueError: if the shapes differ, or a dtype is not floating, or there is no vocabulary axis.
+    Nothing is sampled, so it has no variance; the gradient is that of KL at this position, given the tokens before it.
+    A token whose logit is `-inf` under the policy adds nothing; one that only the reference excludes makes the
+    divergence infinite. A row of the policy that is all `-inf` gives 0.
     """
-    log_policy, log_ref = _laws(logits_policy, logits_ref)
-    return _divergence(log_policy, log_ref)
+    return _divergence(log_softmax(logits_policy), log_softmax(logits_ref))
 
 
-def exact_kl_grad(
-    logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
-) -> tuple[Float[Array, "... vocab"], Float[Array, "... vocab"]]:
-    """Closed-form gradient of `exact_kl`: (π_v (d_v − KL), ref_v − π_v), with d = log π − log ref."""
-    log_policy, log_ref = _laws(logits_policy, logits_ref)
+@exact_kl.gradient
+def _(logits_policy, logits_ref):
+    """(π_v (d_v − KL), ref_v − π_v), with d = log π − log ref."""
+    log_policy, log_ref = log_softmax(logits_policy), log_softmax(logits_ref)
     policy, divergence = jnp.exp(log_policy), _divergence(log_policy, log_ref)[..., None]
     excess = jnp.where(policy > 0, log_policy - log_ref - divergence, 0)
+    of_ref = jnp.exp(log_ref) * policy.sum(axis=-1, keepdims=True) - policy
     finite = jnp.isfinite(divergence)
-    return jnp.where(finite, policy * excess, 0), jnp.where(
-        finite, jnp.exp(log_ref) * policy.sum(-1, keepdims=True) - policy, 0
-    )
+    return jnp.where(finite, policy * excess, 0), jnp.where(finite, of_ref, 0)
 
 
+@objective
 def exact_forward_kl(
-    logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
-) -> Float[Array, "..."]:
+    logits_policy: Float[Array, "*batch vocab"], logits_ref: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
     """The forward divergence KL(ref‖π) of two next-token distributions, in nats: k3 of a token as a loss descends it.
 
         KL(ref‖π) = Σ_v ref_v (log ref_v − log π_v)
 
     The arguments are in the order of `exact_kl`, the policy first.
-
-    Raises:
-        ValueError: as `exact_kl`.
     """
-    log_policy, log_ref = _laws(logits_policy, logits_ref)
-    return _divergence(log_ref, log_policy)
+    return _divergence(log_softmax(logits_ref), log_softmax(logits_policy))
 
 
-def exact_forward_kl_grad(
-    logits_policy: Float[Array, "... vocab"], logits_ref: Float[Array, "... vocab"]
-) -> tuple[Float[Array, "... vocab"], Float[Array, "... vocab"]]:
-    """Closed-form gradient of `exact_forward_kl`: that of `exact_kl` with the two distributions exchanged."""
-    gradient_ref, gradient_policy = exact_kl_grad(logits_ref, logits_policy)
-    return gradient_policy, gradient_ref
+@exact_forward_kl.gradient
+def _(logits_policy, logits_ref):
+    """That of `exact_kl` with the two distributions exchanged."""
+    of_ref, of_policy = exact_kl.grad(logits_ref, logits_policy)
+    return of_policy, of_ref
 
 
+@objective
 def rao_blackwell_kl(
     logits_policy: Float[Array, "*batch time vocab"],
     logits_ref: Float[Array, "*batch time vocab"],
@@ -199,38 +184,22 @@ def rao_blackwell_kl(
         Σ_t KL(π(· | y_<t) ‖ ref(· | y_<t))
 
     Value, on-policy: unbiased. Each term is the conditional mean of its k1, so that at one position the variance can
-    only fall. The *sum* usually has far less of it too, but need not, where later terms of k1 undo earlier ones: Amini
-    et al. 2025 (arXiv 2504.10637) state that it never has more, and the tests have a counter-example. Gradient as a
-    loss: E[Σ_t ∇KL_t] alone, which is *not* ∇KL of the sequences (see above).
+    only fall. The *sum* usually has far less variance too, but need not, where later terms of k1 undo earlier ones:
+    Amini et al. 2025 (arXiv 2504.10637) state that it never has more, and the tests have a counter-example. Gradient as
+    a loss: E[Σ_t ∇KL_t] alone, which is *not* ∇KL of the sequences (see above).
 
     Args:
-        mask: which positions count.
-
-    Raises:
-        ValueError: as `exact_kl`, or if the mask does not match.
+        mask: the positions that count.
 
     Source: Amini et al. 2025.
     """
-    per_token = exact_kl(logits_policy, logits_ref)
-    mask = checked_mask(mask, per_token.shape, of="logits_policy without the vocabulary")
-    return jnp.where(mask, per_token, 0).sum(axis=-1)
+    return jnp.where(mask, exact_kl(logits_policy, logits_ref), 0).sum(axis=-1)
 
 
-def rao_blackwell_kl_grad(
-    logits_policy: Float[Array, "*batch time vocab"],
-    logits_ref: Float[Array, "*batch time vocab"],
-    mask: Bool[Array, "*batch time"] | None = None,
-) -> tuple[Float[Array, "*batch time vocab"], Float[Array, "*batch time vocab"]]:
-    """Closed-form gradient of `rao_blackwell_kl`: that of `exact_kl` where the mask is true, 0 elsewhere."""
-    gradients = exact_kl_grad(logits_policy, logits_ref)
-    mask = checked_mask(mask, gradients[0].shape[:-1], of="logits_policy without the vocabulary")
-    return tuple(jnp.where(mask[..., None], gradient, 0) for gradient in gradients)
-
-
-def _laws(logits_policy: Array, logits_ref: Array) -> tuple[Array, Array]:
-    floating("logits_policy", logits_policy, ndim=1)
-    logits_policy, logits_ref = checked(logits_policy=logits_policy, logits_ref=logits_ref)
-    return log_softmax(logits_policy), log_softmax(logits_ref)
+@rao_blackwell_kl.gradient
+def _(logits_policy, logits_ref, mask):
+    """That of `exact_kl` where the mask is true, 0 elsewhere."""
+    return tuple(jnp.where(mask[..., None], each, 0) for each in exact_kl.grad(logits_policy, logits_ref))
 
 
 def _divergence(log_p: Array, log_q: Array) -> Array:

@@ -1,6 +1,6 @@
 """The objective of RLHF over outcomes that can be listed: its value, its optimum, and best-of-n.
 
-The last axis lists the outcomes: all sequences of a tabular model, or the sampled answers to a prompt.
+The last axis lists the outcomes: all sequences of a tabular model, or the sampled completions of a prompt.
 """
 
 from __future__ import annotations
@@ -12,98 +12,73 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.numerics import check_range, checked, finite_gradient, log_ratio, log_softmax, violated
+from jaxrl_llm.objectives.objective import objective
 
 
+@objective(beta="[0, inf)")
 def regularised_objective(
-    log_probs: Float[Array, "... outcome"],
-    ref_log_probs: Float[Array, "... outcome"],
-    rewards: Float[Array, "... outcome"],
+    log_probs: Float[Array, "*batch outcome"],
+    ref_log_probs: Float[Array, "*batch outcome"],
+    rewards: Float[Array, "*batch outcome"],
     *,
     beta: float,
-) -> Float[Array, "..."]:
+) -> Float[Array, "*batch"]:
     """The objective that RLHF maximises, in units of the reward.
 
         J(π) = Σ_y π(y) (r(y) − β log(π(y)/ref(y))) = E_π[r] − β KL(π‖ref)      (Ouyang et al. 2022, eq. 2, γ = 0)
 
-    The pretraining term γ E[log π(x)] is an expectation over another distribution: add `ptx_bonus`. An outcome
-    of probability 0 adds nothing, whatever its reward.
+    The pretraining term γ E[log π(x)] is an expectation over another distribution: add `ptx_bonus`. An outcome of
+    probability 0 adds nothing, whatever its reward.
 
     Args:
         log_probs, ref_log_probs: of the policy and the reference, in nats, each summing to 1 in probability.
         rewards: of each outcome.
-        beta: the price of one nat, at least 0. At 0 the optimum is argmax r.
-
-    Raises:
-        ValueError: if the shapes differ, a dtype is not floating, or beta is negative.
+        beta: the price of one nat. At 0 the optimum is argmax r.
     """
-    probs, gain, _ = _gain(log_probs, ref_log_probs, rewards, beta)
+    gain = _gain(log_probs, ref_log_probs, rewards, beta)
     finite = jnp.isfinite(gain)
-    value = (probs * jnp.where(finite, gain, 0)).sum(axis=-1)
-    return value + jax.lax.stop_gradient(jnp.where(finite, 0, gain).sum(axis=-1))  # what is not finite is seen
+    value = (jnp.exp(log_probs) * jnp.where(finite, gain, 0)).sum(axis=-1)
+    return value + jax.lax.stop_gradient(jnp.where(finite, 0, gain).sum(axis=-1))  # so that infinities and NaN show
 
 
-def regularised_objective_grad(
-    log_probs: Float[Array, "... outcome"],
-    ref_log_probs: Float[Array, "... outcome"],
-    rewards: Float[Array, "... outcome"],
-    *,
-    beta: float,
-) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"], Float[Array, "... outcome"]]:
-    """Closed-form gradient of `regularised_objective`: (π (r − β log(π/ref) − β), β π, π)."""
-    probs, gain, beta = _gain(log_probs, ref_log_probs, rewards, beta)
-    finite = jnp.isfinite(gain)
-    return jnp.where(finite, probs * (gain - beta), 0), jnp.where(finite, beta * probs, 0), jnp.where(finite, probs, 0)
+@regularised_objective.gradient
+def _(log_probs, ref_log_probs, rewards, *, beta):
+    """(π (r − β log(π/ref) − β), β π, π)."""
+    probs, gain = jnp.exp(log_probs), _gain(log_probs, ref_log_probs, rewards, beta)
+    return tuple(jnp.where(jnp.isfinite(gain), each, 0) for each in (probs * (gain - beta), beta * probs, probs))
 
 
-def ptx_bonus(logp_policy: Float[Array, "..."], *, gamma: float) -> Float[Array, "..."]:
+def _gain(log_probs: Array, ref_log_probs: Array, rewards: Array, beta: float) -> Array:
+    """r − β log(π/ref), 0 where π = 0."""
+    possible = log_probs > -jnp.inf
+    beta = jnp.asarray(beta, log_probs.dtype)
+    d = log_ratio(jnp.where(possible, log_probs, 0), jnp.where(possible, ref_log_probs, 0))
+    price = jnp.where(beta > 0, beta * d, 0)  # without a price an infinite divergence costs nothing
+    return jnp.where(possible, finite_gradient(rewards - price), 0)
+
+
+@objective(gamma="[0, inf)")
+def ptx_bonus(logp_policy: Float[Array, "*batch"], *, gamma: float) -> Float[Array, "*batch"]:
     """The pretraining term of RLHF for each token or sequence x of pretraining text, in nats: to be maximised.
 
-        γ log π(x)                    (Ouyang et al. 2022, eq. 2)
-
-    Raises:
-        ValueError: if the dtype is not floating, or gamma is negative.
+    γ log π(x)                    (Ouyang et al. 2022, eq. 2)
     """
-    (logp_policy,) = checked(logp_policy=logp_policy)
-    check_range(0, gamma=gamma)
     return jnp.where(gamma == 0, 0, gamma * logp_policy)
 
 
-def ptx_bonus_grad(logp_policy: Float[Array, "..."], *, gamma: float) -> tuple[Float[Array, "..."]]:
-    """Closed-form gradient of `ptx_bonus`: γ."""
-    return (gamma * jnp.ones_like(ptx_bonus(logp_policy, gamma=gamma)),)
+@ptx_bonus.gradient
+def _(logp_policy, *, gamma):
+    """γ."""
+    return gamma * jnp.ones_like(logp_policy)
 
 
-def gibbs_optimum(
-    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
-) -> Float[Array, "... outcome"]:
-    """Log-probabilities of the policy that maximises `regularised_objective`, in nats.
-
-        log π*(y) = log ref(y) + r(y)/β − log Z,   Z = Σ_y ref(y) e^{r(y)/β}      (Rafailov et al. 2023, eq. 4)
-
-    For every policy, J(π*) − J(π) = β KL(π‖π*). An outcome that the reference excludes stays excluded.
-
-    Raises:
-        ValueError: if the shapes differ, a dtype is not floating, or beta is not positive (at 0 the optimum is not
-            unique: any distribution on the outcomes of the largest reward).
-    """
-    return log_softmax(_tilted(ref_log_probs, rewards, beta))
-
-
-def gibbs_optimum_grad(
-    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
-) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"]]:
-    """Closed-form gradient of the sum of `gibbs_optimum` over its N possible outcomes: (1 − N π*, (1 − N π*)/β)."""
-    log_optimum = gibbs_optimum(ref_log_probs, rewards, beta=beta)
-    slope = jnp.where(
-        log_optimum > -jnp.inf, 1 - (log_optimum > -jnp.inf).sum(-1, keepdims=True) * jnp.exp(log_optimum), 0
-    )
-    return slope, slope / beta
-
-
+@objective(beta="(0, inf)")
 def optimal_value(
-    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
-) -> Float[Array, "..."]:
-    """The largest value of `regularised_objective`, in units of the reward: J* = β log Z = β log E_ref[e^{r/β}].
+    ref_log_probs: Float[Array, "*batch outcome"], rewards: Float[Array, "*batch outcome"], *, beta: float
+) -> Float[Array, "*batch"]:
+    """The largest value of `regularised_objective`, in units of the reward.
+
+        J* = β log Z = β log E_ref[e^{r/β}]
 
     Raises:
         ValueError: as `gibbs_optimum`.
@@ -113,12 +88,42 @@ def optimal_value(
     return jnp.where(empty, -jnp.inf, beta * jax.nn.logsumexp(jnp.where(empty[..., None], 0, tilted), axis=-1))
 
 
-def optimal_value_grad(
-    ref_log_probs: Float[Array, "... outcome"], rewards: Float[Array, "... outcome"], *, beta: float
-) -> tuple[Float[Array, "... outcome"], Float[Array, "... outcome"]]:
-    """Closed-form gradient of `optimal_value`: (β π*, π*), since the optimum itself does not move J*."""
+@optimal_value.gradient
+def _(ref_log_probs, rewards, *, beta):
+    """(β π*, π*), since the optimum itself does not move J*."""
     optimum = jnp.exp(gibbs_optimum(ref_log_probs, rewards, beta=beta))
     return beta * optimum, optimum
+
+
+def gibbs_optimum(
+    ref_log_probs: Float[Array, "*batch outcome"], rewards: Float[Array, "*batch outcome"], *, beta: float
+) -> Float[Array, "*batch outcome"]:
+    """Log-probabilities of the policy that maximises `regularised_objective`, in nats.
+
+        log π*(y) = log ref(y) + r(y)/β − log Z,   Z = Σ_y ref(y) e^{r(y)/β}      (Rafailov et al. 2023, eq. 4)
+
+    For every policy, J(π*) − J(π) = β KL(π‖π*). An outcome that the reference excludes stays excluded.
+
+    Raises:
+        ValueError: if the shapes differ, a dtype is not floating, a reward is not finite where the reference has mass,
+            or beta is not positive (at 0 the optimum is not unique: any distribution on the outcomes of the largest
+            reward).
+    """
+    ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
+    check_range(0, open_low=True, beta=beta)
+    return log_softmax(_tilted(ref_log_probs, rewards, beta))
+
+
+def _tilted(ref_log_probs: Array, rewards: Array, beta: float) -> Array:
+    return ref_log_probs + _rewards_where_possible(ref_log_probs, rewards) / beta
+
+
+def _rewards_where_possible(ref_log_probs: Array, rewards: Array) -> Array:
+    """The rewards, 0 where the reference excludes an outcome; the others must be finite."""
+    rewards = jnp.where(ref_log_probs > -jnp.inf, rewards, 0)
+    if violated(jnp.isfinite(rewards)):
+        raise ValueError("rewards must be finite wherever the reference has mass, but one is infinite or NaN.")
+    return rewards
 
 
 def best_of_n(
@@ -149,10 +154,10 @@ def best_of_n(
 
 
 def best_of_n_kl_bound(n: Float[Array, "..."] | int) -> Float[Array, "..."]:
-    """log n − (n − 1)/n, in nats: an upper bound on KL(best of n‖ref), and not its value.
+    """An upper bound on KL(best of n‖ref), in nats: log n − (n − 1)/n.
 
-    It is reached in the limit of outcomes so many that no two of the n draws have the same reward (Beirami et al. 2024,
-    arXiv 2401.01879). On few outcomes the divergence stays below max_y −log ref(y), while the bound grows without end.
+    It is reached in the limit of so many outcomes that no two of the n draws have the same reward (Beirami et al. 2024,
+    arXiv 2401.01879). With few outcomes the divergence stays below max_y −log ref(y), but the bound grows without end.
 
     Raises:
         ValueError: if n is below 1.
@@ -160,31 +165,6 @@ def best_of_n_kl_bound(n: Float[Array, "..."] | int) -> Float[Array, "..."]:
     check_range(1, n=n)
     n = jnp.asarray(n, jnp.result_type(float))
     return jnp.log(n) - (n - 1) / n
-
-
-def _gain(log_probs: Array, ref_log_probs: Array, rewards: Array, beta: float) -> tuple[Array, Array, Array]:
-    """π, r − β log(π/ref) with 0 where π = 0, and beta as an array."""
-    log_probs, ref_log_probs, rewards = checked(log_probs=log_probs, ref_log_probs=ref_log_probs, rewards=rewards)
-    check_range(0, beta=beta)
-    possible = log_probs > -jnp.inf
-    beta = jnp.asarray(beta, log_probs.dtype)
-    d = log_ratio(jnp.where(possible, log_probs, 0), jnp.where(possible, ref_log_probs, 0))
-    price = jnp.where(beta > 0, beta * d, 0)  # without a price an infinite divergence costs nothing
-    return jnp.exp(log_probs), jnp.where(possible, finite_gradient(rewards - price), 0), beta
-
-
-def _tilted(ref_log_probs: Array, rewards: Array, beta: float) -> Array:
-    ref_log_probs, rewards = checked(ref_log_probs=ref_log_probs, rewards=rewards)
-    check_range(0, open_low=True, beta=beta)
-    return ref_log_probs + _rewards_where_possible(ref_log_probs, rewards) / beta
-
-
-def _rewards_where_possible(ref_log_probs: Array, rewards: Array) -> Array:
-    """The rewards, 0 where the reference excludes an outcome; the others must be finite."""
-    rewards = jnp.where(ref_log_probs > -jnp.inf, rewards, 0)
-    if violated(jnp.isfinite(rewards)):
-        raise ValueError("rewards must be finite wherever the reference has mass, but one is infinite or NaN.")
-    return rewards
 
 
 @functools.partial(jnp.vectorize, signature="(n),(n)->(n),(n),(n)")

@@ -1,9 +1,9 @@
-"""Preference optimisation with any loss of `objectives.preference`, by its name."""
+"""Preference optimisation with any loss of `objectives.preference`, by its name, or with one's own."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,21 +24,22 @@ class PairBatch(NamedTuple):
     logp_ref_chosen: Float[Array, "batch"] | None = None  # once ahead: `with_reference`; None: computed in the step
     logp_ref_rejected: Float[Array, "batch"] | None = None
     weight: Float[Array, "batch"] | None = None  # how much a pair counts, such as its probability; None: all alike
+    fields: Mapping[str, Array] = {}  # further numbers of each pair that a loss may take by name: [batch, ...]
 
 
 class JudgedBatch(NamedTuple):
-    """Answers that are each good or bad, for KTO."""
+    """Completions that are each good or bad, for KTO."""
 
     answers: Sequences
     desirable: Bool[Array, "batch"]
-    mismatched: Sequences  # the same prompts, each with the answer to another one: KTO's reference point
+    mismatched: Sequences  # the same prompts, each with the completion of another one: KTO's reference point
     logp_ref: Float[Array, "batch"] | None = None
     logp_ref_mismatched: Float[Array, "batch"] | None = None
     weight: Float[Array, "batch"] | None = None
 
 
 class Sums(NamedTuple):
-    """log π(answer | prompt) of chosen and rejected answers, summed over tokens, in nats, and how many those are."""
+    """log π(completion | prompt) of chosen and rejected completions, summed over tokens, in nats, and their lengths."""
 
     chosen: Float[Array, "batch"]
     rejected: Float[Array, "batch"]
@@ -46,80 +47,45 @@ class Sums(NamedTuple):
     length_rejected: Float[Array, "batch"]
 
 
-def _of_four(function: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda policy, ref, **knobs: function(policy.chosen, policy.rejected, ref.chosen, ref.rejected, **knobs)
+LOSSES = {**preference.PAIR_LOSSES, "kto": preference.kto_loss}
+NAMES = tuple(LOSSES)
 
 
-def _of_lengths(function: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda policy, ref, **knobs: function(
-        policy.chosen,
-        policy.rejected,
-        ref.chosen,
-        ref.rejected,
-        policy.length_chosen,
-        policy.length_rejected,
-        **knobs,
-    )
-
-
-def _averaged(function: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda policy, _, **knobs: function(
-        policy.chosen / policy.length_chosen, policy.rejected / policy.length_rejected, **knobs
-    )
-
-
-def _summed(function: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda policy, _, **knobs: function(policy.chosen, policy.rejected, **knobs)
-
-
-class Named(NamedTuple):
-    """A loss of pairs: the objective itself, and how it is called with the sums of policy and reference."""
-
-    objective: Callable[..., Array]
-    of_sums: Callable[..., Float[Array, "batch"]]
-    needs_reference: bool = True
-
-
-LOSSES: dict[str, Named] = {
-    **{name: Named(function, _of_four(function)) for name, function in preference.PAIR_LOSSES.items()},
-    "length_normalised_dpo": Named(
-        preference.length_normalised_dpo_loss, _of_lengths(preference.length_normalised_dpo_loss)
-    ),
-    "simpo": Named(preference.simpo_loss, _averaged(preference.simpo_loss), needs_reference=False),
-    "orpo": Named(preference.orpo_loss, _averaged(preference.orpo_loss), needs_reference=False),
-    "cpo": Named(preference.cpo_loss, _summed(preference.cpo_loss), needs_reference=False),
-}
-NAMES = (*LOSSES, "kto")
-
-
-def preference_loss(lm: LanguageModel, name: str = "dpo", **knobs: Any) -> LossFn:
-    """The mean of a preference loss over a batch of pairs, or over one of judged answers for "kto".
+def preference_loss(lm: LanguageModel, loss: str | Callable[..., Array] = "dpo", **hyperparameters: Any) -> LossFn:
+    """The mean of a preference loss over a batch of pairs, or over one of judged completions for "kto".
 
     `frozen["ref"]` are the reference's parameters, if the loss needs them and the batch does not bring its
-    log-probabilities. No gradient flows to them. Metrics, in nats: `chosen_logp`, `rejected_logp` of the answers as
-    wholes (both often fall while the margin grows), and where there is a reference `margin`, the difference of the
+    log-probabilities. No gradient flows to them. Metrics, in nats: `chosen_logp`, `rejected_logp` of whole completions
+    (both often fall while the margin grows), and where there is a reference `margin`, the difference of the
     log-ratios, `accuracy`, the share of positive margins (a tie counts half), and `kl_chosen`, `kl_rejected`, the
     log-ratios themselves.
 
     Args:
-        name: one of `NAMES`.
-        knobs: of the objective, such as beta; its own defaults otherwise. Numbers, or traced scalars.
+        loss: one of `NAMES`; or a function of a pair's two log-ratios to the reference, loss(a, b, *, ...) -> [batch],
+            plain or declared with `objectives.preference.pair_loss`. Each keyword argument of such a function that
+            `batch.fields` holds is taken from there; the losses of `NAMES` take no fields.
+        hyperparameters: of the loss, such as beta; its own defaults otherwise. Numbers, or traced scalars.
 
     Raises:
-        ValueError: for a name or a knob that there is not, or a batch of the other kind.
+        ValueError: for an unknown name or hyperparameter, a keyword argument without a value, or with two, a batch of
+            the other kind, or a loss that does not return one value per pair.
     """
-    check_name(name, knobs)
-    if name == "kto":
-        return _kto_loss(lm, knobs)
+    function = find_loss(loss, hyperparameters)
+    if function is preference.kto_loss:
+        return _kto_loss(lm, hyperparameters)
+    name = name_of(function)
 
-    def loss(params: Params, batch: PairBatch, frozen: PyTree, key: Array) -> Loss:
+    def mean_loss(params: Params, batch: PairBatch, frozen: PyTree, key: Array) -> Loss:
         if not isinstance(batch, PairBatch):
             raise ValueError(
                 f"the loss {name} is of pairs: it takes a PairBatch, but was given {type(batch).__name__}."
             )
         policy = pair_sums(lm, params, batch)
-        ref = _reference_sums(lm, batch, frozen, policy) if LOSSES[name].needs_reference else None
-        per_pair = LOSSES[name].of_sums(policy, ref, **knobs)
+        ref = _reference_sums(lm, batch, frozen, policy) if "reference" in function.needs else None
+        per_pair = loss_of_sums(function, policy, ref, **_keywords(function, hyperparameters, batch.fields))
+        if per_pair.shape != policy.chosen.shape:
+            wanted, found = list(policy.chosen.shape), list(per_pair.shape)
+            raise ValueError(f"the loss {name} must return one value per pair, {wanted}, but returned {found}.")
         weights = _weights(batch.weight, per_pair)
         means = {"chosen_logp": policy.chosen, "rejected_logp": policy.rejected}
         if ref is not None:
@@ -129,22 +95,57 @@ def preference_loss(lm: LanguageModel, name: str = "dpo", **knobs: Any) -> LossF
             means |= {"kl_chosen": ratios[0], "kl_rejected": ratios[1]}
         return _mean(per_pair, weights, means)
 
-    return loss
+    return mean_loss
 
 
-def check_name(name: str, knobs: dict[str, Any]) -> None:
-    """Raise for a loss, or a knob of it, that there is not."""
-    if name not in NAMES:
-        raise ValueError(f"the loss must be one of {', '.join(NAMES)}, but is {name!r}.")
-    objective = preference.kto_loss if name == "kto" else LOSSES[name].objective
-    allowed = [each.name for each in inspect.signature(objective).parameters.values() if each.kind == each.KEYWORD_ONLY]
-    unknown = sorted(set(knobs) - set(allowed))
+def find_loss(loss: str | Callable[..., Array], hyperparameters: Mapping[str, Any]) -> Callable[..., Array]:
+    """The loss of a name, or a user's function made a `pair_loss`; raise for an unknown name or hyperparameter."""
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}.")
+        loss = LOSSES[loss]
+    function = loss if loss is preference.kto_loss or hasattr(loss, "needs") else preference.pair_loss(loss)
+    unknown = sorted(set(hyperparameters) - set(function.hyperparameters))
     if unknown:
-        raise ValueError(f"the loss {name} has no {', '.join(unknown)}: its knobs are {', '.join(allowed)}.")
+        listed = ", ".join(function.hyperparameters)
+        raise ValueError(f"the loss {name_of(function)} has no {', '.join(unknown)}: its hyperparameters are {listed}.")
+    return function
+
+
+def name_of(loss: Callable[..., Array]) -> str:
+    """The name of a loss: dpo for `dpo_loss`."""
+    return loss.__name__.removesuffix("_loss")
+
+
+def loss_of_sums(loss: Callable[..., Array], policy: Sums, ref: Sums | None, **keywords: Any) -> Float[Array, "batch"]:
+    """A loss of `objectives.preference` at the log-probabilities that it needs, summed or averaged over tokens."""
+    of = [policy, ref] if "reference" in loss.needs else [policy]
+    if "means" in loss.needs:
+        of = [Sums(each.chosen / each.length_chosen, each.rejected / each.length_rejected, *each[2:]) for each in of]
+    lengths = [policy.length_chosen, policy.length_rejected] if "lengths" in loss.needs else []
+    return loss(*(logp for each in of for logp in (each.chosen, each.rejected)), *lengths, **keywords)
+
+
+def _keywords(loss: Callable[..., Array], given: Mapping[str, Any], fields: Mapping[str, Array]) -> dict[str, Any]:
+    """The keyword arguments of a loss: the given ones, and those that the batch holds."""
+    fields = {} if loss in LOSSES.values() else fields
+    takes_all = any(each.kind == each.VAR_KEYWORD for each in inspect.signature(loss).parameters.values())
+    found = {name: field for name, field in fields.items() if takes_all or name in loss.hyperparameters}
+    twice = sorted(set(given) & set(found))
+    if twice:
+        raise ValueError(f"{', '.join(twice)} must be given once, but is a keyword argument and a field of the batch.")
+    required = [name for name, default in loss.hyperparameters.items() if default is inspect.Parameter.empty]
+    missing = [name for name in required if name not in given and name not in found]
+    if missing:
+        raise ValueError(
+            f"the loss {name_of(loss)} must be given {', '.join(missing)}, as keyword arguments or as fields of the "
+            f"batch, but the batch has {', '.join(fields) or 'no fields'}."
+        )
+    return {**given, **found}
 
 
 def pair_sums(lm: LanguageModel, params: Params, batch: PairBatch) -> Sums:
-    """What a model says of chosen and rejected answers, in one call."""
+    """The log-probabilities of chosen and rejected completions under a model, in one call."""
     both = stacked(batch.chosen, batch.rejected)
     logp = log_probs(lm, params, both).sum(axis=-1)
     lengths = both.completion_mask.sum(axis=-1).astype(logp.dtype)
@@ -152,7 +153,7 @@ def pair_sums(lm: LanguageModel, params: Params, batch: PairBatch) -> Sums:
 
 
 def with_reference(lm: LanguageModel, ref_params: Params, batch: PairBatch | JudgedBatch) -> PairBatch | JudgedBatch:
-    """The batch with the reference's log-probabilities: computed once ahead, the reference need not be kept."""
+    """The batch with the reference's log-probabilities, so that the step needs no reference."""
     if isinstance(batch, JudgedBatch):
         sums = _sums_jit(lm, ref_params, stacked(batch.answers, batch.mismatched))
         logp_ref, logp_ref_mismatched = jnp.split(sums, 2)
@@ -180,8 +181,8 @@ def _reference(frozen: PyTree) -> Params:
     return frozen["ref"]
 
 
-def _kto_loss(lm: LanguageModel, knobs: dict[str, Any]) -> LossFn:
-    """KTO over judged answers. Its reference point is the batch's: parts of one do not add up, and are refused."""
+def _kto_loss(lm: LanguageModel, hyperparameters: Mapping[str, Any]) -> LossFn:
+    """KTO over judged completions. Its reference point is that of the whole batch, so microbatches are refused."""
 
     def loss(params: Params, batch: JudgedBatch, frozen: PyTree, key: Array) -> Loss:
         if not isinstance(batch, JudgedBatch):
@@ -194,7 +195,7 @@ def _kto_loss(lm: LanguageModel, knobs: dict[str, Any]) -> LossFn:
         else:
             logp_ref, ref_mismatched = batch.logp_ref, batch.logp_ref_mismatched
         reference_point = preference.kto_reference_point(mismatched, ref_mismatched)
-        per_answer = preference.kto_loss(logp, logp_ref, batch.desirable, reference_point, **knobs)
+        per_answer = preference.kto_loss(logp, logp_ref, batch.desirable, reference_point, **hyperparameters)
         good = batch.desirable / jnp.maximum(batch.desirable.mean(), 1e-9)  # means over the good, and over the bad
         bad = ~batch.desirable / jnp.maximum((~batch.desirable).mean(), 1e-9)
         means = {"chosen_logp": good * logp, "rejected_logp": bad * logp, "reference_point": reference_point + 0 * logp}

@@ -16,7 +16,7 @@ from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training.methods import METHODS, Method
 from jaxrl_llm.training.policy import online
 from jaxrl_llm.training.precision import compute_in
-from jaxrl_llm.training.preference import LOSSES, check_name, preference_loss
+from jaxrl_llm.training.preference import find_loss, preference_loss
 from jaxrl_llm.training.recipe_measures import continued, held_out, sampled
 from jaxrl_llm.training.recipe_parts import Setup, Trained, batches_of, optimizer_of, prepare, save, trained_of
 from jaxrl_llm.training.recipe_run import Run, digest, keys_of
@@ -48,7 +48,7 @@ def preference(
 ) -> Path:
     """Optimise preferences by a loss of `training.preference.NAMES`; the model itself, as it came, is the reference."""
     knobs = dict(sorted((knobs or {}).items()))
-    check_name(loss, knobs)  # before anything is loaded
+    function = find_loss(loss, knobs)  # before anything is loaded
     kto = loss == "kto"
     if kto and run.microbatches > 1:
         raise ValueError("the loss kto compares with all answers of a batch: leave microbatches at 1.")
@@ -60,7 +60,7 @@ def preference(
         ("loss", "margin", "chosen_logp", "rejected_logp"),
         {"loss": loss, "knobs": knobs},
     )
-    return _offline(run, setup, objective, reference=kto or LOSSES[loss].needs_reference)
+    return _offline(run, setup, objective, reference=kto or "reference" in function.needs)
 
 
 def reward(run: Run, *, centering: float = 0.0, say: Callable[[str], None] = print) -> Path:

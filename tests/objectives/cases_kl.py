@@ -1,23 +1,23 @@
 """Cases of `objectives.kl` and `objectives.logprobs`."""
 
 from jaxrl_llm.objectives import kl, logprobs
-from tests.objectives.twins import Case, log_probs, mask
+from tests.objectives.cases import Case, log_probs, mask
 
 
 def pair(rng, n):
     return Case((log_probs(rng, n.batch, n.time), log_probs(rng, n.batch, n.time)))
 
 
-def two_laws(rng, n):
+def two_distributions(rng, n):
     return Case((rng.normal(size=(n.batch, n.vocab)), rng.normal(size=(n.batch, n.vocab))))
 
 
-def masked_laws(rng, n):
+def masked_distributions(rng, n):
     shape = (n.batch, n.time, n.vocab)
     return Case((rng.normal(size=shape), rng.normal(size=shape)), (mask(rng, n.batch, n.time, kept=n.kept),))
 
 
-def law(rng, n):
+def distribution(rng, n):
     return Case((2 * rng.normal(size=(n.batch, n.vocab)),))
 
 
@@ -40,11 +40,11 @@ CASES = {
     kl.k1: pair,
     kl.k2: pair,
     kl.k3: pair,
-    kl.exact_kl: two_laws,
-    kl.exact_forward_kl: two_laws,
-    kl.rao_blackwell_kl: masked_laws,
+    kl.exact_kl: two_distributions,
+    kl.exact_forward_kl: two_distributions,
+    kl.rao_blackwell_kl: masked_distributions,
     logprobs.token_log_probs: tokens_of_logits,
     logprobs.sequence_log_prob: masked_tokens_of_logits,
     logprobs.fused_token_log_probs: tokens_of_hidden,
-    logprobs.entropy: law,
+    logprobs.entropy: distribution,
 }

@@ -1,7 +1,7 @@
 """Cases of `objectives.policy_gradient`."""
 
 from jaxrl_llm.objectives import policy_gradient
-from tests.objectives.twins import Case, log_probs, mask
+from tests.objectives.cases import Case, log_probs, mask
 
 
 def scored(rng, n):
@@ -9,13 +9,13 @@ def scored(rng, n):
     return Case((log_probs(rng, *shape),), (rng.normal(size=shape),))
 
 
-def against_another(**knobs):
+def against_another(**settings):
     """Ratios on both sides of the clips, advantages of both signs."""
 
     def build(rng, n):
         shape = (n.batch, n.time)
         logp_policy = log_probs(rng, *shape)
-        return Case((logp_policy,), (logp_policy + rng.normal(size=shape), rng.normal(size=shape)), knobs)
+        return Case((logp_policy,), (logp_policy + rng.normal(size=shape), rng.normal(size=shape)), settings)
 
     return build
 
@@ -37,7 +37,7 @@ def critic(rng, n):
     return Case((values,), (values + 0.4 * rng.normal(size=shape), rng.normal(size=shape)))
 
 
-def law(rng, n):
+def distribution(rng, n):
     return Case((2 * rng.normal(size=(n.batch, n.vocab)),))
 
 
@@ -48,5 +48,5 @@ CASES = {
     policy_gradient.cispo_loss: against_another(clip_low=0.4, clip_high=0.8),
     policy_gradient.off_policy_reinforce_loss: against_another(cap=1.5),
     policy_gradient.value_loss: critic,
-    policy_gradient.entropy_loss: law,
+    policy_gradient.entropy_loss: distribution,
 }

@@ -1,15 +1,15 @@
 """Cases of `objectives.preference`."""
 
 from jaxrl_llm.objectives import preference
-from tests.objectives.twins import Case, log_probs
+from tests.objectives.cases import Case, log_probs
 
 
-def pairs(**knobs):
+def pairs(**settings):
     """Four log-probabilities of each pair."""
 
     def build(rng, n):
         logps = tuple(4 * log_probs(rng, n.batch) for _ in range(4))
-        drawn = {name: knob(rng) if callable(knob) else knob for name, knob in knobs.items()}
+        drawn = {name: setting(rng) if callable(setting) else setting for name, setting in settings.items()}
         return Case(logps, (), {"beta": n.beta, **drawn})
 
     return build
@@ -17,17 +17,17 @@ def pairs(**knobs):
 
 def pairs_of_lengths(rng, n):
     case = pairs(label_smoothing=0.1)(rng, n)
-    return Case(case.differentiable, tuple(rng.integers(1, 9, (2, n.batch))), case.knobs)
+    return Case(case.differentiable, tuple(rng.integers(1, 9, (2, n.batch))), case.settings)
 
 
-def without_reference(**knobs):
-    return lambda rng, n: Case((log_probs(rng, n.batch), log_probs(rng, n.batch)), (), {"beta": n.beta, **knobs})
+def without_reference(**settings):
+    return lambda rng, n: Case((log_probs(rng, n.batch), log_probs(rng, n.batch)), (), {"beta": n.beta, **settings})
 
 
 def single_answers(rng, n):
     constants = rng.random(n.batch) < 0.5, rng.normal(size=n.batch)
-    knobs = {"beta": n.beta, "desirable_weight": 1.3, "undesirable_weight": 0.7}
-    return Case((4 * log_probs(rng, n.batch), 4 * log_probs(rng, n.batch)), constants, knobs)
+    settings = {"beta": n.beta, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+    return Case((4 * log_probs(rng, n.batch), 4 * log_probs(rng, n.batch)), constants, settings)
 
 
 def divergence(rng):

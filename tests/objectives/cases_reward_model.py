@@ -1,11 +1,11 @@
 """Cases of `objectives.reward_model`."""
 
 from jaxrl_llm.objectives import reward_model
-from tests.objectives.twins import Case, mask
+from tests.objectives.cases import Case, mask
 
 
-def scores(**knobs):
-    return lambda rng, n: Case((3 * rng.normal(size=n.batch), 3 * rng.normal(size=n.batch)), (), knobs)
+def scores(**settings):
+    return lambda rng, n: Case((3 * rng.normal(size=n.batch), 3 * rng.normal(size=n.batch)), (), settings)
 
 
 def ranked(rng, n):

@@ -1,16 +1,16 @@
-"""After the tests: how closely each closed-form gradient and autodiff agree."""
+"""Report after the tests how closely each closed-form gradient and autodiff agree."""
 
 
 def pytest_terminal_summary(terminalreporter):
-    twins = [
+    found = [
         value
         for report in terminalreporter.stats.get("passed", [])
         for key, value in report.user_properties
-        if key == "twin"
+        if key == "closed form"
     ]
-    if twins:
-        errors = {(name, dtype): error for name, dtype, error in twins}
-        names = sorted({name for name, _, _ in twins})
+    if found:
+        errors = {(name, dtype): error for name, dtype, error in found}
+        names = sorted({name for name, _, _ in found})
         terminalreporter.section(f"{len(names)} objectives against their closed-form gradients: largest relative error")
         for name in names:
             cells = [

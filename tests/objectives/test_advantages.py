@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.objectives import advantages
-from tests.objectives.twins import TOOLS, public_functions
+from tests.objectives.cases import TOOLS, public_functions
 
 # Compiled, for speed; what must be eager calls `advantages` itself.
 gae, returns_to_go, rloo, centered, optimal_baseline = map(
@@ -167,11 +167,11 @@ def test_the_group_means_differ_by_one_reward():
 
 def test_leave_one_out_is_unbiased_and_the_mean_with_oneself_is_short_by_one_part_in_n():
     """Over all groups of 3 answers out of 4, each with its probability."""
-    law, reward, n = np.array([0.1, 0.2, 0.3, 0.4]), np.array([3.0, -1.0, 0.5, 2.0]), 3
-    score = np.eye(4) - law  # ∇log softmax of each answer
-    truth = law * (reward - law @ reward)
+    probs, reward, n = np.array([0.1, 0.2, 0.3, 0.4]), np.array([3.0, -1.0, 0.5, 2.0]), 3
+    score = np.eye(4) - probs  # ∇log softmax of each answer
+    truth = probs * (reward - probs @ reward)
     groups = np.array(list(itertools.product(range(4), repeat=n)))
-    weight = law[groups].prod(axis=1)
+    weight = probs[groups].prod(axis=1)
     for function, share in ((rloo, 1.0), (centered, 1 - 1 / n)):
         advantages = np.asarray(function(f32(reward[groups])))
         close(np.einsum("g,gi,giv->v", weight, advantages, score[groups]) / n, share * truth)
@@ -199,24 +199,24 @@ def test_whitening_may_keep_the_mean_and_survives_no_spread():
 
 
 def test_the_optimal_baseline_is_the_one_of_least_variance():
-    law, reward = np.array([0.7, 0.2, 0.1]), np.array([5.0, -1.0, 0.5])
-    norms = np.square(np.eye(3) - law).sum(axis=1)
-    best = float(optimal_baseline(f32(reward), f32(norms), probabilities=f32(law)))
+    probs, reward = np.array([0.7, 0.2, 0.1]), np.array([5.0, -1.0, 0.5])
+    norms = np.square(np.eye(3) - probs).sum(axis=1)
+    best = float(optimal_baseline(f32(reward), f32(norms), probabilities=f32(probs)))
 
     def second_moment(b):  # the mean does not depend on b
-        return law @ (norms * np.square(reward - b))
+        return probs @ (norms * np.square(reward - b))
 
     grid = np.linspace(-4, 4, 8001)
     assert abs(grid[np.argmin([second_moment(b) for b in grid])] - best) < 1e-3
-    assert second_moment(best) < second_moment(law @ reward) - 0.1  # and the mean reward is not it
+    assert second_moment(best) < second_moment(probs @ reward) - 0.1  # and the mean reward is not it
     draws = np.repeat(np.arange(3), [7, 2, 1])
     close(optimal_baseline(f32(reward[draws]), f32(norms[draws])), best)
 
 
 def test_the_optimal_baseline_without_any_score_is_zero_and_weight_zero_hides_a_reward():
     assert optimal_baseline(jnp.ones(3), jnp.zeros(3)) == 0
-    rewards, norms, law = jnp.asarray([1.0, jnp.nan, 4.0]), jnp.asarray([2.0, 5.0, 1.0]), jnp.asarray([0.5, 0.0, 0.5])
-    assert optimal_baseline(rewards, norms, probabilities=law) == 2
+    rewards, norms, probs = jnp.asarray([1.0, jnp.nan, 4.0]), jnp.asarray([2.0, 5.0, 1.0]), jnp.asarray([0.5, 0.0, 0.5])
+    assert optimal_baseline(rewards, norms, probabilities=probs) == 2
 
 
 CALLS = {

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxrl_llm.objectives.aggregate import aggregate, aggregate_grad
+from jaxrl_llm.objectives.aggregate import aggregate
 
 X = jnp.asarray([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
 MASK = jnp.asarray([[True, True, False], [False, True, False], [False, False, False]])
-KNOBS = {"token_mean": {}, "sequence_mean": {}, "sequence_sum": {}, "constant": {"normaliser": 4.0}}
+SETTINGS = {"token_mean": {}, "sequence_mean": {}, "sequence_sum": {}, "constant": {"normaliser": 4.0}}
 compiled = jax.jit(aggregate, static_argnames=("mode", "normaliser"))
 
 
@@ -29,46 +29,46 @@ compiled = jax.jit(aggregate, static_argnames=("mode", "normaliser"))
     ],
 )
 def test_by_hand_on_a_ragged_mask_with_an_empty_row(mode, expected):
-    np.testing.assert_allclose(aggregate(X, MASK, mode, **KNOBS[mode]), expected, rtol=1e-6)
-    np.testing.assert_allclose(compiled(X, MASK, mode=mode, **KNOBS[mode]), expected, rtol=1e-6)
+    np.testing.assert_allclose(aggregate(X, MASK, mode, **SETTINGS[mode]), expected, rtol=1e-6)
+    np.testing.assert_allclose(compiled(X, MASK, mode=mode, **SETTINGS[mode]), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", KNOBS)
+@pytest.mark.parametrize("mode", SETTINGS)
 @pytest.mark.parametrize("hidden", [jnp.nan, jnp.inf, -jnp.inf])
 def test_what_the_mask_hides_does_not_matter(mode, hidden):
     hiding = jnp.where(MASK, X, hidden)
-    function = functools.partial(aggregate, mode=mode, **KNOBS[mode])
+    function = functools.partial(aggregate, mode=mode, **SETTINGS[mode])
     value, gradient = jax.value_and_grad(function)(hiding, MASK)
     np.testing.assert_array_equal(value, function(X, MASK))
-    np.testing.assert_array_equal(gradient, aggregate_grad(hiding, MASK, mode, **KNOBS[mode])[0])
+    np.testing.assert_array_equal(gradient, aggregate.grad(hiding, MASK, mode, **SETTINGS[mode])[0])
     assert (gradient[~MASK] == 0).all() and (gradient[MASK] > 0).all()
 
 
-@pytest.mark.parametrize("mode", KNOBS)
+@pytest.mark.parametrize("mode", SETTINGS)
 def test_a_batch_without_tokens_is_zero_and_so_is_its_gradient(mode):
-    function = functools.partial(aggregate, mode=mode, **KNOBS[mode])
+    function = functools.partial(aggregate, mode=mode, **SETTINGS[mode])
     value, gradient = jax.value_and_grad(function)(X, jnp.zeros_like(MASK))
     assert value == 0 and (gradient == 0).all()
     assert function(jnp.zeros((0, 3)), jnp.zeros((0, 3), bool)) == 0
 
 
-@pytest.mark.parametrize("mode", KNOBS)
+@pytest.mark.parametrize("mode", SETTINGS)
 @given(mask=hnp.arrays(bool, (3, 4)), pad=st.integers(1, 3), left=st.booleans())
 def test_padding_on_either_side_changes_nothing(mode, mask, pad, left):
     values = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     sides = ((0, 0), (pad, 0) if left else (0, pad))
-    padded = aggregate(jnp.pad(values, sides, constant_values=9), jnp.pad(mask, sides), mode, **KNOBS[mode])
+    padded = aggregate(jnp.pad(values, sides, constant_values=9), jnp.pad(mask, sides), mode, **SETTINGS[mode])
     np.testing.assert_allclose(
-        padded, aggregate(jnp.asarray(values), jnp.asarray(mask), mode, **KNOBS[mode]), rtol=1e-6
+        padded, aggregate(jnp.asarray(values), jnp.asarray(mask), mode, **SETTINGS[mode]), rtol=1e-6
     )
 
 
-@pytest.mark.parametrize("mode", KNOBS)
+@pytest.mark.parametrize("mode", SETTINGS)
 def test_every_shard_returns_the_global_mean(mode):
     """Shards of unequal token counts: the mean of their own means would be another number."""
     values = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
     mask = jnp.arange(5) < jnp.asarray([5, 1, 2, 0])[:, None]
-    function = functools.partial(aggregate, mode=mode, **KNOBS[mode])
+    function = functools.partial(aggregate, mode=mode, **SETTINGS[mode])
     by_shard = jax.vmap(functools.partial(function, axis_name="shard"), axis_name="shard")
     split = by_shard(values.reshape(2, 2, 5), mask.reshape(2, 2, 5))
     np.testing.assert_allclose(split, jnp.repeat(function(values, mask), 2), rtol=1e-5)
@@ -109,20 +109,24 @@ def test_eight_devices_give_the_global_mean():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "knobs", "message"),
+    ("arguments", "settings", "message"),
     [
         ((X, MASK, "mean"), {}, "mode must be one of token_mean, sequence_mean, sequence_sum, constant, but is 'mean'"),
         ((X[0], MASK[0], "token_mean"), {}, r"must be \[batch, time\], but has the shape \[3\]"),
-        ((X, MASK[:2], "token_mean"), {}, r"mask must have the shape of per_token, \[3, 3\], but has \[2, 3\]"),
+        (
+            (X, MASK[:2], "token_mean"),
+            {},
+            r"mask must be \[batch, time\] = \[3, 3\] as in per_token, but has the shape \[2, 3\]",
+        ),
         ((X, X, "token_mean"), {}, "mask must be boolean, or 0 and 1"),
         ((X, MASK, "constant"), {}, "normaliser is for the mode constant and needed there, but is None"),
         ((X, MASK, "token_mean"), {"normaliser": 3.0}, "but is 3.0 for token_mean"),
-        ((X, MASK, "constant"), {"normaliser": 0.0}, r"normaliser must lie in \(0, inf\), is 0.0"),
+        ((X, MASK, "constant"), {"normaliser": 0.0}, r"normaliser must lie in \(0, inf\), but is 0.0"),
     ],
 )
-def test_bad_input_is_named(arguments, knobs, message):
+def test_bad_input_is_named(arguments, settings, message):
     with pytest.raises(ValueError, match=message):
-        aggregate(*arguments, **knobs)
+        aggregate(*arguments, **settings)
 
 
 def test_a_mask_of_zeros_and_ones_is_taken():

@@ -10,7 +10,6 @@ from jax.extend.core import jaxprs_in_params
 from jaxrl_llm.objectives.logprobs import (
     entropy,
     fused_token_log_probs,
-    fused_token_log_probs_grad,
     sequence_log_prob,
     token_log_probs,
 )
@@ -48,7 +47,7 @@ def test_eager_jit_and_vmap_agree():
     np.testing.assert_allclose(jax.vmap(token_log_probs)(logits, tokens), eager, rtol=1e-6)
 
 
-def test_minus_infinity_is_probability_zero_and_leaves_the_others_their_law():
+def test_minus_infinity_is_probability_zero_and_leaves_the_others_their_distribution():
     logits = jnp.asarray([[0.0, -jnp.inf, 1.0], [0.0, -jnp.inf, 1.0]])
     result = token_log_probs(logits, jnp.asarray([1, 2]))
     assert result[0] == -jnp.inf
@@ -180,7 +179,7 @@ def test_fused_accumulates_bfloat16_in_float32():
 
 def test_fused_closed_form_is_the_gradient_of_the_plain_form():
     hidden, unembedding = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(UNEMBEDDING, jnp.float32)
-    found = fused_token_log_probs_grad(hidden, unembedding, jnp.asarray(WORDS, jnp.int32), chunk_size=10)
+    found = fused_token_log_probs.grad(hidden, unembedding, jnp.asarray(WORDS, jnp.int32), chunk_size=10)
     expected = jax.grad(lambda h, w: plain_form(h, w).sum(), argnums=(0, 1))(hidden, unembedding)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
@@ -203,16 +202,28 @@ def largest_array(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "unembedding", "tokens", "knobs", "message"),
+    ("hidden", "unembedding", "tokens", "settings", "message"),
     [
-        ((2, 3, 4), (9, 5), (2, 3), {}, r"unembedding must be \[vocab, 4\], but is \[9, 5\]"),
-        ((2, 3, 4), (9, 4), (3, 2), {}, r"tokens must have the shape of hidden without the width, \[2, 3\]"),
+        (
+            (2, 3, 4),
+            (9, 5),
+            (2, 3),
+            {},
+            r"unembedding must be \[vocab, width\] = \[vocab, 4\] as in hidden, but has the shape \[9, 5\]",
+        ),
+        (
+            (2, 3, 4),
+            (9, 4),
+            (3, 2),
+            {},
+            r"tokens must be \[\*places\] = \[2, 3\] as in hidden, but has the shape \[3, 2\]",
+        ),
         ((2, 3, 4), (9, 4), (2, 3), {"chunk_size": 0}, "chunk_size must be at least 1, but is 0"),
     ],
 )
-def test_fused_bad_input_is_named(hidden, unembedding, tokens, knobs, message):
+def test_fused_bad_input_is_named(hidden, unembedding, tokens, settings, message):
     with pytest.raises(ValueError, match=message):
-        fused_token_log_probs(jnp.zeros(hidden), jnp.zeros(unembedding), jnp.zeros(tokens, jnp.int32), **knobs)
+        fused_token_log_probs(jnp.zeros(hidden), jnp.zeros(unembedding), jnp.zeros(tokens, jnp.int32), **settings)
 
 
 def test_fused_tokens_outside_the_vocabulary():

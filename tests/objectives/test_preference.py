@@ -1,7 +1,9 @@
 """Facts about the preference losses: known values, minima, limits, and what extreme log-probabilities give."""
 
+import inspect
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,9 @@ import pytest
 
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.objectives.preference import PAIR_LOSSES
-from tests.objectives.twins import twin_of
 
 BETA = 0.3
+OF_REFERENCE = {name: loss for name, loss in PAIR_LOSSES.items() if loss.needs == {"reference"}}
 RATIOS = [(0.7, -1.1), (-2.0, 1.5), (3.0, 2.5), (0.0, 0.0)]  # (a, b)
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
@@ -71,43 +73,79 @@ def of_four(values):
     return jnp.asarray(np.resize(values, 4), jnp.float32)
 
 
-def of_pair(loss, a, b, **knobs):
+def of_pair(loss, a, b, **settings):
     """The loss in float64."""
     with jax.enable_x64(True):
-        return np.asarray(loss(*four(a, b, jnp.float64), **knobs))[: np.size(a)].reshape(np.shape(a))
+        return np.asarray(loss(*four(a, b, jnp.float64), **settings))[: np.size(a)].reshape(np.shape(a))
 
 
-def slope(loss, x, **knobs):
-    """dL/da of the twin at a = x, b = 0, in float64."""
+def slope(loss, x, **settings):
+    """dL/da in closed form at a = x, b = 0, in float64."""
     with jax.enable_x64(True):
-        return float(twin(loss)(*four(x, 0.0, jnp.float64), **knobs)[0][0])
+        return float(loss.grad(*four(x, 0.0, jnp.float64), **settings)[0][0])
 
 
-def twin(loss):
-    return twin_of(f"preference.{loss.__name__}")
-
-
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("name", OF_REFERENCE)
 def test_value_is_the_formula(name):
     a, b = np.array(RATIOS).T
     expected = [FORMULAS[name](*pair, BETA) for pair in RATIOS]
     np.testing.assert_allclose(of_pair(PAIR_LOSSES[name], a, b, beta=BETA), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("name", OF_REFERENCE)
 def test_value_where_the_policy_is_the_reference(name):
     found = PAIR_LOSSES[name](*four(0.0, 0.0), beta=BETA)
     np.testing.assert_allclose(found, [AT_THE_REFERENCE[name]] * 4, rtol=1e-5)
 
 
-def test_every_loss_of_a_pair_is_listed_by_its_name():
+def test_every_loss_is_listed_by_its_name_also_in_the_table_of_the_module():
     assert all(loss.__name__ == f"{name}_loss" for name, loss in PAIR_LOSSES.items())
-    assert set(PAIR_LOSSES) == set(FORMULAS)
+    assert set(OF_REFERENCE) == set(FORMULAS)
+    table = re.findall(r"^\| (\w+) \|", preference.__doc__, re.MULTILINE)
+    assert table == ["loss", *PAIR_LOSSES, "kto"]
 
 
-@pytest.mark.parametrize("name", sorted(set(PAIR_LOSSES) - {"exo"}))  # which is flat far below its optimum
+def test_the_arguments_of_a_loss_have_names():
+    policy, ref = ["logp_policy_chosen", "logp_policy_rejected"], ["logp_ref_chosen", "logp_ref_rejected"]
+    for loss in PAIR_LOSSES.values():
+        names = policy + (ref if "reference" in loss.needs else [])
+        names += ["length_chosen", "length_rejected"] if "lengths" in loss.needs else []
+        assert list(inspect.signature(loss).parameters) == [*names, *loss.hyperparameters]
+        assert all(name in loss.__doc__ for name in [*names, "Raises:", "Source:"])
+    assert preference.simpo_loss.needs == preference.orpo_loss.needs == {"means"} and not preference.cpo_loss.needs
+    assert preference.dpo_loss.hyperparameters == {"beta": 0.1, "label_smoothing": 0.0}
+    logps = four(0.7, -1.1)
+    by_name = preference.dpo_loss(**dict(zip(policy + ref, logps, strict=True)))
+    np.testing.assert_array_equal(by_name, preference.dpo_loss(*logps))
+
+
+def test_a_loss_of_ones_own_is_checked_has_a_gradient_and_is_not_listed():
+    @preference.pair_loss(margin="[0, inf)")
+    def squared_loss(a, b, *, beta=0.1, margin=1.0):
+        """(βΔ − m)²."""
+        return jnp.square(beta * (a - b) - margin)
+
+    @squared_loss.gradient
+    def _(a, b, *, beta, margin):
+        return 2 * beta * (beta * (a - b) - margin)
+
+    arrays = four(*np.array(RATIOS).T)
+    expected = jax.grad(lambda *logps: squared_loss(*logps, margin=0.5).sum(), argnums=(0, 1, 2, 3))(*arrays)
+    np.testing.assert_allclose(squared_loss.grad(*arrays, margin=0.5), expected, rtol=1e-5)
+    assert "squared" not in PAIR_LOSSES and "Args:" in squared_loss.__doc__
+    with pytest.raises(ValueError, match=r"margin must lie in \[0, inf\), but is -1"):
+        squared_loss(*arrays, margin=-1)
+    with pytest.raises(ValueError, match=r"logp_ref_chosen must be \[\*batch\] = \[4\] as in logp_policy_chosen"):
+        squared_loss(*arrays[:2], arrays[2][:3], arrays[3])
+    with pytest.raises(
+        ValueError, match="must take a, b, length_chosen, length_rejected, but <lambda> takes 2 arguments"
+    ):
+        preference.pair_loss(needs=("lengths",))(lambda a, b: a - b)
+
+
+@pytest.mark.parametrize("name", sorted(set(OF_REFERENCE) - {"exo"}))  # which is flat far below its optimum
 def test_the_gradient_separates_a_pair_that_the_policy_has_the_wrong_way_round(name):
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected = twin(PAIR_LOSSES[name])(*four(-1.0, 2.0), beta=BETA)
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = PAIR_LOSSES[name].grad(*four(-1.0, 2.0), beta=BETA)
     assert (policy_chosen < 0).all() or name == "apo_down"
     assert (policy_rejected > 0).all()
     assert (ref_chosen == -policy_chosen).all() and (ref_rejected == -policy_rejected).all()
@@ -156,7 +194,7 @@ def test_robust_dpo_over_flipped_labels_is_in_the_mean_the_clean_loss(margin):
 
 
 def test_the_hinge_has_no_gradient_from_its_kink_on():
-    gradient = preference.hinge_loss_grad(*four([1.99, 2.0, 2.01], 0.0), beta=0.5)
+    gradient = preference.hinge_loss.grad(*four([1.99, 2.0, 2.01], 0.0), beta=0.5)
     np.testing.assert_array_equal(gradient[0][:3], [-0.5, 0, 0])
     by_autodiff = jax.grad(lambda *logps: preference.hinge_loss(*logps, beta=0.5).sum())(*four(2.0, 0.0))
     assert (by_autodiff == 0).all()
@@ -180,7 +218,7 @@ def test_sppo_has_its_optimum_where_the_rewards_are_plus_and_minus_a_half():
 
 @pytest.mark.parametrize(("name", "sign_of_chosen"), [("apo_zero", -1), ("apo_down", 1)])
 def test_apo_moves_the_chosen_response_up_or_down(name, sign_of_chosen):
-    of_chosen, of_rejected, *_ = twin(PAIR_LOSSES[name])(*four(0.0, -3.0), beta=1.0)
+    of_chosen, of_rejected, *_ = PAIR_LOSSES[name].grad(*four(0.0, -3.0), beta=1.0)
     assert (np.sign(of_chosen) == sign_of_chosen).all()
     assert (of_rejected > 0).all()
 
@@ -193,11 +231,11 @@ def test_discopop_is_logistic_far_below_and_exponential_far_above_and_not_monoto
 
 def test_discopop_where_the_modulation_underflows_and_the_exponential_overflows():
     np.testing.assert_allclose(preference.discopop_loss(*four(-1e4, 0.0), beta=1.0), 1e4, rtol=1e-6)
-    np.testing.assert_allclose(preference.discopop_loss_grad(*four(-1e4, 0.0), beta=1.0)[0], -1, rtol=1e-6)
+    np.testing.assert_allclose(preference.discopop_loss.grad(*four(-1e4, 0.0), beta=1.0)[0], -1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "derivative"),
+    ("settings", "derivative"),
     [
         ({"divergence": "reverse_kl"}, lambda u: np.log(u)),
         ({"divergence": "forward_kl"}, lambda u: 1 - 1 / u),
@@ -208,10 +246,10 @@ def test_discopop_where_the_modulation_underflows_and_the_exponential_overflows(
         ({"divergence": "alpha", "alpha": 0.0}, lambda u: 1 - 1 / u),
     ],
 )
-def test_f_dpo_scores_the_ratio_by_the_derivative_of_f(knobs, derivative):
+def test_f_dpo_scores_the_ratio_by_the_derivative_of_f(settings, derivative):
     a, b = np.array(RATIOS).T
     margin = BETA * (derivative(np.exp(a)) - derivative(np.exp(b)))
-    found = of_pair(preference.f_dpo_loss, a, b, beta=BETA, **knobs)
+    found = of_pair(preference.f_dpo_loss, a, b, beta=BETA, **settings)
     np.testing.assert_allclose(found, np.log1p(np.exp(-margin)), rtol=1e-12)
 
 
@@ -224,18 +262,18 @@ def test_f_dpo_passes_into_the_reverse_divergence_as_alpha_nears_one_and_takes_a
 
     @jax.jit
     def slope_at(alpha):
-        return preference.f_dpo_loss_grad(*four(0.7, -1.1), beta=BETA, divergence="alpha", alpha=alpha)[0]
+        return preference.f_dpo_loss.grad(*four(0.7, -1.1), beta=BETA, divergence="alpha", alpha=alpha)[0]
 
-    np.testing.assert_allclose(slope_at(1.0), preference.dpo_loss_grad(*four(0.7, -1.1), beta=BETA)[0], rtol=1e-5)
+    np.testing.assert_allclose(slope_at(1.0), preference.dpo_loss.grad(*four(0.7, -1.1), beta=BETA)[0], rtol=1e-5)
     assert (abs(slope_at(0.5) - slope_at(1.0)) > 1e-3).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_f_dpo_closed_form_for_each_divergence(divergence):
-    knobs = {"beta": BETA, "divergence": divergence, "alpha": 0.4}
+    settings = {"beta": BETA, "divergence": divergence, "alpha": 0.4}
     arrays = four(*np.array(RATIOS).T)
-    expected = jax.grad(lambda *logps: preference.f_dpo_loss(*logps, **knobs).sum(), argnums=(0, 1, 2, 3))(*arrays)
-    np.testing.assert_allclose(preference.f_dpo_loss_grad(*arrays, **knobs), expected, rtol=1e-5)
+    expected = jax.grad(lambda *logps: preference.f_dpo_loss(*logps, **settings).sum(), argnums=(0, 1, 2, 3))(*arrays)
+    np.testing.assert_allclose(preference.f_dpo_loss.grad(*arrays, **settings), expected, rtol=1e-5)
 
 
 def test_length_normalised_dpo_is_dpo_of_log_ratios_per_token():
@@ -256,7 +294,7 @@ def test_length_normalised_dpo_wants_lengths_of_at_least_one():
     logps = four([6.0, -2.0], [2.0, 1.0])
     with pytest.raises(ValueError, match=r"length_rejected must be at least 1"):
         preference.length_normalised_dpo_loss(*logps, jnp.ones(4, int), jnp.array([2, 0, 1, 1]))
-    with pytest.raises(ValueError, match=r"length_chosen must have the shape"):
+    with pytest.raises(ValueError, match=r"length_chosen must be \[\*batch\] = \[4\]"):
         preference.length_normalised_dpo_loss(*logps, jnp.array(1), jnp.ones(4, int))
     traced = jax.jit(preference.length_normalised_dpo_loss)(*logps, jnp.array([1, 0, 1, 1]), jnp.ones(4, int))
     np.testing.assert_allclose(traced, preference.dpo_loss(*logps), rtol=1e-6)
@@ -274,7 +312,7 @@ def test_orpo_by_hand():
     expected = math.log(2) + 0.4 * math.log(1.5)
     np.testing.assert_allclose(preference.orpo_loss(w, l, beta=0.4), expected, rtol=1e-6)
     np.testing.assert_allclose(preference.orpo_loss(w, l, beta=1.0, nll_weight=0.0), math.log(1.5), rtol=1e-6)
-    of_chosen, of_rejected = preference.orpo_loss_grad(w, l, beta=0.4)  # σ(−log 2) = ⅓; 1 − p_w = ½, 1 − p_l = ⅔
+    of_chosen, of_rejected = preference.orpo_loss.grad(w, l, beta=0.4)  # σ(−log 2) = ⅓; 1 − p_w = ½, 1 − p_l = ⅔
     np.testing.assert_allclose(of_chosen, -1 - 0.4 / 3 * 2, rtol=1e-6)
     np.testing.assert_allclose(of_rejected, 0.4 / 3 * 1.5, rtol=1e-6)
 
@@ -284,7 +322,7 @@ def test_orpo_near_a_probability_of_one():
     near, far, at_one = of_four(-1e-7), of_four(-1.0), of_four(0.0)
     expected = math.log1p(math.exp(log_odds[-1e-7] - log_odds[-1.0]))
     np.testing.assert_allclose(preference.orpo_loss(far, near, beta=1.0, nll_weight=0.0), expected, rtol=1e-5)
-    of_chosen, of_rejected = preference.orpo_loss_grad(far, at_one, beta=1.0)
+    of_chosen, of_rejected = preference.orpo_loss.grad(far, at_one, beta=1.0)
     assert np.isfinite(of_chosen).all() and np.isfinite(of_rejected).all()
     assert (of_rejected > 1e6).all()  # it does not vanish there
 
@@ -294,7 +332,7 @@ def test_orpo_gradient_is_the_difference_quotient():
         w, l, step = jnp.array([-0.01, -0.6931, -0.71, -3.0]), jnp.full(4, -1.2), 1e-6  # noqa: E741
         above, below = preference.orpo_loss(w + step, l, beta=1.0), preference.orpo_loss(w - step, l, beta=1.0)
         np.testing.assert_allclose(
-            preference.orpo_loss_grad(w, l, beta=1.0)[0], (above - below) / (2 * step), rtol=1e-6
+            preference.orpo_loss.grad(w, l, beta=1.0)[0], (above - below) / (2 * step), rtol=1e-6
         )
 
 
@@ -321,7 +359,7 @@ def test_kto_by_hand():
 
 def test_kto_pushes_the_desirable_up_and_the_undesirable_down():
     policy, ref, desirable = of_four(-3.0), of_four([-3.0, -4.0]), jnp.array([True, False] * 2)
-    of_policy, of_ref = preference.kto_loss_grad(policy, ref, desirable, 0.1, beta=1.0)
+    of_policy, of_ref = preference.kto_loss.grad(policy, ref, desirable, 0.1, beta=1.0)
     assert of_policy[0] < 0 < of_policy[1]
     np.testing.assert_array_equal(of_ref, -of_policy)
     np.testing.assert_allclose(preference.kto_loss(policy, policy, desirable, 0.0), 0.5)
@@ -347,8 +385,8 @@ def test_kto_with_a_batch_of_one_would_cancel_its_own_signal():
     ("desirable", "kl", "message"),
     [
         (jnp.array([1, 0]), 0.0, "desirable must be boolean"),
-        (jnp.array([True]), 0.0, r"desirable.*bool\[2\].*bool\[1\]"),
-        (jnp.array([True, False]), jnp.zeros(3), r"kl must.*\[2\].*\[3\]"),
+        (jnp.array([True]), 0.0, r"desirable must be .* = \[2\].*\[1\]"),
+        (jnp.array([True, False]), jnp.zeros(3), r"kl must be a number or .* = \[2\].*\[3\]"),
     ],
 )
 def test_kto_refuses_other_labels_and_reference_points(desirable, kl, message):
@@ -357,31 +395,32 @@ def test_kto_refuses_other_labels_and_reference_points(desirable, kl, message):
 
 
 @pytest.mark.parametrize(
-    ("loss", "knobs", "message"),
+    ("name", "settings", "message"),
     [
-        *[(loss, {"beta": 0.0}, "beta must lie in") for loss in PAIR_LOSSES.values()],
-        (preference.dpo_loss, {"label_smoothing": -0.1}, "label_smoothing must lie in"),
-        (preference.robust_dpo_loss, {"label_smoothing": 0.5}, "label_smoothing must lie in"),
-        (preference.exo_loss, {"label_smoothing": 0.0}, "label_smoothing must lie in"),
-        (preference.discopop_loss, {"temperature": 0.0}, "temperature must lie in"),
-        (
-            preference.f_dpo_loss,
-            {"divergence": "hellinger"},
-            "reverse_kl, forward_kl, jensen_shannon, alpha.*hellinger",
-        ),
-        (preference.f_dpo_loss, {"divergence": "alpha", "alpha": -1.0}, "alpha must lie in"),
+        *[(name, {"beta": beta}, r"beta must lie in \(0, inf\)") for name in PAIR_LOSSES for beta in (0.0, -1.0)],
+        ("dpo", {"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 1\]"),
+        ("cpo", {"label_smoothing": 1.1}, r"label_smoothing must lie in \[0, 1\]"),
+        ("robust_dpo", {"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\)"),
+        ("exo", {"label_smoothing": 0.0}, r"label_smoothing must lie in \(0, 1\)"),
+        ("discopop", {"temperature": 0.0}, "temperature must lie in"),
+        ("f_dpo", {"divergence": "hellinger"}, "reverse_kl, forward_kl, jensen_shannon, alpha.*hellinger"),
+        ("f_dpo", {"divergence": "alpha", "alpha": -1.0}, "alpha must lie in"),
+        ("orpo", {"nll_weight": -1.0}, "nll_weight must lie in"),
+        ("cpo", {"nll_weight": -1.0}, "nll_weight must lie in"),
     ],
 )
-def test_knobs_out_of_range_are_refused_by_loss_and_gradient(loss, knobs, message):
-    for function in (loss, twin(loss)):
+def test_hyperparameters_out_of_range_are_refused_by_loss_and_gradient(name, settings, message):
+    arrays = [jnp.full(2, -1.0) for each in inspect.signature(PAIR_LOSSES[name]).parameters if each[:4] == "logp"]
+    arrays += [jnp.ones(2)] * 2 if "lengths" in PAIR_LOSSES[name].needs else []
+    for function in (PAIR_LOSSES[name], PAIR_LOSSES[name].grad):
         with pytest.raises(ValueError, match=message):
-            function(*four(0.0, 0.0), **knobs)
+            function(*arrays, **settings)
 
 
-@pytest.mark.parametrize("loss", [preference.simpo_loss, preference.orpo_loss, preference.cpo_loss])
-def test_knobs_of_losses_without_reference(loss):
-    with pytest.raises(ValueError, match="beta must lie in"):
-        loss(jnp.zeros(2), jnp.zeros(2), beta=-1.0)
+def test_orpo_refuses_a_positive_log_probability():
+    for function in (preference.orpo_loss, preference.orpo_loss.grad):
+        with pytest.raises(ValueError, match="log-probabilities must not be positive"):
+            function(jnp.array([0.1, -1.0]), jnp.full(2, -1.0))
 
 
 def test_beta_may_be_traced():
@@ -390,20 +429,19 @@ def test_beta_may_be_traced():
 
 
 GRID = np.array(list(itertools.product([-np.inf, -1e4, -3.0, -1e-7, 0.0], repeat=4)), np.float32).T
-KNOBS = {
-    **{name: {} for name in PAIR_LOSSES},
+SETTINGS = {
+    **{name: {} for name in (*PAIR_LOSSES, "kto")},
     "dpo smoothed": {"label_smoothing": 0.1},
     "discopop": {"temperature": 1.5},
     **{f"f_dpo {divergence}": {"divergence": divergence, "alpha": 0.4} for divergence in DIVERGENCES},
-    **{name: {} for name in ("simpo", "orpo", "cpo", "kto", "length_normalised_dpo")},
 }
 
 
-@pytest.mark.parametrize("name", KNOBS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_extreme_log_probabilities(name):
     """At -1e4 all is finite; at -inf the gradient is, is what autodiff finds, and one -inf gives no NaN."""
     loss = getattr(preference, f"{name.split()[0]}_loss")
-    count = {"simpo": 2, "orpo": 2, "cpo": 2, "kto": 2}.get(name, 4)
+    count = 4 if "reference" in getattr(loss, "needs", ()) else 2
     arrays = [jnp.asarray(column) for column in GRID[:count]]
     size = arrays[0].size
     constants = {
@@ -411,9 +449,9 @@ def test_extreme_log_probabilities(name):
         "length_normalised_dpo": (jnp.full(size, 3), jnp.full(size, 2)),
     }.get(name, ())
 
-    value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **KNOBS[name]), *arrays)
+    value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **SETTINGS[name]), *arrays)
     by_autodiff = pull_back(jnp.ones_like(value))
-    closed = twin(loss)(*arrays, *constants, beta=BETA, **KNOBS[name])
+    closed = loss.grad(*arrays, *constants, beta=BETA, **SETTINGS[name])
     infinite = np.isinf(arrays).sum(axis=0)
     assert np.isfinite(value[infinite == 0]).all()
     assert not np.isnan(value[infinite <= 1]).any()

@@ -66,16 +66,16 @@ def test_what_the_reference_excludes_stays_excluded_whatever_its_reward():
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-def test_best_of_n_is_the_law_of_the_best_of_all_tuples():
+def test_best_of_n_is_the_distribution_of_the_best_of_all_tuples():
     """By enumeration of every tuple of draws, ties broken at random."""
     ref, rewards = np.exp(np.asarray(REF, np.float64)), np.asarray(REWARDS)
     for n in (1, 2, 4):
-        law = np.zeros(4)
+        drawn = np.zeros(4)
         for draws in itertools.product(range(4), repeat=n):
             winners = [y for y in draws if rewards[y] == max(rewards[list(draws)])]
             for winner in winners:
-                law[winner] += np.prod(ref[list(draws)]) / len(winners)
-        np.testing.assert_allclose(jnp.exp(rlhf.best_of_n(REF, REWARDS, n=n)), law, rtol=1e-5)
+                drawn[winner] += np.prod(ref[list(draws)]) / len(winners)
+        np.testing.assert_allclose(jnp.exp(rlhf.best_of_n(REF, REWARDS, n=n)), drawn, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("_float64")
@@ -83,22 +83,22 @@ def test_best_of_n_on_81_sequences_stays_below_the_bound():
     ref = oracle.sequence_log_probs(LM, random_params(LM, 0, dtype=jnp.float64))
     rewards = jnp.asarray(np.random.default_rng(1).normal(size=81))
     for n in (1, 2, 16, 1024, 10**6):
-        law = jax.jit(rlhf.best_of_n)(ref, rewards, n=n)
-        np.testing.assert_allclose(jnp.exp(law).sum(), 1, rtol=1e-9)  # 10⁶ times rounding
-        kl = jnp.where(law > -jnp.inf, jnp.exp(law) * (law - ref), 0).sum()
+        drawn = jax.jit(rlhf.best_of_n)(ref, rewards, n=n)
+        np.testing.assert_allclose(jnp.exp(drawn).sum(), 1, rtol=1e-9)  # 10⁶ times rounding
+        kl = jnp.where(drawn > -jnp.inf, jnp.exp(drawn) * (drawn - ref), 0).sum()
         bound = rlhf.best_of_n_kl_bound(n)
         assert kl <= bound + 1e-9
         assert kl <= -ref[jnp.argmax(rewards)] + 1e-9
         assert (bound - kl > 0.1) == (n >= 1024)
-    np.testing.assert_allclose(law[jnp.argmax(rewards)], 0, atol=1e-6)
+    np.testing.assert_allclose(drawn[jnp.argmax(rewards)], 0, atol=1e-6)
     np.testing.assert_allclose(rlhf.best_of_n_kl_bound(jnp.asarray([1, 4])), [0, np.log(4) - 0.75], rtol=1e-12)
 
 
 def test_best_of_n_takes_leading_axes_and_outcomes_of_probability_zero():
     ref = jnp.stack([REF, jnp.log(jnp.asarray([0.0, 0.3, 0.7, 0.0]))])
-    law = rlhf.best_of_n(ref, jnp.stack([REWARDS, REWARDS]), n=3)
-    np.testing.assert_allclose(jnp.exp(law[1]), [0, 1 - 0.7**3, 0.7**3, 0], rtol=1e-5)
-    np.testing.assert_allclose(law[0], rlhf.best_of_n(REF, REWARDS, n=3), rtol=1e-6)
+    drawn = rlhf.best_of_n(ref, jnp.stack([REWARDS, REWARDS]), n=3)
+    np.testing.assert_allclose(jnp.exp(drawn[1]), [0, 1 - 0.7**3, 0.7**3, 0], rtol=1e-5)
+    np.testing.assert_allclose(drawn[0], rlhf.best_of_n(REF, REWARDS, n=3), rtol=1e-6)
 
 
 @pytest.mark.parametrize("outcomes", [3, 1000, 10000])
@@ -127,28 +127,29 @@ def test_without_a_price_what_the_reference_excludes_is_free_and_with_one_it_is_
     assert rlhf.regularised_objective(policy, ref, rewards, beta=0.0) == 1.75
     assert rlhf.regularised_objective(policy, ref, rewards, beta=0.1) == -jnp.inf
     for beta in (0.0, 0.1):
-        found = rlhf.regularised_objective_grad(policy, ref, rewards, beta=beta)
+        found = rlhf.regularised_objective.grad(policy, ref, rewards, beta=beta)
         expected = jax.grad(rlhf.regularised_objective, argnums=(0, 1, 2))(policy, ref, rewards, beta=beta)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
         assert np.isfinite(expected).all()
-    found = rlhf.gibbs_optimum_grad(ref, rewards, beta=0.5)
-    expected = jax.grad(lambda *given: rlhf.gibbs_optimum(*given, beta=0.5)[:2].sum(), argnums=(0, 1))(ref, rewards)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    slopes = jax.grad(lambda *given: rlhf.gibbs_optimum(*given, beta=0.5)[:2].sum(), argnums=(0, 1))(ref, rewards)
+    optimum = jnp.exp(rlhf.gibbs_optimum(ref, rewards, beta=0.5))
+    by_ref = jnp.where(optimum > 0, 1 - 2 * optimum, 0)  # two outcomes are possible
+    np.testing.assert_allclose(slopes, (by_ref, by_ref / 0.5), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: rlhf.gibbs_optimum(REF, REWARDS, beta=0.0), r"beta must lie in \(0, inf\), is 0.0"),
+        (lambda: rlhf.gibbs_optimum(REF, REWARDS, beta=0.0), r"beta must lie in \(0, inf\), but is 0.0"),
         (lambda: rlhf.regularised_objective(REF, REF, REWARDS, beta=-1.0), r"beta must lie in \[0, inf\)"),
         (
             lambda: rlhf.optimal_value(REF, REWARDS[:3], beta=1.0),
-            r"rewards must have the shape of ref_log_probs, \[4\]",
+            r"rewards must be \[\*batch, outcome\] = \[4\] as in ref_log_probs, but has the shape \[3\]",
         ),
         (lambda: rlhf.gibbs_optimum(REF, REWARDS.at[1].set(jnp.nan), beta=1.0), "rewards must be finite"),
-        (lambda: rlhf.best_of_n(REF, REWARDS, n=0), r"n must lie in \[1, inf\), is 0"),
+        (lambda: rlhf.best_of_n(REF, REWARDS, n=0), r"n must lie in \[1, inf\), but is 0"),
         (lambda: rlhf.best_of_n(REF, REWARDS, n=1.5), "n must be an integer, but is 1.5"),
-        (lambda: rlhf.gibbs_optimum(REF, REWARDS, beta=jnp.inf), r"beta must lie in \(0, inf\), is inf"),
+        (lambda: rlhf.gibbs_optimum(REF, REWARDS, beta=jnp.inf), r"beta must lie in \(0, inf\), but is inf"),
         (lambda: rlhf.best_of_n_kl_bound(0), r"n must lie in \[1, inf\)"),
         (lambda: rlhf.ptx_bonus(REF, gamma=-0.1), r"gamma must lie in \[0, inf\)"),
     ],

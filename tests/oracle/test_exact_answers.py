@@ -44,7 +44,7 @@ def test_objective_is_reward_less_beta_kl_plus_gamma_pretraining():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     found = oracle.objective(LM, policy, ref, jnp.asarray(REWARDS), beta=0.3, gamma=2.0, pretraining=pretraining)
     np.testing.assert_allclose(found, expected + 2 * (pretraining * p).sum(), rtol=1e-12)
-    with pytest.raises(ValueError, match=r"gamma is 2\.0: the pretraining law must be given too"):
+    with pytest.raises(ValueError, match=r"gamma is 2\.0: the pretraining distribution must be given too"):
         oracle.objective(LM, policy, ref, jnp.asarray(REWARDS), beta=0.3, gamma=2.0)
 
 
@@ -73,7 +73,7 @@ def test_an_infinite_divergence_has_no_gradient():
     [
         ({"beta": -1.0}, "beta must lie in"),
         ({"gamma": -1.0}, "gamma must lie in"),
-        ({"rewards": jnp.ones(1)}, "rewards must have the shape of log_probs"),
+        ({"rewards": jnp.ones(1)}, r"rewards must be .* = \[8\] as in log_probs, but has the shape \[1\]"),
         ({"rewards": jnp.ones(8, int)}, "rewards must be floating"),
         ({"gamma": 1.0, "pretraining": jnp.ones(8)}, "probabilities that sum to 1, but they sum to 8"),
         ({"gamma": 1.0, "pretraining": jnp.ones((8, 1)) / 8}, "pretraining must have the shape of log_probs"),

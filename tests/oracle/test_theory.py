@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxrl_llm import oracle
-from jaxrl_llm.analysis.amplification import amplified_agreement
+from jaxrl_llm.analysis.sycophancy import amplified_agreement
 from jaxrl_llm.objectives import advantages, kl, policy_gradient, preference, rlhf
-from jaxrl_llm.objectives.reward_model import k_choose_2_loss, k_choose_2_loss_grad, pairwise_loss, pairwise_loss_grad
+from jaxrl_llm.objectives.reward_model import k_choose_2_loss, pairwise_loss
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training.methods import METHODS
 from tests.conftest import log_softmax, random_params
@@ -100,11 +100,11 @@ def variances(log_p, log_q):
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 def test_the_first_push_on_an_answer_is_linear_in_its_rank_and_nothing_in_the_middle(size):
-    (gradient,) = k_choose_2_loss_grad(jnp.zeros(size), jnp.arange(size))
+    (gradient,) = k_choose_2_loss.grad(jnp.zeros(size), jnp.arange(size))
     expected = (size - 1 - 2 * np.arange(size)) / (size * (size - 1))
     np.testing.assert_allclose(-gradient, expected, atol=1e-15)
     np.testing.assert_allclose(-gradient[0] + gradient[-1], 2 / size, atol=1e-15)
-    of_one_pair = pairwise_loss_grad(jnp.zeros(()), jnp.zeros(()))
+    of_one_pair = pairwise_loss.grad(jnp.zeros(()), jnp.zeros(()))
     np.testing.assert_allclose(of_one_pair[1] - of_one_pair[0], 1, atol=1e-15)
 
 
@@ -114,7 +114,7 @@ def test_a_middle_answer_rests_where_its_two_gaps_are_equal():
     scores = jnp.stack([jnp.full(77, 2.0), jnp.asarray(places), jnp.full(77, -2.0)], axis=1)
     losses = jax.vmap(k_choose_2_loss, in_axes=(0, None))(scores, jnp.arange(3))
     assert abs(places[np.argmin(losses)]) < 1e-12
-    (gradient,) = k_choose_2_loss_grad(scores[20], jnp.arange(3))
+    (gradient,) = k_choose_2_loss.grad(scores[20], jnp.arange(3))
     assert places[20] < 0 and gradient[1] < -0.01, "below the middle it is pushed up"
 
 
@@ -140,7 +140,7 @@ def test_the_margin_under_gradient_flow_is_a_logarithm():
     lead = 7.598
     assert math.exp(lead) + lead == pytest.approx(2 * 1000 + 1, abs=1)
     leads = jnp.asarray([0.0, 1.0, 5.0])
-    both = pairwise_loss_grad(leads, jnp.zeros(3))
+    both = pairwise_loss.grad(leads, jnp.zeros(3))
     np.testing.assert_allclose(both[1] - both[0], 2 / (1 + np.exp(leads)), rtol=1e-12)
 
 
@@ -476,11 +476,11 @@ def test_bradley_terry_of_the_implied_reward_is_the_ratio_of_powers():
 def test_the_prefactor_beta_scales_the_step_and_a_label_of_share_p_ends_at_logit_p_over_beta():
     zeros = (jnp.zeros(()),) * 3
     for beta in (0.01, 0.1, 1.0):
-        np.testing.assert_allclose(preference.dpo_loss_grad(jnp.zeros(()), *zeros, beta=beta)[0], -beta / 2, rtol=1e-12)
+        np.testing.assert_allclose(preference.dpo_loss.grad(jnp.zeros(()), *zeros, beta=beta)[0], -beta / 2, rtol=1e-12)
         margin = math.log(0.8 / 0.2) / beta
-        slope = preference.dpo_loss_grad(jnp.asarray(margin), *zeros, beta=beta, label_smoothing=0.2)[0]
+        slope = preference.dpo_loss.grad(jnp.asarray(margin), *zeros, beta=beta, label_smoothing=0.2)[0]
         np.testing.assert_allclose(slope, 0, atol=1e-12)
-    weight = -preference.dpo_loss_grad(jnp.asarray(5.0), *zeros, beta=1e-6)[0] / 1e-6
+    weight = -preference.dpo_loss.grad(jnp.asarray(5.0), *zeros, beta=1e-6)[0] / 1e-6
     np.testing.assert_allclose(weight, 0.5, atol=1e-5, err_msg="as β falls, no pair is ever done")
 
 

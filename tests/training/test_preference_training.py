@@ -16,7 +16,6 @@ from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import (
-    LOSSES,
     NAMES,
     JudgedBatch,
     PairBatch,
@@ -48,9 +47,9 @@ def batch_of(name):
     return JUDGED if name == "kto" else UNWEIGHTED
 
 
-def first_step(name, params, batch, frozen, **knobs):
+def first_step(name, params, batch, frozen, **settings):
     optimizer = optax.sgd(0.01)
-    step = steps.make_step(preference_loss(LM, name, **knobs), optimizer)
+    step = steps.make_step(preference_loss(LM, name, **settings), optimizer)
     return step(steps.initial_state(params, optimizer, KEY), batch, frozen)
 
 
@@ -61,10 +60,10 @@ def test_the_first_step_at_the_reference_has_the_known_loss(name):
     assert float(metrics["margin"]) == pytest.approx(0, abs=1e-5) and float(metrics["grad_norm"]) > 0
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", objectives.PAIR_LOSSES)
 def test_a_loss_is_its_objective_of_sums_or_averages(name):
     policy, ref = SUMS(POLICY, UNWEIGHTED), SUMS(REFERENCE, UNWEIGHTED)
-    function = LOSSES[name].objective
+    function = objectives.PAIR_LOSSES[name]
     if name in ("simpo", "orpo"):
         expected = function(policy.chosen / policy.length_chosen, policy.rejected / policy.length_rejected)
     elif name == "cpo":
@@ -80,8 +79,60 @@ def test_a_loss_is_its_objective_of_sums_or_averages(name):
 
 
 def test_every_pair_loss_of_the_objectives_has_its_name():
-    public = {name.removesuffix("_loss") for name in objectives.__all__ if name.endswith("_loss")}
+    public = {name.removesuffix("_loss") for name in vars(objectives) if name.endswith("_loss") and name != "pair_loss"}
     assert public == set(NAMES)
+
+
+MARGINS = {"margin": jnp.arange(8.0), "unused": jnp.ones(8)}
+
+
+def own_loss(a, b, *, beta=0.1, margin):
+    return jax.nn.relu(margin - beta * (a - b))
+
+
+def everything(a, b, beta=0.1, **fields):
+    return beta * (a - b) + sum(fields.values())
+
+
+def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_names():
+    policy, ref = SUMS(POLICY, UNWEIGHTED), SUMS(REFERENCE, UNWEIGHTED)
+    difference = BETA * ((policy.chosen - ref.chosen) - (policy.rejected - ref.rejected))
+    batch = UNWEIGHTED._replace(fields=MARGINS)
+
+    def value(loss, batch=batch, **hyperparameters):
+        found = jax.jit(preference_loss(LM, loss, **hyperparameters))(POLICY, batch, {"ref": REFERENCE}, KEY)
+        return float(found.value)
+
+    expected = jax.nn.relu(MARGINS["margin"] - difference).mean()
+    for loss in (own_loss, objectives.pair_loss(own_loss)):
+        assert value(loss) == pytest.approx(float(expected), rel=1e-4)
+        assert value(loss, UNWEIGHTED, margin=2.0) == pytest.approx(float(jax.nn.relu(2 - difference).mean()), rel=1e-4)
+    assert value(everything) == pytest.approx(float(difference.mean()) + 4.5, rel=1e-4)
+    assert value("dpo", batch._replace(fields={"beta": jnp.ones(8)})) == value("dpo", UNWEIGHTED)
+    assert value(objectives.dpo_loss) == value("dpo")
+    split = steps.make_step(preference_loss(LM, own_loss), optax.sgd(0.01), microbatches=2)
+    _, metrics = split(steps.initial_state(POLICY, optax.sgd(0.01), KEY), batch, {"ref": REFERENCE})
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "hyperparameters", "message"),
+    [
+        (own_loss, {}, r"the loss own must be given margin, .* but the batch has no fields\."),
+        (lambda a, b, *, unused: a, {"unused": 1.0}, r"unused must be given once, .* a field of the batch\."),
+        (
+            lambda a, b: (a - b).mean(),
+            {},
+            r"the loss <lambda> must return one value per pair, \[8\], but returned \[\]",
+        ),
+        (own_loss, {"alpha": 1.0}, r"the loss own has no alpha: its hyperparameters are beta, margin\."),
+        (lambda a: a, {}, "a preference loss must take a, b, but <lambda> takes 1 arguments"),
+    ],
+)
+def test_a_loss_of_ones_own_that_does_not_fit_is_refused(loss, hyperparameters, message):
+    batch = UNWEIGHTED if loss is own_loss else UNWEIGHTED._replace(fields=MARGINS)
+    with pytest.raises(ValueError, match=message):
+        preference_loss(LM, loss, **hyperparameters)(POLICY, batch, {"ref": REFERENCE}, KEY)
 
 
 def test_kto_takes_its_reference_point_from_mismatched_answers():
@@ -147,12 +198,21 @@ def test_on_the_populations_preferences_dpo_ends_at_the_optimum_of_rlhf():
     assert float(metrics["margin"][0]) == pytest.approx(0, abs=1e-6) and float(metrics["margin"][-1]) > 0.1
 
 
-def test_wrong_names_knobs_and_batches_are_refused():
-    with pytest.raises(ValueError, match=r"the loss must be one of dpo, .*kto, but is 'ppo'"):
-        preference_loss(LM, "ppo")
-    with pytest.raises(ValueError, match=r"the loss ipo has no label_smoothing: its knobs are beta\."):
-        preference_loss(LM, "ipo", label_smoothing=0.1)
-    with pytest.raises(ValueError, match="it takes a PairBatch, but was given JudgedBatch"):
-        first_step("dpo", POLICY, JUDGED, {"ref": REFERENCE})
-    with pytest.raises(ValueError, match="kto takes a JudgedBatch, but was given PairBatch"):
-        first_step("kto", POLICY, UNWEIGHTED, {"ref": REFERENCE})
+@pytest.mark.parametrize(
+    ("name", "batch", "hyperparameters", "message"),
+    [
+        ("ppo", UNWEIGHTED, {}, r"the loss must be one of dpo, .*kto, but is 'ppo'"),
+        ("ipo", UNWEIGHTED, {"label_smoothing": 0.1}, r"the loss ipo has no label_smoothing: .* are beta\."),
+        (
+            "kto",
+            JUDGED,
+            {"gamma": 0.1},
+            r"the loss kto has no gamma: .* are beta, desirable_weight, undesirable_weight\.",
+        ),
+        ("dpo", JUDGED, {}, "it takes a PairBatch, but was given JudgedBatch"),
+        ("kto", UNWEIGHTED, {}, "kto takes a JudgedBatch, but was given PairBatch"),
+    ],
+)
+def test_wrong_names_hyperparameters_and_batches_are_refused(name, batch, hyperparameters, message):
+    with pytest.raises(ValueError, match=message):
+        first_step(name, POLICY, batch, {"ref": REFERENCE}, **hyperparameters)
