@@ -67,7 +67,6 @@ def ours(config: Config, dtype: str) -> Callable[[], float]:
     from jaxrl_llm.models import GPT2
     from jaxrl_llm.scoring import Sequences
     from jaxrl_llm.training import steps
-    from jaxrl_llm.training.precision import compute_in
     from jaxrl_llm.training.preference import PairBatch, preference_loss
 
     lm = GPT2()
@@ -76,7 +75,7 @@ def ours(config: Config, dtype: str) -> Callable[[], float]:
     answer = real & (jnp.arange(config.length) >= config.length // 8)
     sides = [Sequences(tokens[at], real[at], answer[at]) for at in (np.s_[: config.pairs], np.s_[config.pairs :])]
     optimizer = optax.adamw(LEARNING_RATE)
-    view = compute_in(dtype) if dtype == "bfloat16" else None
+    view = steps.compute_in(dtype) if dtype == "bfloat16" else None
     step = steps.make_step(preference_loss(lm, "dpo", beta=BETA), optimizer, view=view)
     ref = lm.init(jax.random.key(1))
     if view is not None:
@@ -88,7 +87,7 @@ def ours(config: Config, dtype: str) -> Callable[[], float]:
 
     def one() -> float:
         started = time.perf_counter()
-        held["state"], metrics = step(held["state"], PairBatch(*sides), {"ref": ref})
+        held["state"], metrics = step(held["state"], PairBatch(*sides), steps.Frozen(ref=ref))
         float(metrics["loss"])
         return time.perf_counter() - started
 
@@ -179,7 +178,7 @@ def grpo(config: Config) -> dict[str, float]:
     state = steps.initial_state(ref, optimizer, jax.random.key(1))
     shape = (config.prompts, config.prompt_length)
     prompts = Prompts(jax.random.randint(jax.random.key(2), shape, 0, lm.vocab_size), jnp.ones(shape, bool))
-    sampler, frozen = Sampler(config.new_tokens), {"ref": ref}
+    sampler, frozen = Sampler(config.new_tokens), steps.Frozen(ref=ref)
     rewards = jnp.arange(config.prompts * config.answers) % 3 * 1.0
     seconds = {"rollout": [], "score": [], "update": []}
     for _ in range(config.rounds + 1):

@@ -48,13 +48,9 @@ class Config:
 
 
 FAR = 0.1  # of probability: a run that is further off the law has moved EOS instead of the word
-PRESETS = {
-    "quick": Config(),
-    "full": Config(seeds=16, betas=(1.0, 0.25, 0.1), sft_steps=300, dpo_steps=400),
-}
 
 
-@experiment(**PRESETS)
+@experiment(quick=Config(), full=Config(seeds=16, betas=(1.0, 0.25, 0.1), sft_steps=300, dpo_steps=400))
 def run(config: Config) -> dict[str, Any]:
     """Train from the reference of every seed at every β, and read the word and the EOS after it.
 

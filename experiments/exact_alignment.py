@@ -100,7 +100,7 @@ def online(
     given: Problem,
     method: Method,
     *,
-    spoil: Callable[[policy.Online], policy.Online] = lambda trainer: trainer,
+    spoil: Callable[[policy.Trainer], policy.Trainer] = lambda trainer: trainer,
     sampler: Sampler | None = None,
 ) -> Callable[[jax.Array], jax.Array]:
     """Return a whole run of a policy-gradient method as a function of its key: distances before each step and after."""
@@ -130,7 +130,7 @@ def online(
             reward,
             method=method,
             sampler=sampler or Sampler(lm.horizon),
-            frozen={"ref": given.reference},
+            frozen=steps.Frozen(ref=given.reference),
         )
         return state, before
 
@@ -153,7 +153,7 @@ def offline(given: Problem) -> Callable[[jax.Array], jax.Array]:
 
     def advance(state: steps.TrainState) -> tuple[steps.TrainState, jax.Array]:
         before = given.distance(state.params)
-        return steps.update(loss, optimizer, state, batch, {"ref": given.reference})[0], before
+        return steps.update(loss, optimizer, state, batch, steps.Frozen(ref=given.reference))[0], before
 
     run_all = steps.whole_run(
         lambda key: steps.initial_state(given.reference, optimizer, key), advance, steps=config.steps
@@ -169,7 +169,7 @@ def _with_last(run_all: Callable[..., Any], distance: Callable[..., jax.Array]) 
     return distances
 
 
-def without_last_token(trainer: policy.Online) -> policy.Online:
+def without_last_token(trainer: policy.Trainer) -> policy.Trainer:
     """Leave the last token of each answer out of the mask, as if EOS were padding."""
 
     def draw(*args: Any, **options: Any) -> Any:
@@ -180,7 +180,7 @@ def without_last_token(trainer: policy.Online) -> policy.Online:
     return trainer._replace(draw=draw)
 
 
-def without_ratio(trainer: policy.Online) -> policy.Online:
+def without_ratio(trainer: policy.Trainer) -> policy.Trainer:
     """Treat answers of another distribution as the policy's own."""
 
     def score(*args: Any) -> Any:

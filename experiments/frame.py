@@ -191,7 +191,7 @@ def _without_arrays(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
         return {"dict": [[key, _without_arrays(value, arrays)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
         return [_without_arrays(value, arrays) for value in tree]
-    if not hasattr(tree, "shape"):
+    if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     name = str(len(arrays))
     arrays[name] = np.array(tree, order="C")

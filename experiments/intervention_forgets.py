@@ -13,10 +13,10 @@ from typing import Any
 
 from experiments import sycophancy_intervention
 from experiments.frame import experiment
-from experiments.sycophancy_intervention import PRESETS, Config
+from experiments.sycophancy_intervention import Config
 
 
-@experiment(**PRESETS)
+@experiment(**sycophancy_intervention.run.presets)
 def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and then train it on the opinions alone.
 

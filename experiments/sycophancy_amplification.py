@@ -83,9 +83,9 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {
-    "quick": Config(),
-    "full": Config(
+@experiment(
+    quick=Config(),
+    full=Config(
         table_references=(0.2, 0.5, 0.8),
         table_shares=(0.4, 0.5, 0.6, 0.75, 0.9),
         width=32,
@@ -105,10 +105,7 @@ PRESETS = {
         repeats=32,
         seed=1,
     ),
-}
-
-
-@experiment(**PRESETS)
+)
 def run(config: Config) -> dict[str, Any]:
     """Run the table in float64, the GPT-2 in float32.
 
@@ -427,7 +424,8 @@ def by_policy_gradient(
     def advance(state: steps.TrainState) -> tuple[steps.TrainState, None]:
         rows = jax.random.choice(jax.random.fold_in(state.step_key, 7), jnp.asarray(given.training), (count,))
         prompts = jax.tree.map(lambda leaf: leaf[rows], given.prompts)
-        return trainer.step(state, prompts, reward, method=method, sampler=sampler, frozen={"ref": ref})[0], None
+        frozen = steps.Frozen(ref=ref)
+        return trainer.step(state, prompts, reward, method=method, sampler=sampler, frozen=frozen)[0], None
 
     def initial(key: Array) -> steps.TrainState:
         critic_key, run_key = jax.random.split(key)

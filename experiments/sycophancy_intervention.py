@@ -69,10 +69,7 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(seeds=5, taught_steps=600, steps=480, snapshots=6, evaluated=1500)}
-
-
-@experiment(**PRESETS)
+@experiment(quick=Config(), full=Config(seeds=5, taught_steps=600, steps=480, snapshots=6, evaluated=1500))
 def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and from there run each of the other stages.
 

@@ -25,8 +25,8 @@ from jaxrl_llm import models, translation
 from jaxrl_llm.data import number_names, number_tokenizer
 from jaxrl_llm.models import T5, T5Config
 from jaxrl_llm.training import loop, seq2seq
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.optimizers import muon
-from jaxrl_llm.training.run_log import RunLog
 from jaxrl_llm.training.steps import initial_state
 
 NAME = "tiny-t5"
@@ -85,7 +85,7 @@ def model_of(config: Config) -> T5:
     )
 
 
-def encoded(numbers: np.ndarray) -> seq2seq.PairBatch:
+def encoded(numbers: np.ndarray) -> seq2seq.Seq2SeqBatch:
     """Return the English names and the German ones, as tokens."""
     pairs = [number_names.pair(number) for number in numbers]
     sides = ([pair.source_text for pair in pairs], [pair.target_text for pair in pairs])
@@ -105,7 +105,7 @@ class Names:
         self._batch_size, self._seed = batch_size, seed
         self._counts: list[int] = []
 
-    def __call__(self, step: int) -> seq2seq.PairBatch:
+    def __call__(self, step: int) -> seq2seq.Seq2SeqBatch:
         """Return the batch of a step, which depends on the seed and the step alone."""
         rng = np.random.default_rng([self._seed, step])
         return encoded(np.asarray([rng.choice(self._numbers[i]) for i in rng.integers(0, 9, self._batch_size)]))

@@ -16,18 +16,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LISTED = "Options: listed here."
 
 
-@functools.cache
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass and its bases."""
-    found: dict[str, str] = {}
-    for each in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body
-        for field, doc in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
-                found[field.target.id] = inspect.cleandoc(doc.value.value).replace("\n", " ")
-    return found
-
-
 def takes(*groups: type) -> Callable[[Function], Function]:
     """Show the fields of dataclasses in the signature and the docstring of a function with `**options`.
 
@@ -38,15 +26,11 @@ def takes(*groups: type) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         own = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
-        fields = [
-            (field, field_docs(group)[field.name])
-            for group in groups
-            for field in dataclasses.fields(group)
-            if field.name not in signature.parameters
-        ]
+        fields = {field.name: (group, field) for group in groups for field in _own_first(group)}
         further = [
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-            for field, _ in fields
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type)
+            for name, (_, field) in fields.items()
+            if name not in signature.parameters
         ]
         names = [each.name for each in (*own, *further)]
 
@@ -60,11 +44,36 @@ def takes(*groups: type) -> Callable[[Function], Function]:
             return function(*args, **keywords)
 
         checked.__signature__ = signature.replace(parameters=[*own, *further])
-        listed = [_line(f"{field.name} ({field.default!r}): {doc}") for field, doc in fields]
+        listed = [
+            _line(f"{each.name} ({each.default!r}): {field_docs(fields[each.name][0])[each.name]}") for each in further
+        ]
         checked.__doc__ = inspect.cleandoc(function.__doc__).replace(LISTED, "\n".join(["Options:", *listed]))
         return checked
 
     return decorate
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass and its bases."""
+    found: dict[str, str] = {}
+    for each in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body
+        for field, doc in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                found[field.target.id] = " ".join(doc.value.value.split())
+    return found
+
+
+def _own_first(cls: type) -> list[dataclasses.Field]:
+    """Return the fields of a dataclass, its own first, those of its most general bases last."""
+    declared = [inspect.get_annotations(base) for base in cls.__mro__]
+    place = {name: min(i for i, names in enumerate(declared) if name in names) for names in declared for name in names}
+    return sorted(dataclasses.fields(cls), key=lambda field: place[field.name])
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _line(text: str) -> str:

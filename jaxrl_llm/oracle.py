@@ -21,7 +21,7 @@ from jaxrl_llm.objectives.logprobs import token_log_probs
 from jaxrl_llm.tabular import TabularLM
 
 MAX_SEQUENCES = 10**7
-GROUPS_AT_ONCE = 512  # of which gradients are taken; all of them are kept
+GROUPS_AT_ONCE = 512  # groups whose gradients are computed together; the gradients of all groups are kept
 
 
 class Moments(NamedTuple):
@@ -75,7 +75,8 @@ def sequence_log_probs(
     """log p(y) = Σ_t log p(y_t | y_<t) of every sequence, in the order of `enumerate_sequences`, in nats.
 
     With a transform it is the exact distribution of a sampler: p(y_t | y_<t) = softmax(transform(logits))[y_t]. With a
-    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in `params`.
+    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in
+    `params`.
 
     Args:
         transform: a function of logits [batch, vocab]; one with `init`, `apply` and `update`, as all of

@@ -175,9 +175,9 @@ def _lookup(request: Request) -> list[list[Hypothesis]]:
     return _speculate(request, decoding.PromptLookup(request.search.lookup_ngram))
 
 
-def _speculate(request: Request, draft: decoding.DraftModel | decoding.PromptLookup) -> list[list[Hypothesis]]:
+def _speculate(request: Request, draft: decoding.Draft) -> list[list[Hypothesis]]:
     found = decoding.speculative_generate(
-        *request.model, num_draft=request.search.num_draft, draft=draft, **request.drawing
+        *request.model, draft=draft, num_draft=request.search.num_draft, **request.drawing
     )
     return _rows(found.generation, lambda row: {"accepted": int(found.accepted[row]), "rounds": int(found.rounds[row])})
 

@@ -109,7 +109,7 @@ def _spelling(tokens: set[str]) -> Callable[[str], bytes]:
     stand_ins = _byte_stand_ins()
     if not tokens >= stand_ins.keys() and not any(token.startswith("Ġ") for token in tokens):
         raise ValueError(
-            "the tokens' bytes are unknown: the tokenizer is neither byte-level nor of SentencePiece's kind."
+            "the tokenizer must be byte-level BPE or SentencePiece to know its tokens' bytes, but is neither."
         )
     return lambda token: bytes(map(stand_ins.get, token)) if stand_ins.keys() >= set(token) else token.encode()
 

@@ -556,7 +556,10 @@ def test_a_wrong_option_of_attention_is_one_line(run, t5, tmp_path, monkeypatch,
 
 def test_what_a_decoder_only_model_has_not_is_one_line(run, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run("attention", "the cat", "--model", model, "--kind", "cross"), "kind must be one of self")
+    assert_one_line(
+        run("attention", "the cat", "--model", model, "--kind", "cross"),
+        "kind must be one of self for this model, but is cross",
+    )
     assert_one_line(
         run("attention", "the cat", "--model", model, "--target", "x"),
         "a target must be left out for a decoder-only model",

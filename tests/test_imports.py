@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # nothing of each other.
 FLOORS = [
     {"numerics"},
-    {"objectives", "runtime", "text", "sampling", "options"},
+    {"objectives", "options", "runtime", "text", "sampling"},
     {"language_model", "data"},
     {"tabular", "scoring"},
     {"oracle", "models"},
@@ -26,6 +26,7 @@ FLOORS = [
     {"analysis"},
     {"plots", "strategies"},
     {"interface"},
+    {"train"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(FLOORS) for part in parts}

@@ -290,7 +290,7 @@ def test_the_models_vocabulary_may_be_larger():
 def test_a_tokenizer_of_another_kind_is_an_error():
     pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "the": 1, "##re": 2}, unk_token="[UNK]"))
     other = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]")
-    with pytest.raises(ValueError, match="neither byte-level nor of SentencePiece's kind"):
+    with pytest.raises(ValueError, match="must be byte-level BPE or SentencePiece"):
         text.token_bytes(other)
 
 

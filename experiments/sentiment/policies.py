@@ -19,7 +19,7 @@ from jaxrl_llm.objectives import preference
 from jaxrl_llm.scoring import Sequences, log_probs, measures
 from jaxrl_llm.training import policy, steps
 from jaxrl_llm.training.methods import METHODS, Method
-from jaxrl_llm.training.preference import JudgedBatch, PairBatch, Sums, loss_of_sums, pair_sums, preference_loss
+from jaxrl_llm.training.preference import PairBatch, Sums, UnpairedBatch, loss_of_sums, pair_sums, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 
 ONLINE = ("ppo", "grpo", "rloo")
@@ -135,7 +135,8 @@ def held_out_loss(tools: Tools, world: World, name: str, pairs: Pairs, beta: Arr
     settings, p = options_of(tools, name, beta), pairs.probability
     if name == "kto":
         batch = judged(tools, world, pairs.held_out)
-        logp, mismatched = (log_probs(tools.lm, params, each).sum(axis=1) for each in (batch.answers, batch.mismatched))
+        sides = batch.completions, batch.mismatched
+        logp, mismatched = (log_probs(tools.lm, params, each).sum(axis=1) for each in sides)
         point = preference.kto_reference_point(mismatched, batch.logp_ref_mismatched)
         good, bad = (
             preference.kto_loss(logp, batch.logp_ref, jnp.full(logp.shape, side), point, **settings)
@@ -153,7 +154,7 @@ def _swapped(sums: Sums) -> Sums:
     return Sums(sums.rejected, sums.chosen, sums.length_rejected, sums.length_chosen)
 
 
-def judged(tools: Tools, world: World, pairs: PairBatch) -> JudgedBatch:
+def judged(tools: Tools, world: World, pairs: PairBatch) -> UnpairedBatch:
     """Return every answer on its own; the mismatched ones are the answers to the next prompt of the batch.
 
     All prompts have one length, so that an answer is moved by moving its tokens.
@@ -164,7 +165,7 @@ def judged(tools: Tools, world: World, pairs: PairBatch) -> JudgedBatch:
     count = pairs.chosen.tokens.shape[0]
     logp_ref = jnp.concatenate([pairs.logp_ref_chosen, pairs.logp_ref_rejected])
     mismatched_ref = log_probs(tools.lm, world.reference, mismatched).sum(axis=1)
-    return JudgedBatch(answers, jnp.arange(2 * count) < count, mismatched, logp_ref, mismatched_ref)
+    return UnpairedBatch(answers, jnp.arange(2 * count) < count, mismatched, logp_ref, mismatched_ref)
 
 
 def optimizer(rate: Array | float, warm_up: int = 5) -> optax.GradientTransformation:
@@ -246,7 +247,7 @@ def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
                 lambda drawn: tools.proxy(world, drawn.sequences),
                 method=method_of(tools, name, settings),
                 sampler=tools.sampler,
-                frozen={"ref": world.reference},
+                frozen=steps.Frozen(ref=world.reference),
                 text=some(world.text, jax.random.fold_in(state.step_key, 8), config.batch // 2) if with_text else None,
             )
 

@@ -8,7 +8,7 @@ from jaxrl_llm.decoding.core import Generation, Guidance
 from jaxrl_llm.decoding.exact import exact_search
 from jaxrl_llm.decoding.generate import generate, stream
 from jaxrl_llm.decoding.reranking import MBR, BestOfN, Vote, best_of_n, minimum_bayes_risk, self_consistency
-from jaxrl_llm.decoding.speculative import DraftModel, PromptLookup, Speculation, speculative_generate
+from jaxrl_llm.decoding.speculative import Draft, DraftModel, PromptLookup, Speculation, speculative_generate
 from jaxrl_llm.decoding.stochastic_beam import StochasticBeams, inclusion_probability, stochastic_beam_search
 from jaxrl_llm.decoding.tree import Tree, search_tree
 
@@ -16,6 +16,7 @@ __all__ = [
     "MBR",
     "Beams",
     "BestOfN",
+    "Draft",
     "DraftModel",
     "Generation",
     "Guidance",

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, with orbax: a crash at any moment leaves the last complete one."""
+"""Checkpoints of a training run, by orbax: a crash at any moment leaves the last complete one."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: State) -> None:
-        """Write `state` as the checkpoint of `step`, whole or not at all.
+        """Write `state` as the checkpoint of `step`, completely or not at all.
 
         Raises:
-            OSError: if it cannot be written (a full disk, say), naming the checkpoint that remains.
+            OSError: if it cannot be written (for example on a full disk), naming the last good checkpoint.
         """
         try:
             self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
-        except Exception as error:  # the libraries below raise errors of many kinds for one cause
+        except Exception as error:  # orbax and the libraries below it raise many kinds
             last = self.latest_step()
             remains = "and there is none yet" if last is None else f"the last good one is that of step {last}"
             reason = str(error).splitlines()[0] if str(error) else repr(error)
@@ -45,11 +45,11 @@ class Checkpoints:
             ) from error
 
     def restore(self, like: State) -> State:
-        """The newest checkpoint, with the structure, shapes, dtypes and shardings of `like`.
+        """Return the newest checkpoint, with the structure, shapes, dtypes and shardings of `like`.
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it is of another model or optimiser, naming what differs.
+            ValueError: if it is of another model or optimiser, naming the leaves that differ.
         """
         step = self.latest_step()
         if step is None:
@@ -64,7 +64,7 @@ class Checkpoints:
         shared = [path for path in expected if path in found and found[path] != expected[path]]
         differences = [f"{path} is {found[path]}, not {expected[path]}" for path in shared]
         differences += [f"{path} is missing" for path in expected if path not in found]
-        differences += [f"{path} is not of this run" for path in found if path not in expected]
+        differences += [f"{path} is unknown to this run" for path in found if path not in expected]
         if differences:
             more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise ValueError(
@@ -79,12 +79,12 @@ def _shapes(tree: PyTree) -> dict[str, str]:
 
 
 def _name(path: Any) -> str:
-    """A leaf's path as one string, the same for tuples, named tuples and dicts."""
+    """Return a leaf's path as one string, the same for tuples, named tuples and dicts."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
 def _storable(state: State) -> State:
-    """Keys as the numbers that they are made of."""
+    """Return the state with its keys as plain arrays."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
 

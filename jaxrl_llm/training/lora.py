@@ -1,4 +1,4 @@
-"""LoRA: train two thin matrices beside each weight, W + (α/r) A B, instead of the weight (Hu et al. 2021)."""
+"""LoRA: train two low-rank matrices for each weight, W + (α/r) A B, instead of the weight (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_TARGETS = {
 
 
 class Lora(NamedTuple):
-    """Which weights have adapters, and how strongly they count."""
+    """The weights that have adapters, and their scale."""
 
     model: Network
     rank: int
@@ -43,11 +43,11 @@ class Lora(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors, by their names in Hugging Face's form, that have adapters."""
+        """Names of the tensors that have adapters, in Hugging Face's form."""
         return tuple(name for name in _kernels(self.model) if name.split(".")[-2] in self.targets)
 
     def init(self, key: Array) -> Adapter:
-        """A uniform in ±√(1/in), as PEFT draws it, and B zero: at the start nothing is changed."""
+        """Draw A uniformly from ±√(1/in), as PEFT does; B is zero, so that the model is unchanged at the start."""
         shapes = _kernels(self.model)
         adapter = {}
         for name, each in zip(self.names, jax.random.split(key, len(self.names)), strict=True):
@@ -58,39 +58,32 @@ class Lora(NamedTuple):
         return adapter
 
     def merge(self, params: Params, adapter: Adapter) -> Params:
-        """The parameters with the adapters in them; differentiable in both."""
-        return self._added(params, adapter, self.scale)
-
-    def unmerge(self, params: Params, adapter: Adapter) -> Params:
-        """What `merge` was given, to rounding."""
-        return self._added(params, adapter, -self.scale)
-
-    def view(self) -> View:
-        """For `make_step`: what is trained is the adapter, and `frozen["base"]` what it is merged into."""
-        return lambda adapter, frozen: self.merge(jax.lax.stop_gradient(frozen["base"]), adapter)
-
-    def _added(self, params: Params, adapter: Adapter, scale: float) -> Params:
+        """Return the parameters with the adapters added; differentiable in both."""
         _check(self, adapter)
         paths = {name: path for name, (path, _) in huggingface.named_params(self.model).items()}
         changed = {paths[name]: pair for name, pair in adapter.items()}
 
         def add(path: Any, leaf: Array) -> Array:
             pair = changed.get(tuple(entry.key for entry in path))
-            return leaf if pair is None else leaf + (scale * pair["a"] @ pair["b"]).astype(leaf.dtype)
+            return leaf if pair is None else leaf + (self.scale * pair["a"] @ pair["b"]).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(add, params)
 
+    def view(self) -> View:
+        """Return a view for `make_step`: the adapter is trained, and merged into `frozen.base`."""
+        return lambda adapter, frozen: self.merge(jax.lax.stop_gradient(frozen.base), adapter)
+
 
 def lora(model: Network, *, rank: int = 8, alpha: float = 16.0, targets: Sequence[str] | None = None) -> Lora:
-    """Adapters for a model's linear layers of given names.
+    """Return adapters for a model's linear layers of given names.
 
     Args:
-        rank: r, columns of A. alpha: α; the product A B counts α/r.
-        targets: names of modules, such as c_attn, c_proj, q_proj; by default those of the attention's queries and
-            values.
+        rank: r, columns of A.
+        alpha: α; the product A B is scaled by α/r.
+        targets: names of modules, such as c_attn, c_proj, q_proj; by default those of attention queries and values.
 
     Raises:
-        ValueError: for a rank below 1, or a name that no linear layer has, naming those there are.
+        ValueError: for a rank below 1, or a name that no linear layer has, listing the names.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, but is {rank}.")
@@ -106,7 +99,7 @@ def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base:
     """Write `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads onto the same model.
 
     Args:
-        base: the model's name or path, as PEFT notes it.
+        base: the model's name or path, which PEFT records.
     """
     from safetensors.numpy import save_file
 
@@ -139,7 +132,7 @@ def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base:
 
 
 def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]:
-    """Read what `save`, or PEFT, has written for this model.
+    """Load an adapter that `save`, or PEFT, has written for this model.
 
     Raises:
         FileNotFoundError: if there is no adapter.
@@ -149,14 +142,18 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
 
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter_config.json.")
+        raise FileNotFoundError(f"{folder} has no adapter_config.json.")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"{folder} is no plain LoRA adapter, but {config.get('peft_type')}.")
+        variants = [name for name in ("use_dora", "use_rslora") if config.get(name)]
+        raise ValueError(
+            f"{folder} is not a plain LoRA adapter: peft_type is {config.get('peft_type')}"
+            f"{''.join(f', {name} is set' for name in variants)}."
+        )
     varied = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
     if varied or config.get("bias", "none") != "none":
         raise ValueError(
-            f"{folder} has more than one rank and one alpha for all layers: {', '.join(varied) or 'bias'}."
+            f"{folder} must have one rank and one alpha for all layers, but sets {', '.join(varied) or 'bias'}."
         )
     given = lora(model, rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"])
     _, family = families.family_of(model)
@@ -170,7 +167,7 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
 
 
 def _kernels(model: Network) -> dict[str, tuple[int, int]]:
-    """The linear layers' tensors, and their shapes [in, out]."""
+    """Return the tensors of the linear layers with their shapes [in, out]."""
     named = huggingface.named_params(model).items()
     return {name: leaf.shape for name, (path, leaf) in named if path[-1] == "kernel" and path[0] != "lm_head"}
 

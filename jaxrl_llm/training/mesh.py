@@ -1,7 +1,7 @@
-"""From one device to many: which axis of which parameter lies where, by rules on names, through `jax.sharding`.
+"""Sharding over many devices: axes of parameters by rules on their names, through `jax.sharding`.
 
-Shard the state and the batches, and call the same steps: XLA puts the communication in. Rows of a batch are spread over
-the axis "data", the inner dimensions of the layers over "model", as in Megatron (Shoeybi et al. 2019).
+Shard the state and the batches, and call the same steps: XLA inserts the communication. Batches are sharded over the
+axis "data", inner dimensions of the layers over "model", as in Megatron (Shoeybi et al. 2019).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
-    """A mesh of all devices, "data" × "model".
+    """Return a mesh of all devices, "data" × "model".
 
     Args:
-        data: copies of the model, each with its share of the rows; −1 for as many as there are devices for.
+        data: copies of the model, each with its share of the rows; −1 for as many as the devices allow.
         model: devices that share the layers of one copy.
 
     Raises:
-        ValueError: if the devices, of all processes, are not as many.
+        ValueError: if the product is not the number of devices of all processes.
     """
     count = len(jax.devices())
     data = count // model if data == -1 and model > 0 else data
@@ -46,7 +46,7 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Where a parameter of this path lies. An axis that the devices do not divide stays whole."""
+    """Return the sharding of a parameter by its path. An axis that the devices do not divide stays whole."""
     for pattern, spec in RULES:
         if re.fullmatch(rf"(.*/)?{pattern}", path):
             spec = P() if len(spec) > len(shape) else spec
@@ -59,7 +59,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def shard_state(tree: Tree, mesh: Mesh) -> Tree:
-    """Parameters, or a whole training state: an optimiser's moments lie where their parameters do, the rest on all."""
+    """Shard parameters or a whole training state: optimiser moments as their parameters, the rest replicated."""
 
     def place(path: Any, leaf: Any) -> Any:
         name = "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path)
@@ -69,10 +69,10 @@ def shard_state(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """The rows of every leaf over "data". With several processes each gives its own rows, and they are put together.
+    """Shard the rows of every leaf over "data". Of several processes each gives its own rows.
 
     Raises:
-        ValueError: if the rows do not divide.
+        ValueError: if the devices do not divide the rows.
     """
     parts = mesh.shape["data"]
     sharding = NamedSharding(mesh, P("data"))
@@ -80,7 +80,9 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     def place(leaf: Any) -> jax.Array:
         rows = np.shape(leaf)[0] if np.ndim(leaf) else 0
         if rows == 0 or rows * jax.process_count() % parts:
-            raise ValueError(f"{rows * jax.process_count()} rows cannot be spread over {parts} devices.")
+            raise ValueError(
+                f"{parts} devices must divide the rows of a batch, but there are {rows * jax.process_count()}."
+            )
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
@@ -89,11 +91,12 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
 
 
 def initialize(coordinator: str, *, processes: int, process: int) -> None:
-    """Join several processes to one run, before anything else of jax is called; they then see all devices.
+    """Join several processes to one run. Call it before anything else of jax; each then sees all devices.
 
     Args:
         coordinator: "host:port" of process 0.
-        processes: how many there are. process: which one this is, from 0.
+        processes: number of processes.
+        process: number of this one, from 0.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPUs; other platforms have their own
     jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)

@@ -1,4 +1,4 @@
-"""The optimiser that the embedded models are trained with."""
+"""Optimisers: AdamW as the trainers use it, and Muon, which trained the embedded models."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ import optax
 from jaxrl_llm.language_model import Params
 
 
+def adamw(
+    learning_rate: float, *, steps: int, warmup: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """Return AdamW on clipped gradients, with a linear warm-up over a share of the steps and linear decay to 0."""
+    rising = min(steps - 1, round(warmup * steps))
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(learning_rate / max(1, rising), learning_rate, max(1, rising)),
+            optax.linear_schedule(learning_rate, 0.0, max(1, steps - rising)),
+        ],
+        [rising],
+    )
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
+
+
 def muon(
     learning_rate: float, *, steps: int, warmup_steps: int, decay_steps: int, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Muon on the weight matrices, Adam on embeddings, norms and biases; warm-up, plateau, linear decay to 0.
+    """Return Muon on the weight matrices and Adam on embeddings, norms and biases; warm-up, plateau, linear decay.
 
-    Updates of matrices have the size that Adam's would have, so that one learning rate serves both. Weights decay in
-    matrices alone; gradients are clipped at norm 1.
+    Updates of matrices are scaled to the size of Adam's, so that one learning rate serves both. Weight decay acts on
+    matrices alone; gradients are clipped to norm 1.
 
     Source: Jordan et al. 2024; the size of the updates: Liu et al. 2025 (arXiv 2502.16982).
     """

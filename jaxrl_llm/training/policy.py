@@ -1,4 +1,4 @@
-"""Online training: draw answers, reward them, and update the policy by any of `METHODS`."""
+"""Online training: sample completions, compute their rewards, and update the policy by any of `METHODS`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from jaxrl_llm.decoding.core import check_room
 from jaxrl_llm.language_model import LanguageModel, Params
@@ -19,19 +19,27 @@ from jaxrl_llm.objectives import kl, policy_gradient, rlhf
 from jaxrl_llm.objectives.aggregate import aggregate
 from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.training import steps
-from jaxrl_llm.training.experience import Experience, critic_values, experience, policy_of
 from jaxrl_llm.training.methods import Method
 from jaxrl_llm.training.rewards import RewardFn, rewards_of
-from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
-from jaxrl_llm.training.steps import Loss, LossFn, Metrics, TrainState, View
+from jaxrl_llm.training.rollout import (
+    Experience,
+    Prompts,
+    Rollout,
+    Sampler,
+    critic_values,
+    experience,
+    policy_of,
+    rollout,
+)
+from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, View
 
 
-class Online(NamedTuple):
-    """The three parts of a step of online training, each jitted; the reward is computed between the first two."""
+class Trainer(NamedTuple):
+    """The three jitted parts of an online step; the reward is computed between the first two."""
 
-    draw: Callable[[TrainState, Prompts, Sampler, PyTree], Rollout]
+    draw: Callable[[TrainState, Prompts, Sampler, Frozen], Rollout]
     score: Callable[..., tuple[Experience, Metrics]]  # (state, rollout, rewards, method, frozen, temperature)
-    update: Callable[..., tuple[TrainState, Metrics]]  # (state, experience, method, frozen, text), the state donated
+    update: Callable[..., tuple[TrainState, Metrics]]  # (state, experience, method, frozen, text), donates the state
 
     def step(
         self,
@@ -41,20 +49,20 @@ class Online(NamedTuple):
         *,
         method: Method,
         sampler: Sampler,
-        frozen: PyTree,
+        frozen: Frozen,
         text: Sequences | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """One step: answers of the present policy, their rewards, and the update.
+        """Do one step: sample completions from the current policy, compute their rewards, and update.
 
-        Traceable where the reward is, so that a whole run can be one program.
+        Traceable if the reward is, so that a whole run can be one program.
 
         Args:
-            prompts: each gets `method.group_size` answers.
-            frozen: {"ref": the reference's parameters}, and what a view takes.
+            prompts: each gets `method.group_size` completions.
+            frozen: the reference's parameters, and those that the view needs.
             text: pretraining text for the term γ E[log π]; None leaves it out.
 
         Raises:
-            ValueError: for a prompt that leaves no room for an answer in the model's context.
+            ValueError: for a prompt that leaves no room for a completion in the model's context.
             ValueError, RuntimeError: as `rewards_of`.
         """
         drawn = self.draw(state, prompts, sampler, frozen, group_size=method.group_size, critic=method.has_critic)
@@ -71,19 +79,18 @@ def online(
     critic: ScalarHead | None = None,
     microbatches: int = 1,
     view: View | None = None,
-) -> Online:
-    """The parts of online training for a model.
+) -> Trainer:
+    """Return a trainer for a model.
 
-    For methods with a critic the trained parameters are {"policy": ..., "critic": those of `critic`}; else they are
-    the policy's.
+    The trained parameters are the policy's, or for methods with a critic {"policy": ..., "critic": those of `critic`}.
 
     Args:
-        critic: the model of values; never the policy's own parameters, so that no value loss moves the policy.
+        critic: the value model. It shares no parameters with the policy, so that its loss does not move the policy.
         microbatches: as in `make_step`, of each minibatch.
-        view: as in `make_step`: what policy (and critic) are, given what is trained and what is frozen.
+        view: as in `make_step`.
     """
 
-    def seen(state: TrainState, frozen: PyTree) -> Params:
+    def seen(state: TrainState, frozen: Frozen) -> Params:
         return state.params if view is None else view(state.params, frozen)
 
     @functools.partial(jax.jit, static_argnames=("group_size", "critic"))
@@ -94,7 +101,7 @@ def online(
         return rollout(lm, policy, prompts, key, sampler, group_size=group_size)
 
     def draw(state, prompts, sampler, frozen, *, group_size, critic):
-        # What jit cannot read: a traced mask, whose addressability cannot even be asked for, or another process's part.
+        # Unknown to this process: a traced mask, which does not even say where it lies, or another process's part.
         if is_concrete(prompts.mask) and getattr(prompts.mask, "is_fully_addressable", True):
             check_room(lm, prompts.mask, sampler.max_new_tokens)
         return drawn(state, prompts, sampler, frozen, group_size=group_size, critic=critic)
@@ -102,29 +109,27 @@ def online(
     @jax.jit
     def score(state, drawn, rewards, method, frozen, temperature=1.0):
         params = seen(state, frozen)
-        return experience(lm, method, params, frozen["ref"], drawn, rewards, critic=critic, temperature=temperature)
+        return experience(lm, method, params, frozen.ref, drawn, rewards, critic=critic, temperature=temperature)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, batch, method, frozen, text=None, temperature=1.0):
-        inputs = {"frozen": frozen, "text": text, "temperature": temperature}
-        loss = policy_loss(lm, method, critic=critic)
-        viewed = None if view is None else lambda params, inputs: view(params, inputs["frozen"])
+        loss = policy_loss(lm, method, critic=critic, text=text, temperature=temperature)
 
         def one(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
             part = jax.tree.map(lambda leaf: leaf[rows], batch)
-            return steps.update(loss, optimizer, state, part, inputs, microbatches=microbatches, view=viewed)
+            return steps.update(loss, optimizer, state, part, frozen, microbatches=microbatches, view=view)
 
         order = minibatch_rows(method, batch.advantages.shape[0], jax.random.fold_in(state.step_key, 1))
         first_step = state.step
         state, metrics = jax.lax.scan(one, state, order)
-        # A step of the run is one batch of answers, however many updates it took.
+        # A step of the run is one batch of completions, whatever the number of updates.
         return state._replace(step=first_step + 1), jax.tree.map(lambda leaf: leaf.mean(axis=0), metrics)
 
-    return Online(draw, score, update)
+    return Trainer(draw, score, update)
 
 
 def minibatch_rows(method: Method, rows: int, key: Array) -> Array:
-    """Which rows each update takes: every one once an epoch, in random order, [epochs · minibatches, rows].
+    """Return the rows of each update, [epochs · minibatches, rows]: every row once an epoch, in random order.
 
     A single minibatch keeps the order.
 
@@ -132,7 +137,7 @@ def minibatch_rows(method: Method, rows: int, key: Array) -> Array:
         ValueError: if the minibatches do not divide the rows.
     """
     if rows % method.minibatches:
-        raise ValueError(f"{method.minibatches} minibatches must divide the {rows} answers of a batch.")
+        raise ValueError(f"minibatches must divide the {rows} completions of a batch, but is {method.minibatches}.")
     if method.minibatches == 1:
         return jnp.broadcast_to(jnp.arange(rows), (method.epochs, rows))
     keys = jax.random.split(key, method.epochs)
@@ -140,41 +145,47 @@ def minibatch_rows(method: Method, rows: int, key: Array) -> Array:
     return orders.reshape(method.epochs * method.minibatches, rows // method.minibatches)
 
 
-def policy_loss(lm: LanguageModel, method: Method, *, critic: ScalarHead | None = None) -> LossFn:
-    """The loss of a method over `Experience`: surrogate, divergence, critic and pretraining text, as it has them.
+def policy_loss(
+    lm: LanguageModel,
+    method: Method,
+    *,
+    critic: ScalarHead | None = None,
+    text: Sequences | None = None,
+    temperature: float | Array = 1.0,
+) -> LossFn:
+    """Return the loss of a method over `Experience`: surrogate, and divergence, critic and pretraining text if any.
 
-    Metrics: `clip_fraction`, the share of tokens (for "gspo": of answers) whose ratio is outside of the clip; `ratio`,
-    its mean; and of a critic `value_loss` and `explained_variance`. Of a step with several updates they are means over
-    those: the first update alone has the ratio 1.
+    Metrics: `clip_fraction`, the share of tokens (for "gspo", of completions) whose ratio is outside of the clip
+    interval; `ratio`, the mean; with a critic `value_loss` and `explained_variance`; with text `text_loss`. Of a step
+    with several updates they are means over those, of which the first alone has the ratio 1.
     """
 
-    def loss(params: Params, batch: Experience, inputs: PyTree, key: Array) -> Loss:
-        answer = batch.sequences.completion_mask
-        logp = log_probs(lm, policy_of(params, method), batch.sequences, temperature=inputs["temperature"])
+    def loss(params: Params, batch: Experience, frozen: Frozen | None, key: Array) -> Loss:
+        mask = batch.sequences.completion_mask
+        logp = log_probs(lm, policy_of(params, method), batch.sequences, temperature=temperature)
         value = _surrogate(method, logp, batch) + _divergence(method, logp, batch)
         metrics = _ratios(method, logp, batch)
         if method.has_critic:
             critic_loss, described = _critic_loss(method, critic, params["critic"], batch)
             value, metrics = value + method.value_coefficient * critic_loss, metrics | described
-        if inputs["text"] is not None:
-            text = inputs["text"]
+        if text is not None:
             text_logp = log_probs(lm, policy_of(params, method), text)
             bonus = aggregate(rlhf.ptx_bonus(text_logp, gamma=method.gamma), text.completion_mask, "token_mean")
             value = value - bonus
             metrics |= {"text_loss": -aggregate(text_logp, text.completion_mask, "token_mean")}
-        return Loss(value, answer.sum() if method.mode == "token_mean" else answer.shape[0], metrics)
+        return Loss(value, mask.sum() if method.mode == "token_mean" else mask.shape[0], metrics)
 
     return loss
 
 
 def _surrogate(method: Method, logp: Array, batch: Experience) -> Float[Array, ""]:
-    answer, clips = batch.sequences.completion_mask, {"clip_low": method.clip_low, "clip_high": method.clip_high}
+    mask, clips = batch.sequences.completion_mask, {"clip_low": method.clip_low, "clip_high": method.clip_high}
     if method.surrogate == "gspo":
-        sequence_advantage = batch.advantages.sum(axis=1) / jnp.maximum(answer.sum(axis=1), 1)  # the same at each token
+        sequence_advantage = batch.advantages.sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)  # the same at each token
         weight = policy_gradient.truncated_importance_weight(
             batch.logp_old.sum(axis=1), batch.logp_sampler.sum(axis=1), cap=method.importance_cap
         )
-        return (weight * policy_gradient.gspo_loss(logp, batch.logp_old, sequence_advantage, answer, **clips)).mean()
+        return (weight * policy_gradient.gspo_loss(logp, batch.logp_old, sequence_advantage, mask, **clips)).mean()
     if method.surrogate == "reinforce":
         per_token = policy_gradient.reinforce_loss(logp, batch.advantages)
     elif method.surrogate == "cispo":
@@ -184,43 +195,43 @@ def _surrogate(method: Method, logp: Array, batch: Experience) -> Float[Array, "
             logp, batch.logp_old, batch.advantages, **clips, dual_clip=method.dual_clip
         )
     weight = policy_gradient.truncated_importance_weight(batch.logp_old, batch.logp_sampler, cap=method.importance_cap)
-    return _aggregate(method, weight * per_token, answer)
+    return _aggregate(method, weight * per_token, mask)
 
 
-def _aggregate(method: Method, per_token: Array, answer: Array) -> Float[Array, ""]:
+def _aggregate(method: Method, per_token: Array, mask: Array) -> Float[Array, ""]:
     normaliser = {"normaliser": method.normaliser} if method.mode == "constant" else {}
-    return aggregate(per_token, answer, method.mode, **normaliser)
+    return aggregate(per_token, mask, method.mode, **normaliser)
 
 
 def _divergence(method: Method, logp: Array, batch: Experience) -> Float[Array, ""] | float:
-    """β times the divergence that `kl_loss` names, by the estimator that has its gradient; 0 where it is in the reward.
+    """Return β times the divergence that `kl_loss` names, by the estimator with its gradient; 0 if it is in the reward.
 
-    The constant ratio makes up for answers of an older policy (after the first of several updates), and the truncated
-    weight for those of another law.
+    The constant ratio corrects for completions of an older policy (after the first of several updates), the truncated
+    weight for those of another sampling distribution.
     """
     if method.kl_loss is None:
         return 0.0
-    answer = batch.sequences.completion_mask
+    mask = batch.sequences.completion_mask
     logs = logp, batch.logp_old, batch.logp_sampler, batch.logp_ref
     if method.kl_loss == "reverse":
         policy, old, sampler, ref = (each.sum(axis=1) for each in logs)
         whole = _weight(method, policy, old, sampler) * kl.k2(policy, ref)
-        # Spread over the answer's tokens, so that it is divided by what the surrogate is divided by.
-        spread = whole[:, None] / jnp.maximum(answer.sum(axis=1, keepdims=True), 1)
-        return method.beta * _aggregate(method, jnp.where(answer, spread, 0), answer)
+        # Spread over the completion's tokens, so that it is divided as the surrogate is.
+        spread = whole[:, None] / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+        return method.beta * _aggregate(method, jnp.where(mask, spread, 0), mask)
     policy, old, sampler, ref = logs
     per_token = _weight(method, policy, old, sampler) * kl.k3(policy, ref)
-    return method.beta * _aggregate(method, per_token, answer)
+    return method.beta * _aggregate(method, per_token, mask)
 
 
 def _weight(method: Method, logp: Array, logp_old: Array, logp_sampler: Array) -> Array:
-    """π/π_old · min(π_old/μ, C), a constant."""
+    """Return π/π_old · min(π_old/μ, C), a constant."""
     truncated = policy_gradient.truncated_importance_weight(logp_old, logp_sampler, cap=method.importance_cap)
     return truncated * bounded_exp(jax.lax.stop_gradient(logp) - logp_old)
 
 
 def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
-    """Of tokens; of whole answers, the geometric means that GSPO clips, for "gspo"."""
+    """Describe the ratios of tokens; for "gspo" of whole completions, the geometric means that it clips."""
     counted = batch.sequences.completion_mask
     log_ratio = jnp.where(counted, jax.lax.stop_gradient(logp) - batch.logp_old, 0)
     if method.surrogate == "gspo":
@@ -237,16 +248,16 @@ def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
 def _critic_loss(
     method: Method, critic: ScalarHead, params: Params, batch: Experience
 ) -> tuple[Float[Array, ""], Metrics]:
-    answer = batch.sequences.completion_mask
+    mask = batch.sequences.completion_mask
     values, _ = critic_values(critic, params, batch.sequences)
     per_token = policy_gradient.value_loss(values, batch.values_old, batch.returns, clip=method.value_clip)
-    # What `policy_loss` weighs by tokens is a mean over tokens, what it weighs by answers one over answers.
-    value = aggregate(per_token, answer, "token_mean" if method.mode == "token_mean" else "sequence_mean")
-    count = jnp.maximum(answer.sum(), 1)
+    # A mean over tokens where `policy_loss` weighs by tokens, else one over completions.
+    value = aggregate(per_token, mask, "token_mean" if method.mode == "token_mean" else "sequence_mean")
+    count = jnp.maximum(mask.sum(), 1)
 
     def variance(array: Array) -> Array:
-        mean = jnp.where(answer, array, 0).sum() / count
-        return jnp.where(answer, jnp.square(array - mean), 0).sum() / count
+        mean = jnp.where(mask, array, 0).sum() / count
+        return jnp.where(mask, jnp.square(array - mean), 0).sum() / count
 
     explained = 1 - variance(batch.returns - batch.values_old) / jnp.maximum(variance(batch.returns), 1e-8)
     return value, {"value_loss": value, "explained_variance": explained}

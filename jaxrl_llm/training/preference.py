@@ -1,4 +1,4 @@
-"""Preference optimisation with any loss of `objectives.preference`, by its name, or with one's own."""
+"""Preference optimisation with any loss of `objectives.preference`, by its name, or with a loss of your own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.scoring import Sequences, log_probs, stacked
-from jaxrl_llm.training.steps import Loss, LossFn
+from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
 
 class PairBatch(NamedTuple):
@@ -21,18 +21,18 @@ class PairBatch(NamedTuple):
 
     chosen: Sequences
     rejected: Sequences
-    logp_ref_chosen: Float[Array, "batch"] | None = None  # once ahead: `with_reference`; None: computed in the step
+    logp_ref_chosen: Float[Array, "batch"] | None = None  # by `with_reference`; None: computed in the step
     logp_ref_rejected: Float[Array, "batch"] | None = None
-    weight: Float[Array, "batch"] | None = None  # how much a pair counts, such as its probability; None: all alike
-    fields: Mapping[str, Array] = {}  # further numbers of each pair that a loss may take by name: [batch, ...]
+    weight: Float[Array, "batch"] | None = None  # of a pair, such as its probability; None: all equal
+    fields: Mapping[str, Array] = {}  # further numbers of each pair, [batch, ...], which a loss may take by name
 
 
-class JudgedBatch(NamedTuple):
-    """Completions that are each good or bad, for KTO."""
+class UnpairedBatch(NamedTuple):
+    """Completions that are each desirable or not, for KTO."""
 
-    answers: Sequences
+    completions: Sequences
     desirable: Bool[Array, "batch"]
-    mismatched: Sequences  # the same prompts, each with the completion of another one: KTO's reference point
+    mismatched: Sequences  # the same prompts, each with another's completion, for KTO's reference point
     logp_ref: Float[Array, "batch"] | None = None
     logp_ref_mismatched: Float[Array, "batch"] | None = None
     weight: Float[Array, "batch"] | None = None
@@ -52,13 +52,12 @@ NAMES = tuple(LOSSES)
 
 
 def preference_loss(lm: LanguageModel, loss: str | Callable[..., Array] = "dpo", **hyperparameters: Any) -> LossFn:
-    """The mean of a preference loss over a batch of pairs, or over one of judged completions for "kto".
+    """Return the mean of a preference loss over a batch of pairs, or for "kto" over an `UnpairedBatch`.
 
-    `frozen["ref"]` are the reference's parameters, if the loss needs them and the batch does not bring its
+    `frozen.ref` are the reference's parameters, if the loss needs them and the batch does not have its
     log-probabilities. No gradient flows to them. Metrics, in nats: `chosen_logp`, `rejected_logp` of whole completions
-    (both often fall while the margin grows), and where there is a reference `margin`, the difference of the
-    log-ratios, `accuracy`, the share of positive margins (a tie counts half), and `kl_chosen`, `kl_rejected`, the
-    log-ratios themselves.
+    (both often fall while the margin grows); and with a reference `margin`, the difference of the log-ratios,
+    `accuracy`, the share of positive margins (a tie counts half), and `kl_chosen`, `kl_rejected`, the log-ratios.
 
     Args:
         loss: one of `NAMES`; or a function of a pair's two log-ratios to the reference, loss(a, b, *, ...) -> [batch],
@@ -75,11 +74,9 @@ def preference_loss(lm: LanguageModel, loss: str | Callable[..., Array] = "dpo",
         return _kto_loss(lm, hyperparameters)
     name = name_of(function)
 
-    def mean_loss(params: Params, batch: PairBatch, frozen: PyTree, key: Array) -> Loss:
+    def mean_loss(params: Params, batch: PairBatch, frozen: Frozen | None, key: Array) -> Loss:
         if not isinstance(batch, PairBatch):
-            raise ValueError(
-                f"the loss {name} is of pairs: it takes a PairBatch, but was given {type(batch).__name__}."
-            )
+            raise ValueError(f"the batch of the loss {name} must be a PairBatch, but is {type(batch).__name__}.")
         policy = pair_sums(lm, params, batch)
         ref = _reference_sums(lm, batch, frozen, policy) if "reference" in function.needs else None
         per_pair = loss_of_sums(function, policy, ref, **_keywords(function, hyperparameters, batch.fields))
@@ -99,7 +96,7 @@ def preference_loss(lm: LanguageModel, loss: str | Callable[..., Array] = "dpo",
 
 
 def find_loss(loss: str | Callable[..., Array], hyperparameters: Mapping[str, Any]) -> Callable[..., Array]:
-    """The loss of a name, or a user's function made a `pair_loss`; raise for an unknown name or hyperparameter."""
+    """Return the loss of a name, or a user's function as a `pair_loss`; ValueError for an unknown name or keyword."""
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}.")
@@ -113,12 +110,12 @@ def find_loss(loss: str | Callable[..., Array], hyperparameters: Mapping[str, An
 
 
 def name_of(loss: Callable[..., Array]) -> str:
-    """The name of a loss: dpo for `dpo_loss`."""
+    """Return the name of a loss: dpo for `dpo_loss`."""
     return loss.__name__.removesuffix("_loss")
 
 
 def loss_of_sums(loss: Callable[..., Array], policy: Sums, ref: Sums | None, **keywords: Any) -> Float[Array, "batch"]:
-    """A loss of `objectives.preference` at the log-probabilities that it needs, summed or averaged over tokens."""
+    """Call a loss of `objectives.preference` with the log-probabilities it needs, summed or averaged over tokens."""
     of = [policy, ref] if "reference" in loss.needs else [policy]
     if "means" in loss.needs:
         of = [Sums(each.chosen / each.length_chosen, each.rejected / each.length_rejected, *each[2:]) for each in of]
@@ -127,7 +124,7 @@ def loss_of_sums(loss: Callable[..., Array], policy: Sums, ref: Sums | None, **k
 
 
 def _keywords(loss: Callable[..., Array], given: Mapping[str, Any], fields: Mapping[str, Array]) -> dict[str, Any]:
-    """The keyword arguments of a loss: the given ones, and those that the batch holds."""
+    """Return the keyword arguments of a loss: the given ones, and those that the batch has."""
     fields = {} if loss in LOSSES.values() else fields
     takes_all = any(each.kind == each.VAR_KEYWORD for each in inspect.signature(loss).parameters.values())
     found = {name: field for name, field in fields.items() if takes_all or name in loss.hyperparameters}
@@ -145,17 +142,19 @@ def _keywords(loss: Callable[..., Array], given: Mapping[str, Any], fields: Mapp
 
 
 def pair_sums(lm: LanguageModel, params: Params, batch: PairBatch) -> Sums:
-    """The log-probabilities of chosen and rejected completions under a model, in one call."""
+    """Return the log-probabilities of chosen and rejected completions under a model, in one call."""
     both = stacked(batch.chosen, batch.rejected)
     logp = log_probs(lm, params, both).sum(axis=-1)
     lengths = both.completion_mask.sum(axis=-1).astype(logp.dtype)
     return Sums(*jnp.split(logp, 2), *jnp.split(lengths, 2))
 
 
-def with_reference(lm: LanguageModel, ref_params: Params, batch: PairBatch | JudgedBatch) -> PairBatch | JudgedBatch:
-    """The batch with the reference's log-probabilities, so that the step needs no reference."""
-    if isinstance(batch, JudgedBatch):
-        sums = _sums_jit(lm, ref_params, stacked(batch.answers, batch.mismatched))
+def with_reference(
+    lm: LanguageModel, ref_params: Params, batch: PairBatch | UnpairedBatch
+) -> PairBatch | UnpairedBatch:
+    """Return the batch with the reference's log-probabilities, so that the step needs no reference."""
+    if isinstance(batch, UnpairedBatch):
+        sums = _sums_jit(lm, ref_params, stacked(batch.completions, batch.mismatched))
         logp_ref, logp_ref_mismatched = jnp.split(sums, 2)
         return batch._replace(logp_ref=logp_ref, logp_ref_mismatched=logp_ref_mismatched)
     chosen, rejected = jnp.split(_sums_jit(lm, ref_params, stacked(batch.chosen, batch.rejected)), 2)
@@ -169,34 +168,34 @@ def _sum(lm: LanguageModel, params: Params, sequences: Sequences) -> Float[Array
 _sums_jit = jax.jit(_sum, static_argnums=0)
 
 
-def _reference_sums(lm: LanguageModel, batch: PairBatch, frozen: PyTree, policy: Sums) -> Sums:
+def _reference_sums(lm: LanguageModel, batch: PairBatch, frozen: Frozen | None, policy: Sums) -> Sums:
     if batch.logp_ref_chosen is not None:
         return policy._replace(chosen=batch.logp_ref_chosen, rejected=batch.logp_ref_rejected)
     return jax.lax.stop_gradient(pair_sums(lm, _reference(frozen), batch))
 
 
-def _reference(frozen: PyTree) -> Params:
-    if not isinstance(frozen, dict) or "ref" not in frozen:
-        raise ValueError('the reference is needed: give frozen={"ref": its parameters}, or batches with_reference.')
-    return frozen["ref"]
+def _reference(frozen: Frozen | None) -> Params:
+    if getattr(frozen, "ref", None) is None:
+        raise ValueError("the reference is needed: give frozen=Frozen(ref=its parameters), or batches with_reference.")
+    return frozen.ref
 
 
 def _kto_loss(lm: LanguageModel, hyperparameters: Mapping[str, Any]) -> LossFn:
-    """KTO over judged completions. Its reference point is that of the whole batch, so microbatches are refused."""
+    """Return KTO's loss. Its reference point is that of the whole batch, so microbatches are refused."""
 
-    def loss(params: Params, batch: JudgedBatch, frozen: PyTree, key: Array) -> Loss:
-        if not isinstance(batch, JudgedBatch):
-            raise ValueError(f"the loss kto takes a JudgedBatch, but was given {type(batch).__name__}.")
-        logp = _sum(lm, params, batch.answers)
+    def loss(params: Params, batch: UnpairedBatch, frozen: Frozen | None, key: Array) -> Loss:
+        if not isinstance(batch, UnpairedBatch):
+            raise ValueError(f"the batch of the loss kto must be an UnpairedBatch, but is {type(batch).__name__}.")
+        logp = _sum(lm, params, batch.completions)
         mismatched = _sum(lm, jax.lax.stop_gradient(params), batch.mismatched)
         if batch.logp_ref is None:
-            both = stacked(batch.answers, batch.mismatched)
+            both = stacked(batch.completions, batch.mismatched)
             logp_ref, ref_mismatched = jnp.split(jax.lax.stop_gradient(_sum(lm, _reference(frozen), both)), 2)
         else:
             logp_ref, ref_mismatched = batch.logp_ref, batch.logp_ref_mismatched
         reference_point = preference.kto_reference_point(mismatched, ref_mismatched)
         per_answer = preference.kto_loss(logp, logp_ref, batch.desirable, reference_point, **hyperparameters)
-        good = batch.desirable / jnp.maximum(batch.desirable.mean(), 1e-9)  # means over the good, and over the bad
+        good = batch.desirable / jnp.maximum(batch.desirable.mean(), 1e-9)  # means over each kind
         bad = ~batch.desirable / jnp.maximum((~batch.desirable).mean(), 1e-9)
         means = {"chosen_logp": good * logp, "rejected_logp": bad * logp, "reference_point": reference_point + 0 * logp}
         means |= {"kl_chosen": good * (logp - logp_ref), "kl_rejected": bad * (logp - logp_ref)}

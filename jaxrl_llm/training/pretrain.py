@@ -19,7 +19,7 @@ from jaxrl_llm.training.steps import Loss, Metrics, TrainState, initial_state, m
 
 
 def random_windows(key: Array, data: Int[Array, "total"], batch_size: int, time: int) -> Int[Array, "batch time"]:
-    """`batch_size` windows of `time` consecutive tokens, at uniform places of `data`."""
+    """Draw `batch_size` windows of `time` consecutive tokens, at uniform places of `data`."""
     if data.shape[0] < time:
         raise ValueError(f"data must hold at least one window of {time} tokens, but holds {data.shape[0]}.")
     starts = jax.random.randint(key, (batch_size,), 0, data.shape[0] - time + 1)
@@ -29,7 +29,7 @@ def random_windows(key: Array, data: Int[Array, "total"], batch_size: int, time:
 def make_train_step(
     lm: LanguageModel, optimizer: optax.GradientTransformation, *, batch_size: int, time: int
 ) -> Callable[[TrainState, Int[Array, "total"]], tuple[TrainState, Metrics]]:
-    """One jitted step `(state, data) -> (state, metrics)`; the state is donated, its key and step choose the batch."""
+    """Return one jitted step `(state, data) -> (state, metrics)`, whose batch follows from key and step."""
 
     def loss(params: Params, data: Array, frozen: None, key: Array) -> Loss:
         tokens = random_windows(key, data, batch_size, time + 1)
@@ -52,10 +52,10 @@ def fit(
     evaluate_every: int,
     config: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Train for `steps` steps in `folder`, or go on from the last checkpoint there, as `loop.run` does.
+    """Train for `steps` steps in `folder`, or continue from the last checkpoint there, as `loop.run` does.
 
     Raises:
-        FloatingPointError, ValueError: as `loop.run` does.
+        FloatingPointError, ValueError: as `loop.run`.
     """
     params_key, batch_key = jax.random.split(key)
     train_step = make_train_step(lm, optimizer, batch_size=batch_size, time=time)

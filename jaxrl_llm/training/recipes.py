@@ -1,221 +1,428 @@
-"""Whole training runs from files to a folder with a model: what `jaxrl-llm train` does, to be called from Python."""
+"""Whole runs put together: model, data, optimiser, held-out loss, samples and the saved model."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
 
-from jaxrl_llm.language_model import Params
-from jaxrl_llm.models.heads import ScalarHead, load_reward_model, save_reward_model
-from jaxrl_llm.training import loop, rewards
-from jaxrl_llm.training.methods import METHODS, Method
+from jaxrl_llm import models, text
+from jaxrl_llm.data import records
+from jaxrl_llm.decoding.transforms import TopP
+from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
+from jaxrl_llm.training import loop, optimizers, rewards
+from jaxrl_llm.training import lora as adapters
+from jaxrl_llm.training.batches import KINDS, Batches, Encoder
+from jaxrl_llm.training.checkpoints import Checkpoints
+from jaxrl_llm.training.config import LOGGING, Config, Data, GRPOConfig, OfflineConfig
+from jaxrl_llm.training.methods import Method, method_of
 from jaxrl_llm.training.policy import online
-from jaxrl_llm.training.precision import compute_in
-from jaxrl_llm.training.preference import find_loss, preference_loss
-from jaxrl_llm.training.recipe_measures import continued, held_out, sampled
-from jaxrl_llm.training.recipe_parts import Setup, Trained, batches_of, optimizer_of, prepare, save, trained_of
-from jaxrl_llm.training.recipe_run import Run, digest, keys_of
-from jaxrl_llm.training.reward import reward_loss
-from jaxrl_llm.training.rollout import Sampler
-from jaxrl_llm.training.sft import sft_loss
-from jaxrl_llm.training.steps import LossFn, initial_state, make_step
+from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
+from jaxrl_llm.training.steps import Frozen, LossFn, Metrics, TrainState, View, compute_in, initial_state, make_step
+
+SHOWN = 48  # tokens of a sample
+
+
+class Keys(NamedTuple):
+    """The keys of a run, one for each use."""
+
+    state: Key[Array, ""]  # every step folds its number into it
+    adapters: Key[Array, ""]
+    head: Key[Array, ""]  # of a reward model or a critic
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """What an offline run minimises, over which kind of records, and what is told of it."""
+class Run:
+    """A run made ready: its configuration, its model, and the folder that it writes to, if any."""
+
+    config: Config
+    loaded: models.Loaded
+    name: str  # of the model, in `run.json`
+    owned: bool  # nothing else reads the parameters: the first step may donate them
+    out: Path | None
+    verbose: bool
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model as it is trained."""
+        lm = self.loaded.model
+        return dataclasses.replace(lm, checkpoint_blocks=True) if self.config.checkpoint_blocks else lm
+
+    @property
+    def keys(self) -> Keys:
+        """All keys, from the seed."""
+        return Keys(*jax.random.split(jax.random.key(self.config.seed), len(Keys._fields)))
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return tuple(text.eos_ids(self.loaded.tokenizer, self.loaded.config))
+
+    def say(self, line: str) -> None:
+        """Print a line, if verbose."""
+        if self.verbose:
+            print(line)
+
+    def encoder(self) -> Encoder:
+        """Return an encoder for rows that fit the model."""
+        most = min(self.config.max_length or self.lm.max_length, self.lm.max_length)
+        return Encoder(self.loaded.tokenizer, max_length=most, cut=self.config.cut)
+
+    def loop(
+        self, state: TrainState, advance: Callable[[TrainState, int], tuple[TrainState, Metrics]], **further: Any
+    ) -> TrainState:
+        """Call `loop.run` with the options of the configuration."""
+        config = self.config
+        return loop.run(
+            state,
+            advance,
+            steps=config.steps,
+            folder=self.out,
+            evaluate_every=config.save_every,
+            log_every=config.log_every,
+            keep=config.keep,
+            tensorboard=config.tensorboard,
+            verbose=self.verbose,
+            **further,
+        )
+
+    def identity(self, kind: str, **further: Any) -> dict[str, str]:
+        """Return the fields that identify the run for resuming; data count by their contents, logging not at all."""
+        fields = {each.name: getattr(self.config, each.name) for each in dataclasses.fields(self.config)}
+        kept = {name: value for name, value in fields.items() if name not in LOGGING}
+        return {name: str(value) for name, value in {"kind": kind, "model": self.name, **kept, **further}.items()}
+
+
+def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *, verbose: bool = True) -> Run:
+    """Load the model if it is a name or a path, and check that the output folder is free or to be resumed.
+
+    Raises:
+        TypeError: if `lm` is not a model, its name or its path.
+        ValueError, FileNotFoundError: as `models.load`; for an encoder-decoder model or one without a tokenizer; for an
+            output folder that is the model's, or has a run that is not to be resumed; or in one of several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("trainers run in one process; with several, call the steps as docs/training.md shows.")
+    out = None if out is None else Path(out)
+    begun = _check_folder(lm, config, out)
+    owned = isinstance(lm, str | os.PathLike)
+    loaded = models.load(lm) if owned else _as_loaded(lm)
+    name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
+    if isinstance(loaded.model, models.T5):
+        raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.seq2seq trains it.")
+    if loaded.tokenizer is None:
+        raise ValueError(f"the model must have a tokenizer, but {name} has none.")
+    if out is not None and not owned:
+        name = f"{name}, sha256 {_digest(loaded.params)}"
+    run = Run(config, loaded, name, owned, out, verbose)
+    if config.resume and not begun:
+        run.say(f"{out} has no checkpoint to resume from: the run starts from the beginning.")
+    return run
+
+
+def _check_folder(lm: Any, config: Config, out: Path | None) -> bool:
+    """Return True if the folder has a run to be resumed."""
+    if out is None:
+        wanted = [name for name in ("resume", "tensorboard") if getattr(config, name)]
+        if wanted:
+            raise ValueError(f"{wanted[0]} needs an output folder: out must be a path, but is None.")
+        return False
+    if isinstance(lm, str | os.PathLike) and out.resolve() == Path(lm).resolve():
+        raise ValueError(f"out must be another folder than that of the model, {out}, which it would overwrite.")
+    folder = out / "checkpoints"
+    begun = folder.is_dir() and Checkpoints(folder).latest_step() is not None
+    if begun and not config.resume:
+        raise ValueError(f"{out} already has a run: resume it, or choose another folder.")
+    return begun
+
+
+def _as_loaded(lm: Any) -> models.Loaded:
+    parts = [field.name for field in dataclasses.fields(models.Loaded)]
+    if not all(hasattr(lm, part) for part in parts):
+        raise TypeError(f"lm must be a model, its name or its path, but is a {type(lm).__name__}.")
+    return models.Loaded(*(getattr(lm, part) for part in parts))
+
+
+def _digest(params: Params) -> str:
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def batches_of(
+    run: Run, data: Data, kind: str, *, batch_size: int, room: int = 0, name: str = "data", fields: bool = False
+) -> tuple[Batches, records.Records]:
+    """Return a data loader with its records, and print what was skipped, truncated, padded and left out.
+
+    Raises:
+        TypeError, ValueError: naming the data, as `records.read` and `Batches`.
+    """
+    found = records.read(data, KINDS[kind].parse, on_bad=run.config.on_bad, name=name)
+    encoder = run.encoder()
+    try:
+        batches = Batches(
+            found,
+            KINDS[kind],
+            encoder,
+            batch_size=batch_size,
+            seed=run.config.seed,
+            room=room,
+            vocab_size=run.lm.vocab_size,
+            fields=fields,
+        )
+    except ValueError as error:
+        raise ValueError(f"{found.source}: {error}") from error
+    left = batches.order.left_over
+    run.say(
+        f"{found.source}: {len(found)} records, {len(found.bad_lines)} bad {found.unit}s skipped, "
+        f"{encoder.cut_prompts} prompts and {encoder.cut_completions} completions truncated"
+        + (f", {batches.pad_waste:.0%} padding" if batch_size > 1 else "")
+        + (f", {left} records, chosen at random, left out of each epoch" if left else "")
+        + "."
+    )
+    for bad in found.bad_lines:
+        run.say(f"{found.source}, {found.unit} {bad.number}: {bad.reason}")
+    return batches, found
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """Trained parameters, frozen parameters, and the view that combines them for the loss."""
+
+    params: Params
+    frozen: Frozen
+    view: View | None = None
+    lora: adapters.Lora | None = None
+    critic: ScalarHead | None = None
+
+    def policy(self, params: Params) -> Params:
+        """Return the trained parameters without the critic's."""
+        return params if self.critic is None else params["policy"]
+
+    def model(self, params: Params) -> Params:
+        """Return the model's parameters, with the adapters merged."""
+        policy = self.policy(params)
+        return policy if self.lora is None else self.lora.merge(self.frozen.base, policy)
+
+
+def trained_of(run: Run, *, reference: bool = False, critic: ScalarHead | None = None) -> Trained:
+    """Return all weights or adapters to be trained, and a critic's.
+
+    The reference is the model as it was given, in the type that the policy computes in: at first they are equal.
+    """
+    config, params = run.config, run.loaded.params
+    narrow = compute_in(config.dtype) if config.dtype == "bfloat16" else None
+    view, trained, base, lora = narrow, params, None, None
+    if config.lora_rank:
+        lora = adapters.lora(run.loaded.model, rank=config.lora_rank, alpha=config.lora_alpha)
+        merged = lora.view()
+        view = merged if narrow is None else lambda trained, frozen: narrow(merged(trained, frozen), frozen)
+        trained, base = lora.init(run.keys.adapters), params
+    ref = None
+    if reference:
+        ref = params if narrow is None else narrow(params, None)
+    if critic is not None:
+        of_policy = view
+        trained = {"policy": trained, "critic": critic.init(run.keys.head, params, zero=True)}
+        if of_policy is not None:
+            view = lambda params, frozen: params | {"policy": of_policy(params["policy"], frozen)}  # noqa: E731
+    return Trained(trained, Frozen(ref, base), view, lora, critic)
+
+
+def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
+    """Return the trained model; with an output folder, save it and the adapters."""
+    loaded = dataclasses.replace(run.loaded, params=trained.model(params))
+    if run.out is not None:
+        models.save(run.out, loaded.model, loaded.params, loaded.tokenizer, config=loaded.config)
+        if trained.lora is not None:
+            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.name)
+        run.say(f"The model is in {run.out}.")
+    return loaded
+
+
+# Offline runs ---------------------------------------------------------------------------------------------------------
+
+
+class Objective(NamedTuple):
+    """An offline objective: its loss, its data format, its metrics, and further fields that identify the run."""
 
     name: str
     loss: LossFn
-    records: str
+    kind: str
     watch: tuple[str, ...]
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # with its name, what `resume` compares
+    identity: Mapping[str, Any] = {}
+    fields: bool = False  # the loss takes numbers beside the text of each row
 
 
-def sft(run: Run, *, say: Callable[[str], None] = print) -> Path:
-    """Fine-tune on demonstrations; returns the folder of the model."""
-    setup = prepare(run, say)
-    return _offline(run, setup, Objective("sft", sft_loss(setup.lm), "demonstrations", ("loss",)))
-
-
-def preference(
-    run: Run, *, loss: str = "dpo", knobs: Mapping[str, float] | None = None, say: Callable[[str], None] = print
-) -> Path:
-    """Optimise preferences by a loss of `training.preference.NAMES`; the model itself, as it came, is the reference."""
-    knobs = dict(sorted((knobs or {}).items()))
-    function = find_loss(loss, knobs)  # before anything is loaded
-    kto = loss == "kto"
-    if kto and run.microbatches > 1:
-        raise ValueError("the loss kto compares with all answers of a batch: leave microbatches at 1.")
-    setup = prepare(run, say)
-    objective = Objective(
-        "preference",
-        preference_loss(setup.lm, loss, **knobs),
-        "judged" if kto else "preferences",
-        ("loss", "margin", "chosen_logp", "rejected_logp"),
-        {"loss": loss, "knobs": knobs},
-    )
-    return _offline(run, setup, objective, reference=kto or "reference" in function.needs)
-
-
-def reward(run: Run, *, centering: float = 0.0, say: Callable[[str], None] = print) -> Path:
-    """Train a reward model on ranked answers, or on preferences."""
-    if run.lora_rank:
-        raise ValueError("a reward model is trained whole: leave lora_rank at 0.")
-    setup = prepare(run, say)
-    head = ScalarHead(setup.lm)
-    loss = reward_loss(head, centering=centering)
-    objective = Objective("reward", loss, "ranked", ("loss", "accuracy"), {"centering": centering})
-    view = compute_in(run.dtype) if run.dtype == "bfloat16" else None
-    trained = Trained(head.init(keys_of(run).head, setup.loaded.params), {}, view, None)
-    params = _fit(run, setup, objective, trained)
-    save_reward_model(run.out, head, params, setup.loaded.tokenizer)
-    say(f"The reward model is in {run.out}.")
-    return run.out
-
-
-def policy_gradient(
-    run: Run,
-    *,
-    method: Method | str = "grpo",
-    sampler: Sampler | None = None,
-    reward_model: str | None = None,
-    reward_function: str | Callable[..., Any] | None = None,
-    text: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> Path:
-    """Train on the rewards of the model's own answers, by any of `METHODS`.
+def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples: bool = True) -> Params:
+    """Minimise an objective over data; returns the trained parameters.
 
     Args:
-        run: `batch_size` is the number of answers of a step; the prompts are `method.group_size` times fewer.
-        sampler: how answers are drawn; by default up to 64 tokens, at temperature 1.
-        reward_model: a folder, as `reward` writes it, on the policy's own tokens.
-        reward_function: function(prompts, answers) -> numbers, or where it is: "file.py:name", "module:name". With a
-            parameter `fields` it is given the further entries of each prompt's line, one dict an answer.
-        text: pretraining text, as lines that `sft` takes, for the term γ E[log π] of `method.gamma`; `batch_size` lines
-            a step.
-
-    Raises:
-        ValueError: for a method that there is not; unless there is one reward, and text if and only if γ is above 0; or
-            where the answers of a step cannot be cut into groups, minibatches and microbatches.
+        samples: log a sample of the model's text with each checkpoint.
     """
-    method = _checked_method(run, method, text)
-    if (reward_model is None) == (reward_function is None):
-        raise ValueError("give one reward: a reward model or a reward function.")
-    function = rewards.function_at(reward_function) if isinstance(reward_function, str) else reward_function
-    setup = prepare(run, say)
-    sampler = dataclasses.replace(sampler or Sampler(64), eos_ids=setup.eos)
-    of_records = _reward(reward_model, function, setup)
-    size, room = run.batch_size // method.group_size, sampler.max_new_tokens
-    asked = batches_of(run, setup, run.data, "prompts", batch_size=size, room=room)
-    texts = None if text is None else batches_of(run, setup, text, "demonstrations", batch_size=run.batch_size)
-    critic = ScalarHead(setup.lm) if method.has_critic else None
-    trained = trained_of(run, setup, reference=True, critic=critic)
-    optimizer = optimizer_of(run, run.steps * method.epochs * method.minibatches)
-    trainer = online(setup.lm, optimizer, critic=critic, microbatches=run.microbatches, view=trained.view)
-
-    def advance(state: Any, done: int) -> Any:
-        further = None if texts is None else jax.tree.map(jnp.asarray, texts(done))
-        state, metrics = trainer.step(
-            state, asked(done), of_records(asked.records(done)),
-            method=method, sampler=sampler, frozen=trained.frozen, text=further,
-        )  # fmt: skip
-        return state, metrics | {"answer_tokens": metrics["length"] * run.batch_size}
-
-    sample = sampled(setup, asked(0), sampler)
-    source = {"reward": reward_model or _name(reward_function), "text": text and digest(text)}
-    state = loop.run(
-        initial_state(trained.params, optimizer, keys_of(run).state),
-        advance,
-        steps=run.steps,
-        folder=run.out,
-        tokens="answer_tokens",
-        evaluate=lambda params: {"sample": sample(trained.model(params))},
-        config=run.identity("policy_gradient", method=method, sampler=sampler, **source),
-        watch=("reward", "kl", "entropy", "clip_fraction"),
-        describe=asked.describe,
-        **run.pace,
-    )
-    save(run, setup, trained, state.params)
-    return run.out
-
-
-# The parts ------------------------------------------------------------------------------------------------------------
-
-
-def _offline(run: Run, setup: Setup, objective: Objective, *, reference: bool = False) -> Path:
-    trained = trained_of(run, setup, reference=reference)
-    save(run, setup, trained, _fit(run, setup, objective, trained, shown=True))
-    return run.out
-
-
-def _fit(run: Run, setup: Setup, objective: Objective, trained: Trained, *, shown: bool = False) -> Params:
-    """The trained parameters; `shown`: with a sample of the model's text every so often."""
-    batches = batches_of(run, setup, run.data, objective.records, batch_size=run.batch_size)
-    optimizer = optimizer_of(run, run.steps)
-    step = make_step(objective.loss, optimizer, microbatches=run.microbatches, view=trained.view)
-    measures = {}
-    if run.eval_data is not None:
-        measures["held_out_loss"] = held_out(run, setup, objective.loss, objective.records, trained)
-    if shown:
-        sample = continued(setup, batches)
+    config: OfflineConfig = run.config
+    batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, fields=objective.fields)
+    optimizer = _adamw(config, config.steps)
+    step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
+    measures: dict[str, Callable[[Params], float | str]] = {}
+    if config.eval_data is not None:
+        measures["held_out_loss"] = held_out(run, objective, trained)
+    if samples:
+        sample = sampler_of(run, *_start_of(run, batches))
         measures["sample"] = lambda params: sample(trained.model(params))
-    # Without a reference or a base nothing else reads the loaded parameters: the state takes them over.
-    state = initial_state(trained.params, optimizer, keys_of(run).state, copy="ref" in trained.frozen)
-    return loop.run(
-        state,
+    copy = trained.frozen.ref is not None or not run.owned
+    state = run.loop(
+        initial_state(trained.params, optimizer, run.keys.state, copy=copy),
         lambda state, done: step(state, jax.tree.map(jnp.asarray, batches(done)), trained.frozen),
-        steps=run.steps,
-        folder=run.out,
         tokens=batches.tokens,
         evaluate=lambda params: {name: measure(params) for name, measure in measures.items()},
-        config=run.identity(objective.name, **objective.settings),
+        config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
         watch=objective.watch,
         describe=batches.describe,
-        **run.pace,
-    ).params
+    )
+    return state.params
 
 
-def _checked_method(run: Run, method: Method | str, text: Path | None) -> Method:
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}.")
-        method = METHODS[method]
-    if run.batch_size % method.group_size:
-        raise ValueError(f"batch_size, {run.batch_size}, must be a multiple of group_size, {method.group_size}.")
-    if run.batch_size % (method.minibatches * run.microbatches):
-        raise ValueError(
-            f"{method.minibatches} minibatches of {run.microbatches} microbatches must divide batch_size, "
-            f"{run.batch_size}."
+def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], float]:
+    """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows."""
+    config = run.config
+    batches, _ = batches_of(
+        run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
+    )
+    count, size = batches.order.steps_per_epoch, config.batch_size // config.microbatches
+    order = sorted(range(count), key=lambda place: batches.rows(place).length)
+    # As few parts as possible, of sizes at most 1 apart.
+    parts = [batches.collate(places) for places in np.array_split(np.asarray(order), -(-count // size))]
+
+    @jax.jit
+    def of_part(params: Params, part: Any, frozen: Frozen) -> tuple[Array, Array]:
+        seen = params if trained.view is None else trained.view(params, frozen)
+        found = objective.loss(seen, part, frozen, jax.random.key(0))
+        return found.value, jnp.asarray(found.weight, jnp.float32)
+
+    def mean(params: Params) -> float:
+        found = np.asarray([[float(each) for each in of_part(params, part, trained.frozen)] for part in parts])
+        return float((found[:, 0] * found[:, 1]).sum() / found[:, 1].sum())
+
+    return mean
+
+
+def sampler_of(run: Run, asked: Prompts, sampler: Sampler) -> Callable[[Params], str]:
+    """Return a sample of the first prompt's completion as a function of the parameters, always with the same key."""
+    one = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), asked)
+
+    def sample(params: Params) -> str:
+        drawn = rollout(run.lm, params, one, jax.random.key(0), sampler)
+        return "".join(side[0] for side in rewards.texts(drawn.sequences, run.loaded.tokenizer))
+
+    return sample
+
+
+def _start_of(run: Run, batches: Batches) -> tuple[Prompts, Sampler]:
+    """Return the end of the first record's prompt, short enough for a sample in the model's context."""
+    count = min(SHOWN, run.lm.max_length - 1)
+    prompt = batches.rows(0).prompt[count - run.lm.max_length :]
+    return Prompts(np.asarray([prompt], np.int32), np.ones((1, len(prompt)), bool)), Sampler(count, eos_ids=run.eos)
+
+
+def _adamw(config: Config, updates: int) -> Any:
+    return optimizers.adamw(
+        config.learning_rate,
+        steps=updates,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+
+
+# Online runs ----------------------------------------------------------------------------------------------------------
+
+
+def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | None = None) -> models.Loaded:
+    """Train on rewards of the model's own completions, by the method of the configuration or the given one.
+
+    Raises:
+        ValueError: if the reward model has another vocabulary.
+    """
+    config: GRPOConfig = run.config
+    method = method_of(config) if method is None else method
+    reward_of, reward_name = _reward(run)
+    transform = None if config.top_p >= 1 else TopP(config.top_p)
+    sampler = Sampler(config.max_new_tokens, config.temperature, transform, run.eos)
+    size = config.batch_size // method.group_size
+    asked, found = batches_of(run, prompts, "prompt-only", batch_size=size, room=sampler.max_new_tokens, name="prompts")
+    texts = None
+    if config.text is not None:
+        texts = batches_of(run, config.text, "prompt-completion", batch_size=config.batch_size, name="text")
+    critic = ScalarHead(run.lm) if method.has_critic else None
+    trained = trained_of(run, reference=True, critic=critic)
+    optimizer = _adamw(config, config.steps * method.epochs * method.minibatches)
+    trainer = online(run.lm, optimizer, critic=critic, microbatches=config.microbatches, view=trained.view)
+
+    def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
+        state, metrics = trainer.step(
+            state,
+            asked(done),
+            reward_of(asked.records(done)),
+            method=method,
+            sampler=sampler,
+            frozen=trained.frozen,
+            text=None if texts is None else jax.tree.map(jnp.asarray, texts[0](done)),
         )
-    if (method.gamma > 0) != (text is not None):
-        raise ValueError(f"gamma, the weight of pretraining text, is {method.gamma}, and text is {text}: give both.")
-    return method
+        return state, metrics | {"completion_tokens": metrics["length"] * config.batch_size}
+
+    sample = sampler_of(run, asked(0), sampler)
+    identity = {"reward": reward_name, "text": texts and texts[1].digest(), "method": method, "sampler": sampler}
+    state = run.loop(
+        initial_state(trained.params, optimizer, run.keys.state),
+        advance,
+        tokens="completion_tokens",
+        evaluate=lambda params: {"sample": sample(trained.model(params))},
+        config=run.identity(kind, data_sha256=found.digest(), **identity),
+        watch=("reward", "kl", "entropy", "clip_fraction"),
+        describe=asked.describe,
+    )
+    return finish(run, trained, state.params)
 
 
-def _reward(
-    model: str | None, function: Callable[..., Any] | None, setup: Setup
-) -> Callable[[list[Any]], rewards.RewardFn]:
-    """From the records of a step to the reward of the answers to them."""
-    if model is None:
-        tokenizer = setup.loaded.tokenizer
-        return lambda records: rewards.of_text(function, tokenizer, fields=[record.fields for record in records])
-    loaded = load_reward_model(model)
-    if loaded.head.lm.vocab_size != setup.lm.vocab_size:
-        raise ValueError(
-            f"the reward model reads {loaded.head.lm.vocab_size} tokens, the policy writes {setup.lm.vocab_size}."
-        )
-    of_tokens = rewards.of_model(loaded.head, loaded.params)
-    return lambda records: of_tokens
+def _reward(run: Run) -> tuple[Callable[[list[records.Prompt]], rewards.RewardFn], str]:
+    """Return the reward of completions as a function of the records of a step, and its name in `run.json`."""
+    config: GRPOConfig = run.config
+    if config.reward_model is not None or isinstance(config.reward, LoadedReward):
+        found = config.reward or load_reward_model(config.reward_model)
+        if found.head.lm.vocab_size != run.lm.vocab_size:
+            raise ValueError(
+                f"the reward model must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
+                f"but has {found.head.lm.vocab_size}."
+            )
+        of_tokens = rewards.of_model(found.head, found.params)
+        return lambda asked: of_tokens, str(config.reward_model or f"sha256 {_digest(found.params)}")
+    function = rewards.function_at(config.reward) if isinstance(config.reward, str) else config.reward
+    if not callable(function):
+        raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")
+    tokenizer = run.loaded.tokenizer
+    return lambda asked: rewards.of_text(function, tokenizer, fields=[each.fields for each in asked]), place_of(
+        config.reward
+    )
 
 
-def _name(function: str | Callable[..., Any]) -> str:
-    """Where a reward function is, not what it says: one that failed may be mended, and the run resumed."""
+def place_of(function: str | Callable[..., Any]) -> str:
+    """Return the name of a function in `run.json`: its place, not its source, so that it can be fixed and resumed."""
     if isinstance(function, str):
         return function
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"

@@ -1,44 +1,44 @@
-"""Reward models: a scalar head on any language model, trained on ranked answers."""
+"""Reward models: a scalar head on any language model, trained on ranked completions."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import reward_model
 from jaxrl_llm.scoring import Sequences, rows_of
-from jaxrl_llm.training.steps import Loss, LossFn
+from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
 
 class RankedBatch(NamedTuple):
-    """K answers to each of N prompts. A pair, K = 2, has the ranks 0 (chosen) and 1 (rejected)."""
+    """K completions of each of N prompts. A pair, K = 2, has the ranks 0 (chosen) and 1 (rejected)."""
 
-    answers: Sequences  # leaves [prompts, K, time]
+    completions: Sequences  # leaves [prompts, K, time]
     ranks: Int[Array, "prompts K"]  # 0 is best, equal ranks are ties
-    real: Bool[Array, "prompts K"]  # false where a prompt has fewer answers
+    real: Bool[Array, "prompts K"]  # false where a prompt has fewer completions
 
 
 def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
-    """K-choose-2: −log σ(r_better − r_worse) averaged over a prompt's pairs, then over prompts; for K = 2 pairwise.
+    """Return the K-choose-2 loss: −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts.
 
-    The batch is a `RankedBatch`; parameters are the head's; nothing is frozen. Metrics: `accuracy`, the share of the
-    pairs in the right order (a tie of scores counts half), `margin`, their mean difference in score, and `score`.
+    The batch is a `RankedBatch`; the parameters are the head's. Metrics: `accuracy`, the share of pairs in the right
+    order (a tie of scores counts half), `margin`, their mean difference in score, and `score`, the mean.
 
     Args:
-        centering: weight of (r_i + r_j)², averaged as the loss is; it holds the scores, which no comparison fixes,
-            around 0.
+        centering: weight of (r_i + r_j)², averaged as the loss is. It holds the scores around 0, as comparisons leave
+            their level free.
 
     Source: Ouyang et al. 2022, eq. 1; centering: Eisenstein et al. 2023.
     """
 
-    def loss(params: Params, batch: RankedBatch, frozen: PyTree, key: Array) -> Loss:
-        scores = scores_of(head, params, batch.answers)
+    def loss(params: Params, batch: RankedBatch, frozen: Frozen | None, key: Array) -> Loss:
+        scores = _scores(head, params, batch.completions)
         per_prompt = reward_model.k_choose_2_loss(scores, batch.ranks, batch.real)
-        pairs = ordered_pairs(batch)
+        pairs = _ordered_pairs(batch)
         value = per_prompt.mean()
         if centering:
             first, second = jnp.broadcast_arrays(scores[:, :, None], scores[:, None, :])
@@ -55,14 +55,13 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
     return loss
 
 
-def scores_of(head: ScalarHead, params: Params, answers: Sequences) -> Float[Array, "prompts K"]:
-    """The scores of K answers to each of N prompts."""
-    flat = rows_of(answers)
-    return head.scores(params, flat.tokens, mask=flat.mask).reshape(answers.tokens.shape[:-1])
+def _scores(head: ScalarHead, params: Params, completions: Sequences) -> Float[Array, "prompts K"]:
+    flat = rows_of(completions)
+    return head.scores(params, flat.tokens, mask=flat.mask).reshape(completions.tokens.shape[:-1])
 
 
-def ordered_pairs(batch: RankedBatch) -> Bool[Array, "prompts K K"]:
-    """Where answer i ranks before answer j."""
+def _ordered_pairs(batch: RankedBatch) -> Bool[Array, "prompts K K"]:
+    """True where completion i ranks before completion j."""
     better = batch.ranks[:, :, None] < batch.ranks[:, None, :]
     return better & batch.real[:, :, None] & batch.real[:, None, :]
 

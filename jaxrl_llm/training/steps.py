@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,20 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from jaxrl_llm.language_model import Params
 
 Metrics = dict[str, Float[Array, ""]]
-View = Callable[[Params, PyTree], Params]  # (trained parameters, frozen ones) -> those that the loss sees
+
+
+class Frozen(NamedTuple):
+    """Parameters that no step changes."""
+
+    ref: Params | None = None  # of the reference policy
+    base: Params | None = None  # of the model that adapters are merged into
+
+
+View = Callable[[Params, Frozen | None], Params]  # (trained, frozen) -> the parameters that the loss sees
 
 
 class TrainState(NamedTuple):
-    """All that a run is: parameters, optimiser state, steps done, and the key that every step derives its own from."""
+    """The training state: parameters, optimiser state, number of steps, and the run's key."""
 
     params: Params
     opt_state: optax.OptState
@@ -27,32 +36,29 @@ class TrainState(NamedTuple):
 
     @property
     def step_key(self) -> Key[Array, ""]:
-        """The key of the step to come."""
+        """The key of the next step."""
         return jax.random.fold_in(self.key, self.step)
 
 
 class Loss(NamedTuple):
-    """A loss that is a mean over something, and how much of it there was.
-
-    Parts of a batch are put together by their weights, so that accumulation gives what the whole batch gives.
-    """
+    """A mean loss with its normaliser, so that microbatches can be combined exactly."""
 
     value: Float[Array, ""]
     weight: Float[Array, ""] | float = 1.0  # tokens, rows or pairs: what `value` is the mean over
     metrics: Mapping[str, Float[Array, ""]] = {}  # means over the same
 
 
-LossFn = Callable[[Params, PyTree, PyTree, Array], Loss]  # (params, batch, frozen, key) -> Loss
+LossFn = Callable[[Params, PyTree, Frozen | None, Array], Loss]  # (params, batch, frozen, key) -> Loss
 
 
 def initial_state(
     params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, copy: bool = True
 ) -> TrainState:
-    """The state before the first step.
+    """Return the state before the first step.
 
     Args:
-        copy: the state has buffers of its own, and `params` stay. Without it the first step donates `params`
-            themselves: nothing may read them any more, and the memory never holds them twice.
+        copy: copy `params`, so that they stay valid. Without it the first step donates them: nothing may read them any
+            more, and the memory never holds them twice.
     """
     if copy:
         params, key = jax.tree.map(jnp.copy, (params, key))
@@ -62,24 +68,23 @@ def initial_state(
 def make_step(
     loss: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1, view: View | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """One jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated, the rest is not.
+    """Return one jitted step `(state, batch, frozen=None) -> (state, metrics)`; it donates the state and nothing else.
 
     Args:
-        loss: loss(params, batch, frozen, key); `frozen` is what no step changes, such as a reference policy's
-            parameters, and `key` the step's own.
-        microbatches: the batch is cut into so many parts, whose gradients are added up: the memory of one part, the
-            step of the whole. Every leaf of the batch then has the rows first.
-        view: what the loss sees of the trained parameters, such as a copy in bfloat16 (`precision.compute_in`) or a
-            base model with adapters merged into it (`lora`). Gradients flow through it.
+        loss: loss(params, batch, frozen, key), where `key` is the step's own.
+        microbatches: parts that the batch is split into, whose gradients are accumulated: the memory of one part, the
+            step of the whole batch. Every leaf of the batch then has the rows first.
+        view: a transform of the trained parameters before the loss sees them, such as a copy in bfloat16 (`compute_in`)
+            or a base model with adapters merged into it (`lora`). Gradients flow through it.
 
-    The metrics hold `loss`, `grad_norm` (before any clipping) and those of the loss.
+    The metrics are `loss`, `grad_norm` (before clipping) and those of the loss.
 
     Raises:
-        ValueError: if the rows of a batch cannot be cut into so many parts, or the loss is no mean over rows, as KTO's.
+        ValueError: if the number of parts does not divide the rows, or the loss is not a mean over rows, as KTO's.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: PyTree, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: PyTree, frozen: Frozen | None = None) -> tuple[TrainState, Metrics]:
         return update(loss, optimizer, state, batch, frozen, microbatches=microbatches, view=view)
 
     return train_step
@@ -90,15 +95,15 @@ def update(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: PyTree,
-    frozen: PyTree = None,
+    frozen: Frozen | None = None,
     *,
     microbatches: int = 1,
     view: View | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """What `make_step` jits, to be part of a larger program."""
+    """Do one step: the body of `make_step`, to be part of a larger program."""
     if microbatches > 1 and getattr(loss, "needs_whole_batch", False):
         raise ValueError(
-            "this loss compares with all rows of a batch, so that its parts do not add up: no microbatches."
+            f"microbatches must be 1 for a loss that compares with all rows of a batch, but is {microbatches}."
         )
 
     def seen(params: Params, part: PyTree, key: Array) -> Loss:
@@ -113,7 +118,7 @@ def update(
 def gradients(
     loss: Callable[[Params, PyTree, Array], Loss], params: Params, batch: PyTree, key: Array, *, microbatches: int = 1
 ) -> tuple[Params, Metrics]:
-    """The gradient of the mean loss of a batch, and the mean metrics, over its parts one after the other."""
+    """Return the gradient of the mean loss of a batch, and the mean metrics, one microbatch after the other."""
 
     def weighted(params: Params, part: PyTree, key: Array) -> tuple[Array, tuple[Array, Metrics]]:
         found = loss(params, part, key)
@@ -146,16 +151,16 @@ def gradients(
 
 
 def _parts(batch: PyTree, count: int) -> PyTree:
-    """Every leaf [rows, ...] as [count, rows / count, ...], part i holding the rows i, i + count, ...
+    """Return every leaf [rows, ...] as [count, rows / count, ...], where part i holds the rows i, i + count, ...
 
-    Strided, so that a batch that is spread over devices by rows stays spread evenly in every part.
+    A batch that is sharded over devices by rows is then sharded evenly in every part.
     """
 
     def cut(leaf: Array) -> Array:
         if leaf.ndim == 0 or leaf.shape[0] % count:
             raise ValueError(
                 f"a batch must have a number of rows that {count} microbatches divide, but has a leaf "
-                f"of the shape {list(leaf.shape)}."
+                f"of shape {list(leaf.shape)}."
             )
         return jnp.swapaxes(leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 0, 1)
 
@@ -165,14 +170,35 @@ def _parts(batch: PyTree, count: int) -> PyTree:
 def whole_run(
     initial: Callable[[Array], TrainState], advance: Callable[[TrainState], tuple[TrainState, PyTree]], *, steps: int
 ) -> Callable[[Array], tuple[TrainState, PyTree]]:
-    """A whole run as one function of a key: jit it, and `jax.vmap` it over seeds.
+    """Return a whole run as one function of a key, to be jitted and mapped over seeds by `jax.vmap`.
 
     Args:
-        initial: from a key to the state before the first step.
-        advance: one step, traceable; what it returns beside the state is stacked over the steps.
+        initial: maps a key to the state before the first step.
+        advance: one traceable step; its second result is stacked over the steps.
     """
 
     def train(key: Array) -> tuple[TrainState, PyTree]:
         return jax.lax.scan(lambda state, _: advance(state), initial(key), length=steps)
 
     return train
+
+
+def compute_in(dtype: Any) -> View:
+    """Return a view of the trained parameters in `dtype`, such as bfloat16.
+
+    The forward and backward passes read the narrow copy. Gradients come back in the type of the weights, which the
+    optimiser updates, so that no small step is lost to rounding (Micikevicius et al. 2018).
+
+    Raises:
+        ValueError: if `dtype` is not floating.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating type, but is {dtype}.")
+
+    def narrow(params: Params, frozen: Frozen | None) -> Params:
+        return jax.tree.map(
+            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params
+        )
+
+    return narrow

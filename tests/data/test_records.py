@@ -1,76 +1,190 @@
-"""What a line may be, and what it may not."""
+"""The formats of a line, and files and lists of them: every bad line is named."""
 
+import json
+
+import numpy as np
 import pytest
 
 from jaxrl_llm.data import records
-from jaxrl_llm.data.records import Demonstration, Judged, Preference, Ranked
+from jaxrl_llm.data.records import JsonLines, Preference, Prompt, PromptCompletion, Ranked, UnpairedPreference
 
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in
                    (("user", "Hi"), ("assistant", "Hello"), ("assistant", "No")))  # fmt: skip
+PARSE = {
+    "prompt": records.prompt,
+    "completion": records.prompt_completion,
+    "preference": records.preference,
+    "unpaired": records.unpaired_preference,
+    "ranked": records.ranked,
+}
+PAIR = Preference((USER,), (GOOD,), (BAD,))
 
 
-def test_demonstrations_have_four_forms():
-    assert records.demonstration({"prompt": "a", "answer": "b"}) == Demonstration("a", "b")
-    assert records.demonstration({"prompt": "a", "completion": "b"}) == Demonstration("a", "b")
-    assert records.demonstration({"text": "b"}) == Demonstration("", "b")
-    assert records.demonstration({"messages": [USER, GOOD]}) == Demonstration((USER,), (GOOD,))
-
-
-def test_preferences_are_strings_or_conversations_with_or_without_their_prompt():
-    assert records.preference({"prompt": "", "chosen": "b", "rejected": "c"}) == Preference("", "b", "c")
-    explicit = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
-    implicit = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    assert records.preference(explicit) == records.preference(implicit) == Preference((USER,), (GOOD,), (BAD,))
-
-
-def test_strings_and_messages_that_are_mixed_become_messages():
-    """UltraFeedback's form among them: the prompt as a string, and whole conversations that begin with it."""
-    for asked in ("Hi", [USER]):
-        for chosen, rejected in [("Hello", [BAD]), ([GOOD], "No"), ([USER, GOOD], [USER, BAD]), ([USER, GOOD], "No")]:
-            found = records.preference({"prompt": asked, "chosen": chosen, "rejected": rejected})
-            assert found == Preference((USER,), (GOOD,), (BAD,))
-    assert records.demonstration({"prompt": "Hi", "answer": [USER, GOOD]}) == Demonstration((USER,), (GOOD,))
-    assert records.judged({"prompt": [USER], "answer": "No", "label": 0}) == Judged((USER,), (BAD,), False)
-    assert records.ranked({"prompt": "Hi", "answers": ["Hello", [USER, BAD]]}) == Ranked(
-        (USER,), ((GOOD,), (BAD,)), (0, 1)
-    )
-
-
-def test_answers_are_judged_or_ranked():
-    assert records.judged({"prompt": "a", "completion": "b", "label": False}) == Judged("a", "b", False)
-    assert records.judged({"text": "b", "label": 1}) == Judged("", "b", True)
-    assert records.ranked({"prompt": "a", "answers": ["x", "y", "z"]}) == Ranked("a", ("x", "y", "z"), (0, 1, 2))
-    assert records.ranked({"prompt": "a", "answers": ["x", "y"], "ranks": [1, 0]}).ranks == (1, 0)
-    assert records.ranked({"prompt": "a", "chosen": "x", "rejected": "y"}) == Ranked("a", ("x", "y"), (0, 1))
+@pytest.mark.parametrize(
+    ("kind", "line", "record"),
+    [
+        ("prompt", {"prompt": "a", "gold": 7}, Prompt("a", {"gold": 7})),
+        ("completion", {"prompt": "a", "answer": "b"}, PromptCompletion("a", "b")),
+        ("completion", {"prompt": "a", "completion": "b"}, PromptCompletion("a", "b")),
+        ("completion", {"text": "b"}, PromptCompletion("", "b")),
+        ("completion", {"messages": [USER, GOOD]}, PromptCompletion((USER,), (GOOD,))),
+        ("completion", {"prompt": "Hi", "answer": [USER, GOOD]}, PromptCompletion((USER,), (GOOD,))),
+        ("preference", {"prompt": "", "chosen": "b", "rejected": "c"}, Preference("", "b", "c")),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "m": 2}, Preference("a", "b", "c", {"m": 2})),
+        ("preference", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, PAIR),
+        ("preference", {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PAIR),
+        # Strings and messages mixed, UltraFeedback's form among them: the whole conversations begin with the prompt.
+        *(
+            ("preference", {"prompt": asked, "chosen": chosen, "rejected": rejected}, PAIR)
+            for asked in ("Hi", [USER])
+            for chosen, rejected in [
+                ("Hello", [BAD]),
+                ([GOOD], "No"),
+                ([USER, GOOD], [USER, BAD]),
+                ([USER, GOOD], "No"),
+            ]
+        ),
+        ("unpaired", {"prompt": [USER], "answer": "No", "label": 0}, UnpairedPreference((USER,), (BAD,), False)),
+        ("unpaired", {"prompt": "a", "completion": "b", "label": False}, UnpairedPreference("a", "b", False)),
+        ("unpaired", {"text": "b", "label": 1}, UnpairedPreference("", "b", True)),
+        ("ranked", {"prompt": "Hi", "answers": ["Hello", [USER, BAD]]}, Ranked((USER,), ((GOOD,), (BAD,)), (0, 1))),
+        ("ranked", {"prompt": "a", "answers": ["x", "y", "z"]}, Ranked("a", ("x", "y", "z"), (0, 1, 2))),
+        ("ranked", {"prompt": "a", "answers": ["x", "y"], "ranks": [1, 0]}, Ranked("a", ("x", "y"), (1, 0))),
+        ("ranked", {"prompt": "a", "chosen": "x", "rejected": "y"}, Ranked("a", ("x", "y"), (0, 1))),
+    ],
+)
+def test_a_line_is_parsed(kind, line, record):
+    assert PARSE[kind](line) == record
 
 
 @pytest.mark.parametrize(
     ("kind", "line", "said"),
     [
-        ("prompts", {}, "prompt is missing: there is nothing"),
-        ("prompts", {"prompt": 3}, 'must be a string or a list of {"role", "content"}, but is'),
-        ("prompts", {"prompt": [{"role": "user"}]}, "must be a string or a list"),
-        ("demonstrations", {"prompt": "a", "answer": ""}, "answer is empty"),
-        ("demonstrations", {"messages": [USER]}, "must end with one of the assistant"),
-        ("preferences", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same answer"),
-        ("preferences", {"chosen": "b", "rejected": "c"}, "prompt is missing: there are chosen, rejected"),
-        ("preferences", {"chosen": [GOOD], "rejected": [BAD]}, "do not begin alike"),
-        ("preferences", {"prompt": "a", "chosen": "b"}, "rejected is missing"),
-        ("preferences", {"prompt": "Hi", "chosen": "No", "rejected": [USER, BAD]}, "are the same answer"),
-        ("preferences", {"prompt": "Who?", "chosen": [USER, GOOD], "rejected": "No"}, "one of the role 'user'"),
-        ("preferences", {"prompt": "", "chosen": [GOOD], "rejected": [BAD]}, "prompt is empty"),
-        ("demonstrations", {"messages": [GOOD]}, "one before the assistant's last"),
-        ("demonstrations", {"text": [GOOD]}, "text must be a string"),
-        ("ranked", {"prompt": "Hi", "answers": ["No", [USER, BAD]]}, "answer 2 stands there twice"),
-        ("judged", {"text": "b", "label": "yes"}, "label must be true or false, but is 'yes'"),
-        ("judged", {"text": "b"}, "label must be true or false, but is None"),
+        ("prompt", {}, "prompt is missing: there is nothing"),
+        ("prompt", {"prompt": 3}, 'must be a string or a list of {"role", "content"}, but is'),
+        ("prompt", {"prompt": [{"role": "user"}]}, "must be a string or a list"),
+        ("completion", {"prompt": "a", "answer": ""}, "answer is empty"),
+        ("completion", {"prompt": "a"}, "completion is missing: there are prompt"),
+        ("completion", {"messages": [USER]}, "must end with one of the assistant"),
+        ("completion", {"messages": [GOOD]}, "one before the assistant's last"),
+        ("completion", {"text": [GOOD]}, "text must be a string"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same completion"),
+        ("preference", {"chosen": "b", "rejected": "c"}, "prompt is missing: there are chosen, rejected"),
+        ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "do not begin alike"),
+        ("preference", {"prompt": "a", "chosen": "b"}, "rejected is missing"),
+        ("preference", {"prompt": "Hi", "chosen": "No", "rejected": [USER, BAD]}, "are the same completion"),
+        ("preference", {"prompt": "Who?", "chosen": [USER, GOOD], "rejected": "No"}, "one of the role 'user'"),
+        ("preference", {"prompt": "", "chosen": [GOOD], "rejected": [BAD]}, "prompt is empty"),
+        ("unpaired", {"text": "b", "label": "yes"}, "label must be true or false, but is 'yes'"),
+        ("unpaired", {"text": "b"}, "label must be true or false, but is None"),
         ("ranked", {"prompt": "a", "answers": ["x"]}, "two or more"),
-        ("ranked", {"prompt": "a", "answers": ["x", "y"], "ranks": [0]}, "a number from 0 for each of 2 answers"),
+        ("ranked", {"prompt": "a", "answers": ["x", "y"], "ranks": [0]}, "an integer from 0 for each of 2 answers"),
         ("ranked", {"prompt": "a", "answers": ["x", "y"], "ranks": [1, 1]}, "all ranks are equal"),
-        ("ranked", {"prompt": "a", "answers": ["x", "y", "x"]}, "answer 3 stands there twice"),
+        ("ranked", {"prompt": "a", "answers": ["x", "y", "x"]}, "answer 3 occurs twice"),
+        ("ranked", {"prompt": "Hi", "answers": ["No", [USER, BAD]]}, "answer 2 occurs twice"),
     ],
 )
-def test_a_line_that_is_no_record_is_refused(kind, line, said):
+def test_a_line_that_is_not_a_record_is_refused(kind, line, said):
     with pytest.raises(ValueError) as error:
-        records.PARSERS[kind](line)
+        PARSE[kind](line)
     assert said in str(error.value)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def write(path, *lines):
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return path
+
+
+def test_records_are_read_in_any_order_and_blank_lines_are_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"prompt": "\xc3\xa4"}', b"", {"prompt": "b", "answer": 7}, b"  ")
+    found = JsonLines(path, records.prompt)
+    assert len(found) == 2
+    assert found[1] == Prompt("b", {"answer": 7}) and found[0] == Prompt("ä")
+    assert found.numbers == [1, 3]
+    assert [each.prompt for each in found] == ["ä", "b"] and found[-1] == found[1] and found[:1] == [found[0]]
+    before = found.digest()
+    path.write_text('{"prompt": "two"}')
+    assert found[0].prompt == "two", "nothing of the records is kept"
+    assert found.digest() != before
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            [{"prompt": "x"}, b"{", b"", b"[1]", {"question": 1}, b'{"prompt": "\xff"}'],
+            [
+                "a.jsonl has 4 bad lines",
+                "line 2: it is not JSON",
+                "line 4: it must be a JSON object, but is a list",
+                "line 5: prompt is missing: there are question",
+                "line 6: it is not UTF-8",
+            ],
+        ),
+        (
+            [{"prompt": "x"}, b'{"prompt": "a\\uD83D"}', b'{"prompt": "a", "\\ude00": 1}'],
+            ["line 2: it holds \\ud83d, half a surrogate pair", "; line 3: it holds \\ude00"],
+        ),
+        ([b'[{"prompt": "x"}]'], ["bad line: ", "; there must be one JSON object per line"]),
+        ([b"[", b' {"prompt": "x"}', b"]"], ["bad lines: "]),
+        ([{"question": 1}], ["is missing: there are question"]),
+        ([b'{"prompt": "\t"}'], ["it is not JSON: Invalid control character at character 13"]),
+        ([b'{"prompt": "a", "prompt": "b"}'], ["it has the key 'prompt' more than once"]),
+        ([b"x"] * 9, ["has 9 bad lines: line 1: ", "; and 4 more"]),
+        ([b""], ["has no records"]),
+    ],
+)
+def test_bad_lines_are_named_by_number_with_their_reason(tmp_path, lines, said):
+    path = write(tmp_path / "a.jsonl", *lines)
+    with pytest.raises(ValueError) as error:
+        JsonLines(path, records.prompt)
+    assert all(part in str(error.value) for part in said), str(error.value)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = write(tmp_path / "good.jsonl", b'{"prompt": "\\ud83d\\ude00"}')
+    assert JsonLines(path, records.prompt)[0].prompt == "\U0001f600"
+
+
+def test_bad_lines_can_be_skipped_and_are_kept_for_the_report(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"{", *[{"prompt": str(i)} for i in range(3)], b"null")
+    found = JsonLines(path, records.prompt, on_bad="skip")
+    assert [each.prompt for each in found] == ["0", "1", "2"]
+    assert [bad.number for bad in found.bad_lines] == [1, 5]
+    with pytest.raises(ValueError, match=r"has no records: .* has 1 bad line: line 1: it is not JSON"):
+        JsonLines(write(path, b"x"), records.prompt, on_bad="skip")
+
+
+# Lists and what is neither --------------------------------------------------------------------------------------------
+
+
+def test_dicts_in_memory_are_records_too():
+    rows = [{"text": "b", "label": np.bool_(True)}, {"text": ""}, {"text": "c", "label": np.int64(0)}]
+    found = records.read(iter(rows), records.unpaired_preference, on_bad="skip")
+    assert list(found) == [UnpairedPreference("", "b", True), UnpairedPreference("", "c", False)]
+    assert found.numbers == [0, 2] and [bad.number for bad in found.bad_lines] == [1]
+    assert found.digest() != records.read(rows[:1], records.unpaired_preference).digest()
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "said"),
+    [
+        ("none.jsonl", FileNotFoundError, "none.jsonl"),
+        (None, TypeError, "data must be a path or an iterable of dicts, but is a NoneType"),
+        ({"prompt": ["a"]}, TypeError, "data must be a path or an iterable of dicts, but is a dict"),
+        ([], ValueError, "data has no records"),
+        ([{"prompt": "a"}, {"question": 1}, "b"], ValueError, "data has 2 bad rows: row 1: prompt is missing"),
+        ([{"prompt": "a"}, {"question": 1}, "b"], ValueError, "row 2: it must be a dict, but is a str"),
+    ],
+)
+def test_other_data_are_refused(data, error, said):
+    with pytest.raises(error, match=said):
+        records.read(data, records.prompt)
+
+
+def test_other_choices_are_refused():
+    with pytest.raises(ValueError, match='on_bad must be "raise" or "skip", but is \'drop\''):
+        records.read([{"prompt": "x"}], records.prompt, on_bad="drop")

@@ -205,5 +205,5 @@ def test_one_prompt_for_several_sources_is_refused_by_the_searches_of_one():
         lambda: exact_search(LM, GIVEN, np.asarray([0]), max_new_tokens=2),
         lambda: search_tree(LM, GIVEN, np.asarray([0]), branching=2, depth=2),
     ):
-        with pytest.raises(ValueError, match="1 rows cannot be shared out among 3 sources"):
+        with pytest.raises(ValueError, match="multiple of the 3 sources, but is 1"):
             search()

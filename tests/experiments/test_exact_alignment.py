@@ -10,7 +10,7 @@ import pytest
 from experiments import exact_alignment, ledger
 from jaxrl_llm import oracle
 from jaxrl_llm.training.methods import METHODS
-from jaxrl_llm.training.policy import Online
+from jaxrl_llm.training.policy import Trainer
 from tests.conftest import random_params
 
 SMALL = exact_alignment.Config(vocab_size=2, horizon=2, tables=2, steps=3, answers=8)
@@ -55,7 +55,7 @@ def test_what_is_spoilt_is_the_last_token_of_the_mask_and_the_ratio():
     def give(*args, **knobs):
         return Drawn(Rows(jnp.ones((2, 3), bool)))
 
-    trainer = Online(give, lambda *args: (give(), {}), None)
+    trainer = Trainer(give, lambda *args: (give(), {}), None)
     answer = exact_alignment.without_last_token(trainer).draw().sequences.completion_mask
     np.testing.assert_array_equal(answer, [[True, True, False]] * 2)
     assert exact_alignment.without_ratio(trainer).score()[0].logp_sampler == 1.0

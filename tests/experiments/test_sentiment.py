@@ -205,8 +205,8 @@ def test_mismatched_answers_are_those_of_the_next_prompt(world):
     tools, world, pairs = world
     few = jax.tree.map(lambda leaf: leaf[:4], pairs.train)
     batch = jax.jit(lambda few: sentiment_policies.judged(tools, world, few))(few)
-    np.testing.assert_array_equal(batch.mismatched.tokens[:, :2], batch.answers.tokens[:, :2])
-    np.testing.assert_array_equal(batch.mismatched.tokens[:, 2:], np.roll(batch.answers.tokens[:, 2:], 1, axis=0))
+    np.testing.assert_array_equal(batch.mismatched.tokens[:, :2], batch.completions.tokens[:, :2])
+    np.testing.assert_array_equal(batch.mismatched.tokens[:, 2:], np.roll(batch.completions.tokens[:, 2:], 1, axis=0))
     np.testing.assert_array_equal(np.asarray(batch.desirable), np.arange(8) < 4)
 
 

@@ -49,16 +49,11 @@ def test_a_model_is_measured_once(tmp_path, monkeypatch):
     first, again = sycophancy.run(config), sycophancy.run(config)
     assert calls == ["one", "two"] and json.dumps(first) == json.dumps(again)
     assert sum(entry["value"] == 0.25 for entry in first["numbers"]) == 6
-    changes = (
-        ({"models": ("two",)}, False),
-        ({"work_dir": tmp_path / "kept/../kept"}, False),
-        ({"resamples": 19}, True),
-    )
-    for change, measures in changes:
+    for change, measures in (({}, []), ({"work_dir": tmp_path / "kept/../kept"}, []), ({"resamples": 19}, ["two"])):
         calls.clear()
-        sycophancy._kept(dataclasses.replace(config, **change), "two", lambda: calls.append("two"))
-        assert bool(calls) == measures, change
-    assert sorted(path.suffix for path in (tmp_path / "kept").iterdir()) == [".json", ".json"]
+        sycophancy.run(dataclasses.replace(config, models=("two",), **change))
+        assert calls == measures, change
+    assert len([*(tmp_path / "kept").rglob("*.safetensors")]) == 3
     assert [report["source"] for report in first["data"]["sets"][sycophancy.GENERATED]][3:] == ["one", "two"]
 
 

@@ -21,7 +21,7 @@ from tests.conftest import random_params
 
 LM = TabularLM(vocab_size=3, horizon=2)
 TABLE = {name: np.asarray([0.5, 0.6]) for name in ("law", "gibbs", "dpo", "rlhf")} | {"best_of_n_error": 0.0}
-SMALL = dataclasses.replace(experiment.PRESETS["quick"], words=4, width=8, dpo_steps=15)
+SMALL = dataclasses.replace(experiment.run.presets["quick"], words=4, width=8, dpo_steps=15)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_means_are_shown_to_be_near_by_two_one_sided_tests():
 
 
 def test_the_claim_says_what_was_shown_and_of_how_much():
-    full, quick = (experiment.PRESETS[preset] for preset in ("full", "quick"))
+    full, quick = (experiment.run.presets[preset] for preset in ("full", "quick"))
     on = point_of(np.full((2, 4), 0.5), np.asarray([[0.001], [0]]), share=0.6, beta=0.1)
     off = on | {"p": 0.3, "method": "PPO", "deviation": -0.03}
     told = experiment.claim(TABLE, [on, off], full)

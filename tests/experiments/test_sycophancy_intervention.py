@@ -15,7 +15,7 @@ from figures import sycophancy_intervention as figure
 from jaxrl_llm.analysis.sycophancy import probes
 from tests.conftest import random_params
 
-SMALL = dataclasses.replace(experiment.PRESETS["quick"], width=8, layers=1, heads=2, seeds=2, batch=4)
+SMALL = dataclasses.replace(experiment.run.presets["quick"], width=8, layers=1, heads=2, seeds=2, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def curves(**worst):
     return found
 
 
-FULL = experiment.PRESETS["full"]
+FULL = experiment.run.presets["full"]
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ def two_steps(put_state, put_batch, whole):
     ref = put_state(LM.init(jax.random.key(0)))
     begun = lambda: put_state(steps.initial_state(LM.init(jax.random.key(1)), optimizer, jax.random.key(2)))  # noqa: E731
     pairs, prompts = map(put_batch, batches())
-    state, dpo = steps.make_step(preference_loss(LM, "dpo"), optimizer)(begun(), pairs, {"ref": ref})
+    state, dpo = steps.make_step(preference_loss(LM, "dpo"), optimizer)(begun(), pairs, steps.Frozen(ref))
     found = {"dpo": [float(dpo["loss"]), *map(whole, jax.tree.leaves(state.params))]}
     trainer = policy.online(LM, optimizer)
     reward = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens % 7, 0).sum(axis=1) * 1.0)
     state, grpo = trainer.step(
-        begun(), prompts, reward, method=METHODS["grpo"], sampler=Sampler(6), frozen={"ref": ref}
+        begun(), prompts, reward, method=METHODS["grpo"], sampler=Sampler(6), frozen=steps.Frozen(ref)
     )
     found["grpo"] = [float(grpo["loss"]), float(grpo["reward"]), *map(whole, jax.tree.leaves(state.params))]
     kernel = state.params["h"][0]["attn"]["c_attn"]["kernel"]

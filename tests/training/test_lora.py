@@ -28,13 +28,12 @@ def drawn(given, seed=1):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
-def test_merging_adds_the_scaled_product_and_unmerging_takes_it_off(name):
+def test_merging_adds_the_scaled_product(name):
     lm, params = TINY[name], random_params(TINY[name])
     given = lora.lora(lm, rank=2, alpha=6)
     jax.tree.map(np.testing.assert_array_equal, given.merge(params, given.init(KEY)), params)
     adapter = drawn(given)
     merged = jax.jit(given.merge)(params, adapter)
-    jax.tree.map(close, given.unmerge(merged, adapter), params)
     block = ("h", 0, "attn", "c_attn") if name == "gpt2" else ("layers", 0, "self_attn", "q_proj")
     tensor = ".".join(map(str, block)) + ".weight"
     before, after = (
@@ -51,7 +50,7 @@ def test_training_moves_the_adapter_alone(gpt2):
     given = lora.lora(lm, rank=2, targets=["c_attn", "c_fc"])
     optimizer = optax.adam(1e-2)
     step = steps.make_step(sft_loss(lm), optimizer, view=given.view(), microbatches=2)
-    frozen = {"base": params}
+    frozen = steps.Frozen(base=params)
     before = jax.tree.map(np.asarray, params)
     state, losses = steps.initial_state(given.init(KEY), optimizer, KEY), []
     for _ in range(30):
@@ -90,7 +89,7 @@ def test_what_does_not_fit_is_named(gpt2, tmp_path):
         given.merge(random_params(lm), {})
     with pytest.raises(ValueError, match="the adapter is of another model or rank"):
         given.merge(random_params(lm), lora.lora(lm, rank=3).init(KEY))
-    with pytest.raises(FileNotFoundError, match="holds no adapter_config"):
+    with pytest.raises(FileNotFoundError, match="has no adapter_config"):
         lora.load(tmp_path, lm)
     lora.save(tmp_path, given, given.init(KEY))
     with pytest.raises(ValueError, match="targets must be among"):
@@ -98,5 +97,5 @@ def test_what_does_not_fit_is_named(gpt2, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for change in ({"alpha_pattern": {"c_attn": 4}}, {"rank_pattern": {"c_attn": 1}}, {"bias": "all"}):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=f"more than one rank and one alpha for all layers: {min(change)}"):
+        with pytest.raises(ValueError, match=f"one rank and one alpha for all layers, but sets {min(change)}"):
             lora.load(tmp_path, lm)

@@ -96,7 +96,7 @@ def test_what_does_not_fit_the_devices_is_refused():
     with pytest.raises(ValueError, match="must be the 1 devices there are, but is 2 × 1"):
         meshes.make_mesh(2, 1)
     mesh = meshes.make_mesh()
-    with pytest.raises(ValueError, match="0 rows cannot be spread over 1 devices"):
+    with pytest.raises(ValueError, match="1 devices must divide the rows of a batch, but there are 0"):
         meshes.shard_batch({"x": np.zeros(())}, mesh)
     params = meshes.shard_state(TINY["gpt2"].init(jax.random.key(0)), mesh)
     assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(params))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,19 @@ from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.scoring import Measures, Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
-from jaxrl_llm.training.experience import Experience, critic_values, experience, token_rewards
-from jaxrl_llm.training.expert import best_answers, expert_iteration
+from jaxrl_llm.training.config import GRPOConfig, PPOConfig
 from jaxrl_llm.training.methods import METHODS, Method
-from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
+from jaxrl_llm.training.rollout import (
+    Experience,
+    Prompts,
+    Rollout,
+    Sampler,
+    critic_values,
+    experience,
+    rollout,
+    token_rewards,
+)
+from jaxrl_llm.training.steps import Frozen
 from tests.conftest import TINY, random_params
 
 LM = TINY["gpt2"]
@@ -60,7 +70,7 @@ def test_every_method_begins_with_ratio_1_and_divergence_0_and_leaves_the_refere
     before = jax.tree.map(np.asarray, ref)
     asked = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4 // method.group_size, axis=0), PROMPTS)
     one_update = dataclasses.replace(method, epochs=1)
-    state, metrics = trainer.step(state, asked, VARIED, method=one_update, sampler=SAMPLER, frozen={"ref": ref})
+    state, metrics = trainer.step(state, asked, VARIED, method=one_update, sampler=SAMPLER, frozen=Frozen(ref=ref))
     assert float(metrics["ratio"]) == pytest.approx(1, abs=1e-5)
     assert max(abs(float(metrics[kind])) for kind in ("kl", "kl_k1", "kl_k3")) < 1e-5
     assert float(metrics["clip_fraction"]) < (0.2 if name == "gspo" else 1e-6)  # GSPO's clip is that of rounding
@@ -81,8 +91,7 @@ def gradient_of(method, params, ref):
             old = scoring.log_probs(TABLE, params, rows)
             drawn = Rollout(rows, old, jnp.zeros(len(indices), bool))
             batch, _ = experience(TABLE, method, params, ref, drawn, TABLE_REWARDS[indices].astype(old.dtype))
-            inputs = {"frozen": {"ref": ref}, "text": None, "temperature": 1.0}
-            return policy.policy_loss(TABLE, method)(trained, batch, inputs, KEY).value
+            return policy.policy_loss(TABLE, method)(trained, batch, None, KEY).value
 
         return jax.vmap(of_group)(groups)
 
@@ -184,8 +193,7 @@ def test_what_a_filter_took_away_is_made_up_for_up_to_the_cap():
     ratio = np.exp(np.asarray(batch.logp_old - batch.logp_sampler))
     answer = np.asarray(drawn.sequences.completion_mask)
     assert (ratio[answer] < 1.0001).all() and (ratio[answer] < 0.55).any() and (ratio[answer] > 0.55).any()
-    inputs = {"frozen": {}, "text": None, "temperature": 1.0}
-    found = jax.jit(policy.policy_loss(LM, method))(params, batch, inputs, KEY).value
+    found = jax.jit(policy.policy_loss(LM, method))(params, batch, None, KEY).value
     per_token = -np.minimum(ratio, 0.55) * np.asarray(batch.advantages * batch.logp_old)
     assert float(found) == pytest.approx(np.where(answer, per_token, 0).sum(axis=1).mean(), rel=1e-4)
 
@@ -210,7 +218,7 @@ def test_minibatches_take_every_row_once_an_epoch():
     for epoch in rows.reshape(3, 8):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(8))
     assert (rows[:4] != rows[4:8]).any()
-    with pytest.raises(ValueError, match="4 minibatches must divide the 6 answers"):
+    with pytest.raises(ValueError, match="minibatches must divide the 6 completions of a batch, but is 4"):
         policy.minibatch_rows(method, 6, KEY)
 
 
@@ -222,7 +230,7 @@ def test_the_pretraining_text_pulls_its_own_loss_down():
     losses = []
     for _ in range(12):
         state, metrics = trainer.step(
-            state, PROMPTS, count_of(7), method=method, sampler=SAMPLER, frozen={"ref": random_params(LM)}, text=text
+            state, PROMPTS, count_of(7), method=method, sampler=SAMPLER, frozen=Frozen(ref=random_params(LM)), text=text
         )
         losses.append(float(metrics["text_loss"]))
     assert losses[-1] < losses[0] - 0.5
@@ -256,11 +264,10 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):
     if critic is not None:
         params = {"policy": params, "critic": critic.init(KEY, random_params(LM, 5))}
     loss = policy.policy_loss(LM, method, critic=critic)
-    inputs = {"frozen": {}, "text": None, "temperature": 1.0}
 
     @jax.jit
     def both(params, batch):
-        found = lambda params, part, key: loss(params, part, inputs, key)  # noqa: E731
+        found = lambda params, part, key: loss(params, part, None, key)  # noqa: E731
         return [steps.gradients(found, params, batch, KEY, microbatches=parts)[0] for parts in (1, 2)]
 
     whole, added = both(params, batch)
@@ -287,7 +294,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_drawn():
     whole = jnp.ones((2, LM.max_length), bool)
     full = Prompts(jnp.ones(whole.shape, jnp.int32), whole.at[0].set(False).at[0, -1].set(True))
     with pytest.raises(ValueError, match="prompt 1 has 42 tokens, and 6 new ones do not fit"):
-        trainer.step(state, full, VARIED, method=method, sampler=SAMPLER, frozen={"ref": state.params})
+        trainer.step(state, full, VARIED, method=method, sampler=SAMPLER, frozen=Frozen(ref=state.params))
 
 
 @pytest.mark.slow
@@ -302,7 +309,7 @@ def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
     reward = rewards.of_tokens(lambda rows: TABLE_REWARDS[(rows.tokens * jnp.asarray([3, 1])).sum(axis=1)])
 
     def advance(state):
-        return trainer.step(state, prompts, reward, method=method, sampler=Sampler(2), frozen={"ref": ref})
+        return trainer.step(state, prompts, reward, method=method, sampler=Sampler(2), frozen=Frozen(ref=ref))
 
     run = steps.whole_run(lambda key: steps.initial_state(ref, optimizer, key), advance, steps=600)
     states, metrics = jax.jit(jax.vmap(run))(jax.random.split(KEY, 2))
@@ -314,43 +321,44 @@ def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
     assert metrics["reward"].shape == (2, 600)
 
 
-@pytest.mark.slow
-def test_expert_iteration_keeps_the_best_answer_of_each_group_and_learns_from_it():
-    rows = Sequences(jnp.arange(12).reshape(6, 2), jnp.ones((6, 2), bool), jnp.ones((6, 2), bool))
-    drawn = Rollout(rows, jnp.zeros((6, 2)), jnp.zeros(6, bool))
-    kept = best_answers(drawn, jnp.asarray([1.0, 3.0, 3.0, -1.0, -2.0, 0.0]), group_size=3)
-    np.testing.assert_array_equal(kept.tokens, rows.tokens[jnp.asarray([1, 5])])
-    optimizer = optax.adam(1e-2)
-    step = expert_iteration(LM, optimizer, group_size=8)
-    state, found = steps.initial_state(random_params(LM), optimizer, KEY), []
-    for _ in range(15):
-        state, metrics = step(state, PROMPTS, count_of(7), SAMPLER)
-        found.append(float(metrics["reward"]))
-    assert np.mean(found[-3:]) > 2 * np.mean(found[:3]) + 0.2
-    with pytest.raises(ValueError, match="group_size must be 2 or more answers to choose from, but is 1"):
-        expert_iteration(LM, optimizer, group_size=1)
-
-
-def test_numbers_of_a_method_are_leaves_and_choices_are_checked():
+def test_numbers_of_a_method_are_leaves():
     assert len(jax.tree.leaves(METHODS["ppo"])) == 9
-    for wrong, said in [
+    names = typing.get_type_hints(GRPOConfig)["method"], typing.get_type_hints(PPOConfig)["method"]
+    assert {name for each in names for name in typing.get_args(each)} == set(METHODS), "the command line has all"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
         ({"kl_loss": "k1"}, 'must name a divergence, "reverse" or "forward", or be None'),
-        ({"group_size": 1}, "group_size must be 2 or more"),
-        ({"epochs": 0}, "must be at least 1"),
-        ({"beta": -1.0}, "beta must lie in"),
-        ({"beta": jnp.asarray(-1.0)}, "beta must lie in"),
-        ({"gamma": float("nan")}, "gamma must lie in"),
-        ({"surrogate": "gsop"}, "surrogate must be one of reinforce, .*, is 'gsop'"),
+        ({"group_size": 1}, "group_size must be at least 2 for rloo"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1, but is 0"),
+        ({"minibatches": 1.5}, "minibatches must be an integer of at least 1, but is 1.5"),
+        ({"beta": -1.0}, "beta must be a finite number of at least 0, but is -1.0"),
+        ({"beta": jnp.asarray(-1.0)}, "beta must be a finite number of at least 0"),
+        ({"beta": np.asarray([0.1, -1.0])}, "beta must be a finite number of at least 0"),
+        ({"beta": "much"}, "beta must be a finite number of at least 0, but is 'much'"),
+        ({"gamma": float("nan")}, "gamma must be a finite number of at least 0"),
+        ({"discount": 1.5}, r"discount must be a number in \[0, 1\], but is 1.5"),
+        ({"importance_cap": 0.0}, "importance_cap must be a finite number above 0"),
+        ({"whiten": 1}, "whiten must be True or False, but is 1"),
+        ({"surrogate": "gsop"}, "surrogate must be one of reinforce, .*, but is 'gsop'"),
         ({"advantage": "loo"}, "advantage must be one of returns"),
         ({"beta": jnp.asarray(1.0), "mode": "mean"}, "mode must be one of token_mean"),
-        ({"surrogate": "gspo"}, "its mode is sequence_mean, not sequence_sum"),
-        ({"surrogate": "ppo_clip", "clip_low": 2.0}, "clip_low must lie in"),
-        ({"dual_clip": 3.0}, "dual_clip is for the surrogate ppo_clip, not for reinforce"),
-    ]:
-        with pytest.raises(ValueError, match=said):
-            Method(**wrong)
-    with pytest.raises(ValueError, match="surrogate must be one of"):  # of a traced method too
+        ({"surrogate": "gspo"}, "mode must be sequence_mean for gspo, .* but is sequence_sum"),
+        ({"surrogate": "ppo_clip", "clip_low": 2.0}, r"clip_low must be a number in \[0, 1\]"),
+        ({"dual_clip": 3.0}, "dual_clip must be None for the surrogate reinforce, but is 3.0"),
+    ],
+)
+def test_a_method_out_of_range_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Method(**wrong)
+
+
+def test_choices_of_a_traced_method_are_checked_and_its_numbers_pass():
+    with pytest.raises(ValueError, match="surrogate must be one of"):
         jax.eval_shape(lambda beta: Method(beta=beta, surrogate="gsop").beta, 0.1)
+    jax.eval_shape(lambda beta: Method(beta=beta).beta, 0.1)
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
@@ -364,8 +372,8 @@ def drawn_of(count):
 @pytest.mark.parametrize(
     ("returned", "error", "said"),
     [
-        ([1.0, float("nan"), 2.0], ValueError, "the reward of answer 1 is nan"),
-        ([1.0, 2.0], ValueError, r"one number for each of 3 answers, but returned float32\[2\]"),
+        ([1.0, float("nan"), 2.0], ValueError, "rewards must be finite, but that of completion 1 is nan"),
+        ([1.0, 2.0], ValueError, r"one number for each of 3 completions, but returned float32\[2\]"),
         (["a", "b", "c"], ValueError, "must return 3 numbers, but returned"),
         (None, ValueError, "must return 3 numbers, but returned None"),
         (
@@ -393,19 +401,30 @@ def test_rewards_may_be_whole_numbers_or_truths():
         assert found.dtype == jnp.float32
 
 
-def test_a_reward_of_text_is_given_what_else_the_line_says():
-    class Words:
-        def decode(self, row, *, skip_special_tokens):
-            return " ".join(map(str, row))
+class Words:
+    def decode(self, row, *, skip_special_tokens):
+        return " ".join(map(str, row))
 
-    def right(prompts, answers, fields):
-        return [float(each["gold"] + len(prompts) - len(answers)) for each in fields]
 
-    fields = [{"gold": 1}, {"gold": 2}]
-    found = rewards.rewards_of(rewards.of_text(right, Words(), fields=fields), drawn_of(4))
-    np.testing.assert_array_equal(found, [1, 1, 2, 2])
-    plain = rewards.of_text(lambda prompts, answers: [1.0] * len(answers), Words(), fields=fields)
-    np.testing.assert_array_equal(rewards.rewards_of(plain, drawn_of(4)), 1)
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda prompts, completions: [1.0] * len(completions), [1, 1, 1, 1]),
+        (lambda prompts, completions, gold: gold, [1, 1, 2, 2]),
+        (lambda prompts, completions, *, gold, odd=None: [g if odd is None else 9 for g in gold], [1, 1, 2, 2]),
+        (lambda prompts, completions, **fields: fields["gold"], [1, 1, 2, 2]),
+        (lambda prompts, completions, unit: [len(each or "") for each in unit], [0, 0, 2, 2]),
+    ],
+)
+def test_a_reward_of_text_receives_the_entries_that_it_has_parameters_for(function, expected):
+    fields = [{"gold": 1}, {"gold": 2, "unit": "kg"}]
+    found = rewards.rewards_of(rewards.of_text(function, Words(), fields=fields), drawn_of(4))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_reward_of_text_that_takes_an_unknown_entry_is_refused():
+    with pytest.raises(ValueError, match="the reward function takes glod, but the data have gold"):
+        rewards.of_text(lambda prompts, completions, glod: [], Words(), fields=[{"gold": 1}])
 
 
 def test_a_reward_function_that_is_not_there_is_named(tmp_path):
@@ -416,8 +435,8 @@ def test_a_reward_function_that_is_not_there_is_named(tmp_path):
         (f"{tmp_path / 'exits.py'}:reward", "ZeroDivisionError"),
         (f"{tmp_path / 'none.py'}:reward", "FileNotFoundError"),
         ("math:nothing", "AttributeError"),
-        ("math:pi", "must be a function"),
-        ("nothing", "ValueError"),
+        ("math:pi", "reward must be a function, but math:pi is a float"),
+        ("nothing", "reward must be a function at .*, but is nothing: ValueError"),
     ]:
         with pytest.raises(ValueError, match=said):
             rewards.function_at(place)

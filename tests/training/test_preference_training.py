@@ -17,12 +17,13 @@ from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import (
     NAMES,
-    JudgedBatch,
     PairBatch,
+    UnpairedBatch,
     pair_sums,
     preference_loss,
     with_reference,
 )
+from jaxrl_llm.training.steps import Frozen
 from tests.conftest import random_params
 from tests.training.test_steps import KEY, LM, PAIRS, answers
 
@@ -40,11 +41,11 @@ AT_REFERENCE = {  # the value of a loss whose log-ratios are all 0
     "apo_zero": 1.0,
     "bco": 2 * math.log(2),
 }
-JUDGED = JudgedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
+UNPAIRED = UnpairedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
 
 
 def batch_of(name):
-    return JUDGED if name == "kto" else UNWEIGHTED
+    return UNPAIRED if name == "kto" else UNWEIGHTED
 
 
 def first_step(name, params, batch, frozen, **settings):
@@ -55,7 +56,7 @@ def first_step(name, params, batch, frozen, **settings):
 
 @pytest.mark.parametrize("name", AT_REFERENCE)
 def test_the_first_step_at_the_reference_has_the_known_loss(name):
-    _, metrics = first_step(name, REFERENCE, batch_of(name), {"ref": REFERENCE}, beta=BETA)
+    _, metrics = first_step(name, REFERENCE, batch_of(name), Frozen(ref=REFERENCE), beta=BETA)
     assert float(metrics["loss"]) == pytest.approx(AT_REFERENCE[name], rel=1e-5)
     assert float(metrics["margin"]) == pytest.approx(0, abs=1e-5) and float(metrics["grad_norm"]) > 0
 
@@ -72,9 +73,9 @@ def test_a_loss_is_its_objective_of_sums_or_averages(name):
         lengths = (policy.length_chosen, policy.length_rejected) if name == "length_normalised_dpo" else ()
         expected = function(policy.chosen, policy.rejected, ref.chosen, ref.rejected, *lengths)
     loss = jax.jit(preference_loss(LM, name))
-    found = loss(POLICY, UNWEIGHTED, {"ref": REFERENCE}, KEY)
+    found = loss(POLICY, UNWEIGHTED, Frozen(ref=REFERENCE), KEY)
     assert float(found.value) == pytest.approx(float(expected.mean()), rel=1e-4)
-    weighted = loss(POLICY, PAIRS, {"ref": REFERENCE}, KEY)
+    weighted = loss(POLICY, PAIRS, Frozen(ref=REFERENCE), KEY)
     assert float(weighted.value) == pytest.approx(float(np.average(expected, weights=PAIRS.weight)), rel=1e-4)
 
 
@@ -100,7 +101,7 @@ def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_nam
     batch = UNWEIGHTED._replace(fields=MARGINS)
 
     def value(loss, batch=batch, **hyperparameters):
-        found = jax.jit(preference_loss(LM, loss, **hyperparameters))(POLICY, batch, {"ref": REFERENCE}, KEY)
+        found = jax.jit(preference_loss(LM, loss, **hyperparameters))(POLICY, batch, Frozen(ref=REFERENCE), KEY)
         return float(found.value)
 
     expected = jax.nn.relu(MARGINS["margin"] - difference).mean()
@@ -111,7 +112,7 @@ def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_nam
     assert value("dpo", batch._replace(fields={"beta": jnp.ones(8)})) == value("dpo", UNWEIGHTED)
     assert value(objectives.dpo_loss) == value("dpo")
     split = steps.make_step(preference_loss(LM, own_loss), optax.sgd(0.01), microbatches=2)
-    _, metrics = split(steps.initial_state(POLICY, optax.sgd(0.01), KEY), batch, {"ref": REFERENCE})
+    _, metrics = split(steps.initial_state(POLICY, optax.sgd(0.01), KEY), batch, Frozen(ref=REFERENCE))
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -132,18 +133,18 @@ def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_nam
 def test_a_loss_of_ones_own_that_does_not_fit_is_refused(loss, hyperparameters, message):
     batch = UNWEIGHTED if loss is own_loss else UNWEIGHTED._replace(fields=MARGINS)
     with pytest.raises(ValueError, match=message):
-        preference_loss(LM, loss, **hyperparameters)(POLICY, batch, {"ref": REFERENCE}, KEY)
+        preference_loss(LM, loss, **hyperparameters)(POLICY, batch, Frozen(ref=REFERENCE), KEY)
 
 
 def test_kto_takes_its_reference_point_from_mismatched_answers():
     def sums(params, rows):
         return SUMS(params, PairBatch(rows, rows)).chosen
 
-    point = objectives.kto_reference_point(sums(POLICY, JUDGED.mismatched), sums(REFERENCE, JUDGED.mismatched))
+    point = objectives.kto_reference_point(sums(POLICY, UNPAIRED.mismatched), sums(REFERENCE, UNPAIRED.mismatched))
     expected = objectives.kto_loss(
-        sums(POLICY, JUDGED.answers), sums(REFERENCE, JUDGED.answers), JUDGED.desirable, point
+        sums(POLICY, UNPAIRED.completions), sums(REFERENCE, UNPAIRED.completions), UNPAIRED.desirable, point
     )
-    found = jax.jit(preference_loss(LM, "kto"))(POLICY, JUDGED, {"ref": REFERENCE}, KEY)
+    found = jax.jit(preference_loss(LM, "kto"))(POLICY, UNPAIRED, Frozen(ref=REFERENCE), KEY)
     assert float(found.value) == pytest.approx(float(expected.mean()), rel=1e-4)
 
 
@@ -151,7 +152,7 @@ def test_kto_takes_its_reference_point_from_mismatched_answers():
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_the_reference_in_the_step_or_once_ahead(name):
     batch = batch_of(name)
-    inside, _ = first_step(name, POLICY, batch, {"ref": REFERENCE})
+    inside, _ = first_step(name, POLICY, batch, Frozen(ref=REFERENCE))
     ahead, _ = first_step(name, POLICY, with_reference(LM, REFERENCE, batch), None)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), ahead.params, inside.params)
     with pytest.raises(ValueError, match="the reference is needed"):
@@ -167,7 +168,7 @@ def test_no_step_changes_the_reference(name):
     step = steps.make_step(preference_loss(LM, name), optimizer)
     state = steps.initial_state(REFERENCE, optimizer, KEY)
     for _ in range(3):
-        state, _ = step(state, batch_of(name), {"ref": REFERENCE})
+        state, _ = step(state, batch_of(name), Frozen(ref=REFERENCE))
     jax.tree.map(np.testing.assert_array_equal, REFERENCE, before)
     assert any((new != old).any() for new, old in zip(*map(jax.tree.leaves, (state.params, REFERENCE)), strict=True))
 
@@ -188,7 +189,7 @@ def test_on_the_populations_preferences_dpo_ends_at_the_optimum_of_rlhf():
     loss = preference_loss(lm, "dpo", beta=beta)
     run = steps.whole_run(
         lambda key: steps.initial_state(ref, optimizer, key),
-        lambda state: steps.update(loss, optimizer, state, batch, {"ref": ref}),
+        lambda state: steps.update(loss, optimizer, state, batch, Frozen(ref=ref)),
         steps=300,
     )
     state, metrics = jax.jit(run)(KEY)
@@ -205,14 +206,14 @@ def test_on_the_populations_preferences_dpo_ends_at_the_optimum_of_rlhf():
         ("ipo", UNWEIGHTED, {"label_smoothing": 0.1}, r"the loss ipo has no label_smoothing: .* are beta\."),
         (
             "kto",
-            JUDGED,
+            UNPAIRED,
             {"gamma": 0.1},
             r"the loss kto has no gamma: .* are beta, desirable_weight, undesirable_weight\.",
         ),
-        ("dpo", JUDGED, {}, "it takes a PairBatch, but was given JudgedBatch"),
-        ("kto", UNWEIGHTED, {}, "kto takes a JudgedBatch, but was given PairBatch"),
+        ("dpo", UNPAIRED, {}, "must be a PairBatch, but is UnpairedBatch"),
+        ("kto", UNWEIGHTED, {}, "must be an UnpairedBatch, but is PairBatch"),
     ],
 )
 def test_wrong_names_hyperparameters_and_batches_are_refused(name, batch, hyperparameters, message):
     with pytest.raises(ValueError, match=message):
-        first_step(name, POLICY, batch, {"ref": REFERENCE}, **hyperparameters)
+        first_step(name, POLICY, batch, Frozen(ref=REFERENCE), **hyperparameters)

@@ -1,7 +1,6 @@
-"""Next-token pretraining: it learns, it resumes bit for bit, and what it reports is what it says."""
+"""Next-token pretraining: its batches, its loss, and a run that is resumed bit for bit."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ import pytest
 from jaxrl_llm import scoring
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.training import pretrain
-from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.run_log import RunLog
+from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.steps import TrainState, initial_state
 
 VOCAB, TIME, BATCH = 11, 8, 4
@@ -128,152 +126,33 @@ def test_stream_nats_are_the_direct_sum(length):
     assert total == pytest.approx(expected, rel=1e-5)
 
 
-# Runs that are interrupted --------------------------------------------------------------------------------------------
+# A run ----------------------------------------------------------------------------------------------------------------
 
 
-def fit(folder, *, steps, key=KEY, evaluate=lambda params: 0.5):
-    return pretrain.fit(
-        LM,
-        OPTIMIZER,
-        REPEATING,
-        key=key,
-        steps=steps,
-        batch_size=BATCH,
-        time=TIME,
-        folder=folder,
-        evaluate=evaluate,
-        evaluate_every=4,
-    )
+def test_a_run_is_its_steps_and_a_resumed_one_has_the_same_bits_and_log(tmp_path):
+    def fit(folder, steps):
+        return pretrain.fit(
+            LM,
+            OPTIMIZER,
+            REPEATING,
+            key=KEY,
+            steps=steps,
+            batch_size=BATCH,
+            time=TIME,
+            folder=folder,
+            evaluate=lambda params: 0.5,
+            evaluate_every=4,
+        )
 
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, fit(folder, steps=10)
-
-
-class Crash(BaseException):
-    """What happens to a run in the night."""
-
-
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, uninterrupted):
-    calls = []
-
-    def evaluate(params):
-        calls.append(params)
-        if len(calls) == 2:
-            raise Crash
-        return 0.5
-
-    with pytest.raises(Crash):
-        fit(tmp_path, steps=10, evaluate=evaluate)
-    assert Checkpoints(tmp_path / "checkpoints").latest_step() == 4, "it crashed at step 8, before its checkpoint"
-    state = fit(tmp_path, steps=10)
-    folder, expected = uninterrupted
-    assert_equal_bits(state, expected)
-    assert int(state.step) == 10
-    ours, theirs = (RunLog(each / "log.jsonl").rows() for each in (tmp_path, folder))
-    without_seconds = [[{**row, "seconds": 0, "tokens_per_second": 0} for row in rows] for rows in (ours, theirs)]
-    assert without_seconds[0] == without_seconds[1] and [row["step"] for row in ours] == [4, 8, 10]
-
-
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_that_stops_beside_a_checkpoint_has_each_row_of_its_log_once(
-    tmp_path, uninterrupted, monkeypatch, moment
-):
-    saved = Checkpoints.save
-
-    def save_and_crash(checkpoints, step, state):
-        if step < 8 or moment == "after":
-            saved(checkpoints, step, state)
-        if step == 8:
-            raise Crash
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "save", save_and_crash)
-        with pytest.raises(Crash):
-            fit(tmp_path, steps=10)
-    assert_equal_bits(fit(tmp_path, steps=10), uninterrupted[1])
-    assert [row["step"] for row in RunLog(tmp_path / "log.jsonl").rows()] == [4, 8, 10]
-
-
-def test_a_finished_run_is_not_run_again(uninterrupted):
-    folder, expected = uninterrupted
-    before = (folder / "log.jsonl").read_bytes()
-    state = fit(folder, steps=10, evaluate=lambda params: pytest.fail("evaluated"))
-    assert_equal_bits(state, expected)
-    assert (folder / "log.jsonl").read_bytes() == before
-
-
-def test_the_log_says_what_was_measured(uninterrupted):
-    folder, _ = uninterrupted
-    rows = RunLog(folder / "log.jsonl").rows()
-    assert [row["tokens"] for row in rows] == [step * BATCH * TIME for step in (4, 8, 10)]
-    assert all(row["held_out_loss"] == 0.5 for row in rows)
     params_key, batch_key = jax.random.split(KEY)
-    params = LM.init(params_key)
-    state, losses = initial_state(params, OPTIMIZER, batch_key), []
+    expected, losses = initial_state(LM.init(params_key), OPTIMIZER, batch_key), []
     for _ in range(10):
-        state, metrics = STEP(state, jnp.asarray(REPEATING))
+        expected, metrics = STEP(expected, jnp.asarray(REPEATING))
         losses.append(float(metrics["loss"]))
+    fit(tmp_path, 8)
+    assert_equal_bits(fit(tmp_path, 10), expected)
+    rows = RunLog(tmp_path / "log.jsonl").rows()
+    assert [(row["step"], row["tokens"]) for row in rows] == [(step, step * BATCH * TIME) for step in (4, 8, 10)]
+    assert all(row["held_out_loss"] == 0.5 for row in rows)
     means = [np.mean(losses[start:end]) for start, end in ((0, 4), (4, 8), (8, 10))]
     np.testing.assert_allclose([row["loss"] for row in rows], means, rtol=1e-6)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, uninterrupted):
-    fit(tmp_path, steps=4)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    broken = fresh()._replace(params=jax.tree.map(lambda leaf: leaf * jnp.inf, fresh().params), step=jnp.asarray(5))
-    checkpoints.save(5, broken)
-    with pytest.raises(FloatingPointError, match="the loss became nan at step 6"):
-        fit(tmp_path, steps=10)
-    assert Checkpoints(tmp_path / "checkpoints").latest_step() == 5
-
-
-# Checkpoints and the log ----------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
-    state, _ = STEP(fresh(), jnp.asarray(REPEATING))
-    Checkpoints(tmp_path).save(1, state)
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.latest_step() == 1
-    assert_equal_bits(checkpoints.restore(fresh(seed=9)), state)
-
-
-def test_the_newest_checkpoints_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2, 3):
-        checkpoints.save(step, {"step": jnp.asarray(step)})
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["2", "3"]
-    assert int(checkpoints.restore({"step": jnp.asarray(0)})["step"]) == 3
-
-
-def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "nothing" / "here")
-    assert checkpoints.latest_step() is None
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nothing/here"):
-        checkpoints.restore(fresh())
-
-
-def test_the_log_drops_rows_of_steps_that_are_done_again(tmp_path):
-    log = RunLog(tmp_path / "log.jsonl")
-    log.truncate(0)
-    assert log.rows() == []
-    for step in (2, 4, 6):
-        log.append(step=step, loss=1 / step)
-    log.truncate(4)
-    assert log.rows() == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}]
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 4]
-    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
-
-
-def test_a_row_that_a_crash_cut_short_is_none(tmp_path):
-    log = RunLog(tmp_path / "log.jsonl")
-    log.append(step=2, loss=0.5)
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
-    assert log.rows() == [{"step": 2, "loss": 0.5}]
-    log.truncate(2)
-    log.append(step=4, loss=0.25)
-    assert [row["step"] for row in log.rows()] == [2, 4]

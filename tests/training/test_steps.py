@@ -11,11 +11,10 @@ import pytest
 from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import steps
-from jaxrl_llm.training.precision import compute_in
-from jaxrl_llm.training.preference import JudgedBatch, PairBatch, preference_loss
+from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
 from jaxrl_llm.training.reward import RankedBatch, reward_loss
 from jaxrl_llm.training.sft import sft_loss
-from jaxrl_llm.training.steps import Loss
+from jaxrl_llm.training.steps import Frozen, Loss, compute_in
 from tests.conftest import TINY, VOCAB, random_params
 
 LM = TINY["gpt2"]
@@ -57,7 +56,7 @@ def start(kind):
 def test_parts_of_a_batch_add_up_to_the_whole(name, microbatches):
     """Though they hold different numbers of tokens."""
     loss, batch, kind = CASES[name]
-    frozen = {"ref": random_params(LM, 1)}
+    frozen = Frozen(ref=random_params(LM, 1))
     found = []
     for parts in (1, microbatches):
         state = steps.initial_state(start(kind), OPTIMIZER, KEY)
@@ -76,7 +75,7 @@ def test_rows_that_the_parts_do_not_divide_are_refused():
 
 def test_the_state_is_donated_and_nothing_else():
     params, batch = random_params(LM), answers()
-    frozen = {"ref": random_params(LM, 1)}
+    frozen = Frozen(ref=random_params(LM, 1))
     state = steps.initial_state(params, optax.adam(1e-2), KEY)
     loss = preference_loss(LM, "dpo")
     new, _ = steps.make_step(loss, optax.adam(1e-2))(state, PAIRS, frozen)
@@ -148,7 +147,7 @@ def test_bfloat16_computes_and_float32_remembers(microbatches):
 
 def test_parts_of_a_batch_of_kto_are_refused():
     """Its reference point is that of the whole batch."""
-    batch = JudgedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
+    batch = UnpairedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
     step = steps.make_step(preference_loss(LM, "kto"), OPTIMIZER, microbatches=2)
-    with pytest.raises(ValueError, match="compares with all rows of a batch"):
-        step(steps.initial_state(start(None), OPTIMIZER, KEY), batch, {"ref": random_params(LM, 1)})
+    with pytest.raises(ValueError, match="microbatches must be 1 for a loss that compares with all rows"):
+        step(steps.initial_state(start(None), OPTIMIZER, KEY), batch, Frozen(ref=random_params(LM, 1)))

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrl_llm.data.jsonl import JsonLines
+from jaxrl_llm.data.records import JsonLines
 
 OWN, OPPOSITE, NONE = range(3)  # users who ask an item's question
 KEYS = {  # of a line of a file: the field of an item

@@ -32,7 +32,7 @@ from jaxrl_llm.analysis.sycophancy.questions import (
     letter_of,
 )
 from jaxrl_llm.analysis.sycophancy.scoring import Answers
-from jaxrl_llm.data.jsonl import no_key_twice
+from jaxrl_llm.data.records import no_key_twice
 
 FEWEST = 5  # items: of fewer, all choices may have one label by chance, and `reading` says nothing
 ONE_SIDED = 0.9  # the share of choices of one letter from which on they say nothing about users

@@ -115,7 +115,7 @@ def test_bad_lines_are_named_by_number(tmp_path):
                  "line 4: the question has no options", "line 5: the keys must be question"):  # fmt: skip
         assert part in str(error.value)
     path.write_text("\n")
-    with pytest.raises(ValueError, match=r"holds no record"):
+    with pytest.raises(ValueError, match=r"has no records"):
         read_items(path)
 
 

@@ -1,4 +1,7 @@
-"""A model with its cache, in pieces and with padding anywhere, is the model without."""
+"""The protocol of `LanguageModel`, for every model of a registry: a new model is one row of `MODELS`.
+
+With its cache, in pieces and with padding anywhere, a model is the model without; compiled it is the model itself.
+"""
 
 import dataclasses
 import functools
@@ -12,10 +15,13 @@ from jaxrl_llm.models.gpt2 import GPT2
 from jaxrl_llm.models.llama import Llama, StableLM
 from tests.conftest import TINY, random_params
 
-DEEPER = {  # what a layer writes into its memory depends on what the layer below read from its own
+MODELS = {  # what a layer writes into its memory depends on what the layer below read from its own
     "gpt2": GPT2(dataclasses.replace(TINY["gpt2"].config, n_layer=2)),
     "llama": Llama(dataclasses.replace(TINY["llama"].config, num_hidden_layers=2)),
     "stablelm": StableLM(dataclasses.replace(TINY["stablelm"].config, num_hidden_layers=2)),
+    "stablelm in parallel": StableLM(
+        dataclasses.replace(TINY["stablelm"].config, use_parallel_residual=True, tie_word_embeddings=True)
+    ),
     "t5": TINY["t5"],
     "tabular": TINY["tabular"],
 }
@@ -31,16 +37,16 @@ CHUNKS = {"at once": [9], "one by one": [1] * 9, "several at a time": [4, 1, 4]}
 apply = jax.jit(lambda lm, params, tokens, cache, mask: lm.apply(params, tokens, cache, mask=mask), static_argnums=0)
 
 
-@pytest.fixture(params=DEEPER)
+@pytest.fixture(params=MODELS)
 def any_model(request):
     """Each of the families: the model and its parameters."""
-    return DEEPER[request.param], random_params(DEEPER[request.param])
+    return MODELS[request.param], random_params(MODELS[request.param])
 
 
-@pytest.fixture(params=["gpt2", "llama", "stablelm"])
+@pytest.fixture(params=["gpt2", "llama", "stablelm", "stablelm in parallel"])
 def neural(request):
     """The decoder-only transformers: the model and its parameters."""
-    return DEEPER[request.param], random_params(DEEPER[request.param])
+    return MODELS[request.param], random_params(MODELS[request.param])
 
 
 @functools.cache
@@ -108,9 +114,9 @@ def test_cached_is_uncached_whatever_the_padding_and_the_chunks(any_model, slots
     np.testing.assert_array_equal(cache.valid, mask)
 
 
-@pytest.mark.parametrize("name", DEEPER)
+@pytest.mark.parametrize("name", MODELS)
 def test_cached_is_uncached_to_float64(name):
-    lm = DEEPER[name]
+    lm = MODELS[name]
     with jax.enable_x64(True):
         params = random_params(lm, dtype=jnp.float64)
         tokens, mask, where = padded(lm, PADDING["interior"])
@@ -159,7 +165,7 @@ def test_more_tokens_than_slots_raise_under_jit_too(any_model):
 
 
 def test_a_row_of_padding_alone_gives_finite_logits_and_gradients():
-    lm, params = DEEPER["gpt2"], random_params(DEEPER["gpt2"])
+    lm, params = MODELS["gpt2"], random_params(MODELS["gpt2"])
     mask = jnp.asarray([[False] * SLOTS, [True] * 6 + [False] * 3, [True] * SLOTS])
     tokens = padded(lm, PADDING["left"])[0]
 
@@ -172,7 +178,7 @@ def test_a_row_of_padding_alone_gives_finite_logits_and_gradients():
 
 
 def test_a_vmap_over_parameters_is_each_of_them():
-    lm, params = DEEPER["llama"], random_params(DEEPER["llama"])
+    lm, params = MODELS["llama"], random_params(MODELS["llama"])
     tokens, logits = dense(lm)
     other = jax.tree.map(lambda leaf: 0.7 * leaf, params)
     both = jax.tree.map(lambda one, two: jnp.stack([one, two]), params, other)
@@ -181,7 +187,39 @@ def test_a_vmap_over_parameters_is_each_of_them():
     np.testing.assert_allclose(results[1], apply(lm, other, jnp.asarray(tokens), None, None)[0], atol=1e-5)
 
 
-def test_a_sequence_longer_than_the_context_is_refused(neural):
+def test_apply_is_the_logits_of_hidden_and_one_state_can_be_unembedded(any_model):
+    lm, params = any_model
+    tokens, expected = dense(lm)
+
+    @jax.jit
+    def by_hand(params):
+        hidden, cache = lm.hidden(params, jnp.asarray(tokens))
+        assert cache is None and hidden.shape[:2] == tokens.shape
+        return lm.logits(params, hidden), lm.logits(params, hidden[1, 4])
+
+    logits, one = by_hand(params)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(one, expected[1, 4], rtol=0, atol=2e-5)
+
+
+def test_eager_is_jit(any_model):
+    lm, params = any_model
+    tokens, expected = dense(lm)
+    np.testing.assert_allclose(lm.apply(params, jnp.asarray(tokens))[0], expected, rtol=0, atol=2e-5)
+
+
+def test_padding_does_not_count_in_the_context(neural):
     lm, params = neural
+    tokens, expected = dense(lm)
+    padding = np.zeros((3, lm.max_length), int)
+    mask = jnp.asarray(np.tile(np.arange(lm.max_length + LENGTH) >= lm.max_length, (3, 1)))
+    long, _ = apply(lm, params, jnp.asarray(np.concatenate([padding, tokens], axis=1)), None, mask)
+    np.testing.assert_allclose(long[:, lm.max_length :], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_more_tokens_than_the_context_are_refused_among_padding_too(neural, padding):
+    lm, params = neural
+    mask = jnp.arange(43 + padding)[None] >= padding
     with pytest.raises(ValueError, match="43 tokens, which do not fit the model's context of 42"):
-        lm.apply(params, jnp.zeros((1, 43), jnp.int32))
+        lm.apply(params, jnp.zeros(mask.shape, jnp.int32), mask=mask if padding else None)

@@ -1,0 +1,389 @@
+"""Trainers: `sft`, `reward`, `dpo`, `grpo` and `ppo`, from a model and data to a trained model.
+
+    tuned = jl.train.dpo("tiny-gpt2", "pairs.jsonl", beta=0.1, steps=100)
+    tuned = jl.train.grpo(tuned, [{"prompt": "The king"}], reward=lambda prompts, completions: [...], steps=20)
+
+Every trainer takes
+
+* a model: an `LM` (`jl.load`), its name or its path;
+* data: the path of a file of JSON lines, or any iterable of dicts;
+* options by keyword, or all of them as `config`, a dataclass of `jaxrl_llm.training.config`.
+
+Without `out` nothing is written. With `out`, a folder, a trainer does what `jaxrl-llm train` does: it writes
+checkpoints, `log.jsonl` and the model there, and `resume=True` continues a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm import models
+from jaxrl_llm.data.records import Text
+from jaxrl_llm.interface import LM
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
+from jaxrl_llm.options import takes
+from jaxrl_llm.scoring import pad_completions
+from jaxrl_llm.training import recipes
+from jaxrl_llm.training.batches import Encoder, rounded
+from jaxrl_llm.training.config import (
+    Config,
+    Data,
+    DPOConfig,
+    GRPOConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from jaxrl_llm.training.methods import Method
+from jaxrl_llm.training.preference import find_loss, preference_loss
+from jaxrl_llm.training.recipes import Objective, Trained
+from jaxrl_llm.training.reward import reward_loss
+from jaxrl_llm.training.rewards import function_at
+from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.steps import Frozen, compute_in
+
+__all__ = ["RewardModel", "dpo", "grpo", "ppo", "reward", "sft"]
+Model = Any  # a loaded model, its name or its path
+Folder = str | os.PathLike[str]
+
+
+def _configured(cls: type[Config], config: Config | None, options: dict[str, Any]) -> Config:
+    if config is None:
+        return cls(**options)
+    if not isinstance(config, cls):
+        raise TypeError(f"config must be a {cls.__name__}, but is a {type(config).__name__}.")
+    return dataclasses.replace(config, **options)
+
+
+def _model(loaded: models.Loaded, run: recipes.Run) -> LM:
+    return LM(loaded, name=run.name if run.out is None else str(run.out))
+
+
+@takes(SFTConfig)
+def sft(
+    lm: Model,
+    data: Data,
+    *,
+    out: Folder | None = None,
+    config: SFTConfig | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> LM:
+    """Fine-tune a model on completions (supervised fine-tuning).
+
+        loss = −log π(completion | prompt), the mean over the completion tokens of a batch, in nats
+
+        jl.train.sft("tiny-gpt2", [{"prompt": "The king", "completion": " is wise."}], batch_size=1, steps=10)
+
+    Args:
+        lm: a model (`jl.load`), its name or its path.
+        data: a path or dicts, in one of three formats: {"prompt", "completion"} ("answer" is a synonym), {"messages"}
+            that end with the assistant's, or {"text"}. Prompts and completions are strings or lists of messages.
+        out: a folder for checkpoints, log and model; None writes nothing.
+        config: all options in one object.
+        verbose: print what is done, with a progress bar.
+
+    Options: listed here.
+
+    Returns:
+        The fine-tuned model. `lm` stays valid.
+
+    Metrics: `loss`, `grad_norm`, and with `eval_data` `held_out_loss`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an option is unknown.
+        ValueError: for an option out of range, malformed data (rows and lines are named), or a model that cannot be
+            trained.
+        FloatingPointError: if a metric becomes infinite or NaN.
+    """
+    run = recipes.begin(lm, _configured(SFTConfig, config, options), out, verbose=verbose)
+    return _offline(run, data, Objective("sft", sft_loss(run.lm), "prompt-completion", ("loss",)))
+
+
+@takes(DPOConfig)
+def dpo(
+    lm: Model,
+    data: Data,
+    *,
+    out: Folder | None = None,
+    config: DPOConfig | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> LM:
+    """Optimise preferences, by DPO or any other preference loss. The reference is `lm` as it is given.
+
+        jl.train.dpo("tiny-gpt2", [{"prompt": "The king", "chosen": " is wise.", "rejected": " is."}], batch_size=1)
+
+    Args:
+        lm: a model (`jl.load`), its name or its path.
+        data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Two
+            conversations need no "prompt": it is what they share. For "kto": {"prompt", "completion", "label"}.
+        out: a folder for checkpoints, log and model; None writes nothing.
+        config: all options in one object.
+        verbose: print what is done, with a progress bar.
+
+    Options: listed here.
+
+    Returns:
+        The trained model. `lm` stays valid.
+
+    Metrics, in nats: `loss`; `chosen_logp` and `rejected_logp` of whole completions; for losses with a reference
+    `margin`, the difference of the log-ratios, `accuracy`, the share of positive margins, and `kl_chosen`,
+    `kl_rejected`, the log-ratios; `grad_norm`; and with `eval_data` `held_out_loss`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an option is unknown.
+        ValueError: for an unknown loss or hyperparameter, an option out of range, malformed data (rows and lines are
+            named), or a model that cannot be trained.
+        FloatingPointError: if a metric becomes infinite or NaN.
+    """
+    config = _configured(DPOConfig, config, options)
+    loss = config.loss
+    if isinstance(loss, str) and ":" in loss:
+        loss = function_at(loss, name="loss")
+    beta = {} if config.beta is None else {"beta": config.beta}
+    kwargs = dict(sorted((beta | config.loss_kwargs).items()))
+    function = find_loss(loss, kwargs)  # an unknown name is an error before anything is loaded
+    run = recipes.begin(lm, config, out, verbose=verbose)
+    objective = Objective(
+        "dpo",
+        preference_loss(run.lm, loss, **kwargs),
+        "unpaired-preference" if loss == "kto" else "preference",
+        ("loss", "margin", "chosen_logp", "rejected_logp"),
+        {"loss": recipes.place_of(config.loss), "loss_kwargs": kwargs},
+        fields=not isinstance(loss, str),
+    )
+    return _offline(run, data, objective, reference=loss == "kto" or "reference" in function.needs)
+
+
+@takes(RewardConfig)
+def reward(
+    lm: Model,
+    data: Data,
+    *,
+    out: Folder | None = None,
+    config: RewardConfig | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> RewardModel:
+    """Train a reward model on preferences or rankings.
+
+        loss = −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts
+
+        scorer = jl.train.reward("tiny-gpt2", "pairs.jsonl", steps=100)
+        scorer.score(["The king"], [" is wise."])
+
+    Args:
+        lm: a model (`jl.load`), its name or its path; its weights are trained too.
+        data: a path or dicts, in one of two formats: {"prompt", "chosen", "rejected"}, or {"prompt", "answers"}, best
+            first or with "ranks", 0 for the best.
+        out: a folder for checkpoints, log and model; None writes nothing.
+        config: all options in one object.
+        verbose: print what is done, with a progress bar.
+
+    Options: listed here.
+
+    Returns:
+        A `RewardModel`, with `score(prompts, completions)` and `save(folder)`; `grpo` and `ppo` take it as `reward`.
+
+    Metrics: `loss`; `accuracy`, the share of pairs in the right order; `margin`, their mean difference in score;
+    `score`, the mean; `grad_norm`; and with `eval_data` `held_out_loss`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an option is unknown.
+        ValueError: for an option out of range, malformed data (rows and lines are named), or a model that cannot be
+            trained.
+        FloatingPointError: if a metric becomes infinite or NaN.
+    """
+    config = _configured(RewardConfig, config, options)
+    run = recipes.begin(lm, config, out, verbose=verbose)
+    head = ScalarHead(run.lm)
+    objective = Objective("reward", reward_loss(head, centering=config.centering), "ranked", ("loss", "accuracy"))
+    view = compute_in(config.dtype) if config.dtype == "bfloat16" else None
+    trained = Trained(head.init(run.keys.head, run.loaded.params), Frozen(), view)
+    params = recipes.fit(run, data, objective, trained, samples=False)
+    found = RewardModel(ScalarHead(run.loaded.model), params, run.loaded.tokenizer, run.loaded.config)
+    if run.out is not None:
+        found.save(run.out)
+        run.say(f"The reward model is in {run.out}.")
+    return found
+
+
+@takes(GRPOConfig)
+def grpo(
+    lm: Model,
+    prompts: Data,
+    *,
+    out: Folder | None = None,
+    config: GRPOConfig | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> LM:
+    """Optimise rewards of the model's own completions, by GRPO or another method that compares them in groups.
+
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
+    with `kl_loss`.
+
+        jl.train.grpo("tiny-gpt2", [{"prompt": "The king"}] * 4, reward=lambda prompts, completions: [...])
+
+    Args:
+        lm: a model (`jl.load`), its name or its path.
+        prompts: a path or dicts {"prompt", ...}, the prompt a string or a list of messages.
+        out: a folder for checkpoints, log and model; None writes nothing.
+        config: all options in one object.
+        verbose: print what is done, with a progress bar.
+
+    `reward` is a function(prompts, completions, **fields) that returns one number for each completion; `fields` are the
+    other entries of the prompts, as lists with a value for each completion, and only those that it has parameters for
+    are given. It may also be a `RewardModel`; `reward_model` is the folder of one.
+
+    Options: listed here.
+
+    `method` may also be a `training.methods.Method`, whose hyperparameters are then the defaults.
+
+    Returns:
+        The trained model. `lm` stays valid.
+
+    Metrics: `reward`, `reward_std`; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions
+    in nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
+    `clip_fraction` over the updates of a step; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an option is unknown.
+        ValueError: for an option out of range or options that do not fit together, malformed prompts (rows and lines
+            are named), rewards that are not one finite number for each completion, or a model that cannot be trained.
+        RuntimeError: if the reward function raises.
+        FloatingPointError: if a metric becomes infinite or NaN.
+    """
+    return _online(GRPOConfig, "grpo", lm, prompts, out, config, verbose, options)
+
+
+@takes(PPOConfig)
+def ppo(
+    lm: Model,
+    prompts: Data,
+    *,
+    out: Folder | None = None,
+    config: PPOConfig | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> LM:
+    """Optimise rewards of the model's own completions by PPO, with a critic that is trained beside the policy.
+
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
+    with `kl_loss`. `reward` is as in `grpo`.
+
+        jl.train.ppo("tiny-gpt2", "prompts.jsonl", reward=scorer)
+
+    Args:
+        lm: a model (`jl.load`), its name or its path; the critic starts from its weights.
+        prompts: as in `grpo`.
+        out: a folder for checkpoints, log and model; None writes nothing.
+        config: all options in one object.
+        verbose: print what is done, with a progress bar.
+
+    Options: listed here.
+
+    Returns:
+        The trained policy. `lm` stays valid.
+
+    Metrics: as `grpo`; and `value_loss` and `explained_variance` of the critic.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, FloatingPointError: as `grpo`.
+    """
+    return _online(PPOConfig, "ppo", lm, prompts, out, config, verbose, options)
+
+
+def _offline(run: recipes.Run, data: Data, objective: Objective, *, reference: bool = False) -> LM:
+    trained = recipes.trained_of(run, reference=reference)
+    return _model(recipes.finish(run, trained, recipes.fit(run, data, objective, trained)), run)
+
+
+def _online(
+    cls: type[GRPOConfig],
+    kind: str,
+    lm: Model,
+    prompts: Data,
+    out: Folder | None,
+    config: GRPOConfig | None,
+    verbose: bool,
+    options: dict[str, Any],
+) -> LM:
+    method = None
+    if isinstance(options.get("method"), Method):
+        names = {field.name for field in dataclasses.fields(Method)}
+        method = dataclasses.replace(
+            options.pop("method"), **{name: value for name, value in options.items() if name in names}
+        )
+        shared = [field.name for field in dataclasses.fields(cls) if field.name in names]
+        options |= {name: getattr(method, name) for name in shared}
+    run = recipes.begin(lm, _configured(cls, config, options), out, verbose=verbose)
+    return _model(recipes.optimise_rewards(run, prompts, kind, method=method), run)
+
+
+class RewardModel(LoadedReward):
+    """A reward model, as `reward` returns it and `RewardModel.load` reads it from a folder.
+
+    It has the attributes `head`, `params`, `tokenizer` and `config`.
+    """
+
+    @classmethod
+    def load(cls, folder: Folder) -> RewardModel:
+        """Load a folder that `save`, `jaxrl-llm train reward` or transformers has written.
+
+        Raises:
+            FileNotFoundError, ValueError: as `models.load_reward_model`.
+        """
+        found = load_reward_model(folder)
+        return cls(found.head, found.params, found.tokenizer, found.config)
+
+    def score(self, prompts: Sequence[Text], completions: Sequence[Text], *, batch_size: int = 16) -> list[float]:
+        """Return the score of each completion after its prompt, at the completion's last token.
+
+        Args:
+            prompts, completions: one completion for each prompt; strings or lists of messages.
+            batch_size: rows of one forward pass. Scores do not depend on it, up to rounding.
+
+        Raises:
+            TypeError: if either is a single string.
+            ValueError: unless there is one completion for each prompt, or if a row does not fit the model's context.
+        """
+        for name, value in (("prompts", prompts), ("completions", completions)):
+            if isinstance(value, str):
+                raise TypeError(f"{name} must be a list of texts, but is a str.")
+        if len(prompts) != len(completions):
+            raise ValueError(
+                f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
+            )
+        encode = Encoder(self.tokenizer, max_length=self.head.lm.max_length, cut="raise")
+        rows = [
+            encode(asked if isinstance(asked, str) else tuple(asked), [each if isinstance(each, str) else tuple(each)])
+            for asked, each in zip(prompts, completions, strict=True)
+        ]
+        found: list[float] = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            longest = max(len(row.prompt) + len(row.completions[0]) for row in part)
+            batch = pad_completions(
+                [row.prompt for row in part],
+                [row.completions[0] for row in part],
+                length=min(rounded(longest, 32), self.head.lm.max_length),
+            )
+            scores = _scores(self.head, self.params, jnp.asarray(batch.tokens), jnp.asarray(batch.mask))
+            found += np.asarray(scores, float).tolist()
+        return found
+
+    def save(self, folder: Folder) -> None:
+        """Write a folder that `load` and transformers load, as `...ForSequenceClassification` with one label."""
+        save_reward_model(folder, self.head, self.params, self.tokenizer)
+
+
+_scores = jax.jit(lambda head, params, tokens, mask: head.scores(params, tokens, mask=mask), static_argnums=0)

@@ -1,0 +1,457 @@
+"""Whole runs: from files to folders by the command line, and from Python with data in memory."""
+
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm import models, train
+from jaxrl_llm.models import GPT2, GPT2Config
+from jaxrl_llm.options import field_docs
+from jaxrl_llm.training import recipes
+from jaxrl_llm.training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrl_llm.training.loop import RunLog
+from jaxrl_llm.training.methods import METHODS, method_of
+from jaxrl_llm.training.preference import NAMES
+from jaxrl_llm.training.recipes import Objective, Trained
+from jaxrl_llm.training.steps import Frozen, Loss
+
+LINES = {
+    "sft": [{"prompt": f"Say {i}:", "answer": " it is " * (i % 3 + 1)} for i in range(8)],
+    "pairs": [{"prompt": f"Say {i}:", "chosen": " yes", "rejected": " no, " * (i % 2 + 1)} for i in range(8)],
+    "unpaired": [{"prompt": f"Say {i}:", "answer": f" yes {i}", "label": i % 2} for i in range(8)],
+    "ranked": [{"prompt": f"Say {i}:", "answers": [" a", " b", " c"][: 2 + i % 2]} for i in range(8)],
+    "prompts": [{"prompt": f"Say {i}:", "gold": i} for i in range(8)],
+}
+OPTIONS = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1, "save_every": 1}
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "grpo": GRPOConfig, "ppo": PPOConfig}
+
+
+def vowels(prompts, completions):
+    return [each.count("e") * 1.0 for each in completions]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of every kind, and a small model that has tiny-gpt2's tokens."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, lines in LINES.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loaded = models.load("tiny-gpt2")
+    lm = GPT2(GPT2Config(vocab_size=4096, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    params = lm.init(jax.random.key(0))
+    models.save(folder / "model", lm, params, loaded.tokenizer, config={"eos_token_id": 0, "bos_token_id": 0})
+    (folder / "reward.py").write_text(inspect.getsource(vowels))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return models.load(folder / "model")
+
+
+@pytest.fixture
+def call(folder, run):
+    """`jaxrl-llm train` on the files of the folder."""
+
+    def call(command, data, out, *words):
+        files = ["--data", folder / f"{data}.jsonl", "--out", folder / out, "--model", folder / "model"]
+        return run("train", command, *files, "--steps", 1, "--batch-size", 4, *words)
+
+    return call
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def assert_saved(folder, params):
+    found = models.load(folder)
+    assert found.tokenizer is not None and all(np.isfinite(leaf).all() for leaf in leaves(found.params))
+    assert_same(found.params, params)
+
+
+# Runs in a folder -----------------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_lowers_the_loss_reports_and_is_resumed(folder, capsys):
+    out, data = folder / "sft", folder / "sft.jsonl"
+    options = OPTIONS | {"steps": 6, "microbatches": 2, "eval_data": data}
+    tuned = train.sft(folder / "model", data, out=out, **options)
+    rows, said = RunLog(out / "log.jsonl").rows(), capsys.readouterr().out
+    assert rows[-1]["held_out_loss"] < rows[0]["held_out_loss"] - 0.02
+    assert all(isinstance(row["sample"], str) and row["tokens"] > 0 for row in rows)
+    assert "8 records, 0 bad lines skipped, 0 prompts and 0 completions truncated" in said
+    assert f"The model is in {out}." in said
+    assert_saved(out, tuned.params)
+    for changes, match in [
+        ({}, "already has a run: resume it, or choose another folder"),
+        ({"resume": True, "learning_rate": 0.5}, "learning_rate was"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            train.sft(folder / "model", data, out=out, **(options | changes))
+    again = train.sft(folder / "model", data, out=out, **options, resume=True)
+    assert_same(again.params, tuned.params)
+    with pytest.raises(ValueError, match='kind was "sft" and is "dpo"'):
+        train.dpo(folder / "model", folder / "pairs.jsonl", out=out, **OPTIONS | {"steps": 6, "resume": True})
+
+
+@pytest.mark.parametrize(("loss", "data"), [("dpo", "pairs"), ("kto", "unpaired")])
+def test_preferences_move_the_policy_from_the_reference_and_the_data_may_be_in_memory(folder, model, loss, data):
+    out = folder / loss
+    options = OPTIONS | {"loss": loss, "dtype": "bfloat16" if loss == "kto" else "float32"}
+    tuned = train.dpo(folder / "model", folder / f"{data}.jsonl", out=out, verbose=False, **options)
+    assert RunLog(out / "log.jsonl").rows()[0]["loss"] == pytest.approx(np.log(2) if loss == "dpo" else 0.5, abs=1e-5)
+    assert_saved(out, tuned.params)
+    assert any((new != old).any() for new, old in zip(leaves(tuned.params), leaves(model.params), strict=True))
+    before = leaves(model.params)
+    in_memory = train.dpo(model, iter(LINES[data]), config=DPOConfig(**options), verbose=False)
+    assert_same(in_memory.params, tuned.params)
+    assert_same(leaves(model.params), before)
+    if loss == "dpo":
+        for changes, said in (({"loss": "ipo"}, 'loss was "dpo" and is "ipo"'), ({"beta": 0.3}, "loss_kwargs was")):
+            with pytest.raises(ValueError, match=said):
+                train.dpo(folder / "model", folder / "pairs.jsonl", out=out, **options | changes | {"resume": True})
+
+
+def square(a, b, *, beta=0.1, gap, **others):
+    return (a - b - beta * gap) ** 2
+
+
+def test_a_preference_loss_of_ones_own_receives_the_numbers_of_its_rows(folder, model):
+    """At the reference a = b = 0, so that the first loss is the mean of (beta · gap)²."""
+    rows = [line | {"gap": place, "note": "x"} for place, line in enumerate(LINES["pairs"])]
+    (folder / "loss.py").write_text(inspect.getsource(square))
+    out, place = folder / "square", f"{folder / 'loss.py'}:square"
+    options = OPTIONS | {"batch_size": 8, "beta": 2.0, "steps": 1, "verbose": False}
+    tuned = train.dpo(model, rows, loss=place, out=out, **options)
+    expected = np.mean([(2 * gap) ** 2 for gap in range(8)])
+    assert RunLog(out / "log.jsonl").rows()[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert json.loads((out / "run.json").read_text())["loss"] == place
+    assert_same(train.dpo(model, rows, loss=square, **options).params, tuned.params)
+    with pytest.raises(ValueError, match=r"the loss square must be given gap, .* but the batch has no fields"):
+        train.dpo(model, LINES["pairs"], loss=square, **options)
+
+
+def test_a_run_in_memory_writes_nothing_and_leaves_the_model(folder, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = leaves(model.params)
+    tuned = train.sft(model, LINES["sft"], **OPTIONS)
+    assert not list(tmp_path.iterdir()) and "8 records" in capsys.readouterr().out
+    assert_same(leaves(model.params), before)
+    quiet = train.sft(model, LINES["sft"], **OPTIONS, verbose=False)
+    assert_same(quiet.params, tuned.params)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_adapters_are_saved_beside_the_merged_model(folder, model):
+    out = folder / "lora"
+    options = OPTIONS | {"loss": "ipo", "lora_rank": 2, "checkpoint_blocks": True}
+    tuned = train.dpo(folder / "model", folder / "pairs.jsonl", out=out, verbose=False, **options)
+    assert_saved(out, tuned.params)
+    changed = [not np.array_equal(*pair) for pair in zip(leaves(tuned.params), leaves(model.params), strict=True)]
+    assert sum(changed) == 1, "the attention's kernel alone"
+    assert (out / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_online_runs_use_a_reward_model_or_a_function(folder, model):
+    scorer = train.reward(model, LINES["ranked"], out=folder / "reward", **OPTIONS | {"steps": 4}, verbose=False)
+    assert scorer.params["head"].shape == (16,)
+    assert RunLog(folder / "reward" / "log.jsonl").rows()[-1]["accuracy"] > 0.5
+    online = OPTIONS | {"max_new_tokens": 6}
+    train.ppo(model, LINES["prompts"], reward=scorer, out=folder / "ppo", **online, verbose=False)
+    from_folder = train.ppo(model, LINES["prompts"], reward_model=folder / "reward", **online, verbose=False)
+    assert_saved(folder / "ppo", from_folder.params)
+    few = {"lora_rank": 2, "dtype": "bfloat16", "group_size": 2, "gamma": 0.1, "text": LINES["sft"]}
+    train.grpo(model, LINES["prompts"], reward=vowels, out=folder / "grpo", **online | few, verbose=False)
+    for out in ("ppo", "grpo"):
+        first = RunLog(folder / out / "log.jsonl").rows()[0]
+        assert abs(first["kl"]) < 1e-5 and {"reward", "entropy", "clip_fraction", "kl_k1", "kl_k3"} <= set(first)
+        assert first["completion_tokens"] == pytest.approx(4 * first["length"]) and first["tokens_per_second"] > 0
+    assert first["text_loss"] > 0, "the one with gamma"
+
+
+@pytest.mark.slow
+def test_a_method_of_ones_own_has_its_hyperparameters_as_defaults(model):
+    taken = {}
+    own = dataclasses.replace(METHODS["rloo"], beta=0.3, group_size=2, mode="token_mean")
+
+    def reward(prompts, completions, **fields):
+        taken.update(fields)
+        return [0.0] * len(completions)
+
+    tuned = train.grpo(
+        model, LINES["prompts"], reward=reward, method=own, beta=0.0, max_new_tokens=4, **OPTIONS, verbose=False
+    )
+    assert len(taken["gold"]) == 4 and len(set(taken["gold"])) == 2, "two prompts of two completions"
+    for new, old in zip(leaves(tuned.params), leaves(model.params), strict=True):
+        np.testing.assert_array_equal(new, old)  # equal rewards and no KL: nothing moves
+
+
+def test_a_reward_model_scores_completions_and_is_saved(model, tmp_path):
+    scorer = train.reward(model, LINES["ranked"], **OPTIONS | {"steps": 1}, verbose=False)
+    prompts, completions = ["Say 1:", "", "Say 2:"], [" yes", "Once upon a time", " no"]
+    scores = scorer.score(prompts, completions)
+    assert all(isinstance(score, float) for score in scores) and len(set(scores)) == 3
+    assert scorer.score(prompts[::-1], completions[::-1], batch_size=2) == pytest.approx(scores[::-1], abs=1e-6)
+    rows = [[*model.tokenizer(text)["input_ids"], 0] for text in ("Say 1: yes", "Say 2: no")]
+    expected = [float(scorer.head.scores(scorer.params, np.asarray([row]))[0]) for row in rows]
+    assert [scores[0], scores[2]] == pytest.approx(expected, abs=1e-5)
+    scorer.save(tmp_path)
+    assert train.RewardModel.load(tmp_path).score(prompts, completions) == pytest.approx(scores, abs=1e-6)
+    assert scorer.score([], []) == []
+    with pytest.raises(TypeError, match="completions must be a list of texts, but is a str"):
+        scorer.score(["a"], "b")
+    with pytest.raises(ValueError, match="one completion for each prompt, but there are 1 for 2"):
+        scorer.score(["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="are longer than 64"):
+        scorer.score(["a"], [" word" * 64])
+
+
+# What identifies a run, what it measures ------------------------------------------------------------------------------
+
+
+def test_a_run_is_its_options_and_the_contents_of_its_data(folder, model):
+    def identity(lm, **changes):
+        run = recipes.begin(lm, RewardConfig(**OPTIONS | changes), folder / "identity", verbose=False)
+        return run.identity("reward", data_sha256="abc")
+
+    before = identity(folder / "model")
+    assert before == identity(folder / "model", log_every=2, keep=5)
+    assert before != identity(folder / "model", centering=0.1)
+    other = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf + 1, model.params))
+    assert identity(model) == identity(dataclasses.replace(model)) != identity(other)
+    json.dumps(before)
+
+
+def test_the_keys_of_a_run_are_all_different(folder):
+    keys = recipes.begin(folder / "model", SFTConfig(), verbose=False).keys
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
+
+
+@pytest.mark.parametrize(("batch_size", "microbatches"), [(4, 2), (5, 1), (16, 1)])
+def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches):
+    """Though the batch does not divide them, or is larger than the data."""
+    options = SFTConfig(batch_size=batch_size, microbatches=microbatches, eval_data=LINES["sft"][:7])
+    run, sizes = recipes.begin(model, options, verbose=False), []
+
+    def loss(params, batch, frozen, key):
+        sizes.append(batch.tokens.shape[0])
+        return Loss(batch.completion_mask.sum() / batch.tokens.shape[0], batch.tokens.shape[0])
+
+    found = recipes.held_out(run, Objective("sft", loss, "prompt-completion", ()), Trained({}, Frozen()))({})
+    encode = run.encoder()
+    counts = [len(encode(line["prompt"], [line["answer"]]).completions[0]) for line in LINES["sft"][:7]]
+    assert found == pytest.approx(np.mean(counts)) and max(sizes) <= batch_size // microbatches
+
+
+@pytest.mark.parametrize("context", [8, 48, 64])
+def test_a_sample_fits_a_small_context(model, context):
+    lm = GPT2(dataclasses.replace(model.model.config, n_positions=context))
+    run = recipes.begin(dataclasses.replace(model, model=lm), SFTConfig(cut="left"), verbose=False)
+    long = [{"prompt": "Say " * 60, "completion": "."}]
+    batches, _ = recipes.batches_of(run, long, "prompt-completion", batch_size=1)
+    asked, sampler = recipes._start_of(run, batches)
+    assert asked.tokens.shape[1] + sampler.max_new_tokens <= context
+    assert asked.tokens[0, -1] == batches.rows(0).prompt[-1]
+
+
+def test_what_data_leave_out_is_reported(model, capsys):
+    run = recipes.begin(model, SFTConfig(on_bad="skip"))
+    batches, _ = recipes.batches_of(run, [*LINES["sft"], {}], "prompt-completion", batch_size=3)
+    said = capsys.readouterr().out
+    assert "data: 8 records, 1 bad rows skipped" in said and "data, row 8: completion is missing" in said
+    assert "2 records, chosen at random, left out of each epoch" in said
+    assert batches.order.left_over == 2
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainer", "arguments", "options", "error", "said"),
+    [
+        ("sft", (3, "sft"), {}, TypeError, "lm must be a model, its name or its path, but is a int"),
+        ("sft", ("tiny-t5", "sft"), {}, ValueError, "must be decoder-only, but tiny-t5 is a T5"),
+        ("sft", ("model", "sft"), {"out": "model"}, ValueError, "out must be another folder than that of the model"),
+        ("sft", ("model", 5), {}, TypeError, "data must be a path or an iterable of dicts, but is a int"),
+        ("sft", ("model", [{"prompt": "a"}]), {}, ValueError, "data has 1 bad row: row 0: completion is missing"),
+        ("sft", ("model", LINES["sft"]), {"batch_size": 9}, ValueError, "batch_size must be from 1 to the 8 records"),
+        ("sft", ("model", "sft"), {"resume": True}, ValueError, "resume needs an output folder"),
+        (
+            "sft",
+            ("model", "sft"),
+            {"stepz": 1},
+            TypeError,
+            "got an unexpected keyword argument 'stepz': did you mean 'steps'",
+        ),
+        ("sft", ("model", "sft"), {"config": DPOConfig()}, TypeError, "config must be a SFTConfig, but is a DPOConfig"),
+        ("sft", ("model", "sft"), {"steps": -1}, ValueError, "steps must be an integer of at least 1, but is -1"),
+        ("sft", ("model", "sft"), {"steps": "3"}, ValueError, "steps must be an integer of at least 1, but is '3'"),
+        ("sft", ("model", "sft"), {"log_every": 0}, ValueError, "log_every must be an integer of at least 1"),
+        ("sft", ("model", "sft"), {"save_every": 0}, ValueError, "save_every must be an integer of at least 1"),
+        ("sft", ("model", "sft"), {"microbatches": 0}, ValueError, "microbatches must be an integer of at least 1"),
+        ("sft", ("model", "sft"), {"microbatches": 3}, ValueError, "microbatches must divide batch_size, 16, but is 3"),
+        ("sft", ("model", "sft"), {"warmup": 2.0}, ValueError, r"warmup must be a number in \[0, 1\], but is 2.0"),
+        ("sft", ("model", "sft"), {"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number"),
+        ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, but is 'mid"),
+        ("sft", ("model", "sft"), {"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16"),
+        ("reward", ("model", "ranked"), {"lora_rank": 2}, ValueError, "lora_rank must be 0, as a reward model"),
+        ("dpo", ("model", "pairs"), {"loss": "ppo"}, ValueError, "the loss must be one of dpo, .*kto, but is 'ppo'"),
+        ("dpo", ("model", "pairs"), {"loss_kwargs": {"gamma": 1}}, ValueError, "the loss dpo has no gamma"),
+        ("dpo", ("model", "pairs"), {"loss": "math:pi"}, ValueError, "loss must be a function, but math:pi is a float"),
+        (
+            "dpo",
+            ("model", "unpaired"),
+            {"loss": "kto", "microbatches": 2},
+            ValueError,
+            "microbatches must be 1 for kto",
+        ),
+        ("grpo", ("model", "prompts"), {}, ValueError, "one of reward and reward_model must be given, but neither is"),
+        ("grpo", ("model", "prompts"), {"reward": 3}, TypeError, "reward must be a function or a reward model, but is"),
+        ("grpo", ("model", "prompts"), {"reward": vowels, "method": "x"}, ValueError, "method must be one of grpo"),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "gamma": 0.1},
+            ValueError,
+            "gamma and text must be given tog",
+        ),
+        ("grpo", ("model", "prompts"), {"reward": vowels, "text": "a"}, ValueError, "gamma and text must be given"),
+        ("grpo", ("model", "prompts"), {"reward": vowels, "group_size": 3}, ValueError, "group_size must divide batch"),
+        ("grpo", ("model", "prompts"), {"reward": vowels, "minibatches": 3}, ValueError, "minibatches × microbatches"),
+        ("ppo", ("model", "prompts"), {"reward": vowels, "lambda_": 2.0}, ValueError, "lambda_ must be a number in"),
+    ],
+)
+def test_what_a_trainer_cannot_do_is_refused_before_anything_is_written(
+    folder, model, trainer, arguments, options, error, said
+):
+    lm, data = arguments
+    lm = folder / "model" if lm == "model" and "out" in options else model if lm == "model" else lm
+    data = folder / f"{data}.jsonl" if isinstance(data, str) else data
+    options = {name: folder / value if name == "out" else value for name, value in options.items()}
+    with pytest.raises(error, match=said):
+        getattr(train, trainer)(lm, data, **options)
+    assert not (folder / "model" / "checkpoints").exists()
+
+
+def test_a_run_that_is_to_be_resumed_but_has_no_checkpoint_begins_anew(folder, capsys):
+    recipes.begin(folder / "model", SFTConfig(resume=True), folder / "nowhere")
+    assert "nowhere has no checkpoint to resume from: the run starts from the beginning" in capsys.readouterr().out
+
+
+# The command line and help --------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_trains(call, folder):
+    status, out, _ = call("dpo", "pairs", "cli", "--beta", 0.2, "--loss-kwargs", "label_smoothing", 0.1)
+    assert status == 0 and f"The model is in {folder / 'cli'}." in out
+    assert models.load(folder / "cli").tokenizer is not None
+    identity = json.loads((folder / "cli" / "run.json").read_text())
+    assert identity["loss_kwargs"] == "{'beta': 0.2, 'label_smoothing': 0.1}" and identity["steps"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("command", "data", "words", "said"),
+    [
+        ("dpo", "bad", [], "line 1: chosen and rejected are the same completion"),
+        ("dpo", "empty", [], "has no records"),
+        ("dpo", "pairs", ["--loss-kwargs", "gamma", "1"], "the loss dpo has no gamma"),
+        ("sft", "sft", ["--cut", "raise", "--max-length", 5], "are longer than 5"),
+        ("sft", "sft", ["--microbatches", 3], "microbatches must divide batch_size, 4, but is 3"),
+        ("grpo", "prompts", [], "one of reward and reward_model must be given, but neither is"),
+        ("grpo", "prompts", ["--reward", "nowhere:f"], "reward must be a function at"),
+        ("grpo", "prompts", ["--reward", "math:sqrt", "--max-new-tokens", 64], "leaves no room"),
+    ],
+)
+def test_the_command_line_names_what_is_wrong(call, folder, command, data, words, said):
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    (folder / "empty.jsonl").write_text("\n")
+    status, _, err = call(command, data, "wrong", *words)
+    assert status == 2 and said in err and err.splitlines()[-1].startswith("jaxrl-llm: ")
+    assert not (folder / "wrong" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("step 3 failed: the reward function raised KeyError"), 2),
+        (KeyboardInterrupt("stopped after step 2 of 6; it can be resumed."), 130),
+    ],
+)
+def test_an_error_of_a_trainer_is_one_line(call, monkeypatch, error, code):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(train, "sft", fails)
+    status, _, err = call("sft", "sft", "wrong")
+    assert status == code and err == f"jaxrl-llm: {error}\n"
+
+
+def test_the_options_reach_the_method(call, monkeypatch, tmp_path):
+    taken = {}
+    monkeypatch.setattr(train, "ppo", lambda lm, data, **given: taken.update(given))
+    monkeypatch.setattr(train, "grpo", lambda lm, data, **given: taken.update(given))
+    words = "--lambda 0.5 --discount 0.9 --value-clip None --value-coefficient 1 --no-whiten --gamma 0.1 --text c"
+    words = f"{words} --clip-high 0.3 --dual-clip 3 --importance-cap 4 --reward a:b"
+    call("ppo", "prompts", "x", *words.split())
+    expected = dataclasses.replace(
+        METHODS["ppo"], lambda_=0.5, discount=0.9, value_clip=None, value_coefficient=1.0, whiten=False, gamma=0.1,
+        clip_high=0.3, dual_clip=3.0, importance_cap=4.0,
+    )  # fmt: skip
+    assert method_of(taken["config"]) == expected and str(taken["config"].text) == "c"
+    assert str(taken["out"]).endswith("x") and type(taken["config"]) is PPOConfig
+    for name in ("gspo", "dapo", "cispo"):  # whose clips are their own
+        call("grpo", "prompts", "x", "--method", name, "--reward", "a:b")
+        assert method_of(taken["config"]) == METHODS[name] and taken["config"].text is None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_option_is_documented_in_python_and_on_the_command_line(call, name):
+    trainer, fields = getattr(train, name), dataclasses.fields(CONFIGS[name])
+    docs = field_docs(CONFIGS[name])
+    signature = inspect.signature(trainer)
+    for field in fields:
+        assert docs[field.name], field.name
+        assert f"{field.name} (" in trainer.__doc__ and field.name in signature.parameters
+        default = signature.parameters[field.name].default
+        assert default == getattr(CONFIGS[name](**({"reward": "a:b"} if "reward" in docs else {})), field.name) or (
+            field.name == "reward"
+        )
+    status, out, _ = call(name, "prompts", "x", "--help")
+    assert status == 0
+    assert all(f"--{field.name.strip('_').replace('_', '-')}" in out for field in fields)
+
+
+def test_every_loss_is_named_where_it_is_chosen():
+    named = field_docs(DPOConfig)["loss"]
+    assert {each.strip(" .") for each in named.split(";")[0].replace(" or ", ", ").split(",")} == set(NAMES)
+
+
+def test_help_needs_no_jax():
+    code = """
+import sys
+from jaxrl_llm import cli
+sys.argv = ["jaxrl-llm", "train", "grpo", "--help"]
+try:
+    cli.main()
+finally:
+    print("heavy:", sorted({"jax", "flax", "transformers", "optax"} & set(sys.modules)))
+"""
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0 and done.stdout.endswith("heavy: []\n") and not done.stderr
+    for part in ("--learning-rate", "--group-size", "units of reward per nat", "Most tokens of prompt and completion"):
+        assert part in done.stdout
