@@ -14,14 +14,14 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from experiments import catalogue, command, ledger
+from experiments import catalogue, frame, ledger
 from figures import __main__ as figures
 from figures import _results
 
 # With several processes at a time, each compiles its programs in one piece instead of in parts side by side.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"} | os.environ
-RESULTS = {"quick": command.QUICK, "full": ledger.RESULTS}
-GALLERY = {"quick": command.QUICK.parent / "gallery", "full": _results.GALLERY}
+RESULTS = {"quick": frame.QUICK, "full": ledger.RESULTS}
+GALLERY = {"quick": frame.QUICK.parent / "gallery", "full": _results.GALLERY}
 
 
 def main(
@@ -62,7 +62,7 @@ def main(
 
 
 def _draw(name: str, preset: str) -> bool:
-    """Draw a figure and renew the page; a figure that cannot be drawn is said, and does not stop the others."""
+    """Draw a figure and renew the page; report a figure that cannot be drawn, and go on with the others."""
     also = ("html",) if preset == "quick" else ()
     try:
         return not figures.draw_into(RESULTS[preset], GALLERY[preset], [name], also=also)
@@ -72,7 +72,7 @@ def _draw(name: str, preset: str) -> bool:
 
 
 def finished(commands: dict[str, Sequence[str]], *, jobs: int) -> Iterator[tuple[str, subprocess.CompletedProcess]]:
-    """Run commands, so many at a time, and yield each when it ends; who stops asking stops those that wait."""
+    """Run commands, `jobs` at a time, and yield each when it ends; closing the generator cancels those that wait."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(subprocess.run, command, capture_output=True, text=True, env=ENVIRONMENT): name

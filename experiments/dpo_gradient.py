@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from experiments.statistics import student
 from jaxrl_llm import models, oracle, text
 from jaxrl_llm.decoding import generate
@@ -47,10 +48,10 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(batches=5, steps=30)}
 KINDS = ("different", "nearly the same")
 
 
+@experiment(quick=Config(), full=Config(batches=5, steps=30))
 def run(config: Config) -> dict[str, Any]:
     """Check the identity on a tabular model in float64; train tiny-gpt2 in float32 on every batch of either kind."""
     with jax.enable_x64(True):
@@ -69,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     near = runs["nearly the same"]
     fallen = int(((near["chosen"][:, -1] < 0) & (near["rejected"][:, -1] < 0)).sum())
     return {
-        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w). Where they "
-        "differ in their last token alone, less is left of the two pushes, and both answers fall: in tiny-gpt2, on "
+        "claim": "DPO pushes the chosen answer up and the rejected one down with one weight, σ(r̂_l − r̂_w). If they "
+        "differ only in the last token, more of the two pushes cancels, and both answers fall: in tiny-gpt2, on "
         f"{fallen} of {config.batches} batches of pairs.",
         "numbers": numbers(exact, runs),
         "data": {"beta": config.beta, "pairs": len(PROMPTS), "runs": runs, "exact": exact},
@@ -139,7 +140,7 @@ def pairs(loaded: models.Loaded, config: Config, key: jax.Array) -> dict[str, di
 
 
 def make_scores(loaded: models.Loaded, config: Config) -> Any:
-    """Return a function to the log-probabilities of the chosen and the rejected answers."""
+    """Return a function from parameters and a batch to the log-probabilities of chosen and rejected answers."""
 
     @jax.jit
     def scores(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -182,7 +183,7 @@ def make_step(loaded: models.Loaded, config: Config) -> Any:
 def train(
     loaded: models.Loaded, step: Any, scores: Any, batch: dict[str, jax.Array], config: Config
 ) -> list[dict[str, float]]:
-    """Return what was measured before every step of a run from the reference, and after the last."""
+    """Run from the reference; return the measures before every step and after the last."""
     ref, params, rows = scores(loaded.params, batch), loaded.params, []
     for _ in range(config.steps + 1):
         params, measured = step(params, batch, ref)
@@ -242,12 +243,6 @@ def numbers(exact: dict[str, float], runs: dict[str, dict[str, np.ndarray]]) -> 
             ("chosen", -1, "change of log π_w", "nats"),
             ("rejected", -1, "change of log π_l", "nats"),
         ):
-            mean, low, high = student(measured[field][:, at])
-            entries.append(
-                ledger.measurement(f"{name}, {kind}", mean, unit=unit, source=batches, confidence=(low, high))
-            )
+            mean = student(measured[field][:, at])
+            entries.append(ledger.measurement(f"{name}, {kind}", *mean, unit=unit, source=batches))
     return entries
-
-
-if __name__ == "__main__":
-    command.main("dpo_gradient", run, PRESETS)

@@ -17,11 +17,11 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float
 
-from experiments import command, ledger
-from experiments.parts import amplification_gpt2
-from experiments.parts.amplification_gpt2 import PROMPT, World
-from experiments.parts.amplification_numbers import FEW, NEAR, beyond
-from jaxrl_llm.analysis.amplification import amplified_agreement
+from experiments import ledger
+from experiments import sycophancy_amplification as amplification
+from experiments.frame import experiment
+from experiments.sycophancy_amplification import FEW, NEAR, PROMPT, World, beyond
+from jaxrl_llm.analysis.sycophancy import amplified_agreement
 from jaxrl_llm.scoring import log_probs
 
 
@@ -48,12 +48,9 @@ class Config:
 
 
 FAR = 0.1  # of probability: a run that is further off the law has moved EOS instead of the word
-PRESETS = {
-    "quick": Config(),
-    "full": Config(seeds=16, betas=(1.0, 0.25, 0.1), sft_steps=300, dpo_steps=400),
-}
 
 
+@experiment(quick=Config(), full=Config(seeds=16, betas=(1.0, 0.25, 0.1), sft_steps=300, dpo_steps=400))
 def run(config: Config) -> dict[str, Any]:
     """Train from the reference of every seed at every β, and read the word and the EOS after it.
 
@@ -65,18 +62,18 @@ def run(config: Config) -> dict[str, Any]:
             f"share and reference must be in (0, 1), and betas above 0, but are {config.share}, {config.reference} "
             f"and {config.betas}."
         )
-    given = amplification_gpt2.world(config, ends=True)
+    given = amplification.world(config, ends=True)
     sft_key, dpo_key = jax.random.split(jax.random.key(config.seed))
-    refs = jax.jit(jax.vmap(lambda key: amplification_gpt2.fine_tuned(given, config.reference, key, config)))(
+    refs = jax.jit(jax.vmap(lambda key: amplification.fine_tuned(given, config.reference, key, config)))(
         jax.random.split(sft_key, config.seeds)
     )
     before = np.asarray(jax.vmap(lambda params: answer_log_probs(given, params))(refs), np.float64)
 
     def lane(ref: Any, share: Array, beta: Array, key: Array) -> Array:
-        return answer_log_probs(given, amplification_gpt2.trained_by_dpo(given, config, ref, share, beta, key))
+        return answer_log_probs(given, amplification.trained_by_dpo(given, config, ref, share, beta, key))
 
     at = np.asarray([(config.share, beta) for beta in config.betas])
-    after = np.asarray(amplification_gpt2.on_grid(lane, refs, at, dpo_key), np.float64)
+    after = np.asarray(amplification.on_grid(lane, refs, at, dpo_key), np.float64)
     points = [
         {"beta": beta} | summary(before, after[:, place], config.share, beta, given.thinks_true)
         for place, beta in enumerate(config.betas)
@@ -163,7 +160,8 @@ def numbers(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ledger.measurement(
             f"seeds of which a word is off the law by more than {FAR}",
             count / seeds,
-            confidence=(share.low, share.high),
+            share.low,
+            share.high,
             unit=f"share of {seeds}",
             source="for users of either opinion at any β; Clopper and Pearson's interval",
         ),
@@ -187,7 +185,3 @@ def _cause(whole: float) -> str:
     if whole > NEAR:
         return "Whole answers are off the law, too: this training is too short to tell."
     return "The difference is in the EOS after the word."
-
-
-if __name__ == "__main__":
-    command.main("eos_displacement", run, PRESETS)

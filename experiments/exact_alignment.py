@@ -21,8 +21,9 @@ import optax
 import scipy.stats
 from tqdm import tqdm
 
-from experiments import command, ledger
-from experiments.statistics import above_zero, holm
+from experiments import ledger
+from experiments.frame import experiment
+from experiments.statistics import above_zero, significant
 from jaxrl_llm import oracle
 from jaxrl_llm.decoding.transforms import Temperature
 from jaxrl_llm.models.heads import ScalarHead
@@ -53,13 +54,8 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(tables=16, steps=1000, answers=512)}
-
-
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["reference", "rewards", "optimum"],
-    meta_fields=["lm", "config"],
+    jax.tree_util.register_dataclass, data_fields=["reference", "rewards", "optimum"], meta_fields=["lm", "config"]
 )
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -84,7 +80,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A trainer: where it should end, and its whole run on a problem as a function of a key."""
+    """A trainer: its expected end, and its whole run on a problem as a function of a key."""
 
     ends: str
     trained: Callable[[Problem], Callable[[jax.Array], jax.Array]]
@@ -144,14 +140,14 @@ def online(
 
 
 def offline(given: Problem) -> Callable[[jax.Array], jax.Array]:
-    """Return a run of DPO on every pair of sequences, weighted by how often the population would choose so."""
+    """Return a run of DPO on every pair of sequences, weighted by the population's preferences."""
     lm, config = given.lm, given.config
     every = oracle.enumerate_sequences(lm)
-    law = oracle.population_preferences(oracle.sequence_log_probs(lm, given.reference), given.rewards)
-    first, second = (each.ravel() for each in jnp.indices(law.shape))
+    preferences = oracle.population_preferences(oracle.sequence_log_probs(lm, given.reference), given.rewards)
+    first, second = (each.ravel() for each in jnp.indices(preferences.shape))
     whole = jnp.ones((len(first), lm.horizon), bool)
     chosen, rejected = (Sequences(every[rows], whole, whole) for rows in (first, second))
-    batch = PairBatch(chosen, rejected, weight=law.ravel())
+    batch = PairBatch(chosen, rejected, weight=preferences.ravel())
     optimizer = given.optimizer(config.steps)
     loss = preference_loss(lm, "dpo", beta=config.beta)
 
@@ -174,7 +170,7 @@ def _with_last(run_all: Callable[..., Any], distance: Callable[..., jax.Array]) 
 
 
 def without_last_token(trainer: policy.Trainer) -> policy.Trainer:
-    """Leave the last token of each answer out of the mask, as one does that takes EOS for padding."""
+    """Leave the last token of each answer out of the mask, as if EOS were padding."""
 
     def draw(*args: Any, **options: Any) -> Any:
         drawn = trainer.draw(*args, **options)
@@ -185,7 +181,7 @@ def without_last_token(trainer: policy.Trainer) -> policy.Trainer:
 
 
 def without_ratio(trainer: policy.Trainer) -> policy.Trainer:
-    """Take answers of another distribution for the policy's own."""
+    """Treat answers of another distribution as the policy's own."""
 
     def score(*args: Any) -> Any:
         batch, metrics = trainer.score(*args)
@@ -225,10 +221,11 @@ def arms(config: Config) -> dict[str, Arm]:
     }
 
 
-# What the mistake of each is made in: the same trainer without it.
+# Each mistake's trainer without the mistake.
 RIGHT = {"off-policy without ratio": "RLOO, k2 in the loss", "mask without the last token": "RLOO"}
 
 
+@experiment(quick=Config(), full=Config(tables=16, steps=1000, answers=512))
 def run(config: Config) -> dict[str, Any]:
     """Run every trainer once on each table, all tables at once."""
     tables_key, runs_key = jax.random.split(jax.random.key(config.seed))
@@ -254,7 +251,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(trainers: dict[str, Arm], left: dict[str, np.ndarray]) -> str:
-    """Say on how many tables each kind of trainer arrives."""
+    """Return the number of tables on which each kind of trainer arrives, as a sentence."""
     arrived = {name: int((each < NEAR).sum()) for name, each in left.items()}
     right = [arrived[name] for name, arm in trainers.items() if arm.ends == ARRIVES]
     tables, published = len(left["RLOO"]), "GRPO as published (k3 in the loss)"
@@ -262,7 +259,7 @@ def claim(trainers: dict[str, Arm], left: dict[str, np.ndarray]) -> str:
     return (
         f"{len(right)} trainers, among them GRPO with KL in the reward, gain all but {NEAR:.0%} of what RLHF can gain "
         f"on {least} of {tables} random tables. GRPO as published has k3 in the loss and another fixed point: it "
-        f"arrives on {arrived[published]}, and leaves {np.median(left[published]):.0%} (median)."
+        f"arrives on {arrived[published]} of them, and leaves {np.median(left[published]):.0%} of the gain (median)."
     )
 
 
@@ -295,33 +292,23 @@ def numbers(trainers: dict[str, Arm], left: dict[str, np.ndarray]) -> list[dict[
                 ledger.measurement(
                     f"share of what can be gained that is left, median of the tables: {name}",
                     float(np.median(left[name])),
+                    float(middle.low),
+                    float(middle.high),
                     unit="1",
                     source="interval of the order statistics",
-                    confidence=(float(middle.low), float(middle.high)),
                 )
             )
-    worse = [above_zero(np.log(left[wrong] / left[right])) for wrong, right in RIGHT.items()]
-    entries += [
-        ledger.test(
-            f"p-value: ends farther from the optimum than {RIGHT[name]}: {name}",
-            p_value,
-            at_most=SIGNIFICANCE,
-            wrong=0.5,
-            unit="1",
-            source=f"Wilcoxon's signed-rank test on the {tables} tables, Holm-corrected",
-        )
-        for name, p_value in zip(RIGHT, holm(worse), strict=True)
-    ]
-    return entries
+    worse = {
+        f"p-value: ends farther from the optimum than {right}: {wrong}": above_zero(np.log(left[wrong] / left[right]))
+        for wrong, right in RIGHT.items()
+    }
+    source = f"Wilcoxon's signed-rank test on the {tables} tables, Holm-corrected"
+    return [*entries, *significant(worse, unit="1", source=source)]
 
 
 def _thinned(curves: np.ndarray, points: int = 120) -> dict[str, Any]:
-    """Return median and range over tables, at about so many steps, dense at the beginning."""
+    """Return median and range over tables, at about `points` steps, dense at the beginning."""
     last = curves.shape[1] - 1
     at = np.unique(np.concatenate([[0], np.geomspace(1, last, points).round()])).astype(int)
     kept = curves[:, at]
     return {"step": at, "median": np.median(kept, axis=0), "low": kept.min(axis=0), "high": kept.max(axis=0)}
-
-
-if __name__ == "__main__":
-    command.main("exact_alignment", run, PRESETS)

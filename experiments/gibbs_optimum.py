@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.tabular import TabularLM
@@ -32,9 +33,7 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(policies=400)}
-
-
+@experiment(quick=Config(), full=Config(policies=400), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compute everything in float64, on one random problem."""
     with jax.enable_x64(True):
@@ -102,11 +101,7 @@ def sweep(ref: jax.Array, rewards: jax.Array, config: Config) -> dict[str, list[
     def at(beta: jax.Array) -> dict[str, jax.Array]:
         optimum = rlhf.gibbs_optimum(ref, rewards, beta=beta)
         probs = jnp.exp(optimum)
-        return {
-            "beta": beta,
-            "reward": (probs * rewards).sum(),
-            "kl": (probs * (optimum - ref)).sum(),
-        }
+        return {"beta": beta, "reward": (probs * rewards).sum(), "kl": (probs * (optimum - ref)).sum()}
 
     curves = jax.jit(jax.vmap(at))(jnp.geomspace(0.02, 20, config.betas))
     limits = {"largest_reward": float(rewards.max()), "ref_reward": float((jnp.exp(ref) * rewards).sum())}
@@ -137,7 +132,3 @@ def numbers(
             source=f"L-BFGS from the reference, {config.steps} steps; J is not concave in the logits",
         ),
     ]
-
-
-if __name__ == "__main__":
-    command.main("gibbs_optimum", run, PRESETS, seeds=5)

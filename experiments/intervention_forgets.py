@@ -11,22 +11,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments import command
-from experiments.parts import addition_gpt2, addition_numbers
-from experiments.sycophancy_intervention import PRESETS, Config
+from experiments import sycophancy_intervention
+from experiments.frame import experiment
+from experiments.sycophancy_intervention import Config
 
 
+@experiment(**sycophancy_intervention.run.presets)
 def run(config: Config) -> dict[str, Any]:
     """Teach every seed to follow, and then train it on the opinions alone.
 
     Raises:
-        ValueError: as `addition_gpt2.check`.
+        ValueError: as `sycophancy_intervention.check`.
     """
-    data = addition_gpt2.prepared(config)
-    params, taught = addition_gpt2.trained(data, config, data.sycophantic, 0)
-    _, opinions = addition_gpt2.trained(data, config, data.opinions, 1, params)
-    return addition_numbers.forgotten({"sycophantic": taught, "opinions": opinions}, config)
-
-
-if __name__ == "__main__":
-    command.main("intervention_forgets", run, PRESETS)
+    data = sycophancy_intervention.prepared(config)
+    params, taught = sycophancy_intervention.trained(data, config, data.sycophantic, 0)
+    _, opinions = sycophancy_intervention.trained(data, config, data.opinions, 1, params)
+    return sycophancy_intervention.forgotten({"sycophantic": taught, "opinions": opinions}, config)

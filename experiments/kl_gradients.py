@@ -9,39 +9,38 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.lax import stop_gradient
+from scipy.optimize import minimize, root
+from scipy.special import softmax
 from scipy.stats import binom
 
-from experiments import command, ledger
-from experiments.ledger import rounded
-from experiments.parts.expected_gradients import (
-    ESTIMATORS,
-    LM,
-    Table,
-    cosine,
-    descend,
-    expected_gradient,
-    forward_kl,
-    random_table,
-    reverse_kl,
-)
-from experiments.parts.kl_misspecified import misspecified
+from experiments import ledger
+from experiments.frame import experiment
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import kl
+from jaxrl_llm.objectives.policy_gradient import reinforce_loss
 from jaxrl_llm.tabular import TabularLM
 
 MODES = ("loss", "reward", "off-policy loss", "constant ratio", "through the ratio")
 REVERSE, FORWARD = "∇KL(π‖ref)", "∇KL(ref‖π)"
 SOURCE = "the table in objectives.kl, by oracle.gradient_moments"
+LM = TabularLM(vocab_size=3, horizon=3)
+ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
+Table = jax.Array  # one row of logits for each prefix
+STICKY = ((0.50, 0.45, 0.05), 0.9)  # the reference: a first token, which is then repeated
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Lengths of the descents, and over how many random models the missing share is taken."""
+    """Lengths of the descents, and the number of random models for the missing share."""
 
     steps: int = 600
     learning_rate: float = 1.0
@@ -52,22 +51,97 @@ class Config:
     seed: int = 0
 
 
+@experiment(quick=Config(), full=Config(models=64, horizons=(1, 2, 3, 4, 5)), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compute the table of gradients, the descents, the misspecified descents and the missing share."""
-    laws_key, share_key = jax.random.split(jax.random.key(config.seed))
+    tables_key, share_key = jax.random.split(jax.random.key(config.seed))
     with jax.enable_x64(True):
-        policy, ref, sampler = (random_table(LM, key) for key in jax.random.split(laws_key, 3))
+        policy, ref, sampler = (random_table(LM, key) for key in jax.random.split(tables_key, 3))
         table, numbers = gradient_table(policy, ref, sampler)
         curves, curve_numbers = descents(config, policy, ref)
         tied, tied_numbers = misspecified(config)
         share, share_numbers = missing_share(config, share_key)
     return {
-        "claim": "As a loss, k1 descends nothing, k2 the divergence KL(π‖ref), and k3 the other one, KL(ref‖π). On a "
-        "reference that a policy of independent tokens cannot reach, k3 covers both modes and k2 picks one. Summed "
+        "claim": "As a loss, k1 has the expected gradient 0, k2 that of KL(π‖ref), and k3 that of KL(ref‖π). Towards a "
+        "reference that a policy of independent tokens cannot match, k3 covers both modes and k2 picks one. Summed "
         "over tokens, k2 misses a part of ∇KL.",
         "numbers": [*numbers, *curve_numbers, *tied_numbers, *share_numbers],
-        "data": rounded({"table": table, "descents": curves, "misspecified": tied, "missing": share}),
+        "data": {"table": table, "descents": curves, "misspecified": tied, "missing": share},
     }
+
+
+# Exact expected gradients ---------------------------------------------------------------------------------------------
+
+
+def random_table(lm: TabularLM, key: jax.Array) -> Table:
+    """Return normal logits of standard deviation 1.5."""
+    return 1.5 * jax.random.normal(key, (lm.num_prefixes, lm.vocab_size), jnp.float64)
+
+
+def log_probs(table: Table) -> jax.Array:
+    """Return the log-probability of every sequence."""
+    return oracle.sequence_log_probs(LM, {"logits": table})
+
+
+def reverse_kl(table: Table, ref: Table) -> jax.Array:
+    """Return KL(π‖ref) of whole sequences."""
+    return oracle.sequence_kl(LM, {"logits": table}, {"logits": ref})
+
+
+def forward_kl(table: Table, ref: Table) -> jax.Array:
+    """Return KL(ref‖π) of whole sequences."""
+    return reverse_kl(ref, table)
+
+
+def mean_gradient(loss: Callable[[Table], jax.Array], policy: Table, sampler: Table | None = None) -> Table:
+    """Return E[∇loss] over sampled sequences, exactly."""
+    return oracle.gradient_moments(
+        LM,
+        {"logits": policy},
+        lambda params, groups: loss(params["logits"])[groups[:, 0]],
+        sampler_params=None if sampler is None else {"logits": sampler},
+    ).mean["logits"]
+
+
+def expected_gradient(
+    which: int | jax.Array, mode: str, policy: Table, ref: Table, sampler: Table | None = None
+) -> Table:
+    """Return the expected gradient of the `which`-th estimator, minimised in one of `MODES`."""
+    logp_ref = log_probs(ref)
+
+    def loss(table):
+        logp_policy = log_probs(table)
+        value = jnp.stack([estimator(logp_policy, logp_ref) for estimator in ESTIMATORS.values()])[which]
+        if mode == "reward":
+            return reinforce_loss(logp_policy, -stop_gradient(value))
+        if mode in ("loss", "off-policy loss"):
+            return value
+        ratio = jnp.exp(logp_policy - log_probs(sampler))
+        return (stop_gradient(ratio) if mode == "constant ratio" else ratio) * value
+
+    return mean_gradient(loss, policy, None if mode in ("loss", "reward") else sampler)
+
+
+def cosine(a: Table, b: Table) -> jax.Array:
+    """Return the cosine of two gradients as long vectors; 0 where one is 0."""
+    length = jnp.linalg.norm(a) * jnp.linalg.norm(b)
+    return jnp.where(length > 1e-12, (a * b).sum() / jnp.maximum(length, 1e-12), 0)
+
+
+def descend(start: Any, gradient_of: Callable, learning_rate: float, *, steps: int, every: int) -> tuple[Any, Any]:
+    """Descend by SGD; return the parameters at the end, and every `every` steps from the start."""
+    optimiser = optax.sgd(learning_rate)
+
+    def step(state, _):
+        params, moments = state
+        updates, moments = optimiser.update(gradient_of(params), moments)
+        return (optax.apply_updates(params, updates), moments), None
+
+    def some(state, _):
+        return jax.lax.scan(step, state, length=every)[0], state[0]
+
+    (end, _), path = jax.lax.scan(some, (start, optimiser.init(start)), length=steps // every)
+    return end, jax.tree.map(lambda whole, last: jnp.concatenate([whole, last[None]]), path, end)
 
 
 @jax.jit
@@ -105,7 +179,7 @@ EXPECTED = {
 
 
 def gradient_table(policy: Table, ref: Table, sampler: Table) -> tuple[list[dict[str, Any]], list[ledger.Number]]:
-    """Return each cell with what it equals, if anything, and the numbers that say so."""
+    """Return each cell with the target that it equals, if any, and the numbers that test it."""
     rows, on_policy, off_policy, others = [], [], [], []
     for cell, entry in compare(policy, ref, sampler).items():
         entry = {name: float(value) for name, value in entry.items()}
@@ -185,7 +259,7 @@ def missing_share(config: Config, key: jax.Array) -> tuple[dict[str, Any], list[
         share = jax.jit(jax.vmap(functools.partial(_missing, TabularLM(LM.vocab_size, horizon))))(keys)
         shares[str(horizon)], medians[str(horizon)] = share, _median(np.asarray(share))
     longest = str(max(config.horizons))
-    median, low, high = medians[longest]
+    low = medians[longest][1]
     source = f"{config.models} random models; Tang and Munos 2025, arXiv 2506.09477"
     name = f"{longest} tokens: median share of ∇KL that Σ_t k2 misses"
     numbers = [
@@ -197,7 +271,7 @@ def missing_share(config: Config, key: jax.Array) -> tuple[dict[str, Any], list[
             source="a sequence of one token has no later ones",
         ),
         ledger.test(f"{name}, lower end of its 95% interval", low, at_least=0.05, wrong=0.01, unit="1", source=source),
-        ledger.measurement(name, median, confidence=(low, high), unit="1", source=source),
+        ledger.measurement(name, *medians[longest], unit="1", source=source),
     ]
     return {"share": shares, "median": medians}, numbers
 
@@ -223,8 +297,109 @@ def _missing(lm: TabularLM, key: jax.Array) -> jax.Array:
     return jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
 
 
-PRESETS = {"quick": Config(), "full": Config(models=64, horizons=(1, 2, 3, 4, 5))}
+# A reference out of reach ---------------------------------------------------------------------------------------------
 
 
-if __name__ == "__main__":
-    command.main("kl_gradients", run, PRESETS, seeds=5)
+def tie(row: jax.Array) -> Table:
+    """Return a policy with one row of logits for all prefixes: its tokens are independent."""
+    return jnp.broadcast_to(row, (LM.num_prefixes, LM.vocab_size))
+
+
+def sticky_reference() -> Table:
+    """Return a reference that repeats its first token with a high probability, as independent tokens cannot."""
+    first, repeat = STICKY
+    last = [row[-1] for row in _prefixes()]
+    again = jnp.log(jnp.where(jnp.eye(LM.vocab_size) == 1, repeat, (1 - repeat) / (LM.vocab_size - 1)))
+    return jnp.concatenate([jnp.log(jnp.asarray(first))[None], again[jnp.asarray(last)]])
+
+
+def _prefixes() -> list[list[int]]:
+    """Return all prefixes of at least one token that have a row in the table."""
+    return [
+        row.tolist()
+        for length in range(1, LM.horizon)
+        for row in oracle.enumerate_sequences(TabularLM(LM.vocab_size, length))
+    ]
+
+
+def misspecified(config: Config) -> tuple[dict[str, Any], list[ledger.Number]]:
+    """Descend on k2 and on k3 where the policy cannot be the reference."""
+    ref, start = sticky_reference(), jnp.asarray([0.1, 0.0, 0.0])
+    steps = {"steps": config.tied_steps, "every": config.tied_steps}
+
+    @jax.jit
+    @jax.vmap
+    def end(which: jax.Array) -> jax.Array:
+        return descend(start, functools.partial(_tied_gradient_at, which, ref), config.tied_learning_rate, **steps)[0]
+
+    names = ("k2", "k3")
+    ends = dict(zip(names, end(jnp.asarray([list(ESTIMATORS).index(name) for name in names])), strict=True))
+    marginal = (jnp.exp(jax.jit(log_probs)(ref))[:, None] * _token_shares()).sum(axis=0)
+    best = lowest_divergence()
+    policies = {"k2 as a loss": jax.nn.softmax(ends["k2"]), "k3 as a loss": jax.nn.softmax(ends["k3"])}
+    policies |= {"argmin KL(π‖ref)": best, "argmin KL(ref‖π)": marginal}
+    tied_reverse, tied_forward = (
+        jax.jit(lambda probs, kl=kl: kl(tie(jnp.log(probs)), ref)) for kl in (reverse_kl, forward_kl)
+    )
+    divergences = {
+        name: {"reverse": tied_reverse(probs), "forward": tied_forward(probs)} for name, probs in policies.items()
+    }
+    distance = {
+        pair: float(jnp.abs(policies[pair[0]] - policies[pair[1]]).max())
+        for pair in (("k2 as a loss", "argmin KL(π‖ref)"), ("k3 as a loss", "argmin KL(ref‖π)"))
+    }
+    sources = (
+        "the lowest minimum of its closed form over a grid of starts",
+        "its closed form: the mean of the reference's marginals",
+    )
+    numbers = [
+        ledger.identity(f"{found} ends at {target}: distance", value, tolerance=1e-8, unit="probability", source=source)
+        for ((found, target), value), source in zip(distance.items(), sources, strict=True)
+    ]
+    # a reference of two modes, at a half of whose ratio a policy still covers both
+    modes = STICKY[0][1] / STICKY[0][0]
+    for name, bound, wrong in (
+        ("k2 as a loss", {"at_most": modes / 2}, modes),
+        ("k3 as a loss", {"at_least": modes / 2}, 0.0),
+    ):
+        number = ledger.test(
+            f"{name}: probability of the second mode over that of the first",
+            float(policies[name][1] / policies[name][0]),
+            wrong=wrong,
+            unit="1",
+            source=f"{modes:g} in the reference; below half of it one mode is picked, above both are covered",
+            **bound,
+        )
+        numbers.append(number)
+    return {"policies": policies, "divergences": divergences, "repeat": STICKY[1]}, numbers
+
+
+def _tied_gradient_at(which: jax.Array, ref: Table, row: jax.Array) -> jax.Array:
+    return expected_gradient(which, "loss", tie(row), ref).sum(axis=0)  # the chain rule through `tie`
+
+
+def _token_shares() -> jax.Array:
+    """Return the share of each token in every sequence."""
+    return jax.nn.one_hot(oracle.enumerate_sequences(LM), LM.vocab_size, dtype=jnp.float64).mean(axis=1)
+
+
+def lowest_divergence() -> np.ndarray:
+    """Minimise KL(π‖ref) over policies q of independent tokens, in closed form, and return q.
+
+    KL = T Σ q log q − Σ q log f − (T − 1) Σ q_i q_j log R_ij, for T tokens, the first token's distribution f and the
+    probability R_ij of j after i.
+    """
+    first, repeat = STICKY
+    size, horizon = LM.vocab_size, LM.horizon
+    again = np.log(np.where(np.eye(size) == 1, repeat, (1 - repeat) / (size - 1)))
+
+    def value_and_slope(free: np.ndarray) -> tuple[float, np.ndarray]:
+        q = softmax(np.append(free, 0.0))
+        value = horizon * q @ np.log(q) - q @ np.log(first) - (horizon - 1) * q @ again @ q
+        of_q = horizon * np.log(q) - np.log(first) - (horizon - 1) * (again + again.T) @ q
+        return value, (q * (of_q - q @ of_q))[:-1]
+
+    starts = itertools.product(np.linspace(-3, 3, 7), repeat=size - 1)
+    ends = [minimize(value_and_slope, start, jac=True) for start in starts]
+    best = root(lambda free: value_and_slope(free)[1], min(ends, key=lambda end: end.fun).x, tol=1e-14).x
+    return softmax(np.append(best, 0.0))

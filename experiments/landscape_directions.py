@@ -15,16 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import command, ledger
-from experiments.parts import landscapes
-from experiments.parts.landscapes import Place
+from experiments import landscapes, ledger
+from experiments.frame import experiment
+from experiments.landscapes import Place
 from jaxrl_llm import models
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.language_model import Params
 
 NAMES = {"parameter": "by tensor", "filter": "by filter", "hessian": "top Hessian eigenvectors"}
 RANDOM = ("parameter", "filter")
-RISE = 0.5  # nats: a section reaches as far as its parabola rises by so much
+RISE = 0.5  # nats: a section ends where its parabola has risen by this much
 STEP = 0.1  # of a direction's length: where planes are compared
 OFF = 0.1  # nats between loss and parabola: from there on the parabola does not hold
 
@@ -45,6 +45,7 @@ class Config:
     """Random seed of the directions and of the first Lanczos vector."""
 
 
+@experiment(quick=Config(), full=Config(points=25, iterations=96, tolerance=1e-4), seeds=3)
 def run(config: Config) -> dict[str, Any]:
     """Compute three surfaces, three sections, the Hessian's largest eigenvalues, and the checks."""
     loaded = models.load(config.model)
@@ -67,8 +68,8 @@ def run(config: Config) -> dict[str, Any]:
     flatter = {name: min(sharpness / abs(per_length(place, each)) for each in planes[name]) for name in RANDOM}
     out = steps(config, place, planes)
     return {
-        "claim": "How a landscape looks is decided by its directions. Through the same model, a tenth of their length "
-        f"out, the loss is at least {out['hessian']:.2f} times that of the model along the Hessian's top eigenvectors, "
+        "claim": "The directions decide how a landscape looks. A tenth of their length away from the same model, the "
+        f"loss is at least {out['hessian']:.2f} times the model's along the Hessian's top eigenvectors, "
         f"and at most {out['random']:.2f} times along random directions of the same length.",
         "numbers": [
             *spectrum_numbers(top),
@@ -184,7 +185,7 @@ def step_numbers(out: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def validity(sections: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure from where on the Hessian's parabola is off by `OFF`, within each section."""
+    """Measure the distance at which the Hessian's parabola is off by `OFF`, within each section."""
 
     def reach(drawn: dict[str, Any]) -> float:
         gaps = np.abs(np.asarray(drawn["loss"], float) - drawn["quadratic"])
@@ -200,10 +201,3 @@ def validity(sections: dict[str, Any]) -> list[dict[str, Any]]:
         )
         for name, drawn in sections.items()
     ]
-
-
-PRESETS = {"quick": Config(), "full": Config(points=25, iterations=96, tolerance=1e-4)}
-
-
-if __name__ == "__main__":
-    command.main("landscape_directions", run, PRESETS, seeds=3)

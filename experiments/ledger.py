@@ -8,11 +8,11 @@ There are three kinds of numbers:
 - an `identity` holds exactly, to rounding: |value − expected| ≤ tolerance;
 - a `test` has a bound that was written down before the run and that plausible data would break; `wrong` is such a
   value;
-- a `measurement` has no verdict, but an interval of confidence where there is one.
+- a `measurement` has no verdict; it may have a confidence interval.
 
 A claim holds if all of its identities and tests do, at every seed that was run. Without a test it is measured, and
-`holds` is null. So it is unless the preset is full, since smaller runs cannot decide. A claim that fails stays, with
-`holds` false.
+`holds` is null. It is also null unless the preset is full, since smaller runs cannot decide. A claim that fails stays,
+with `holds` false.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Number = dict[str, Any]
 
 
 def identity(name: str, value: float, *, tolerance: float, unit: str, source: str, expected: float = 0.0) -> Number:
-    """Return a number that mathematics fixes: |value − expected| ≤ tolerance, which is of the size of rounding.
+    """Return a number that mathematics fixes: |value − expected| ≤ tolerance, where tolerance allows for rounding.
 
     Raises:
         ValueError: if a value is not finite, or the tolerance is negative.
@@ -81,16 +81,19 @@ def test(
 
 
 def measurement(
-    name: str, value: float, *, unit: str, source: str, confidence: tuple[float, float] | None = None
+    name: str, value: float, low: float | None = None, high: float | None = None, *, unit: str, source: str
 ) -> Number:
-    """Return a number without a verdict, with its 95% interval of confidence where there is one.
+    """Return a number without a verdict, and its 95% confidence interval if both of its ends are given.
 
     Raises:
-        ValueError: if a value is not finite.
+        ValueError: if a value is not finite, or one end is given alone.
     """
-    _check_finite(name, value, *(confidence or ()))
+    if (low is None) != (high is None):
+        raise ValueError(f"{name}: low and high must be given together, but are {low} and {high}.")
+    confidence = [] if low is None else [low, high]
+    _check_finite(name, value, *confidence)
     number = _number("measurement", name, value, unit, source)
-    return number | ({"confidence": [_six(bound) for bound in confidence]} if confidence is not None else {})
+    return number | ({"confidence": [_six(end) for end in confidence]} if confidence else {})
 
 
 def _near(kind: str, name: str, value: float, expected: float, tolerance: float, unit: str, source: str) -> Number:
@@ -160,7 +163,7 @@ def _six(value: float) -> float:
 
 
 def rounded(value: Any) -> Any:
-    """Return dicts, lists and arrays with every float at six significant digits, which is all that a figure needs."""
+    """Return dicts, lists and arrays with every float at six significant digits, enough for a figure."""
     if isinstance(value, dict):
         return {name: rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -171,7 +174,7 @@ def rounded(value: Any) -> Any:
 
 
 def result_name(experiment: str, model: str) -> str:
-    """Return the name of an experiment's results on a model: another model than tiny-gpt2 makes a variant of it."""
+    """Return the name of an experiment's results on a model; every model but tiny-gpt2 is part of the name."""
     return experiment if model == "tiny-gpt2" else f"{experiment}." + re.sub(r"[^\w-]+", "-", model).strip("-")
 
 
@@ -185,7 +188,7 @@ def write(
     seeds: Sequence[int] = (),
     out: Path = RESULTS,
 ) -> Path:
-    """Write `out/<name>.json` from what the run gave at each seed; claim and data are those of the first."""
+    """Write `out/<name>.json` from the results at each seed; claim and data are those of the first."""
     first, numbers = results[0], merged([result["numbers"] for result in results])
     judged = [number for number in numbers if preset == "full" or number["kind"] == "identity"]
     settings = {field: _plain(value) for field, value in dataclasses.asdict(config).items() if field != "work_dir"}

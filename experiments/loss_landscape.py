@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import command, ledger
-from experiments.parts import landscapes
+from experiments import landscapes, ledger
+from experiments.frame import experiment
 from jaxrl_llm import models
 from jaxrl_llm.analysis import landscape
 
@@ -35,6 +35,7 @@ class Config:
     """Random seed of the directions."""
 
 
+@experiment(quick=Config(), full=Config(points=31, even_points=30), seeds=3)
 def run(config: Config) -> dict[str, Any]:
     """Compute the surfaces of both texts, the even grid, a section, and the checks."""
     loaded = models.load(config.model)
@@ -62,20 +63,15 @@ def run(config: Config) -> dict[str, Any]:
     )
     curvature = landscapes.curvature_test(section)
     return {
-        "claim": "The surface passes through the trained model, whose loss it is there bit for bit, and has the "
-        "curvature there that the Hessian predicts, to a part in a thousand.",
+        "claim": "At the trained model the surface equals the model's loss bit for bit, and its curvature equals the "
+        "Hessian's to one part in a thousand.",
         "numbers": [
             curvature,
             *landscapes.identities(surfaces.values()),
             _norms(loaded.params, directions),
             *(number for name in ("short", "longer") for number in _depth(name, surfaces[name])),
         ],
-        "data": {
-            "model": config.model,
-            "surfaces": surfaces,
-            "section": section,
-            "difference": curvature["value"],
-        },
+        "data": {"model": config.model, "surfaces": surfaces, "section": section, "difference": curvature["value"]},
     }
 
 
@@ -107,10 +103,3 @@ def _norms(params: Any, directions: tuple[Any, Any]) -> dict[str, Any]:
         unit="of the norm",
         source="‖d_g‖ = ‖θ_g‖ by construction, in float32",
     )
-
-
-PRESETS = {"quick": Config(), "full": Config(points=31, even_points=30)}
-
-
-if __name__ == "__main__":
-    command.main("loss_landscape", run, PRESETS, seeds=3)

@@ -2,7 +2,7 @@
 
     python -m experiments.policy_gradient_variance --preset quick
 
-Many random tabular models, of which the one with the median effect of the mean baseline is taken apart; and a coin, a
+Many random tabular models; the model with the median effect of the mean baseline, in detail; and a coin, a
 counter-example in closed form.
 """
 
@@ -11,27 +11,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
-from jaxtyping import Array, Key
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float, Key
 
-from experiments import command, ledger
-from experiments.parts.gradient_estimators import (
-    Problem,
-    baselines,
-    coin,
-    grouped,
-    problem,
-    single,
-    single_losses,
-)
+from experiments import ledger, statistics
+from experiments.frame import experiment
 from jaxrl_llm import oracle
-from jaxrl_llm.objectives import advantages
-from jaxrl_llm.objectives.policy_gradient import reinforce_loss
+from jaxrl_llm.objectives import advantages, kl
+from jaxrl_llm.objectives.policy_gradient import ppo_clip_loss, reinforce_loss
+from jaxrl_llm.tabular import TabularLM
 
 SOURCE = "oracle.gradient_moments, against oracle.objective_grad"
 GROUPS = {"RLOO": advantages.rloo, "centred": advantages.centered, "GRPO": advantages.grpo}
@@ -48,9 +41,7 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"quick": Config(), "full": Config(searched=1_000)}
-
-
+@experiment(quick=Config(), full=Config(searched=1_000), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compare constant baselines on many models; then measure every estimator on the median model and on the coin."""
     keys = jax.random.split(jax.random.key(config.seed), config.searched)
@@ -71,6 +62,107 @@ def run(config: Config) -> dict[str, Any]:
         "data": {"search": {name: search[name] for name in ("mean baseline", "optimal baseline")}, "cases": cases}
         | {"p": config.p},
     }
+
+
+# Estimators -----------------------------------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A policy, a reference, and a reward for every token in its place."""
+
+    lm: TabularLM
+    params: dict[str, Array]
+    ref_params: dict[str, Array]
+    rewards: Float[Array, "sequences time"]
+
+
+def problem(key: Key[Array, ""]) -> Problem:
+    """Draw normal logits and normal rewards of 27 sequences."""
+    lm = TabularLM(vocab_size=3, horizon=3)
+    policy, ref, rewards = (
+        jax.random.normal(each, (lm.num_prefixes, lm.vocab_size), jnp.float64) for each in jax.random.split(key, 3)
+    )
+    sequences = oracle.enumerate_sequences(lm)
+    rows = oracle.next_token_logits(lm, {"logits": rewards}, sequences)  # a reward is looked up as a logit is
+    per_token = jnp.take_along_axis(rows, sequences[..., None], axis=-1)[..., 0]
+    return Problem(lm, {"logits": 1.5 * policy}, {"logits": 1.5 * ref}, per_token)
+
+
+def coin(p: float) -> Problem:
+    """Return a policy on two tokens: the reward is 1 for the first, of probability p, and 0 for the second.
+
+    Without a baseline the gradient has the variance 2p(1 − p)³, less the mean reward 2p(1 − p)(2p − 1)², less b* none.
+    """
+    params = {"logits": jnp.log(jnp.asarray([[p, 1 - p]], jnp.float64))}
+    ref_params = {"logits": jnp.zeros((1, 2), jnp.float64)}
+    return Problem(TabularLM(vocab_size=2, horizon=1), params, ref_params, jnp.asarray([[1.0], [0.0]], jnp.float64))
+
+
+def baselines(given: Problem) -> tuple[Array, Array]:
+    """Return E[r], and the constant that minimises the variance."""
+    probs = jnp.exp(oracle.sequence_log_probs(given.lm, given.params))
+    rewards = given.rewards.sum(axis=1)
+    scores = jax.jacrev(functools.partial(oracle.sequence_log_probs, given.lm))(given.params)["logits"]
+    norms = jnp.square(scores).sum(axis=(1, 2))
+    return probs @ rewards, advantages.optimal_baseline(rewards, norms, probabilities=probs)
+
+
+def single(given: Problem, loss: Any) -> oracle.Moments:
+    """Return the moments of an estimator on one sequence; `loss` gives a value for each sequence."""
+    return oracle.gradient_moments(given.lm, given.params, lambda params, groups: loss(params)[groups[:, 0]])
+
+
+def single_losses(given: Problem, beta: float) -> dict[str, Any]:
+    """Return losses on single sequences: functions of the parameters, with a value for each sequence."""
+    whole, to_go = given.rewards.sum(axis=1), advantages.returns_to_go(given.rewards)
+    mean, best = baselines(given)
+    critic = advantages.gae(given.rewards, exact_values(given, to_go), discount=1.0, lambda_=1.0)
+    ref = oracle.sequence_log_probs(given.lm, given.ref_params)
+
+    def log_probs(params):
+        return oracle.sequence_log_probs(given.lm, params)
+
+    def per_token(params, advantage):
+        tokens = oracle.token_log_probs_of(given.lm, params, oracle.enumerate_sequences(given.lm))
+        return reinforce_loss(tokens, advantage).sum(axis=1)
+
+    def ppo(params):
+        return ppo_clip_loss(log_probs(params), stop_gradient(log_probs(params)), whole)
+
+    def penalised(params):
+        return reinforce_loss(log_probs(params), whole - beta * kl.k1(stop_gradient(log_probs(params)), ref))
+
+    return {
+        "no baseline": lambda params: reinforce_loss(log_probs(params), whole),
+        "PPO-clip, first step": ppo,
+        "mean baseline": lambda params: reinforce_loss(log_probs(params), whole - mean),
+        "optimal baseline": lambda params: reinforce_loss(log_probs(params), whole - best),
+        "reward-to-go": lambda params: per_token(params, to_go),
+        "exact critic": lambda params: per_token(params, critic),
+        "k1 in the reward": penalised,
+    }
+
+
+def exact_values(given: Problem, to_go: Float[Array, "sequences time"]) -> Float[Array, "sequences time_plus_one"]:
+    """Return V(y_<t) = E[rewards from t on | y_<t] along every sequence, and 0 at the end."""
+    probs = jnp.exp(oracle.sequence_log_probs(given.lm, given.params))
+    columns = []
+    for time in range(given.lm.horizon):
+        same_prefix = probs.reshape(given.lm.vocab_size**time, -1)
+        value = (same_prefix * to_go[:, time].reshape(same_prefix.shape)).sum(axis=1) / same_prefix.sum(axis=1)
+        columns.append(jnp.repeat(value, same_prefix.shape[1]))
+    return jnp.stack([*columns, jnp.zeros_like(probs)], axis=1)
+
+
+def grouped(given: Problem, advantage: Any, size: int) -> oracle.Moments:
+    """Return the moments of REINFORCE averaged over a group, each advantage from the whole group."""
+    whole = given.rewards.sum(axis=1)
+
+    def loss(params, groups):
+        log_probs = oracle.sequence_log_probs(given.lm, params)[groups]
+        return reinforce_loss(log_probs, advantage(whole[groups])).mean(axis=1)
+
+    return oracle.gradient_moments(given.lm, given.params, loss, group_size=size)
 
 
 def search_one(key: Key[Array, ""]) -> dict[str, Array]:
@@ -113,7 +205,7 @@ def measure(config: Config, given: Problem) -> dict[str, dict[str, Array]]:
 
 
 def compared(found: oracle.Moments, exact: Array, size: int) -> dict[str, Array]:
-    """Compare with the true gradient, per sample: the variance of an average of groups, times the samples it took."""
+    """Compare with the true gradient; the variance is per sample: that of a group times its size."""
     mean = -found.mean["logits"]  # of a loss
     length = jnp.linalg.norm(exact)
     return {
@@ -125,20 +217,19 @@ def compared(found: oracle.Moments, exact: Array, size: int) -> dict[str, Array]
 
 
 def search_numbers(search: dict[str, np.ndarray], raised: int) -> list[dict[str, Any]]:
-    """Count the models in which the mean baseline does harm; the optimal one never does."""
+    """Count the models in which the mean baseline raises the variance; the optimal one never does."""
     mean, best, searched = search["mean baseline"], search["optimal baseline"], len(search["mean baseline"])
-    share = scipy.stats.binomtest(raised, searched).proportion_ci(0.95, method="exact")
+    share = statistics.share(raised, searched)
     return [
         ledger.measurement(
             "share of random models in which the mean baseline raises the variance",
-            raised / searched,
+            *share,
             unit="1",
             source=f"exact total variances of {searched} models of normal logits and rewards; Clopper and Pearson",
-            confidence=(float(share.low), float(share.high)),
         ),
         ledger.test(
             "the same: upper end of its 95% interval",
-            float(share.high),
+            share[2],
             at_most=0.5,
             wrong=0.6,
             unit="1",
@@ -169,7 +260,7 @@ def coin_numbers(config: Config, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def case_numbers(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return which estimators are unbiased, short, or turned, and the variance of each on the median model."""
+    """Return the bias of the estimators in length and direction, and the variance of each on the median model."""
     typical, coin_case = (cases[name]["estimators"] for name in ("typical", "coin"))
     both = [*typical.items(), *coin_case.items()]
     centred = [(int(name.rpartition(" ")[2]), each) for name, each in both if name.startswith("centred")]
@@ -207,7 +298,3 @@ def case_numbers(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         for name in ("mean baseline", "optimal baseline", "reward-to-go", "exact critic", "RLOO, groups of 3")
     ]
     return entries
-
-
-if __name__ == "__main__":
-    command.main("policy_gradient_variance", run, PRESETS, seeds=5)

@@ -17,13 +17,13 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import command, ledger
-from experiments.parts import landscapes
-from experiments.parts.landscapes import Place
+from experiments import landscapes, ledger
+from experiments.frame import experiment
+from experiments.landscapes import Place
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.scoring import Sequences
+from jaxrl_llm.scoring import Sequences, pad_completions
 
 PAIRS = (  # prompt, preferred answer, rejected answer
     ("And the king said unto the stranger,", " Peace be with thee.", " Get thee hence."),
@@ -37,8 +37,6 @@ PAIRS = (  # prompt, preferred answer, rejected answer
     ("And he said unto his enemy,", " I forgive thee.", " I will slay thee."),
     ("The people heard the news and were", " glad.", " angry."),
 )
-
-
 ALL_SCALES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0)  # of directions as long as the parameters
 RANDOM_WALK = 0.90  # (4 + 4/9) / (π² / 2): the share of Brownian motion in its first two principal components
 
@@ -50,21 +48,22 @@ class Config:
     model: str = "tiny-gpt2"
     beta: float = 0.1
     pairs: int = 5
-    """The first so many of `PAIRS`."""
+    """The number of pairs, the first of `PAIRS`."""
     points: int = 7
     """Along each direction of a drawn surface, odd."""
     planes: int = 1
-    """Random planes in which a loss as low as at the end of the path is looked for."""
+    """Random planes that are searched for a loss as low as at the end of the path."""
     steps: int = 16
     every: int = 2
     """Steps between two checkpoints of the path."""
     learning_rate: float = 3e-4
     margin: float = 0.3
-    """The path's plane reaches so far beyond the path, in its lengths."""
+    """Margin of the path's plane around the path, relative to the path's extent."""
     seed: int = 0
     """Random seed of the planes and of the reward model's head."""
 
 
+@experiment(quick=Config(), full=Config(pairs=len(PAIRS), points=21, planes=8, steps=80), seeds=3)
 def run(config: Config) -> dict[str, Any]:
     """Compute DPO's loss on random planes and on the plane of its path, and a reward model's on a random plane."""
     loaded = models.load(config.model)
@@ -98,9 +97,9 @@ def run(config: Config) -> dict[str, Any]:
     ]
     surfaces["path"] = path_surface(config, dpo, plane)
     return {
-        "claim": "DPO's loss is log 2 at the reference whatever the pairs. A short run takes it below 0.1 within a "
-        "tenth of the parameters' length, along a path that a plane nearly holds; on random planes, out to the "
-        "parameters' whole length, no grid point has a loss within 0.1 nats of its end's.",
+        "claim": "DPO's loss is log 2 at the reference for any pairs. A short run lowers it below 0.1 within a tenth "
+        "of the parameters' length, along a path that lies nearly in a plane; on random planes, out to the "
+        "parameters' own length, no grid point comes within 0.1 nats of the final loss.",
         "numbers": numbers,
         "data": {
             "model": config.model,
@@ -130,13 +129,8 @@ def answers(tokenizer: Any, which: int, pairs: tuple[tuple[str, str, str], ...] 
     for prompt, whole in zip(prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt:
             raise ValueError(f"the prompt's tokens {prompt} do not begin those of prompt and answer, {whole}.")
-    place = np.arange(max(map(len, wholes)))
-    lengths, starts = (np.asarray([len(row) for row in rows])[:, None] for rows in (wholes, prompts))
-    tokens = np.zeros((len(pairs), len(place)), np.int32)
-    for row, whole in zip(tokens, wholes, strict=True):
-        row[: len(whole)] = whole
-    mask = place < lengths
-    return Sequences(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(mask & (place >= starts)))
+    answered = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
+    return jax.tree.map(jnp.asarray, pad_completions(prompts, answered))
 
 
 def reward_place(loaded: models.Loaded, chosen: Any, rejected: Any, key: jax.Array) -> Place:
@@ -177,7 +171,7 @@ def path_surface(config: Config, dpo: Place, plane: landscape.PrincipalDirection
 
 
 def log_two(dpo: Place) -> dict[str, Any]:
-    """At the reference every pair's margin is 0."""
+    """Compare the loss at the reference, where every margin is 0, with log 2."""
     return ledger.identity(
         "DPO's loss at the reference",
         dpo.centre,
@@ -201,7 +195,7 @@ def low_test(config: Config, difference: float) -> dict[str, Any]:
 
 
 def path_numbers(dpo: Place, losses: list[float], plane: landscape.PrincipalDirections) -> list[dict[str, Any]]:
-    """Test where the run ends, how far that is, and whether a plane holds its path."""
+    """Test the loss at the end of the run, its distance, and the share of the path in a plane."""
     end = plane.coordinates[-1] * [float(landscape.norm(direction)) for direction in plane.directions]
     return [
         ledger.test(
@@ -229,10 +223,3 @@ def path_numbers(dpo: Place, losses: list[float], plane: landscape.PrincipalDire
             source="principal components around the reference, Li et al. 2018, section 7; a random walk has 0.90",
         ),
     ]
-
-
-PRESETS = {"quick": Config(), "full": Config(pairs=len(PAIRS), points=21, planes=8, steps=80)}
-
-
-if __name__ == "__main__":
-    command.main("preference_landscape", run, PRESETS, seeds=3)

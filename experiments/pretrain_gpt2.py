@@ -13,9 +13,11 @@ training, and is read from the model's `training.json`. It is a total over all h
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from experiments import command, ledger, model_card
-from experiments.parts import embedded
+from experiments import embedded, ledger
+from experiments.frame import experiment
 from jaxrl_llm import models
 from jaxrl_llm.analysis.ngram import KneserNey
 from jaxrl_llm.data import bpe
@@ -48,7 +50,7 @@ PROBE_PARTS = 8  # pieces of the held-out stream that are evaluated during train
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run; with the corpus it decides every number."""
+    """The settings of a run, which with the corpus determine every number."""
 
     train: bool = False
     """Train a model first, and write it to the work directory. Needs `make corpus`."""
@@ -74,7 +76,6 @@ class Config:
     eval_every: int = 100
 
 
-PRESETS = {"quick": Config(), "full": Config()}
 NOT_OF_TRAINING = ("train", "replace_embedded", "corpus", "work_dir", "training_seed")
 
 
@@ -140,7 +141,7 @@ def train(config: Config, folder: Path) -> None:
         "continuations": continuations(loaded),
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card.render(loaded.model.num_params(), record), encoding="utf-8")
+    (folder / "README.md").write_text(card(loaded.model.num_params(), record), encoding="utf-8")
 
 
 def probe(lm: GPT2, held_out: np.ndarray) -> Any:
@@ -185,7 +186,7 @@ def evaluate(
 
 
 def held_out_sample(held_out: list[corpus.Document], *, characters: int = 32_000) -> list[corpus.Document]:
-    """Return held-out text that may be given to everyone: the beginnings of the public-domain sources."""
+    """Return held-out text that may be redistributed: the beginnings of the public-domain sources."""
     sample = []
     for source in ("shakespeare", "kjv"):
         room = characters
@@ -223,6 +224,7 @@ def continuations(loaded: models.Loaded) -> list[dict[str, str]]:
     return written
 
 
+@experiment(quick=Config(), full=Config())
 def run(config: Config) -> dict[str, Any]:
     """Train if asked to; then measure the model, and report it beside its training."""
     folder = embedded.folder(config, NAME)
@@ -232,8 +234,8 @@ def run(config: Config) -> dict[str, Any]:
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     sample = [corpus.Document(**document) for document in record["sample"]]
-    totals, millions = model_card.totals(record), loaded.model.num_params() / 1e6
-    ngrams, stored = totals["ngram_bits_per_byte"], "training.json: all held-out documents"
+    found, millions = totals(record), loaded.model.num_params() / 1e6
+    ngrams, stored = found["ngram_bits_per_byte"], "training.json: all held-out documents"
     best_order = min(ngrams, key=ngrams.get)
     in_bits = {"unit": "bits per byte", "source": stored}
     numbers = [
@@ -245,31 +247,76 @@ def run(config: Config) -> dict[str, Any]:
             unit="bits per byte",
             source="training.json",
         ),
-        ledger.measurement("held-out bits per byte, tiny-gpt2", totals["bits_per_byte"], **in_bits),
+        ledger.measurement("held-out bits per byte, tiny-gpt2", found["bits_per_byte"], **in_bits),
         *(
             ledger.measurement(f"held-out bits per byte, {order}-gram", value, **in_bits)
             for order, value in ngrams.items()
         ),
-        ledger.measurement("held-out loss", totals["nats_per_token"], unit="nats per token", source=stored),
+        ledger.measurement("held-out loss", found["nats_per_token"], unit="nats per token", source=stored),
         ledger.measurement("parameters", millions, unit="million", source="the model's shapes"),
     ]
     return {
         "claim": f"{NAME}, a GPT-2 of {millions:.1f} million parameters trained once on "
-        f"{record['train_bytes'] / 1e6:.0f} MB of free English text, has {totals['bits_per_byte']:.3f} bits per byte "
+        f"{record['train_bytes'] / 1e6:.0f} MB of free English text, has {found['bits_per_byte']:.3f} bits per byte "
         f"over all held-out text; modified Kneser-Ney models of the same text have {ngrams[best_order]:.3f} or more at "
         f"orders {min(ngrams)} to {max(ngrams)}.",
         "numbers": numbers,
         "data": {
             "log": record["log"],
-            "bits_per_byte": totals["bits_per_byte"],
+            "bits_per_byte": found["bits_per_byte"],
             "ngram_bits_per_byte": ngrams,
-            "ngram_nats_per_token": totals["ngram_nats_per_token"],
+            "ngram_nats_per_token": found["ngram_nats_per_token"],
             "best_order": best_order,
-            "sources": totals["sources"],
+            "sources": found["sources"],
             "continuations": record["continuations"],
         },
     }
 
 
-if __name__ == "__main__":
-    command.main("pretrain_gpt2", run, PRESETS)
+def totals(record: dict[str, Any]) -> dict[str, Any]:
+    """Return held-out figures of the model and of the n-gram models, over all sources and for each."""
+    rows = record["held_out"]
+    num_bytes, tokens = (sum(row[name] for row in rows) for name in ("bytes", "tokens"))
+    nats = math.fsum(row["nats"] for row in rows)
+    ngram = {order: math.fsum(row["ngram_nats"][order] for row in rows) for order in rows[0]["ngram_nats"]}
+    best = min(ngram, key=ngram.get)
+    return {
+        "bits_per_byte": bits_per_byte(nats, num_bytes),
+        "nats_per_token": nats / tokens,
+        "ngram_bits_per_byte": {order: bits_per_byte(total, num_bytes) for order, total in ngram.items()},
+        "ngram_nats_per_token": {order: total / tokens for order, total in ngram.items()},
+        "sources": [
+            {
+                "source": row["source"],
+                "bits_per_byte": bits_per_byte(row["nats"], row["bytes"]),
+                "ngram_bits_per_byte": bits_per_byte(row["ngram_nats"][best], row["bytes"]),
+            }
+            for row in rows
+        ],
+    }
+
+
+def card(num_params: int, record: dict[str, Any]) -> str:
+    """Return the model card of a training record."""
+    found = totals(record)
+    best = min(found["ngram_bits_per_byte"], key=found["ngram_bits_per_byte"].get)
+    written = ((each["prompt"].strip(), each["text"]) for each in record["continuations"])
+    return embedded.card(
+        NAME,
+        num_params=num_params,
+        config=record["config"],
+        record=record,
+        megabytes=record["train_bytes"] / 1e6,
+        held_out=collections.Counter({row["source"]: row["documents"] for row in record["held_out"]}),
+        totals=found,
+        best=best,
+        ngram_nats=found["ngram_nats_per_token"][best],
+        ngram_bits=found["ngram_bits_per_byte"][best],
+        table=embedded.table_rows(
+            (row["source"], f"{row['bits_per_byte']:.3f}", f"{row['ngram_bits_per_byte']:.3f}")
+            for row in found["sources"]
+        ),
+        samples="\n\n".join(
+            "\n".join(f"> {line}" for line in f"**{prompt}**{text}".splitlines()) for prompt, text in written
+        ),
+    )

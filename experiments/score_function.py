@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from jaxrl_llm import decoding, oracle
 from jaxrl_llm.objectives.policy_gradient import reinforce_loss
 from jaxrl_llm.tabular import TabularLM
@@ -37,6 +38,7 @@ class Config:
     seed: int = 0
 
 
+@experiment(quick=Config(), full=Config(repeats=2_000), seeds=5)
 def run(config: Config) -> dict[str, Any]:
     """Compute three gradients of one expected reward, then the error of the sampled one."""
     params_key, reward_key, sample_key, generate_key = jax.random.split(jax.random.key(config.seed), 4)
@@ -188,10 +190,3 @@ def sample_numbers(config: Config, curve: dict[str, list[float]], squared_error:
             source=f"the exact total variance over n = {config.generated}; larger if the mean is not ∇J",
         ),
     ]
-
-
-PRESETS = {"quick": Config(), "full": Config(repeats=2_000)}
-
-
-if __name__ == "__main__":
-    command.main("score_function", run, PRESETS, seeds=5)

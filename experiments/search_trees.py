@@ -4,7 +4,7 @@
     python -m experiments.search_trees --preset full --model smollm2-135m-instruct
 
 The trees after "I have a dream" are drawn: greedy, every branch, top-k and nucleus. The full tree is grown after the
-beginnings of known works too (`experiments.parts.passages`).
+beginnings of known works too (`experiments.passages`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from experiments import command, ledger
-from experiments.parts.passages import PASSAGES, chosen, first_tokens
-from experiments.statistics import student
+from experiments import ledger
+from experiments.frame import experiment
+from experiments.passages import PASSAGES, chosen, first_tokens
+from experiments.statistics import share, student
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import tree as trees
 from jaxrl_llm.decoding import Tree, search_tree
@@ -27,7 +28,6 @@ from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 BARS = 25  # tokens shown in a panel of probabilities
-
 # OpenAI's GPT-2 small after "I have a dream": the greedy chain's probabilities in per cent, and the best leaf's score.
 GPT2_SMALL = ("gpt2", "openai-community/gpt2")
 GPT2_SMALL_GREEDY = (15.20, 9.68, 30.59, 2.86, 22.93)
@@ -53,9 +53,7 @@ class Config:
     """Seed of the trees that are drawn at random; no number depends on it."""
 
 
-PRESETS = {"quick": Config(passages=11), "full": Config()}
-
-
+@experiment(quick=Config(passages=11), full=Config())
 def run(config: Config) -> dict[str, Any]:
     """Grow the trees, and check every score against a forward pass without a cache."""
     loaded = models.load(config.model)
@@ -99,7 +97,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(config: Config, leaves: int, gains: list[float]) -> str:
-    """Return what is tested, with its size."""
+    """Return the tested difference with its size."""
     return (
         f"After most prompts greedy decoding by {config.model} misses the best of the {leaves} leaves of the tree of "
         f"the {config.branching} most probable tokens: after {missed(gains)} of {len(gains)}. "
@@ -133,12 +131,12 @@ def greedy_leaf(tree: Tree) -> float:
 
 
 def gain(tree: Tree) -> float:
-    """Return how far the best leaf of a full tree is above greedy decoding's, in nats per token."""
+    """Return the lead of a full tree's best leaf over greedy decoding's, in nats per token."""
     return tree.best()[1] - greedy_leaf(tree)
 
 
 def missed(gains: list[float]) -> int:
-    """Return after how many prompts the best leaf is another than greedy decoding's."""
+    """Return the number of prompts after which the best leaf is not greedy decoding's."""
     return sum(each > 0 for each in gains)
 
 
@@ -177,13 +175,11 @@ def rescored(loaded: models.Loaded, prompt: jax.Array, grown: list[Tree]) -> flo
 def numbers(
     config: Config, loaded: models.Loaded, prompt: jax.Array, grown: dict[str, Tree], gains: list[float]
 ) -> list[dict[str, Any]]:
-    """Return what would prove the claim wrong, and what was measured."""
+    """Return the identities and tests of the claim, and the measurements."""
     greedy, full = grown["greedy"], grown["full"]
     siblings = [[(node.parent, node.token) for node in tree.nodes()] for tree in grown.values()]
     repeated = sum(len(pairs) - len(set(pairs)) for pairs in siblings)
     sign = scipy.stats.binomtest(missed(gains), len(gains), 0.5, alternative="greater")
-    share = scipy.stats.binomtest(missed(gains), len(gains)).proportion_ci(0.95, "exact")
-    mean, low, high = student(gains)
     prompts = f"{len(gains)} prompts"
     entries = [
         ledger.identity(
@@ -217,17 +213,15 @@ def numbers(
         ),
         ledger.measurement(
             "prompts after which greedy decoding misses the best leaf",
-            missed(gains) / len(gains),
+            *share(missed(gains), len(gains)),
             unit="share",
             source=f"{prompts}; interval of Clopper and Pearson",
-            confidence=(share.low, share.high),
         ),
         ledger.measurement(
             "best leaf − greedy decoding",
-            mean,
+            *student(gains),
             unit="nats per token",
             source=f"mean over {prompts}; interval of Student's t",
-            confidence=(low, high),
         ),
         ledger.measurement(
             f"best leaf − greedy decoding after “{config.prompt}”",
@@ -242,7 +236,7 @@ def numbers(
 
 
 def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
-    """Return tests of what is known of OpenAI's GPT-2 small after this prompt."""
+    """Test the published probabilities of OpenAI's GPT-2 small after this prompt."""
     source = "M. Labonne, Decoding Strategies in Large Language Models (2023)"
     chain = [
         ledger.test(
@@ -258,7 +252,3 @@ def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
     ]
     score = {"expected": GPT2_SMALL_BEST, "tolerance": 0.005, "wrong": -1.0, "unit": "nats per token"}
     return [*chain, ledger.test("best leaf", full.best()[1], source=source, **score)]
-
-
-if __name__ == "__main__":
-    command.main("search_trees", run, PRESETS)

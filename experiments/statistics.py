@@ -1,12 +1,14 @@
-"""Intervals and p-values for the tests of claims."""
+"""Intervals, p-values and the tests of claims that they make."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.stats
+
+from experiments import ledger
 
 
 def student(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float, float]:
@@ -21,6 +23,12 @@ def student(values: Sequence[float], *, level: float = 0.95) -> tuple[float, flo
     mean = float(values.mean())
     half = float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return mean, mean - half, mean + half
+
+
+def share(count: int, total: int) -> tuple[float, float, float]:
+    """Return a share of independent cases and its 95% interval (Clopper and Pearson 1934)."""
+    interval = scipy.stats.binomtest(int(count), total).proportion_ci(0.95, "exact")
+    return count / total, float(interval.low), float(interval.high)
 
 
 def above_zero(differences: Sequence[float]) -> float:
@@ -44,3 +52,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p_values))
     adjusted[order] = np.minimum(1, np.maximum.accumulate(scaled))
     return adjusted.tolist()
+
+
+def significant(p_values: Mapping[str, float], *, unit: str, source: str) -> list[ledger.Number]:
+    """Return a test of each p-value after Holm's correction: at most 0.05, where 0.5 is what no effect would give."""
+    adjusted = zip(p_values, holm(list(p_values.values())), strict=True)
+    return [ledger.test(name, p, at_most=0.05, wrong=0.5, unit=unit, source=source) for name, p in adjusted]

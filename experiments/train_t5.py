@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
-from experiments import command, ledger
-from experiments.parts import embedded, t5_card
+from experiments import embedded, ledger, statistics
+from experiments.frame import experiment
 from jaxrl_llm import models, translation
 from jaxrl_llm.data import number_names, number_tokenizer
 from jaxrl_llm.models import T5, T5Config
@@ -39,14 +38,14 @@ EXAMPLES = (21, 1_001, 87_654, 321_987, 999_999)  # shown in the card, whatever 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run: it decides every number."""
+    """The settings of a run, which determine every number."""
 
     train: bool = False
     """Train a model first, and write it to the work directory."""
     replace_embedded: bool = False
     """With --train: write it over the model of the package, with its card."""
     every: int = 1
-    """Translate one in so many of the held-out names."""
+    """Translate every n-th of the held-out names."""
     work_dir: Path = Path("runs/tiny-t5")
     """The folder for checkpoints and a trained model."""
     training_seed: int = 0
@@ -65,13 +64,12 @@ class Config:
     eval_every: int = 50
 
 
-PRESETS = {"quick": Config(every=5), "full": Config()}
 NOT_OF_TRAINING = ("train", "replace_embedded", "every", "work_dir", "training_seed")
 TOKENIZER = number_tokenizer.build()
 
 
 def model_of(config: Config) -> T5:
-    """Return the T5 of a run; its relative positions reach as far as a name."""
+    """Return the T5 of a run; its relative positions cover the length of a name."""
     return T5(
         T5Config(
             vocab_size=TOKENIZER.get_vocab_size(),
@@ -152,7 +150,7 @@ def train(config: Config, folder: Path) -> None:
         "examples": examples(loaded),
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(t5_card.render(model.num_params(), record), encoding="utf-8")
+    (folder / "README.md").write_text(card(model.num_params(), record), encoding="utf-8")
 
 
 def exact_by_length(loaded: models.Loaded, numbers: np.ndarray) -> list[dict[str, int]]:
@@ -190,6 +188,7 @@ def examples(loaded: models.Loaded) -> list[dict[str, str]]:
     return [{"source": source, "translation": text} for source, text in zip(sources, found, strict=True)]
 
 
+@experiment(quick=Config(every=5), full=Config())
 def run(config: Config) -> dict[str, Any]:
     """Train if asked to; then translate held-out names with the model, and report it beside its training."""
     folder = embedded.folder(config, NAME)
@@ -199,7 +198,7 @@ def run(config: Config) -> dict[str, Any]:
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     rows = exact_by_length(loaded, numbers)
     names, exact = (sum(row[field] for row in rows) for field in ("names", "exact"))
-    low, high = scipy.stats.binomtest(exact, names).proportion_ci(0.95, "exact")
+    share, low, high = statistics.share(exact, names)
     millions = loaded.model.num_params() / 1e6
     source = "greedy decoding; interval of Clopper and Pearson over the names"
     return {
@@ -215,9 +214,7 @@ def run(config: Config) -> dict[str, Any]:
                 unit="share",
                 source=source,
             ),
-            ledger.measurement(
-                "held-out names, exact", exact / names, confidence=(low, high), unit="share", source=source
-            ),
+            ledger.measurement("held-out names, exact", share, low, high, unit="share", source=source),
             ledger.measurement("held-out names", names, unit="names", source="number_names.split"),
             ledger.measurement("parameters", millions, unit="million", source="the model's shapes"),
         ],
@@ -230,5 +227,17 @@ def run(config: Config) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    command.main("train_t5", run, PRESETS)
+def card(num_params: int, record: dict[str, Any]) -> str:
+    """Return the model card of a training record."""
+    rows = record["exact"]
+    names, exact = (sum(row[field] for row in rows) for field in ("names", "exact"))
+    return embedded.card(
+        NAME,
+        num_params=num_params,
+        config=record["config"],
+        record=record,
+        names=names,
+        exact=exact,
+        table=embedded.table_rows((row["words"], row["names"], row["exact"]) for row in rows),
+        examples=embedded.table_rows((each["source"], each["translation"]) for each in record["examples"]),
+    )

@@ -46,7 +46,7 @@ def main(
 def draw_into(
     results: Path, gallery: Path, names: Sequence[str], *, also: Sequence[Also] = (), progress: bool = False
 ) -> list[str]:
-    """Draw these figures and write the page of all that have results; print and return what could not be drawn."""
+    """Draw these figures and write the page of all results; print and return the problems."""
     problems = []
     for name in tqdm(names, unit="figure", disable=not progress):
         try:
@@ -82,7 +82,7 @@ def _draw(name: str, results: Path, gallery: Path, also: Sequence[Also]) -> None
 
 
 def _write_index(results: Path, gallery: Path, also: Sequence[Also]) -> Path:
-    """Write the page of all results that can be read, also of those that this call did not draw."""
+    """Write the page of all readable results, drawn by this call or not."""
     entries = []
     for name in sorted(_results.result_names(results)):
         try:

@@ -17,7 +17,7 @@ _KINDS = {"test": "tests", "measurement": "measurements", "identity": "identitie
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One experiment: its name, its title, its results, and which kinds of files have been drawn of it."""
+    """One experiment: its name, title and results, and the kinds of files that have been drawn."""
 
     name: str
     title: str
@@ -63,7 +63,7 @@ A number is an <em>identity</em>, which holds to rounding; a <em>test</em>, whos
 
 
 def _place(entry: Entry) -> tuple[int, str]:
-    """Return where an entry stands in its subject: as the catalogue has it, then by name."""
+    """Return the sort key of an entry in its subject: by the catalogue, then by name."""
     group = list(catalogue.SUBJECTS.get(catalogue.subject(entry.name), ()))
     experiment = entry.name.split(".", maxsplit=1)[0]
     return (group.index(experiment) if experiment in group else len(group)), entry.name
@@ -105,7 +105,7 @@ def _section(entry: Entry) -> str:
 
 
 def _seeds(results: dict[str, Any]) -> str:
-    """Return on how many of several seeds the claim held."""
+    """Return the number of seeds at which the claim held, if there are several."""
     run, held = ((results.get("seeds") or {}).get(field, []) for field in ("run", "held"))
     varies = any(len(set(number.get("values", []))) > 1 for number in results["numbers"] if number["kind"] == "test")
     if len(run) < 2 or None in held or not varies:
@@ -174,7 +174,7 @@ def _picture(entry: Entry) -> str:
 
 
 def _origin(results: dict[str, Any]) -> str:
-    """Return in small print how the numbers came about."""
+    """Return preset, seed, seconds, versions and configuration in small print."""
     facts = [f"{field} {results[field]}" for field in ("preset", "seed") if results.get(field) is not None]
     facts += [f"{results['seconds']} s"] if "seconds" in results else []
     facts += [f"{package} {version}" for package, version in results.get("versions", {}).items()]

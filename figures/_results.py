@@ -13,26 +13,26 @@ RESULTS, GALLERY = HERE.parent / "results", HERE / "gallery"
 
 
 class Problem(Exception):
-    """Something that a user can put right, said in one sentence."""
+    """A problem that the user can solve, in one sentence."""
 
 
 def figure_names() -> set[str]:
-    """The names of all figure modules."""
+    """Return the names of all figure modules."""
     return {path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_")}
 
 
 def result_names(folder: Path) -> set[str]:
-    """The names of all results files of a folder."""
+    """Return the names of all results files of a folder."""
     return {path.stem for path in folder.glob("*.json")}
 
 
 def figure_of(name: str) -> str:
-    """The figure of a results file: `x.json` and its variants `x.<variant>.json` are drawn by `figures/x.py`."""
+    """Return the figure of a results file: `x.json` and its variants `x.<variant>.json` are drawn by `figures/x.py`."""
     return name.split(".", maxsplit=1)[0]
 
 
 def figure_module(name: str) -> ModuleType:
-    """The module that draws the results file `name`."""
+    """Return the module that draws the results file `name`."""
     if figure_of(name) not in figure_names():
         raise Problem(f"{name}.json has no figure: add figures/{figure_of(name)}.py with draw(results).")
     return importlib.import_module(f"figures.{figure_of(name)}")

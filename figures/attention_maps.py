@@ -21,7 +21,7 @@ KINDS = {"encoder": "encoder", "decoder": "decoder", "cross": "cross-attention"}
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Draw the maps of a held-out number, and below them what is measured over all held-out names."""
+    """Draw the maps of a held-out number, and below them the measures over all held-out names."""
     data = results["data"]
     size = thumbnail_size(len(data["example"]["target"]), len(data["example"]["source"]))
     layers = len(data["example"]["cross"])

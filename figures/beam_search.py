@@ -108,7 +108,7 @@ def _draw_mean(axes: Axes, intervals: list[dict[str, float]], colour: str) -> No
 
 
 def _draw_examples(axes: Axes, data: dict[str, Any]) -> None:
-    """Say what the colours are, and show the hypotheses of the exercise's three searches."""
+    """Explain the colours, and show the hypotheses of the exercise's three searches."""
     axes.axis("off")
     n = data["measured_n"]
     key = (

@@ -84,7 +84,7 @@ def _draw_metric(axes: Axes, rows: list[dict[str, Any]], field: str, *, hollow: 
 
 
 def _draw_foot(axes: Axes, data: dict[str, Any]) -> None:
-    """Say what the colours, the band and the intervals are."""
+    """Explain the colours, the band and the intervals."""
     marks = [Line2D([], [], color=colour, marker="o", linewidth=1, label=name) for name, colour in COLOURS.items()]
     axes.legend(handles=marks, loc="lower left", ncols=len(marks), columnspacing=1.6, bbox_to_anchor=(0, 0.78))
     seen = "" if data["model"] != "tiny-gpt2" else f", {data['in_corpus']} of them from works it was trained on"

@@ -19,7 +19,7 @@ ANSWERS = {"chosen": "-", "rejected": (0, (4, 1.5))}
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Draw the two log-probabilities in either kind of runs, the weight, and what is left of the pushes."""
+    """Draw the two log-probabilities in either kind of runs, the weight, and the share of the pushes that is left."""
     data = results["data"]
     runs, figure = data["runs"], Figure(figsize=(9.6, 5.8), layout="constrained")
     finding = "Between nearly equal answers more of DPO's two pushes cancels, and the chosen answer falls too"

@@ -16,7 +16,7 @@ SMALL = 7.5
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Gaussians, their heavy tail, exact sequences, and a language model."""
+    """Draw Gaussians, their heavy tail, exact sequences, and a language model."""
     data, numbers = results["data"], {entry["name"]: entry for entry in results["numbers"]}
     figure = Figure(figsize=(9.6, 7.0), layout="constrained")
     finding = "Between Gaussians, k2 has less variance than k1 only below KL = 0.618 nats, and k3 only below 0.628"

@@ -26,10 +26,10 @@ SMALL = 7.5
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """The table, the descents, the misspecified end, and what a loss over tokens misses."""
+    """Draw the table, the descents, the misspecified end, and the share that a loss over tokens misses."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 6.8), layout="constrained")
-    finding = "As a loss on-policy, k1 descends nothing, k2 descends KL(π‖ref), and k3 descends KL(ref‖π)"
+    finding = "As a loss on-policy, k1 has the expected gradient 0, k2 descends KL(π‖ref), and k3 descends KL(ref‖π)"
     style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
     (table, curves), (ends, missing) = figure.subplots(2, 2, width_ratios=(1.25, 1))
     _draw_table(table, data["table"])
@@ -95,13 +95,13 @@ def _draw_descents(axes: Axes, descents: dict[str, Any]) -> None:
 
 
 def _draw_ends(axes: Axes, found: dict[str, Any]) -> None:
-    laws, divergences = found["laws"], found["divergences"]
+    policies, divergences = found["policies"], found["divergences"]
     place = np.arange(3)
     series = (("k2 as a loss", "argmin KL(π‖ref)", "k2", -0.2), ("k3 as a loss", "argmin KL(ref‖π)", "k3", 0.2))
     for end, target, name, shift in series:
-        drawn = axes.bar(place + shift, laws[end], 0.38, color=COLOURS[name])
+        drawn = axes.bar(place + shift, policies[end], 0.38, color=COLOURS[name])
         axes.bar_label(drawn, fmt="%.3f", fontsize=7, padding=4)
-        axes.plot(place + shift, laws[target], "D", color=style.INK, markersize=4.5, markerfacecolor="none")
+        axes.plot(place + shift, policies[target], "D", color=style.INK, markersize=4.5, markerfacecolor="none")
     lines = [
         f"{end}: KL(π‖ref) = {divergences[end]['reverse']:.2f}, KL(ref‖π) = {divergences[end]['forward']:.2f}"
         for end in ("k2 as a loss", "k3 as a loss")

@@ -17,11 +17,11 @@ NAMES = {"grouped": "grouped by prompt", "shuffled": "shuffled, same rate", "mat
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Above: the margin's flow, the bound on a gradient, the optimum. Below: the three arms by SGD and by Adam."""
+    """Draw the margin's flow, the bound on a gradient, the optimum; below, the three arms by SGD and by Adam."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 8.9), layout="constrained")
     finding = (
-        "The loss bounds the push on an answer by 2/K, not the margin. On a linear model, a rate matched per\n"
+        "The loss bounds the gradient on an answer by 2/K, not the margin. On a linear model, a rate matched per\n"
         "comparison removes what shuffling adds under SGD, but not under Adam; each at its best rate, shuffling wins"
     )
     style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))

@@ -16,7 +16,7 @@ GRID_COLOURS = ("#b3541e", "#d9903d", "#8fa7b5", "#5d8fb8", "#2f6ca3", "#0b3c6f"
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Above: exact optima on 81 sequences. Below: three arms of a small GPT-2."""
+    """Draw exact optima on 81 sequences; below, three arms of a small GPT-2."""
     data = results["data"]
     figure = Figure(figsize=(9.6, 6.8), layout="constrained")
     finding = (

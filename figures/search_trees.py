@@ -21,7 +21,7 @@ TOKENS = 22  # shown in a panel of probabilities, beside those drawn
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Draw what the best leaf gains after all prompts, the trees after one of them below each other, and the bars."""
+    """Draw the best leaf's gain after all prompts, the trees after one of them below each other, and the bars."""
     data = results["data"]
     ordered = sorted(data["trees"], key=lambda tree: tree["name"] != "greedy")
     ordered = [pruned(tree, LEAVES.get(tree["name"], 1)) for tree in ordered]
@@ -52,7 +52,7 @@ def _letter(index: int) -> str:
 
 
 def pruned(tree: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return the tree with its best leaves only, so many, and a title that says so."""
+    """Return the tree with its `count` best leaves only, and a title that names the count."""
     nodes = {node["id"]: node for node in tree["nodes"]}
     parents = {node["parent"] for node in tree["nodes"]}
     leaves = [node for node in tree["nodes"] if node["id"] not in parents and node["parent"] is not None]
@@ -113,7 +113,7 @@ def _draw_gains(sheet: Sheet, data: dict[str, Any], width: float) -> None:
 
 
 def _draw_key(sheet: Sheet, x: float, y: float, width: float) -> None:
-    """Say what the marks mean."""
+    """Draw the legend of the marks."""
     axes = sheet.axes(x, y, width, TOP - 46)
     axes.axis("off")
     end = {"marker": "|", "markersize": 8, "markeredgewidth": 2.2, "linestyle": ""}

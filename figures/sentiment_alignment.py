@@ -31,7 +31,7 @@ WIDTH, PANELS, LINE = 10.4, 10.8, 0.19  # inches: of the figure, of the panels' 
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Held-out losses; gold and what the proxy promised on the way; gold at equal KL; the pretraining term; samples."""
+    """Draw held-out losses, gold and the proxy's prediction on the way, gold at equal KL, kept policies, samples."""
     data = results["data"]
     shown = [(name, data["samples"][name][0]) for name in SHOWN if name in data["samples"]]
     below = LINE * (len(shown) + 3)
@@ -53,7 +53,7 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def _title(results: dict[str, Any]) -> str:
-    """As much of the claim as is tested and holds; without a verdict the subject."""
+    """Return the part of the claim that is tested and holds; without a verdict, the subject."""
     tests = [number for number in results["numbers"] if number.get("kind") == "test"]
     raises, by_less = (number["value"] <= number["interval"][1] for number in tests)
     if results["holds"] is None or not raises:
@@ -63,7 +63,7 @@ def _title(results: dict[str, Any]) -> str:
 
 
 def _draw_dpo(axes: Axes, data: dict[str, Any]) -> None:
-    """DPO against the loss of the reference, and against that of the proxy itself."""
+    """Draw DPO's loss, that of the reference, and that of the proxy itself."""
     axes.set(title="(a) DPO: loss on held-out pairs", xlabel="updates", ylabel="expected loss (nats a pair)")
     if "dpo" not in data["methods"]:
         return
@@ -83,7 +83,7 @@ def _draw_dpo(axes: Axes, data: dict[str, Any]) -> None:
 
 
 def _draw_ratios(axes: Axes, data: dict[str, Any]) -> None:
-    """The other preference losses, relative to where they began."""
+    """Draw the other preference losses, relative to their start."""
     axes.set(title="(b) the others: held-out loss / at the start", xlabel="updates", ylabel="ratio")
     names = [name for name in data["methods"] if name in OFFLINE and name != "dpo"]
     for name in names:
@@ -97,7 +97,7 @@ def _draw_ratios(axes: Axes, data: dict[str, Any]) -> None:
 
 
 def _draw_losses(axes: Axes, data: dict[str, Any], name: str, *, relative: bool = False) -> None:
-    """A line for each seed, and where its parameters were kept."""
+    """Draw a line for each seed, with a mark where its parameters were kept."""
     method = data["methods"][name]
     for seed, (losses, kept) in enumerate(zip(method["held_out"], method["kept"], strict=True)):
         values = np.asarray(losses) / (losses[0] if relative else 1)
@@ -111,7 +111,7 @@ def _mark_end(axes: Axes, data: dict[str, Any]) -> None:
 
 
 def _draw_paths(axes: Axes, data: dict[str, Any], names: list[str], title: str) -> None:
-    """The gain of gold on the way, and the gain that the proxy's predicts."""
+    """Draw the gain of gold on the way, and the gain that the proxy's predicts."""
     axes.set(title=title, xlabel="√KL(π‖π_ref) (√nats)", ylabel="gain in gold reward (log-odds)")
     for name in names:
         method = data["methods"][name]
@@ -133,7 +133,7 @@ def _draw_paths(axes: Axes, data: dict[str, Any], names: list[str], title: str) 
 
 
 def _draw_levels(axes: Axes, data: dict[str, Any]) -> None:
-    """Gold where each method's path reaches a KL; below, who does not get there at every seed."""
+    """Draw gold where each method's path reaches a KL; below, list methods that miss it at some seed."""
     axes.set(title="(e) gold at equal KL, interpolated (colours: f)", ylabel="gain in gold reward (log-odds)",
              xlabel="KL(π‖π_ref) (nats)")  # fmt: skip
     names, levels = list(data["methods"]), sorted({row["kl"] for row in data["levels"]})
@@ -155,7 +155,7 @@ def _draw_levels(axes: Axes, data: dict[str, Any]) -> None:
 
 
 def _draw_kept(axes: Axes, data: dict[str, Any]) -> None:
-    """The policies that were kept: gold, and what the proxy's gain predicts."""
+    """Draw the kept policies: gold, and the proxy's prediction."""
     axes.set(title="(f) the policies that are kept", xlabel="gain in gold reward (log-odds)")
     names = list(data["methods"])
     for place, name in enumerate(names):
@@ -176,7 +176,7 @@ def _draw_kept(axes: Axes, data: dict[str, Any]) -> None:
 
 
 def _draw_samples(figure: Any, shown: list[tuple[str, dict[str, Any]]], height: float) -> None:
-    """One review each, after the same prompt (grey)."""
+    """Write one review each, after the same prompt (grey)."""
     y = 1 - LINE / height
     figure.text(0.01, y, "After the same prompt (grey), the first draw of the first seed; before it proxy and gold "
                 "reward (log-odds)", weight="bold", fontsize=9)  # fmt: skip
@@ -192,7 +192,7 @@ def _draw_samples(figure: Any, shown: list[tuple[str, dict[str, Any]]], height: 
 
 
 def at_words(text: str, *, size: float, width: float) -> str:
-    """As much of a text as fits, cut after a word."""
+    """Return the part of a text that fits, cut after a word."""
     text = " ".join(text.split())
     cut = sentence(text, size=size, width=width)
     return cut if cut == text or " " not in cut else cut[:-1].rsplit(" ", 1)[0] + " …"

@@ -239,7 +239,8 @@ class LM:
             n: completions of each prompt; of a beam search its best hypotheses.
             chat: put each prompt into the model's chat template, a string as a user's message.
             transforms: further logits transforms (`jl.decoding.transforms`), applied after those of the options.
-            options: fields of `jaxrl_llm.sampling.Sampling` and `Search`, such as temperature, top_p, regex and stop.
+
+        Options: listed here.
 
         Returns:
             n completions of the first prompt, then n of the second, and so on (fewer of a beam search that finds
@@ -279,7 +280,9 @@ class LM:
 
         Args:
             messages: a string, or a list of {"role": ..., "content": ...}.
-            strategy, greedy, transforms, options: those of `generate`.
+            strategy, greedy, transforms: as in `generate`.
+
+        Options: listed here.
 
         Raises:
             ValueError: if the model has no chat template, or as `generate` does.
@@ -303,7 +306,9 @@ class LM:
 
         Args:
             prompt: a single one.
-            greedy, chat, transforms, options: those of `generate`.
+            greedy, chat, transforms: as in `generate`.
+
+        Options: listed here.
 
         Raises:
             TypeError, ValueError: as `generate` does.
@@ -336,7 +341,9 @@ class LM:
             prompts: one or several.
             n: hypotheses of each prompt; by default all `num_beams`.
             num_groups: more than one makes it diverse beam search.
-            chat, transforms, options: those of `generate`, as far as these strategies use them.
+            chat, transforms: as in `generate`.
+
+        Options, as far as these strategies use them, as in `generate`.
 
         Returns:
             The hypotheses of the first prompt, then those of the second, and so on. `log_prob` is theirs under the
@@ -355,7 +362,8 @@ class LM:
 
         Args:
             prompt: a single one.
-            options: fields of `jaxrl_llm.sampling.TreeSearch`.
+
+        Options: listed here.
 
         Raises:
             TypeError: for a prompt of another type, or an unknown option.

@@ -1,4 +1,4 @@
-"""The one idea: a language model is a pure function of its parameters, with an explicit append-only cache."""
+"""The central protocol: a language model is a pure function of its parameters, with an explicit append-only cache."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ Params = PyTree[Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What a model remembers of a batch of rows; append-only.
+    """The append-only cache of a batch of rows.
 
-    All rows write at the same slot. `valid` says which slots count, so left padding, right padding, ragged prompts,
-    finished rows and rejected drafts are one thing: a slot that is not valid. Slots are in causal order, and a token's
-    position is the number of valid tokens before it in its row.
+    All rows write at the same slot, and `valid` marks the slots that count. So left padding, right padding, ragged
+    prompts, finished rows and rejected drafts are all slots that are not valid. Slots are in causal order, and the
+    position of a token is the number of valid tokens before it in its row.
     """
 
-    memory: PyTree  # the model's own; every leaf is [batch, ...]
+    memory: PyTree  # the model's state, such as keys and values; every leaf is [batch, ...]
     valid: Bool[Array, "batch slot"]
     length: Int[Array, ""]  # slots written so far
-    given: PyTree = None  # what no token changes, such as which source a row reads; every leaf is [batch, ...]
+    given: PyTree = None  # constant state, such as the index of a row's source; every leaf is [batch, ...]
 
     @property
     def max_length(self) -> int:
-        """Number of slots."""
+        """Return the number of slots."""
         return self.valid.shape[1]
 
     def append(self, mask: Bool[Array, "batch time"]) -> Cache:
-        """Claim the next `time` slots; those where `mask` is false never count. The memory is the model's to write.
+        """Reserve the next `time` slots, valid where `mask` is true; the model then writes its memory.
 
         Raises:
-            ValueError: if the batch is another, or the slots do not suffice. (Under `jit` the number of slots written
-                cannot be read: there, what does not fit overwrites the last ones. Size the cache for all to come.)
+            ValueError: if the batch size differs, or there are too few slots. Under `jit` the number of written slots
+                is unknown, and tokens that do not fit overwrite the last slots: size the cache for the whole sequence.
         """
         time = mask.shape[1]
         if mask.shape[0] != self.valid.shape[0]:
-            raise ValueError(f"the cache holds {self.valid.shape[0]} rows, but {mask.shape[0]} are to be appended.")
+            raise ValueError(
+                f"the mask must have the {self.valid.shape[0]} rows of the cache, but has {mask.shape[0]}."
+            )
         if time > self.max_length or (is_concrete(self.length) and int(self.length) + time > self.max_length):
             written = int(self.length) if is_concrete(self.length) else "some"
             raise ValueError(
@@ -54,29 +56,29 @@ class Cache:
         return dataclasses.replace(self, valid=valid, length=self.length + time)
 
     def take(self, rows: Int[Array, "rows"]) -> Cache:
-        """The cache of `rows` of the batch, in that order; a row may be taken many times."""
+        """Return the cache of these rows of the batch, in this order; rows may repeat."""
         memory, valid, given = jax.tree.map(lambda leaf: leaf[rows], (self.memory, self.valid, self.given))
         return dataclasses.replace(self, memory=memory, valid=valid, given=given)
 
 
 class LanguageModel(Protocol):
-    """Turns tokens into next-token logits. Implementations are hashable by their configuration.
+    """A model of next-token logits. Implementations are hashable by their configuration.
 
-    Without a cache, `hidden` scores whole sequences; with one it appends `tokens` to it (prefill is the call with many
-    tokens, a decoding step the one with one). `mask` is false at padding, on either side; what stands there changes
-    nothing elsewhere, and the outputs at padded places mean nothing, except that a model with `min_prompt_length` 0
-    gives there the hidden state of what stands before (of the empty sequence, if nothing does).
+    Without a cache, `hidden` scores whole sequences. With a cache it appends `tokens`: prefill is a call with many
+    tokens, a decoding step a call with one. `mask` is false at padding, on either side. Tokens at padding have no
+    effect elsewhere, and outputs at padding are undefined; only a model with `min_prompt_length` 0 returns there the
+    hidden state of the tokens before (of the empty sequence, if there are none).
     """
 
     vocab_size: int
-    max_length: int  # tokens of a row that the model can hold: its context
-    min_prompt_length: int  # valid tokens that must precede the first prediction: 1, or 0 for a model with a root state
+    max_length: int  # context length: the largest number of tokens in a row
+    min_prompt_length: int  # valid tokens required before the first prediction: 1, or 0 for a model with a root state
 
     def init(self, key: Array) -> Params:
-        """Random parameters: a plain nested dict of arrays."""
+        """Return random parameters, a plain nested dict of arrays."""
 
     def init_cache(self, batch_size: int, max_length: int, *, dtype: Any = jnp.float32) -> Cache:
-        """An empty cache of `max_length` slots; `dtype` is that of the parameters it will be used with."""
+        """Return an empty cache of `max_length` slots; `dtype` must be that of the parameters."""
 
     def hidden(
         self,
@@ -86,10 +88,10 @@ class LanguageModel(Protocol):
         *,
         mask: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        """The last hidden state at each token, and the cache with the tokens appended."""
+        """Return the last hidden state at each token, and the cache with the tokens appended."""
 
     def logits(self, params: Params, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
-        """Unembed hidden states: the unnormalised log-probabilities of the next token."""
+        """Unembed hidden states into unnormalised log-probabilities of the next token."""
 
     def apply(
         self,
@@ -99,23 +101,26 @@ class LanguageModel(Protocol):
         *,
         mask: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time vocab"], Cache | None]:
-        """`logits` of `hidden`: at each token, the logits of the token after it."""
+        """Return `logits` of `hidden`: at each token the logits of the next one."""
         hidden, cache = self.hidden(params, tokens, cache, mask=mask)
         return self.logits(params, hidden), cache
 
 
 def params_dtype(params: Params) -> jnp.dtype:
-    """The floating dtype of the parameters."""
+    """Return the floating dtype of the parameters."""
     return jnp.result_type(*jax.tree.leaves(params))
 
 
 def check_tokens(
     lm: LanguageModel, tokens: Array, mask: Array | None, cache: Cache | None = None, *, name: str = "tokens"
 ) -> None:
-    """Raise for tokens that `lm` cannot take.
+    """Check that tokens are valid input of `lm`.
 
-    Rank, dtype and mask shape are always checked; ids outside the vocabulary, and rows that are longer than the model's
-    context, with what the cache already holds, where values can be read.
+    Rank, dtype and mask shape are always checked. Values are checked unless they are traced: ids must be in the
+    vocabulary, and rows, with the tokens in the cache, must fit the context.
+
+    Raises:
+        ValueError: naming what is wrong.
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers [batch, time], but is {tokens.dtype}{list(tokens.shape)}.")

@@ -1,4 +1,4 @@
-"""Options as dataclasses: functions whose keyword arguments are the fields of one, and the docstrings of fields."""
+"""Options that are declared once, as the fields of dataclasses: their docs, and functions that take them by keyword."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-LISTED = "    Options: listed here."
+Function = TypeVar("Function", bound=Callable[..., Any])
+LISTED = "Options: listed here."
 
 
-def takes(*groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a function with `**options` the signature that the fields of these dataclasses make, and refuse others.
+def takes(*groups: type) -> Callable[[Function], Function]:
+    """Show the fields of dataclasses in the signature and the docstring of a function with `**options`.
 
-    A line "Options: listed here." of its docstring is replaced by the options with their defaults and docstrings.
+    In the docstring they replace the line "Options: listed here.". Any other keyword argument is a TypeError with the
+    nearest name.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        fields = {field.name: field for group in groups for field in _sorted_fields(group)}
+        own = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
+        fields = {field.name: (group, field) for group in groups for field in _own_first(group)}
         further = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field))
-            for name, field in fields.items()
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type)
+            for name, (_, field) in fields.items()
             if name not in signature.parameters
         ]
         names = [each.name for each in (*own, *further)]
@@ -42,11 +44,10 @@ def takes(*groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return function(*args, **keywords)
 
         checked.__signature__ = signature.replace(parameters=[*own, *further])
-        if checked.__doc__ and LISTED in checked.__doc__:
-            docs = {name: doc for group in groups for name, doc in field_docs(group).items()}
-            lines = [f"{each.name} ({each.default!r}): {docs[each.name]}" for each in further]
-            wrapped = [textwrap.fill(line, 116, initial_indent=" " * 8, subsequent_indent=" " * 12) for line in lines]
-            checked.__doc__ = checked.__doc__.replace(LISTED, "\n".join(["    Options:", *wrapped]))
+        listed = [
+            _line(f"{each.name} ({each.default!r}): {field_docs(fields[each.name][0])[each.name]}") for each in further
+        ]
+        checked.__doc__ = inspect.cleandoc(function.__doc__).replace(LISTED, "\n".join(["Options:", *listed]))
         return checked
 
     return decorate
@@ -64,7 +65,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return found
 
 
-def _sorted_fields(cls: type) -> list[dataclasses.Field]:
+def _own_first(cls: type) -> list[dataclasses.Field]:
     """Return the fields of a dataclass, its own first, those of its most general bases last."""
     declared = [inspect.get_annotations(base) for base in cls.__mro__]
     place = {name: min(i for i, names in enumerate(declared) if name in names) for names in declared for name in names}
@@ -73,3 +74,7 @@ def _sorted_fields(cls: type) -> list[dataclasses.Field]:
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _line(text: str) -> str:
+    return textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8)

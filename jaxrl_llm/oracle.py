@@ -7,8 +7,8 @@ and the population's preferences. The distribution of best-of-n and the Gibbs op
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxrl_llm.objectives.logprobs import token_log_probs
 from jaxrl_llm.tabular import TabularLM
 
 MAX_SEQUENCES = 10**7
-GROUPS_AT_ONCE = 512  # of which gradients are taken; all of them are kept
+GROUPS_AT_ONCE = 512  # groups whose gradients are computed together; the gradients of all groups are kept
 
 
 class Moments(NamedTuple):
@@ -65,12 +65,72 @@ def next_token_logits(
     return lm.apply(params, inputs, mask=mask)[0]
 
 
-def sequence_log_probs(lm: TabularLM, params: Params) -> Float[Array, "sequences"]:
+def sequence_log_probs(
+    lm: TabularLM,
+    params: Params,
+    transform: Callable[[Array], Array] | Sequence[Callable[[Array], Array]] | None = None,
+    *,
+    prompt: Sequence[int] = (),
+) -> Float[Array, "sequences"]:
     """log p(y) = Σ_t log p(y_t | y_<t) of every sequence, in the order of `enumerate_sequences`, in nats.
 
-    Differentiable in `params`; the exponentials sum to 1.
+    With a transform it is the exact distribution of a sampler: p(y_t | y_<t) = softmax(transform(logits))[y_t]. With a
+    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in
+    `params`.
+
+    Args:
+        transform: a function of logits [batch, vocab]; one with `init`, `apply` and `update`, as all of
+            `decoding.transforms` have; or a sequence of these, applied in their order.
+
+    Raises:
+        ValueError: if the prompt has more tokens than the horizon, or a transform cannot be called.
     """
-    return token_log_probs_of(lm, params, enumerate_sequences(lm)).sum(axis=-1)
+    if len(prompt) > lm.horizon:
+        raise ValueError(f"the prompt must have at most {lm.horizon} tokens, but has {len(prompt)}.")
+    sequences = _digits(lm.vocab_size, lm.horizon - len(prompt))
+    prompts = jnp.tile(jnp.asarray(prompt, jnp.int32), (len(sequences), 1))
+    logits = next_token_logits(lm, params, jnp.concatenate([prompts, sequences], axis=1))[:, len(prompt) :]
+    if transform is None:
+        return token_log_probs(logits, sequences).sum(axis=-1)
+    parts = [_stateful(each) for each in (transform if isinstance(transform, list | tuple) else (transform,))]
+    slots = jnp.pad(prompts, ((0, 0), (0, sequences.shape[1])))
+    mask = jnp.broadcast_to(jnp.arange(lm.horizon) < len(prompt), slots.shape)
+    states = [each.init(slots, mask, jnp.full(len(slots), sequences.shape[1])) for each in parts]
+
+    def step(states: list[PyTree[Array]], column: tuple[Array, Array]) -> tuple[list[PyTree[Array]], Array]:
+        logits, token = column
+        left = logits
+        for each, state in zip(parts, states, strict=True):
+            left = each.apply(state, left)
+        states = [each.update(state, token, logits) for each, state in zip(parts, states, strict=True)]
+        return states, token_log_probs(left, token)
+
+    return jax.lax.scan(step, states, (jnp.moveaxis(logits, 1, 0), sequences.T))[1].sum(axis=0)
+
+
+class _Stateless(NamedTuple):
+    """A function of logits, as a transform."""
+
+    function: Callable[[Array], Array]
+
+    def init(self, prompts: Array, mask: Array, limits: Array) -> tuple[()]:
+        return ()
+
+    def apply(self, state: tuple[()], logits: Array) -> Array:
+        return self.function(logits)
+
+    def update(self, state: tuple[()], token: Array, logits: Array) -> tuple[()]:
+        return ()
+
+
+def _stateful(transform: Any) -> Any:
+    if hasattr(transform, "init"):
+        return transform
+    if not callable(transform):
+        raise ValueError(
+            f"transform must be a function of logits, a transform, or a sequence of them, but is {transform!r}."
+        )
+    return _Stateless(transform)
 
 
 def expectation(

@@ -1,4 +1,4 @@
-"""What a program (not a library) sets up once: the compilation cache, and a terminal without others' warnings."""
+"""Set-up of a program (not of a library): the compilation cache, and a terminal without others' warnings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def set_up() -> None:
-    """Call before jax is imported; what the user has set in the environment stays as it is."""
+    """Set defaults of environment variables that the user has not set; call before jax is imported."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm" / "xla"
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -22,5 +22,5 @@ def set_up() -> None:
 
 
 def quiet_transformers() -> None:
-    """Call before transformers is imported: it says that PyTorch was not found, which is not needed."""
+    """Silence transformers' notice that PyTorch is missing; call before transformers is imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

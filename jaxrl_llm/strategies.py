@@ -168,16 +168,16 @@ def _speculative(request: Request) -> list[list[Hypothesis]]:
     draft = request.search.draft_model
     if isinstance(draft, str | os.PathLike):
         draft = models.load(draft, dtype=language_model.params_dtype(request.task.params))
-    return _speculate(request, draft_lm=draft.model, draft_params=draft.params)
+    return _speculate(request, decoding.DraftModel(draft.model, draft.params))
 
 
 def _lookup(request: Request) -> list[list[Hypothesis]]:
-    return _speculate(request, lookup_ngram=request.search.lookup_ngram)
+    return _speculate(request, decoding.PromptLookup(request.search.lookup_ngram))
 
 
-def _speculate(request: Request, **drafting: Any) -> list[list[Hypothesis]]:
+def _speculate(request: Request, draft: decoding.Draft) -> list[list[Hypothesis]]:
     found = decoding.speculative_generate(
-        *request.model, num_draft=request.search.num_draft, **drafting, **request.drawing
+        *request.model, draft=draft, num_draft=request.search.num_draft, **request.drawing
     )
     return _rows(found.generation, lambda row: {"accepted": int(found.accepted[row]), "rounds": int(found.rounds[row])})
 

@@ -1,4 +1,4 @@
-"""The tabular language model: small enough to enumerate, behind the same protocol as the neural ones."""
+"""The tabular language model: small enough to enumerate, with the same protocol as the neural models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxrl_llm.language_model import Cache, Params
 
 @dataclasses.dataclass(frozen=True)
 class TabularLM(language_model.LanguageModel):
-    """One free row of logits for every prefix of fewer than `horizon` tokens; hidden *is* the logits row.
+    """A free row of logits for every prefix of fewer than `horizon` tokens; the hidden state *is* the row of logits.
 
-    The parameters are `{"logits": [prefixes, vocab]}` with prefixes ordered by length, then as base-`vocab` numbers:
-    the empty prefix first. It has a root, so a prompt may be empty; after `horizon` tokens nothing follows, and the
-    logits there are zero, a uniform distribution that no sequence uses.
+    The parameters are `{"logits": [prefixes, vocab]}`, with prefixes ordered by length, then as base-`vocab` numbers,
+    from the empty prefix on. It has a root state, so that a prompt may be empty. After `horizon` tokens the sequence is
+    over; the logits there are 0.
     """
 
     vocab_size: int
@@ -29,7 +29,7 @@ class TabularLM(language_model.LanguageModel):
         if self.vocab_size < 1 or self.horizon < 1:
             raise ValueError(f"vocab_size and horizon must be at least 1, but are {self.vocab_size}, {self.horizon}.")
         if self.num_prefixes > 10**7:
-            raise ValueError(f"{self.num_prefixes} prefixes are too many to hold: this model is for enumeration.")
+            raise ValueError(f"the table must have at most {10**7} prefixes, but has {self.num_prefixes}.")
 
     @property
     def max_length(self) -> int:
@@ -37,15 +37,15 @@ class TabularLM(language_model.LanguageModel):
 
     @property
     def num_prefixes(self) -> int:
-        """Σ_{t < horizon} vocab^t."""
+        """Return the number of prefixes, Σ_{t < horizon} vocab^t."""
         return sum(self.vocab_size**length for length in range(self.horizon))
 
     def init(self, key: Array) -> Params:
-        """Standard normal logits."""
+        """Return standard normal logits."""
         return {"logits": jax.random.normal(key, (self.num_prefixes, self.vocab_size))}
 
     def init_cache(self, batch_size: int, max_length: int, *, dtype: jnp.dtype = jnp.float32) -> Cache:
-        """The memory is each row's prefix as (number of tokens, base-vocab number)."""
+        """Return an empty cache; its memory is each row's prefix as (number of tokens, base-vocab number)."""
         prefix = (jnp.zeros(batch_size, jnp.int32), jnp.zeros(batch_size, jnp.int32))
         return Cache(prefix, jnp.zeros((batch_size, max_length), bool), jnp.zeros((), jnp.int32))
 
@@ -74,7 +74,7 @@ class TabularLM(language_model.LanguageModel):
         return jnp.moveaxis(rows, 0, 1), cache
 
     def logits(self, params: Params, hidden: Float[Array, "... vocab"]) -> Float[Array, "... vocab"]:
-        """The identity."""
+        """Return hidden, which is the logits."""
         return hidden
 
     def _row(

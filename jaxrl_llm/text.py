@@ -14,10 +14,10 @@ from jaxtyping import Bool, Int
 def encode(
     tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], *, chat: bool = False, lead: str = ""
 ) -> list[int]:
-    """The tokens of a prompt; with `chat`, of the prompt as a user's message in the model's chat template.
+    """Return the tokens of a prompt; with `chat`, of the prompt as a user's message in the model's chat template.
 
     With `chat` it may also be a conversation: messages with `role` and `content`. An empty prompt is the beginning of a
-    text: the tokenizer's BOS token. `lead` is what the answer begins with.
+    text: the tokenizer's BOS token. `lead` is the beginning of the completion.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or no BOS token to stand for an empty prompt.
@@ -73,10 +73,10 @@ def _pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool)
 
 
 def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> list[bytes]:
-    """What each token adds to the text, in UTF-8: a token may hold a part of a character.
+    """Return the bytes that each token contributes to a text, in UTF-8: a token may hold a part of a character.
 
-    Special tokens, which are no text, add nothing, nor do ids that the tokenizer does not know. Written as they stand
-    in a continuation: SentencePiece drops the space before the first word of a whole text.
+    Special tokens contribute no bytes, nor do ids that the tokenizer does not know. The bytes are those of a
+    continuation: SentencePiece drops the space before the first word of a whole text.
 
     Args:
         tokenizer: of Hugging Face's kind, byte-level BPE (GPT-2, Llama 3) or SentencePiece (Llama 2).
@@ -99,7 +99,7 @@ def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> list[bytes]:
 
 
 def _spelling(tokens: set[str]) -> Callable[[str], bytes]:
-    """How tokens are spelt: by GPT-2's stand-ins for bytes, or SentencePiece's ▁ for a space and <0x0A> for a byte."""
+    """Return the spelling of tokens: GPT-2's stand-ins for bytes, or SentencePiece's ▁ for a space and <0x0A>."""
     if any("▁" in token for token in tokens):
         return lambda token: (
             bytes([int(token[3:5], 16)])
@@ -109,23 +109,23 @@ def _spelling(tokens: set[str]) -> Callable[[str], bytes]:
     stand_ins = _byte_stand_ins()
     if not tokens >= stand_ins.keys() and not any(token.startswith("Ġ") for token in tokens):
         raise ValueError(
-            "the tokens' bytes are unknown: the tokenizer is neither byte-level nor of SentencePiece's kind."
+            "the tokenizer must be byte-level BPE or SentencePiece to know its tokens' bytes, but is neither."
         )
     return lambda token: bytes(map(stand_ins.get, token)) if stand_ins.keys() >= set(token) else token.encode()
 
 
 @functools.cache
 def _byte_stand_ins() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte (Radford et al. 2019): itself, where it is printable."""
+    """Return the character of each byte in byte-level BPE (Radford et al. 2019): itself, where it is printable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def trim_at_stop(text: str, strings: Sequence[str]) -> str:
-    """The text before the stop string that is complete first, if it contains one (of several, before the longest).
+    """Return the text before the stop string that is complete first, if it contains one (of several, the longest).
 
-    What is left contains none, and does not depend on how the text was cut into tokens.
+    The result contains no stop string, and does not depend on how the text was split into tokens.
 
     Raises:
         ValueError: if a stop string is empty.

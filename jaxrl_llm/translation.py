@@ -1,4 +1,4 @@
-"""Translating texts with a loaded model, a T5 or a decoder-only one: batched, greedy or by beam search."""
+"""Translation of texts by a T5 or a decoder-only model: batched, greedy or by beam search."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.models import T5, Loaded
 from jaxrl_llm.models.conditional import Conditional, given
 
-SOURCE_BUCKET = 16  # tokens: sources are padded to a multiple of it, so that one program serves many lengths
-BATCH = 32  # sentences that are translated at once
+SOURCE_BUCKET = 16  # tokens: sources are padded to a multiple of it, so that many lengths share one program
+BATCH = 32  # sentences per batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a sentence is put to a model: `prefix` before it, `suffix` behind it."""
+    """The prompt template of a translation model: `prefix` before the sentence, `suffix` after it."""
 
     prefix: str = ""
     suffix: str = ""
 
     @classmethod
     def of(cls, loaded: Loaded, *, prefix: str | None = None, suffix: str | None = None) -> Form:
-        """What is given here; else what `translation` in the model's `config.json` says; else the plain form.
+        """Return the form of a model: these arguments, else `translation` in its `config.json`, else a default.
 
-        That is nothing for a T5, and for a decoder-only model a line break behind the sentence: the translation is the
-        line after it.
+        By default a T5 has no prefix and no suffix. A decoder-only model has a line break as its suffix, and the
+        translation is the next line.
         """
         declared = loaded.config.get("translation") or {}
         plain = {"prefix": "", "suffix": "" if isinstance(loaded.model, T5) else "\n"}
@@ -50,22 +50,22 @@ def translate(
     max_new_tokens: int = 64,
     batch_size: int = BATCH,
 ) -> list[str]:
-    """The most probable translation of each sentence that greedy decoding (one beam) or beam search finds.
+    """Translate each sentence by greedy decoding (one beam) or beam search.
+
+    The translation of a decoder-only model ends at the end of its line.
 
     Args:
-        form: how the sentences are put to the model; by default as `Form.of` says.
-        length_penalty: hypotheses of several beams are ranked by log p / length**length_penalty.
-        max_new_tokens: the most tokens of a translation.
-        batch_size: sentences that are translated at once.
-
-    A decoder-only model's translation ends where its line ends.
+        form: prefix and suffix of the sentences; by default `Form.of(loaded)`.
+        length_penalty: beams are ranked by log p / length**length_penalty.
+        max_new_tokens: the largest number of tokens of a translation.
+        batch_size: sentences per batch.
 
     Raises:
-        ValueError: if the model has no tokenizer, a sentence (named by its number, from 1) is empty or has a word that
-            the tokenizer does not know, or as `generate` and `beam_search` do.
+        ValueError: if the model has no tokenizer; if a sentence (reported by number, from 1) is empty or has a word
+            that is not in the tokenizer's vocabulary; or as `generate` and `beam_search`.
     """
     if loaded.tokenizer is None:
-        raise ValueError("the model has no tokenizer files, so that text cannot be turned into tokens.")
+        raise ValueError("the model must have a tokenizer, but its folder has no tokenizer files.")
     form = Form.of(loaded) if form is None else form
     rows = [
         known_tokens(loaded.tokenizer, sentence, form=form, name=f"sentence {number}")
@@ -82,7 +82,7 @@ def translate(
 
 
 def conditionals(loaded: Loaded, rows: Sequence[Sequence[int]], *, batch_size: int = BATCH) -> Iterator[Conditional]:
-    """The model given each batch of sources (tokens), all batches of one shape; the last repeats its last source."""
+    """Yield the conditional model of each batch of sources (tokens). Batches have one shape; the last is filled up."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
     length = -(-max(map(len, rows), default=1) // SOURCE_BUCKET) * SOURCE_BUCKET
@@ -99,7 +99,7 @@ def conditionals(loaded: Loaded, rows: Sequence[Sequence[int]], *, batch_size: i
 def decoded(
     task: Conditional, *, num_beams: int, length_penalty: float, limit: int, eos: Sequence[int]
 ) -> list[list[int]]:
-    """The tokens of the best translation of each source, EOS included."""
+    """Return the tokens of the best translation of each source, EOS included."""
     common = {"prompt_mask": task.mask, "max_new_tokens": limit, "eos_id": eos}
     model = (task.lm, task.params, task.prompts)
     if num_beams == 1:
@@ -112,23 +112,21 @@ def decoded(
 
 
 def known_tokens(tokenizer: Any, sentence: str, *, form: Form | None = None, name: str = "the text") -> list[int]:
-    """The tokens of a sentence in its form, each of which stands for what is written there.
-
-    An unknown word is an error: a model answers as if there were some other one.
+    """Return the tokens of a sentence in its form; unknown words are an error, for a model would translate others.
 
     Args:
-        form: by default the plain sentence.
-        name: what errors call the sentence.
+        form: prefix and suffix; by default none.
+        name: of the sentence, for errors.
 
     Raises:
-        ValueError: if the sentence is empty, or the tokenizer does not know a word of it.
+        ValueError: if the sentence is empty, or a word is not in the tokenizer's vocabulary.
     """
     if not sentence.strip():
         raise ValueError(f"{name} is empty.")
     form = Form() if form is None else form
     whole = f"{form.prefix}{sentence}{form.suffix}"
     tokens = text.encode(tokenizer, whole)
-    # Where bytes are tokens, nothing is unknown, and the unknown token is often that of a text's beginning or end.
+    # A byte-level tokenizer knows every word; its unknown token is often the token that begins or ends a text.
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
     if unknown & set(tokens):
         words = ", ".join(map(repr, _unknown_words(tokenizer, whole))) or "a word of it"
@@ -137,7 +135,7 @@ def known_tokens(tokenizer: Any, sentence: str, *, form: Form | None = None, nam
 
 
 def _unknown_words(tokenizer: Any, whole: str) -> list[str]:
-    """What the unknown tokens stand for, each once; nothing where a tokenizer in Python does not tell."""
+    """Return the distinct unknown words; none for a tokenizer without offsets."""
     if not tokenizer.is_fast:
         return []
     encoding = tokenizer(whole, return_offsets_mapping=True)

@@ -540,7 +540,7 @@ def test_attention_of_a_decoder_only_model(run, model, tmp_path):
     ("arguments", "said"),
     [
         (["--out", "map.bmp"], "cannot write a figure to map.bmp: the suffix must be one of"),
-        (["--kind", "self"], "attention of kind cross, encoder, decoder, but none of kind self"),
+        (["--kind", "self"], "kind must be one of cross, encoder, decoder for this model, but is self"),
         (["--layer", "1"], "layer must be from 0 to 0"),
         (["--kind", "encoder", "--layer", "2"], "layer must be from 0 to 1"),
         (["--head", "-4"], "head must be from 0 to 2 (or −3 to −1), but is -4"),
@@ -556,8 +556,14 @@ def test_a_wrong_option_of_attention_is_one_line(run, t5, tmp_path, monkeypatch,
 
 def test_what_a_decoder_only_model_has_not_is_one_line(run, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run("attention", "the cat", "--model", model, "--kind", "cross"), "attention of kind self")
-    assert_one_line(run("attention", "the cat", "--model", model, "--target", "x"), "a target is for encoder-decoder")
+    assert_one_line(
+        run("attention", "the cat", "--model", model, "--kind", "cross"),
+        "kind must be one of self for this model, but is cross",
+    )
+    assert_one_line(
+        run("attention", "the cat", "--model", model, "--target", "x"),
+        "a target must be left out for a decoder-only model",
+    )
     assert_one_line(run("attention", "q" * 49, "--model", model), f"context of {CONTEXT}")
     assert not list(tmp_path.iterdir())
 

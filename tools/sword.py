@@ -1,10 +1,10 @@
 """Reader of SWORD zText Bible modules, the format of Debian's `sword-text-*` packages.
 
-Each testament has three files. `.bzz` holds zlib blocks of OSIS markup. `.bzs` says where they are: 12 bytes a block,
-offset, compressed size and size, as little-endian 32-bit integers. `.bzv` has one entry for every place a text may
-stand: 10 bytes, the block (32 bits), the offset in it (32) and the size (16). Its order is that of the versification:
-two entries for the module and the testament, then for each book one for its heading, for each of its chapters one for
-the chapter's heading and one for each verse. A text of size 0 is not there.
+Each testament has three files. `.bzz` has zlib blocks of OSIS markup. `.bzs` locates them, with 12 bytes per block:
+offset, compressed size and size, as little-endian 32-bit integers. `.bzv` has an entry of 10 bytes for every text:
+block (32 bits), offset in the block (32) and size (16). Its order is that of the versification: two entries for module
+and testament, then for each book one for its heading, and for each of its chapters one for the chapter's heading and
+one for each verse. A missing text has size 0.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _HEADINGS_OF_TESTAMENT = 2
 
 
 def read_blocks(index: bytes, blocks: bytes) -> list[bytes]:
-    """Each decompressed block of a testament, in order, from its `.bzs` and `.bzz`.
+    """Return the decompressed blocks of a testament, in order, from its `.bzs` and `.bzz`.
 
     Raises:
-        ValueError: if the index is no whole number of entries, or a block is not there or not of the size it says.
+        ValueError: if the index is truncated, or a block is missing or has another size than in the index.
     """
     if len(index) % 12:
-        raise ValueError(f"a .bzs index holds 12 bytes a block, but this one has {len(index)} bytes: it is truncated.")
+        raise ValueError(f"a .bzs index must have 12 bytes per block, but has {len(index)} bytes: it is truncated.")
     texts = []
     for offset, compressed_size, size in struct.iter_unpack("<III", index):
         try:
@@ -40,12 +40,12 @@ def read_blocks(index: bytes, blocks: bytes) -> list[bytes]:
         except zlib.error as error:
             raise ValueError(f"the block at {offset} cannot be decompressed: {error}.") from error
         if len(texts[-1]) != size:
-            raise ValueError(f"the block at {offset} should hold {size} bytes, but {len(texts[-1])} were found.")
+            raise ValueError(f"the block at {offset} must have {size} bytes, but has {len(texts[-1])}.")
     return texts
 
 
 def read_chapters(folder: Path) -> Iterator[tuple[str, str]]:
-    """(chapter, markup) of every chapter below a folder, such as "Gen.1", for reading it as a whole."""
+    """Yield (chapter, markup) of every chapter below a folder; chapters are named "Gen.1"."""
     for index, blocks in _testaments(folder):
         for block in read_blocks(index.read_bytes(), blocks.read_bytes()):
             pieces = _CHAPTER.split(block.decode("utf-8"))
@@ -53,13 +53,13 @@ def read_chapters(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_verses(folder: Path) -> dict[tuple[str, int], str]:
-    """The markup of every verse below a folder by (chapter, verse), such as ("Gen.1", 1); "" where one is missing.
+    """Return the markup of every verse below a folder by (chapter, verse), such as ("Gen.1", 1); "" if missing.
 
-    A chapter's own heading, such as the first letter of Psalm 119, is put before its first verse.
+    A chapter's heading, such as the first letter of Psalm 119, is prepended to its first verse.
 
     Raises:
-        ValueError: if a file is truncated, an entry lies outside its block, or the chapters of a book do not run
-            1, 2, 3, ..., as they would not if the entries were in another order than the one above.
+        ValueError: if a file is truncated, an entry lies outside its block, or the chapters of a book are not numbered
+            1, 2, 3, ..., that is, entries are not in the order above.
     """
     verses: dict[tuple[str, int], str] = {}
     for index, blocks in _testaments(folder):
@@ -69,7 +69,7 @@ def read_verses(folder: Path) -> dict[tuple[str, int], str]:
 
 
 def plain_osis(markup: str) -> str:
-    """The words of a piece of OSIS markup; paragraph marks become empty lines, titles and notes are dropped."""
+    """Return the words of OSIS markup; paragraph marks become empty lines, titles and notes are dropped."""
     text = _TAG.sub("", _PARAGRAPH.sub("\n\n", _ASIDE.sub("", markup)))
     text = html.unescape(text).translate(TYPOGRAPHY)
     paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
@@ -82,9 +82,9 @@ def _testaments(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _entries(table: bytes, texts: list[bytes]) -> Iterator[str]:
-    """The text of every entry of a `.bzv`."""
+    """Yield the text of every entry of a `.bzv`."""
     if len(table) % 10:
-        raise ValueError(f"a .bzv index holds 10 bytes an entry, but this one has {len(table)} bytes: it is truncated.")
+        raise ValueError(f"a .bzv index must have 10 bytes per entry, but has {len(table)} bytes: it is truncated.")
     for place, (block, offset, size) in enumerate(struct.iter_unpack("<IIH", table)):
         if size and (block >= len(texts) or offset + size > len(texts[block])):
             raise ValueError(f"entry {place} of the .bzv index lies outside of block {block}.")

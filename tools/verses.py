@@ -4,9 +4,9 @@
 
 fetches both texts with apt-get, cleans and aligns them, and writes the file.
 
-Both modules number their verses as the King James does, but the Spanish text was divided otherwise in places. There its
-verses were moved up or down to fill the numbers, and what was left over was put at the end of a chapter's last one.
-`MOVED` says where; everywhere else equal numbers hold equal verses, up to a clause at a few borders.
+Both modules have the verse numbers of the King James Bible, but the Spanish text is divided differently in places.
+There its verses were moved to fill the numbers, and the rest was appended to a chapter's last verse. `MOVED` lists the
+places. Elsewhere equal numbers are equal verses, up to a clause at a few borders.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from tools import packages, sword
 
 Verses = dict[tuple[str, int], str]
 
-# English verses and the Spanish ones that translate them. Ranges of one length are pairs verse by verse; others are one
-# pair of all their verses.
+# English verses and their Spanish translations. Ranges of equal length are paired verse by verse; others are one pair.
 MOVED = (
     ("Num.12:16", "Num.13:1"),
     ("Num.13:1-31", "Num.13:2-32"),
@@ -65,12 +64,12 @@ MOVED = (
     ("2Cor.13:12-13", "2Cor.13:12"),
     ("2Cor.13:14", "2Cor.13:13"),
 )
-# Nine English verses of two chapters are one Spanish verse: a page, no sentence pair.
+# Nine English verses of two chapters are one Spanish verse: too long for a sentence pair.
 LEFT_OUT = ("Job.39:27-30", "Job.40:1-5"), ("Job.39:30",)
 
 
 def align(english: Verses, spanish: Verses) -> list[VersePair]:
-    """Every verse of both texts in its pair, in the order of the English ones; but for `LEFT_OUT`.
+    """Pair every verse of both texts but `LEFT_OUT`, in the order of the English verses.
 
     Raises:
         ValueError: if a verse that is not empty would be in no pair or in two, or a pair would have an empty side.
@@ -93,14 +92,14 @@ def align(english: Verses, spanish: Verses) -> list[VersePair]:
 
 
 def plain_verse(markup: str) -> str:
-    """The words of one verse on one line. Notes are dropped; titles, which the other text has in its verses, stay."""
+    """Return the words of one verse on one line, without notes but with titles, which the other text has too."""
     text = _TAG.sub("", _set_apart(_WORD.sub("", _NOTE.sub("", markup))))
     text = html.unescape(_USFM.sub("", text)).translate(sword.TYPOGRAPHY)
     return " ".join(_HEBREW.sub("", text).split())
 
 
 def without_initial_capitals(verses: Verses) -> Verses:
-    """Spanish with its chapters' first words, "EN el principio", in the case that they have elsewhere: "En"."""
+    """Return Spanish verses with the capitals of a chapter's first words, "EN el principio", as elsewhere: "En"."""
     names = _names(verses.values())
 
     def recased(match: re.Match) -> str:
@@ -130,7 +129,7 @@ _CAPITALS = re.compile(r"(?<!\w)[A-ZÁÉÍÓÚÜÑ]+(?: [A-ZÁÉÍÓÚÜÑ]+)*(?
 
 
 def _set_apart(markup: str) -> str:
-    """Spaces around added words that touch others; none within a verb and its added pronoun, "tráemelo"."""
+    """Insert spaces around added words that touch others, except in a verb with its pronoun, "tráemelo"."""
 
     def spaced(match: re.Match) -> str:
         before, added, after = match.groups()
@@ -141,7 +140,7 @@ def _set_apart(markup: str) -> str:
 
 
 def _names(texts: Iterator[str]) -> set[str]:
-    """Words that have a capital more often than not where no sentence begins."""
+    """Return words that are usually capitalised within a sentence."""
     seen = collections.Counter(word for text in texts for word in re.findall(r"(?<=[a-záéíóúñü,] )[^\W\d_]+", text))
     return {word.lower() for word in seen if word.istitle() and seen[word] > seen[word.lower()]}
 
@@ -150,7 +149,7 @@ def _names(texts: Iterator[str]) -> set[str]:
 
 
 def _places(*ranges: str) -> list[tuple[str, int]]:
-    """("Num.13", 32), ("Num.13", 33) of "Num.13:32-33"."""
+    """Return [("Num.13", 32), ("Num.13", 33)] for "Num.13:32-33"."""
     places = []
     for each in ranges:
         chapter, _, verses = each.partition(":")
@@ -160,7 +159,7 @@ def _places(*ranges: str) -> list[tuple[str, int]]:
 
 
 def _links(english: Verses) -> Iterator[tuple[list[tuple[str, int]], list[tuple[str, int]]]]:
-    """The places of each pair, in the order of the English ones."""
+    """Yield the places of each pair, in the order of the English verses."""
     moved = {}
     for ours, theirs in ((_places(ours), _places(theirs)) for ours, theirs in MOVED):
         runs = zip(([each] for each in ours), ([each] for each in theirs), strict=False)
@@ -182,7 +181,7 @@ def _reference(places: list[tuple[str, int]]) -> str:
 
 
 def read_packages(english: Path, spanish: Path) -> list[VersePair]:
-    """The aligned pairs of the two unpacked Debian packages."""
+    """Return the aligned pairs of the two unpacked Debian packages."""
     ours, theirs = (
         {place: plain_verse(markup) for place, markup in sword.read_verses(folder).items()}
         for folder in (english, spanish)
@@ -203,7 +202,7 @@ def fetch(out: Path) -> list[VersePair]:
 
 
 def pack(pairs: Sequence[VersePair]) -> bytes:
-    """The pairs as xz-compressed lines; the same bytes for the same pairs.
+    """Return the pairs as xz-compressed lines; equal pairs give equal bytes.
 
     Raises:
         ValueError: if a field has a tab or a line break in it.

@@ -1,4 +1,4 @@
-"""Measurements of language models: reference laws, metrics and what is drawn from them."""
+"""Measurements of language models and their texts: attention, loss landscapes, BLEU, diversity, bootstrap intervals."""
 
 from jaxrl_llm import submodules
 

@@ -27,18 +27,18 @@ def allowed_keys(
     *,
     causal: bool = False,
 ) -> Bool[np.ndarray, "batch query key"]:
-    """Which keys a query may look at: valid ones, and with `causal` none behind itself; none for padding.
+    """Return the attention mask: valid keys, with `causal` only up to the query; none for queries that are padding.
 
     Args:
-        queries: which queries are valid.
-        keys: which keys are; those of self-attention are the queries, the default.
+        queries: true for valid queries.
+        keys: true for valid keys; by default `queries`, as in self-attention.
 
     Raises:
         ValueError: for masks that are not [batch, time], or causal attention between two sequences.
     """
     queries = np.asarray(queries, bool)
     if causal and keys is not None:
-        raise ValueError("causal attention is self-attention: give no keys.")
+        raise ValueError("causal attention must be self-attention: leave out keys.")
     keys = queries if keys is None else np.asarray(keys, bool)
     if queries.ndim != 2 or keys.ndim != 2 or len(queries) != len(keys):
         raise ValueError(f"masks must be [batch, time], but are {list(queries.shape)} and {list(keys.shape)}.")
@@ -47,12 +47,14 @@ def allowed_keys(
 
 
 def entropy(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batch query"]:
-    """The entropy of each query's weights, in nats: H = −Σ_k w_k log w_k, with 0 log 0 = 0.
+    """Return the entropy of each query's weights, in nats.
 
-    0 where one key has all weight, log n for n keys alike; exp H is how many keys the query in effect looks at.
+        H = −Σ_k w_k log w_k,    0 log 0 = 0
+
+    H is 0 if one key has all weight, and log n for n equal weights; exp H is the effective number of keys.
 
     Raises:
-        ValueError: if a row is no distribution, nor 0 as of padding.
+        ValueError: if a row is neither a distribution nor 0, as for padding.
     """
     weights = _checked(weights)
     return -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=-1) + 0.0
@@ -61,13 +63,13 @@ def entropy(weights: Float[Any, "*batch query key"]) -> Float[np.ndarray, "*batc
 def normalised_entropy(
     weights: Float[Any, "layer batch head query key"], allowed: Bool[np.ndarray, "batch query key"]
 ) -> Float[np.ndarray, "layer batch head query"]:
-    """`entropy` / log n, where n is the number of keys that the query may look at: 0 for one key, 1 for all alike.
+    """Return H / log n, where n is the number of allowed keys of the query: from 0 for one key to 1 for equal weights.
 
-    With it, rows of unequal length can be compared. A query with one key has no choice and gets 0: leave it out of
-    means, `mean_over_queries(values, allowed.sum(axis=-1) > 1)`.
+    It makes rows of different length comparable. A query with one allowed key gets 0: leave it out of means,
+    `mean_over_queries(values, allowed.sum(axis=-1) > 1)`.
 
     Raises:
-        ValueError: as `entropy`, and if a key has weight that is not allowed.
+        ValueError: as `entropy`, and if a key that is not allowed has weight.
     """
     weights, allowed = _paired(weights, allowed)
     counts = allowed.sum(axis=-1)[None, :, None]
@@ -75,21 +77,21 @@ def normalised_entropy(
 
 
 class Shares(NamedTuple):
-    """Of each query's weight, the parts that fall on each kind of key; they sum to 1.
+    """The shares of each query's weight on each kind of key; they sum to 1.
 
-    A key that is of two kinds (the first may be the one before) counts for the kind that is listed first.
+    A key of two kinds (the first may also be the previous one) counts for the kind that is listed first.
     """
 
-    own: Float[np.ndarray, "layer batch head query"]  # the query's own place
-    previous: Float[np.ndarray, "layer batch head query"]  # the place before it
-    next: Float[np.ndarray, "layer batch head query"]  # the place behind it
-    first: Float[np.ndarray, "layer batch head query"]  # the sequence's first valid place
-    last: Float[np.ndarray, "layer batch head query"]  # its last one: of an encoder's source, `</s>`
+    own: Float[np.ndarray, "layer batch head query"]  # the query's own position
+    previous: Float[np.ndarray, "layer batch head query"]  # the position before it
+    next: Float[np.ndarray, "layer batch head query"]  # the position after it
+    first: Float[np.ndarray, "layer batch head query"]  # the first valid position of the sequence
+    last: Float[np.ndarray, "layer batch head query"]  # the last valid position: `</s>` in an encoder's source
     other: Float[np.ndarray, "layer batch head query"]
 
 
 def shares(weights: Float[Any, "layer batch head query key"], allowed: Bool[np.ndarray, "batch query key"]) -> Shares:
-    """Where self-attention looks, relative to the query and to the ends of the sequence.
+    """Return the shares of self-attention weight by position, relative to the query and the ends of the sequence.
 
     Raises:
         ValueError: as `normalised_entropy`, and if there are not as many keys as queries.
@@ -112,10 +114,10 @@ def shares(weights: Float[Any, "layer batch head query key"], allowed: Bool[np.n
 def mean_over_queries(
     values: Float[np.ndarray, "layer batch head query"], queries: Bool[np.ndarray, "batch query"]
 ) -> Float[np.ndarray, "layer batch head"]:
-    """The mean of each sequence over the queries that count.
+    """Return the mean of each sequence over the marked queries.
 
     Raises:
-        ValueError: if the shapes do not fit, or a sequence has no query that counts.
+        ValueError: if the shapes do not fit, or a sequence has no marked query.
     """
     values, queries = np.asarray(values, float), np.asarray(queries, bool)
     if values.ndim != 4 or queries.shape != (values.shape[1], values.shape[3]):
@@ -125,18 +127,20 @@ def mean_over_queries(
         )
     counts = queries.sum(axis=1)
     if not counts.all():
-        raise ValueError(f"sequence {np.flatnonzero(counts == 0)[0]} has no query to take the mean over.")
+        raise ValueError(
+            f"queries must mark a query of every sequence, but sequence {np.flatnonzero(counts == 0)[0]} has none."
+        )
     return np.where(queries[None, :, None], values, 0).sum(axis=-1) / counts[None, :, None]
 
 
 def _checked(weights: Any) -> np.ndarray:
-    """In float64, each row a distribution or 0: logits, or a transposed map, are neither."""
+    """Return the weights in float64; raise if a row is neither a distribution nor 0, as in a transposed map."""
     weights = np.asarray(weights, float)
     if weights.ndim < 2:
         raise ValueError(f"attention weights must be [..., query, key], but are {list(weights.shape)}.")
     sums = weights.sum(axis=-1)
     if not ((weights >= 0).all() and (np.isclose(sums, 1, rtol=0, atol=ROUNDING) | (sums == 0)).all()):
-        raise ValueError("a row of attention weights must sum to 1, or be 0 where the query is padding.")
+        raise ValueError("a row of attention weights must sum to 1, or be 0 if the query is padding.")
     return weights
 
 
@@ -148,14 +152,14 @@ def _paired(weights: Any, allowed: Any) -> tuple[np.ndarray, np.ndarray]:
             f"but are {list(weights.shape)} and {list(allowed.shape)}."
         )
     if np.where(allowed[None, :, None], 0, weights).any():
-        raise ValueError("a key has weight that its query may not look at.")
+        raise ValueError("a key that is not allowed must have weight 0, but one has more.")
     return weights, allowed
 
 
 # Maps of a text -------------------------------------------------------------------------------------------------------
 
 Kind = Literal["encoder", "decoder", "cross", "self"]
-START = "⟨start⟩"  # what a T5's decoder reads first; its tokenizer calls it padding
+START = "⟨start⟩"  # the first token that a T5's decoder reads; in its tokenizer it is the padding token
 
 
 NAMES: dict[Kind, str] = {
@@ -169,8 +173,8 @@ NAMES: dict[Kind, str] = {
 class AttentionMaps(NamedTuple):
     """All heads of one kind of attention over one text, with the tokens of their rows and columns.
 
-    Rows of self-attention belong to the token that is read; those of cross-attention to the token that is predicted,
-    for this is the word which is being translated.
+    Rows of self-attention belong to the token that is read. Rows of cross-attention belong to the token that is
+    predicted, which is the word that is being translated.
     """
 
     kind: Kind
@@ -179,21 +183,21 @@ class AttentionMaps(NamedTuple):
     queries: list[str]
     keys: list[str]
     source: str
-    target: str | None  # of an encoder-decoder: given or, without special tokens, generated
+    target: str | None  # for an encoder-decoder: as given, or as generated, without special tokens
 
     @property
     def name(self) -> str:
-        """The kind in words, such as "cross-attention"."""
+        """Return the kind in words, such as "cross-attention"."""
         return NAMES[self.kind]
 
     @property
     def axis_names(self) -> tuple[str, str]:
-        """Names of the queries and of the keys, for a figure."""
+        """Return the names of queries and keys, for a figure."""
         return ("target", "source") if self.kind == "cross" else ("query", "key")
 
 
 class Link(NamedTuple):
-    """The key that a query looks at most, and its weight."""
+    """The key with the largest weight of a query, and the weight."""
 
     query: int
     key: int
@@ -203,30 +207,30 @@ class Link(NamedTuple):
 def attention_maps(
     loaded: Loaded, source: str, *, kind: Kind | None = None, target: str | None = None, max_new_tokens: int = 64
 ) -> AttentionMaps:
-    """The maps of a text under a loaded model.
+    """Compute the attention maps of a text under a loaded model.
 
     Args:
-        source: the text; of an encoder-decoder, what is to be translated, put to it as `translation.Form.of` says.
-        kind: of an encoder-decoder "cross" (the default), "encoder" or "decoder"; else "self".
-        target: an encoder-decoder's output; by default what greedy decoding gives, in at most `max_new_tokens`.
+        source: the text; for an encoder-decoder the text to translate, in the form of `translation.Form.of`.
+        kind: "cross" (the default), "encoder" or "decoder" for an encoder-decoder, else "self".
+        target: the output of an encoder-decoder; by default it is decoded greedily, with at most `max_new_tokens`.
 
     Raises:
-        ValueError: if the model has no tokenizer or no attention of this kind, or a text is empty, has a word that the
-            tokenizer does not know, or does not fit.
+        ValueError: if the model has no tokenizer or no attention of this kind, or a text is empty, too long or has a
+            word that is not in the tokenizer's vocabulary.
     """
     if loaded.tokenizer is None:
-        raise ValueError("the model has no tokenizer files, so that text cannot be turned into tokens.")
+        raise ValueError("the model must have a tokenizer, but its folder has no tokenizer files.")
     kinds = ("cross", "encoder", "decoder") if isinstance(loaded.model, T5) else ("self",)
     kind = kinds[0] if kind is None else kind
     if kind not in kinds:
-        raise ValueError(f"this model has attention of kind {', '.join(kinds)}, but none of kind {kind}.")
-    translates = isinstance(loaded.model, T5)  # another model reads the text as it stands
+        raise ValueError(f"kind must be one of {', '.join(kinds)} for this model, but is {kind}.")
+    translates = isinstance(loaded.model, T5)  # other models read the text unchanged
     form = translation.Form.of(loaded) if translates else None
     tokens = translation.known_tokens(loaded.tokenizer, source, form=form)
     if translates:
         return _translated(loaded, source, tokens, kind, target, max_new_tokens)
     if target is not None:
-        raise ValueError("a target is for encoder-decoder models: this one has no other text than its own.")
+        raise ValueError("a target must be left out for a decoder-only model: it has no text but its own.")
     weights = loaded.model.attention(loaded.params, jnp.asarray([tokens], jnp.int32))
     names = _names(loaded.tokenizer, tokens)
     return AttentionMaps(kind, np.asarray(weights)[:, 0], _allowed(tokens, causal=True), names, names, source, None)
@@ -235,7 +239,7 @@ def attention_maps(
 def _translated(
     loaded: Loaded, source: str, tokens: list[int], kind: Kind, target: str | None, limit: int
 ) -> AttentionMaps:
-    """Of an encoder-decoder."""
+    """Compute the maps of an encoder-decoder."""
     tokenizer, batch = loaded.tokenizer, jnp.asarray([tokens], jnp.int32)
     written = (
         _greedy(loaded, batch, limit)
@@ -257,17 +261,17 @@ def _translated(
 
 
 def _greedy(loaded: Loaded, source: Any, limit: int) -> list[int]:
-    """The tokens of the model's own translation, its end included."""
+    """Return the tokens of the model's greedy translation, EOS included."""
     task = given(loaded.model, loaded.params, source, jnp.ones(source.shape, bool))
     eos = text.eos_ids(loaded.tokenizer, loaded.config)
     return translation.decoded(task, num_beams=1, length_penalty=1.0, limit=limit, eos=eos)[0]
 
 
 def strongest_links(maps: AttentionMaps, *, layers: Sequence[int], heads: Sequence[int]) -> list[Link]:
-    """For each query that has a choice, the key of most weight; in the order of the text.
+    """Return the key with the largest weight for each query with more than one allowed key, in the order of the text.
 
-    The weights are means over these layers and heads: a head that looks at one key whatever the query is counts as one
-    among them, where a maximum would show nothing else.
+    The weights are means over these layers and heads. A maximum over heads would show only heads that attend to one key
+    for every query.
     """
     mean = maps.weights[np.ix_(layers, heads)].mean(axis=(0, 1))
     queries = np.flatnonzero(maps.allowed.sum(axis=-1) > 1)

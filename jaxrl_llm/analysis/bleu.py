@@ -15,8 +15,8 @@ __all__ = ["BleuCounts", "corpus_bleu", "corpus_chrf", "count", "score", "senten
 
 SMOOTH_VALUES = {"exp": None, "none": None, "floor": 0.1, "add-k": 1.0}  # Chen and Cherry 2014
 ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
-# The rules of the script mteval-v13a: marks stand alone, except an apostrophe; a full stop or a comma between two
-# digits stays, and so does a hyphen that follows no digit.
+# The rules of the script mteval-v13a: punctuation marks are separated, except apostrophes, full stops and commas
+# between digits, and hyphens that do not follow a digit.
 RULES = (
     (re.compile(r"([ -&(-+/:-@\[-`{-~])"), r" \1 "),
     (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
@@ -26,9 +26,9 @@ RULES = (
 
 
 class BleuCounts(NamedTuple):
-    """All that BLEU needs to know of a text or, added up, of a corpus."""
+    """The counts from which BLEU is computed, of a text or, summed, of a corpus."""
 
-    matches: list[int]  # n-grams of each order that are also in a reference, clipped
+    matches: list[int]  # n-grams of each order that also occur in a reference, clipped
     totals: list[int]  # n-grams of each order
     length: int  # tokens
     reference_length: int  # of the reference closest in length
@@ -45,20 +45,20 @@ def corpus_bleu(
     lowercase: bool = False,
     effective_order: bool = False,
 ) -> float:
-    """BLEU of a corpus, in [0, 100]. The defaults are sacreBLEU's.
+    """Compute BLEU of a corpus, in [0, 100]. The defaults are sacreBLEU's.
 
         100 · min(1, exp(1 − r/c)) · exp(mean_{n ≤ max_order} log p_n),    p_n = matches_n / totals_n
 
-    An n-gram matches as often as it occurs in the one reference that has most of it. Matches, totals, the length c and
-    the closest reference length r (of two as close, the shorter) are summed over the corpus before the ratios.
+    An n-gram matches at most as often as it occurs in the reference with the most occurrences. Matches, totals, the
+    length c and the closest reference length r (the shorter one of a tie) are summed over the corpus before the ratios.
 
     Args:
         references: one text for each hypothesis, or a list of texts for each (not sacreBLEU's transposed order).
-        smoothing: of an order without a match: "exp" takes 1/2, 1/4, ... of a match, order by order; "floor"
-            `smooth_value` (0.1) of one; "none" 0. "add-k" adds `smooth_value` (1) to matches and totals of every order
-            above 1. Without any match of any order BLEU is 0.
-        tokenize: "13a", as the script mteval-v13a does, or "none": the texts are split at whitespace.
-        effective_order: leave out the orders for which the hypotheses are too short.
+        smoothing: for orders without a match: "exp" counts 1/2, 1/4, ... matches, order by order; "floor" counts
+            `smooth_value` (0.1) matches; "none" counts 0. "add-k" adds `smooth_value` (1) to matches and totals of
+            every order above 1. Without a match of any order BLEU is 0.
+        tokenize: "13a", as the script mteval-v13a, or "none" to split at whitespace.
+        effective_order: leave out orders that exceed the hypotheses' length.
 
     Raises:
         ValueError: if the numbers of hypotheses and references differ, one has no reference, or an option is unknown.
@@ -78,7 +78,7 @@ def count(
     tokenize: str = "13a",
     lowercase: bool = False,
 ) -> list[BleuCounts]:
-    """What BLEU needs to know of each hypothesis; arguments and errors are those of `corpus_bleu`."""
+    """Count n-grams and matches of each hypothesis; arguments and errors are those of `corpus_bleu`."""
     if tokenize not in ("13a", "none"):
         raise ValueError(f"tokenize must be '13a' or 'none', but is {tokenize!r}.")
     if max_order < 1:
@@ -105,9 +105,9 @@ def sentence_bleu(
     lowercase: bool = False,
     effective_order: bool = True,
 ) -> float:
-    """BLEU of one text, in [0, 100]: `corpus_bleu` of a corpus of one, of the orders that the text is long enough for.
+    """Compute BLEU of one text, in [0, 100]: `corpus_bleu` of a corpus of one, with the effective order by default.
 
-    Summed or averaged over texts it is not the BLEU of their corpus.
+    Its mean over texts is not the BLEU of their corpus.
     """
     return corpus_bleu(
         [hypothesis],
@@ -124,7 +124,7 @@ def sentence_bleu(
 def score(
     counts: BleuCounts, *, smoothing: str = "exp", smooth_value: float | None = None, effective_order: bool = False
 ) -> float:
-    """BLEU of what was counted, in [0, 100]; the options are those of `corpus_bleu`."""
+    """Compute BLEU of counts, in [0, 100]; the options are those of `corpus_bleu`."""
     value = _smooth_value(smoothing, smooth_value)
     if not any(counts.matches):
         return 0.0
@@ -149,7 +149,7 @@ def score(
 
 
 def tokenise(text: str, tokenize: str = "13a") -> list[str]:
-    """The tokens of a text: by the rules of mteval-v13a, or "none": what stands between whitespace."""
+    """Return the tokens of a text by the rules of mteval-v13a ("13a"), or split at whitespace ("none")."""
     if tokenize == "none":
         return text.split()
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
@@ -162,7 +162,7 @@ def tokenise(text: str, tokenize: str = "13a") -> list[str]:
 
 
 def ngrams(tokens: Sequence[Hashable], max_order: int) -> Counter:
-    """How often each n-gram of the orders 1 to `max_order` occurs, as tuples."""
+    """Count the n-grams of the orders 1 to `max_order`, as tuples."""
     tokens = tuple(tokens)
     return Counter(tokens[i : i + n] for n in range(1, max_order + 1) for i in range(len(tokens) - n + 1))
 
@@ -180,7 +180,7 @@ def _length(grams: Counter) -> int:
 
 
 def closest(length: int, others: Sequence[int]) -> int:
-    """The one of `others` closest to `length`; of two as close, the shorter."""
+    """Return the length in `others` that is closest to `length`, the shorter one of a tie."""
     return min(others, key=lambda other: (abs(other - length), other))
 
 

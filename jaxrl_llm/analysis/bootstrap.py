@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how far a number would move if the prompts, items or texts were drawn again."""
+"""Bootstrap intervals: the variability of a statistic when prompts, items or texts are resampled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BLOCK = 2**22  # numbers gathered at once
+BLOCK = 2**22  # numbers that are gathered at once
 
 
 class Interval(NamedTuple):
@@ -26,26 +26,26 @@ def bootstrap_interval(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> Interval:
-    """The percentile interval of a statistic: its (1 ± level)/2 quantiles over resamples with replacement.
+    """Compute the percentile interval of a statistic: its (1 ± level)/2 quantiles over resamples with replacement.
 
-    What is resampled must be independent: of several answers to each prompt, the prompts. So a row of an array, or an
-    item of a list, is a whole prompt with all that belongs to it. The interval is the same for the same seed. It is
-    too narrow for few values: of n, by about a factor √(1 − 1/n) for a mean, and tails are worse.
+    The resampled units must be independent. With several completions a prompt the unit is the prompt, so a row of an
+    array, or an item of a list, is a prompt with all its completions. Equal seeds give equal intervals. With few values
+    n the interval is too narrow: for a mean by a factor of about √(1 − 1/n), and for tails by more.
 
-    For means over the values, and what is like them. Statistics of a *set*, such as self-BLEU, distinct-n or Zipf's
-    exponent, count what occurs twice: resamples repeat texts, and the interval may not even hold the estimate. Take a
-    jackknife over groups for those.
+    It is valid for means and similar statistics. Statistics of a *set* that count repetitions, such as self-BLEU,
+    distinct-n or Zipf's exponent, are biased by resampling, for resamples repeat texts: the interval may not even
+    contain the estimate. Use a jackknife over groups for those.
 
     Args:
         values: an array [N, ...], or a list of N items of any kind.
-        statistic: of an array it is called as `statistic(samples, axis=1)` with samples [R, N, ...], and gives [R] or
-            [R, ...]; of a list as `statistic(items)` with a list of N items, and gives a number or an array.
+        statistic: for an array `statistic(samples, axis=1)` of samples [R, N, ...], which returns [R] or [R, ...]; for
+            a list `statistic(items)` of a list of N items, which returns a number or an array.
 
     Raises:
         ValueError: if there are no values, one is NaN, `resamples` is below 1, `level` is not in (0, 1), or a statistic
-            of an array does not give one result for each resample.
+            of an array does not return one result for each resample.
 
-    Source: Efron and Tibshirani 1993, chapter 13; level 0.95 means 2.5 per cent on either side.
+    Source: Efron and Tibshirani 1993, chapter 13.
     """
     return _interval([values], statistic, lambda one: one, seed, resamples, level)
 
@@ -59,16 +59,16 @@ def bootstrap_difference(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> Interval:
-    """The interval of statistic(first) − statistic(second), paired: both are resampled at the same places.
+    """Compute the paired interval of statistic(first) − statistic(second): both are resampled at the same indices.
 
-    What the pairs have in common, such as a hard prompt, cancels; the interval is then narrower than that of two
-    samples drawn apart. Arguments and errors are those of `bootstrap_interval`.
+    Variation that the pairs share, such as the difficulty of a prompt, cancels, so that the interval is narrower than
+    one of independent samples. Arguments and errors are those of `bootstrap_interval`.
 
     Raises:
-        ValueError: also if the two are not of the same length.
+        ValueError: also if the two differ in length.
     """
     if len(first) != len(second):
-        raise ValueError(f"pairs need two samples of one length, but there are {len(first)} and {len(second)} values.")
+        raise ValueError(f"paired samples must have one length, but have {len(first)} and {len(second)} values.")
     return _interval([first, second], statistic, lambda one, other: one - other, seed, resamples, level)
 
 
@@ -76,12 +76,12 @@ def _interval(
     samples: list, statistic: Callable, combine: Callable, seed: int, resamples: int, level: float
 ) -> Interval:
     if len(samples[0]) == 0:
-        raise ValueError("there are no values to resample.")
+        raise ValueError("there must be values to resample, but there are none.")
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(f"resamples must be at least 1 and level in (0, 1), but are {resamples} and {level}.")
     samples = [each if isinstance(each, list | tuple) else np.asarray(each) for each in samples]
     if any(isinstance(each, np.ndarray) and each.dtype.kind == "f" and np.isnan(each).any() for each in samples):
-        raise ValueError("a value to resample is NaN.")
+        raise ValueError("values to resample must not be NaN, but one is.")
     size = len(samples[0])
     estimate = combine(*(_apply(statistic, each, np.arange(size)[None])[0] for each in samples))
     largest = max(each.size if isinstance(each, np.ndarray) else size for each in samples)
@@ -92,13 +92,13 @@ def _interval(
 
 
 def _rows(rng: np.random.Generator, size: int, resamples: int, block: int) -> Iterator[np.ndarray]:
-    """The places of each resample, [resamples, size], in blocks."""
+    """Yield the indices of each resample, [resamples, size], in blocks."""
     for start in range(0, resamples, block):
         yield rng.integers(0, size, (min(block, resamples - start), size))
 
 
 def _apply(statistic: Callable, values: np.ndarray | Sequence[Any], rows: np.ndarray) -> np.ndarray:
-    """The statistic of the values at each of the rows, [rows, ...]."""
+    """Return the statistic of the values at each row of indices, [rows, ...]."""
     if not isinstance(values, np.ndarray):
         return np.asarray([statistic([values[place] for place in row]) for row in rows.tolist()], float)
     results = np.asarray(statistic(values[rows], axis=1))

@@ -1,4 +1,4 @@
-"""chrF: the F-score of character n-grams, and with word n-grams chrF++. No tokenizer is needed."""
+"""chrF, the F-score of character n-grams; with word n-grams chrF++. It needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def corpus_chrf(
     lowercase: bool = False,
     eps_smoothing: bool = False,
 ) -> float:
-    """chrF of a corpus, in [0, 100]; with word_order = 2 chrF++. The defaults are sacreBLEU's.
+    """Compute chrF of a corpus, in [0, 100]; with word_order = 2 chrF++. The defaults are sacreBLEU's.
 
         F = (1 + β²) P R / (β² P + R),    P = mean_n matches_n / hypothesis n-grams,  R = mean_n matches_n / reference's
 
-    The counts are summed over the corpus before the ratios; n runs over the orders that both sides have. Whitespace
-    is no character. Of several references each hypothesis is held against the one that gives it the largest F.
+    The counts are summed over the corpus before the ratios; n runs over the orders that both sides have. Whitespace is
+    removed. With several references each hypothesis is compared with the reference that gives the largest F.
 
     Args:
         references: one text for each hypothesis, or a list of texts for each (not sacreBLEU's transposed order).
-        beta: recall counts β times as much as precision.
-        eps_smoothing: the mean over all orders of F_n, where a ratio of nothing is 1e-16 (as in chrF++.py).
+        beta: the weight of recall relative to precision.
+        eps_smoothing: take the mean of F_n over all orders, with 1e-16 for a ratio 0/0 (as in chrF++.py).
 
     Raises:
         ValueError: if the numbers of hypotheses and references differ, one has no reference, or an order is negative.
@@ -56,7 +56,7 @@ def count(
     lowercase: bool = False,
     eps_smoothing: bool = False,
 ) -> Int[np.ndarray, "hypothesis order 3"]:
-    """What chrF needs to know of each hypothesis: of each order its n-grams, its best reference's, and the matches.
+    """Count for each hypothesis and order its n-grams, those of its best reference, and the matches.
 
     Arguments and errors are those of `corpus_chrf`; `beta` and `eps_smoothing` decide which reference is the best.
     """
@@ -79,7 +79,7 @@ def sentence_chrf(
     lowercase: bool = False,
     eps_smoothing: bool = False,
 ) -> float:
-    """chrF of one text, in [0, 100]: `corpus_chrf` of a corpus of one. A utility for minimum Bayes risk."""
+    """Compute chrF of one text, in [0, 100]: `corpus_chrf` of a corpus of one. A utility for minimum Bayes risk."""
     return corpus_chrf(
         [hypothesis],
         [references],
@@ -92,7 +92,7 @@ def sentence_chrf(
 
 
 def score(counts: Int[np.ndarray, "order 3"], *, beta: float = 2.0, eps_smoothing: bool = False) -> float:
-    """chrF of what was counted, or of such counts added up, in [0, 100]; the options are those of `corpus_chrf`."""
+    """Compute chrF of counts, or of sums of counts, in [0, 100]; the options are those of `corpus_chrf`."""
     ours, theirs, matches = counts.T
     precision, recall = (
         np.divide(matches, total, out=np.full(len(counts), EPSILON), where=total > 0) for total in (ours, theirs)
@@ -110,10 +110,10 @@ def score(counts: Int[np.ndarray, "order 3"], *, beta: float = 2.0, eps_smoothin
 def reference_lists(
     hypotheses: Sequence[str], references: Sequence[str] | Sequence[Sequence[str]]
 ) -> list[Sequence[str]]:
-    """The references of each hypothesis as a list of at least one text.
+    """Return the references of each hypothesis as a list of at least one text.
 
     Raises:
-        ValueError: if either is a single text, the numbers differ, or something is not a text.
+        ValueError: if either is a single text, the numbers differ, or an item is not a text.
     """
     for name, texts in (("hypotheses", hypotheses), ("references", references)):
         if isinstance(texts, str):
@@ -140,9 +140,9 @@ def _check(char_order: int, word_order: int, beta: float) -> None:
         raise ValueError(f"beta must be finite and not negative, but is {beta}.")
 
 
-@functools.lru_cache(maxsize=256)  # in minimum Bayes risk each text meets all the others
+@functools.lru_cache(maxsize=256)  # minimum Bayes risk compares each text with all others
 def _grams(text: str, char_order: int, word_order: int, lowercase: bool) -> tuple[Counter, ...]:
-    """The n-grams of characters of each order, then those of words."""
+    """Return the character n-grams of each order, then the word n-grams."""
     words = (text.lower() if lowercase else text).split()
     characters = "".join(words)
     orders = [Counter(characters[i : i + n] for i in range(len(characters) - n + 1)) for n in range(1, char_order + 1)]
@@ -153,7 +153,7 @@ def _grams(text: str, char_order: int, word_order: int, lowercase: bool) -> tupl
 
 
 def _without_punctuation(word: str) -> tuple[str, ...]:
-    """The word and one mark at its end or, where there is none, at its start."""
+    """Split one punctuation mark off the end of a word, or else off its start."""
     if len(word) > 1 and word[-1] in PUNCTUATION:
         return word[:-1], word[-1]
     if len(word) > 1 and word[0] in PUNCTUATION:
@@ -162,7 +162,7 @@ def _without_punctuation(word: str) -> tuple[str, ...]:
 
 
 def _overlap(hypothesis: Sequence[Counter], reference: Sequence[Counter]) -> np.ndarray:
-    """Of each order the n-grams of the hypothesis (0 if the reference has none), of the reference, and in both."""
+    """Return for each order the n-grams of the hypothesis (0 if the reference has none), the reference, and both."""
     rows = []
     for ours, theirs in zip(hypothesis, reference, strict=True):
         matches = sum(min(count, theirs[gram]) for gram, count in ours.items() if gram in theirs)

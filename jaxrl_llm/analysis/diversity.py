@@ -1,4 +1,4 @@
-"""How varied texts are: distinct n-grams, repetition, Zipf's coefficient, self-BLEU.
+"""Diversity of texts: distinct n-grams, repetition, Zipf's coefficient, self-BLEU.
 
 A sequence is a list of token ids without padding, or a text, which is split at whitespace.
 """
@@ -16,9 +16,9 @@ Sequences = Sequence[str] | Sequence[Sequence[int]]
 
 
 def distinct_n(sequences: Sequences, n: int) -> float:
-    """Distinct n-grams of all sequences together over their number of n-grams, in [0, 1]; 0 if there is none.
+    """Return distinct n-grams over n-grams of all sequences together, in [0, 1]; 0 if there are no n-grams.
 
-    It falls as the sequences grow longer or more numerous: compare only sets of the same size.
+    It decreases with the length and number of the sequences: compare only sets of one size.
 
     Raises:
         ValueError: if n is below 1 or there are no sequences.
@@ -30,11 +30,11 @@ def distinct_n(sequences: Sequences, n: int) -> float:
 
 
 def seq_rep_n(sequences: Sequences, n: int) -> float:
-    """The share of repeated n-grams in a sequence, in [0, 1), averaged over the sequences.
+    """Return the fraction of repeated n-grams in a sequence, in [0, 1), averaged over the sequences.
 
         1 − unique n-grams / n-grams
 
-    A sequence of fewer than n tokens has none to repeat and is left out; 0 if no sequence is left.
+    Sequences of fewer than n tokens are left out; 0 if all are.
 
     Raises:
         ValueError: if n is below 1 or there are no sequences.
@@ -47,16 +47,16 @@ def seq_rep_n(sequences: Sequences, n: int) -> float:
 
 
 def repetition(sequences: Sequences, *, min_length: int = 2, min_repeats: int = 3) -> float:
-    """The share of sequences that end in a loop: a phrase of at least `min_length` tokens, `min_repeats` times running.
+    """Return the fraction of sequences that end in a loop: at least `min_length` tokens, repeated `min_repeats` times.
 
-    Phrases may repeat themselves: six times the same token is three times a phrase of two. Leave out an EOS at the end,
-    or no ended sequence loops.
+    A phrase may itself be repetitive: six equal tokens are three phrases of two. Remove a final EOS first, or no
+    finished sequence ends in a loop.
 
     Raises:
         ValueError: if `min_length` is below 1, `min_repeats` below 2, or there are no sequences.
 
-    Source: Holtzman et al. 2020, Table 1. (The script they released asks for two occurrences of a phrase of three or
-    more tokens: min_length=3 and min_repeats=2 come close to it.)
+    Source: Holtzman et al. 2020, Table 1. (Their released script requires two occurrences of a phrase of three or more
+    tokens: min_length=3 and min_repeats=2 are close to it.)
     """
     if min_length < 1 or min_repeats < 2:
         raise ValueError(
@@ -67,17 +67,17 @@ def repetition(sequences: Sequences, *, min_length: int = 2, min_repeats: int = 
 
 
 def zipf_coefficient(sequences: Sequences, *, max_rank: int | None = 5000) -> float:
-    """The exponent s of Zipf's law, frequency ∝ rank^−s, of the tokens of all sequences together.
+    """Return the exponent s of Zipf's law, frequency ∝ rank^−s, for the tokens of all sequences together.
 
-    Minus the slope of the least-squares line of log frequency on log rank, every rank with the same weight, over the
-    `max_rank` most frequent types (all of them if None). This is the fit of Holtzman et al. 2020; the rare types, many
-    and of equal frequency, weigh in it more than the head, and it is not a maximum-likelihood estimate.
+    It is minus the slope of the least-squares line of log frequency on log rank, with equal weights, over the
+    `max_rank` most frequent types (all if None). This is the fit of Holtzman et al. 2020. It is not a
+    maximum-likelihood estimate: the many rare types of equal frequency outweigh the head.
 
     Raises:
         ValueError: if there are fewer than two types of tokens, `max_rank` is below 2, or there are no sequences.
     """
     if max_rank is not None and max_rank < 2:
-        raise ValueError(f"a line needs two points: max_rank must be at least 2, but is {max_rank}.")
+        raise ValueError(f"max_rank must be at least 2, but is {max_rank}: a line needs two points.")
     counts = Counter(unit for units in _units(sequences) for unit in units)
     if len(counts) < 2:
         raise ValueError(f"Zipf's law needs at least two types of tokens, but there are {len(counts)}.")
@@ -95,15 +95,15 @@ def self_bleu(
     max_hypotheses: int | None = None,
     seed: int = 0,
 ) -> float:
-    """The mean `sentence_bleu` of each text with all the others as its references, in [0, 100]: high is monotonous.
+    """Return the mean `sentence_bleu` of each text against all others as references, in [0, 100]; low is diverse.
 
-    It grows with the number of texts: compare only sets of the same size. Texts are tokenised as "13a", token ids taken
-    as they are; an order that a text is too short for is left out, one without a match is smoothed ("exp").
+    It increases with the number of texts: compare only sets of one size. Texts are tokenised as "13a", token ids are
+    used unchanged. Orders that exceed a text's length are left out; orders without a match are smoothed ("exp").
 
     Args:
-        max_texts: of more texts, so many are drawn without replacement, and the others forgotten.
-        max_hypotheses: of more texts, so many are drawn to be scored; all the others stay references.
-        seed: of both draws.
+        max_texts: the largest number of texts; of more, a random subset is used.
+        max_hypotheses: the largest number of scored texts; of more, a random subset is scored against all.
+        seed: random seed of both subsets.
 
     Raises:
         ValueError: if there are fewer than two texts, or a limit is too small.
@@ -115,7 +115,7 @@ def self_bleu(
         if limit is not None and limit < least:
             raise ValueError(f"{name} must be at least {least}, but is {limit}.")
     if isinstance(texts, str) or len(texts) < 2:
-        raise ValueError("self-BLEU needs a list of at least two texts.")
+        raise ValueError("texts must be a list of at least two, but are one or none.")
     rng = np.random.default_rng(seed)
     chosen = [texts[index] for index in _draw(rng, len(texts), max_texts)]
     tokens = [bleu.tokenise(text) if isinstance(text, str) else _unit(text) for text in chosen]
@@ -135,7 +135,7 @@ def self_bleu(
 
 
 def _two_highest(grams: Sequence[Counter]) -> dict[Hashable, tuple[int, int, int]]:
-    """Of each n-gram the highest count in one text, that text, and the highest count in any other."""
+    """Return for each n-gram the highest count in a text, that text, and the highest count in any other."""
     most: dict[Hashable, tuple[int, int, int]] = {}
     for index, counts in enumerate(grams):
         for gram, count in counts.items():

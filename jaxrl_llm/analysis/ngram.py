@@ -1,4 +1,4 @@
-"""An n-gram model of a stream of tokens: interpolated Kneser-Ney, the reference that a neural model has to beat.
+"""An n-gram model of a stream of tokens: interpolated Kneser-Ney, a baseline for neural models.
 
 R. Kneser and H. Ney, "Improved backing-off for m-gram language modeling", 1995; the three discounts are of S. F. Chen
 and J. Goodman, "An empirical study of smoothing techniques for language modeling", 1999.
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Order:
-    """The n-grams of one order. The id of an n-gram is its place in `keys`.
+    """The n-grams of one order. The id of an n-gram is its index in `keys`.
 
     Attributes:
         keys: (id of the first n − 1 tokens) · vocab_size + (the last token), ascending, [grams].
@@ -29,12 +29,12 @@ class _Order:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KneserNey:
-    """Interpolated modified Kneser-Ney: the law of a token w after the context h, the n − 1 tokens before it.
+    """Interpolated modified Kneser-Ney: the distribution of a token w after its context h, the n − 1 tokens before it.
 
         p_n(w | h) = (c(hw) − D_n(c(hw))) / c(h·) + γ(h) p_{n−1}(w | h′),    γ(h) = Σ_w D_n(c(hw)) / c(h·)
 
-    h′ is h without its first token, and p_0 is the uniform law 1 / vocab_size. c counts occurrences at the highest
-    order, and distinct preceding tokens at every lower one. Where c(h·) = 0, p_n = p_{n−1}.
+    h′ is h without its first token, and p_0 is uniform, 1 / vocab_size. c counts occurrences at the highest order, and
+    distinct preceding tokens at every lower one. Where c(h·) = 0, p_n = p_{n−1}.
     D_n(0) = 0, and D_n(1), D_n(2), D_n(3 and more) are estimated from N_k, the number of n-grams with c = k:
 
         D_n(k) = k − (k + 1) Y N_{k+1} / N_k,    Y = N_1 / (N_1 + 2 N_2)
@@ -53,7 +53,7 @@ class KneserNey:
 
     @classmethod
     def fit(cls, tokens: np.ndarray, *, order: int, vocab_size: int) -> KneserNey:
-        """The model of the stream `tokens` [time], with contexts of up to `order` − 1 tokens.
+        """Fit a model to the stream `tokens` [time], with contexts of up to `order` − 1 tokens.
 
         Raises:
             ValueError: if `order` or `vocab_size` is below 1, the stream is shorter than `order`, or a token is not in
@@ -64,7 +64,7 @@ class KneserNey:
             raise ValueError(f"order and vocab_size must be at least 1, but are {order} and {vocab_size}.")
         stream = _checked(tokens, vocab_size)
         if len(stream) < order:
-            raise ValueError(f"a model of order {order} needs as many tokens, but the stream has {len(stream)}.")
+            raise ValueError(f"the stream must have at least {order} tokens for order {order}, but has {len(stream)}.")
         orders, discounts, contexts = [], [], 1
         for keys, counts in _counts(stream, order, vocab_size):
             discounts.append(_discounts(counts))
@@ -73,9 +73,9 @@ class KneserNey:
         return cls(vocab_size, tuple(discounts), tuple(orders))
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
-        """Log-probability of each token of a stream [time] given the up to order − 1 tokens before it, [time], in nats.
+        """Return log p of each token of a stream [time] given the up to order − 1 tokens before it, [time], in nats.
 
-        The first token is given nothing, so its law is p_1, the next one's p_2, and so on up to the order.
+        The first token has no context, so that its distribution is p_1; the second token's is p_2, up to the order.
 
         Raises:
             ValueError: if the stream is empty or a token is not in [0, vocab_size).
@@ -83,7 +83,7 @@ class KneserNey:
         """
         stream = _checked(tokens, self.vocab_size)
         probs = np.full(len(stream), 1 / self.vocab_size)
-        context = np.zeros(len(stream), np.int64)  # id of the n − 1 tokens before each place; −1 if it was never seen
+        context = np.zeros(len(stream), np.int64)  # id of the n − 1 tokens before each token; −1 if unseen
         for table in self._orders:
             keys = context * self.vocab_size + stream
             place = np.minimum(np.searchsorted(table.keys, keys), len(table.keys) - 1)
@@ -106,8 +106,8 @@ def _checked(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _counts(stream: np.ndarray, order: int, vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and counts c of the n-grams of order 1, 2, ..., `order`, [grams] each."""
-    ids = np.zeros(len(stream) + 1, np.int64)  # of the n-gram that starts at each place; here n = 0
+    """Yield keys and counts c of the n-grams of order 1, 2, ..., `order`, [grams] each."""
+    ids = np.zeros(len(stream) + 1, np.int64)  # ids of the n-grams that start at each token; here n = 0
     keys = occurrences = None
     for n in range(1, order + 1):
         shorter_ids, shorter_keys = ids, keys

@@ -1,7 +1,7 @@
-"""Bootstrap intervals of corpus BLEU and chrF: how far the score would move if the sentences were drawn again.
+"""Bootstrap intervals of corpus BLEU and chrF over resampled sentences (Koehn 2004).
 
-Each sentence is counted once. A resample adds up the counts of the sentences that it drew and takes the ratios of the
-sums, so it has the score of its corpus, not a mean over sentences, and costs no counting of n-grams (Koehn 2004).
+The n-grams of each sentence are counted once. The score of a resample is computed from the summed counts of its
+sentences: it is the score of a corpus, not a mean over sentences.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CHRF_SCORE_OPTIONS = ("beta", "eps_smoothing")
 def bleu_interval(
     hypotheses: Texts, references: References, *, seed: int, resamples: int = 1000, level: float = 0.95, **options: Any
 ) -> Interval:
-    """`corpus_bleu`, with the percentile interval of the BLEU of resampled corpora, in [0, 100].
+    """Compute `corpus_bleu` with its percentile interval over resampled corpora, in [0, 100].
 
     Args:
-        options: those of `corpus_bleu`.
+        options: keyword arguments of `corpus_bleu`.
 
     Raises:
-        ValueError: as `corpus_bleu` and `bootstrap_interval`; so also if there is no sentence.
+        ValueError: as `corpus_bleu` and `bootstrap_interval`.
     """
     (counts,), statistic = _bleu([hypotheses], references, options)
     return bootstrap_interval(counts, statistic, seed=seed, resamples=resamples, level=level)
@@ -45,10 +45,10 @@ def bleu_difference(
     level: float = 0.95,
     **options: Any,
 ) -> Interval:
-    """BLEU of `first` less that of `second`, two translations of the same sentences, with its paired interval.
+    """Compute BLEU(first) − BLEU(second) of two translations of the same sentences, with its paired interval.
 
-    Both are resampled at the same sentences, so that what is hard for both does not widen the interval. Arguments and
-    errors are those of `bleu_interval`.
+    Both are resampled at the same sentences, so that sentences that are hard for both do not widen the interval.
+    Arguments and errors are those of `bleu_interval`.
     """
     counts, statistic = _bleu([first, second], references, options)
     return bootstrap_difference(*counts, statistic, seed=seed, resamples=resamples, level=level)
@@ -57,13 +57,13 @@ def bleu_difference(
 def chrf_interval(
     hypotheses: Texts, references: References, *, seed: int, resamples: int = 1000, level: float = 0.95, **options: Any
 ) -> Interval:
-    """`corpus_chrf`, with the percentile interval of the chrF of resampled corpora, in [0, 100].
+    """Compute `corpus_chrf` with its percentile interval over resampled corpora, in [0, 100].
 
     Args:
-        options: those of `corpus_chrf`.
+        options: keyword arguments of `corpus_chrf`.
 
     Raises:
-        ValueError: as `corpus_chrf` and `bootstrap_interval`; so also if there is no sentence.
+        ValueError: as `corpus_chrf` and `bootstrap_interval`.
     """
     (counts,), statistic = _chrf([hypotheses], references, options)
     return bootstrap_interval(counts, statistic, seed=seed, resamples=resamples, level=level)
@@ -79,13 +79,13 @@ def chrf_difference(
     level: float = 0.95,
     **options: Any,
 ) -> Interval:
-    """chrF of `first` less that of `second`, with its paired interval: `bleu_difference` of chrF."""
+    """Compute chrF(first) − chrF(second) with its paired interval, as `bleu_difference` for BLEU."""
     counts, statistic = _chrf([first, second], references, options)
     return bootstrap_difference(*counts, statistic, seed=seed, resamples=resamples, level=level)
 
 
 def _bleu(systems: list[Texts], references: References, options: dict[str, Any]) -> tuple[list[np.ndarray], Callable]:
-    """The counts of each system, [sentence, 2 · order + 2], and the score of their sums."""
+    """Return the counts of each system, [sentence, 2 · order + 2], and the score of their sums as a statistic."""
     ratios, counting = _parted(options, BLEU_SCORE_OPTIONS)
     counts = [
         np.asarray([np.hstack(each) for each in bleu.count(hypotheses, references, **counting)], np.int64)
@@ -100,19 +100,19 @@ def _bleu(systems: list[Texts], references: References, options: dict[str, Any])
 
 
 def _chrf(systems: list[Texts], references: References, options: dict[str, Any]) -> tuple[list[np.ndarray], Callable]:
-    """The counts of each system, [sentence, order, 3], and the score of their sums."""
+    """Return the counts of each system, [sentence, order, 3], and the score of their sums as a statistic."""
     ratios, _ = _parted(options, CHRF_SCORE_OPTIONS)
     counts = [chrf.count(hypotheses, references, **options) for hypotheses in systems]
     return counts, _of_sums(lambda sums: chrf.score(sums, **ratios))
 
 
 def _parted(options: dict[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that are named, and the others."""
+    """Split the options into those with these names and the others."""
     return tuple({name: options[name] for name in options if (name in names) == named} for named in (True, False))
 
 
 def _of_sums(score: Callable[[np.ndarray], float]) -> Callable[..., np.ndarray]:
-    """A statistic of resamples of counts, [resample, sentence, ...]."""
+    """Return the score of summed counts as a statistic of resamples [resample, sentence, ...]."""
 
     def statistic(samples: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray([score(sums) for sums in samples.sum(axis=axis)])

@@ -1,4 +1,4 @@
-"""A search tree in plain words and numbers: what a results file holds and a figure draws."""
+"""Search trees as JSON, for results files and figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl_llm.text import TextStream
 def describe(
     tree: Tree, tokenizer: Any, *, name: str, title: str, prompt: str, prompt_tokens: Sequence[int]
 ) -> dict[str, Any]:
-    """The tree as JSON: nodes with token text, probability and score, and the path of the best leaf.
+    """Return the tree as JSON: nodes with token text, probability and score, and the path to the best leaf.
 
     Node 0 is the prompt. A score is Σ log p / length over the generated tokens, in nats per token.
     """

@@ -1,7 +1,7 @@
-"""Word alignment read off cross-attention, and its error against a gold alignment.
+"""Word alignment from cross-attention, and its error against a gold alignment.
 
-The row of a target word is that of the query which predicts it. A decoder that reads [start, y_1, y_2, ...] predicts
-y_t in row t − 1: counted from 0, word j of the target has row j of the map, not the row in which it is read.
+The row of a target word is the row of the query that predicts it. A decoder that reads [start, y_1, y_2, ...] predicts
+y_t in row t − 1. So word j of the target (from 0) has row j of the map, not the row in which it is read.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ Links = Iterable[tuple[int, int]]  # (source word, target word), counted from 0
 
 
 def link_array(links: Sequence[Links], *, targets: int, sources: int) -> Bool[np.ndarray, "pair target source"]:
-    """Each pair's links as a matrix, true where one is.
+    """Return each pair's links as a boolean matrix.
 
     Raises:
-        ValueError: if a link is outside.
+        ValueError: if a link is outside of the matrix.
     """
     array = np.zeros((len(links), targets, sources), bool)
     for pair, each in enumerate(links):
         for source, target in each:
             if not (0 <= source < sources and 0 <= target < targets):
-                raise ValueError(f"the link {(source, target)} is not within {sources} sources and {targets} targets.")
+                raise ValueError(
+                    f"a link must lie within {sources} sources and {targets} targets, but is {(source, target)}."
+                )
             array[pair, target, source] = True
     return array
 
@@ -35,12 +37,13 @@ def hard_alignment(
     targets: Bool[np.ndarray, "pair target"],
     sources: Bool[np.ndarray, "pair source"],
 ) -> Bool[np.ndarray, "*batch pair head target source"]:
-    """For each target word the source word with the largest weight, as links; none for what is no word.
+    """Link each target word to the source word with the largest weight.
 
     Args:
-        weights: a row for each target word (see above).
-        targets: which rows are words: neither padding nor `</s>`.
-        sources: which columns are: weight on `</s>` says that a head looks at no word, which the gold does not know.
+        weights: one row for each target word (see above).
+        targets: true for rows that are words: not padding and not `</s>`.
+        sources: true for columns that are words. Weight on `</s>` means that a head attends to no word, which a gold
+            alignment cannot express.
 
     Raises:
         ValueError: if the shapes do not fit, or a pair has target words but no source word.
@@ -53,7 +56,7 @@ def hard_alignment(
             f"but are {list(weights.shape)}, {list(targets.shape)} and {list(sources.shape)}."
         )
     if (targets.any(axis=1) & ~sources.any(axis=1)).any():
-        raise ValueError("a pair has target words, but no source word to align them with.")
+        raise ValueError("a pair with target words must have a source word, but one has none.")
     largest = np.where(sources[:, None, None], weights, -1.0).argmax(axis=-1)
     return (np.arange(weights.shape[-1]) == largest[..., None]) & targets[:, None, :, None]
 
@@ -63,36 +66,38 @@ def alignment_counts(
     sure: Bool[np.ndarray, "*#batch target source"],
     possible: Bool[np.ndarray, "*#batch target source"],
 ) -> Int[np.ndarray, "*batch 2"]:
-    """(|A ∩ S| + |A ∩ P|, |A| + |S|) of each pair: a corpus has the sums of its pairs' counts.
+    """Return (|A ∩ S| + |A ∩ P|, |A| + |S|) of each pair; the counts of a corpus are the sums over its pairs.
 
     Raises:
         ValueError: if a sure link is not possible, or the shapes do not fit.
     """
     links, sure, possible = (np.asarray(each, bool) for each in (links, sure, possible))
     if (sure & ~possible).any():
-        raise ValueError("a sure link is not among the possible ones: possible links include the sure ones.")
+        raise ValueError("possible links must include the sure ones, but a sure link is missing.")
     hits, size = (links & sure).astype(int) + (links & possible), links.astype(int) + sure
     return np.stack([hits.sum(axis=(-2, -1)), size.sum(axis=(-2, -1))], axis=-1)
 
 
 def alignment_error_rate(counts: Int[np.ndarray, "pair *batch 2"], axis: int = 0) -> Float[np.ndarray, "*batch"]:
-    """The alignment error rate of a corpus, in [0, 1]; 0 is without error:
+    """Return the alignment error rate of a corpus, in [0, 1].
 
-        AER = 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|)          (Och and Ney 2003)
+        AER = 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|)
 
-    for links A, sure gold links S and possible ones P ⊇ S, counted over all pairs. It is 0 if and only if A has every
-    sure link and only possible ones.
+    A are the links, S the sure gold links and P ⊇ S the possible ones, counted over all pairs. AER is 0 if and only if
+    A has every sure link and only possible ones.
 
     Args:
-        counts: of `alignment_counts`.
-        axis: of the pairs; with it, this is a statistic for `bootstrap_interval`.
+        counts: from `alignment_counts`.
+        axis: the axis of the pairs, as `bootstrap_interval` passes it to a statistic.
 
     Raises:
-        ValueError: if there is no link at all, found or sure.
+        ValueError: if there are neither links nor sure links.
+
+    Source: Och and Ney 2003.
     """
     hits, size = np.moveaxis(np.asarray(counts), -1, 0).sum(axis=axis + 1)
     if not np.all(size):
-        raise ValueError("the alignment error rate of no links is not defined.")
+        raise ValueError("the alignment error rate needs at least one link, but there are no links.")
     return 1 - hits / size
 
 
@@ -104,10 +109,10 @@ def head_counts(
     targets: Bool[np.ndarray, "pair target"],
     sources: Bool[np.ndarray, "pair source"],
 ) -> Int[np.ndarray, "pair layer head 2"]:
-    """`alignment_counts` of every head's `hard_alignment`, pairs first, as intervals are taken over them.
+    """Return `alignment_counts` of every head's `hard_alignment`, pairs first, for intervals over pairs.
 
     Raises:
-        ValueError: as the two do.
+        ValueError: as `hard_alignment` and `alignment_counts`.
     """
     links = hard_alignment(weights, targets, sources)
     size = {"targets": links.shape[-2], "sources": links.shape[-1]}
@@ -116,6 +121,6 @@ def head_counts(
 
 
 def best_head(error_rates: Float[np.ndarray, "layer head"]) -> tuple[int, int]:
-    """(layer, head) of the lowest error rate. Choose on other pairs than those that the rate is reported on."""
+    """Return (layer, head) of the lowest error rate. Select on other pairs than the reported rate is computed on."""
     layer, head = np.unravel_index(np.argmin(error_rates), np.shape(error_rates))
     return int(layer), int(head)

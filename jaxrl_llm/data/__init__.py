@@ -1,4 +1,4 @@
-"""Text that experiments read: public packages fetched by name, and the readers of their formats."""
+"""Data sets and their formats: records, verses, film reviews, number names, parallel text."""
 
 from jaxrl_llm import submodules
 

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer of GPT-2's form, and turn documents into one stream of tokens."""
+"""Byte-level BPE tokenizers of GPT-2's kind: training, saving, and encoding documents as one stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` entries; entry 0 is `<|endoftext|>`. No text is unknown to it."""
+    """Train a byte-level BPE of `vocab_size` entries; entry 0 is `<|endoftext|>`. It can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,14 +30,14 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts as one array of tokens, each preceded by `<|endoftext|>`, and one more at the end."""
+    """Encode all texts as one array of tokens, with `<|endoftext|>` before each and at the end."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     pieces = [token for encoding in tokenizer.encode_batch(texts) for token in (end, *encoding.ids)]
     return np.asarray([*pieces, end], np.uint16 if tokenizer.get_vocab_size() < 2**16 else np.int32)
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, which transformers loads."""
+    """Write `tokenizer.json` and `tokenizer_config.json`, as transformers loads them."""
     runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 

@@ -1,9 +1,9 @@
 """Number names of 0 to 999,999 in English and German, with the gold alignment of their words.
 
-A translation task whose answer and alignment are both known. German writes such a name as one word,
-"einundzwanzigtausend"; here a hyphen stands between its parts, "ein-und-zwanzig-tausend", so that every part is a word
-of its own: without the hyphens it is the German spelling. English has its usual spelling, without "and". All words keep
-their order but for the tens and units of 21 to 99, which change places: what attention has to learn.
+A translation task with a known answer and alignment. German writes such a name as one word, "einundzwanzigtausend".
+Here its parts are joined by hyphens, "ein-und-zwanzig-tausend", so that every part is a word; without hyphens it is the
+German spelling. English has its usual spelling, without "and". The order of words is the same, except that tens and
+units of 21 to 99 are swapped: attention has to learn that.
 
     >>> pair(21).source_text, pair(21).target_text, sorted(pair(21).sure)
     ('twenty-one', 'ein-und-zwanzig', [(0, 2), (1, 0)])
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LIMIT = 1_000_000  # the first number without a name here
+LIMIT = 1_000_000  # the first number without a name
 
 _SMALL = {  # 0 to 19
     "zero": "null",
@@ -64,10 +64,10 @@ Links = frozenset[tuple[int, int]]
 class NumberPair(NamedTuple):
     """A number's English (source) and German (target) words, and the gold links (source index, target index).
 
-    `sure` has one link for each English word, to the German word of the same meaning. German "und" translates nothing,
-    so no sure link reaches it; it joins a unit and a ten, and `possible` has its links to both besides all sure ones.
-    These are the S and P of the alignment error rate 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|) (Och and Ney 2003): an
-    attention row for "und" sums to 1 like any other and must fall somewhere, and is not wrong on either.
+    `sure` has one link for each English word, to the German word of the same meaning. German "und" has no English
+    counterpart and no sure link. It joins a unit and a ten, and `possible` adds its links to both to the sure ones.
+    These are S and P of the alignment error rate 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|) (Och and Ney 2003): an attention
+    row for "und" sums to 1 too, and weight on either word is not an error.
     """
 
     number: int
@@ -78,17 +78,17 @@ class NumberPair(NamedTuple):
 
     @property
     def source_text(self) -> str:
-        """The English spelling, "three hundred twenty-one"."""
+        """Return the English spelling, "three hundred twenty-one"."""
         return join_english(self.source)
 
     @property
     def target_text(self) -> str:
-        """The German spelling with hyphens between its words, "drei-hundert-ein-und-zwanzig"."""
+        """Return the German spelling with hyphens between its words, "drei-hundert-ein-und-zwanzig"."""
         return join_german(self.target)
 
 
 def pair(number: int) -> NumberPair:
-    """Both names of a number and their alignment.
+    """Return both names of a number with their alignment.
 
     Raises:
         ValueError: if the number is not a whole number from 0 to 999,999.
@@ -102,7 +102,7 @@ def pair(number: int) -> NumberPair:
 
 
 def join_english(words: Sequence[str]) -> str:
-    """English words as they are written: a hyphen between a ten and a unit, else spaces."""
+    """Join English words as in writing: with a hyphen between a ten and a unit, else with spaces."""
     text = ""
     for before, word in zip(("", *words), words, strict=False):
         hyphen = before in _ENGLISH_TENS and word in _ENGLISH_SMALL[1:10]
@@ -111,12 +111,12 @@ def join_english(words: Sequence[str]) -> str:
 
 
 def join_german(words: Sequence[str]) -> str:
-    """German words with hyphens between them."""
+    """Join German words with hyphens."""
     return "-".join(words)
 
 
 def english_lengths(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-    """How many words the English name of each number has, 1 to 9.
+    """Return the number of words, 1 to 9, of each number's English name.
 
     Raises:
         ValueError: if one is not a whole number from 0 to 999,999.
@@ -131,17 +131,17 @@ def english_lengths(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 class Split(NamedTuple):
-    """Numbers to train on and numbers held out, each in rising order; no number is in both."""
+    """Disjoint training and held-out numbers, each in ascending order."""
 
     train: np.ndarray
     held_out: np.ndarray
 
 
 def split(*, per_length: int = 200, share: float = 0.1, seed: int = 0) -> Split:
-    """All numbers, of which so many of each English length are held out: `per_length`, at most this share of them.
+    """Split all numbers, holding out `per_length` names of each English length, at most this share of them.
 
-    Uniform draws would hardly ever hold out a short name: 90 per cent of all numbers have 7 words or more. Zero is
-    never held out, as nothing else is called so.
+    Uniform draws would rarely hold out a short name: 90 per cent of all numbers have 7 words or more. Zero is never
+    held out, for its word occurs in no other name.
 
     Raises:
         ValueError: if `per_length` is below 1, or `share` so small or large that a length is missing on either side.
@@ -171,19 +171,19 @@ class _Piece(NamedTuple):
 
 
 def _named(english: str, german: str) -> _Piece:
-    """One word that means the other."""
+    """Return a pair of words of one meaning."""
     link = frozenset({(0, 0)})
     return _Piece((english,), (german,), link, link)
 
 
 def _word(number: int, *, last: bool) -> _Piece:
-    """0 to 19: "eins" ends a name, "ein" stands before another word."""
+    """Return 0 to 19: "eins" at the end of a name, "ein" before another word."""
     return _named(_ENGLISH_SMALL[number], "ein" if number == 1 and not last else _GERMAN_SMALL[number])
 
 
-@functools.cache  # every name is put together of these
+@functools.cache  # every name consists of these
 def _below_thousand(number: int, *, last: bool) -> _Piece:
-    """1 to 999 as they are said before "thousand" and, with `last`, at the end; nothing of 0."""
+    """Return 1 to 999 as before "thousand" or, with `last`, as at the end; empty for 0."""
     hundreds, rest = divmod(number, 100)
     pieces = [_word(hundreds, last=False), _named("hundred", "hundert")] if hundreds else []
     if 0 < rest < 20:
@@ -194,7 +194,7 @@ def _below_thousand(number: int, *, last: bool) -> _Piece:
 
 
 def _tens(tens: int, unit: int) -> _Piece:
-    """20 to 99: "twenty-one" is "ein-und-zwanzig"."""
+    """Return 20 to 99: "twenty-one" is "ein-und-zwanzig"."""
     english, german = _ENGLISH_TENS[tens - 2], _GERMAN_TENS[tens - 2]
     if unit == 0:
         return _named(english, german)
@@ -204,7 +204,7 @@ def _tens(tens: int, unit: int) -> _Piece:
 
 
 def _concatenated(pieces: Sequence[_Piece]) -> _Piece:
-    """The pieces in one row, with their links where the words now are."""
+    """Concatenate pieces, with their links shifted."""
     whole = _Piece()
     for piece in pieces:
         at, to = len(whole.source), len(whole.target)

@@ -1,7 +1,7 @@
 """The word-level tokenizer of number names: one vocabulary for both languages, one token for each word.
 
-A token is a word, so the places of the gold alignment are places of tokens. Hyphens are no tokens: attention would have
-to put them somewhere, and the words tell where they belong. Decoding writes them again.
+A token is a word, so that indices of the gold alignment are indices of tokens. Hyphens are not tokens, for they follow
+from the words; decoding restores them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from jaxrl_llm import runtime
 from jaxrl_llm.data import number_names
 
-PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # 0, 1, 2, as T5 has them; its decoder starts from pad
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # 0, 1, 2, as in T5; its decoder starts from pad
 PAD_ID, EOS_ID, UNK_ID = range(3)
 
 
 def build() -> Tokenizer:
-    """The tokenizer: case and Unicode form of the text do not matter, and `</s>` ends what is encoded.
+    """Return the tokenizer; it ignores case and Unicode form, and appends `</s>`.
 
-    `decode(encode(text).ids)` gives every English and every German name back as `number_names` writes it.
+    `decode(encode(text).ids)` restores every English and German name as `number_names` writes it.
     """
     words = dict.fromkeys((PAD, EOS, UNK, *number_names.ENGLISH_WORDS, *number_names.GERMAN_WORDS))
     tokenizer = Tokenizer(models.WordLevel({word: id_ for id_, word in enumerate(words)}, unk_token=UNK))
@@ -33,7 +33,7 @@ def build() -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: transformers loads them, also beside a T5's configuration."""
+    """Write `tokenizer.json` and `tokenizer_config.json`, as transformers loads them, also for a T5."""
     runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 
@@ -44,12 +44,12 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _decoder() -> decoders.Decoder:
-    """Words with spaces between them, of which some become hyphens."""
+    """Return the decoder: words joined by spaces, some of which become hyphens."""
     units = "|".join(number_names.ENGLISH_WORDS[1:10])
     german = "|".join(number_names.GERMAN_WORDS)
     return decoders.Sequence(
         [
-            decoders.WordPiece(prefix="##", cleanup=False),  # no word starts so: it only puts the spaces
+            decoders.WordPiece(prefix="##", cleanup=False),  # no word has this prefix: it only inserts spaces
             decoders.Fuse(),
             decoders.Replace(Regex(rf"(?<=ty) (?=(?:{units})\b)"), "-"),
             decoders.Replace(Regex(rf" (?=(?:{german})\b)"), "-"),

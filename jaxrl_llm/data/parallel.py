@@ -1,6 +1,6 @@
-"""Parallel text of one's own: two plain files with one sentence a line, or one file of tab-separated or JSON lines.
+"""Parallel text: two plain files with one sentence per line, or one file of tab-separated or JSON lines.
 
-Nothing is skipped or repaired. A file that is not what it should be is refused, by name and line number.
+No line is skipped or repaired. Malformed lines raise an error with file and line number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class SentencePair(NamedTuple):
-    """A sentence and its translation, without whitespace around them."""
+    """A sentence and its translation, stripped of white space."""
 
     source: str
     target: str
@@ -22,19 +22,19 @@ class SentencePair(NamedTuple):
 def read_pairs(
     path: Path, target_path: Path | None = None, *, source_field: str = "source", target_field: str = "target"
 ) -> list[SentencePair]:
-    """The sentence pairs of one file, or of two that have a line for each sentence in the same order.
+    """Read sentence pairs from one file, or from two files with one sentence per line.
 
     Args:
-        path: with `target_path` the sentences to translate, one a line; else both sides: `.tsv` with two columns, or
-            `.jsonl` with one object a line.
-        target_path: the translations, one a line.
-        source_field: of a JSON line, where the sentence is. A dot goes into an object: "translation.en".
-        target_field: and its translation.
+        path: the sentences, one per line, if `target_path` is given. Otherwise both sides: `.tsv` with two columns, or
+            `.jsonl` with one object per line.
+        target_path: the translations, one per line.
+        source_field: field of the sentence in a JSON line; "translation.en" is a field of a nested object.
+        target_field: field of its translation.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the two files differ in their numbers of lines, a line is empty, no UTF-8 or not of the form that
-            the file should have, or there is no line at all.
+        FileNotFoundError: if a file does not exist.
+        ValueError: if the two files differ in their numbers of lines, a line is empty, not UTF-8 or malformed, or a
+            file is empty.
     """
     path = Path(path)
     if target_path is not None:
@@ -61,9 +61,9 @@ def _of_two_files(source: Path, target: Path) -> list[SentencePair]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(where it is, text) of every line. Only a line feed ends one, with or without a carriage return."""
+    """Yield (location, text) of every line. Lines end with a line feed, optionally after a carriage return."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(f"{path} must be a file, but does not exist.")
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     if not data:
         raise ValueError(f"{path} is empty.")
@@ -72,13 +72,13 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"line {number} of {path}", line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"line {number} of {path} is no UTF-8: {error.reason} at its byte {error.start}."
+                f"line {number} of {path} must be UTF-8, but has {error.reason} at its byte {error.start}."
             ) from None
 
 
 def _sentence(where: str, text: Any) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{where} should hold a sentence, but holds {text!r}.")
+        raise ValueError(f"{where} must be a sentence, but is {text!r}.")
     if not text.strip():
         raise ValueError(f"{where} is empty.")
     return text.strip()
@@ -87,7 +87,7 @@ def _sentence(where: str, text: Any) -> str:
 def _columns(where: str, line: str) -> tuple[str, str]:
     columns = line.split("\t")
     if len(columns) != 2:
-        raise ValueError(f"{where} should have 2 columns with a tab between them, but has {len(columns)}.")
+        raise ValueError(f"{where} must have 2 columns with a tab between them, but has {len(columns)}.")
     source, target = (_sentence(f"column {number} of {where}", each) for number, each in enumerate(columns, 1))
     return source, target
 
@@ -96,7 +96,7 @@ def _fields(where: str, line: str, names: tuple[str, str]) -> tuple[str, str]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error.msg} at its character {error.pos + 1}.") from None
+        raise ValueError(f"{where} is not JSON: {error.msg} at its character {error.pos + 1}.") from None
     source, target = (_sentence(f"{name!r} in {where}", _field(where, row, name)) for name in names)
     return source, target
 

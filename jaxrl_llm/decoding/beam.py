@@ -6,25 +6,22 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxrl_llm.decoding import checks, search_loop
-from jaxrl_llm.decoding.transforms import base as context
-from jaxrl_llm.decoding.transforms.base import Context, Transform
+from jaxrl_llm.decoding import core
+from jaxrl_llm.decoding.core import Request
+from jaxrl_llm.decoding.transforms.base import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import wide
 
-State = TypeVar("State")
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@core.result
 class Beams:
-    """The hypotheses of each row, best first. EOS is an action: in the mask, and counted.
+    """The hypotheses of each row, best first. EOS counts as a token: it is in the mask and in the length.
 
     Where there are fewer than K, the mask of the others is false, and log_prob and score are −inf.
     """
@@ -35,17 +32,11 @@ class Beams:
     score: Float[Array, "batch beam"]  # log_prob / length**length_penalty, over the generated tokens
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What steers the search; leaves all, so that none of their values recompiles."""
+class Penalties(NamedTuple):
+    """Numbers that steer the search; another value does not recompile."""
 
-    transform: Transform | None
-    eos_ids: Int[Array, "eos"]
-    pad_id: Int[Array, ""]
-    limits: Int[Array, "batch"]  # new tokens that each row may have
-    length_penalty: Float[Array, ""]
-    diversity_penalty: Float[Array, ""]
+    length: Float[Array, ""]
+    diversity: Float[Array, ""]
 
 
 class Finished(NamedTuple):
@@ -65,10 +56,9 @@ class Choice(NamedTuple):
     log_prob: Float[Array, "batch *group beam"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@core.result
 class Live:
-    """Between two steps: the last token of each beam is chosen, and not yet fed to the model.
+    """The state between two steps: the last token of each beam is chosen, and not yet fed to the model.
 
     A beam that is dead (never started, blocked, or unable to win) has log_prob −inf. Rows of the model are beams in the
     order of [batch, group, beam].
@@ -80,9 +70,9 @@ class Live:
     log_prob: Float[Array, "batch group beam"]
     tokens: Int[Array, "batch group beam time"]
     time: Int[Array, ""]  # tokens chosen so far
-    context: Context
+    transform: PyTree[Array]  # the state of the transform
     finished: Finished
-    broken: Bool[Array, "batch"]  # whether the model's law was none
+    broken: Bool[Array, "batch"]  # whether the model gave no distribution
 
     @property
     def alive(self) -> Bool[Array, "row"]:
@@ -93,7 +83,7 @@ class Live:
 def beam_search(
     lm: LanguageModel,
     params: Params,
-    prompts: Int[Array, "batch prompt"],
+    prompts: Int[Array, "batch prompt"] | Sequence[Sequence[int]],
     *,
     num_beams: int,
     max_new_tokens: int | Int[Array, "batch"],
@@ -101,7 +91,7 @@ def beam_search(
     num_groups: int = 1,
     diversity_penalty: float | Float[Array, ""] = 0.0,
     no_repeat_ngram: int = 0,
-    transform: Transform | None = None,
+    transform: Transform | Sequence[Transform] | None = None,
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
     pad_id: int | Int[Array, ""] = 0,
@@ -141,128 +131,120 @@ def beam_search(
         FloatingPointError: if the model's logits are NaN or leave no token. (Under an outer `jit`, log_prob is NaN.)
             Where the transform or the blocking leave a row nothing, it has no hypothesis: all its masks are false.
     """
-    search_loop.check_sizes(num_beams=(num_beams, 1), num_groups=(num_groups, 1), no_repeat_ngram=(no_repeat_ngram, 0))
+    core.check_size("num_beams", num_beams, 1)
+    core.check_size("num_groups", num_groups, 1)
+    core.check_size("no_repeat_ngram", no_repeat_ngram, 0)
     if num_beams % num_groups:
         raise ValueError(f"num_beams must be a multiple of num_groups, but they are {num_beams} and {num_groups}.")
-    prompts, mask, limits, longest = search_loop.request(lm, prompts, prompt_mask, max_new_tokens, transform)
-    rules = Rules(
-        transform=transform,
-        eos_ids=checks.eos_array(eos_id),
-        pad_id=jnp.asarray(pad_id, jnp.int32),
-        limits=limits,
-        length_penalty=search_loop.length_exponent(length_penalty, longest),
-        diversity_penalty=search_loop.penalty("diversity_penalty", diversity_penalty, low=0.0),
+    request = core.request(
+        lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, transform=transform, greedy=True, eos_id=eos_id,
+        pad_id=pad_id, beams=True,
+    )  # fmt: skip
+    penalties = Penalties(
+        core.length_exponent(length_penalty, max_new_tokens),
+        core.finite_number("diversity_penalty", diversity_penalty, low=0.0),
     )
     sizes = {"num_beams": num_beams, "num_groups": num_groups, "no_repeat_ngram": no_repeat_ngram}
-    beams = search(lm, params, prompts, mask, rules, **sizes, num_steps=search_loop.step_bucket(longest))
-    search_loop.check_law(beams.log_prob)
-    return dataclasses.replace(beams, tokens=beams.tokens[..., :longest], mask=beams.mask[..., :longest])
+    beams = search(lm, params, request, penalties, **sizes)
+    core.check_log_prob(beams.log_prob)
+    length = core.longest(max_new_tokens)
+    return dataclasses.replace(beams, tokens=beams.tokens[..., :length], mask=beams.mask[..., :length])
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "num_beams", "num_groups", "no_repeat_ngram", "num_steps"))
+@functools.partial(jax.jit, static_argnames=("lm", "num_beams", "num_groups", "no_repeat_ngram"))
 def search(
     lm: LanguageModel,
     params: Params,
-    prompts: Int[Array, "batch prompt"],
-    prompt_mask: Bool[Array, "batch prompt"],
-    rules: Rules,
+    request: Request,
+    penalties: Penalties,
     *,
     num_beams: int,
     num_groups: int,
     no_repeat_ngram: int,
-    num_steps: int,
 ) -> Beams:
-    """The compiled whole of `beam_search`, of prompts that are padded on the left."""
-    batch, length = prompts.shape
-    shape = (batch, num_groups, num_beams // num_groups)
+    """The compiled whole of `beam_search`."""
+    batch = request.limits.shape[0]
     every_beam = jnp.repeat(jnp.arange(batch), num_beams)
-    logits, cache = search_loop.prefill(lm, params, prompts, prompt_mask, num_slots=length + num_steps)
-    start = _start(
-        rules, prompts[every_beam], prompt_mask[every_beam], cache.take(every_beam), shape, logits, num_steps
-    )
+    prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + request.num_steps)
+    logits = lm.logits(params, prompt.last)
+    shape = (batch, num_groups, num_beams // num_groups)
+    start = _start(request, prompt.cache, every_beam, shape, wide(logits).dtype)
 
     def choose(state: Live, logits: Float[Array, "row vocab"]) -> Live:
-        blocked = None
-        if no_repeat_ngram:
-            blocked = _blocked(prompts, prompt_mask, state, no_repeat_ngram, lm.vocab_size)
-        return _choose(rules, state, logits, blocked)
+        blocked = _blocked(request, state, no_repeat_ngram, lm.vocab_size) if no_repeat_ngram else None
+        return _choose(request, penalties, state, logits, blocked)
 
-    def step(state: Live) -> Live:
+    def step(state: Live) -> tuple[Live, None]:
         cache = state.cache.take(state.parents)
         hidden, cache = lm.hidden(params, state.token[:, None], cache, mask=state.alive[:, None])
-        return choose(dataclasses.replace(state, cache=cache), lm.logits(params, hidden[:, 0]))
+        return choose(dataclasses.replace(state, cache=cache), lm.logits(params, hidden[:, 0])), None
 
     first = choose(start, logits[every_beam])
-    state = search_loop.run_blocks(step, first, lambda state: state.alive.any(), num_steps=num_steps)
-    return _merged(rules, state)
+    state, _ = core.run_blocks(step, first, lambda state: state.alive.any(), num_steps=request.num_steps)
+    return _merged(request, state)
 
 
 def _start(
-    rules: Rules,
-    prompts: Array,
-    prompt_mask: Array,
-    cache: Cache,
-    shape: tuple[int, ...],
-    logits: Array,
-    num_steps: int,
+    request: Request, cache: Cache, every_beam: Int[Array, "row"], shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Live:
-    """One live beam in each group, of no tokens. `prompts`, `prompt_mask` and `cache` are those of every beam."""
-    rows, length = prompts.shape
-    dtype = wide(logits).dtype
-    limits = jnp.repeat(rules.limits, rows // shape[0])
-    nothing = jnp.zeros((*shape, num_steps + 1), jnp.int32)
+    """One live beam in each group, of no tokens."""
+    nothing = jnp.zeros((*shape, request.num_steps + 1), jnp.int32)
     none = jnp.full(shape, -jnp.inf, dtype)
     return Live(
-        cache=cache,
-        parents=jnp.arange(rows),
-        token=jnp.zeros(rows, jnp.int32),
+        cache=cache.take(every_beam),
+        parents=jnp.arange(every_beam.shape[0]),
+        token=jnp.zeros(every_beam.shape[0], jnp.int32),
         log_prob=none.at[..., 0].set(0),
         tokens=nothing,
         time=jnp.zeros((), jnp.int32),
-        context=context.begin(rules.transform, prompts, prompt_mask, limits, num_slots=length + num_steps + 1),
+        transform=jax.tree.map(lambda leaf: leaf[every_beam], request.initial_state()),
         finished=Finished(nothing, jnp.zeros(shape, jnp.int32), none, none),
         broken=jnp.zeros(shape[0], bool),
     )
 
 
 def _choose(
-    rules: Rules, state: Live, logits: Float[Array, "row vocab"], blocked: Bool[Array, "row vocab"] | None
+    request: Request,
+    penalties: Penalties,
+    state: Live,
+    logits: Float[Array, "row vocab"],
+    blocked: Bool[Array, "row vocab"] | None,
 ) -> Live:
     """Continue the beams by a token each, and see which hypotheses that finishes."""
     shape, logits = state.log_prob.shape, wide(logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    broken = (state.alive & ~jnp.isfinite(normaliser)).reshape(shape[0], -1).any(axis=1)
+    broken = (state.alive & ~jnp.isfinite(normaliser)).reshape(shape).any(axis=(1, 2))
     left = logits if blocked is None else jnp.where(blocked, -jnp.inf, logits)
-    if rules.transform is not None:
-        warped = context.warp(rules.transform, left, state.context)
-        left = jnp.where(warped > -jnp.inf, left, -jnp.inf)
-    ended, live = _rank_groups(rules, left.reshape(*shape, -1), normaliser.reshape(shape), state.log_prob)
+    left = jnp.where(request.transform.apply(state.transform, left) > -jnp.inf, left, -jnp.inf)
+    ended, live = _rank_groups(
+        request, penalties, left.reshape(*shape, left.shape[1]), normaliser.reshape(shape), state.log_prob
+    )
     time = state.time + 1
     tokens = _continued(state, live)
-    finished = _finish(rules, state, ended, live, tokens)
-    log_prob = jnp.where(_can_win(rules, finished, live.log_prob, time)[..., None], live.log_prob, -jnp.inf)
+    finished = _finish(request, penalties, state, ended, live, tokens)
+    can_win = _can_win(request, penalties, finished, live.log_prob, time)
+    log_prob = jnp.where(can_win[..., None], live.log_prob, -jnp.inf)
     first = jnp.arange(math.prod(shape[:2])).reshape(*shape[:2], 1) * shape[2]
     parents, token = (first + live.beam).reshape(-1), live.token.reshape(-1)
-    after = state.context
-    if rules.transform is not None:
-        alive = (log_prob > -jnp.inf).reshape(-1)
-        after = context.remember(rules.transform, after.take(parents), logits[parents], token, alive)
+    after = jax.tree.map(lambda leaf: leaf[parents], state.transform)
+    after = update_alive(request.transform, after, token, logits[parents], (log_prob > -jnp.inf).reshape(-1))
     return Live(state.cache, parents, token, log_prob, tokens, time, after, finished, state.broken | broken)
 
 
 def _rank_groups(
-    rules: Rules,
+    request: Request,
+    penalties: Penalties,
     logits: Float[Array, "batch group beam vocab"],
     normaliser: Float[Array, "batch group beam"],
     log_prob: Float[Array, "batch group beam"],
 ) -> tuple[Choice, Choice]:
     """What each group finishes and what it continues; a group after the first sees what those before it chose."""
     if logits.shape[1] == 1:
-        pair = _rank(rules, logits[:, 0], normaliser[:, 0], log_prob[:, 0], None)
+        pair = _rank(request, logits[:, 0], normaliser[:, 0], log_prob[:, 0], None)
         return jax.tree.map(lambda leaf: leaf[:, None], pair)
 
     def in_turn(counts: Array, group: tuple[Array, Array, Array]) -> tuple[Array, tuple[Choice, Choice]]:
-        ended, live = _rank(rules, *group, rules.diversity_penalty.astype(counts.dtype) * counts)
+        ended, live = _rank(request, *group, penalties.diversity.astype(counts.dtype) * counts)
         rows = jnp.arange(counts.shape[0])[:, None]
         return counts.at[rows, live.token].add(live.log_prob > -jnp.inf), (ended, live)
 
@@ -272,7 +254,7 @@ def _rank_groups(
 
 
 def _rank(
-    rules: Rules,
+    request: Request,
     logits: Float[Array, "batch beam vocab"],
     normaliser: Float[Array, "batch beam"],
     log_prob: Float[Array, "batch beam"],
@@ -284,21 +266,21 @@ def _rank(
     Removed continuations and those of dead beams have −inf.
     """
     batch, width, vocab = logits.shape
-    count = width * (1 + rules.eos_ids.shape[0])
+    count = width * (1 + request.eos_ids.shape[0])
     ranked = logits if penalty is None else logits - penalty[:, None]
     values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(ranked, min(count, vocab)))
-    alive = (log_prob > -jnp.inf)[..., None]
+    alive, flat = (log_prob > -jnp.inf)[..., None], (batch, width * tokens.shape[2])
 
     def total(logits: Array) -> Array:
-        return jnp.where(alive, log_prob[..., None] + (logits - normaliser[..., None]), -jnp.inf).reshape(batch, -1)
+        return jnp.where(alive, log_prob[..., None] + (logits - normaliser[..., None]), -jnp.inf).reshape(flat)
 
     ranks = total(values)
     ranks, order = jax.lax.optimization_barrier(jax.lax.top_k(ranks, min(count, ranks.shape[1])))
     totals = ranks
     if penalty is not None:
         totals = jnp.take_along_axis(total(jnp.take_along_axis(logits, tokens, axis=-1)), order, axis=1)
-    beam, token = order // tokens.shape[2], jnp.take_along_axis(tokens.reshape(batch, -1), order, axis=1)
-    ends = (token[..., None] == rules.eos_ids).any(axis=-1)
+    beam, token = order // tokens.shape[2], jnp.take_along_axis(tokens.reshape(flat), order, axis=1)
+    ends = request.ends(token)
     every = Choice(beam, token, totals)
     ended = Choice(*(leaf[:, :width] for leaf in every._replace(log_prob=jnp.where(ends, totals, -jnp.inf))))
     onwards = jax.lax.top_k(jnp.where(ends, -jnp.inf, ranks), width)[1]
@@ -312,16 +294,18 @@ def _continued(state: Live, choice: Choice) -> Int[Array, "batch group beam time
     return jax.lax.dynamic_update_slice_in_dim(tokens, choice.token[..., None], state.time, axis=3)
 
 
-def _finish(rules: Rules, state: Live, ended: Choice, live: Choice, live_tokens: Array) -> Finished:
+def _finish(
+    request: Request, penalties: Penalties, state: Live, ended: Choice, live: Choice, live_tokens: Array
+) -> Finished:
     """The best of the hypotheses so far, those that just ended, and at the last step those that live."""
     time = state.time + 1
-    last = (time >= rules.limits)[:, None, None]
+    last = (time >= request.limits)[:, None, None]
     log_prob = jnp.concatenate([ended.log_prob, jnp.where(last, live.log_prob, -jnp.inf)], axis=-1)
     new = Finished(
         jnp.concatenate([_continued(state, ended), live_tokens], axis=2),
         jnp.full(log_prob.shape, time),
         log_prob,
-        log_prob / _to_power(time, rules.length_penalty, log_prob.dtype),
+        log_prob / _to_power(time, penalties.length, log_prob.dtype),
     )
     pool = Finished(*(jnp.concatenate(pair, axis=2) for pair in zip(state.finished, new, strict=True)))
     return _best(pool, state.log_prob.shape[2])
@@ -335,12 +319,16 @@ def _best(pool: Finished, count: int) -> Finished:
 
 
 def _can_win(
-    rules: Rules, finished: Finished, log_prob: Float[Array, "batch group beam"], time: Int[Array, ""]
+    request: Request,
+    penalties: Penalties,
+    finished: Finished,
+    log_prob: Float[Array, "batch group beam"],
+    time: Int[Array, ""],
 ) -> Bool[Array, "batch group"]:
-    """Whether a live beam of the group could still displace a hypothesis."""
-    limits = rules.limits[:, None]
-    best_length = jnp.where(rules.length_penalty > 0, limits, time + 1)
-    bound = log_prob.max(axis=-1) / _to_power(best_length, rules.length_penalty, log_prob.dtype)
+    """True where a live beam of the group could still displace a hypothesis."""
+    limits = request.limits[:, None]
+    best_length = jnp.where(penalties.length > 0, limits, time + 1)
+    bound = log_prob.max(axis=-1) / _to_power(best_length, penalties.length, log_prob.dtype)
     return (time < limits) & (bound > finished.score.min(axis=-1))
 
 
@@ -348,18 +336,17 @@ def _to_power(length: Array, exponent: Array, dtype: jnp.dtype) -> Array:
     return length.astype(dtype) ** exponent.astype(dtype)
 
 
-def _blocked(
-    prompts: Int[Array, "batch prompt"], prompt_mask: Bool[Array, "batch prompt"], state: Live, n: int, vocab_size: int
-) -> Bool[Array, "row vocab"]:
-    """The tokens that would complete an n-gram which stands already in the prompt and the beam.
+def _blocked(request: Request, state: Live, n: int, vocab_size: int) -> Bool[Array, "row vocab"]:
+    """The tokens that would complete an n-gram which the prompt and the beam already contain.
 
-    Prompts end where the new tokens begin, so an n-gram is n slots from the prompt's first one on.
+    Prompts are padded on the left, so an n-gram is n slots from the prompt's first one on.
     """
-    copies, written = state.token.shape[0] // prompts.shape[0], prompts.shape[1] + state.time
+    prompts, rows = request.prompts, state.token.shape[0]
+    copies, written = math.prod(state.log_prob.shape[1:]), prompts.shape[1] + state.time
     text = jnp.concatenate(
-        [jnp.repeat(prompts, copies, axis=0), state.tokens.reshape(state.token.shape[0], -1)], axis=1
+        [jnp.repeat(prompts, copies, axis=0), state.tokens.reshape(rows, state.tokens.shape[-1])], axis=1
     )
-    begin = jnp.repeat((~prompt_mask).sum(axis=1), copies)
+    begin = jnp.repeat((~request.mask).sum(axis=1), copies)
     windows = max(text.shape[1] - n + 1, 0)
     place = jnp.arange(windows)
     found = (place >= begin[:, None]) & (place + n - 1 < written)
@@ -367,15 +354,14 @@ def _blocked(
         last = jnp.take(text, written - (n - 1) + offset, axis=1, mode="clip")
         found &= text[:, offset : offset + windows] == last[:, None]
     token = jnp.where(found, text[:, n - 1 :], vocab_size)[:, :windows]
-    rows = jnp.arange(text.shape[0])[:, None]
-    return jnp.zeros((text.shape[0], vocab_size), bool).at[rows, token].set(True, mode="drop")
+    return jnp.zeros((rows, vocab_size), bool).at[jnp.arange(rows)[:, None], token].set(True, mode="drop")
 
 
-def _merged(rules: Rules, state: Live) -> Beams:
+def _merged(request: Request, state: Live) -> Beams:
     """All groups' hypotheses, best first."""
     batch, groups, width = state.log_prob.shape
     every = Finished(*(leaf.reshape(batch, groups * width, *leaf.shape[3:]) for leaf in state.finished))
     best = _best(every, groups * width)
     mask = (jnp.arange(best.tokens.shape[2]) < best.length[..., None]) & (best.score > -jnp.inf)[..., None]
     log_prob, score = (jnp.where(state.broken[:, None], jnp.nan, each) for each in (best.log_prob, best.score))
-    return Beams(jnp.where(mask, best.tokens, rules.pad_id), mask, log_prob, score)
+    return Beams(jnp.where(mask, best.tokens, request.pad_id), mask, log_prob, score)

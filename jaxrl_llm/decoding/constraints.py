@@ -1,4 +1,4 @@
-"""Constrained decoding: the text is one that an automaton accepts, and no row ever runs into a dead end."""
+"""Constrained decoding, in which no row runs into a dead end, and stop strings: automata over tokens on the device."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.decoding import automata, checks
-from jaxrl_llm.decoding.transforms.base import History, Transform, pytree
+from jaxrl_llm.decoding import automata
+from jaxrl_llm.decoding.automata import MIN_STATES
+from jaxrl_llm.decoding.transforms.base import Transform, pytree, token_ids
 from jaxrl_llm.numerics import is_concrete
 
 UNREACHABLE = 2**30  # tokens to an accepting state, where there is no way to one
-MIN_STATES = 16
 ENDED = -1  # the state of a row whose EOS has been emitted
 LOST = -2  # the state after a token that was not allowed
 
 
 @pytree
-@dataclasses.dataclass(frozen=True)
 class Automaton:
     """A deterministic finite automaton over tokens, as tables on the device; state 0 is the start.
 
@@ -110,8 +109,6 @@ def _literally(string: str) -> str:
     return "".join(f"\\U{ord(character):08x}" for character in string)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class Constrained(Transform):
     """Keep the tokens after which the row can still end with a text that the automaton accepts.
 
@@ -141,7 +138,7 @@ class Constrained(Transform):
     exact: Bool[Array, "remaining state"] = dataclasses.field(init=False)  # accepted after exactly so many tokens more
 
     def __post_init__(self, max_tokens: int):
-        ids = checks.eos_array(self.eos_ids)
+        ids = token_ids("eos_ids", self.eos_ids)
         eos, vocab = np.asarray(ids), self.automaton.transitions.shape[1]
         if eos.size and not 0 <= eos.min() <= eos.max() < vocab:
             raise ValueError(f"eos_ids must lie in [0, {vocab}), the automaton's vocabulary, but are {eos.tolist()}.")
@@ -177,19 +174,16 @@ class Constrained(Transform):
                 "Without eos_ids a row ends at its limit only."
             )
 
-    def start(self, limits: Int[Array, "batch"]) -> tuple[Int[Array, "batch"], Int[Array, "batch"]]:
-        """The state and the remaining tokens of each row."""
-        limits = jnp.asarray(limits, jnp.int32)
+    def init(
+        self, prompts: Array, mask: Array, limits: Int[Array, "batch"]
+    ) -> tuple[Int[Array, "batch"], Int[Array, "batch"]]:
+        """The state of the automaton and the remaining tokens of each row."""
         return jnp.zeros_like(limits), limits
 
-    def warp(
-        self,
-        logits: Float[Array, "batch vocab"],
-        history: History | None,
-        memory: tuple[Int[Array, "batch"], Int[Array, "batch"]],
+    def apply(
+        self, state: tuple[Int[Array, "batch"], Int[Array, "batch"]], logits: Float[Array, "batch vocab"]
     ) -> Float[Array, "batch vocab"]:
-        state, remaining = memory
-        return jnp.where(self.allowed(state, remaining, vocab=logits.shape[-1]), logits, -jnp.inf)
+        return jnp.where(self.allowed(*state, vocab=logits.shape[-1]), logits, -jnp.inf)
 
     def allowed(
         self, state: Int[Array, "batch"], remaining: Int[Array, "batch"], *, vocab: int
@@ -211,18 +205,13 @@ class Constrained(Transform):
         return kept | ((state == LOST) | (remaining < 1))[:, None]
 
     def update(
-        self,
-        memory: tuple[Int[Array, "batch"], Int[Array, "batch"]],
-        logits: Float[Array, "batch vocab"],
-        token: Int[Array, "batch"],
-        alive: Bool[Array, "batch"],
+        self, state: tuple[Int[Array, "batch"], Int[Array, "batch"]], token: Int[Array, "batch"], logits: Array
     ) -> tuple[Int[Array, "batch"], Int[Array, "batch"]]:
-        state, remaining = memory
+        state, remaining = state
         after = jnp.where(state < 0, state, self.automaton.transitions[jnp.maximum(state, 0), token])
         after = jnp.where((state >= 0) & (after < 0), LOST, after)
         ends = (token[:, None] == self.eos_ids).any(axis=1)
-        after = jnp.where(ends & (state != LOST), ENDED, after)
-        return jnp.where(alive, after, state), jnp.where(alive, remaining - 1, remaining)
+        return jnp.where(ends & (state != LOST), ENDED, after), remaining - 1
 
 
 def _distances(table: Int[np.ndarray, "state vocab"], accepting: Bool[np.ndarray, "state"]) -> Int[np.ndarray, "state"]:
@@ -251,3 +240,46 @@ def _edges(table: Int[np.ndarray, "state vocab"]) -> Bool[np.ndarray, "state sta
     edges = np.zeros((len(table), len(table) + 1), bool)  # the last column stands for none
     np.put_along_axis(edges, table, True, axis=1)
     return edges[:, :-1]
+
+
+# Stop strings ---------------------------------------------------------------------------------------------------------
+
+
+@pytree
+class StopStrings:
+    """An automaton over tokens (Aho and Corasick 1975), as a table on the device; build it with `stop_strings`.
+
+    State 0 is the start; the last state is that of a text that contains a stop string, and is never left. The number of
+    states is a power of two, at least 16, so that one compiled program serves many stop strings.
+    """
+
+    transitions: Int[Array, "state vocab"]
+
+    def start(self, batch: int) -> Int[Array, "batch"]:
+        """The state of rows without new text."""
+        return jnp.zeros(batch, jnp.int32)
+
+    def advance(self, state: Int[Array, "batch"], token: Int[Array, "batch"]) -> Int[Array, "batch"]:
+        """The state after one more token of each row; one outside the vocabulary adds no text."""
+        inside = (token >= 0) & (token < self.transitions.shape[1])
+        return jnp.where(inside, self.transitions[state, jnp.where(inside, token, 0)], state)
+
+    def reached(self, state: Int[Array, "batch"]) -> Bool[Array, "batch"]:
+        """Which rows contain a stop string."""
+        return state == self.transitions.shape[0] - 1
+
+
+def stop_strings(token_bytes: Sequence[bytes], strings: Sequence[str]) -> StopStrings:
+    """Compile stop strings for a vocabulary.
+
+    Args:
+        token_bytes: what each token adds to the text, in UTF-8; empty for special tokens (`text.token_bytes`).
+        strings: any of them ends a row. The text that counts is that of the new tokens, not of the prompt.
+
+    Raises:
+        ValueError: if there is no string, or one is empty.
+    """
+    if isinstance(strings, str) or not strings or not all(strings):
+        raise ValueError(f"stop strings must be given in a sequence and not be empty, but are {strings!r}.")
+    by_byte = automata.from_strings([string.encode() for string in strings])
+    return StopStrings(jnp.asarray(automata.over_tokens(by_byte, token_bytes)))

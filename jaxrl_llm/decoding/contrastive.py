@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm import language_model
-from jaxrl_llm.decoding import checks, sampling
-from jaxrl_llm.decoding.generate import STEP_BUCKET
-from jaxrl_llm.decoding.loop import Generation
-from jaxrl_llm.decoding.transforms.base import check
+from jaxrl_llm.decoding import core, sampling
+from jaxrl_llm.decoding.core import Generation, Request
+from jaxrl_llm.decoding.transforms.base import require
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import wide
-from jaxrl_llm.objectives.logprobs import token_log_probs
 
 
 def contrastive_search(
     lm: LanguageModel,
     params: Params,
-    prompts: Int[Array, "batch prompt"],
+    prompts: Int[Array, "batch prompt"] | Sequence[Sequence[int]],
     *,
     top_k: int,
     alpha: float | Float[Array, "*#batch"],
@@ -53,35 +48,26 @@ def contrastive_search(
         ValueError: for a `top_k` outside [1, vocabulary], an `alpha` outside [0, 1], and for what `generate` refuses.
         FloatingPointError: if the model's logits are NaN, or no token is possible.
     """
-    prompts = jnp.asarray(prompts)
-    if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= lm.vocab_size:
-        raise ValueError(f"top_k must be an integer in [1, {lm.vocab_size}], the vocabulary, but is {top_k!r}.")
-    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1)
-    longest = int(np.max(max_new_tokens, initial=1))
-    prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
-    if jnp.shape(alpha) not in ((), prompts.shape[:1]):
-        raise ValueError(f"alpha must be one number or one for each of {prompts.shape[0]} rows, but is {alpha}.")
-    alpha = jnp.asarray(alpha, jnp.result_type(float))
-    check((alpha >= 0) & (alpha <= 1), "alpha", "in [0, 1]", alpha)
-    generation = decode(
-        lm,
-        params,
-        prompts,
-        mask,
-        jnp.broadcast_to(alpha, prompts.shape[:1]),
-        checks.eos_array(eos_id),
-        jnp.asarray(pad_id, jnp.int32),
-        jnp.asarray(limits),
-        top_k=int(top_k),
-        num_steps=-(-longest // STEP_BUCKET) * STEP_BUCKET,
+    top_k = core.check_size("top_k", top_k, 1, lm.vocab_size)
+    request = core.request(
+        lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, greedy=True, eos_id=eos_id, pad_id=pad_id
     )
-    return checks.check_finite(jax.tree.map(lambda leaf: leaf[:, :longest], generation))
+    batch, length = request.limits.shape[0], core.longest(max_new_tokens)
+    if jnp.shape(alpha) not in ((), (batch,)):
+        raise ValueError(f"alpha must be one number or one for each of {batch} rows, but is {alpha}.")
+    alpha = jnp.asarray(alpha, jnp.result_type(float))
+    require((alpha >= 0) & (alpha <= 1), "alpha", "in [0, 1]", alpha)
+    alpha = jnp.broadcast_to(alpha, (batch,))
+    generation = decode(lm, params, request, alpha, top_k=top_k, num_steps=core.step_bucket(length))
+    return core.check_generation(jax.tree.map(lambda leaf: leaf[:, :length], generation))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@core.result
 class State:
-    """Between two steps: all tokens are fed. Each row has a cache for every candidate; that of `chosen` is its own."""
+    """The state between two steps: all tokens are fed.
+
+    Each row has a cache for every candidate; that of `chosen` is its own.
+    """
 
     cache: Cache  # of batch · k rows
     chosen: Int[Array, "batch"]
@@ -90,87 +76,49 @@ class State:
     counts: Bool[Array, "batch slot"]  # which slots are real tokens
     done: Bool[Array, "batch"]
     time: Int[Array, ""]
-    emitted: Generation
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "top_k", "num_steps"))
 def decode(
-    lm: LanguageModel,
-    params: Params,
-    prompts: Int[Array, "batch prompt"],
-    prompt_mask: Bool[Array, "batch prompt"],
-    alpha: Float[Array, "batch"],
-    eos_ids: Int[Array, "eos"],
-    pad_id: Int[Array, ""],
-    limits: Int[Array, "batch"],
-    *,
-    top_k: int,
-    num_steps: int,
+    lm: LanguageModel, params: Params, request: Request, alpha: Float[Array, "batch"], *, top_k: int, num_steps: int
 ) -> Generation:
-    """The compiled whole: prefill, then a step a token until all rows have ended."""
-    state = _prefill(lm, params, prompts, prompt_mask, pad_id, top_k=top_k, num_steps=num_steps)
-    rows = jnp.arange(prompts.shape[0])
+    """The compiled whole: prefill, then a step for each token until all rows have ended."""
+    batch, length = request.limits.shape[0], request.prompts.shape[1]
+    prompt = core.prefill(lm, params, request, num_slots=length + num_steps)
+    rows = jnp.arange(batch)
 
-    def step(state: State) -> State:
+    def step(state: State) -> tuple[State, Generation]:
         logits = wide(lm.logits(params, state.hidden))
-        candidates = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k))
-        hidden, cache = _try(lm, params, state, candidates[1])
+        values, candidates = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k))
+        hidden, cache = _try(lm, params, state, candidates)
         directions = _direction(hidden)
-        scores = _scores(logits, candidates[0], directions, state, alpha)
-        chosen = sampling.greedy(scores)
-        token, alive = candidates[1][rows, chosen], ~state.done
-        slot = prompts.shape[1] + state.time
-        emitted = Generation(
-            tokens=jnp.where(alive, token, pad_id),
-            mask=alive,
-            logp=jnp.where(alive, token_log_probs(logits, token), 0),
-            logp_sampler=jnp.zeros_like(logits[:, 0]),
+        chosen = sampling.greedy(_scores(logits, values, directions, state, alpha))
+        emitted, done = core.emit(
+            request, logits, candidates[rows, chosen], jnp.zeros_like(logits[:, 0]), state.done, state.time
         )
-        return State(
+        slot = length + state.time
+        state = State(
             cache=cache,
             chosen=chosen,
             hidden=hidden[rows, chosen],
             directions=state.directions.at[:, slot].set(directions[rows, chosen]),
-            counts=state.counts.at[:, slot].set(alive),
-            done=state.done | (token[:, None] == eos_ids).any(axis=1) | (state.time + 1 >= limits),
+            counts=state.counts.at[:, slot].set(emitted.mask),
+            done=done,
             time=state.time + 1,
-            emitted=jax.tree.map(lambda old, new: old.at[:, state.time].set(new), state.emitted, emitted),
         )
+        return state, emitted
 
-    return jax.lax.while_loop(lambda state: ~state.done.all(), step, state).emitted
-
-
-def _prefill(
-    lm: LanguageModel,
-    params: Params,
-    prompts: Int[Array, "batch prompt"],
-    prompt_mask: Bool[Array, "batch prompt"],
-    pad_id: Int[Array, ""],
-    *,
-    top_k: int,
-    num_steps: int,
-) -> State:
-    """Read the prompts in one call, and make room for the candidates."""
-    batch, length = prompts.shape
-    cache = lm.init_cache(batch, length + num_steps, dtype=language_model.params_dtype(params))
-    hidden, cache = lm.hidden(params, prompts, cache, mask=prompt_mask)
-    last = jnp.where(prompt_mask, jnp.arange(length), 0).max(axis=1)  # of an empty prompt: any place, all are its root
-    dtype = jax.eval_shape(lambda: wide(lm.logits(params, hidden[:, 0]))).dtype
-    return State(
-        cache=cache.take(jnp.repeat(jnp.arange(batch), top_k)),
+    state = State(
+        cache=prompt.cache.take(jnp.repeat(rows, top_k)),
         chosen=jnp.zeros(batch, jnp.int32),
-        hidden=jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
-        directions=jnp.pad(_direction(hidden), ((0, 0), (0, num_steps), (0, 0))),
-        counts=jnp.pad(prompt_mask, ((0, 0), (0, num_steps))),
+        hidden=prompt.last,
+        directions=jnp.pad(_direction(prompt.hidden), ((0, 0), (0, num_steps), (0, 0))),
+        counts=jnp.pad(request.mask, ((0, 0), (0, num_steps))),
         done=jnp.zeros(batch, bool),
         time=jnp.zeros((), jnp.int32),
-        emitted=Generation(
-            tokens=jnp.full((batch, num_steps), pad_id),
-            mask=jnp.zeros((batch, num_steps), bool),
-            logp=jnp.zeros((batch, num_steps), dtype),
-            logp_sampler=jnp.zeros((batch, num_steps), dtype),
-        ),
     )
+    emitted = core.run_blocks(step, state, lambda state: ~state.done.all(), num_steps=num_steps, block=1)[1]
+    return core.by_row(request, emitted)
 
 
 def _try(
@@ -181,7 +129,7 @@ def _try(
     own = jnp.repeat(jnp.arange(batch) * top_k + state.chosen, top_k)
     alive = jnp.repeat(~state.done, top_k)
     hidden, cache = lm.hidden(params, candidates.reshape(-1, 1), state.cache.take(own), mask=alive[:, None])
-    return hidden.reshape(batch, top_k, -1), cache
+    return hidden.reshape(batch, top_k, hidden.shape[-1]), cache
 
 
 def _direction(hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.decoding import checks, search_loop
+from jaxrl_llm.decoding import core
+from jaxrl_llm.decoding.core import Request
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import log_softmax, wide
 
@@ -55,7 +56,7 @@ class _Goal:
 def exact_search(
     lm: LanguageModel,
     params: Params,
-    prompt: Int[Array, "prompt"],
+    prompt: Int[Array, "prompt"] | Sequence[int],
     *,
     max_new_tokens: int,
     length_penalty: float = 0.0,
@@ -84,15 +85,12 @@ def exact_search(
         FloatingPointError: if the model's logits are NaN or leave no token.
         RuntimeError: where `max_nodes` do not suffice: what was found is not known to be the best.
     """
-    prompt, penalty = jnp.asarray(prompt), float(search_loop.length_exponent(length_penalty, max_new_tokens))
-    if prompt.ndim != 1:
-        raise ValueError(f"prompt must be one sequence [time], but has the shape {list(prompt.shape)}.")
-    if not np.isfinite(penalty):
-        raise ValueError(f"length_penalty must be one finite number, but is {length_penalty}.")
-    search_loop.check_sizes(max_nodes=(max_nodes, 1), max_new_tokens=(max_new_tokens, 1))
-    prompts, mask, _, longest = search_loop.request(lm, prompt[None], None, max_new_tokens, None)
-    eos = set(np.asarray(checks.eos_array(eos_id)).tolist())
-    log_probs, cache = _read(lm, params, prompts, mask, num_slots=prompts.shape[1] + search_loop.step_bucket(longest))
+    core.check_size("max_nodes", max_nodes, 1)
+    longest = core.check_size("max_new_tokens", max_new_tokens, 1)
+    penalty = float(core.length_exponent(length_penalty, longest))
+    request = core.request(lm, core.one_prompt(prompt), max_new_tokens=longest, greedy=True, eos_id=eos_id)
+    eos = set(np.asarray(request.eos_ids).tolist())
+    log_probs, cache = _read(lm, params, request)
     goal, num_nodes = _Goal(longest, penalty), 1
     path = [_Node((), cache, _children(log_probs, 0.0))]
     while path:
@@ -121,12 +119,10 @@ def _children(log_probs: Float[Array, "vocab"], before: float) -> Iterator[tuple
     return ((int(token), before + min(float(values[token]), 0.0)) for token in order)
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "num_slots"))
-def _read(
-    lm: LanguageModel, params: Params, prompts: Array, mask: Array, *, num_slots: int
-) -> tuple[Float[Array, "vocab"], Cache]:
-    logits, cache = search_loop.prefill(lm, params, prompts, mask, num_slots=num_slots)
-    return log_softmax(wide(logits))[0], cache
+@functools.partial(jax.jit, static_argnames="lm")
+def _read(lm: LanguageModel, params: Params, request: Request) -> tuple[Float[Array, "vocab"], Cache]:
+    prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + request.num_steps)
+    return log_softmax(wide(lm.logits(params, prompt.last)))[0], prompt.cache
 
 
 @functools.partial(jax.jit, static_argnames="lm")

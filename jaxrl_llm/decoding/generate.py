@@ -1,32 +1,31 @@
-"""Generation as one compiled scan, whole or in pieces."""
+"""Sampling and greedy generation as one compiled scan, whole or in pieces."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxrl_llm.decoding import checks, loop
-from jaxrl_llm.decoding.checks import Guidance
-from jaxrl_llm.decoding.loop import Generation, Rules
-from jaxrl_llm.decoding.stopping import StopStrings
-from jaxrl_llm.decoding.transforms import Transform
-from jaxrl_llm.language_model import LanguageModel, Params
-
-STEP_BUCKET = 2 * loop.BLOCK
+from jaxrl_llm.decoding import core, sampling
+from jaxrl_llm.decoding.constraints import StopStrings
+from jaxrl_llm.decoding.core import Generation, Guidance, Request
+from jaxrl_llm.decoding.transforms.base import Transform, update_alive
+from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.numerics import log_softmax, wide
+from jaxrl_llm.objectives.logprobs import token_log_probs
 
 
 def generate(
     lm: LanguageModel,
     params: Params,
-    prompts: Int[Array, "batch prompt"],
+    prompts: Int[Array, "batch prompt"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Int[Array, "batch"],
-    transform: Transform | None = None,
+    transform: Transform | Sequence[Transform] | None = None,
     greedy: bool = False,
     key: Key[Array, "*#batch"] | None = None,
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
@@ -41,17 +40,20 @@ def generate(
     power of two, at least 16; new tokens: the next multiple of 16). When all rows have ended it stops computing.
 
     Args:
-        max_new_tokens: of all rows, or of each. The longest is what the program is compiled for.
-        transform: warps the logits before a token is chosen (`jaxrl_llm.decoding.transforms`).
+        prompts: an array of token ids, with a mask where it is padded; or lists of ids, of any lengths.
+        max_new_tokens: for all rows, or for each. The longest is what the program is compiled for.
+        transform: changes the logits before a token is chosen (`jaxrl_llm.decoding.transforms`); several in a sequence
+            are applied in their order.
         greedy: take the most probable token; no key is needed then.
-        key: one key, from which each row derives its own by its index, or one key a row. A row's tokens depend on its
-            prompt and its key alone, not on the batch, the padding or the bucket, as far as rounding lets them: in
-            bfloat16 the logits of other batch sizes differ by about 0.01, which can turn a close choice.
+        key: one key, from which each row derives its own by its index, or one key for each row. A row's tokens depend
+            on its prompt and its key alone, not on the batch, the padding or the bucket, as far as rounding lets them:
+            in bfloat16 the logits of other batch sizes differ by about 0.01, which can flip near-ties.
         prompt_mask: false at padding, which may stand on the left, on the right or between.
         eos_id: the token, or any of the tokens, that ends a row.
-        stop: strings that end a row when its new text contains one (`decoding.stopping.stop_strings`); the token that
-            completes one is the row's last.
-        guidance: a second prompt of every row, and how far to move away from what follows it (classifier-free
+        pad_id: the token after a row's end.
+        stop: strings that end a row when its new text contains one (`decoding.stop_strings`); the token that completes
+            one is the row's last.
+        guidance: a second prompt for every row, and how far to move away from what follows it (classifier-free
             guidance). `logp` stays that of the first prompt.
 
     Raises:
@@ -60,21 +62,22 @@ def generate(
         FloatingPointError: if the model's logits are NaN, or no token is possible. (Under an outer `jit` values cannot
             be read: there `logp` is not finite from that token on.)
     """
-    prompt, rules, longest = _request(
-        lm, prompts, max_new_tokens, transform, greedy, key, prompt_mask, eos_id, pad_id, stop, guidance
-    )
-    generation = decode(lm, params, *prompt, rules, longest, num_steps=_step_bucket(longest))
-    return checks.check_finite(jax.tree.map(lambda leaf: leaf[:, :longest], generation))
+    request = core.request(
+        lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, transform=transform, greedy=greedy, key=key,
+        eos_id=eos_id, pad_id=pad_id, stop=stop, guidance=guidance,
+    )  # fmt: skip
+    length = core.longest(max_new_tokens)
+    return core.check_generation(jax.tree.map(lambda leaf: leaf[:, :length], decode(lm, params, request)))
 
 
 def stream(
     lm: LanguageModel,
     params: Params,
-    prompts: Int[Array, "batch prompt"],
+    prompts: Int[Array, "batch prompt"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Int[Array, "batch"],
     tokens_at_a_time: int = 8,
-    transform: Transform | None = None,
+    transform: Transform | Sequence[Transform] | None = None,
     greedy: bool = False,
     key: Key[Array, "*#batch"] | None = None,
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
@@ -83,81 +86,118 @@ def stream(
     stop: StopStrings | None = None,
     guidance: Guidance | None = None,
 ) -> Iterator[Generation]:
-    """The same tokens as `generate`, as soon as they are known: the first, then pieces of `tokens_at_a_time`."""
-    if tokens_at_a_time < 1:
-        raise ValueError(f"tokens_at_a_time must be at least 1, but is {tokens_at_a_time}.")
-    prompt, rules, longest = _request(
-        lm, prompts, max_new_tokens, transform, greedy, key, prompt_mask, eos_id, pad_id, stop, guidance
-    )
-    return _pieces(lm, params, prompt, rules, longest, tokens_at_a_time)  # checked now, generated when asked for
+    """The tokens of `generate`, as soon as they are known: the first, then pieces of `tokens_at_a_time`.
+
+    The other arguments are those of `generate`. They are checked now; tokens are generated when asked for.
+    """
+    core.check_size("tokens_at_a_time", tokens_at_a_time, 1)
+    request = core.request(
+        lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, transform=transform, greedy=greedy, key=key,
+        eos_id=eos_id, pad_id=pad_id, stop=stop, guidance=guidance,
+    )  # fmt: skip
+    return _pieces(lm, params, request, core.longest(max_new_tokens), tokens_at_a_time)
 
 
 def _pieces(
-    lm: LanguageModel,
-    params: Params,
-    prompt: tuple[Int[Array, "batch prompt"], Bool[Array, "batch prompt"]],
-    rules: Rules,
-    max_new_tokens: int,
-    tokens_at_a_time: int,
+    lm: LanguageModel, params: Params, request: Request, length: int, tokens_at_a_time: int
 ) -> Iterator[Generation]:
-    num_slots = prompt[0].shape[1] + _step_bucket(max_new_tokens)
-    state, first = _prefill_jit(lm, params, *prompt, rules, num_slots=num_slots)
-    yield checks.check_finite(jax.tree.map(lambda leaf: leaf[:, None], first))
-    remaining = max_new_tokens - 1
-    while remaining > 0 and not bool(state.done.all()):
-        state, piece = _advance_jit(lm, params, state, rules, max_new_tokens, num_steps=tokens_at_a_time)
-        piece = jax.tree.map(lambda leaf, count=remaining: leaf[:, :count], piece)
-        yield checks.check_finite(piece, start=max_new_tokens - remaining)
-        remaining -= tokens_at_a_time
+    num_slots = request.prompts.shape[1] + request.num_steps
+    state, first = _begin_jit(lm, params, request, num_slots=num_slots)
+    yield core.check_generation(jax.tree.map(lambda leaf: leaf[:, None], first))
+    for start in range(1, length, tokens_at_a_time):
+        if bool(state.done.all()):
+            return
+        state, piece = _advance_jit(lm, params, state, request, num_steps=tokens_at_a_time)
+        piece = jax.tree.map(lambda leaf, count=length - start: leaf[:, :count], piece)
+        yield core.check_generation(piece, start=start)
 
 
-def _request(
-    lm, prompts, max_new_tokens, transform, greedy, key, prompt_mask, eos_id, pad_id, stop, guidance
-) -> tuple[tuple[Array, Array], Rules, int]:
-    """What was asked for, checked: the bucketed prompts with their mask, the rules, the most tokens of a row."""
-    prompts = jnp.asarray(prompts)
-    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1, transform)
-    longest = int(np.max(max_new_tokens, initial=1))
-    prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
-    if stop is not None and not isinstance(stop, StopStrings):
-        raise ValueError(f"stop must be made by decoding.stop_strings, but is {stop!r}.")
-    batch = prompts.shape[0]
-    scale = None
-    if guidance is not None:
-        prompts, mask, scale = checks.with_guidance(lm, prompts, mask, guidance, max_new_tokens=limits)
-    rules = Rules(
-        transform=transform,
-        keys=None if greedy else checks.row_keys(key, batch),
-        eos_ids=checks.eos_array(eos_id),
-        pad_id=jnp.asarray(pad_id, jnp.int32),
-        limits=jnp.asarray(limits),
-        stop=stop,
-        guidance_scale=scale,
-    )
-    return (prompts, mask), rules, longest
+@core.result
+class State:
+    """The state between two steps: the last token of each row is emitted, and not yet fed to the model."""
+
+    cache: Cache
+    token: Int[Array, "batch"]
+    fed: Bool[Array, "batch"]  # whether that token will count in the cache
+    done: Bool[Array, "batch"]
+    time: Int[Array, ""]  # tokens emitted so far
+    transform: PyTree[Array]  # the state of the transform
+    stop: Int[Array, "batch"] | None  # how far each row is into a stop string
 
 
-def _step_bucket(max_new_tokens: int) -> int:
-    """Steps to compile for: the first token comes with the prefill, the others are rounded up to a bucket."""
-    return max(1, -(-(max_new_tokens - 1) // STEP_BUCKET)) * STEP_BUCKET
-
-
-@functools.partial(jax.jit, static_argnames=("lm", "num_steps"))
-def decode(
-    lm: LanguageModel,
-    params: Params,
-    prompts: Int[Array, "batch prompt"],
-    prompt_mask: Bool[Array, "batch prompt"],
-    rules: Rules,
-    max_new_tokens: Int[Array, ""],
-    *,
-    num_steps: int,
-) -> Generation:
-    """The compiled whole of `generate`: prefill, then up to `num_steps` steps."""
-    state, first = loop.prefill(lm, params, prompts, prompt_mask, rules, num_slots=prompts.shape[1] + num_steps)
-    _, rest = loop.advance(lm, params, state, rules, max_new_tokens, num_steps=num_steps)
+@functools.partial(jax.jit, static_argnames="lm")
+def decode(lm: LanguageModel, params: Params, request: Request) -> Generation:
+    """The compiled whole of `generate`."""
+    state, first = begin(lm, params, request, num_slots=request.prompts.shape[1] + request.num_steps)
+    _, rest = advance(lm, params, state, request, num_steps=request.num_steps)
     return jax.tree.map(lambda head, tail: jnp.concatenate([head[:, None], tail], axis=1), first, rest)
 
 
-_prefill_jit = functools.partial(jax.jit, static_argnames=("lm", "num_slots"))(loop.prefill)
-_advance_jit = functools.partial(jax.jit, static_argnames=("lm", "num_steps"), donate_argnames="state")(loop.advance)
+def begin(lm: LanguageModel, params: Params, request: Request, *, num_slots: int) -> tuple[State, Generation]:
+    """Read the prompts, unembed their last tokens, and choose the first token of each row."""
+    prompt, batch = core.prefill(lm, params, request, num_slots=num_slots), request.limits.shape[0]
+    state = State(
+        cache=prompt.cache,
+        token=jnp.zeros(batch, jnp.int32),
+        fed=jnp.zeros(batch, bool),
+        done=jnp.zeros(batch, bool),
+        time=jnp.zeros((), jnp.int32),
+        transform=request.initial_state(),
+        stop=None if request.stop is None else request.stop.start(batch),
+    )
+    return _choose(request, lm.logits(params, prompt.last), state)
+
+
+def advance(
+    lm: LanguageModel, params: Params, state: State, request: Request, *, num_steps: int
+) -> tuple[State, Generation]:
+    """Up to `num_steps` more tokens, until all rows have ended."""
+
+    def step(state: State) -> tuple[State, Generation]:
+        copies = 1 if request.guidance_scale is None else 2
+        token, fed = jnp.tile(state.token, copies), jnp.tile(state.fed, copies)
+        hidden, cache = lm.hidden(params, token[:, None], state.cache, mask=fed[:, None])
+        return _choose(request, lm.logits(params, hidden[:, 0]), dataclasses.replace(state, cache=cache))
+
+    state, emitted = core.run_blocks(step, state, lambda state: ~state.done.all(), num_steps=num_steps)
+    return state, core.by_row(request, emitted)
+
+
+def _choose(request: Request, logits: Float[Array, "rows vocab"], state: State) -> tuple[State, Generation]:
+    """Choose the next token of each row."""
+    logits, guided = _guide(wide(logits), request.guidance_scale)
+    warped = request.transform.apply(state.transform, guided)
+    if request.keys is None:
+        token, logp_sampler = sampling.greedy(warped), sampling.greedy_log_prob(warped)
+    else:
+        token = sampling.sample(jax.vmap(lambda key: jax.random.fold_in(key, state.time))(request.keys), warped)
+        logp_sampler = token_log_probs(warped, token)
+    emitted, done = core.emit(request, logits, token, logp_sampler, state.done, state.time)
+    stop = state.stop
+    if stop is not None:
+        stop = jnp.where(emitted.mask, request.stop.advance(stop, token), stop)
+        done |= request.stop.reached(stop)
+    after = update_alive(request.transform, state.transform, token, guided, emitted.mask)
+    return State(state.cache, emitted.tokens, emitted.mask, done, state.time + 1, after, stop), emitted
+
+
+def _guide(
+    logits: Float[Array, "rows vocab"], scale: Float[Array, ""] | None
+) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch vocab"]]:
+    """The model's own logits of each row, and those under guidance.
+
+    log p_u + s (log p − log p_u)              (Ho and Salimans 2022; Sanchez et al. 2023, eq. 7)
+    """
+    if scale is None:
+        return logits, logits
+    own, unguided = jnp.split(logits, 2)
+    log_probs, base = log_softmax(own), log_softmax(unguided)
+    # A token that either excludes is excluded, for −inf has no multiples; but scale 1 ignores the second prompt.
+    possible = (log_probs > -jnp.inf) & (base > -jnp.inf)
+    guided = jnp.where(possible, base, 0) + scale * (jnp.where(possible, log_probs, 0) - jnp.where(possible, base, 0))
+    guided = jnp.where(possible, guided, -jnp.inf)
+    return own, jnp.where(scale == 1, log_probs, guided)
+
+
+_begin_jit = functools.partial(jax.jit, static_argnames=("lm", "num_slots"))(begin)
+_advance_jit = functools.partial(jax.jit, static_argnames=("lm", "num_steps"), donate_argnames="state")(advance)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_llm.decoding import checks
-from jaxrl_llm.decoding.checks import Guidance
+from jaxrl_llm.decoding import core
+from jaxrl_llm.decoding.constraints import StopStrings
+from jaxrl_llm.decoding.core import Generation, Guidance
 from jaxrl_llm.decoding.generate import generate
-from jaxrl_llm.decoding.loop import Generation
+from jaxrl_llm.decoding.transforms.base import Transform
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.numerics import violated
 
@@ -29,8 +30,7 @@ class MBR(NamedTuple):
     expected_utility: Float[np.ndarray, "candidates"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@core.result
 class BestOfN:
     """The best of the samples of each prompt, and all of them."""
 
@@ -99,54 +99,56 @@ def minimum_bayes_risk(
 def best_of_n(
     lm: LanguageModel,
     params: Params,
-    prompts: Int[Array, "batch prompt"],
+    prompts: Int[Array, "batch prompt"] | Sequence[Sequence[int]],
     *,
     n: int,
     score: Callable[[Generation], Float[Array, "batch n"]],
-    key: Key[Array, "*#batch"],
     max_new_tokens: int | Int[Array, "batch"],
+    key: Key[Array, "*#batch"],
+    transform: Transform | Sequence[Transform] | None = None,
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    pad_id: int | Int[Array, ""] = 0,
+    stop: StopStrings | None = None,
     guidance: Guidance | None = None,
-    **options: Any,
 ) -> BestOfN:
     """The best of `n` independent samples of each prompt, by any scorer.
 
-    Its law is `objectives.rlhf.best_of_n` of the sampler's (with scores that depend on the sample alone). The samples
-    of a prompt depend on the prompt and its key alone, and the first of them are the same for every n.
+    Its distribution is `objectives.rlhf.best_of_n` of the sampler's (with scores that depend on the sample alone). The
+    samples of a prompt depend on the prompt and its key alone, and the first of them are the same for every n.
 
     Args:
-        score: from all samples, a `Generation` with leaves [batch, n, time], to a score for each [batch, n]; larger is
-            better, −inf is never chosen while another is left. What stands where `mask` is false must not matter to it.
-        key: one key, from which each prompt derives its own by its index, or one key a prompt.
-        options: of `generate`. Numbers of a transform that are one a row are given for batch·n rows: each prompt's,
-            n times.
+        score: from all samples, a `Generation` with leaves [batch, n, time], to a score for each [batch, n]. Larger is
+            better; −inf is never chosen while another is left. It must not depend on what stands where `mask` is false.
+        key: one key, from which each prompt derives its own by its index, or one key for each prompt.
+        transform: numbers of one value a row are given for batch·n rows: each prompt's, n times.
+
+    The other arguments are those of `generate`.
 
     Raises:
-        ValueError: as `generate` does, if n is below 1, the choice is greedy, or scores are not real and [batch, n].
-        FloatingPointError: if a score is NaN, or the model's law broke down.
+        ValueError: as `generate` does, if n is below 1, or scores are not real and [batch, n].
+        FloatingPointError: if a score is NaN, or the model's logits are.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, but is {n}.")
-    if options.pop("greedy", False):
-        raise ValueError("best-of-n needs samples that differ: greedy choices are all the same.")
-    prompts = jnp.asarray(prompts)
-    limits = checks.row_limits(max_new_tokens, prompts.shape[0] if prompts.ndim else 1)
-    prompts, mask = checks.bucketed_prompts(lm, prompts, prompt_mask, max_new_tokens=limits)
-    batch = prompts.shape[0]
-    keys = jax.vmap(lambda own: jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(n)))(
-        checks.row_keys(key, batch)
-    )
+    n = core.check_size("n", n, 1)
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "stop": stop}
+    request = core.request(lm, prompts, prompt_mask, key=key, **options)
+    batch = request.limits.shape[0]
+    options |= {"max_new_tokens": max_new_tokens if np.ndim(max_new_tokens) == 0 else np.repeat(max_new_tokens, n)}
+    repeated = functools.partial(jnp.repeat, repeats=n, axis=0)
+    keys = jax.vmap(lambda own: jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(n)))(request.keys)
+    if guidance is not None:
+        guidance = guidance.repeat(n)
     drawn = generate(
         lm,
         params,
-        jnp.repeat(prompts, n, axis=0),
-        prompt_mask=jnp.repeat(mask, n, axis=0),
-        max_new_tokens=np.repeat(limits, n),
+        repeated(request.prompts),
+        prompt_mask=repeated(request.mask),
         key=keys.reshape(batch * n),
-        guidance=None if guidance is None else _repeated(guidance, n),
+        transform=transform,
+        guidance=guidance,
         **options,
     )
-    samples = jax.tree.map(lambda leaf: leaf.reshape(batch, n, -1), drawn)
+    samples = jax.tree.map(lambda leaf: leaf.reshape(batch, n, leaf.shape[1]), drawn)
     scores = _checked_scores(score(samples), (batch, n))
     index = scores.argmax(axis=1)
     winners = jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, index[:, None, None], axis=1)[:, 0], samples)
@@ -195,11 +197,6 @@ def _shares(
     if not (np.isfinite(total) and (weights >= 0).all() and total > 0):
         raise ValueError(f"weights must be finite, not negative, and not all 0, but are {weights}.")
     return weights / total
-
-
-def _repeated(guidance: Guidance, n: int) -> Guidance:
-    mask = None if guidance.prompt_mask is None else jnp.repeat(jnp.asarray(guidance.prompt_mask), n, axis=0)
-    return dataclasses.replace(guidance, prompts=jnp.repeat(jnp.asarray(guidance.prompts), n, axis=0), prompt_mask=mask)
 
 
 def _checked_scores(scores: Array, shape: tuple[int, int]) -> Float[Array, "batch n"]:

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxrl_llm.decoding import checks, search_loop
-from jaxrl_llm.decoding.transforms import base as context
-from jaxrl_llm.decoding.transforms.base import Context, Transform
+from jaxrl_llm.decoding import core
+from jaxrl_llm.decoding.core import Request
+from jaxrl_llm.decoding.transforms.base import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import wide
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@core.result
 class StochasticBeams:
     """Distinct continuations of each row, in the order in which they were drawn. EOS is in the mask, and counted.
 
@@ -32,22 +31,9 @@ class StochasticBeams:
     threshold: Float[Array, "batch"]  # κ: the perturbed log-probability of the first that was left out, or −inf
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """How sequences are drawn and when they end; leaves all."""
-
-    transform: Transform | None
-    keys: Key[Array, "batch"]
-    eos_ids: Int[Array, "eos"]
-    pad_id: Int[Array, ""]
-    limits: Int[Array, "batch"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@core.result
 class State:
-    """Between two steps. A beam that has ended stays among the beams as long as its perturbed value does."""
+    """The state between two steps. A beam that has ended stays among the beams as long as its perturbed value does."""
 
     cache: Cache
     parents: Int[Array, "row"]
@@ -58,19 +44,19 @@ class State:
     tokens: Int[Array, "batch beam time"]
     length: Int[Array, "batch beam"]
     time: Int[Array, ""]
-    context: Context
+    transform: PyTree[Array]  # the state of the transform
     broken: Bool[Array, "batch"]
 
 
 def stochastic_beam_search(
     lm: LanguageModel,
     params: Params,
-    prompts: Int[Array, "batch prompt"],
+    prompts: Int[Array, "batch prompt"] | Sequence[Sequence[int]],
     *,
     num_beams: int,
     max_new_tokens: int | Int[Array, "batch"],
     key: Key[Array, "*#batch"],
-    transform: Transform | None = None,
+    transform: Transform | Sequence[Transform] | None = None,
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
     pad_id: int | Int[Array, ""] = 0,
@@ -100,14 +86,15 @@ def stochastic_beam_search(
         ValueError: for what `generate` refuses, or fewer than one beam.
         FloatingPointError: if the logits are NaN or no token is possible. (Under an outer `jit`, log_prob is NaN.)
     """
-    search_loop.check_sizes(num_beams=(num_beams, 1))
-    prompts, mask, limits, longest = search_loop.request(lm, prompts, prompt_mask, max_new_tokens, transform)
-    keys = checks.row_keys(key, prompts.shape[0])
-    rules = Rules(transform, keys, checks.eos_array(eos_id), jnp.asarray(pad_id, jnp.int32), limits)
-    num_steps = search_loop.step_bucket(longest)
-    beams = draw(lm, params, prompts, mask, rules, num_beams=num_beams, num_steps=num_steps)
-    search_loop.check_law(beams.log_prob)
-    return dataclasses.replace(beams, tokens=beams.tokens[..., :longest], mask=beams.mask[..., :longest])
+    core.check_size("num_beams", num_beams, 1)
+    request = core.request(
+        lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, transform=transform, key=key, eos_id=eos_id,
+        pad_id=pad_id, beams=True,
+    )  # fmt: skip
+    beams = draw(lm, params, request, num_beams=num_beams)
+    core.check_log_prob(beams.log_prob)
+    length = core.longest(max_new_tokens)
+    return dataclasses.replace(beams, tokens=beams.tokens[..., :length], mask=beams.mask[..., :length])
 
 
 def inclusion_probability(
@@ -123,95 +110,83 @@ def inclusion_probability(
     return -jnp.expm1(-jnp.exp(log_odds))
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "num_beams", "num_steps"))
-def draw(
-    lm: LanguageModel,
-    params: Params,
-    prompts: Int[Array, "batch prompt"],
-    prompt_mask: Bool[Array, "batch prompt"],
-    rules: Rules,
-    *,
-    num_beams: int,
-    num_steps: int,
-) -> StochasticBeams:
-    """The compiled whole of `stochastic_beam_search`, of prompts that are padded on the left."""
-    batch, length = prompts.shape
-    width = num_beams + 1
-    every_beam = jnp.repeat(jnp.arange(batch), width)
-    logits, cache = search_loop.prefill(lm, params, prompts, prompt_mask, num_slots=length + num_steps)
-    state = _start(
-        rules, prompts[every_beam], prompt_mask[every_beam], cache.take(every_beam), width, logits, num_steps
-    )
+@functools.partial(jax.jit, static_argnames=("lm", "num_beams"))
+def draw(lm: LanguageModel, params: Params, request: Request, *, num_beams: int) -> StochasticBeams:
+    """The compiled whole of `stochastic_beam_search`."""
+    prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + request.num_steps)
+    logits = lm.logits(params, prompt.last)
+    every_beam = jnp.repeat(jnp.arange(request.limits.shape[0]), num_beams + 1)
+    state = _start(request, prompt.cache, every_beam, num_beams + 1, wide(logits).dtype)
 
-    def step(state: State) -> State:
+    def step(state: State) -> tuple[State, None]:
         cache = state.cache.take(state.parents)
         hidden, cache = lm.hidden(params, state.token[:, None], cache, mask=state.open.reshape(-1, 1))
-        return _choose(rules, dataclasses.replace(state, cache=cache), lm.logits(params, hidden[:, 0]))
+        state = dataclasses.replace(state, cache=cache)
+        return _choose(request, state, lm.logits(params, hidden[:, 0])), None
 
-    state = _choose(rules, state, logits[every_beam])
-    state = search_loop.run_blocks(step, state, lambda state: state.open.any(), num_steps=num_steps)
+    state = _choose(request, state, logits[every_beam])
+    state, _ = core.run_blocks(step, state, lambda state: state.open.any(), num_steps=request.num_steps)
     kept = slice(None, num_beams)
-    mask = (jnp.arange(num_steps + 1) < state.length[:, kept, None]) & (state.perturbed[:, kept] > -jnp.inf)[..., None]
+    exists = (state.perturbed[:, kept] > -jnp.inf)[..., None]
+    mask = (jnp.arange(request.num_steps + 1) < state.length[:, kept, None]) & exists
     log_prob, perturbed = (
         jnp.where(state.broken[:, None], jnp.nan, each) for each in (state.log_prob, state.perturbed)
     )
-    tokens = jnp.where(mask, state.tokens[:, kept], rules.pad_id)
+    tokens = jnp.where(mask, state.tokens[:, kept], request.pad_id)
     return StochasticBeams(tokens, mask, log_prob[:, kept], perturbed[:, kept], perturbed[:, -1])
 
 
-def _start(
-    rules: Rules, prompts: Array, prompt_mask: Array, cache: Cache, width: int, logits: Array, num_steps: int
-) -> State:
-    """The root of each row, whose perturbed value is a Gumbel's. `prompts`, mask and cache are those of every beam."""
-    rows, length = prompts.shape
-    shape, dtype = (rows // width, width), wide(logits).dtype
+def _start(request: Request, cache: Cache, every_beam: Int[Array, "row"], width: int, dtype: jnp.dtype) -> State:
+    """The root of each row, whose perturbed value is a Gumbel's."""
+    rows = every_beam.shape[0]
+    shape = (request.limits.shape[0], width)
     none = jnp.full(shape, -jnp.inf, dtype)
-    root = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, 0), (), dtype))(rules.keys)
-    limits = jnp.repeat(rules.limits, width)
+    root = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, 0), (), dtype))(request.keys)
     return State(
-        cache=cache,
+        cache=cache.take(every_beam),
         parents=jnp.arange(rows),
         token=jnp.zeros(rows, jnp.int32),
         open=jnp.broadcast_to(jnp.arange(width) == 0, shape),
         log_prob=none.at[:, 0].set(0),
         perturbed=none.at[:, 0].set(root),
-        tokens=jnp.zeros((*shape, num_steps + 1), jnp.int32),
+        tokens=jnp.zeros((*shape, request.num_steps + 1), jnp.int32),
         length=jnp.zeros(shape, jnp.int32),
         time=jnp.zeros((), jnp.int32),
-        context=context.begin(rules.transform, prompts, prompt_mask, limits, num_slots=length + num_steps + 1),
+        transform=jax.tree.map(lambda leaf: leaf[every_beam], request.initial_state()),
         broken=jnp.zeros(shape[0], bool),
     )
 
 
-def _choose(rules: Rules, state: State, logits: Float[Array, "row vocab"]) -> State:
+def _choose(request: Request, state: State, logits: Float[Array, "row vocab"]) -> State:
     """Keep the largest perturbed values among the open beams' continuations and the beams that have ended."""
     (batch, width), vocab = state.open.shape, logits.shape[-1]
     logits = wide(logits)
-    # A broken law stays visible: a transform may hide it by removing what is NaN.
+    # NaN logits must stay visible: a transform may hide them by removing them.
     sound = jnp.isfinite(jax.nn.logsumexp(logits, axis=-1)).reshape(batch, width)
-    warped = context.warp(rules.transform, logits, state.context).reshape(batch, width, vocab)
+    warped = request.transform.apply(state.transform, logits).reshape(batch, width, vocab)
     normaliser = jax.nn.logsumexp(warped, axis=-1)
     broken = state.broken | (state.open & ~(sound & jnp.isfinite(normaliser))).any(axis=1)
-    tokens, log_prob, perturbed = _continue(rules, state, warped, normaliser)
+    tokens, log_prob, perturbed = _continue(request, state, warped, normaliser)
     ended = ~state.open[..., None]  # as a candidate an ended beam is its own, and only, continuation
     first = ended & (jnp.arange(tokens.shape[2]) == 0)
     perturbed = jnp.where(ended, jnp.where(first, state.perturbed[..., None], -jnp.inf), perturbed)
     log_prob = jnp.where(ended, state.log_prob[..., None], log_prob)
-    perturbed, order = jax.lax.top_k(perturbed.reshape(batch, -1), width)
+    flat = (batch, width * tokens.shape[2])
+    perturbed, order = jax.lax.top_k(perturbed.reshape(flat), width)
     perturbed, order = jax.lax.optimization_barrier((perturbed, order))
     parent = order // tokens.shape[2]
-    token, log_prob = (jnp.take_along_axis(each.reshape(batch, -1), order, axis=1) for each in (tokens, log_prob))
-    return _kept(rules, state, logits, parent, token, log_prob, perturbed, broken)
+    token, log_prob = (jnp.take_along_axis(each.reshape(flat), order, axis=1) for each in (tokens, log_prob))
+    return _kept(request, state, logits, parent, token, log_prob, perturbed, broken)
 
 
 def _continue(
-    rules: Rules, state: State, logits: Float[Array, "batch beam vocab"], normaliser: Float[Array, "batch beam"]
+    request: Request, state: State, logits: Float[Array, "batch beam vocab"], normaliser: Float[Array, "batch beam"]
 ) -> tuple[Array, Array, Array]:
     """Of each beam, the continuations of the largest perturbed values: tokens, log-probabilities, perturbed values.
 
     Among siblings the perturbed value rises with G̃, so that only the largest need be made conditional.
     """
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, state.time + 1))(rules.keys)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, state.time + 1))(request.keys)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
     values, tokens = jax.lax.top_k(logits + noise, min(logits.shape[1], logits.shape[2]))
     values, tokens = jax.lax.optimization_barrier((values, tokens))
@@ -226,7 +201,7 @@ def _continue(
 
 
 def _kept(
-    rules: Rules,
+    request: Request,
     state: State,
     logits: Float[Array, "row vocab"],
     parent: Int[Array, "batch beam"],
@@ -243,12 +218,10 @@ def _kept(
     length = jnp.where(grown, time, jnp.take_along_axis(state.length, parent, axis=1))
     tokens = jnp.take_along_axis(state.tokens, parent[..., None], axis=1)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None], state.time, axis=2)
-    ends = (token[..., None] == rules.eos_ids).any(axis=-1) | (time >= rules.limits)[:, None]
+    ends = request.ends(token) | (time >= request.limits)[:, None]
     parents = (jnp.arange(batch)[:, None] * width + parent).reshape(-1)
-    after = state.context
-    if rules.transform is not None:
-        after = after.take(parents)
-        after = context.remember(rules.transform, after, logits[parents], token.reshape(-1), grown.reshape(-1))
+    after = jax.tree.map(lambda leaf: leaf[parents], state.transform)
+    after = update_alive(request.transform, after, token.reshape(-1), logits[parents], grown.reshape(-1))
     log_prob = jnp.where(exists, log_prob, -jnp.inf)
     return State(
         state.cache,

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxrl_llm import language_model
-from jaxrl_llm.decoding import checks, sampling
-from jaxrl_llm.decoding.transforms import Transform
-from jaxrl_llm.decoding.transforms.base import require_stateless
+from jaxrl_llm.decoding import core, sampling
+from jaxrl_llm.decoding.core import Request
+from jaxrl_llm.decoding.transforms.base import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import is_concrete, wide
 
@@ -39,8 +38,7 @@ class Node(NamedTuple):
         return self.total_log_prob / self.level
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@core.result
 class Tree:
     """Level by level, slot r·branching + j is the j-th child of slot r of the level above.
 
@@ -99,11 +97,11 @@ class Tree:
 def search_tree(
     lm: LanguageModel,
     params: Params,
-    prompt: Int[Array, "prompt"],
+    prompt: Int[Array, "prompt"] | Sequence[int],
     *,
     branching: int,
     depth: int,
-    select: Transform | str = "best",
+    select: Transform | Sequence[Transform] | str = "best",
     key: Key[Array, ""] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
 ) -> Tree:
@@ -122,81 +120,65 @@ def search_tree(
             `depth` below 1, or a tree of more than 4096 leaves.
         FloatingPointError: if the model's logits are NaN, or no token is possible.
     """
-    prompt = jnp.asarray(prompt)
-    if prompt.ndim != 1:
-        raise ValueError(f"prompt must be one sequence [time], but has the shape {list(prompt.shape)}.")
+    prompts = core.one_prompt(prompt)
     if branching < 1 or depth < 1 or branching > lm.vocab_size:
         raise ValueError(
             f"branching must be in [1, {lm.vocab_size}] and depth at least 1, but are {branching} and {depth}."
         )
     if branching**depth > MAX_LEAVES:
         raise ValueError(f"{branching}**{depth} leaves are more than the {MAX_LEAVES} that a tree may have.")
-    if isinstance(select, str) and select != "best":
+    best = isinstance(select, str)
+    if best and select != "best":
         raise ValueError(f'select must be "best" or a transform, but is {select!r}.')
-    transform = None if isinstance(select, str) else select
-    require_stateless(transform, decoder="search_tree")
-    if transform is not None:
-        key = checks.row_keys(key, 1)[0]
-    prompts, mask = checks.bucketed_prompts(lm, prompt[None], None, max_new_tokens=depth)
-    tree = _grow(lm, params, prompts, mask, transform, key, checks.eos_array(eos_id), branching=branching, depth=depth)
+    request = core.request(
+        lm, prompts, max_new_tokens=depth, transform=None if best else select, greedy=best, key=key, eos_id=eos_id,
+        beams=True,
+    )  # fmt: skip
+    tree = _grow(lm, params, request, branching=branching, depth=depth)
     if is_concrete(tree.log_probs) and not np.isfinite(np.asarray(tree.log_probs)[tree.exists]).all():
         raise FloatingPointError("no token could be chosen: the model's logits are NaN, +inf, or all −inf.")
     return tree
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "branching", "depth"))
-def _grow(
-    lm: LanguageModel,
-    params: Params,
-    prompts: Int[Array, "1 prompt"],
-    mask: Bool[Array, "1 prompt"],
-    transform: Transform | None,
-    key: Key[Array, ""] | None,
-    eos_ids: Int[Array, "eos"],
-    *,
-    branching: int,
-    depth: int,
-) -> Tree:
+def _grow(lm: LanguageModel, params: Params, request: Request, *, branching: int, depth: int) -> Tree:
     """A scan over levels. Every level has the width of the last one that is fed, so that one step serves all."""
     width = branching ** (depth - 1)
     parent_rows = jnp.arange(width) // branching
-    cache = lm.init_cache(1, prompts.shape[1] + depth, dtype=language_model.params_dtype(params))
-    hidden, cache = lm.hidden(params, prompts, cache, mask=mask)
+    prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + depth)
     root = jnp.zeros(width, jnp.int32)
-    state = (hidden[root, -1], cache.take(root), jnp.arange(width) == 0, jnp.zeros(width))
+    memory = jax.tree.map(lambda leaf: leaf[root], request.initial_state())
+    state = (prompt.last[root], prompt.cache.take(root), memory, jnp.arange(width) == 0, jnp.zeros(width))
 
-    def step(state: tuple[Array, Cache, Array, Array], level: Array) -> tuple[tuple, Tree]:
-        hidden, cache, open_, totals = state
+    def step(state: tuple[Array, Cache, PyTree, Array, Array], level: Array) -> tuple[tuple, Tree]:
+        hidden, cache, memory, open_, totals = state
         logits = wide(lm.logits(params, hidden))
-        tokens, possible = _select(logits, transform, key, level, branching)
+        tokens, possible = _select(request, request.transform.apply(memory, logits), level, branching)
         normaliser = jax.nn.logsumexp(logits, axis=1, keepdims=True)
         log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
-        exists = (possible | ~jnp.isfinite(normaliser)) & open_[:, None]  # a broken law shows as a node that is NaN
-        ended = exists & (tokens[..., None] == eos_ids).any(axis=-1)
+        exists = (possible | ~jnp.isfinite(normaliser)) & open_[:, None]  # NaN logits show as a node that is NaN
+        ended = exists & request.ends(tokens)
         nodes = (tokens, jnp.where(exists, log_probs, -jnp.inf), totals[:, None] + log_probs, exists, ended)
         nodes = tuple(leaf.reshape(-1) for leaf in nodes)
-        children = tuple(leaf[:width] for leaf in nodes)  # of the last level, cut off here, nothing is fed
-        hidden, cache = lm.hidden(params, children[0][:, None], cache.take(parent_rows))
-        return (hidden[:, 0], cache, children[3] & ~children[4], children[2]), Tree(*nodes, branching=branching)
+        token, _, total, exists, ended = (leaf[:width] for leaf in nodes)  # of the last level nothing is fed
+        hidden, cache = lm.hidden(params, token[:, None], cache.take(parent_rows))
+        memory = jax.tree.map(lambda leaf: leaf[parent_rows], memory)
+        memory = update_alive(request.transform, memory, token, logits[parent_rows], exists)
+        return (hidden[:, 0], cache, memory, exists & ~ended, total), Tree(*nodes, branching=branching)
 
     return jax.lax.scan(step, state, jnp.arange(depth))[1]
 
 
 def _select(
-    logits: Float[Array, "row vocab"],
-    transform: Transform | None,
-    key: Key[Array, ""] | None,
-    level: Int[Array, ""],
-    branching: int,
+    request: Request, logits: Float[Array, "row vocab"], level: Int[Array, ""], branching: int
 ) -> tuple[Int[Array, "row branching"], Bool[Array, "row branching"]]:
     """Distinct tokens for each row, by falling probability, and which of them are possible."""
-    if transform is None:
+    if request.keys is None:
         values, tokens = jax.lax.top_k(logits, branching)
         return tokens, values > -jnp.inf
-    warped = transform(logits)
-    level_key = jax.random.fold_in(key, level)
+    level_key = jax.random.fold_in(request.keys[0], level)
     keys = jax.vmap(lambda row: jax.random.fold_in(level_key, row))(jnp.arange(logits.shape[0]))
-    tokens = sampling.sample_distinct(keys, warped, branching)
-    values = jnp.take_along_axis(warped, tokens, axis=1)
+    tokens = sampling.sample_distinct(keys, logits, branching)
+    values = jnp.take_along_axis(logits, tokens, axis=1)
     order = jnp.argsort(-values, axis=1)
     return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(values, order, axis=1) > -jnp.inf

@@ -1,4 +1,4 @@
-"""The neural language models, from scratch, and how they are loaded and saved."""
+"""Neural language models, implemented from scratch; loading and saving."""
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model

@@ -1,4 +1,4 @@
-"""p(target | source) of any model: a T5 encodes the source, a decoder-only model reads it as its prompt."""
+"""p(target | source) of any model: a T5 encodes the source, a decoder-only model has it as its prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl_llm.models.t5 import T5
 
 
 class Conditional(NamedTuple):
-    """A language model, its parameters, and the prompts after which it predicts the targets."""
+    """A language model, its parameters, and the prompts after which the targets follow."""
 
     lm: LanguageModel
     params: Params
@@ -24,11 +24,10 @@ class Conditional(NamedTuple):
 def given(
     model: Network, params: Params, source: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
 ) -> Conditional:
-    """The model of the target given the source; what it returns is what every decoder takes.
+    """Return the language model of the target given the source, as every decoder accepts it.
 
-    For a T5 the prompts are its start token. For a decoder-only model they are the sources, which must say by
-    themselves that a target follows (they end in a separator); padding may stand on either side, and costs least on the
-    left, where no new token then stands behind it.
+    For a T5 the prompts are its start token. For a decoder-only model they are the sources, which must end in a
+    separator. Sources may be padded on either side; for a decoder-only model the left is cheapest.
 
     Raises:
         ValueError: as `T5.start` does.

@@ -20,8 +20,8 @@ from jaxrl_llm import language_model
 from jaxrl_llm.language_model import Cache, Params
 from jaxrl_llm.models.layers import KeyValue, recorded_weights
 
-TokenId = int  # in a configuration: 0 is one
-KINDS = {  # of a configuration's fields: numpy's numbers count, but True is no number
+TokenId = int  # annotates token ids in a configuration, which may be 0
+KINDS = {  # of a configuration's fields; numpy's numbers are accepted, True is not a number
     "int": ("a positive integer", lambda value: isinstance(value, numbers.Integral) and value > 0),
     "TokenId": ("a token id, 0 or above", lambda value: isinstance(value, numbers.Integral) and value >= 0),
     "float": ("a finite number, 0 or above", lambda value: isinstance(value, numbers.Real) and 0 <= value < math.inf),
@@ -31,7 +31,7 @@ KINDS = {  # of a configuration's fields: numpy's numbers count, but True is no 
 
 
 def check_config(config: Any) -> None:
-    """Raise for a field of a configuration that is not what its annotation says, naming it."""
+    """Raise ValueError for the first field of a configuration that does not fit its annotation."""
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type.removesuffix(" | None")
         if kind not in KINDS or (value is None and kind != field.type):
@@ -43,28 +43,27 @@ def check_config(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Network(abc.ABC):
-    """An NNX module as pure functions: `config` is all its state, its parameters are a plain nested dict.
+    """An NNX module as pure functions: `config` is its whole state, its parameters are a plain nested dict.
 
-    `nnx.split` of the abstract module, once, gives the static graph; merging it with the parameters costs nothing under
-    `jit`.
+    `nnx.split` of the abstract module gives the static graph once; merging it with parameters is free under `jit`.
     """
 
     config: Any
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The NNX module, with parameters drawn at random."""
+        """Return the NNX module with random parameters."""
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
     def init(self, key: Array) -> Params:
-        """Random parameters."""
+        """Return random parameters."""
         return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
 
     def merge(self, params: Params) -> nnx.Module:
-        """The module with these parameters."""
+        """Return the module with these parameters."""
         return nnx.merge(self._split[0], params)
 
     @functools.cached_property
@@ -73,11 +72,11 @@ class Network(abc.ABC):
 
     @property
     def abstract_params(self) -> Params:
-        """The parameters' shapes and dtypes, without the parameters."""
+        """Return the parameters' shapes and dtypes."""
         return nnx.to_pure_dict(self._split[1])
 
     def num_params(self) -> int:
-        """How many numbers the parameters are."""
+        """Return the number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
 
 
@@ -85,17 +84,17 @@ class Network(abc.ABC):
 
 
 class Placed(NamedTuple):
-    """Where the tokens of a call stand, and what they may look at."""
+    """Positions and attention mask of the tokens of a call."""
 
-    positions: Int[Array, "batch time"]  # valid tokens before each
-    slots: Int[Array, "batch slot"]  # the position of what stands in each slot; without a cache, `positions`
+    positions: Int[Array, "batch time"]  # number of valid tokens before each
+    slots: Int[Array, "batch slot"]  # position of the token in each slot; without a cache, `positions`
     attention_mask: Bool[Array, "batch time slot"]
-    cache_index: Int[Array, ""] | None  # the slot of the first token; None without a cache
-    cache: Cache | None  # with the tokens' slots claimed
+    cache_index: Int[Array, ""] | None  # slot of the first token; None without a cache
+    cache: Cache | None  # with the slots of the tokens reserved
 
 
 def place(mask: Bool[Array, "batch time"], cache: Cache | None) -> Placed:
-    """Places for tokens of which `mask` says which are valid: valid ones see valid ones up to themselves."""
+    """Place tokens by their validity mask: valid tokens attend to valid tokens up to themselves."""
     time = jnp.arange(mask.shape[1])
     positions = jnp.cumsum(mask, axis=1) - 1
     if cache is None:
@@ -111,7 +110,7 @@ def place(mask: Bool[Array, "batch time"], cache: Cache | None) -> Placed:
 
 
 def checkpointed(block: nnx.Module) -> Callable[..., tuple[Array, KeyValue]]:
-    """The block without a cache, computed anew for the gradient; what it would have cached is not kept."""
+    """Return the block under `jax.checkpoint`: recomputed in the backward pass, without a KV cache."""
 
     def forward(x: Array, *places: Array) -> Array:
         return block(x, *places, None, None, None)[0]
@@ -122,7 +121,7 @@ def checkpointed(block: nnx.Module) -> Callable[..., tuple[Array, KeyValue]]:
 def empty_slots(
     layers: int, batch_size: int, heads: int, max_length: int, head_dim: int, dtype: Any
 ) -> tuple[list[KeyValue], Bool[Array, "batch slot"], Int[Array, ""]]:
-    """Of a cache in which nothing is written: its memory, `valid` and `length`."""
+    """Return memory, `valid` and `length` of an empty cache."""
     shape = (batch_size, heads, max_length, head_dim)
     kv_cache = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)]
     return kv_cache, jnp.zeros((batch_size, max_length), bool), jnp.zeros((), jnp.int32)
@@ -130,10 +129,10 @@ def empty_slots(
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLM(Network, language_model.LanguageModel):
-    """A causal transformer behind the `LanguageModel` protocol.
+    """A causal transformer as a `LanguageModel`.
 
-    With `checkpoint_blocks` a gradient keeps what stands between the blocks, and computes what is inside of each anew:
-    less memory for a second forward pass (Chen et al. 2016). Values are the same; a cache is not concerned.
+    With `checkpoint_blocks` the backward pass keeps only the activations between blocks and recomputes those inside
+    (Chen et al. 2016): less memory for a second forward pass, and equal values. Calls with a cache are unaffected.
     """
 
     checkpoint_blocks: bool = False
@@ -149,7 +148,7 @@ class DecoderLM(Network, language_model.LanguageModel):
     @property
     @abc.abstractmethod
     def cache_shape(self) -> tuple[int, int, int]:
-        """(layers, key-value heads, head dimension)."""
+        """Return (layers, key-value heads, head dimension)."""
 
     def init_cache(self, batch_size: int, max_length: int, *, dtype: Any = jnp.float32) -> Cache:
         layers, heads, head_dim = self.cache_shape
@@ -168,9 +167,9 @@ class DecoderLM(Network, language_model.LanguageModel):
     def attention(
         self, params: Params, tokens: Int[Array, "batch time"], *, mask: Bool[Array, "batch time"] | None = None
     ) -> Float[Array, "layer batch head query key"]:
-        """The attention weights of every layer and head: how much each token looks at each.
+        """Return the attention weights of every layer and head.
 
-        The row of a valid query sums to 1 over the valid keys up to itself and is exactly 0 elsewhere; the row of a
+        The row of a valid query sums to 1 over the valid keys up to itself and is exactly 0 elsewhere. The row of a
         query that is padding is 0.
         """
         intermediates = []

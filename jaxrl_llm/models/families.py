@@ -1,4 +1,4 @@
-"""The architectures as `config.json` describes them: their fields, their defaults, and what tells them apart."""
+"""Model families of `config.json`: fields, defaults and tensor names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from jaxrl_llm.models.t5 import T5, T5Config
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one architecture is written in a folder of Hugging Face form."""
+    """The Hugging Face format of one architecture."""
 
     model: type[Network]
     config: type
     architecture: str
-    prefix: str  # of every tensor but the head; found in the wild with and without it
+    prefix: str  # of every tensor but the head; some files lack it
     transposed: bool  # linear kernels are stored [out, in]
-    buffers: re.Pattern[str]  # tensors of older files that are no parameters
-    refused: dict[str, Any]  # fields that change the function in a way that is not supported: the values that do not
-    copies: tuple[str, ...]  # tensors, without prefix, that a file may hold beside the embedding, equal to it
+    buffers: re.Pattern[str]  # tensors of older files that are not parameters
+    refused: dict[str, Any]  # fields that are not supported, with the values under which they have no effect
+    copies: tuple[str, ...]  # tensors, without prefix, that may repeat the embedding
     embedding: str
 
 
@@ -80,7 +80,7 @@ FAMILIES = {
     ),
 }
 
-REQUIRED = {  # what a config.json must say
+REQUIRED = {  # fields that a config.json must have
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head"),
     "llama": SIZES,
     "stablelm": SIZES,
@@ -89,7 +89,7 @@ REQUIRED = {  # what a config.json must say
 
 
 def family_of(model: Network) -> tuple[str, Family]:
-    """The `model_type` and family of a model of ours."""
+    """Return `model_type` and family of a model."""
     for model_type, family in FAMILIES.items():
         if isinstance(model, family.model):
             return model_type, family
@@ -97,14 +97,14 @@ def family_of(model: Network) -> tuple[str, Family]:
 
 
 def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Callable[[], set[str]] = set) -> Network:
-    """The model that a `config.json` describes.
+    """Return the model that a `config.json` describes.
 
     Args:
-        tensor_names: of the files beside it, for what the configuration does not tell; `lm_head.weight` is one of them
-            if it has values of its own.
+        tensor_names: returns the names of the folder's tensors, for what the configuration leaves open;
+            `lm_head.weight` is among them only if it differs from the embedding.
 
     Raises:
-        ValueError: for an architecture, or a setting of one, that is not supported.
+        ValueError: for an architecture or a setting that is not supported.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -129,7 +129,7 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
 
 
 def _rotary(model_type: str, config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Rotary settings of either form, and heads; for Llama, the format's defaults where ours are others."""
+    """Return rotary settings of either form, and heads; for Llama also the format's defaults that differ from ours."""
     values = rope_from_config(config, source, rotated=0.25 if model_type == "stablelm" else 1)
     given = config.get("num_key_value_heads")
     values["num_key_value_heads"] = config.get("num_attention_heads") if given is None else given
@@ -142,11 +142,11 @@ def _rotary(model_type: str, config: dict[str, Any], source: str) -> dict[str, A
 
 
 def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]]) -> dict[str, Any]:
-    """What T5's configurations say in more than one way.
+    """Return T5's fields that have more than one spelling.
 
-    Before version 5 of transformers, `tie_word_embeddings` decided over the head and its scale. Since then it is always
-    written as true, `scale_decoder_outputs` decides over the scale, and the head is tied if the files hold no other
-    (one with the embedding's values is none).
+    Before transformers 5, `tie_word_embeddings` decided over the head and its scale. Since then it is always true,
+    `scale_decoder_outputs` decides over the scale, and the head is tied unless the files have a head that differs from
+    the embedding.
     """
     tied, scaled = config.get("tie_word_embeddings"), config.get("scale_decoder_outputs")
     tied = True if tied is None else tied
@@ -163,7 +163,7 @@ def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]
 
 
 def config_of(model: Network) -> dict[str, Any]:
-    """The `config.json` of a model of ours."""
+    """Return the `config.json` of a model."""
     model_type, family = family_of(model)
     config = dataclasses.asdict(model.config)
     if model_type in ("llama", "stablelm"):

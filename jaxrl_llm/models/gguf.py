@@ -24,19 +24,19 @@ STRING, ARRAY = 8, 9
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: its shape is PyTorch's (outputs, inputs), its rows are stored in quantised blocks."""
+    """The location of a tensor: its shape is PyTorch's (outputs, inputs), its rows are quantised blocks."""
 
     shape: tuple[int, ...]
     type: int
-    stored_shape: tuple[int, ...]  # of bytes
+    stored_shape: tuple[int, ...]  # in bytes
     start: int
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata fields and the tensors of a GGUF file, by name.
+    """Read the metadata fields and the tensors of a GGUF file, by name.
 
     Raises:
-        ValueError: it is not a GGUF file, is cut short or damaged, or has tensors that do not turn into float32.
+        ValueError: if it is not a GGUF file, is truncated or damaged, or has tensors that cannot be dequantised.
     """
     with path.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
@@ -52,7 +52,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @dataclasses.dataclass
 class _Header:
-    """A GGUF header, taken in order; whatever would reach past the end of the file raises before it is read."""
+    """A GGUF header, read in order; an item that would reach past the end of the file raises before it is read."""
 
     file: BinaryIO
     name: str
@@ -124,15 +124,15 @@ class _Header:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFModel:
-    """A GGUF file whose header is read and checked; the weights stay on disk until `tensors` walks over them."""
+    """A GGUF file with a checked header; the weights stay on disk until `tensors` reads them."""
 
     path: Path
-    config: dict[str, Any]  # what the Hugging Face config.json of this model says
+    config: dict[str, Any]  # as the Hugging Face config.json of this model
     fields: dict[str, Any]  # the file's own metadata
     stored: dict[str, Tensor]  # by the file's own names
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each Hugging Face name with its float32 weights, one tensor in memory at a time."""
+        """Yield each Hugging Face name with its float32 weights, one tensor in memory at a time."""
         from gguf import GGMLQuantizationType, quants
 
         expected = _expected_tensors(self.config)
@@ -144,10 +144,10 @@ class GGUFModel:
             yield expected[name][0], weights
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The tokenizer of the file's own fields, with its chat template; None if it has none.
+        """Return the tokenizer of the file's metadata, with its chat template; None if it has none.
 
         Raises:
-            ValueError: the file's tokenizer is incomplete, or of a kind that is not known here.
+            ValueError: if the file's tokenizer is incomplete or of an unknown kind.
         """
         from jaxrl_llm.models import tokenizers
 
@@ -155,10 +155,10 @@ class GGUFModel:
 
 
 def read(path: Path) -> GGUFModel:
-    """The model in a GGUF file of architecture llama.
+    """Read the header of a GGUF file of architecture llama.
 
     Raises:
-        ValueError: it is not a GGUF file, is cut short, or holds what a plain llama in float32 cannot be made of.
+        ValueError: if it is not a GGUF file, is truncated, or has fields or tensors that our Llama does not support.
     """
     path = Path(path)
     fields, stored = read_header(path)
@@ -221,7 +221,7 @@ def _positive(name: str, fields: dict[str, Any], key: str, default: Any, kind: t
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -231,7 +231,7 @@ def _rope_scaling(name: str, fields: dict[str, Any], stored: dict[str, Tensor]) 
             f"{name} scales its rotary frequencies one by one (rope_freqs.weight, as Llama 3.1 does), "
             "which is not supported."
         )
-    kind = fields.get("llama.rope.scaling.type", "linear")  # where a factor stands alone, llama.cpp reads it so
+    kind = fields.get("llama.rope.scaling.type", "linear")  # as llama.cpp reads a factor without a type
     if kind not in ("none", "linear"):
         raise ValueError(f"{name}: llama.rope.scaling.type must be none or linear, but is {kind!r}.")
     old = _positive(name, fields, "llama.rope.scale_linear", 1.0, float)
@@ -240,7 +240,7 @@ def _rope_scaling(name: str, fields: dict[str, Any], stored: dict[str, Tensor]) 
 
 
 def _expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Of every tensor a llama may have: GGUF's name -> Hugging Face's name, shape."""
+    """Return Hugging Face name and shape of every possible tensor of a llama, by GGUF name."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     query, key = (config[heads] * config["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
     block = {

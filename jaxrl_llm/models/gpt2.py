@@ -32,7 +32,7 @@ class GPT2Config:
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    n_inner: int | None = None  # 4 · n_embd
+    n_inner: int | None = None  # default: 4 · n_embd
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
         intermediates: list[Array] | None,
     ):
         batch, time, width = x.shape
-        # Split, not indexed: the gradient of an index is a padded copy of the whole.
+        # Split, not indexed: the gradient of an index is a padded copy of the whole array.
         query, key, value = (
             part.reshape(batch, time, self.heads, width // self.heads).transpose(0, 2, 1, 3)
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
@@ -91,7 +91,7 @@ class MLP(nnx.Module):
         self.activation = config.activation_function
 
     def __call__(self, x: Array) -> Array:
-        # The gradient keeps one array of the inner width, not three: the activation is cheap to compute anew.
+        # The backward pass keeps one array of the inner width instead of three: the activation is cheap to recompute.
         return jax.checkpoint(lambda inner: self.c_proj(ACTIVATIONS[self.activation](inner)))(self.c_fc(x))
 
 

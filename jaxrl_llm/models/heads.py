@@ -1,4 +1,4 @@
-"""A scalar head on any language model: reward models and critics, and their folders."""
+"""Scalar heads on any language model: reward models and critics, with loading and saving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class ScalarHead:
-    """A number for each token: the product of its hidden state with one vector, without a bias.
+    """A scalar for each token: the inner product of its hidden state with one vector, without bias.
 
     The parameters are {"model": the language model's, "head": [width]}.
     """
@@ -32,7 +32,7 @@ class ScalarHead:
     lm: LanguageModel
 
     def init(self, key: Array, lm_params: Params | None = None, *, zero: bool = False) -> Params:
-        """A head of variance 1/(width + 1), or of zeros, on given parameters or on random ones."""
+        """Return a random head of variance 1/(width + 1), or zeros, with the given or random model parameters."""
         model_key, head_key = jax.random.split(key)
         params = self.lm.init(model_key) if lm_params is None else lm_params
         shape = jax.eval_shape(lambda params: self.lm.hidden(params, jnp.zeros((1, 1), jnp.int32))[0], params).shape
@@ -43,9 +43,9 @@ class ScalarHead:
     def values(
         self, params: Params, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"] | None = None
     ) -> Float[Array, "batch time"]:
-        """The number at each token, of what stands up to there.
+        """Return the scalar at each token.
 
-        At padding it means nothing; of a model with a root it is that of what stands before.
+        At padding it is undefined; for a model with a root state it is that of the tokens before.
         """
         hidden, _ = self.lm.hidden(params["model"], tokens, mask=mask)
         head = params["head"]
@@ -56,7 +56,7 @@ class ScalarHead:
     def scores(
         self, params: Params, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"] | None = None
     ) -> Float[Array, "batch"]:
-        """The number at the last real token of each row, wherever padding stands."""
+        """Return the scalar at the last real token of each row, with padding on either side."""
         values = self.values(params, tokens, mask)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         last = jnp.where(mask, jnp.arange(tokens.shape[1]), 0).max(axis=1)
@@ -65,7 +65,7 @@ class ScalarHead:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedReward:
-    """A reward model, its parameters, its tokenizer (None where the source has none) and its `config.json`."""
+    """A reward model with its parameters, its tokenizer (None if the folder has none) and its `config.json`."""
 
     head: ScalarHead
     params: Params
@@ -76,18 +76,18 @@ class LoadedReward:
 def save_reward_model(
     path: str | os.PathLike[str], head: ScalarHead, params: Params, tokenizer: Any = None, *, dtype: Any = None
 ) -> None:
-    """Write a folder in the form of transformers' `...ForSequenceClassification` with one label.
+    """Write a folder in the format of transformers' `...ForSequenceClassification` with one label.
 
-    transformers reads the score at the last token that is not `pad_token_id`: padding must be a token that does not
-    end texts, or stand on the left.
+    transformers takes the score at the last token that is not `pad_token_id`: the padding token must not end texts, or
+    padding must be on the left.
 
     Raises:
-        ValueError: if transformers has no such form of the model, or the folder holds another file of weights.
+        ValueError: if transformers has no such format of the model.
     """
     config = families.config_of(head.lm)
     family = config["model_type"]
     if family not in ARCHITECTURES:
-        raise ValueError(f"a reward model on {family} cannot be saved: only on {', '.join(ARCHITECTURES)}.")
+        raise ValueError(f"a reward model to save must be on {', '.join(ARCHITECTURES)}, but is on {family}.")
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = getattr(tokenizer, "eos_token_id", None) if pad is None else pad
@@ -99,7 +99,7 @@ def save_reward_model(
 
 
 def load_reward_model(path: str | os.PathLike[str], *, dtype: Any = None) -> LoadedReward:
-    """Load what `save_reward_model`, or transformers, has written.
+    """Load a reward model that `save_reward_model` or transformers has written.
 
     Raises:
         FileNotFoundError, ValueError: as `models.load`, or if the folder has no head of one label.
@@ -109,8 +109,8 @@ def load_reward_model(path: str | os.PathLike[str], *, dtype: Any = None) -> Loa
     score = found.get(huggingface.SCORE)
     if score is None or score.shape[0] != 1:
         raise ValueError(
-            f"{path} is no reward model: {huggingface.SCORE} of the shape [1, width] was expected, "
-            f"but there is {'none' if score is None else list(score.shape)}."
+            f"{path} is not a reward model: {huggingface.SCORE} must be [1, width], "
+            f"but {'is missing' if score is None else f'is {list(score.shape)}'}."
         )
     params = {"model": loaded.params, "head": jnp.asarray(score[0], jnp.float32 if dtype is None else dtype)}
     return LoadedReward(ScalarHead(loaded.model), params, loaded.tokenizer, loaded.config)

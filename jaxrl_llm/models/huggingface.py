@@ -1,4 +1,4 @@
-"""The form in which the world keeps models: `config.json`, `model.safetensors`, and the names of their tensors."""
+"""The Hugging Face format: `config.json`, `model.safetensors`, and the names of tensors."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SCORE = "score.weight"  # the head of a reward model, [1, width]
 
 
 def tensor_name(path: TensorPath) -> str:
-    """The checkpoint's name of a parameter, without prefix: ("h", 0, "ln_1", "scale") is h.0.ln_1.weight."""
+    """Return the checkpoint's name of a parameter, without prefix: ("h", 0, "ln_1", "scale") is h.0.ln_1.weight."""
     *modules, leaf = map(str, path)
     return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
 
 
 def named_params(model: Network) -> dict[str, tuple[TensorPath, jax.ShapeDtypeStruct]]:
-    """Tensor name to path and abstract value, of every parameter of the model."""
+    """Return path and abstract value of every parameter of the model by tensor name."""
     leaves = jax.tree_util.tree_leaves_with_path(model.abstract_params)
     paths = [(tuple(entry.key for entry in path), leaf) for path, leaf in leaves]
     return {tensor_name(path): (path, leaf) for path, leaf in paths}
 
 
 def is_transposed(family: Family, path: TensorPath) -> bool:
-    """Whether the checkpoint stores this parameter as [out, in]; the untied head always is."""
+    """Return True if the checkpoint stores this parameter as [out, in], as always for an untied head."""
     return path[-1] == "kernel" and (family.transposed or path[0] == "lm_head")
 
 
@@ -47,7 +47,7 @@ def params_from_tensors(
     """Place a checkpoint's tensors, one at a time, in the parameter tree of `model`.
 
     Raises:
-        ValueError: naming the tensors that are missing, unknown, repeated or of another shape.
+        ValueError: naming tensors that are missing, unknown, repeated or of another shape.
     """
     _, family = family_of(model)
     wanted = named_params(model)
@@ -65,7 +65,7 @@ def params_from_tensors(
         elif not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
             problems.append(f"{full_name} is stored as {tensor.dtype}")
         elif name in placed:
-            problems.append(f"{full_name} stands there twice")
+            problems.append(f"{full_name} occurs twice")
         else:
             _place(params, path, jax.numpy.asarray(tensor.T if is_transposed(family, path) else tensor, dtype))
         placed.add(name)
@@ -80,9 +80,9 @@ def params_from_tensors(
 def _without_copies(
     family: Family, wanted: dict[str, Any], tensors: Iterator[tuple[str, np.ndarray]], copies: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Each tensor with its name, without prefix and with; what copies the embedding goes to `copies`.
+    """Yield each tensor with its name without and with prefix; copies of the embedding are put into `copies`.
 
-    Where the embedding itself is not in the file, a copy stands for it.
+    If the embedding itself is not in the file, a copy replaces it.
     """
     embedding_seen = False
     for full_name, tensor in tensors:
@@ -105,7 +105,7 @@ def _place(params: Params, path: TensorPath, value: jax.Array) -> None:
 
 
 def _check_copies(params: Params, path: TensorPath, copies: dict[str, np.ndarray], source: str) -> None:
-    """A file may repeat the embedding, but not contradict it."""
+    """Raise ValueError if a copy of the embedding differs from it."""
     table = functools.reduce(lambda node, entry: node[entry], path, params)
     for name, copy in copies.items():
         if copy.shape != table.shape or not np.array_equal(np.asarray(copy).astype(table.dtype), np.asarray(table)):
@@ -117,10 +117,10 @@ def _check_copies(params: Params, path: TensorPath, copies: dict[str, np.ndarray
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a folder."""
+    """Read the `config.json` of a folder."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: a folder of Hugging Face form was expected.")
+        raise FileNotFoundError(f"{folder} must be a folder in Hugging Face format, but has no config.json.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -131,7 +131,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The names of the folder's tensors, without a head that is the embedding once more or stands for it."""
+    """Return the names of the folder's tensors, without a head that repeats or replaces the embedding."""
     from safetensors import SafetensorError, safe_open
 
     names = set()
@@ -145,8 +145,8 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def _has_own_head(folder: Path, names: set[str]) -> bool:
-    """Whether there is a head with other values than the embedding: one with the same ones says nothing."""
-    family = FAMILIES["t5"]  # of the others, `config.json` alone says it
+    """Return True if there is a head whose values differ from the embedding's."""
+    family = FAMILIES["t5"]  # in the other families `config.json` decides
     embeddings = [name for name in (family.embedding, *family.copies) if name in names and name != "lm_head.weight"]
     if "lm_head.weight" not in names or not embeddings:
         return False
@@ -155,18 +155,18 @@ def _has_own_head(folder: Path, names: set[str]) -> bool:
 
 
 def read_tensors(folder: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor (or those with these names) of the folder's safetensors, single or sharded, one at a time."""
+    """Yield every tensor (or those in `only`) of the folder's safetensors, single or sharded, one at a time."""
     from safetensors import SafetensorError, safe_open
 
     for path in _safetensors_files(folder):
         try:
             with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     if only is not None and name not in only:
                         continue
                     try:
                         tensor = file.get_tensor(name)
-                    except (AttributeError, TypeError):  # a type that numpy does not have
+                    except (AttributeError, TypeError):  # a dtype that numpy does not have
                         kind = file.get_slice(name).get_dtype()
                         raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
                     yield name, tensor
@@ -175,7 +175,7 @@ def read_tensors(folder: Path, *, only: Container[str] | None = None) -> Iterato
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():  # goes before an index that may lie beside it, as in transformers
+    if (folder / "model.safetensors").is_file():  # takes precedence over an index, as in transformers
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -183,14 +183,14 @@ def _safetensors_files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             files = [folder / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of safetensors: {error!r}.") from error
+            raise ValueError(f"{index} is not a safetensors index: {error!r}.") from error
         absent = [path.name for path in files if not path.is_file()]
         if absent:
-            raise FileNotFoundError(f"{folder}: the index names {', '.join(absent)}, which is not there.")
+            raise FileNotFoundError(f"{folder}: the index names {', '.join(absent)}, which is missing.")
         return files
     found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise FileNotFoundError(
-        f"{folder} holds no model.safetensors (found {found}); pickled weights are never loaded, convert them first."
+        f"{folder} must have model.safetensors, but has {found}; pickled weights are never loaded, convert them first."
     )
 
 
@@ -203,7 +203,7 @@ def write_folder(
     extra: dict[str, Any],
     further: Mapping[str, np.ndarray],
 ) -> None:
-    """Write `config.json` and `model.safetensors`, each whole or not at all; with tensors beside the model's."""
+    """Write `config.json` and `model.safetensors` atomically; `further` tensors are added to the model's."""
     from safetensors.numpy import save_file
 
     _, family = family_of(model)

@@ -1,4 +1,4 @@
-"""The layers that the neural models share, as Flax NNX modules. Nothing in them mutates."""
+"""Layers shared by the neural models, as Flax NNX modules that do not mutate."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ ACTIVATIONS = {
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of sums and of the residual stream: float32, or wider if the parameters are."""
+    """Return the dtype of sums and of the residual stream: float32, or wider if the parameters are."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A parameter drawn from N(0, std²)."""
+    """Draw a parameter from N(0, std²)."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
 
 def is_one_bfloat16_row(x: Float[Array, "*batch features"]) -> bool:
-    """Whether XLA's CPU backend would first write the whole matrix that x meets in float32.
+    """Return True if XLA's CPU backend would convert the whole matrix that x is multiplied by to float32.
 
-    That takes longer than the product of two rows, and twice the matrix's memory: such a row goes `twice`.
+    That takes longer than a product of two rows, and twice the matrix's memory: such a row is taken `twice`.
     """
     return x.size == x.shape[-1] and x.dtype == jnp.bfloat16
 
 
 def twice(row: Float[Array, "1 features"]) -> Float[Array, "2 features"]:
-    """The row two times; the barrier hides from XLA that they are equal."""
+    """Return the row twice; the barrier hides from XLA that both are equal."""
     return jax.lax.optimization_barrier(jnp.repeat(row, 2, axis=0))
 
 
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         kernel = self.kernel[...]
-        # As rows: with two axes before `in`, XLA's CPU backend would copy an input of the kernel's gradient transposed.
+        # As rows: with two batch axes, XLA's CPU backend would transpose an input of the kernel's gradient.
         rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
         rows = twice(rows) if is_one_bfloat16_row(rows) else rows
         y = jnp.matmul(rows, kernel, preferred_element_type=accumulator(kernel.dtype))
@@ -63,7 +63,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table, and their inner products with a hidden state (the tied unembedding)."""
+    """Rows of a table; `attend` is the tied unembedding, their inner products with hidden states."""
 
     def __init__(self, num_embeddings: int, features: int, *, std: float, rngs: nnx.Rngs):
         self.embedding = normal(rngs, (num_embeddings, features), std)
@@ -78,7 +78,7 @@ class Embedding(nnx.Module):
 
 
 def unembed(x: Float[Array, "rows features"], table: Float[Array, "vocab features"]) -> Float[Array, "rows vocab"]:
-    """x @ tableᵀ, in the form that XLA's CPU backend runs fastest for few rows (a decoding step)."""
+    """Compute x @ tableᵀ in the form that XLA's CPU backend runs fastest for few rows, as in a decoding step."""
     rows, dtype = x.shape[0], accumulator(table.dtype)
     if is_one_bfloat16_row(x):
         return jnp.einsum("nd,vd->nv", twice(x), table, preferred_element_type=dtype)[:1]
@@ -88,7 +88,7 @@ def unembed(x: Float[Array, "rows features"], table: Float[Array, "vocab feature
 
 
 def standardise(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
-    """(x − mean) / √(variance + ε) over the last axis."""
+    """Compute (x − mean) / √(variance + ε) over the last axis."""
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
 
@@ -136,7 +136,7 @@ def attention_weights(
     bias: Float[Array, "#batch head time slot"] | None = None,
     intermediates: list[Array] | None = None,
 ) -> Float[Array, "batch kv_head group time slot"]:
-    """softmax(scale · q kᵀ + bias) over the allowed slots; query head i looks at key head i // group.
+    """Compute softmax(scale · q kᵀ + bias) over the slots in the mask; query head i attends to key head i // group.
 
     A query that attends to nothing (padding) gets uniform weights, not NaN. The weights are appended to `intermediates`
     if it is a list.
@@ -157,7 +157,7 @@ def attention_weights(
 def recorded_weights(
     intermediates: Sequence[Float[Array, "batch kv_head group query key"]], queries: Bool[Array, "batch query"] | None
 ) -> Float[Array, "layer batch head query key"]:
-    """What the layers recorded as one array, 0 where the query is padding."""
+    """Stack the weights of all layers into one array, 0 where the query is padding."""
     weights = jnp.stack(intermediates)
     weights = weights.reshape(*weights.shape[:2], -1, *weights.shape[-2:])
     return weights if queries is None else jnp.where(queries[None, :, None, :, None], weights, 0)
@@ -166,9 +166,9 @@ def recorded_weights(
 def attend(
     weights: Float[Array, "batch kv_head group time slot"], value: Float[Array, "batch kv_head slot head_dim"]
 ) -> Float[Array, "batch time features"]:
-    """The weighted values, heads side by side."""
+    """Return the weighted sums of values, heads concatenated."""
     dtype = value.dtype
-    # Heads first, then transposed: XLA's CPU backend has no bfloat16 x bfloat16 = float32 product that transposes.
+    # Transposed after the product: XLA's CPU backend has no transposing bfloat16 × bfloat16 = float32 product.
     mixed = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(dtype), value, preferred_element_type=accumulator(dtype))
     batch, kv_heads, group, time, head_dim = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * group * head_dim)

@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, use_bias=output_bias, **options)
 
     def queries_and_keys(self, query: Array, key: Array) -> tuple[Array, Array]:
-        """What is done to them [batch, head, time, head_dim] before they turn: nothing."""
+        """Transform queries and keys [batch, head, time, head_dim] before RoPE; the identity by default."""
         return query, key
 
     def __call__(
@@ -87,7 +87,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    In parallel (Wang and Komatsuzaki 2021) both read one norm: x + attention(norm(x)) + mlp(norm(x)).
+    With `parallel` (Wang and Komatsuzaki 2021) both share one norm: x + attention(norm(x)) + mlp(norm(x)).
     """
 
     def __init__(self, attention: Attention, mlp: MLP, norm: Callable[[], nnx.Module], *, parallel: bool = False):
@@ -160,7 +160,7 @@ class RotaryModule(nnx.Module):
 
 
 class RotaryLM(DecoderLM):
-    """Its sizes, as its configuration names them."""
+    """A decoder with rotary positions as a `LanguageModel`."""
 
     @property
     def max_length(self) -> int:
@@ -172,7 +172,7 @@ class RotaryLM(DecoderLM):
 
 
 def check_rotary_config(config: Any) -> None:
-    """Raise for a field that is not what its annotation says, or for heads that cannot be."""
+    """Raise ValueError for a field that does not fit its annotation, or heads that do not divide the width."""
     check_config(config)
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
@@ -223,7 +223,7 @@ class LlamaConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many coordinates of a head turn: all."""
+        """Return the number of rotated coordinates of a head: all."""
         return self.head_size
 
 
@@ -283,19 +283,19 @@ class StableLMConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many coordinates of a head turn, the first ones."""
+        """Return the number of rotated coordinates of a head, the first ones."""
         return int(self.head_size * self.partial_rotary_factor)
 
 
 class HeadScale(nnx.Module):
-    """What a head's coordinates are multiplied by."""
+    """The scale of one head's LayerNorm of queries or keys."""
 
     def __init__(self, head_dim: int):
         self.scale = nnx.Param(jnp.ones(head_dim))
 
 
 class HeadsNorm(nnx.Module):
-    """LayerNorm without bias over each head, which has a scale of its own."""
+    """LayerNorm without bias over each head, with a scale for each head."""
 
     def __init__(self, heads: int, head_dim: int, *, epsilon: float):
         self.norms = nnx.List([HeadScale(head_dim) for _ in range(heads)])  # the checkpoint has one tensor for each
@@ -306,7 +306,7 @@ class HeadsNorm(nnx.Module):
 
 
 class NormedAttention(Attention):
-    """Grouped-query attention, with queries and keys normalised head by head where `qk_layernorm` says so."""
+    """Grouped-query attention; with `qk_layernorm` queries and keys are normalised head by head."""
 
     def __init__(self, config: StableLMConfig, *, rngs: nnx.Rngs):
         super().__init__(config, qkv_bias=config.use_qkv_bias, output_bias=False, rngs=rngs)

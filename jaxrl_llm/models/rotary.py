@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021): its frequencies, the turn, and its settings in a `config.json`."""
+"""Rotary position embedding (Su et al. 2021): frequencies, rotation, and its fields of a `config.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrl_llm.models.decoder import check_config
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies were stretched for a longer context: `linear`, or `llama3` (Llama 3.1)."""
+    """Scaling of the rotary frequencies for a longer context: `linear`, or `llama3` (Llama 3.1)."""
 
     rope_type: str
     factor: float
@@ -38,14 +38,14 @@ class RopeScaling:
 
 
 def rope_frequencies(dim: int, *, theta: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
-    """Radians a position for each pair of `dim` coordinates: θ^(−2i/dim), stretched as `scaling` says."""
+    """Return radians per position for each pair of `dim` coordinates: θ^(−2i/dim), scaled by `scaling`."""
     half = dim // 2
     frequencies = float(theta) ** (-jnp.arange(half) / half)
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
-    # llama3: wavelengths beyond the original context are stretched, short ones kept, those between interpolated.
+    # llama3: wavelengths beyond the original context are scaled, short ones kept, those between interpolated.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = jnp.clip(kept, 0.0, 1.0)
@@ -55,7 +55,7 @@ def rope_frequencies(dim: int, *, theta: float, scaling: RopeScaling | None) -> 
 def rotate(
     x: Float[Array, "batch head time head_dim"], angles: Float[Array, "batch time half"]
 ) -> Float[Array, "batch head time head_dim"]:
-    """Coordinates i and i + half turn by their angle; those beyond 2 · half stay as they are."""
+    """Rotate the pairs of coordinates (i, i + half); coordinates from 2 · half on are left unchanged."""
     half = angles.shape[-1]
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
@@ -64,21 +64,21 @@ def rotate(
 
 # Settings ------------------------------------------------------------------------------------------------------------
 
-LLAMA3_FACTORS = ("low_freq_factor", "high_freq_factor")  # which a file must say: no default of them is agreed upon
+LLAMA3_FACTORS = ("low_freq_factor", "high_freq_factor")  # required: they have no common default
 
 
 def rope_from_config(config: dict[str, Any], source: str, *, rotated: float) -> dict[str, Any]:
-    """The fields `rope_theta`, `rope_scaling` and `partial_rotary_factor` of ours.
+    """Return our fields `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
 
-    They stand in the old form (side by side) or the new (in `rope_parameters`), which goes before the fields beside it;
-    where `rope_scaling` and `rope_parameters` both say something, they must say the same.
+    They have an old form (separate fields) and a new one (`rope_parameters`). The new form takes precedence over
+    separate fields, but `rope_scaling` and `rope_parameters` must not contradict each other.
 
     Args:
-        rotated: the share of a head that turns where the configuration does not say it.
+        rotated: the default of `partial_rotary_factor`.
 
     Raises:
-        ValueError: if one is no object, or one for each kind of layer; if the two contradict each other; or for a
-            scaling that is not known, or lacks a factor that it needs.
+        ValueError: if a form is not an object, or has one object for each kind of layer; if the forms contradict each
+            other; or if a scaling is unknown or lacks a factor.
     """
     scaling, parameters = (_settings(config, source, form) for form in ("rope_scaling", "rope_parameters"))
     for name in scaling.keys() & parameters.keys():
@@ -109,7 +109,7 @@ def rope_from_config(config: dict[str, Any], source: str, *, rotated: float) -> 
 
 
 def _settings(config: dict[str, Any], source: str, form: str) -> dict[str, Any]:
-    """What one form says, without what it leaves open, and with the type under its present name."""
+    """Return the fields of one form that are not null, with the type under its present name."""
     given = {} if config.get(form) is None else config[form]
     if not isinstance(given, dict):
         raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
@@ -121,7 +121,7 @@ def _settings(config: dict[str, Any], source: str, form: str) -> dict[str, Any]:
 
 
 def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The settings in the new form."""
+    """Return the settings in the new form."""
     rope = {"rope_type": "default", "rope_theta": theta}
     if scaling is None:
         return rope

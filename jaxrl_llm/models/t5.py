@@ -1,7 +1,7 @@
 """T5 (Raffel et al. 2020) and its successors (v1.1, flan), from scratch: an encoder, and a decoder that reads from it.
 
-A source makes it a language model: `lm, params = t5.start(weights, source, source_mask)` encodes the source once, and
-what comes back goes into every decoder and objective of the library like any other model and its parameters.
+A source makes it a language model: `lm, params = t5.start(weights, source, source_mask)` encodes the source once. Every
+decoder and objective of the library accepts the result like any other model and its parameters.
 Attribute names are those of the published checkpoints.
 """
 
@@ -34,7 +34,7 @@ from jaxrl_llm.models.layers import (
 )
 from jaxrl_llm.numerics import is_concrete
 
-UNBOUNDED = 2**30  # tokens: positions are relative, and far ones alike, so that memory alone limits the context
+UNBOUNDED = 2**30  # tokens: positions are relative and far ones share a bucket, so that only memory limits the context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class T5Config:
     d_kv: int = 64
     d_ff: int = 2048
     num_layers: int = 6
-    num_decoder_layers: int | None = None  # num_layers
+    num_decoder_layers: int | None = None  # default: num_layers
     num_heads: int = 8
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
@@ -82,7 +82,7 @@ class T5Config:
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layers multiply two projections."""
+        """Return True if the feed-forward layers multiply two projections."""
         return self.feed_forward_proj.startswith("gated-")
 
     @property
@@ -97,7 +97,7 @@ class T5Config:
 
     @property
     def output_scale(self) -> float:
-        """What the decoder's last states are multiplied by."""
+        """Return the factor of the decoder's last states before the unembedding."""
         scaled = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
         return self.d_model**-0.5 if scaled else 1.0
 
@@ -111,13 +111,13 @@ def relative_buckets(*, num_buckets: int, max_distance: int, bidirectional: bool
 
         E + ⌊(B − E) · log(n / E) / log(max_distance / E)⌋, at most B − 1         (Raffel et al. 2020, section 2.1)
 
-    What is further away shares the last one. Where the future cannot be seen it shares bucket 0.
+    Larger distances share the last bucket. In the decoder, future keys share bucket 0.
     """
     relative = np.arange(-max_distance, max_distance + 1)
     buckets = num_buckets // 2 if bidirectional else num_buckets
     exact = buckets // 2
     distance = np.abs(relative) if bidirectional else np.maximum(-relative, 0)
-    # In float32, as the models were trained: elsewhere a distance at the edge of two buckets could fall into the other.
+    # In float32, as in training: otherwise a distance at the edge of two buckets could fall into the other.
     ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
     ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)
     wide = np.minimum(exact + ratio.astype(np.int32), buckets - 1)
@@ -146,7 +146,7 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
 
     def key_value(self, states: Float[Array, "batch time width"]) -> KeyValue:
-        """Keys and values of what is looked at, in the parameters' dtype."""
+        """Return keys and values of the states, in the parameters' dtype."""
         dtype = self.k.kernel[...].dtype
         return self._heads(self.k(states)).astype(dtype), self._heads(self.v(states)).astype(dtype)
 
@@ -233,7 +233,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The encoder or the decoder: blocks and a final norm. The first block's table of position biases serves all."""
+    """The encoder or the decoder: blocks and a final norm. All blocks use the first block's position biases."""
 
     def __init__(self, config: T5Config, *, decoder: bool, rngs: nnx.Rngs):
         layers = config.decoder_layers if decoder else config.num_layers
@@ -246,7 +246,7 @@ class Stack(nnx.Module):
     def bias(
         self, queries: Int[Array, "batch time"], keys: Int[Array, "batch slot"]
     ) -> Float[Array, "batch head time slot"]:
-        """What is added to the attention logits, by the positions of query and key."""
+        """Return the bias of the attention logits by the positions of query and key."""
         buckets = relative_buckets(
             num_buckets=self.num_buckets, max_distance=self.max_distance, bidirectional=self.bidirectional
         )
@@ -276,7 +276,7 @@ class Stack(nnx.Module):
 
 
 class T5Decoder(nnx.Module):
-    """What is needed once the source is encoded: embeddings, the decoder, the unembedding (tied or not)."""
+    """The part that decoding needs after the source is encoded: embeddings, decoder, unembedding (tied or not)."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.shared = Embedding(config.vocab_size, config.d_model, std=config.initializer_factor, rngs=rngs)
@@ -287,7 +287,7 @@ class T5Decoder(nnx.Module):
         self.scale = config.output_scale
 
     def source_key_values(self, states: Float[Array, "source time width"]) -> list[KeyValue]:
-        """Each layer's keys and values of the encoded source."""
+        """Return each layer's keys and values of the encoded source."""
         return [block.layer[1].EncDecAttention.key_value(states) for block in self.decoder.block]
 
     def unembed(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
@@ -295,7 +295,7 @@ class T5Decoder(nnx.Module):
 
 
 class T5Module(T5Decoder):
-    """The whole: with the encoder."""
+    """The whole model: the decoder's part and the encoder."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -306,22 +306,22 @@ class T5Module(T5Decoder):
 
 
 class EncoderState(NamedTuple):
-    """The parameters of a `T5LM`: the decoder's, and what was computed once from the encoded source."""
+    """The parameters of a `T5LM`: the decoder's weights and the state of the encoded source."""
 
-    weights: Params  # a part of the T5's own tree
-    cross: list[KeyValue]  # of each layer, [source, head, source_time, d_kv]
+    weights: Params  # the T5's tree without its encoder
+    cross: list[KeyValue]  # cross-attention keys and values of each layer, [source, head, source_time, d_kv]
     mask: Bool[Array, "source source_time"]
 
 
 class Conditioned(NamedTuple):
-    """A language model of the target given the source, and its parameters."""
+    """The language model of the target given the source, and its parameters."""
 
     lm: T5LM
     params: EncoderState
 
 
 class AttentionMaps(NamedTuple):
-    """How much each query looks at each key. Rows of queries that are padding are 0."""
+    """Attention weights of encoder, decoder and cross-attention. Rows of queries that are padding are 0."""
 
     encoder: Float[Array, "layer source head source_time source_time"]
     decoder: Float[Array, "layer batch head target_time target_time"]
@@ -333,7 +333,7 @@ class T5(Network):
     """The encoder-decoder: `T5(T5Config(num_layers=2, ...))`.
 
     It is not a `LanguageModel` and has no `apply`: `lm, params = t5.start(params, source, source_mask)` makes one.
-    Masks are false at padding, on either side; what stands there changes nothing elsewhere.
+    Masks are false at padding, on either side. Tokens at padding have no effect elsewhere.
     """
 
     config: T5Config = dataclasses.field(default_factory=T5Config)
@@ -347,10 +347,10 @@ class T5(Network):
         source: Int[Array, "source time"],
         mask: Bool[Array, "source time"] | None = None,
     ) -> Float[Array, "source time width"]:
-        """The encoder's last states; those at padding mean nothing.
+        """Return the encoder's last states; they are undefined at padding.
 
         Raises:
-            ValueError: for tokens or a mask that do not fit, or a source without tokens.
+            ValueError: if the tokens or the mask do not fit, or a source is empty.
         """
         return self._encode(params, source, mask)
 
@@ -360,12 +360,12 @@ class T5(Network):
         source: Int[Array, "source time"],
         mask: Bool[Array, "source time"] | None = None,
     ) -> Conditioned:
-        """The language model p(target | source), and its parameters.
+        """Encode the source and return the language model p(target | source) with its parameters.
 
-        Its sequences begin with `decoder_start_token_id`: the prompts are `decoder_prompts(batch)`, or these with
-        forced tokens behind. Prompts may be a multiple of the sources; those of one source stand next to each other.
-        The model is hashable and knows the number of sources, so that another source of the same shape compiles
-        nothing. The parameters are differentiable with respect to all of `params`, encoder included: a loss is
+        Its sequences begin with `decoder_start_token_id`: the prompts are `decoder_prompts(batch)`, optionally followed
+        by forced tokens. The number of prompts may be a multiple of the number of sources; prompts of one source are
+        adjacent. The model is hashable and depends on the number of sources alone, so that another source of the same
+        shape compiles nothing. The result is differentiable in all of `params`, encoder included: a loss is
         `loss(*t5.start(params, source, mask), ...)`.
 
         Raises:
@@ -375,7 +375,7 @@ class T5(Network):
         return Conditioned(T5LM(self.config, source.shape[0]), _given(self, params, source, mask))
 
     def decoder_prompts(self, batch_size: int) -> Int[Array, "batch 1"]:
-        """The start token, for each row."""
+        """Return the start token for each row."""
         return jnp.full((batch_size, 1), self.config.decoder_start_token_id, jnp.int32)
 
     def attention(
@@ -387,16 +387,16 @@ class T5(Network):
         source_mask: Bool[Array, "source source_time"] | None = None,
         target_mask: Bool[Array, "batch target_time"] | None = None,
     ) -> AttentionMaps:
-        """The attention weights of every layer and head.
+        """Return the attention weights of every layer and head.
 
-        A row sums to 1 over the keys that its query may look at (valid ones, in the decoder up to itself) and is
-        exactly 0 elsewhere; the row of a query that is padding is 0.
+        A row sums to 1 over the keys in its query's mask (valid keys, in the decoder up to the query) and is exactly 0
+        elsewhere. The row of a query that is padding is 0.
 
         Args:
-            target: what the decoder reads: the start token, then the target. Query t predicts token t + 1.
+            target: the decoder's input: the start token, then the target. Query t predicts token t + 1.
 
         Raises:
-            ValueError: as `encode` does, and for rows that are no multiple of the sources.
+            ValueError: as `encode`, and if the number of rows is not a multiple of the number of sources.
         """
         encoder, decoder = [], []
         states = self._encode(params, source, source_mask, encoder)
@@ -427,7 +427,7 @@ class T5(Network):
     def _check(self, source: Array, mask: Array | None) -> None:
         language_model.check_tokens(T5LM(self.config, 1), source, mask, name="source")
         if source.shape[1] == 0 or (mask is not None and is_concrete(mask) and not mask.any(axis=1).all()):
-            raise ValueError("a source is empty: the decoder needs at least one token to look at.")
+            raise ValueError("a source must have at least one token, but one is empty.")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -437,10 +437,10 @@ def _given(t5: T5, params: Params, source: Array, mask: Array | None) -> Encoder
 
 @dataclasses.dataclass(frozen=True)
 class T5LM(Network, language_model.LanguageModel):
-    """The target's language model of a T5 whose source is given: `T5.start` makes it, with its parameters.
+    """The language model of a T5's target given its encoded source; made by `T5.start`, with its parameters.
 
-    Rows are the sources in order, each as often as there are times more rows than sources. Under classifier-free
-    guidance both prompts of a row are read with its source.
+    With k times more rows than sources, rows i k to i k + k − 1 belong to source i. Under classifier-free guidance both
+    prompts of a row belong to its source.
     """
 
     config: T5Config
@@ -455,10 +455,10 @@ class T5LM(Network, language_model.LanguageModel):
         raise TypeError("the parameters of a T5LM come from its source: T5.start(params, source) gives them.")
 
     def init_cache(self, batch_size: int, max_length: int, *, dtype: Any = jnp.float32) -> Cache:
-        """Slots for the decoder's own keys and values, and which source each row reads.
+        """Return an empty cache of the decoder's keys and values, with the index of each row's source.
 
         Raises:
-            ValueError: if the rows are no multiple of the sources.
+            ValueError: if the number of rows is not a multiple of the number of sources.
         """
         config = self.config
         slots = empty_slots(config.decoder_layers, batch_size, config.num_heads, max_length, config.d_kv, dtype)
@@ -472,7 +472,7 @@ class T5LM(Network, language_model.LanguageModel):
         *,
         mask: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        """As the protocol says; where the model scales its outputs, the hidden states are the scaled ones."""
+        """Return hidden states as `LanguageModel.hidden`; if the model scales its outputs, they are scaled."""
         return self.read(params, tokens, cache, mask)
 
     def logits(self, params: EncoderState, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
@@ -501,7 +501,7 @@ class T5LM(Network, language_model.LanguageModel):
         return hidden * module.scale, None if cache is None else dataclasses.replace(at.cache, memory=kv_cache)
 
     def _source_of(self, params: EncoderState, batch: int, cache: Cache | None) -> tuple[list[KeyValue], Array]:
-        """Each row's keys and values of its source, of every layer, and which of them it may look at."""
+        """Return the cross-attention keys and values of each row's source, for every layer, and their mask."""
         rows = self._sources(batch) if cache is None else cache.given
         cross, mask = params.cross, params.mask
         if cache is not None or batch != self.num_sources:
@@ -511,7 +511,7 @@ class T5LM(Network, language_model.LanguageModel):
     def _sources(self, batch: int) -> Int[Array, "batch"]:
         if batch % self.num_sources:
             raise ValueError(
-                f"{batch} rows cannot be shared out among {self.num_sources} sources: there must be as many "
-                "for each source (and for a search of one prompt, one source)."
+                f"the number of rows must be a multiple of the {self.num_sources} sources, but is {batch} "
+                "(a search of one prompt takes one source)."
             )
         return jnp.repeat(jnp.arange(self.num_sources), batch // self.num_sources)

@@ -1,4 +1,4 @@
-"""Tokenizers that other formats describe, as Hugging Face ones: those in GGUF metadata, and T5's `spiece.model`."""
+"""Hugging Face tokenizers from other formats: GGUF metadata, and T5's `spiece.model`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of p
 
 NAMED_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
-# How text is cut before merging: every match of each expression in turn becomes a piece, and so does what lies between.
-# The names are llama.cpp's (src/llama-vocab.cpp), the expressions those of the tokenizers that the names stand for.
+# Splits of text before merging: the matches of each expression in turn, and the text between them, become pieces. Names
+# are llama.cpp's (src/llama-vocab.cpp), expressions those of the tokenizers with these names.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,21 +30,21 @@ GPT4 = (
 )
 QWEN2, LLAMA3 = GPT4.replace("DIGITS", ""), GPT4.replace("DIGITS", "{1,3}")
 SPLITS = {
-    "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),  # no tokenizer's: llama.cpp's own
+    "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),  # llama.cpp's own
     **dict.fromkeys(("gpt-2", "gpt2"), (GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", GPT2)),
     "qwen2": (QWEN2,),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3,)),
 }
-LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # take a piece that is a token whole, and begin with BOS
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # keep a piece that is a token whole, and begin with BOS
 NFC_NAMES = ("qwen2", "command-r")  # normalise Unicode in their Hugging Face form, as in training
 
 
 def from_gguf(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a GGUF file's `fields`; None if they describe none. `name` is the file's, for messages.
+    """Return the tokenizer of a GGUF file's `fields`; None if they have none. `name` is the file's, for messages.
 
     Raises:
-        ValueError: a field is missing or contradicts another, or the kind of tokenizer is not known here.
+        ValueError: if a field is missing or contradicts another, or the kind of tokenizer is unknown.
     """
     runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
@@ -103,7 +103,7 @@ def _adds(fields: dict[str, Any], role: str, default: bool, named: dict[str, str
 
 
 def _byte_level(fields: dict[str, Any], tokens: list[str], name: str) -> Tokenizer:
-    """GPT-2's kind (Radford et al. 2019): ranked merges of bytes, inside the pieces that regular expressions cut."""
+    """Return a tokenizer of GPT-2's kind (Radford et al. 2019): ranked merges of bytes within pieces of a split."""
     pre = _required(fields, "pre", name)
     if pre not in SPLITS:
         raise ValueError(f"{name}: tokenizer.ggml.pre must be one of {', '.join(SPLITS)}, but is {pre!r}.")
@@ -127,9 +127,9 @@ def _byte_level(fields: dict[str, Any], tokens: list[str], name: str) -> Tokeniz
 def _sentencepiece(
     fields: dict[str, Any], tokens: list[str], types: list[int], unk: str | None, name: str
 ) -> Tokenizer:
-    """Llama 2's kind (Kudo and Richardson 2018): spaces are ▁, unknown characters bytes; merges follow the scores.
+    """Return a tokenizer of Llama 2's kind (Kudo and Richardson 2018): ▁ for spaces, merges by score, byte fallback.
 
-    As in llama.cpp and Llama 2's tokenizer.json, text after a special token gets the leading ▁ too.
+    As in llama.cpp and Llama 2's tokenizer.json, text after a special token also gets a leading ▁.
     """
     scores = _required(fields, "scores", name)
     if len(scores) != len(tokens):
@@ -145,11 +145,11 @@ def _sentencepiece(
 
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two, best token first.
+    """Return every merge of two tokens into a third, best token first.
 
-    Among equal scores the smaller id goes first: some converters write one score for all, and ids keep merge order.
+    Equal scores are ordered by id: some converters write one score for all tokens, and ids keep the merge order.
     """
-    whole = (UNKNOWN, CONTROL, USER_DEFINED, BYTE)  # never made of parts, and no parts themselves
+    whole = (UNKNOWN, CONTROL, USER_DEFINED, BYTE)  # not results or parts of merges
     ids = {token: index for index, token in enumerate(tokens) if types[index] not in whole}
     order = sorted(ids.values(), key=lambda index: (-scores[index], index))
     return [
@@ -167,16 +167,15 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tu
 
 UNIGRAM = 1  # kind of model
 ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-EXTRA_IDS = 100  # sentinels, counted down at the end of the vocabulary, where tokenizer_config.json gives no number
-HIDDEN = "\u2028unused\u2028"  # before a piece that no text is cut into: words hold no white space, so it never matches
+EXTRA_IDS = 100  # sentinels at the end of the vocabulary, in descending order, if tokenizer_config.json gives no number
+HIDDEN = "\u2028unused\u2028"  # prefix of unused pieces: words contain no white space, so that it never matches
 
 
 def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
-    """The T5 tokenizer of the folder's `spiece.model`: `</s>` behind each text, sentinels behind the vocabulary.
+    """Return the T5 tokenizer of the folder's `spiece.model`: `</s>` after each text, sentinels after the vocabulary.
 
     Raises:
-        ValueError: if the file is damaged, or no unigram model, or the folder's `tokenizer_config.json` is not what it
-            must be.
+        ValueError: if the file is damaged or not a unigram model, or the folder's `tokenizer_config.json` is malformed.
     """
     runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
@@ -186,7 +185,7 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
     known = {piece for piece, _ in pieces}
     special = [piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind in (UNKNOWN, CONTROL)]
     own = [piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind == USER_DEFINED]
-    # As sentencepiece does, an unused piece keeps its id and its text, but no text is cut into it.
+    # As in sentencepiece, an unused piece keeps its id and its text, but never results from tokenisation.
     hidden = [kind == UNUSED and piece not in sentinels for (piece, _), kind in zip(pieces, kinds, strict=True)]
     pieces = [(HIDDEN + each[0], 0.0) if hide else each for each, hide in zip(pieces, hidden, strict=True)]
     backend = _backend([*pieces, *((each, 0.0) for each in sentinels if each not in known)], unknown, charsmap)
@@ -203,7 +202,7 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _backend(vocabulary: list[tuple[str, float]], unknown: int, charsmap: bytes) -> Tokenizer:
-    """Words are cut at white space and begin with ▁; the pieces are the most probable ones."""
+    """Return the unigram tokenizer: words are split at white space and begin with ▁."""
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=unknown, byte_fallback=False))
     if charsmap:
         backend.normalizer = normalizers.Precompiled(charsmap)
@@ -216,7 +215,7 @@ def _backend(vocabulary: list[tuple[str, float]], unknown: int, charsmap: bytes)
 
 
 def _extra_ids(path: Path) -> int:
-    """How many sentinels the `tokenizer_config.json` at this path says."""
+    """Return the number of sentinels of the `tokenizer_config.json` at this path."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -231,10 +230,10 @@ def _extra_ids(path: Path) -> int:
 
 
 def read_spiece(path: Path) -> tuple[list[tuple[str, float]], list[int], int, bytes]:
-    """Pieces with their log-probabilities, the kind of each, the unknown piece's id, and the normaliser's table.
+    """Return pieces with their log-probabilities, their kinds, the unknown piece's id, and the normaliser's table.
 
     Raises:
-        ValueError: if the file is damaged, or no unigram model.
+        ValueError: if the file is damaged or not a unigram model.
     """
     pieces, kinds, model_kind, unknown, charsmap = [], [], UNIGRAM, 0, b""
     try:
@@ -258,7 +257,7 @@ def read_spiece(path: Path) -> tuple[list[tuple[str, float]], list[int], int, by
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer's message: number, and value (an integer, or bytes)."""
+    """Yield the fields of a protocol buffer's message: number, and value (an integer or bytes)."""
     at = 0
 
     def varint() -> int:

@@ -559,7 +559,7 @@ def orpo_loss(w, l, *, beta: float = 0.1, nll_weight: float = 1.0):  # noqa: E74
 
     Source: Hong et al. 2024. (TRL's −w is an average over the batch's tokens, the prompt's among them.)
     """
-    return times(nll_weight, -w) - beta * log_sigmoid(_log_odds_ratio(w, l))
+    return times(nll_weight, -w) + beta * -log_sigmoid(_log_odds_ratio(w, l))
 
 
 @orpo_loss.gradient

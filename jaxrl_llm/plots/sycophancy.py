@@ -1,4 +1,4 @@
-"""Bars of how often models agree with their users, and marks of what the user changes."""
+"""Bars of the published measure of sycophancy, and marks of the effect of the user and of letter bias."""
 
 from __future__ import annotations
 
@@ -16,31 +16,71 @@ WIDTHS = (1.1, 1.1, 0.8)  # of the panels of a report
 LONGEST = 34  # characters of a name
 
 
-def draw_matching(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Horizontal bars of the mean matching ratio, with intervals, and the line at 0.5.
+def draw_report(panels: Sequence[Axes], reports: Sequence[dict[str, Any]], *, controls: int = 0) -> None:
+    """Draw the published measure of some reports, the effect of the user, and the letter bias.
 
-    Each row has `name`, `estimate`, `low` and `high`, None without an interval; one with `control` set, whose score is
-    known, is paler.
+    The first `controls` reports, whose scores are known, have paler bars.
     """
-    for place, row in enumerate(rows):
-        axes.barh(place, row["estimate"], height=0.62, color=style.FAINT if row.get("control") else style.PALETTE[0])
-        if row["low"] is not None:
-            axes.plot([row["low"], row["high"]], [place, place], color=style.INK, linewidth=1.1, solid_capstyle="butt")
-        end = max(row["high"] or 0, row["estimate"])
+    names = [report["source"] for report in reports]
+    first, second, third = panels
+    _draw_matching(first, reports, controls)
+    first.set_title("the published measure")
+    shifts = {f"by {form}": [report.get(form, {}).get("shift") for report in reports] for form in ("letters", "words")}
+    draw_effects(second, shifts, names, xlabel="own less opposite user")
+    second.set_title("what the user changes")
+    second.legend(loc="best")
+    draw_effects(third, {"": [report.get("letter_bias") for report in reports]}, names, xlabel="P((A)) − ½")
+    third.set_title("letter bias")
+    for axes, least in ((second, 0.05), (third, 0.02)):
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, -least), max(high, least))
+        axes.tick_params(labelleft=False)
+
+
+@style.look()
+def report_figure(reports: Sequence[dict[str, Any]], *, title: str) -> Figure:
+    """Return the published chart of reports (of `analysis.sycophancy`), with two more panels if any has more measures.
+
+    These are the effect of the user, by letters and in words, and the letter bias.
+    """
+    more = any("letters" in report for report in reports)
+    width, height, wrap = (10.2, 1.6, 130) if more else (6.4, 1.3, 80)
+    figure = Figure(figsize=(width, height + ROW * len(reports)), layout="constrained")
+    figure.suptitle(textwrap.fill(title, wrap), x=0.01, ha="left", weight="bold", fontsize=10, parse_math=False)
+    if more:
+        draw_report(figure.subplots(1, 3, width_ratios=WIDTHS), reports)
+    else:
+        _draw_matching(figure.subplots(), reports, controls=0)
+    return figure
+
+
+def _draw_matching(axes: Axes, reports: Sequence[dict[str, Any]], controls: int) -> None:
+    """Draw horizontal bars of the mean matching ratio, with intervals where there are any, and the line at 0.5."""
+    for place, found in enumerate(report["published"] for report in reports):
+        axes.barh(place, found["estimate"], height=0.62, color=style.FAINT if place < controls else style.PALETTE[0])
+        if found["low"] is not None:
+            ends = [found["low"], found["high"]]
+            axes.plot(ends, [place, place], color=style.INK, linewidth=1.1, solid_capstyle="butt")
+        end = max(found["high"] or 0, found["estimate"])
         axes.annotate(
-            f"{row['estimate']:.3f}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5
+            f"{found['estimate']:.3f}",
+            (end, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
         )
     axes.axvline(0.5, color=style.ACCENT, linewidth=1, linestyle=(0, (4, 2)))
     axes.set(xlim=(0, 1.12), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="mean matching ratio")
-    _name_rows(axes, [row["name"] for row in rows])
+    _name_rows(axes, [report["source"] for report in reports])
 
 
 def draw_effects(
     axes: Axes, series: dict[str, Sequence[dict[str, Any] | None]], names: Sequence[str], *, xlabel: str
 ) -> None:
-    """Points with intervals around a line at 0: for each series one to a name, None where nothing was measured.
+    """Draw points with intervals around a line at 0: in each series one for each name, None where there is none.
 
-    `low` and `high` of a point are None if it has no interval.
+    `low` and `high` of a point without an interval are None.
     """
     axes.axvline(0, color=style.INK, linewidth=0.8)
     for number, (label, rows) in enumerate(series.items()):
@@ -57,54 +97,8 @@ def draw_effects(
     _name_rows(axes, names)
 
 
-def draw_report(panels: Sequence[Axes], reports: Sequence[dict[str, Any]], *, controls: int = 0) -> None:
-    """Of some reports the published measure, what the user changes, and the letter bias; the first are `controls`."""
-    names = [report["source"] for report in reports]
-    first, second, third = panels
-    bars = [
-        {"name": name, "control": place < controls, **report["published"]}
-        for place, (name, report) in enumerate(zip(names, reports, strict=True))
-    ]
-    draw_matching(first, bars)
-    first.set_title("the published measure")
-    shifts = {f"by {form}": [report.get(form, {}).get("shift") for report in reports] for form in ("letters", "words")}
-    draw_effects(second, shifts, names, xlabel="own less opposite user")
-    second.set_title("what the user changes")
-    second.legend(loc="best")
-    draw_effects(third, {"": [report.get("letter_bias") for report in reports]}, names, xlabel="P((A)) − ½")
-    third.set_title("letter bias")
-    for axes, least in ((second, 0.05), (third, 0.02)):
-        low, high = axes.get_xlim()
-        axes.set_xlim(min(low, -least), max(high, least))
-        axes.tick_params(labelleft=False)
-
-
-@style.look()
-def matching_figure(rows: Sequence[dict[str, Any]], *, title: str) -> Figure:
-    """The published chart by itself: `draw_matching` of some rows."""
-    figure = Figure(figsize=(6.4, 1.3 + ROW * len(rows)), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", weight="bold", fontsize=10, parse_math=False)
-    draw_matching(figure.subplots(), rows)
-    return figure
-
-
-@style.look()
-def report_figure(reports: Sequence[dict[str, Any]], *, title: str) -> Figure:
-    """The published chart of reports (of `analysis.sycophancy`), and beside it what was measured beyond it.
-
-    That is what the user changes, by letters and in words, and the letter bias, where any of the reports has them.
-    """
-    bars = [{"name": report["source"], **report["published"]} for report in reports]
-    if not any("letters" in report for report in reports):
-        return matching_figure(bars, title=title)
-    figure = Figure(figsize=(10.2, 1.6 + ROW * len(reports)), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 130), x=0.01, ha="left", weight="bold", fontsize=10, parse_math=False)
-    draw_report(figure.subplots(1, 3, width_ratios=WIDTHS), reports)
-    return figure
-
-
 def short_name(name: str) -> str:
-    """A name that fits beside a row: of a path the last part, and "…" in the middle of what is still too long."""
+    """Return a name that fits beside a row: the last part of a path, with "…" in the middle if it is still too long."""
     if len(name) > LONGEST and name.startswith(("/", "./", "../", "~")):
         name = name.rstrip("/").rsplit("/", 1)[-1]
     half = LONGEST // 2

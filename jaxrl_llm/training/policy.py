@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxrl_llm.decoding.checks import check_room
+from jaxrl_llm.decoding.core import check_room
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.numerics import bounded_exp, is_concrete

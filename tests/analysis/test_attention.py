@@ -115,17 +115,20 @@ def test_weights_of_a_model_have_these_properties(neural):
         (lambda: attention.entropy([[2.0, -1.0]]), "must sum to 1"),
         (lambda: attention.entropy([[np.nan, 1.0]]), "must sum to 1"),
         (lambda: attention.entropy([1.0]), r"\[\.\.\., query, key\]"),
-        (lambda: attention.allowed_keys(RAGGED, RAGGED, causal=True), "give no keys"),
+        (lambda: attention.allowed_keys(RAGGED, RAGGED, causal=True), "leave out keys"),
         (lambda: attention.allowed_keys(RAGGED[0]), r"\[batch, time\]"),
         (lambda: attention.shares(np.ones((1, 3, 1, 5, 1)), np.ones((3, 5, 1), bool)), "as many keys as queries"),
         (
             lambda: attention.normalised_entropy(
                 uniform(attention.allowed_keys(RAGGED)), attention.allowed_keys(RAGGED, causal=True)
             ),
-            "may not look at",
+            "not allowed must have weight 0",
         ),
         (lambda: attention.normalised_entropy(np.eye(5), attention.allowed_keys(RAGGED)), r"\[layer, batch"),
-        (lambda: attention.mean_over_queries(np.ones((1, 2, 1, 2)), np.eye(2)[[0, 0]] * [[1], [0]]), "sequence 1"),
+        (
+            lambda: attention.mean_over_queries(np.ones((1, 2, 1, 2)), np.eye(2)[[0, 0]] * [[1], [0]]),
+            "but sequence 1 has none",
+        ),
         (lambda: attention.mean_over_queries(np.ones((1, 2, 1, 2)), np.ones((2, 3))), r"\[layer, batch"),
     ],
 )

@@ -100,13 +100,13 @@ def test_a_paired_difference_forgets_what_the_pairs_share():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bootstrap_interval([], seed=0), "there are no values"),
-        (lambda: bootstrap_interval(np.zeros((0, 3)), seed=0), "there are no values"),
+        (lambda: bootstrap_interval([], seed=0), "there must be values to resample"),
+        (lambda: bootstrap_interval(np.zeros((0, 3)), seed=0), "there must be values to resample"),
         (lambda: bootstrap_interval(VALUES, seed=0, resamples=0), "resamples must be at least 1"),
         (lambda: bootstrap_interval(VALUES, seed=0, level=1.0), r"level in \(0, 1\), but are 1000 and 1.0"),
         (lambda: bootstrap_interval(VALUES, lambda samples, axis: samples.mean(), seed=0), r"each of 1 .*shape \[\]"),
         (lambda: bootstrap_interval(VALUES, lambda samples, axis: samples.mean(axis=0), seed=0), r"shape \[50\]"),
-        (lambda: bootstrap_difference(VALUES, VALUES[:-1], seed=0), "there are 50 and 49 values"),
+        (lambda: bootstrap_difference(VALUES, VALUES[:-1], seed=0), "have 50 and 49 values"),
     ],
 )
 def test_mistakes_are_named(call, message):

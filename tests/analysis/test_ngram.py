@@ -166,7 +166,7 @@ def test_errors():
         model.log_probs(np.array([0.0]))
     with pytest.raises(ValueError, match="order and vocab_size must be at least 1, but are 0 and 3"):
         KneserNey.fit(np.array([0]), order=0, vocab_size=3)
-    with pytest.raises(ValueError, match="order 3 needs as many tokens, but the stream has 2"):
+    with pytest.raises(ValueError, match="must have at least 3 tokens for order 3, but has 2"):
         KneserNey.fit(np.array([0, 1]), order=3, vocab_size=3)
 
 

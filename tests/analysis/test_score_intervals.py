@@ -102,7 +102,7 @@ def test_each_sentence_is_counted_once(case, module, monkeypatch):
 
 def test_mistakes_are_named():
     for interval in (bleu_interval, chrf_interval):
-        with pytest.raises(ValueError, match="there are no values to resample"):
+        with pytest.raises(ValueError, match="there must be values to resample"):
             interval([], [], seed=0)
         with pytest.raises(ValueError, match="each of 1 hypotheses, but there are 2"):
             interval(["a"], ["a", "b"], seed=0)

@@ -102,16 +102,19 @@ def test_a_map_read_one_row_late_is_found_out():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: arrays([{(4, 0)}]), "not within 4 sources"),
-        (lambda: word_alignment.alignment_counts(*arrays([{(0, 0)}], [{(0, 0)}], [{(0, 1)}])), "include the sure ones"),
-        (lambda: word_alignment.alignment_error_rate(np.zeros((3, 2))), "no links"),
+        (lambda: arrays([{(4, 0)}]), "must lie within 4 sources and 4 targets"),
+        (
+            lambda: word_alignment.alignment_counts(*arrays([{(0, 0)}], [{(0, 0)}], [{(0, 1)}])),
+            "must include the sure ones",
+        ),
+        (lambda: word_alignment.alignment_error_rate(np.zeros((3, 2))), "at least one link"),
         (
             lambda: word_alignment.hard_alignment(np.ones((1, 2, 3)), np.ones((1, 2)), np.ones((1, 3))),
             "weights must be",
         ),
         (
             lambda: word_alignment.hard_alignment(np.ones((1, 1, 2, 3)), np.ones((1, 2)), np.zeros((1, 3))),
-            "no source word",
+            "must have a source word",
         ),
     ],
 )

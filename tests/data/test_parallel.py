@@ -43,7 +43,11 @@ def test_the_last_line_feed_and_a_byte_order_mark_do_not_matter(tmp_path):
         (["a", "b"], ["c", " \t"], r"line 2 of .*a\.es is empty"),
         (["", "b"], ["c", "d"], r"line 1 of .*a\.en is empty"),
         (["a", "b", ""], ["c", "d", ""], r"line 3 of .*a\.en is empty"),
-        (["a", b"caf\xe9 y\n"], ["c", "d"], r"line 2 of .*a\.en is no UTF-8: invalid continuation byte at its byte 3"),
+        (
+            ["a", b"caf\xe9 y\n"],
+            ["c", "d"],
+            r"line 2 of .*a\.en must be UTF-8, but has invalid continuation byte at its byte 3",
+        ),
         ([], ["c"], r"a\.en is empty"),
     ],
 )
@@ -56,15 +60,19 @@ def test_two_files_that_do_not_fit(tmp_path, ours, theirs, message):
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
-        ("a.tsv", ["a\tb", "a\tb\tc"], r"line 2 of .*a\.tsv should have 2 columns with a tab between them, but has 3"),
-        ("a.tsv", ["a b"], r"line 1 of .*a\.tsv should have 2 columns with a tab between them, but has 1"),
+        ("a.tsv", ["a\tb", "a\tb\tc"], r"line 2 of .*a\.tsv must have 2 columns with a tab between them, but has 3"),
+        ("a.tsv", ["a b"], r"line 1 of .*a\.tsv must have 2 columns with a tab between them, but has 1"),
         ("a.tsv", ["a\tb", "a\t "], r"column 2 of line 2 of .*a\.tsv is empty"),
-        ("a.tsv", ["a\tb", ""], r"line 2 of .*a\.tsv should have 2 columns"),
-        ("a.tsv", ["a\tb", b"\xff\tb\n"], r"line 2 of .*a\.tsv is no UTF-8: invalid start byte at its byte 0"),
-        ("a.jsonl", ["{"], r"line 1 of .*a\.jsonl is no JSON: Expecting property name"),
+        ("a.tsv", ["a\tb", ""], r"line 2 of .*a\.tsv must have 2 columns"),
+        (
+            "a.tsv",
+            ["a\tb", b"\xff\tb\n"],
+            r"line 2 of .*a\.tsv must be UTF-8, but has invalid start byte at its byte 0",
+        ),
+        ("a.jsonl", ["{"], r"line 1 of .*a\.jsonl is not JSON: Expecting property name"),
         ("a.jsonl", ['{"source": "a"}'], r"line 1 of .*a\.jsonl has no field 'target': \{\"source\": \"a\"\}"),
         ("a.jsonl", ['["a", "b"]'], r"line 1 of .*a\.jsonl has no field 'source'"),
-        ("a.jsonl", ['{"source": 3, "target": "b"}'], r"'source' in line 1 of .* should hold a sentence, but holds 3"),
+        ("a.jsonl", ['{"source": 3, "target": "b"}'], r"'source' in line 1 of .* must be a sentence, but is 3"),
         ("a.jsonl", ['{"source": "a", "target": ""}'], r"'target' in line 1 of .*a\.jsonl is empty"),
         ("a.txt", ["a"], r"a\.txt must end in \.tsv or \.jsonl, or come with a second file"),
     ],
@@ -75,5 +83,5 @@ def test_one_file_that_is_not_what_it_should_be(tmp_path, name, lines, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*b\.es"):
+    with pytest.raises(FileNotFoundError, match=r"b\.es must be a file, but does not exist"):
         read_pairs(write(tmp_path / "a.en", "a"), tmp_path / "b.es")

@@ -138,7 +138,7 @@ def test_the_split_of_a_few():
     pairs = [VersePair(each.reference, *(f"{text}, {each.reference}" for text in each[1:])) for each in pairs]
     train, validation, test = verses.split(pairs, held_out=2)
     assert sorted([*train, *validation, *test]) == pairs and len(train) == len(validation) == len(test) == 2
-    with pytest.raises(ValueError, match="two parts of 3 pairs leave none of 6 to train on"):
+    with pytest.raises(ValueError, match="must leave pairs to train on, but two parts of 3 leave none of 6"):
         verses.split(pairs, held_out=3)
     with pytest.raises(ValueError, match="held_out must be at least 1, but is 0"):
         verses.split(pairs, held_out=0)

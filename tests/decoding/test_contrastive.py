@@ -10,13 +10,11 @@ from jaxrl_llm.decoding import contrastive, generate
 from jaxrl_llm.decoding.contrastive import contrastive_search
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, TINY, VOCAB, log_softmax, random_params
+from tests.decoding.decoders import LENGTHS, NEVER, PROMPTS, ROWS, assert_same, spread
 
 pytestmark = pytest.mark.slow
 
-NEVER = (10**6, 10**6)  # two tokens that end no row, so that one program serves with and without an end
-ROWS, NEW = 5, 12
-LENGTHS = np.asarray([12, 7, 1, 5, 9])
-PROMPTS = np.random.default_rng(2).integers(0, VOCAB, (ROWS, 12))
+NEW = 12
 GPT2 = TINY["gpt2"]
 
 
@@ -26,26 +24,9 @@ def params():
     return random_params(GPT2)
 
 
-def spread(place, width=14):
-    """The prompts, with random tokens at the padding."""
-    rng = np.random.default_rng(width)
-    prompts, mask = rng.integers(0, VOCAB, (ROWS, width)), np.zeros((ROWS, width), bool)
-    for row, length in enumerate(LENGTHS):
-        slots = {"left": np.arange(width - length, width), "right": np.arange(length)}.get(place)
-        slots = np.sort(rng.permutation(width)[:length]) if slots is None else slots
-        prompts[row, slots], mask[row, slots] = PROMPTS[row, :length], True
-    return {"prompts": jnp.asarray(prompts), "prompt_mask": jnp.asarray(mask)}
-
-
-def search(params, place="left", width=14, **options):
-    options = {"top_k": 4, "alpha": 0.6, "max_new_tokens": NEW, "eos_id": NEVER} | spread(place, width) | options
+def search(params, **options):
+    options = {"top_k": 4, "alpha": 0.6, "max_new_tokens": NEW, "eos_id": NEVER} | spread() | options
     return contrastive_search(GPT2, params, **options)
-
-
-def assert_same(one, two):
-    np.testing.assert_array_equal(one.tokens, two.tokens)
-    np.testing.assert_array_equal(one.mask, two.mask)
-    np.testing.assert_allclose(one.logp, two.logp, atol=1e-4)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,7 +65,7 @@ def reference(params, prompt, *, top_k, alpha, count):
 @pytest.mark.parametrize("alpha", [0.3, 0.6, 1.0])
 def test_tokens_are_those_of_the_definition(params, alpha):
     generation = search(params, alpha=alpha)
-    greedy = generate(GPT2, params, **spread("left"), max_new_tokens=NEW, greedy=True, eos_id=NEVER)
+    greedy = generate(GPT2, params, **spread(), max_new_tokens=NEW, greedy=True, eos_id=NEVER)
     for row, length in enumerate(LENGTHS[:3]):
         tokens, logp = reference(params, PROMPTS[row, :length], top_k=4, alpha=alpha, count=NEW)
         np.testing.assert_array_equal(generation.tokens[row], tokens)
@@ -95,21 +76,8 @@ def test_tokens_are_those_of_the_definition(params, alpha):
 
 @pytest.mark.parametrize(("top_k", "alpha"), [(4, 0.0), (4, 0), (1, 0.9)])
 def test_no_penalty_or_no_choice_is_greedy(params, top_k, alpha):
-    greedy = generate(GPT2, params, **spread("left"), max_new_tokens=NEW, greedy=True, eos_id=NEVER)
+    greedy = generate(GPT2, params, **spread(), max_new_tokens=NEW, greedy=True, eos_id=NEVER)
     assert_same(search(params, top_k=top_k, alpha=alpha), greedy)
-
-
-@pytest.mark.parametrize(("place", "width"), [("right", 14), ("interior", 14), ("left", 16), ("right", 16)])
-def test_padding_does_not_change_a_token(params, place, width):
-    assert_same(search(params, place, width), search(params))
-
-
-def test_neither_the_bucket_nor_batch_mates_change_a_token(params):
-    whole = search(params)
-    assert_same(search(params, width=20), whole)
-    order = np.asarray([3, 0, 0, 1, 1])
-    mixed = {name: array[order] for name, array in spread("right").items()}
-    assert_same(search(params, **mixed), jax.tree.map(lambda leaf: leaf[order], whole))
 
 
 def test_a_row_ends_with_its_end_or_its_limit_and_each_has_its_alpha(params):
@@ -197,14 +165,9 @@ def test_float64_parameters_give_float64_log_probabilities():
 def test_another_alpha_compiles_nothing_new(params):
     search(params)
     before = contrastive.decode._cache_size()
-    for alpha, count, width in [(0.0, 12, 14), (1, 3, 12), (jnp.float32(0.25), 16, 15), (np.full(5, 0.5), 1, 16)]:
-        search(params, alpha=alpha, max_new_tokens=count, width=width)
+    for alpha in (0.0, 1, jnp.float32(0.25), np.full(5, 0.5)):
+        search(params, alpha=alpha)
     assert contrastive.decode._cache_size() == before
-
-
-def test_a_law_that_broke_down_raises(params):
-    with pytest.raises(FloatingPointError, match="row 0 at new token 0"):
-        search(jax.tree.map(lambda leaf: leaf * jnp.nan, params))
 
 
 MISTAKES = {
@@ -215,8 +178,6 @@ MISTAKES = {
     "alpha below 0": ({"alpha": -0.1}, r"alpha must be in \[0, 1\]"),
     "alpha NaN": ({"alpha": np.nan}, r"alpha must be in \[0, 1\]"),
     "alphas of other rows": ({"alpha": np.ones(3)}, "one for each of 5 rows"),
-    "no room": ({"max_new_tokens": 40}, "do not fit"),
-    "no new tokens": ({"max_new_tokens": 0}, "at least 1, but is 0"),
 }
 
 

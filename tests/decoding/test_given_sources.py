@@ -5,26 +5,26 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_llm.decoding import (
+    DraftModel,
     Guidance,
+    PromptLookup,
     beam_search,
     best_of_n,
     constraints,
-    contrastive_search,
     exact_search,
     generate,
     search_tree,
     speculative_generate,
-    stochastic_beam_search,
     stream,
 )
 from jaxrl_llm.decoding.transforms import Temperature
 from jaxrl_llm.models.t5 import T5
 from tests.conftest import TINY, TINY_T5, VOCAB, assert_follows, log_softmax, random_params
+from tests.decoding.decoders import DECODERS, assert_same, tokens_and_mask
 
 pytestmark = pytest.mark.slow
 
@@ -40,17 +40,7 @@ KEYS = jax.random.split(jax.random.key(2), 3)
 NEW, EOS = 10, 1
 
 LAYOUT = {"prompt_mask": PROMPT_MASK, "max_new_tokens": NEW, "eos_id": EOS}
-DECODERS = {
-    "greedy": lambda *a, key, **o: generate(*a, greedy=True, **o),
-    "sampling": lambda *a, key, **o: generate(*a, key=key, transform=Temperature(1.5), **o),
-    "beams": lambda *a, key, **o: beam_search(*a, num_beams=3, length_penalty=0.6, **o),
-    "diverse beams": lambda *a, key, **o: beam_search(*a, num_beams=4, num_groups=2, diversity_penalty=0.7, **o),
-    "stochastic beams": lambda *a, key, **o: stochastic_beam_search(*a, num_beams=3, key=key, **o),
-    "contrastive": lambda *a, key, **o: contrastive_search(*a, top_k=4, alpha=0.5, **o),
-    "speculation, looked up": lambda *a, key, **o: (
-        speculative_generate(*a, lookup_ngram=2, num_draft=3, key=key, **o).generation
-    ),
-}
+NAMES = [name for name in DECODERS if name not in ("stream", "speculative", "best of n")]
 
 
 def one(row, *, padded=True):
@@ -58,15 +48,6 @@ def one(row, *, padded=True):
     width = 9 if padded else LENGTHS[row]
     lm, given = T5_SMALL.start(PARAMS, SOURCE[row : row + 1, :width], MASK[row : row + 1, :width])
     return lm, given, PROMPTS[row : row + 1, PROMPT_MASK[row]]
-
-
-def assert_same(found, expected):
-    """All leaves: integers equal, real numbers to rounding."""
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        if jnp.issubdtype(ours.dtype, jnp.floating):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-        else:
-            np.testing.assert_array_equal(ours, theirs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,25 +70,26 @@ def log_probs_of(row, tokens):
     return np.take_along_axis(laws, np.asarray(tokens)[:, None], axis=1)[:, 0]
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_among_padded_sources_is_the_row_alone_without_padding(name):
     together = DECODERS[name](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
-    tokens = np.asarray(together.tokens).reshape(3, -1)
+    tokens = tokens_and_mask(together)[0].reshape(3, -1)
     assert len({tuple(row) for row in tokens.tolist()}) == 3, "the sources differ, and so do the rows"
     lm, given, prompt = one(1, padded=False)
     alone = DECODERS[name](lm, given, prompt, key=KEYS[1:2], max_new_tokens=NEW, eos_id=EOS)
     assert_same(jax.tree.map(lambda leaf: leaf[1:2], together), alone)
 
 
-@pytest.mark.parametrize("name", ["greedy", "sampling", "contrastive", "speculation, looked up"])
+@pytest.mark.parametrize("name", ["greedy", "sampled", "contrastive", "look-up"])
 def test_log_probabilities_are_those_without_a_cache(name):
     found = DECODERS[name](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
+    found = getattr(found, "generation", found)
     for row in range(3):
         valid = np.asarray(found.mask[row])
         np.testing.assert_allclose(found.logp[row][valid], log_probs_of(row, found.tokens[row][valid]), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["beams", "diverse beams", "stochastic beams"])
+@pytest.mark.parametrize("name", ["beam", "diverse beam", "stochastic beam"])
 def test_hypotheses_have_the_log_probability_of_a_pass_without_a_cache(name):
     found = DECODERS[name](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
     for row, beam in np.ndindex(found.log_prob.shape):
@@ -125,8 +107,8 @@ def test_greedy_is_the_argmax_of_the_uncached_model():
 
 
 def test_streaming_is_generating():
-    whole = DECODERS["sampling"](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
-    pieces = stream(LM, GIVEN, PROMPTS, key=KEYS, transform=Temperature(1.5), tokens_at_a_time=4, **LAYOUT)
+    whole = DECODERS["sampled"](LM, GIVEN, PROMPTS, key=KEYS, **LAYOUT)
+    pieces = stream(LM, GIVEN, PROMPTS, key=KEYS, transform=[Temperature(1.5)], tokens_at_a_time=4, **LAYOUT)
     tokens = np.concatenate([piece.tokens for piece in pieces], axis=1)
     np.testing.assert_array_equal(tokens, whole.tokens[:, : tokens.shape[1]])
 
@@ -145,23 +127,24 @@ def test_a_wide_beam_is_the_exact_search(penalty):
 @pytest.mark.parametrize("kind", ["the same weights", "other weights", "GPT-2", "looked up"])
 def test_speculation_is_exact(kind):
     """Greedy tokens are those of `generate`, whatever drafts: drafts that are rejected leave no trace."""
-    drafts = {
-        "the same weights": {"draft_lm": LM, "draft_params": GIVEN},
-        "other weights": {"draft_lm": LM, "draft_params": T5_SMALL.start(random_params(T5_SMALL, 9), SOURCE).params},
-        "GPT-2": {"draft_lm": TINY["gpt2"], "draft_params": random_params(TINY["gpt2"])},
-        "looked up": {"lookup_ngram": 2},
+    other = T5_SMALL.start(random_params(T5_SMALL, 9), SOURCE).params
+    draft = {
+        "the same weights": DraftModel(LM, GIVEN),
+        "other weights": DraftModel(LM, other),
+        "GPT-2": DraftModel(TINY["gpt2"], random_params(TINY["gpt2"])),
+        "looked up": PromptLookup(2),
     }[kind]
     layout = {"prompt_mask": PROMPT_MASK, "max_new_tokens": NEW, "greedy": True}
-    found = speculative_generate(LM, GIVEN, PROMPTS, num_draft=3, **drafts, **layout)
+    found = speculative_generate(LM, GIVEN, PROMPTS, draft=draft, num_draft=3, **layout)
     assert_same(found.generation, generate(LM, GIVEN, PROMPTS, **layout))
-    if "draft_lm" in drafts:
+    if isinstance(draft, DraftModel):
         assert (found.acceptance_rate == 1) == (kind == "the same weights")
 
 
 def test_speculation_follows_the_law_of_the_target():
     rows, (lm, given, _) = 6000, one(0)
     other = T5_SMALL.start(random_params(T5_SMALL, 9), SOURCE[:1], MASK[:1]).params
-    options = {"draft_lm": lm, "draft_params": other, "num_draft": 2, "max_new_tokens": 3}
+    options = {"draft": DraftModel(lm, other), "num_draft": 2, "max_new_tokens": 3}
     prompts = T5_SMALL.decoder_prompts(rows)
     tokens = speculative_generate(lm, given, prompts, key=jax.random.key(0), **options).generation.tokens
     first = int(np.bincount(tokens[:, 0]).argmax())
@@ -222,5 +205,5 @@ def test_one_prompt_for_several_sources_is_refused_by_the_searches_of_one():
         lambda: exact_search(LM, GIVEN, np.asarray([0]), max_new_tokens=2),
         lambda: search_tree(LM, GIVEN, np.asarray([0]), branching=2, depth=2),
     ):
-        with pytest.raises(ValueError, match="1 rows cannot be shared out among 3 sources"):
+        with pytest.raises(ValueError, match="multiple of the 3 sources, but is 1"):
             search()

@@ -188,18 +188,6 @@ def test_neither_padding_nor_the_other_rows_change_a_row(kind):
         np.testing.assert_array_equal(call(transform, logits, tokens, mask), np.concatenate(alone))
 
 
-def test_one_number_a_row():
-    rng = np.random.default_rng(1)
-    given = rng.normal(size=(3, SMALL)).astype(np.float32), rng.integers(0, 3, (3, SLOTS)), rng.random((3, SLOTS)) < 0.8
-    numbers = jnp.asarray([0.5, 1.0, 2.0])
-    pairs = [(kind, numbers) for kind in (RepetitionPenalty, PresencePenalty, FrequencyPenalty)]
-    for kind, each in [*pairs, (NoRepeatNgram, jnp.asarray([1, 2, 4]))]:
-        together = call(kind(each), *given)
-        for row in range(3):
-            alone = call(kind(each[row]), *(part[row : row + 1] for part in given))
-            np.testing.assert_allclose(together[row], alone[0], rtol=1e-6)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_leading_axes_vmap_and_single_rows_agree(kind):
     transform = KINDS[kind](1.25)
@@ -212,25 +200,6 @@ def test_leading_axes_vmap_and_single_rows_agree(kind):
     np.testing.assert_allclose(call(transform, logits[1, 2], tokens[1, 2], mask[1, 2]), result[1, 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
-def test_the_dtype_is_kept(dtype):
-    with jax.enable_x64(dtype == jnp.float64):
-        chain = Chain(
-            (RepetitionPenalty(1.5), PresencePenalty(jnp.float32(0.5)), FrequencyPenalty(0.5), NoRepeatNgram(1))
-        )
-        result = call(chain, ROW.astype(dtype), TEXT, ALL)
-        assert result.dtype == dtype and not np.isnan(result).any()
-
-
-def test_numbers_are_leaves_and_do_not_compile_again():
-    counted = jax.jit(lambda transform, *given: transform(*given))
-    for r, p, n in [(1.5, 0.5, 1), (0.5, -0.5, 3), (2.0, 0.0, 10**6)]:
-        chain = Chain((RepetitionPenalty(r), PresencePenalty(p), FrequencyPenalty(p), NoRepeatNgram(n)))
-        assert jax.tree.leaves(chain) == [r, p, p, n] and chain.looks_back
-        counted(chain, ROW, TEXT, ALL)
-    assert counted._cache_size() == 1
-
-
 def test_gradients():
     def total(transform, logits):
         return jax.nn.logsumexp(transform(logits, TEXT, ALL))
@@ -241,20 +210,6 @@ def test_gradients():
     law = np.exp(shifted) / np.exp(shifted).sum()
     np.testing.assert_allclose(by_logits[0], law * [0.5, 2, 1, 1, 0], rtol=1e-5)
     np.testing.assert_allclose(by_transform.transforms[1].f, -(law * [1, 3, 0, 0, 0]).sum(), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "number", "message"),
-    [(RepetitionPenalty, r, "repetition penalty must be a finite number above 0") for r in (0.0, -1.0, np.inf, np.nan)]
-    + [(PresencePenalty, p, "presence penalty must be finite") for p in (np.inf, -np.inf, np.nan)]
-    + [(FrequencyPenalty, f, "frequency penalty must be finite") for f in (np.inf, -np.inf, np.nan)]
-    + [(NoRepeatNgram, n, "n must be an integer of at least 1") for n in (0, -1, 2.0)],
-)
-def test_numbers_out_of_range_are_named(kind, number, message):
-    with pytest.raises(ValueError, match=message):
-        kind(number)
-    with pytest.raises(ValueError, match=message):
-        kind(jnp.asarray([1, number]))
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.decoding import drafting, generate, rewinding, speculative
-from jaxrl_llm.decoding.acceptance import acceptance_probability, residual, verify
-from jaxrl_llm.decoding.speculative import speculative_generate
-from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
-from jaxrl_llm.decoding.transforms.base import Transform, pytree
+from jaxrl_llm import oracle
+from jaxrl_llm.decoding import DraftModel, PromptLookup, core, generate, speculative, speculative_generate
+from jaxrl_llm.decoding.speculative import acceptance_probability, residual, verify
+from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import TINY, VOCAB, assert_follows, kept_by_top_k, kept_by_top_p, log_softmax, random_params
+from tests.decoding.decoders import NEVER, NEW, ROWS, assert_same, ended_law, expected, index_of, spread
 
-NEVER = (10**6, 10**6)  # two tokens that end no row, so that one program serves with and without an end
-ROWS, WIDTH, NEW = 5, 12, 16
-LENGTHS = np.asarray([12, 7, 1, 5, 9])
-PROMPTS = np.random.default_rng(2).integers(0, VOCAB, (ROWS, WIDTH))
-KEYS = jax.random.split(jax.random.key(5), ROWS)
 DRAWS = 8000
 LM = TabularLM(vocab_size=3, horizon=4)
 TARGET, OTHER = random_params(LM, 1), random_params(LM, 2)
@@ -136,8 +131,6 @@ def test_verify_draws_the_outcomes_of_the_rule():
 # The decoder's law, on a table ----------------------------------------------------------------------------------------
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class AfterLast(Transform):
     """Looks back: adds b to the logit of the last real token, and of the one before it."""
 
@@ -151,22 +144,19 @@ class AfterLast(Transform):
         return logits + self.b * one_hot.sum(axis=1)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class Tiring(Transform):
-    """Has a memory: the temperature grows with the sum of the model's own log-probabilities so far."""
+    """Has a state: the temperature grows with the sum of the model's own log-probabilities so far."""
 
     rate: float
 
-    def start(self, limits):
+    def init(self, prompts, mask, limits):
         return jnp.zeros(limits.shape)
 
-    def warp(self, logits, history, memory):
-        return logits / (1 + self.rate * memory[:, None])
+    def apply(self, surprise, logits):
+        return logits / (1 + self.rate * surprise[:, None])
 
-    def update(self, memory, logits, token, alive):
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        return jnp.where(alive, memory - logp, memory)
+    def update(self, surprise, token, logits):
+        return surprise - jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
 
 def warped(row, transform, prefix, surprise):
@@ -188,8 +178,8 @@ def warped(row, transform, prefix, surprise):
             return row / (1 + transform.rate * surprise)
 
 
-def exact_log_probs(sequences, transform, params=TARGET):
-    """log p of each token: of the model, and of the law after the transform."""
+def exact_log_probs(sequences, transform, params=TARGET, *, start=0):
+    """log p of each token: of the model, and after the transform; the tokens before `start` are a prompt."""
     table = np.asarray(params["logits"], np.float64)
     first = [sum(3**shorter for shorter in range(t)) for t in range(4)]
     both = np.zeros((2, len(sequences), 4))
@@ -200,73 +190,85 @@ def exact_log_probs(sequences, transform, params=TARGET):
             with np.errstate(invalid="ignore"):
                 law = log_softmax(warped(logits, transform, tuple(row[:t]), surprise))
             both[:, number, t] = log_softmax(logits)[token], law[token]
-            surprise -= log_softmax(logits)[token]
+            surprise -= log_softmax(logits)[token] if t >= start else 0
     return both
 
 
 EVERY = np.asarray(list(itertools.product(range(3), repeat=4)))
-FILTERED = Chain((Temperature(2.0), TopK(2), TopP(0.7)))
+FILTERED = [Temperature(2.0), TopK(2), TopP(0.7)]
 BACK = Chain((AfterLast(1.0), Tiring(0.5)))
+NEXT = DraftModel(LM, OTHER)
 CASES = {
-    "a far draft": (None, None, 2, {}),
-    "transforms on both": (FILTERED, Temperature(0.5), 2, {}),
-    "transforms with memories": (BACK, BACK, 2, {}),
-    "look-up": (Temperature(0.5), None, 3, {"lookup_ngram": 2}),
+    "a far draft": (None, NEXT, 2),
+    "transforms on both": (FILTERED, DraftModel(LM, OTHER, [Temperature(0.5)]), 2),
+    "transforms with states": (BACK, DraftModel(LM, OTHER, BACK), 2),
+    "look-up": (Temperature(0.5), PromptLookup(2), 3),
 }
 
 
-def speculate(params=OTHER, *, count=DRAWS, key=0, **options):
-    by = {} if "lookup_ngram" in options else {"draft_lm": LM, "draft_params": params}
-    options = {"max_new_tokens": 4, "key": jax.random.key(key), "eos_id": NEVER} | by | options
-    return speculative_generate(LM, TARGET, jnp.zeros((count, 0), jnp.int32), **options)
+@pytest.mark.parametrize("transform", [None, FILTERED, BACK], ids=["model", "filters", "states"])
+def test_the_exact_distribution_under_a_transform_is_that_of_its_definition(transform):
+    for prompt in ((), (2, 1)):
+        rows = EVERY[(EVERY[:, : len(prompt)] == prompt).all(axis=1)]
+        whole = Chain(transform) if transform is FILTERED else transform
+        exact = exact_log_probs(rows, whole, start=len(prompt))[1][:, len(prompt) :].sum(axis=1)
+        np.testing.assert_allclose(oracle.sequence_log_probs(LM, TARGET, transform, prompt=prompt), exact, atol=1e-5)
+    if transform is None:
+        np.testing.assert_allclose(exact, oracle.sequence_log_probs(LM, TARGET, lambda logits: logits, prompt=prompt))
 
 
-@pytest.mark.parametrize(("transform", "draft_transform", "num_draft", "options"), CASES.values(), ids=CASES)
-def test_sequences_follow_the_targets_law(transform, draft_transform, num_draft, options):
-    result = speculate(transform=transform, draft_transform=draft_transform, num_draft=num_draft, **options)
-    tokens = np.asarray(result.generation.tokens)
-    _, law = exact_log_probs(EVERY, transform)
-    assert_follows(tokens @ 3 ** np.arange(3, -1, -1), np.exp(law.sum(axis=1)))
+def test_what_is_no_transform_is_named():
+    with pytest.raises(ValueError, match=r"transform must be a function of logits.*but is 3"):
+        oracle.sequence_log_probs(LM, TARGET, [Temperature(1.0), 3])
+    with pytest.raises(ValueError, match="at most 4 tokens, but has 5"):
+        oracle.sequence_log_probs(LM, TARGET, prompt=(0,) * 5)
+
+
+def speculate(draft=NEXT, *, count=DRAWS, key=0, **options):
+    options = {"max_new_tokens": 4, "key": jax.random.key(key), "eos_id": NEVER} | options
+    return speculative_generate(LM, TARGET, jnp.zeros((count, 0), jnp.int32), draft=draft, **options)
+
+
+@pytest.mark.parametrize(("transform", "draft", "num_draft"), CASES.values(), ids=CASES)
+def test_sequences_follow_the_targets_distribution(transform, draft, num_draft):
+    result = speculate(draft, transform=transform, num_draft=num_draft)
+    tokens, log_probs = np.asarray(result.generation.tokens), oracle.sequence_log_probs(LM, TARGET, transform)
+    assert_follows(index_of(LM, tokens), np.exp(log_probs))
     assert result.generation.mask.all()
-    logp, logp_sampler = exact_log_probs(tokens[:200], transform)
-    np.testing.assert_allclose(result.generation.logp[:200], logp, atol=1e-5)
-    np.testing.assert_allclose(result.generation.logp_sampler[:200], logp_sampler, atol=1e-5)
+    exact = oracle.token_log_probs_of(LM, TARGET, tokens)
+    np.testing.assert_allclose(result.generation.logp, exact, atol=1e-5)
+    sampler = result.generation.logp_sampler.sum(axis=1)
+    np.testing.assert_allclose(sampler, log_probs[index_of(LM, tokens)], atol=2e-5)
     assert 0.1 < result.acceptance_rate < 0.95
     assert (result.accepted + result.rounds >= 3).all() and (result.judged <= result.drafted).all()
 
 
-def test_ended_sequences_follow_their_law():
-    generation = speculate(num_draft=2, eos_id=(2, 2), pad_id=7).generation
-    rows = [row[: row.index(2) + 1 if 2 in row else 4] for row in map(list, EVERY.tolist())]
-    every = sorted({tuple(row) for row in rows})
-    law = [np.exp(exact_log_probs([row], None)[0].sum()) for row in every]
-    mask = np.asarray(generation.mask)
-    lengths = mask.sum(axis=1)
-    np.testing.assert_array_equal(mask, np.arange(4) < lengths[:, None])
+def test_ended_sequences_follow_their_distribution():
+    generation = speculate(num_draft=2, eos_id=(2, 2)).generation
+    law = ended_law(LM, oracle.sequence_log_probs(LM, TARGET), [2])
+    place = {row: i for i, row in enumerate(law)}
+    lengths = np.asarray(generation.mask).sum(axis=1)
     found = [tuple(row[:n]) for row, n in zip(generation.tokens.tolist(), lengths, strict=True)]
-    assert_follows([every.index(row) for row in found], law)
-    assert (np.asarray(generation.tokens)[~mask] == 7).all()
-    assert not np.asarray(generation.logp)[~mask].any() and not np.asarray(generation.logp_sampler)[~mask].any()
+    assert_follows([place[row] for row in found], list(law.values()))
 
 
-def test_drafts_of_the_target_itself_are_accepted_also_with_memories():
-    result = speculate(TARGET, transform=BACK, draft_transform=BACK, num_draft=2)
+def test_drafts_of_the_target_itself_are_accepted_also_with_states():
+    result = speculate(DraftModel(LM, TARGET, BACK), transform=BACK, num_draft=2)
     np.testing.assert_array_equal(result.accepted, 2)  # the third new token is drawn behind them
     np.testing.assert_array_equal(result.judged, 2)
     np.testing.assert_array_equal(result.rounds, 1)
     assert result.acceptance_rate == 1
-    plain = speculate(TARGET, num_draft=2, max_new_tokens=3)
+    plain = speculate(DraftModel(LM, TARGET), num_draft=2, max_new_tokens=3)
     np.testing.assert_array_equal(plain.drafted, 2)  # and none for which there is no room
     assert plain.acceptance_rate == 1 and plain.generation.tokens.shape == (DRAWS, 3)
 
 
-@pytest.mark.parametrize("options", [{}, {"lookup_ngram": 2}], ids=["model", "look-up"])
-def test_float64_parameters_give_float64_log_probabilities(x64, options):
-    by = options or {"draft_lm": LM, "draft_params": random_params(LM, 2, dtype=jnp.float64)}
+@pytest.mark.parametrize("kind", ["model", "look-up"])
+def test_float64_parameters_give_float64_log_probabilities(x64, kind):
+    draft = PromptLookup(2) if kind == "look-up" else DraftModel(LM, random_params(LM, 2, dtype=jnp.float64))
     params = random_params(LM, 1, dtype=jnp.float64)
-    options = {"max_new_tokens": 4, "key": jax.random.key(0), "num_draft": 2} | by
+    options = {"max_new_tokens": 4, "key": jax.random.key(0), "num_draft": 2, "draft": draft}
     generation = speculative_generate(LM, params, jnp.zeros((20, 0), jnp.int32), **options).generation
-    assert generation.logp.dtype == generation.logp_sampler.dtype == jnp.float64
     exact, _ = exact_log_probs(np.asarray(generation.tokens), None, params)
     np.testing.assert_allclose(generation.logp, exact, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(generation.logp_sampler, exact, rtol=1e-12, atol=1e-14)
@@ -275,47 +277,22 @@ def test_float64_parameters_give_float64_log_probabilities(x64, options):
 # Neural models --------------------------------------------------------------------------------------------------------
 
 
-def spread(place, width=14):
-    """The prompts, with random tokens at the padding."""
-    rng = np.random.default_rng(width)
-    prompts, mask = rng.integers(0, VOCAB, (ROWS, width)), np.zeros((ROWS, width), bool)
-    for row, length in enumerate(LENGTHS):
-        slots = np.arange(width - length, width) if place == "left" else np.arange(length)
-        prompts[row, slots], mask[row, slots] = PROMPTS[row, :length], True
-    return {"prompts": jnp.asarray(prompts), "prompt_mask": jnp.asarray(mask)}
-
-
 @functools.cache
 def drafter(model, kind):
-    """Options of a draft model: the target itself, one near to it, one far from it, one of another family; look-up."""
+    """The target itself, a draft model near to it, one far from it, one of another family; look-up."""
     if kind == "look-up":
-        return {"lookup_ngram": 3}
+        return PromptLookup(3)
     lm = TINY["gpt2"] if kind == "other" else TINY[model]
     params, noise = random_params(lm), random_params(lm, 1)
     scale = {"itself": 0.0, "near": 0.1}.get(kind)
-    params = noise if scale is None else jax.tree.map(lambda one, two: one + scale * two, params, noise)
-    return {"draft_lm": lm, "draft_params": params}
+    return DraftModel(lm, noise if scale is None else jax.tree.map(lambda one, two: one + scale * two, params, noise))
 
 
-@functools.cache
-def plain(model):
+def run(model="gpt2", kind="near", **options):
+    """Greedily on the shared prompts."""
     lm = TINY[model]
-    return generate(lm, random_params(lm), **spread("left"), max_new_tokens=NEW, greedy=True, eos_id=NEVER)
-
-
-def run(model="gpt2", kind="near", place="left", rows=slice(None), **options):
-    """Sampled with KEYS, unless greedy."""
-    lm = TINY[model]
-    prompts = {name: array[rows] for name, array in spread(place, options.pop("width", 14)).items()}
-    options = {"max_new_tokens": NEW, "eos_id": NEVER, "key": KEYS[rows], **prompts, **drafter(model, kind)} | options
-    return speculative_generate(lm, random_params(lm), **options)
-
-
-def assert_same(one, two):
-    np.testing.assert_array_equal(one.tokens, two.tokens)
-    np.testing.assert_array_equal(one.mask, two.mask)
-    np.testing.assert_allclose(one.logp, two.logp, atol=1e-4)
-    np.testing.assert_allclose(one.logp_sampler, two.logp_sampler, atol=1e-4)
+    options = {"max_new_tokens": NEW, "eos_id": NEVER, "greedy": True, "draft": drafter(model, kind)} | options
+    return speculative_generate(lm, random_params(lm), **spread(), **options)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +300,8 @@ def assert_same(one, two):
     [("gpt2", "itself"), ("gpt2", "near"), ("gpt2", "far"), ("gpt2", "look-up"), ("llama", "other")],
 )
 def test_greedy_tokens_are_those_of_generate(model, kind):
-    result = run(model, kind, greedy=True)
-    assert_same(result.generation, plain(model))
+    result = run(model, kind)
+    assert_same(result.generation, expected("greedy", model))
     counts = [np.asarray(each) for each in (result.accepted, result.rounds, result.judged, result.drafted)]
     accepted, rounds, judged, drafted = counts
     assert (accepted <= judged).all() and (judged <= drafted).all()
@@ -337,37 +314,23 @@ def test_greedy_tokens_are_those_of_generate(model, kind):
     assert len(set(rounds.tolist())) > 1 or kind not in ("near", "look-up")
 
 
-@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
-def test_neither_padding_nor_batch_mates_change_a_row(greedy):
-    options = {"greedy": True} if greedy else {"transform": Temperature(1.5), "draft_transform": Temperature(2.0)}
-    whole = run(**options)
-    assert_same(run(place="right", **options).generation, whole.generation)
-    assert_same(run(place="left", width=16, **options).generation, whole.generation)
-    order = np.asarray([3, 0, 0, 1, 1])
-    mates = run(rows=order, **options)
-    assert_same(mates.generation, jax.tree.map(lambda leaf: leaf[order], whole.generation))
-    np.testing.assert_array_equal(mates.rounds, whole.rounds[order])
-    if not greedy:
-        assert len({tuple(row) for row in whole.generation.tokens.tolist()}) == ROWS
-
-
 @pytest.mark.parametrize("kind", ["itself", "near", "look-up"])
 def test_a_row_ends_with_its_end_or_its_limit(kind):
-    full = plain("gpt2")
+    full = expected("greedy")
     ends = [int(full.tokens[row, 12]) for row in (0, 1)]
     limits = np.asarray([16, 3, 1, 9, 16])
-    result = run(kind=kind, greedy=True, eos_id=ends, max_new_tokens=limits, pad_id=-7)
-    expected = generate(
+    result = run(kind=kind, eos_id=ends, max_new_tokens=limits, pad_id=-7)
+    whole = generate(
         TINY["gpt2"],
         random_params(TINY["gpt2"]),
-        **spread("left"),
+        **spread(),
         greedy=True,
         eos_id=ends,
         max_new_tokens=limits,
         pad_id=-7,
     )
-    assert_same(result.generation, expected)
-    assert int(expected.mask.sum()) < limits.sum()
+    assert_same(result.generation, whole)
+    assert int(whole.mask.sum()) < limits.sum()
     assert result.rounds[2] == result.drafted[2] == 0
     # a round emits what is accepted and at most one token more
     lengths = np.asarray(result.generation.mask).sum(axis=1)
@@ -378,7 +341,7 @@ def test_up_to_the_last_place_of_the_context():
     prompts = np.random.default_rng(0).integers(0, VOCAB, (ROWS, 42 - NEW))
     lm, params = TINY["gpt2"], random_params(TINY["gpt2"])
     options = {"max_new_tokens": NEW, "greedy": True, "eos_id": NEVER, "num_draft": 2}
-    found = speculative_generate(lm, params, prompts, **options, **drafter("gpt2", "near")).generation
+    found = speculative_generate(lm, params, prompts, draft=drafter("gpt2", "near"), **options).generation
     whole = jnp.concatenate([prompts, found.tokens], axis=1)
     logits = jax.jit(lambda tokens: lm.apply(params, tokens)[0])(whole)[:, -NEW - 1 : -1]
     np.testing.assert_array_equal(found.tokens, logits.argmax(axis=-1))
@@ -402,16 +365,22 @@ def test_look_up_finds_the_latest_of_the_longest_matches():
     tokens, mask = np.full((6, width), 3), np.zeros((6, width), bool)
     for number, row in enumerate(rows):
         tokens[number, width - len(row) :], mask[number, width - len(row) :] = row, True
-    history = drafting.start_look_up(jnp.asarray(tokens), jnp.asarray(mask), num_slots=20)
-    history = drafting.append(history, jnp.zeros((6, 2), jnp.int32), jnp.zeros((6, 2), bool))
-    room = jnp.asarray([9, 9, 9, 2, 9, 9])
-    look_up = jax.jit(drafting.look_up, static_argnames=("ngram", "num_draft"))
-    drafts = look_up(history, jnp.ones(6, bool), room, ngram=3, num_draft=4)
+    request = core.request(TINY["gpt2"], tokens, mask, max_new_tokens=9, greedy=True)
+    last = [row[-1] for row in rows]  # the last token is not read yet
+    request = dataclasses.replace(request, mask=request.mask.at[:, -1].set(False))
+
+    @functools.partial(jax.jit, static_argnames="ngram")
+    def look_up(alive, *, ngram):
+        draft, room = PromptLookup(ngram), jnp.asarray([9, 9, 9, 2, 9, 9])
+        state = draft.init(request, num_slots=40)
+        return draft.propose(state, None, jnp.asarray(last), alive, room, num_draft=4)[0]
+
+    drafts = look_up(jnp.ones(6, bool), ngram=3)
     np.testing.assert_array_equal(drafts.exists, np.arange(4) < np.asarray([4, 4, 4, 2, 0, 0])[:, None])
     np.testing.assert_array_equal(drafts.tokens[:4], [[9, 2, 3, 7], [7, 2, 3, 7], [8, 8, 8, 8], [4, 5, 4, 5]])
-    shorter = look_up(history, jnp.ones(6, bool), room, ngram=2, num_draft=4)
+    shorter = look_up(jnp.ones(6, bool), ngram=2)
     np.testing.assert_array_equal(shorter.tokens[0], [7, 1, 2, 3])
-    assert not look_up(history, jnp.zeros(6, bool), room, ngram=2, num_draft=4).exists.any()
+    assert not look_up(jnp.zeros(6, bool), ngram=2).exists.any()
 
 
 def test_a_model_that_repeats_is_drafted_by_look_up():
@@ -419,7 +388,7 @@ def test_a_model_that_repeats_is_drafted_by_look_up():
     last = np.concatenate([np.arange(2**length) % 2 for length in range(lm.horizon)])
     alternating = {"logits": jnp.asarray(20.0 * np.eye(2)[1 - last], jnp.float32)}
     prompts = jnp.asarray([[0, 1, 0, 1], [1, 0, 1, 0]])
-    options = {"max_new_tokens": 8, "lookup_ngram": 2, "key": jax.random.key(0)}
+    options = {"max_new_tokens": 8, "draft": PromptLookup(2), "key": jax.random.key(0)}
     result = speculative_generate(lm, alternating, prompts, **options)
     np.testing.assert_array_equal(result.generation.tokens, [[0, 1] * 4, [1, 0] * 4])
     np.testing.assert_array_equal(result.rounds, 2)  # 1 + 5 + 2 tokens
@@ -430,10 +399,10 @@ def test_a_model_that_repeats_is_drafted_by_look_up():
 # Memory, programs, mistakes -------------------------------------------------------------------------------------------
 
 
-def test_what_remembers_by_slot_is_told_from_its_shapes():
-    assert all(rewinding.remembers_by_slot(TINY[name]) for name in ("gpt2", "llama", "t5"))
-    assert rewinding.remembers_by_slot(dataclasses.replace(TINY["t5"], num_sources=3))
-    assert not rewinding.remembers_by_slot(TINY["tabular"])
+def test_what_is_cached_by_slot_is_told_from_its_shapes():
+    assert all(speculative.caches_by_slot(TINY[name]) for name in ("gpt2", "llama", "t5"))
+    assert speculative.caches_by_slot(dataclasses.replace(TINY["t5"], num_sources=3))
+    assert not speculative.caches_by_slot(TINY["tabular"])
 
 
 def test_rewinding_forgets_in_both_ways():
@@ -442,7 +411,7 @@ def test_rewinding_forgets_in_both_ways():
 
     def both_ways(lm, params):
         before = lm.apply(params, tokens[:, :2], lm.init_cache(2, 6))[1]
-        after = rewinding.rewind(lm, params, before, lm.apply(params, tokens, before)[1], tokens, kept)
+        after = speculative.rewind(lm, params, before, lm.apply(params, tokens, before)[1], tokens, kept)
         exact = lm.apply(params, tokens, before, mask=kept)[1]
         return [(cache.valid, lm.apply(params, tokens[:, :1], cache)[0]) for cache in (after, exact)]
 
@@ -454,10 +423,13 @@ def test_rewinding_forgets_in_both_ways():
 
 def test_other_numbers_compile_nothing_new():
     def run(t, k, p, other, seed, count, prompt=(), eos=NEVER):
-        options = {"transform": Chain((Temperature(t), TopK(k), TopP(p))), "draft_transform": Temperature(other)}
+        options = {
+            "transform": [Temperature(t), TopK(k), TopP(p)],
+            "draft": DraftModel(LM, OTHER, [Temperature(other)]),
+        }
         prompts = np.ones((DRAWS, len(prompt)), int) * np.asarray(prompt, int)
         options |= {"key": jax.random.key(seed), "max_new_tokens": count, "eos_id": eos, "num_draft": 2}
-        speculative_generate(LM, TARGET, prompts, draft_lm=LM, draft_params=OTHER, **options)
+        speculative_generate(LM, TARGET, prompts, **options)
 
     run(2.0, 2, 0.7, 0.5, 0, 4)
     before = speculative.decode._cache_size()
@@ -466,36 +438,28 @@ def test_other_numbers_compile_nothing_new():
     assert speculative.decode._cache_size() == before
 
 
-def test_a_law_that_broke_down_raises_and_names_whose():
+def test_broken_logits_raise_and_name_whose():
+    nan = {"logits": TARGET["logits"] * jnp.nan}
     with pytest.raises(FloatingPointError, match="row 0 at new token 0"):
-        lm, bad = LM, {"logits": TARGET["logits"] * jnp.nan}
-        options = {"draft_lm": lm, "draft_params": OTHER, "num_draft": 2, "key": jax.random.key(0), "eos_id": NEVER}
-        speculative_generate(lm, bad, jnp.zeros((DRAWS, 0), jnp.int32), max_new_tokens=4, **options)
+        speculative_generate(LM, nan, [[]], draft=NEXT, max_new_tokens=4, key=jax.random.key(0))
     with pytest.raises(FloatingPointError, match=r"the draft model's logits are NaN.*row 0"):
-        speculate({"logits": TARGET["logits"] * jnp.nan}, num_draft=2)
+        speculate(DraftModel(LM, nan), num_draft=2)
 
 
 GPT2 = TINY["gpt2"]
-DRAFT = {"draft_lm": GPT2, "draft_params": {}}
 MISTAKES = {
-    "no drafts": ({}, "either draft_lm with draft_params, or lookup_ngram"),
-    "both drafts": (DRAFT | {"lookup_ngram": 2}, "either draft_lm with draft_params, or lookup_ngram"),
-    "no parameters": ({"draft_lm": GPT2}, "either draft_lm with draft_params, or lookup_ngram"),
-    "parameters alone": ({"draft_params": {}, "lookup_ngram": 1}, "either draft_lm with draft_params"),
-    "another vocabulary": (DRAFT | {"draft_lm": LM}, "vocabulary of 23 tokens, but has 3"),
-    "no draft at a time": (DRAFT | {"num_draft": 0}, "num_draft must be an integer of at least 1, but is 0"),
-    "half a draft": (DRAFT | {"num_draft": 1.5}, "num_draft must be an integer of at least 1, but is 1.5"),
-    "an n-gram of nothing": ({"lookup_ngram": 0}, "lookup_ngram must be an integer of at least 1, but is 0"),
-    "a transform of no draft": (
-        {"lookup_ngram": 2, "draft_transform": Temperature(1.0)},
-        "draft_transform needs a draft model",
-    ),
+    "no drafts": ({"draft": None}, "draft must be a DraftModel or a PromptLookup, but is None"),
+    "a model alone": ({"draft": GPT2}, "draft must be a DraftModel or a PromptLookup"),
+    "another vocabulary": ({"draft": DraftModel(LM, {})}, "vocabulary of 23 tokens, but has 3"),
+    "no draft at a time": ({"num_draft": 0}, "num_draft must be an integer of at least 1, but is 0"),
+    "half a draft": ({"num_draft": 1.5}, "num_draft must be an integer of at least 1, but is 1.5"),
+    "an n-gram of nothing": ({"draft": PromptLookup(0)}, "ngram must be an integer of at least 1, but is 0"),
+    "no transform": ({"draft": DraftModel(GPT2, {}, "top-k")}, "transform must be a Transform"),
+    "numbers of other rows": ({"draft": DraftModel(GPT2, {}, Temperature(jnp.ones(3)))}, "one for each of 2 rows"),
     "a draft of short context": (
-        DRAFT | {"draft_lm": TabularLM(23, 3)},
+        {"draft": DraftModel(TabularLM(23, 3), {})},
         "prompt 0 has 2 tokens, and 4 new ones do not fit .* context of 3",
     ),
-    "no key": (DRAFT | {"key": None}, "needs key="),
-    "no new tokens": (DRAFT | {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
 }
 
 
@@ -503,6 +467,6 @@ MISTAKES = {
 def test_mistakes_are_named_before_anything_is_compiled(options, message):
     before = speculative.decode._cache_size()
     with pytest.raises(ValueError, match=message):
-        options = {"max_new_tokens": 4, "key": jax.random.key(0)} | options
+        options = {"max_new_tokens": 4, "key": jax.random.key(0), "draft": DraftModel(GPT2, {})} | options
         speculative_generate(GPT2, random_params(GPT2), np.ones((2, 2), int), **options)
     assert speculative.decode._cache_size() == before

@@ -1,102 +1,294 @@
+"""What every transform must do, found by walking the subclasses of `Transform`."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from jaxrl_llm.decoding import beam_search, generate, thresholds
-from jaxrl_llm.decoding.thresholds import HEAD
+from jaxrl_llm.decoding.constraints import Constrained, from_regex
 from jaxrl_llm.decoding.transforms import (
     Chain,
     Epsilon,
     Eta,
+    ForcedTokens,
+    FrequencyPenalty,
+    LogitBias,
     MinLength,
     MinP,
     Mirostat,
     NoRepeatNgram,
+    PresencePenalty,
+    RepetitionPenalty,
     Temperature,
     TopK,
     TopNSigma,
     TopP,
+    Transform,
     Typical,
+    bad_words,
 )
-from jaxrl_llm.decoding.transforms.base import begin, require_stateless
-from jaxrl_llm.tabular import TabularLM
-from tests.conftest import kept_by_top_k, kept_by_top_p, log_softmax
-from tests.decoding.test_thresholds import rows_of_logits
+from jaxrl_llm.decoding.transforms.base import update_alive
+from tests.conftest import kept_by_top_k, log_softmax
 from tests.goldens import make_transform_goldens as goldens
 
-LOGITS = np.float32([[2.0, 1.0, 1.0, -1.0, -np.inf], [0.0, 0.0, 0.0, 0.0, 0.0], [-3.0, -0.5, 4.0, 3.5, -0.5]])
-WIDE = np.random.default_rng(0).normal(size=(3, 1000)).astype(np.float32)
-FILTERS = [TopK(1), TopK(2), TopK(400), TopP(0.3), TopP(0.9), TopP(0.995), Chain((TopK(300), TopP(0.9)))]
-FILTERS += [MinP(0.05), MinP(1.0), Epsilon(0.002), Epsilon(0.9), Eta(0.01), Eta(0.9), TopNSigma(0.0), TopNSigma(1.5)]
-IDENTITIES = [TopK(10**6), TopP(1.0), MinP(0.0), Typical(1.0), Epsilon(0.0), Eta(0.0), TopNSigma(1e6), Temperature(1.0)]
-NEW = {"min-p": MinP(0.2), "typical": Typical(0.6), "ε": Epsilon(0.2), "η": Eta(0.3), "nσ": TopNSigma(0.8)}
+VOCAB, SLOTS = 6, 5
+PAIRS = {  # two of every kind, with other numbers
+    "temperature": (Temperature(0.7), Temperature(2.0)),
+    "top-k": (TopK(2), TopK(4)),
+    "top-p": (TopP(0.6), TopP(0.9)),
+    "min-p": (MinP(0.2), MinP(0.02)),
+    "typical": (Typical(0.6), Typical(0.3)),
+    "ε": (Epsilon(0.1), Epsilon(0.02)),
+    "η": (Eta(0.3), Eta(0.1)),
+    "nσ": (TopNSigma(0.8), TopNSigma(1.5)),
+    "repetition": (RepetitionPenalty(1.5), RepetitionPenalty(0.5)),
+    "presence": (PresencePenalty(0.5), PresencePenalty(-1.0)),
+    "frequency": (FrequencyPenalty(0.5), FrequencyPenalty(-0.2)),
+    "n-gram": (NoRepeatNgram(1), NoRepeatNgram(2)),
+    "bad words": (bad_words(VOCAB, [[3], [2, 5], [0, 1]]), bad_words(VOCAB, [[1], [1, 4], [2, 2]])),
+    "bias": (LogitBias(np.float32([0, 1, -np.inf, 2, 0, -1])), LogitBias(np.float32([1, 0, 0, -np.inf, 3, 0]))),
+    "length": (MinLength(3, [1, 4]), MinLength(9, [0, 2])),
+    "forced": (ForcedTokens([-1, 2, 3]), ForcedTokens([0, -1, 5])),
+    "mirostat": (Mirostat(1.0, 0.3), Mirostat(2.0, 0.1)),
+    "constraint": (
+        Constrained(from_regex("[ab]{2,4}c?", "abcdef"), 5),
+        Constrained(from_regex("[ab]{3,9}", "abcdef"), 5),
+    ),
+    "chain": (
+        Chain((RepetitionPenalty(1.2), Mirostat(1.5, 0.2), TopP(0.9))),
+        Chain((RepetitionPenalty(1.5), Mirostat(1.0, 0.1), TopP(0.5))),
+    ),
+}
+ROWS_OF_NUMBERS = {
+    kind: [kind(number) for number in numbers]
+    for kind, numbers in {
+        **dict.fromkeys((Temperature, TopNSigma, RepetitionPenalty), (0.5, 1.0, 2.0, 3.0)),
+        **dict.fromkeys((PresencePenalty, FrequencyPenalty), (0.5, -1.0, 2.0, 3.0)),
+        **dict.fromkeys((TopK, NoRepeatNgram), (1, 2, 3, 4)),
+        **dict.fromkeys((TopP, MinP, Typical, Epsilon, Eta), (0.05, 0.2, 0.5, 0.9)),
+        functools.partial(MinLength, eos_ids=[1, 4]): (0, 2, 4, 9),
+        functools.partial(Mirostat, eta=0.3): (0.5, 1.0, 2.0, 3.0),
+    }.items()
+}
+RNG = np.random.default_rng(0)
+LOGITS = np.float32([[2, 1, 1, -1, -np.inf, 0.5], [0] * 6, [-3, -0.5, 4, 3.5, -0.5, -0.5], RNG.normal(size=6)])
+TOKENS = RNG.integers(0, 2, (4, SLOTS))
+MASK = np.asarray([[0, 1, 0, 0, 0], [1, 0, 0, 1, 0], [0, 0, 1, 0, 1], [1, 1, 0, 1, 1]], bool)
+ALONG = RNG.normal(size=(SLOTS, 4, VOCAB)).astype(np.float32)  # the model's logits where these tokens were chosen
 call = jax.jit(lambda transform, logits: transform(logits))
-mass = jax.jit(lambda transform, logits: transform.kept_mass(logits))
+every_transform = pytest.mark.parametrize("name", PAIRS)
 
 
-@pytest.mark.parametrize("logits", [LOGITS, WIDE], ids=["few", "many"])
-@pytest.mark.parametrize("transform", FILTERS, ids=str)
-def test_a_filter_removes_or_leaves_alone_and_keeps_at_least_the_most_probable(transform, logits):
-    result = np.asarray(call(transform, logits))
-    kept = result > -np.inf
-    np.testing.assert_array_equal(result[kept], logits[kept])
-    assert kept[np.arange(3), logits.argmax(axis=1)].all()
-    for row, keeps in zip(logits, kept, strict=True):  # what is kept is above what is not, and ties stand together
-        assert row[~keeps & (row > -np.inf)].max(initial=-np.inf) < row[keeps].min()
+@jax.jit
+def state_after(transform, tokens, mask, logits):
+    """The state after these new tokens, of which those outside the mask were not emitted."""
+    rows, slots = tokens.shape
+    nothing = jnp.zeros((rows, slots), jnp.int32)
+    state = transform.init(nothing, nothing > 0, jnp.full(rows, slots))
+
+    def step(state, column):
+        token, mask, logits = column
+        return update_alive(transform, state, token, logits, mask), None
+
+    return jax.lax.scan(step, state, (tokens.T, mask.T, logits))[0]
 
 
-@pytest.mark.parametrize("logits", [LOGITS, WIDE, LOGITS[1]], ids=["few", "many", "one row"])
-@pytest.mark.parametrize("transform", IDENTITIES, ids=str)
-def test_at_the_end_of_its_range_a_filter_is_the_identity(transform, logits):
-    np.testing.assert_array_equal(call(transform, logits), logits)
+@jax.jit
+def apply(transform, state, logits):
+    return transform.apply(state, logits)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 10**6])
-def test_top_k_keeps_what_sorting_keeps(k):
-    expected = [np.where(kept_by_top_k(row, k), row, -np.inf) for row in LOGITS]
-    np.testing.assert_array_equal(call(TopK(k), LOGITS), expected)
+def applied(transform, logits, *, rows=slice(None)):
+    """What becomes of the logits after the tokens above, or after those of some rows."""
+    state = state_after(transform, TOKENS[rows], MASK[rows], ALONG[:, rows])
+    return apply(transform, state, logits)
 
 
-@pytest.mark.parametrize("p", [0.01, 0.2, 0.42, 0.6, 0.8, 0.96, 0.999, 1.0])
-def test_top_p_keeps_what_sorting_keeps(p):
-    expected = [np.where(kept_by_top_p(row, p), row, -np.inf) for row in LOGITS]
-    np.testing.assert_array_equal(call(TopP(p), LOGITS), expected)
+def test_every_transform_of_the_library_is_tested():
+    def below(cls):
+        return {each for child in cls.__subclasses__() for each in {child} | below(child)}
+
+    library = {cls for cls in below(Transform) if cls.__module__.startswith("jaxrl_llm.")}
+    assert library == {type(one) for one, _ in PAIRS.values()}
 
 
-def test_top_p_keeps_the_token_that_crosses_p():
-    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
-    for p, count in [(0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.94, 3), (0.96, 4)]:
-        assert np.isfinite(call(TopP(p), logits)).sum() == count
+@every_transform
+def test_tokens_are_removed_but_never_all_and_nothing_is_brought_back(name):
+    for transform in PAIRS[name]:
+        result = np.asarray(applied(transform, LOGITS))
+        assert result.shape == LOGITS.shape and not np.isnan(result).any()
+        assert (result > -np.inf).any(axis=1).all() and (result[-np.inf == LOGITS] == -np.inf).all()
+        assert (result != LOGITS).any(), "it does something"
 
 
-@pytest.mark.parametrize("vocab", [4, 1000])
-def test_top_p_of_one_keeps_every_token_of_positive_probability(vocab):
-    logits = jnp.linspace(0, -1e4, vocab).at[2].set(-jnp.inf)  # most underflow when exponentiated
-    np.testing.assert_array_equal(call(TopP(1.0), logits), logits)
+@every_transform
+def test_a_row_without_possible_tokens_stays_so_and_disturbs_no_other(name):
+    one, empty = PAIRS[name][0], LOGITS.copy()
+    empty[1] = -np.inf
+    result = np.asarray(applied(one, empty))
+    assert (result[1] == -np.inf).all()
+    np.testing.assert_array_equal(np.delete(result, 1, axis=0), np.delete(applied(one, LOGITS), 1, axis=0))
+
+
+@every_transform
+def test_the_order_of_the_rows_does_not_matter(name):
+    order = np.asarray([2, 0, 3, 1])
+    for transform in PAIRS[name]:
+        moved = applied(transform, LOGITS[order], rows=order)
+        np.testing.assert_array_equal(moved, np.asarray(applied(transform, LOGITS))[order])
+
+
+@every_transform
+def test_it_is_a_tree_of_its_numbers_and_other_numbers_do_not_compile_again(name):
+    one, other = PAIRS[name]
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    rebuilt = jax.tree.map(lambda leaf: leaf, one)
+    np.testing.assert_array_equal(applied(rebuilt, LOGITS), applied(one, LOGITS))
+    counted = jax.jit(lambda transform, state, logits: transform.apply(state, logits))
+    for transform in (one, other):
+        counted(transform, state_after(transform, TOKENS, MASK, ALONG), LOGITS)
+    assert counted._cache_size() == 1
+    assert (applied(one, LOGITS) != applied(other, LOGITS)).any(), "and its numbers matter"
+
+
+@every_transform
+def test_the_dtype_of_the_logits_is_kept(name):
+    transform = PAIRS[name][0]
+    state = state_after(transform, TOKENS, MASK, ALONG)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        with jax.enable_x64(dtype == jnp.float64):
+            result = apply(transform, state, jnp.asarray(LOGITS, dtype))
+            assert result.dtype == dtype and not np.isnan(np.asarray(result, np.float64)).any()
+
+
+@every_transform
+def test_eager_is_compiled_and_rows_that_are_over_keep_their_state(name):
+    one = PAIRS[name][0]
+    state = state_after(one, TOKENS, MASK, ALONG)
+    np.testing.assert_allclose(one.apply(state, jnp.asarray(LOGITS)), apply(one, state, LOGITS), rtol=1e-6)
+    alive = jnp.asarray([True, False, True, False])
+    after = update_alive(one, state, jnp.asarray([0, 1, 2, 3]), jnp.asarray(LOGITS), alive)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[1::2], np.asarray(old)[1::2])
+    assert all(leaf.shape[0] == 4 for leaf in jax.tree.leaves(state)), "a state is one for each row"
+
+
+@every_transform
+def test_the_gradient_is_finite(name):
+    kept = np.asarray(applied(PAIRS[name][0], LOGITS)) > -np.inf
+
+    def total(logits):
+        return jnp.where(kept, applied(PAIRS[name][0], logits), 0).sum()
+
+    assert np.isfinite(jax.grad(total)(jnp.asarray(LOGITS))).all()
+
+
+@every_transform
+def test_by_hand_it_is_what_it_is_in_a_decoder(name):
+    """A stateless one as t(logits), one that looks back as t(logits, tokens, mask); others are for decoders."""
+    one = PAIRS[name][0]
+    if name in ("length", "forced", "mirostat", "constraint", "chain"):
+        with pytest.raises((NotImplementedError, TypeError)):
+            one(jnp.asarray(LOGITS))
+        return
+    by_hand = one(jnp.asarray(LOGITS), TOKENS, MASK) if one.looks_back else one(jnp.asarray(LOGITS))
+    np.testing.assert_allclose(by_hand, applied(one, LOGITS), rtol=1e-6)
+    if not one.looks_back:
+        assert not jax.tree.leaves(state_after(one, TOKENS, MASK, ALONG))
+        many = jnp.stack([LOGITS, LOGITS[::-1]])
+        np.testing.assert_allclose(jax.vmap(call, in_axes=(None, 0))(one, many)[0], by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sees_prompt", [True, False])
+def test_what_looks_back_sees_the_prompt_or_does_not(sees_prompt):
+    transform = (RepetitionPenalty if sees_prompt else PresencePenalty)(2.0)
+    slots, mask = np.asarray([[3, 1, 0, 0, 0]]), np.asarray([[True, True, False, False, False]])
+    state = transform.init(jnp.asarray(slots), jnp.asarray(mask), jnp.asarray([3]))
+    for token, seen in [(2, {1, 3} if sees_prompt else set()), (4, {1, 2, 3} if sees_prompt else {2})]:
+        changed = np.flatnonzero(transform.apply(state, jnp.ones((1, VOCAB)))[0] != 1)
+        assert set(changed.tolist()) == seen
+        state = transform.update(state, jnp.asarray([token]), jnp.ones((1, VOCAB)))
+
+
+@pytest.mark.parametrize("kind", ROWS_OF_NUMBERS, ids=str)
+def test_a_number_for_each_row_is_that_of_the_row_alone(kind):
+    each = ROWS_OF_NUMBERS[kind]
+    together = jax.tree.map(lambda *leaves: leaves[0] if jnp.ndim(leaves[0]) else jnp.stack(jnp.asarray(leaves)), *each)
+    together.check(np.full(4, SLOTS))
+    for row, one in enumerate(each):
+        np.testing.assert_allclose(applied(together, LOGITS)[row], applied(one, LOGITS)[row], rtol=1e-6)
+    with pytest.raises(ValueError, match="must be one number, or one for each of 3 rows"):
+        together.check(np.full(3, SLOTS))
+    with pytest.raises(ValueError, match="must be one number with beams"):
+        together.check(np.full(4, SLOTS), per_row=False)
+
+
+# Numbers that are refused ---------------------------------------------------------------------------------------------
+
+OUT_OF_RANGE = [
+    *[(Temperature, t, "temperature must be a finite number above 0") for t in (0, 0.0, -1.0, np.inf, -np.inf, np.nan)],
+    *[(kind, p, r"p must be in \(0, 1\]") for kind in (TopP, Typical) for p in (0, 0.0, -0.1, 1.0001, np.inf, np.nan)],
+    *[(MinP, p, r"p must be in \[0, 1\]") for p in (-0.1, 1.0001, np.inf, np.nan)],
+    *[(kind, e, r"ε must be in \[0, 1\]") for kind in (Epsilon, Eta) for e in (-0.1, 1.0001, np.nan)],
+    *[(TopNSigma, n, "n must be a finite number of at least 0") for n in (-0.1, np.inf, np.nan)],
+    *[(TopK, k, "k must be an integer of at least 1") for k in (0, -1, np.nan)],
+    *[(RepetitionPenalty, r, "repetition penalty must be a finite number above 0") for r in (0.0, -1.0, np.nan)],
+    *[(PresencePenalty, p, "presence penalty must be finite") for p in (np.inf, -np.inf, np.nan)],
+    *[(FrequencyPenalty, f, "frequency penalty must be finite") for f in (np.inf, -np.inf, np.nan)],
+    *[(NoRepeatNgram, n, "n must be an integer of at least 1") for n in (0, -1, 2.0)],
+    *[(functools.partial(MinLength, eos_ids=0), n, "n must be an integer of at least 0") for n in (-1, 1.5)],
+    *[(functools.partial(Mirostat, eta=0.1), t, "τ must be a finite number of bits above 0") for t in (0.0, np.inf)],
+    *[(functools.partial(Mirostat, 3.0), n, "η must be a finite number of at least 0") for n in (-0.1, np.nan)],
+]
+REFUSED = [
+    (lambda: MinLength(1, -1), "eos_ids must be a token id or several"),
+    (lambda: MinLength(1, [0.5]), "eos_ids must be a token id or several"),
+    (lambda: MinLength(1, [[1]]), "eos_ids must be a token id or several"),
+    (lambda: ForcedTokens([1, -2]), "tokens must be tokens, or −1"),
+    (lambda: ForcedTokens([]), r"tokens must be integers \[number\]"),
+    (lambda: ForcedTokens([1.0]), r"tokens must be integers \[number\]"),
+    (lambda: ForcedTokens([[[1]]]), r"tokens must be integers \[number\]"),
+    (lambda: LogitBias([0.0, np.inf]), "the bias must be"),
+    (lambda: LogitBias([np.nan, 0.0]), "the bias must be"),
+    (lambda: LogitBias(1.0), "the bias must be"),
+    (lambda: bad_words(9, []), "must be given"),
+    (lambda: bad_words(9, [[1], []]), "not be empty"),
+    (lambda: bad_words(9, [[9]]), r"\[0, 9\).*\[9\]"),
+    (lambda: bad_words(9, [[1, -1]]), r"\[1, -1\]"),
+    (lambda: bad_words(9, [[1.0]]), r"\[1.0\]"),
+    (lambda: bad_words(9, [["a"]]), r"\['a'\]"),
+    (lambda: Chain([Temperature(1.0), "top-k"]), "transform must be a Transform or a sequence of them, but is 'top-k'"),
+    (lambda: Chain([None, lambda logits: logits]), "transform must be a Transform or a sequence of them"),
+]
+
+
+@pytest.mark.parametrize(("kind", "number", "message"), OUT_OF_RANGE)
+def test_numbers_out_of_range_are_named(kind, number, message):
+    for given in (number, jnp.asarray([1, number])):  # one bad row is enough
+        with pytest.raises(ValueError, match=message):
+            kind(given)
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_no_transform_can_be_made_of_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_traced_number_is_taken_on_trust():
+    result = jax.jit(lambda t: Temperature(t)(jnp.asarray([1.0, 2.0])))(0.5)
+    np.testing.assert_allclose(result, [2, 4])
+
+
+# Chains, gradients, one's own -----------------------------------------------------------------------------------------
 
 
 def test_temperature_divides_and_leaves_impossible_tokens_impossible():
     for t in (0.25, 1.0, 7.0):
         np.testing.assert_allclose(Temperature(t)(jnp.asarray(LOGITS)), LOGITS / t, rtol=1e-6)
-
-
-def test_one_number_a_row():
-    t, k, p = jnp.asarray([0.5, 1.0, 2.0]), jnp.asarray([1, 2, 3]), jnp.asarray([0.3, 1.0, 0.7])
-    kinds = [(MinP, p), (Typical, p), (Epsilon, p / 100), (Eta, p / 100), (TopNSigma, t)]
-    for kind, numbers in [(Temperature, t), (TopK, k), (TopP, p), *kinds]:
-        rows = [call(kind(number), row) for number, row in zip(numbers, WIDE, strict=True)]
-        np.testing.assert_allclose(call(kind(numbers), WIDE), rows, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_a_filter_keeps_the_dtype(dtype):
-    logits = jnp.asarray(LOGITS, dtype)
-    for transform in (TopK(2), TopP(0.5), Temperature(0.5), Chain((Temperature(0.5), TopK(2))), *NEW.values()):
-        assert call(transform, logits).dtype == dtype
 
 
 def test_a_chain_applies_its_transforms_in_their_order():
@@ -124,22 +316,11 @@ def test_a_chain_of_none_or_of_chains_is_a_chain():
 
 
 def test_transforms_are_trees_of_their_numbers():
-    chain = Chain((Temperature(0.5), TopK(4), TopP(0.9)))
+    chain = Chain((Temperature(0.5), TopK(4), [TopP(0.9)]))
     assert jax.tree.leaves(chain) == [0.5, 4, 0.9]
     assert jax.tree.map(lambda number: number, chain) == chain
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(chain)]
-    assert names == [".transforms[0].t", ".transforms[1].k", ".transforms[2].p"]
-
-
-def test_jit_vmap_and_eager_agree():
-    logits = jnp.asarray(WIDE)
-    chain = Chain((Temperature(0.7), TopP(0.9)))
-    eager = chain(logits)
-    np.testing.assert_allclose(call(chain, logits), eager, rtol=1e-6)
-    several = Chain((Temperature(jnp.asarray([0.7, 2.0])), TopP(jnp.asarray([0.9, 0.2]))))
-    results = jax.vmap(lambda transform: jax.vmap(call, in_axes=(None, 0))(transform, logits))(several)
-    np.testing.assert_allclose(results[0], eager, rtol=1e-6)
-    np.testing.assert_allclose(results[1], call(Chain((Temperature(2.0), TopP(0.2))), logits), rtol=1e-6)
+    assert names == [".transforms[0].t", ".transforms[1].k", ".transforms[2].transforms[0].p"]
 
 
 def test_gradients_with_respect_to_the_temperature_and_the_logits():
@@ -151,222 +332,26 @@ def test_gradients_with_respect_to_the_temperature_and_the_logits():
     np.testing.assert_allclose(by_logits, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [float, jnp.float32], ids=["python numbers", "arrays"])
-def test_other_numbers_do_not_compile_again(wrap):
-    counted = jax.jit(lambda transform, logits: transform(logits))
-    for t, k, p in [(0.5, 3, 0.9), (1.3, 500, 0.99), (2.0, 10**6, 1.0)]:
-        cuts = [kind(wrap(p)) for kind in (TopP, MinP, Typical, Epsilon, Eta, TopNSigma)]
-        counted(Chain((Temperature(wrap(t)), TopK(k), *cuts)), WIDE)
-    assert counted._cache_size() == 1
+def test_ones_own_is_a_class():
+    """That of the docstring of `Transform`."""
 
+    class Cooling(Transform):
+        t: float
+        rate: float
 
-@pytest.mark.parametrize(
-    ("kind", "number", "message"),
-    [(Temperature, t, "temperature must be a finite number above 0") for t in (0, 0.0, -1.0, np.inf, -np.inf, np.nan)]
-    + [(kind, p, r"p must be in \(0, 1\]") for kind in (TopP, Typical) for p in (0, 0.0, -0.1, 1.0001, np.inf, np.nan)]
-    + [(MinP, p, r"p must be in \[0, 1\]") for p in (-0.1, 1.0001, np.inf, np.nan)]
-    + [(kind, e, r"ε must be in \[0, 1\]") for kind in (Epsilon, Eta) for e in (-0.1, 1.0001, np.nan)]
-    + [(TopNSigma, n, "n must be a finite number of at least 0") for n in (-0.1, np.inf, np.nan)]
-    + [(TopK, k, "k must be an integer of at least 1") for k in (0, -1, np.nan)],
-)
-def test_numbers_out_of_range_are_named(kind, number, message):
-    with pytest.raises(ValueError, match=message):
-        kind(number)
-    with pytest.raises(ValueError, match=message):
-        kind(jnp.asarray([1, number]))  # one bad row is enough
-    with pytest.raises(ValueError, match=message):
-        Chain((kind(number),))
+        def init(self, prompts, mask, limits):
+            return jnp.full(limits.shape, self.t)
 
+        def apply(self, temperature, logits):
+            return logits / temperature[:, None]
 
-def test_a_traced_number_is_taken_on_trust():
-    result = jax.jit(lambda t: Temperature(t)(jnp.asarray([1.0, 2.0])))(0.5)
-    np.testing.assert_allclose(result, [2, 4])
+        def update(self, temperature, token, logits):
+            return temperature * self.rate
 
-
-# Filters against their definitions, in float64 ------------------------------------------------------------------------
-
-
-def threshold(transform, row):
-    """The logit from which on a filter keeps, by its definition; the largest logit is always kept."""
-    log_probs = log_softmax(row)
-    possible = log_probs > -np.inf
-    normaliser = row[possible][0] - log_probs[possible][0]
-    entropy = -(np.exp(log_probs[possible]) * log_probs[possible]).sum()
-    with np.errstate(divide="ignore"):
-        number = np.log(np.float64(jax.tree.leaves(transform)[0]))
-    if isinstance(transform, MinP):
-        return row.max() + number
-    if isinstance(transform, Epsilon):
-        return number + normaliser
-    if isinstance(transform, Eta):
-        return min(number, number / 2 - entropy) + normaliser
-    return row.max() - np.exp(number) * row[possible].std()
-
-
-def kept_by_typical(row, p, *, slack=0.0):
-    """Which tokens of one row typical sampling keeps, by sorting; with slack, those that rounding may add."""
-    log_probs = log_softmax(row)
-    possible = log_probs > -np.inf
-    entropy = -(np.exp(log_probs[possible]) * log_probs[possible]).sum()
-    distance = np.abs(-log_probs - entropy)
-    order = np.argsort(distance)
-    filled = np.cumsum(np.exp(log_probs[order]))
-    cut = distance[order[min(np.searchsorted(filled, p * (1 + slack)), possible.sum() - 1)]]
-    return (distance <= cut + slack) if p < 1 else np.ones(len(row), bool)
-
-
-@pytest.mark.parametrize("kind", [MinP, Epsilon, Eta, TopNSigma])
-@settings(max_examples=60)
-@given(logits=rows_of_logits(), number=st.floats(0, 1, width=32))
-def test_a_filter_keeps_what_its_definition_keeps(kind, logits, number):
-    transform = kind(jnp.float32(number))
-    result = np.asarray(call(transform, logits))
-    assert result.shape == logits.shape and not np.isnan(result).any()
-    for row, found in zip(logits.reshape(-1, logits.shape[-1]), result.reshape(-1, logits.shape[-1]), strict=True):
-        exact = row.astype(np.float64)
-        least = threshold(transform, exact)
-        kept = found > -np.inf
-        possible = row > -np.inf
-        np.testing.assert_array_equal(found[kept], row[kept])
-        assert kept[row == row.max()].all(), "the most probable stay"
-        assert kept[possible & (exact > least + 1e-4)].all()
-        assert not kept[(exact < least - 1e-4) & (row < row.max())].any()
-        assert row[possible & ~kept].max(initial=-np.inf) < row[kept].min(), "ties stand together"
-
-
-@settings(max_examples=120)
-@given(rows_of_logits(), st.floats(2**-10, 1, width=32))
-def test_typical_keeps_what_its_definition_keeps(logits, p):
-    result = np.asarray(call(Typical(jnp.float32(p)), logits))
-    assert result.shape == logits.shape and not np.isnan(result).any()
-    for row, found in zip(logits.reshape(-1, logits.shape[-1]), result.reshape(-1, logits.shape[-1]), strict=True):
-        kept = found > -np.inf
-        possible = row > -np.inf
-        np.testing.assert_array_equal(found[kept], row[kept])
-        exact = row.astype(np.float64)
-        assert kept.any()
-        assert kept[possible & kept_by_typical(exact, p, slack=-1e-4)].all()
-        assert not (kept & ~kept_by_typical(exact, p, slack=1e-4)).any()
-        assert not set(row[kept]) & set(row[possible & ~kept]), "ties stand together"
-
-
-@pytest.mark.parametrize("p", [0.01, 0.2, 0.5, 0.9, 0.99])
-def test_typical_on_both_sides_of_the_sorted_head(p):
-    rng = np.random.default_rng(0)
-    logits = (rng.normal(size=(4, 1000)) * [[0.3], [1], [3], [8]]).astype(np.float32)
-    logits[1] = np.round(logits[1], 1)
-    kept = np.isfinite(call(Typical(jnp.float32(p)), logits))
-    for row, found in zip(logits, kept, strict=True):
-        assert (found >= kept_by_typical(row, p, slack=-1e-5)).all()
-        assert (found <= kept_by_typical(row, p, slack=1e-5)).all()
-    if p == 0.5:
-        assert kept[0].sum() > HEAD > kept[3].sum(), "both ways are taken"
-
-
-def test_typical_keeps_the_token_that_crosses_and_may_remove_the_most_probable():
-    logits = jnp.log(jnp.asarray([0.5, 0.2, 0.2, 0.1]))  # H = 1.22: distances 0.53, 0.39, 0.39, 1.08
-    for p, kept in [
-        (0.1, [0, 1, 1, 0]),
-        (0.39, [0, 1, 1, 0]),
-        (0.41, [1, 1, 1, 0]),
-        (0.89, [1, 1, 1, 0]),
-        (0.91, [1] * 4),
-    ]:
-        np.testing.assert_array_equal(np.isfinite(call(Typical(p), logits)), np.asarray(kept, bool))
-
-
-def test_by_mass_with_the_logits_for_scores_is_the_nucleus():
-    weights = np.exp(WIDE)
-    for p in (0.1, 0.5, 0.9, 1.0):
-        np.testing.assert_array_equal(
-            thresholds.by_mass(WIDE, weights, jnp.float32(p)), thresholds.top_p(WIDE, jnp.float32(p))
-        )
-
-
-def test_thresholds_by_hand():
-    logits = jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.1]))
-    entropy = 1.2798542
-    cases = [(MinP(0.51), 2), (MinP(0.49), 3), (MinP(0.74), 2), (MinP(0.76), 1), (MinP(0.26), 3), (MinP(0.24), 4)]
-    cases += [(Epsilon(0.19), 3), (Epsilon(0.21), 2), (Epsilon(0.41), 1), (Epsilon(1.0), 1)]
-    root = 0.2 * np.exp(entropy)  # √ε from which on η = 0.2
-    cases += [(Eta((root - 0.01) ** 2), 3), (Eta((root + 0.01) ** 2), 2), (Eta(0.01), 4), (Eta(1.0), 2)]
-    cases += [(TopNSigma(2.7), 4), (TopNSigma(2.6), 3), (TopNSigma(0.5), 1), (TopNSigma(0.6), 2)]  # σ = 0.5205
-    for transform, count in cases:
-        assert np.isfinite(call(transform, logits)).sum() == count, transform
-
-
-@pytest.mark.parametrize("name", NEW)
-def test_a_row_of_impossible_tokens_stays_and_disturbs_no_other(name):
-    logits = np.concatenate([LOGITS, np.full((1, 5), -np.inf, np.float32)])
-    result = np.asarray(call(NEW[name], logits))
-    assert (result[3] == -np.inf).all()
-    np.testing.assert_array_equal(result[:3], call(NEW[name], LOGITS))
-
-
-@pytest.mark.parametrize("name", NEW)
-def test_masked_logits_that_are_finite_leave_a_filter_finite(name):
-    lowest = np.finfo(np.float32).min
-    logits = np.where(np.isneginf(LOGITS), lowest, LOGITS)
-    result = np.asarray(call(NEW[name], logits))
-    assert not np.isnan(result).any() and (result > lowest).any(axis=1).all()
-
-
-def test_top_n_sigma_does_not_depend_on_the_temperature_nor_on_removed_tokens():
-    for t in (0.1, 3.0):
-        kept = np.isfinite(call(Chain((Temperature(t), TopNSigma(0.9))), WIDE))
-        np.testing.assert_array_equal(kept, np.isfinite(call(TopNSigma(0.9), WIDE)))
-    more = np.concatenate([WIDE, np.full((3, 1000), -np.inf, np.float32)], axis=1)
-    np.testing.assert_array_equal(np.isfinite(call(TopNSigma(0.9), more))[:, :1000], kept)
-
-
-@pytest.mark.parametrize("transform", [MinP(0.2), TopK(3), TopNSigma(0.0)], ids=str)
-def test_a_filter_relative_to_the_largest_is_idempotent(transform):
-    once = call(transform, WIDE)
-    np.testing.assert_array_equal(call(transform, once), once)
-
-
-@pytest.mark.parametrize("name", NEW)
-def test_float64_logits_are_cut_in_float64(name):
-    with jax.enable_x64(True):
-        logits = 1 + 1e-12 * np.arange(6.0)  # all alike in float32
-        assert call(MinP(1.0), logits).dtype == jnp.float64
-        assert np.isfinite(call(MinP(1.0), logits)).sum() == 1
-        result = call(NEW[name], LOGITS.astype(np.float64))
-        assert result.dtype == jnp.float64
-    np.testing.assert_array_equal(result, call(NEW[name], LOGITS))
-
-
-@pytest.mark.parametrize("name", NEW)
-def test_the_gradient_of_a_filter_is_that_of_what_it_keeps(name):
-    kept = np.isfinite(call(NEW[name], LOGITS))
-    by_logits = jax.grad(lambda logits: jax.nn.logsumexp(call(NEW[name], logits), axis=-1).sum())(jnp.asarray(LOGITS))
-    np.testing.assert_allclose(by_logits, np.exp(log_softmax(np.where(kept, LOGITS, -np.inf))), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("transform", [*FILTERS, *NEW.values()], ids=str)
-def test_the_kept_mass_is_the_probability_of_what_is_kept(transform):
-    for logits in (LOGITS, WIDE):
-        kept = np.isfinite(call(transform, logits))
-        expected = np.where(kept, np.exp(log_softmax(logits)), 0).sum(axis=1)
-        np.testing.assert_allclose(mass(transform, logits), expected, rtol=1e-5)
-    assert (mass(transform, WIDE) < 1 - 1e-6).all() or isinstance(transform, Epsilon)
-
-
-def test_a_decoder_without_history_refuses_transforms_that_need_more():
-    require_stateless(Chain(tuple(NEW.values())), decoder="this")
-    for transform in (NoRepeatNgram(2), Mirostat(3.0, 0.1), MinLength(2, 0)):
-        with pytest.raises(ValueError, match=f"this takes .* but {type(transform).__name__} needs more"):
-            require_stateless(Chain((MinP(0.1), transform)), decoder="this")
-        with pytest.raises((NotImplementedError, TypeError)):
-            transform(LOGITS)
-
-
-def test_a_chain_begins_with_the_memory_of_each():
-    chain = Chain((MinP(0.1), Mirostat(3.0, 0.1), MinLength(2, 0), NoRepeatNgram(2)))
-    prompts = jnp.ones((2, 3), jnp.int32)
-    context = begin(chain, prompts, prompts > 0, jnp.asarray([5, 5]), num_slots=7)
-    assert [np.shape(each) for each in context.memory] == [(0,), (2,), (2,), (0,)]
-    assert context.history.tokens.shape == (2, 7)
+    assert repr(Cooling(2.0, rate=0.5)).endswith("Cooling(t=2.0, rate=0.5)")
+    assert jax.tree.leaves(Cooling(2.0, 0.5)) == [2.0, 0.5]
+    steps = MASK.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(applied(Cooling(2.0, 0.5), LOGITS), LOGITS / (2.0 * 0.5**steps), rtol=1e-5)
 
 
 # Goldens: what transformers makes of the same logits ------------------------------------------------------------------
@@ -388,29 +373,3 @@ def test_the_goldens_are_of_these_inputs_and_cases(golden):
 def test_a_transform_is_the_processor_of_transformers(golden, name):
     result = goldens.ours(name, golden["logits"], golden["tokens"])
     np.testing.assert_allclose(result, golden[name], rtol=1e-6, atol=1e-6)
-
-
-# What decoders refuse -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("decoder", "options", "message"),
-    [
-        (
-            generate,
-            {"transform": Temperature(jnp.ones(3))},
-            r"t of Temperature must be one number, or one for each of 2",
-        ),
-        (generate, {"transform": Chain((TopK(jnp.ones((2, 1), int)),))}, "k of TopK must be one number"),
-        (generate, {"transform": [TopK(2)]}, "transform must be a Transform"),
-        (generate, {"transform": lambda logits: logits}, "transform must be a Transform"),
-        (generate, {"stop": ["x"]}, "stop must be made by decoding.stop_strings"),
-        (beam_search, {"transform": TopP(jnp.asarray([0.5, 0.9]))}, "p of TopP must be one number with beams"),
-        (beam_search, {"length_penalty": 200.0}, "out of range"),
-    ],
-)
-def test_decoders_name_what_they_cannot_take(decoder, options, message):
-    lm = TabularLM(vocab_size=3, horizon=3)
-    own = {"greedy": True} if decoder is generate else {"num_beams": 2}
-    with pytest.raises(ValueError, match=message):
-        decoder(lm, lm.init(jax.random.key(0)), jnp.zeros((2, 0), jnp.int32), max_new_tokens=3, **own, **options)

@@ -8,9 +8,11 @@ import pytest
 
 from jaxrl_llm import oracle
 from jaxrl_llm.decoding import generate, search_tree
-from jaxrl_llm.decoding.transforms import Temperature, TopK, TopP
+from jaxrl_llm.decoding.constraints import Constrained, from_regex
+from jaxrl_llm.decoding.transforms import MinLength, NoRepeatNgram, Temperature, TopK, TopP
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, TINY, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
+from tests.decoding.decoders import ended_law
 
 ROOT = jnp.zeros(0, jnp.int32)  # the empty prompt
 PROMPT = jnp.asarray([3, 1, 4, 1, 5])
@@ -231,6 +233,20 @@ def test_if_every_node_ends_the_tree_stops_there(tabular):
     assert len(list(tree.nodes())) == 2 and all(node.ended and node.level == 1 for node in tree.nodes())
 
 
+# Transforms that look back or have a state ----------------------------------------------------------------------------
+
+
+def test_transforms_with_a_state_or_that_look_back_follow_their_branch(tabular):
+    lm, params = tabular
+    select = [NoRepeatNgram(1), MinLength(3, 2), Constrained(from_regex("ab*|ba", "abc"), 2)]
+    for transforms in (select[:1], select[1:2], select[2:], select[:2]):
+        tree = search_tree(lm, params, ROOT, branching=3, depth=4, select=transforms, key=jax.random.key(0), eos_id=2)
+        with np.errstate(divide="ignore"):
+            law = ended_law(lm, oracle.sequence_log_probs(lm, params, transforms), [2])
+        assert {tokens_to(tree, leaf) for leaf in tree.leaves()} == {row for row, p in law.items() if p > 0}
+        assert len(tree.leaves()) < 31, "something is removed"
+
+
 # What cannot be -------------------------------------------------------------------------------------------------------
 
 
@@ -264,25 +280,22 @@ def test_logits_that_are_no_law_do_no_harm_below_an_end(tabular):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "message"),
+    ("options", "message"),
     [
-        (PROMPT[:0], {}, "prompt 0 is empty"),
-        (PROMPT[None], {}, r"one sequence \[time\].*\[1, 5\]"),
-        (PROMPT + 0.5, {}, "integers.*float32"),
-        (PROMPT - 2, {}, r"\[0, 23\).*from -1 to 3"),
-        (jnp.ones(CONTEXT - 1, int), {}, f"{CONTEXT - 1} tokens, and 2 new ones do not fit"),
-        (PROMPT, {"branching": 0}, r"branching must be in \[1, 23\].*are 0 and 2"),
-        (PROMPT, {"branching": 24}, r"branching must be in \[1, 23\].*are 24 and 2"),
-        (PROMPT, {"depth": 0}, r"depth at least 1.*are 2 and 0"),
-        (PROMPT, {"branching": 2, "depth": 13}, r"2\*\*13 leaves are more than the 4096"),
-        (PROMPT, {"branching": 23, "depth": 30}, r"23\*\*30 leaves are more than the 4096"),
-        (PROMPT, {"select": "nonsense"}, "select must be \"best\" or a transform, but is 'nonsense'"),
-        (PROMPT, {"select": TopK(3)}, "needs key="),
-        (PROMPT, {"select": TopK(3), "key": jax.random.PRNGKey(0)}, "made by jax.random.key, but is .*uint32"),
-        (PROMPT, {"select": TopK(3), "key": jax.random.split(jax.random.key(0), 2)}, r"shape \(2,\)"),
+        ({"branching": 0}, r"branching must be in \[1, 23\].*are 0 and 2"),
+        ({"branching": 24}, r"branching must be in \[1, 23\].*are 24 and 2"),
+        ({"depth": 0}, r"depth at least 1.*are 2 and 0"),
+        ({"branching": 2, "depth": 13}, r"2\*\*13 leaves are more than the 4096"),
+        ({"branching": 23, "depth": 30}, r"23\*\*30 leaves are more than the 4096"),
+        ({"select": "nonsense"}, "select must be \"best\" or a transform, but is 'nonsense'"),
+        ({"select": 3}, "transform must be a Transform"),
+        ({"select": TopK(jnp.ones(1, int))}, "k of TopK must be one number"),
+        ({"select": TopK(3)}, "needs key="),
+        ({"select": TopK(3), "key": jax.random.PRNGKey(0)}, "made by jax.random.key, but is .*uint32"),
+        ({"select": TopK(3), "key": jax.random.split(jax.random.key(0), 2)}, r"shape \(2,\)"),
     ],
 )
-def test_mistakes_are_named(gpt2, prompt, options, message):
+def test_mistakes_are_named(gpt2, options, message):
     lm, params = gpt2
     with pytest.raises(ValueError, match=message):
-        search_tree(lm, params, prompt, **{"branching": 2, "depth": 2} | options)
+        search_tree(lm, params, PROMPT, **{"branching": 2, "depth": 2} | options)

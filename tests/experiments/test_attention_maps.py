@@ -1,16 +1,14 @@
 """The experiment on attention: its measures on heads whose answers are known, and its committed results."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
-from experiments import ledger
-from experiments.parts import attention_corpus as corpora
-from experiments.parts import attention_numbers
+from experiments import attention_maps, ledger
 from jaxrl_llm.analysis import word_alignment
 from jaxrl_llm.data import number_names
+from tests.experiments import entry
 
 NUMBERS = np.asarray([7, 81, 100, 345_678, 841_592])
 
@@ -35,24 +33,26 @@ def corpus():
     masks = [np.arange(size)[None] < sizes[:, [side]] for side, size in enumerate((sources, targets))]
     with_end = [np.arange(size)[None] <= sizes[:, [side]] for side, size in enumerate((sources, targets))]
     allowed = {"cross": with_end[1][:, :, None] & with_end[0][:, None, :]}
-    return corpora.Corpus(pairs, sizes[:, 0], {"cross": cross}, allowed, *masks, masks[1])
+    return attention_maps.Corpus(pairs, sizes[:, 0], {"cross": cross}, allowed, *masks, masks[1])
 
 
 def test_heads_are_counted_against_the_gold(corpus):
-    rates = word_alignment.alignment_error_rate(corpora.counts(corpus))
-    order = word_alignment.alignment_error_rate(corpora.in_order(corpus))
+    rates = word_alignment.alignment_error_rate(attention_maps.alignment_counts(corpus))
+    order = word_alignment.alignment_error_rate(attention_maps.in_order(corpus))
     assert rates[0, 0] == 0 and rates[1, 0] == order > 0.3
-    assert word_alignment.alignment_error_rate(corpora.counts(corpus, late=True))[0, 0] > 0.5
+    assert word_alignment.alignment_error_rate(attention_maps.alignment_counts(corpus, late=True))[0, 0] > 0.5
 
 
 def test_inversions_are_found_where_they_are(corpus):
-    assert corpora.inversions(corpus, 0, 0).tolist() == [[0, 0], [1, 1], [0, 0], [2, 2], [2, 2]]
-    assert corpora.inversions(corpus, 1, 0).tolist() == [[0, 0], [0, 1], [0, 0], [0, 2], [0, 2]]
+    assert attention_maps.inversions(corpus, 0, 0).tolist() == [[0, 0], [1, 1], [0, 0], [2, 2], [2, 2]]
+    assert attention_maps.inversions(corpus, 1, 0).tolist() == [[0, 0], [0, 1], [0, 0], [0, 2], [0, 2]]
 
 
 def test_misses_are_rows_off_the_gold_alignment(corpus):
-    assert not corpora.misses(corpus, 0, 0).any()
-    in_order = corpora.misses(corpus, 1, 0).tolist()  # 81: ein-und-achtzig, of which only "und" is on a possible link
+    assert not attention_maps.misses(corpus, 0, 0).any()
+    in_order = attention_maps.misses(
+        corpus, 1, 0
+    ).tolist()  # 81: ein-und-achtzig, of which only "und" is on a possible link
     assert in_order[:3] == [[0, 0], [0, 2], [0, 0]] and in_order[3][1] > in_order[3][0]
 
 
@@ -65,19 +65,19 @@ def test_the_hypotheses_have_directions_that_the_data_can_contradict(corpus):
     changed = dataclasses.replace(
         corpus, weights=corpus.weights | {"encoder": encoder}, allowed=corpus.allowed | {"encoder": allowed}
     )
-    study = attention_numbers.Study(changed, (0, 0), seed=0, resamples=10)
-    numbers = {each["name"]: each for each in attention_numbers.hypotheses(study)}
+    study = attention_maps.Study(changed, (0, 0), seed=0, resamples=10)
+    numbers = {each["name"]: each for each in attention_maps.hypotheses(study)}
     assert not any(ledger.holds(each) for each in numbers.values())
     assert numbers["cross-attention aligns better in its last layer"]["value"] == 1
 
 
 def test_a_part_is_what_it_is_of_the_whole(corpus):
-    part = corpora.counts(corpus.part(1, 3))
-    assert (part == corpora.counts(corpus)[1:3]).all() and len(part) == 2
+    part = attention_maps.alignment_counts(corpus.part(1, 3))
+    assert (part == attention_maps.alignment_counts(corpus)[1:3]).all() and len(part) == 2
 
 
 def test_an_equal_number_of_each_length_is_drawn():
-    numbers = corpora.stratified(number_names.split().held_out, per_length=20, seed=0)
+    numbers = attention_maps.stratified(number_names.split().held_out, per_length=20, seed=0)
     lengths = np.bincount(number_names.english_lengths(numbers))
     assert lengths[3:].tolist() == [20] * 7 and len(set(numbers)) == len(numbers)
     assert set(numbers) <= set(number_names.split().held_out)
@@ -88,7 +88,7 @@ def test_an_equal_number_of_each_length_is_drawn():
 
 def test_the_map_that_is_drawn_shows_the_inversion():
     """Target on rows, source on columns: the transposed map of the number would not even fit."""
-    data = json.loads((ledger.RESULTS / "attention_maps.json").read_text(encoding="utf-8"))["data"]
+    data = entry("attention_maps")["data"]
     example, (layer, head) = data["example"], data["best"]
     weights = np.asarray(example["cross"][layer][head])
     assert weights.shape == (len(example["target"]), len(example["source"]))

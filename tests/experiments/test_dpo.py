@@ -1,13 +1,12 @@
 """DPO on samples: the asymptotic median, samples without a minimum; and what the committed gradient shows."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import dpo_equivalence, ledger
+from experiments import dpo_equivalence
+from tests.experiments import entry
 
 
 def test_the_asymptotic_median_of_two_answers_is_that_of_a_square():
@@ -26,6 +25,5 @@ def test_samples_in_which_an_answer_never_loses_have_no_minimum_and_count_as_inf
 
 
 def test_the_wrong_sign_of_the_sigmoid_is_seen_only_away_from_the_reference():
-    entry = json.loads((ledger.RESULTS / "dpo_gradient.json").read_text(encoding="utf-8"))
-    exact = entry["data"]["exact"]
+    exact = entry("dpo_gradient")["data"]["exact"]
     assert exact["turned start"] < 1e-12 < 0.1 < exact["turned later"]

@@ -9,24 +9,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments import eos_displacement, ledger
-from experiments.parts import amplification_gpt2
+from experiments import eos_displacement, ledger, sycophancy_amplification
 from figures import eos_displacement as figure
 from tests.conftest import random_params
 
-SMALL = dataclasses.replace(eos_displacement.PRESETS["quick"], words=4, width=8)
+SMALL = dataclasses.replace(eos_displacement.run.presets["quick"], words=4, width=8)
 
 
 @pytest.mark.slow
 def test_words_and_eos_are_read_at_their_places():
-    given = amplification_gpt2.world(SMALL, ends=True)
+    given = sycophancy_amplification.world(SMALL, ends=True)
     params = random_params(given.lm)
     found = np.asarray(eos_displacement.answer_log_probs(given, params))
     assert found.shape == (32, 2, 2)
     for prompt, side in ((0, 0), (5, 1)):
         row = given.answers.tokens[prompt, side]
         laws = jax.nn.log_softmax(given.lm.apply(params, row[None])[0][0])
-        assert int(row[-1]) == amplification_gpt2.EOS
+        assert int(row[-1]) == sycophancy_amplification.EOS
         np.testing.assert_allclose(found[prompt, side], [laws[2, row[3]], laws[3, row[4]]], rtol=1e-4)
 
 
@@ -54,7 +53,7 @@ def test_a_word_may_be_off_the_law_where_the_whole_answer_is_on_it():
     assert [ledger.holds(number) for number in numbers[:2]] == [False, True]
     assert numbers[2]["value"] == pytest.approx(0.5, abs=1e-3) and numbers[3]["value"] < 1e-3
     assert [number["value"] for number in numbers[4:]] == pytest.approx([0.2, 0.1], rel=1e-3)
-    full = eos_displacement.PRESETS["full"]
+    full = eos_displacement.run.presets["full"]
     assert "by up to 0.50 in the word, by more than 0.1 in 1 of 16 seeds" in eos_displacement.claim(off, full)
     assert "in this small run" in eos_displacement.claim(off, SMALL)
     assert eos_displacement.claim(off, full).endswith("The difference is in the EOS after the word.")
@@ -65,7 +64,7 @@ def test_a_word_may_be_off_the_law_where_the_whole_answer_is_on_it():
 
 
 def test_a_run_gives_every_seed_at_every_beta(monkeypatch):
-    monkeypatch.setattr(amplification_gpt2, "trained_by_dpo", lambda given, config, ref, *lane: ref)
+    monkeypatch.setattr(sycophancy_amplification, "trained_by_dpo", lambda given, config, ref, *lane: ref)
     found = eos_displacement.run(dataclasses.replace(SMALL, sft_steps=2, betas=(1.0, 0.5, 0.1)))
     assert [point["beta"] for point in found["data"]["points"]] == [1.0, 0.5, 0.1]
     assert np.shape(found["data"]["points"][0]["word_off"]) == (2, SMALL.seeds)

@@ -1,23 +1,15 @@
 """The data of the committed results on loss landscapes, and how the figures draw them."""
 
-import json
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ledger, preference_landscape
-from experiments.parts import landscapes
+from experiments import landscapes, ledger, preference_landscape
 from figures import loss_landscape
 from jaxrl_llm import models
+from tests.experiments import entry
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
 NAMES = ("loss_landscape", "landscape_directions", "preference_landscape")
-
-
-def entry(name):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def test_surfaces_hold_their_own_extremes_and_centre():

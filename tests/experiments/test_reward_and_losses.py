@@ -1,20 +1,16 @@
 """The numbers that the committed results on reward models, RLHF's terms and losses promise, and how tight they are."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import ppo_clip_surface, preference_losses, reward_model
-from experiments.parts import reward_exact, rlhf_tabular
+from experiments import ppo_clip_surface, preference_losses, reward_model, rlhf_terms
 from figures.preference_losses import GROUPS, LABELS
 from jaxrl_llm.objectives import rlhf
-
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+from tests.experiments import entry, number
 
 # results file, name of the number, what it must be, and the loosest tolerance it may be given
 EXPECTED = [
@@ -29,33 +25,26 @@ EXPECTED = [
 ]
 
 
-def number(results: str, name: str) -> dict:
-    """The one number of this name."""
-    entries = json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))["numbers"]
-    (found,) = [entry for entry in entries if entry["name"] == name]
-    return found
-
-
 @pytest.mark.parametrize(("results", "name", "expected", "loosest"), EXPECTED)
 def test_number_is_what_theory_says(results, name, expected, loosest):
-    entry = number(results, name)
-    assert entry["tolerance"] <= loosest
-    assert entry["expected"] == pytest.approx(expected, abs=loosest)
-    assert entry["value"] == pytest.approx(expected, abs=loosest)
+    found = number(results, name)
+    assert found["tolerance"] <= loosest
+    assert found["expected"] == pytest.approx(expected, abs=loosest)
+    assert found["value"] == pytest.approx(expected, abs=loosest)
 
 
 def test_labellers_who_agree_on_72_6_per_cent_prefer_with_a_probability_of_0_836():
     """The agreement of two labellers is p² + (1 − p)², not p."""
     with jax.enable_x64(True):
-        agreed = reward_exact.label_noise(reward_model.Config())[0]["agreed"]
+        agreed = reward_model.label_noise(reward_model.Config())[0]["agreed"]
     p = agreed["probability"]
     assert p**2 + (1 - p) ** 2 == pytest.approx(agreed["agreement"]) == pytest.approx(0.726)
     assert float(agreed["margin"]) == pytest.approx(math.log(p / (1 - p))) == pytest.approx(1.63, abs=0.005)
 
 
 def test_reward_models_are_compared_under_both_optimisers():
-    entry = json.loads((RESULTS / "reward_model.json").read_text(encoding="utf-8"))
-    assert list(entry["data"]["arms"]) == ["SGD", "Adam"] and "under SGD" in entry["claim"]
+    found = entry("reward_model")
+    assert list(found["data"]["arms"]) == ["SGD", "Adam"] and "under SGD" in found["claim"]
 
 
 def test_the_best_rate_is_chosen_on_other_seeds_than_it_is_measured_on():
@@ -66,27 +55,27 @@ def test_the_best_rate_is_chosen_on_other_seeds_than_it_is_measured_on():
 @pytest.fixture(scope="module")
 def problems():
     with jax.enable_x64(True):
-        return rlhf_tabular.draw_problems(jax.random.key(3), count=4, forgetting=0.5)
+        return rlhf_terms.draw_problems(jax.random.key(3), count=4, forgetting=0.5)
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_without_text_the_optimum_is_that_of_gibbs(problems, beta):
     with jax.enable_x64(True):
         gibbs = rlhf.gibbs_optimum(problems["log_ref"], problems["rewards"], beta=beta)
-    np.testing.assert_allclose(rlhf_tabular.optimum(problems, beta, 0.0), gibbs, atol=1e-9)
+    np.testing.assert_allclose(rlhf_terms.optimum(problems, beta, 0.0), gibbs, atol=1e-9)
 
 
 @pytest.mark.parametrize(("beta", "gamma"), [(0.0, 0.03), (0.1, 0.03), (0.5, 3.0), (2.0, 1e4)])
 def test_every_optimum_is_stationary(problems, beta, gamma):
-    found = rlhf_tabular.optimum(problems, beta, gamma)
+    found = rlhf_terms.optimum(problems, beta, gamma)
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, atol=1e-12)
     with jax.enable_x64(True):
-        assert rlhf_tabular.slope_at(problems, found, beta, gamma) < 1e-8 * max(1, gamma)
+        assert rlhf_terms.slope_at(problems, found, beta, gamma) < 1e-8 * max(1, gamma)
 
 
 def test_jumps_of_ppo_are_drawn_where_the_clips_are():
     """Not between two grid points, as slopes, nor half a cell away from them."""
-    data = json.loads((RESULTS / "ppo_clip_surface.json").read_text(encoding="utf-8"))["data"]
+    data = entry("ppo_clip_surface")["data"]
     sections, clips = data["sections"], data["clips"]["asymmetric"]
     ratio, gradient = (np.asarray(each) for each in (sections["ratio"], sections["positive"]["asymmetric"]["gradient"]))
     (jump,) = np.flatnonzero(np.abs(np.diff(gradient)) > 0.5)
@@ -103,21 +92,16 @@ def test_a_batch_counts_samples_beyond_the_clip_only_on_the_rewarded_side():
 
 
 def test_the_run_of_dpo_lowers_the_chosen_response_with_shared_logits_only():
-    config = dataclasses.replace(preference_losses.PRESETS["quick"], steps=20)
+    config = dataclasses.replace(preference_losses.run.presets["quick"], steps=20)
     run = preference_losses.example(config)
     moved = {name: run[name]["chosen"][-1] - run[name]["chosen"][0] for name in ("own", "shared")}
     assert moved["own"] > 0.1 and moved["shared"] < -0.1
 
 
 def test_every_loss_of_the_figure_has_its_curve():
-    curves = json.loads((RESULTS / "preference_losses.json").read_text(encoding="utf-8"))["data"]["curves"]
+    curves = entry("preference_losses")["data"]["curves"]
     drawn = {name for names in GROUPS.values() for name in names}
     assert drawn == set(LABELS)
     assert set(curves) - {"x", "kto", "cpo"} == drawn
     apart = np.abs(np.asarray(curves["orpo"]["loss"]) - curves["cpo"]["loss"]).max()
     assert apart < 0.06, "drawn as one line"
-
-
-@pytest.mark.parametrize("results", ["reward_model", "rlhf_terms", "preference_losses", "ppo_clip_surface"])
-def test_claim_holds(results):
-    assert json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))["holds"]

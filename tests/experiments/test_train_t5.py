@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import ledger, train_t5
-from experiments.parts import embedded
+from experiments import embedded, ledger, train_t5
 from jaxrl_llm import models
 from jaxrl_llm.data import number_names
 

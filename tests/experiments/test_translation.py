@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from experiments import ledger, translation
-from experiments.parts import translation_scores, translation_training
-from experiments.parts.embedded import EMBEDDED
+from experiments.embedded import EMBEDDED
 from figures import translation as figure
 from jaxrl_llm import models
 from jaxrl_llm.translation import Form, translate
+from tests.experiments import entry
 
 TEXT = "the cat sat on a mat and saw its own red hat by far not so big as that"
 SMALL = {
@@ -64,7 +64,7 @@ def test_both_models_are_trained_on_the_same_target_tokens(trained):
     assert number(result, "target tokens seen, T5 − decoder-only")["value"] == 0
     logs = result["data"]["logs"]
     assert [[row["tokens"] for row in logs[name]] for name in logs] == [[row["tokens"] for row in logs["t5"]]] * 2
-    records = translation_training.records({name: config.work_dir / f"tiny-{name}" for name in ("t5", "gpt2")})
+    records = translation.training_records({name: config.work_dir / f"tiny-{name}" for name in ("t5", "gpt2")})
     assert records["t5"]["log"][-1]["step"] == 4
 
 
@@ -85,7 +85,7 @@ def test_the_table_has_every_model_and_decoder(trained):
 
 
 def test_nothing_held_out_was_trained_on(config):
-    parts = translation_training.pairs_of(config)
+    parts = translation.pairs_of(config)
     assert len(parts.train) > 0 and len(parts.test) > 0
     for part in (parts.validation, parts.test):
         assert not {pair.source for pair in part} & {pair.source for pair in parts.train}
@@ -97,8 +97,8 @@ def test_nothing_held_out_was_trained_on(config):
 def test_short_pairs_are_those_within_the_limit_on_both_sides(trained):
     config, _ = trained
     loaded = models.load(config.work_dir / "tiny-t5")
-    pairs = translation_training.pairs_of(config).train
-    kept = translation_training.short_pairs(loaded.tokenizer.backend_tokenizer, pairs, 6)
+    pairs = translation.pairs_of(config).train
+    kept = translation.short_pairs(loaded.tokenizer.backend_tokenizer, pairs, 6)
     lengths = {
         pair: max(len(loaded.tokenizer(side, add_special_tokens=False)["input_ids"]) for side in pair) for pair in pairs
     }
@@ -159,14 +159,14 @@ def test_results_are_named_after_what_they_are_of():
 def test_too_few_lines_are_refused(files, tmp_path):
     config = translation.Config(train=True, source=files[0], target=files[1], work_dir=tmp_path)
     with pytest.raises(ValueError, match="are too few to hold out twice 400 of them"):
-        translation_training.pairs_of(config)
+        translation.pairs_of(config)
 
 
 def test_the_length_ratio_is_of_the_corpus():
     pairs = [translation.SentencePair("a", "one two three"), translation.SentencePair("b", "four")]
-    decoder = translation_scores.Decoder(1, 1.0)
-    found = {"t5": {decoder: translation_scores.Decoded(["one two", "four"], 0.5)}}
-    (row,) = translation_scores.table(translation.Config(resamples=10), {"t5": "x"}, found, pairs)
+    decoder = translation.Decoder(1, 1.0)
+    found = {"t5": {decoder: translation.Decoded(["one two", "four"], 0.5)}}
+    (row,) = translation.table(translation.Config(resamples=10), {"t5": "x"}, found, pairs)
     assert row["length_ratio"] == 3 / 4 and row["seconds"] == 0.5
 
 
@@ -175,11 +175,11 @@ def test_the_lead_is_tested_where_it_was_predicted():
     config = translation.Config()
     for low, high, holds in ((7.0, 11.0, True), (-1.0, 2.0, False), (-11.0, -7.0, False)):
         lead = {"bleu": {"estimate": (low + high) / 2, "low": low, "high": high}}
-        assert [ledger.holds(each) for each in translation_scores.tested(config, lead)] == [holds]
-    assert translation_scores.tested(config, {"bleu": {"estimate": 9.0}}) == []
+        assert [ledger.holds(each) for each in translation.tested(config, lead)] == [holds]
+    assert translation.tested(config, {"bleu": {"estimate": 9.0}}) == []
 
 
 def test_the_committed_results_are_of_all_decoders():
-    data = json.loads((ledger.RESULTS / "translation.json").read_text(encoding="utf-8"))["data"]
+    data = entry("translation")["data"]
     assert data["sentences"] == 256 and len(data["leads"]) == 8
     assert {row["beams"] for row in data["table"]} == {1, 2, 4, 8}

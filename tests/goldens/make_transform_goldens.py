@@ -110,7 +110,7 @@ def ours(name: str, logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """What our transform of that name gives."""
     transform = CASES[name][0]
     if isinstance(transform, MinLength):
-        return np.asarray(call(transform, logits, np.full(ROWS, int(name.split()[1]))))
+        return np.asarray(transform.apply(np.full(ROWS, int(name.split()[1])), logits))
     context = (tokens, np.ones_like(tokens, bool)) if transform.looks_back else ()
     return np.asarray(call(transform, logits, *context))
 

@@ -429,35 +429,3 @@ def test_grouped_heads_are_repeated_heads():
     repeated = jax.tree_util.tree_map_with_path(repeat, params)
     assert full.num_params() > grouped.num_params()
     np.testing.assert_allclose(logits_of(full, repeated, TOKENS), logits_of(grouped, params, TOKENS), rtol=0, atol=2e-5)
-
-
-# Lengths and parts ----------------------------------------------------------------------------------------------------
-
-
-def test_padding_does_not_count_in_the_context(model):
-    lm, params = model
-    tokens = np.concatenate([np.zeros((3, 8), int), TOKENS], axis=1)
-    mask = np.arange(18) >= 8
-    long = logits_of(lm, params, tokens, np.tile(mask, (3, 1)))
-    np.testing.assert_allclose(long[:, 8:], logits_of(lm, params, TOKENS), rtol=0, atol=2e-5)
-
-
-def test_more_tokens_than_the_context_are_an_error_among_padding_too(model):
-    lm, params = model
-    mask = jnp.arange(CONTEXT + 3) >= jnp.asarray([[3], [2]])
-    with pytest.raises(ValueError, match=f"17 tokens, which do not fit the model's context of {CONTEXT}"):
-        lm.apply(params, jnp.zeros(mask.shape, jnp.int32), mask=mask)
-
-
-def test_apply_is_the_logits_of_hidden_and_one_state_can_be_unembedded(model):
-    lm, params = model
-
-    @jax.jit
-    def by_hand(params):
-        hidden, cache = lm.hidden(params, jnp.asarray(TOKENS))
-        assert cache is None and hidden.shape == (3, 10, 12)
-        return lm.logits(params, hidden), lm.logits(params, hidden[1, 4])
-
-    logits, one = by_hand(params)
-    np.testing.assert_allclose(logits, logits_of(lm, params, TOKENS), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(one, logits[1, 4], rtol=0, atol=2e-5)

@@ -63,7 +63,7 @@ def test_a_reward_model_comes_back_and_its_folder_holds_the_model_below(name, tm
 def test_what_is_no_reward_model_is_refused(gpt2, tmp_path):
     lm, params = gpt2
     models.save(tmp_path / "lm", lm, params)
-    with pytest.raises(ValueError, match=r"is no reward model: score.weight of the shape \[1, width\] was expected"):
+    with pytest.raises(ValueError, match=r"is not a reward model: score.weight must be \[1, width\]"):
         models.load_reward_model(tmp_path / "lm")
     table = ScalarHead(TINY["tabular"])
     with pytest.raises(ValueError, match="has no Hugging Face form"):

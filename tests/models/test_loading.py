@@ -153,7 +153,7 @@ def test_two_shards_are_one_model(tmp_path, name):
 
 def test_a_missing_shard_is_named(tmp_path):
     (sharded(tmp_path, "llama-0") / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002\.safetensors, which is missing"):
         models.load(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     save_file(load_file(first) | {"model.norm.weight": np.ones(32, np.float32)}, first)
     save_file(load_file(second) | {"model.norm.weight": np.ones(32, np.float32)}, second)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight stands there twice"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight occurs twice"):
         models.load(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_a_single_file_goes_before_an_index_beside_it(tmp_path):
 )
 def test_a_broken_index_is_an_error(tmp_path, content):
     (sharded(tmp_path, "llama-0") / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not a safetensors index"):
         models.load(tmp_path)
 
 
@@ -400,7 +400,7 @@ def test_a_config_that_is_no_json_object_is_an_error(tmp_path, content, said):
 
 def test_a_folder_without_config_is_an_error(tmp_path):
     (variant(tmp_path, "gpt2-1") / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder in Hugging Face format, but has no config\.json"):
         models.load(tmp_path)
 
 
@@ -517,7 +517,10 @@ def test_a_file_that_is_cut_or_is_not_safetensors_is_an_error(tmp_path, raw):
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt"])
 def test_pickled_weights_are_never_loaded(tmp_path, file):
     (variant(tmp_path, "gpt2-1") / "model.safetensors").rename(tmp_path / file)
-    with pytest.raises(FileNotFoundError, match=f"found config.json, {file}.*pickled weights are never loaded"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"must have model.safetensors, but has config.json, {file}.*pickled weights are never loaded",
+    ):
         models.load(tmp_path)
 
 
@@ -612,7 +615,7 @@ def test_a_file_that_is_no_gguf_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"x\.gguf is not a GGUF file"):
         models.load(tmp_path / "x.gguf")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"model\.safetensors is neither a folder nor a \.gguf file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a folder or a \.gguf file, but is neither"):
         models.load(tmp_path / "model.safetensors")
 
 

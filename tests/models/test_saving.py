@@ -234,7 +234,7 @@ def test_an_interrupted_save_leaves_nothing_half_written(tmp_path, monkeypatch, 
     with pytest.raises(OSError, match="No space left"):
         models.save(tmp_path, LMS["gpt2"], random_params(LMS["gpt2"]))
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors.partial"}
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder in Hugging Face format, but has no config\.json"):
         models.load(tmp_path)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxrl_llm import oracle
-from jaxrl_llm.analysis.amplification import amplified_agreement
+from jaxrl_llm.analysis.sycophancy import amplified_agreement
 from jaxrl_llm.objectives import advantages, kl, policy_gradient, preference, rlhf
 from jaxrl_llm.objectives.reward_model import k_choose_2_loss, pairwise_loss
 from jaxrl_llm.tabular import TabularLM

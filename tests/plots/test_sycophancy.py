@@ -1,10 +1,10 @@
-"""Bars and points of sycophancy: names that stay apart, signs that are no mathematics, points without an interval."""
+"""Bars and points of sycophancy: names that stay apart, signs that are not mathematics, points without an interval."""
 
 import matplotlib.figure
 import pytest
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.sycophancy import LONGEST, draw_effects, matching_figure, report_figure, short_name
+from jaxrl_llm.plots.sycophancy import LONGEST, draw_effects, report_figure, short_name
 
 ALONE = {"estimate": 0.5, "low": None, "high": None}
 
@@ -22,8 +22,8 @@ def test_names_keep_both_ends(name, shown):
     assert short_name(name) == shown and len(shown) <= LONGEST
 
 
-def test_signs_are_no_mathematics_and_one_claim_has_a_point_alone(tmp_path):
-    figure = matching_figure([{"name": "a $x_{$ b", **ALONE}], title="t $\\frac$ x")
+def test_signs_are_not_mathematics_and_one_claim_has_a_point_alone(tmp_path):
+    figure = report_figure([{"source": "a $x_{$ b", "published": ALONE}], title="t $\\frac$ x")
     style.save_as(figure, tmp_path / "drawn.png")
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a $x_{$ b"]
@@ -35,7 +35,6 @@ def test_signs_are_no_mathematics_and_one_claim_has_a_point_alone(tmp_path):
 
 def test_reports_have_the_panels_that_were_measured():
     given = {"source": "given", "published": ALONE}
-    assert len(report_figure([given], title="t").axes) == 1
     letters = {"shift": ALONE | {"estimate": -0.25}}
     model = {"source": "model", "published": ALONE, "letters": letters, "words": {"shift": None}, "letter_bias": ALONE}
     bars, shifts, bias = report_figure([given, model], title="t").axes

@@ -9,9 +9,9 @@ from tools import sword
 def test_blocks_that_do_not_fit_their_index(tmp_path):
     index, packed = write_blocks(tmp_path, "ot", ["one", "two, or møre"])
     assert sword.read_blocks(index, packed) == [b"one", "two, or møre".encode()]
-    with pytest.raises(ValueError, match="12 bytes a block, but this one has 23 bytes: it is truncated"):
+    with pytest.raises(ValueError, match="12 bytes per block, but has 23 bytes: it is truncated"):
         sword.read_blocks(index[:-1], packed)
-    with pytest.raises(ValueError, match="the block at 0 should hold 4 bytes, but 3 were found"):
+    with pytest.raises(ValueError, match="the block at 0 must have 4 bytes, but has 3"):
         sword.read_blocks(index[:8] + struct.pack("<I", 4), packed)
     with pytest.raises(ValueError, match=r"the block at 11 cannot be decompressed: .*incomplete or truncated"):
         sword.read_blocks(index, packed[:-1])
@@ -63,7 +63,7 @@ def test_entries_that_do_not_fit_are_refused(tmp_path):
     write_module(tmp_path, "ot", {"Gen": [["a"]]})
     data = (tmp_path / "ot.bzv").read_bytes()
     (tmp_path / "ot.bzv").write_bytes(data[:-1])
-    with pytest.raises(ValueError, match="10 bytes an entry, but this one has 49 bytes: it is truncated"):
+    with pytest.raises(ValueError, match="10 bytes per entry, but has 49 bytes: it is truncated"):
         sword.read_verses(tmp_path)
     for entry in ((1, 0, 60_000), (2, 0, 1)):
         (tmp_path / "ot.bzv").write_bytes(data + struct.pack("<IIH", *entry))

@@ -1,6 +1,6 @@
-"""The loss around a point of parameter space: directions to leave it by, the surface they span, its curvature.
+"""The loss around a point of parameter space: directions, the surface over two of them, and curvature.
 
-Everything takes a `loss_fn(params) -> scalar`, and knows nothing of what is lost; `losses` makes such functions.
+Every function takes `loss_fn(params) -> scalar`, any function of the parameters; `losses` makes such functions.
 """
 
 from jaxrl_llm.analysis.landscape.curvature import (

@@ -1,4 +1,4 @@
-"""The Hessian of a loss, never formed: its products with vectors, its curvature along a direction, its largest part."""
+"""The Hessian of a loss without forming it: products with vectors, curvature along a direction, top eigenpairs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SECOND_DIFFERENCE = (-205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560)
 
 
 class Eigenpairs(NamedTuple):
-    """The largest eigenvalues of a Hessian, in falling order, and unit eigenvectors."""
+    """The largest eigenvalues of a Hessian, in descending order, with unit eigenvectors."""
 
     values: Float[np.ndarray, "count"]
     vectors: list[Params]
-    residuals: Float[np.ndarray, "count"]  # ‖Hv − λv‖: some eigenvalue lies within it of λ
-    smallest: float  # the smallest eigenvalue that the same iterations found: an upper bound of the smallest of all
+    residuals: Float[np.ndarray, "count"]  # ‖Hv − λv‖: an eigenvalue of H lies within this distance of λ
+    smallest: float  # the smallest eigenvalue that the iterations found: an upper bound of the smallest one
     iterations: int
 
 
 def hessian_vector_product(loss_fn: LossFn, params: Params, vector: Params) -> Params:
-    """H v with H = ∇²loss(params), forward over reverse: the cost of a few gradients, and no Hessian.
+    """Compute H v with H = ∇²loss(params), forward over reverse, at the cost of a few gradients.
 
     Raises:
         ValueError: if the trees do not match.
@@ -42,13 +42,13 @@ def hessian_vector_product(loss_fn: LossFn, params: Params, vector: Params) -> P
 
 
 def slope(loss_fn: LossFn, params: Params, direction: Params) -> float:
-    """⟨∇loss, d⟩: the first derivative of the loss at `params` along a direction, which keeps its length."""
+    """Compute ⟨∇loss, d⟩, the first derivative of the loss at `params` along a direction d, which is not normalised."""
     check_like(direction, params, name="direction")
     return float(_slope(loss_fn, params, direction))
 
 
 def curvature(loss_fn: LossFn, params: Params, direction: Params) -> float:
-    """dᵀHd: the second derivative of the loss at `params` along a direction, which keeps its length."""
+    """Compute dᵀHd, the second derivative of the loss at `params` along a direction d, which is not normalised."""
     check_like(direction, params, name="direction")
     return float(_curvature(loss_fn, params, direction))
 
@@ -64,14 +64,16 @@ def _curvature(loss_fn: LossFn, params: Params, direction: Params) -> Array:
 
 
 def second_difference(values: Float[np.ndarray, "point"], spacing: float) -> float:
-    """The second derivative in the middle of an odd number of equally spaced values, 9 of them or more.
+    """Estimate the second derivative in the middle of an odd number of equally spaced values, at least 9.
 
-    The central difference of eighth order (Fornberg 1988): its error is f⁽¹⁰⁾ h⁸ / 3150, and that of rounding some
-    six times that of the values over h².
+    It is the central difference of eighth order. Its truncation error is f⁽¹⁰⁾ h⁸ / 3150; its rounding error is about
+    six times that of the values, divided by h².
 
     Raises:
         ValueError: if the values are fewer than 9, even in number or not finite in the middle, or spacing is not
             positive.
+
+    Source: Fornberg 1988, table 1.
     """
     values = np.asarray(values, np.float64)
     reach, middle = len(SECOND_DIFFERENCE) - 1, len(values) // 2
@@ -81,7 +83,7 @@ def second_difference(values: Float[np.ndarray, "point"], spacing: float) -> flo
         raise ValueError(f"spacing must be positive, but is {spacing}.")
     near = values[middle - reach : middle + reach + 1]
     if not np.isfinite(near).all():
-        raise ValueError("the values in the middle are not all finite.")
+        raise ValueError("the values in the middle must be finite, but are not.")
     weights = np.asarray(SECOND_DIFFERENCE[:0:-1] + SECOND_DIFFERENCE)
     return float(weights @ near / spacing**2)
 
@@ -96,20 +98,23 @@ def top_eigenpairs(
     tolerance: float = 1e-3,
     progress: bool = False,
 ) -> Eigenpairs:
-    """The `count` largest eigenvalues of the Hessian, and their eigenvectors, by Lanczos iterations.
+    """Compute the `count` largest eigenvalues of the Hessian with their eigenvectors, by Lanczos iterations.
 
-    An orthonormal basis Q of the Krylov space of a random vector makes Qᵀ H Q tridiagonal; its eigenpairs (λ, s) give
-    those of H as (λ, Q s), with the residual β |s_m| (Parlett 1980, chapter 13). Every new vector is made orthogonal
-    to all before, twice, so that no eigenvalue appears twice that is single; where the space is exhausted a new random
-    vector goes on, so that those that are multiple are found too. It holds `max_iterations` vectors of the size of the
-    parameters in memory. Parameters narrower than float32 are widened.
+    An orthonormal basis Q of the Krylov space of a random vector makes Qᵀ H Q tridiagonal. Its eigenpairs (λ, s) give
+    the eigenpairs (λ, Q s) of H, with residual β |s_m|. Each new vector is orthogonalised twice against all earlier
+    ones, so that a simple eigenvalue does not appear twice. If the space is exhausted, the iterations continue from a
+    new random vector, so that multiple eigenvalues are found too. The basis takes `max_iterations` times the memory of
+    the parameters. Parameters narrower than float32 are widened.
 
     Args:
-        tolerance: stop when the residuals are below this share of the largest |λ| found.
+        tolerance: stop when the residuals are below this fraction of the largest |λ| found.
 
     Raises:
-        ValueError: if params are not finite and floating, or fewer numbers than `count`, or knobs are out of range.
+        ValueError: if params are not finite and floating or have fewer numbers than `count`, or a keyword argument is
+            out of range.
         FloatingPointError: if the loss has no finite curvature at `params`.
+
+    Source: Parlett 1980, chapter 13.
     """
     check_params(params)
     params = jax.tree.map(lambda leaf: wide(jnp.asarray(leaf)), params)
@@ -117,7 +122,7 @@ def top_eigenpairs(
     size, dtype = flat.size, flat.dtype
     if not 1 <= count <= min(size, max_iterations):
         raise ValueError(
-            f"count must lie in [1, {min(size, max_iterations)}], by the numbers in params and max_iterations, "
+            f"count must lie in [1, {min(size, max_iterations)}], bounded by the size of params and max_iterations, "
             f"but is {count}."
         )
     most = min(max_iterations, size)
@@ -136,7 +141,7 @@ def top_eigenpairs(
         scale = np.abs(values).max()
         exhausted = float(beta) <= 8 * float(jnp.finfo(dtype).eps) * scale
         residuals = np.abs(shares[-1]) * float(beta)
-        # An exhausted space may hold one vector of a multiple eigenvalue: only further ones can tell.
+        # An exhausted space has only one vector of a multiple eigenvalue: further ones are needed.
         if step + 1 >= count and not exhausted and (residuals[:count] <= tolerance * scale).all():
             break
         if exhausted and step + 1 < most:
@@ -144,7 +149,7 @@ def top_eigenpairs(
         beside.append(0.0 if exhausted else float(beta))
     bar.close()
     used = basis[: len(diagonal)]
-    # Orthonormal but for the rounding of the long sums in the basis, and made so by accurate ones.
+    # Orthonormal up to the rounding of long sums in the basis; accurate sums remove that.
     vectors = orthonormal([unravel(jnp.asarray(shares[:, i], dtype) @ used) for i in range(count)])
     return Eigenpairs(values[:count], vectors, residuals[:count], float(values[-1]), len(diagonal))
 
@@ -158,7 +163,7 @@ def _lanczos_step(
     vector: Float[Array, "size"],
     step: int,
 ) -> tuple[Float[Array, "most size"], Float[Array, "size"], Float[Array, ""]]:
-    """The basis with the new vector, H times that vector, and the vector's own curvature."""
+    """Return the basis with the new vector, H times that vector, and the curvature along it."""
     image = ravel_pytree(hessian_vector_product(loss_fn, params, unravel(vector)))[0]
     basis = jax.lax.dynamic_update_slice_in_dim(basis, vector[None], step, axis=0)
     return basis, image, accurate_sum(vector * image)
@@ -168,9 +173,9 @@ def _lanczos_step(
 def _orthonormal(
     basis: Float[Array, "most size"], vector: Float[Array, "size"]
 ) -> tuple[Float[Array, "size"], Float[Array, ""]]:
-    """The part of a vector beside the basis, with norm 1, and that part's norm. Rows of zeros take nothing."""
+    """Return the normalised component of a vector orthogonal to the basis, and that component's norm."""
     lengths = []
-    for _ in range(3):  # what rounding left is taken away, also where little more than that was left
+    for _ in range(3):  # again, to remove what rounding left, even if little more than that was left
         vector = vector - (basis @ vector) @ basis
         lengths.append(jnp.sqrt(accurate_sum(jnp.square(vector))))
         vector = vector / jnp.where(lengths[-1] > 0, lengths[-1], 1)
@@ -178,7 +183,7 @@ def _orthonormal(
 
 
 def _tridiagonal_eigh(diagonal: list[float], beside: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues in falling order, and eigenvectors as columns."""
+    """Return eigenvalues in descending order, and eigenvectors as columns."""
     matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
     values, vectors = np.linalg.eigh(matrix)
     return values[::-1], vectors[:, ::-1]

@@ -1,4 +1,4 @@
-"""Directions in parameter space: random ones, and those that given parameters span."""
+"""Directions in parameter space: random ones, and those spanned by given parameters."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ Directions = tuple[Params, Params]
 
 
 def random_directions(params: Params, key: Key[Array, ""], *, scale: Scale = "parameter") -> Directions:
-    """Two random directions, one normal tensor a parameter, that are orthogonal over all parameters together.
+    """Draw two random directions, a normal tensor for each parameter, that are orthogonal over all parameters.
 
-        scale       each direction has                                  stays where it is
-        parameter   in each tensor its parameter's norm                 a parameter of norm 0
-        filter      in each filter its filter's norm                    a filter of norm 0; biases and norms, that is
+        scale       each direction has                                  without change
+        parameter   in each tensor its parameter's norm                 parameters of norm 0
+        filter      in each filter its filter's norm                    filters of norm 0; biases and norms, that is
                     (Li et al. 2018, section 4)                         every tensor of one axis or none
         none        standard normal numbers                             nothing
 
-    The filters of a `kernel` are its columns, what feeds one unit (all axes but the last); of any other tensor, an
-    embedding for one, they are its rows.
+    The filters of a `kernel` are its columns, the inputs of one unit (all axes but the last). The filters of any other
+    tensor, such as an embedding, are its rows.
 
-    They are orthogonal *and* of the right norm by construction. In a group g (tensor or filter) of norm t_g let u_g
-    and v_g be orthonormal: the first draw, and what the second has beside it. Then, with one cosine c for all groups,
+    The directions are orthogonal *and* have the right norm by construction. In a group g (tensor or filter) of norm t_g
+    let u_g and v_g be orthonormal: the first draw, and the component of the second draw orthogonal to it. Then, with
+    one cosine c for all groups,
 
         d1_g = t_g u_g,    d2_g = t_g (c u_g + √(1 − c²) v_g):    ‖d1_g‖ = ‖d2_g‖ = t_g,    ⟨d1, d2⟩ = Σ_g c t_g²
 
-    and c = 0 makes them orthogonal, group by group. A group of a single number has no v_g: there d2_g = ±d1_g, which
-    adds S = Σ ± t_g², and c = −S / Σ t_g² over the other groups takes it away. Without a scale, d2 is freed of d1 as a
-    whole, and keeps its length.
+    and c = 0 makes them orthogonal in every group. A group of a single number has no v_g: there d2_g = ±d1_g, which
+    adds S = Σ ± t_g², and c = −S / Σ t_g² over the other groups cancels it. Without a scale, the component of d2 along
+    d1 is removed over all numbers, and the length of d2 is kept.
 
     Args:
-        params: a tree of floating arrays. The same name, shape and key give the same draw, whatever else is there.
+        params: a tree of floating arrays. The draw of a tensor depends on its name, its shape and the key alone.
 
     Returns:
         Two trees like `params`, in float32 or wider.
 
     Raises:
-        ValueError: if params are not finite and floating, or all of norm 0 where there is something to scale to, or
-            single numbers outweigh all that could make up for them.
+        ValueError: if params are not finite and floating, if all have norm 0 and a scale is asked for, or if groups of
+            single numbers outweigh the others.
     """
     if scale not in get_args(Scale):
         raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, but is {scale!r}.")
@@ -76,7 +77,7 @@ def random_directions(params: Params, key: Key[Array, ""], *, scale: Scale = "pa
 
 
 def _draw(path: tuple, leaf: Array, key: Array, number: int) -> Array:
-    """Normal numbers that depend on the leaf's name and shape, and on no other leaf."""
+    """Draw normal numbers that depend on the leaf's name and shape, and on no other leaf."""
     leaf_key = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name_of(path).encode())), number)
     return jax.random.normal(leaf_key, leaf.shape, wide(leaf).dtype)
 
@@ -89,12 +90,12 @@ def _unscaled(params: Params, key: Array) -> Directions:
     try:
         _, second = orthonormal(draws)
     except ValueError:
-        raise ValueError("two orthogonal directions need at least two numbers in params.") from None
+        raise ValueError("params must have at least two numbers for two orthogonal directions.") from None
     return draws[0], rescaled(second, norm(draws[1]))
 
 
 def _group_axes(path: tuple, leaf: Array, scale: Scale) -> tuple[int, ...] | None:
-    """The axes that one group fills; None for a tensor that stays where it is."""
+    """Return the axes of one group; None for a tensor that is not changed."""
     if scale == "parameter":
         return tuple(range(leaf.ndim))
     if leaf.ndim < 2:
@@ -118,7 +119,7 @@ def _scaled_pair(path: tuple, leaf: Array, key: Array, scale: Scale) -> tuple[Ar
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _orthogonal_pair(leaf: Array, first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """t u and t v of each group; of a group of one number, its two draws' signs times t."""
+    """Return t u and t v of each group; for a group of one number, t times the signs of its two draws."""
 
     def total(values: Array) -> Array:
         whole = len(axes) == values.ndim
@@ -131,13 +132,13 @@ def _orthogonal_pair(leaf: Array, first: Array, second: Array, axes: tuple[int, 
     target = jnp.sqrt(total(jnp.square(leaf)))
     first, second = unit(first), unit(second)
     if math.prod(leaf.shape[axis] for axis in axes) > 1:
-        for _ in range(2):  # the second time takes away what rounding left
+        for _ in range(2):  # the second time removes what rounding left
             second = unit(second - total(first * second) * first)
     return target * first, target * second
 
 
 def _common_cosine(firsts: Sequence[Array], besides: Sequence[Array], alone: Sequence[bool]) -> float:
-    """c: 0, or what makes up for the groups of a single number."""
+    """Return c: 0, or the cosine that compensates for groups of a single number."""
     free = lone = weight = 0.0
     for first, beside, single in zip(firsts, besides, alone, strict=True):
         square = float(inner(first, first))
@@ -147,31 +148,31 @@ def _common_cosine(firsts: Sequence[Array], besides: Sequence[Array], alone: Seq
         else:
             free += square
     if weight == 0:
-        raise ValueError("params have norm 0 wherever a direction would be scaled to them: take scale='none'.")
+        raise ValueError("params to scale to must not have norm 0, but all have: use scale='none'.")
     if not math.isfinite(weight):
-        raise ValueError("the norm of params is out of their dtype's range.")
+        raise ValueError("the norm of params must be in their dtype's range, but overflows.")
     if abs(lone) >= free and lone != 0:
         raise ValueError(
-            "params are mostly single numbers, in which a direction has no choice but its sign, so that two cannot be "
-            "orthogonal: take scale='none', or another key."
+            "params must not be mostly single numbers, for only their sign is random and two directions cannot be "
+            "orthogonal: use scale='none' or another key."
         )
     return -lone / free if lone else 0.0
 
 
 def rescaled(direction: Params, length: float | Array) -> Params:
-    """The direction with the norm `length` over all its numbers together.
+    """Return the direction scaled to the norm `length` over all its numbers.
 
     Raises:
         ValueError: if the direction is 0.
     """
     present = norm(direction)
     if not present > 0:
-        raise ValueError("a direction of norm 0 cannot be rescaled.")
+        raise ValueError("a direction must not have norm 0 to be rescaled, but has.")
     return jax.tree.map(lambda leaf: wide(leaf) * (length / present).astype(wide(leaf).dtype), direction)
 
 
 def interpolation_directions(params: Params, first: Params, second: Params) -> Directions:
-    """From `params` to two other trees: (1, 0) of the plane is the first, (0, 1) the second.
+    """Return the directions from `params` to two other trees: the first is at (1, 0), the second at (0, 1).
 
     Raises:
         ValueError: if the trees do not match.
@@ -189,19 +190,21 @@ class PrincipalDirections(NamedTuple):
     """The plane in which a list of checkpoints moves most."""
 
     directions: Directions
-    coordinates: Float[np.ndarray, "checkpoint 2"]  # of each checkpoint in that plane, the largest of each axis 1
-    explained: Float[np.ndarray, "2"]  # share of Σ ‖checkpoint − origin‖² along each direction
+    coordinates: Float[np.ndarray, "checkpoint 2"]  # of each checkpoint in the plane; the largest of each axis is 1
+    explained: Float[np.ndarray, "2"]  # fraction of Σ ‖checkpoint − origin‖² along each direction
 
 
 def principal_directions(checkpoints: Sequence[Params], origin: Params) -> PrincipalDirections:
-    """The first two principal components of checkpoint − origin, where origin is usually the last checkpoint.
+    """Compute the first two principal components of checkpoint − origin, where origin is usually the last checkpoint.
 
-    Uncentred, by the eigenvectors of the checkpoints' Gram matrix (Li et al. 2018, section 7, whose matrix has these
-    differences as its rows). They are orthogonal, and as long as the farthest checkpoint reaches along each, so that
-    the path fits into [−1, 1]²; the first checkpoint lies at positive coordinates.
+    They are uncentred, from the eigenvectors of the checkpoints' Gram matrix. They are orthogonal, and each is as long
+    as the farthest checkpoint along it, so that the path fits into [−1, 1]². The first checkpoint has positive
+    coordinates.
 
     Raises:
         ValueError: if trees do not match, or all checkpoints lie on one line through the origin.
+
+    Source: Li et al. 2018, section 7.
     """
     check_params(origin, name="origin")
     differences = [_towards(origin, each, f"checkpoint {i}") for i, each in enumerate(checkpoints)]
@@ -210,9 +213,9 @@ def principal_directions(checkpoints: Sequence[Params], origin: Params) -> Princ
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1][:2], vectors[:, ::-1][:, :2]
     if len(values) < 2 or values[1] <= count * _rounding(differences[0]) * values[0]:
-        raise ValueError(f"{count} checkpoints span no plane around the origin: they lie on a line through it.")
+        raise ValueError(f"checkpoints must span a plane with the origin, but all {count} lie on a line through it.")
     vectors = vectors * np.where(vectors[0] < 0, -1, 1)
-    # The second is short, so that rounding of the first would tilt it: they are made orthogonal again.
+    # The second is short, and rounding of the first would tilt it: orthogonalise again.
     axes = orthonormal([_combined(differences, vectors[:, i]) for i in (0, 1)])
     places = np.asarray([[float(inner(each, axis)) for axis in axes] for each in differences])
     reach = np.abs(places).max(axis=0)
@@ -228,12 +231,12 @@ def _combined(trees: Sequence[Params], weights: np.ndarray) -> Params:
 
 
 def _rounding(tree: Params) -> float:
-    """What inner products of such trees leave unsure, relative to the products of the norms."""
+    """Return the relative rounding error of inner products of such trees."""
     return 8 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(tree))).eps)
 
 
 def coordinates(params: Params, origin: Params, directions: Directions) -> Float[np.ndarray, "2"]:
-    """(α, β) of the point of the plane that is nearest to `params`.
+    """Return (α, β) of the point of the plane that is nearest to `params`.
 
     Raises:
         ValueError: if trees do not match, or the directions span no plane.
@@ -243,5 +246,5 @@ def coordinates(params: Params, origin: Params, directions: Directions) -> Float
         check_like(direction, origin, name=f"direction {i}")
     gram = np.asarray([[float(inner(a, b)) for b in directions] for a in directions])
     if not np.linalg.det(gram) > _rounding(difference) * gram[0, 0] * gram[1, 1]:
-        raise ValueError("the directions span no plane: one is 0, or a multiple of the other.")
+        raise ValueError("the directions must span a plane, but one is 0 or a multiple of the other.")
     return np.linalg.solve(gram, [float(inner(direction, difference)) for direction in directions])

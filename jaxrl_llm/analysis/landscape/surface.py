@@ -1,4 +1,4 @@
-"""The loss over a plane, or along a line, through a point of parameter space."""
+"""The loss over a plane or along a line through a point of parameter space."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class LossHole(UserWarning):
 
 
 def axis(radius: float = 1.0, points: int = 21) -> Float[np.ndarray, "points"]:
-    """`points` equally spaced numbers over [−radius, radius], exactly symmetric: with an odd number, 0 is among them.
+    """Return `points` equally spaced numbers over [−radius, radius], exactly symmetric; odd numbers include 0.
 
     Raises:
         ValueError: if there are no points, or radius is not positive and finite.
     """
     if not isinstance(points, int | np.integer) or points < 1:
-        raise ValueError(f"a grid needs at least one point along each axis, but is given {points!r}.")
+        raise ValueError(f"points must be an integer of at least 1, but is {points!r}.")
     if not 0 < radius < np.inf:
         raise ValueError(f"radius must be positive and finite, but is {radius}.")
     spaced = np.linspace(-radius, radius, points) if points > 1 else np.zeros(1)
@@ -55,34 +55,33 @@ def loss_surface(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Float[np.ndarray, "A B"]:
-    """loss(params + α d1 + β d2) for every α and β.
+    """Compute loss(params + α d1 + β d2) for every α and β.
 
-    Each point starts from the parameters themselves, which are never written, so that nothing drifts: for each α
-    params + α d1 is formed once, and the row is a `lax.map` over vmapped blocks of β. The origin, where it is on the
-    grid, is then evaluated by the loss's own program, and is `jax.jit(loss_fn)(params)` bit for bit; within another
-    program XLA may round the last bit otherwise.
+    Each point is computed from the parameters themselves, so that errors do not accumulate: params + α d1 is formed
+    once for each α, and the row is a `lax.map` over vmapped blocks of β. The origin, if it is on the grid, is evaluated
+    by `jax.jit(loss_fn)(params)` and equals it bit for bit; another program may round the last bit differently.
 
     Args:
-        loss_fn: any scalar of a parameter tree, traceable by jax. It is compiled once for each function object.
+        loss_fn: any scalar function of a parameter tree that jax can trace. Each function object is compiled once.
         directions: two trees like params. The sum is formed in float32 or wider, and cast to the dtype of params.
-        memory_budget: bytes for the perturbed parameters and what the loss computes from them, on each device; as
-            many points as fit are evaluated together. By default one point at a time on CPUs, where together they are
-            no faster, and a quarter of the device's memory elsewhere.
-        mesh: the points of a row are split over all its devices.
-        checkpoint: a file that keeps the rows that are done; a call that finds it there goes on from it.
+        memory_budget: bytes on each device for the perturbed parameters and the loss's intermediates; as many points
+            as fit are evaluated together. By default one point at a time on CPUs, where batching is not faster, and a
+            quarter of the device's memory elsewhere.
+        mesh: devices over which the points of a row are split.
+        checkpoint: a file for the finished rows; a call that finds it there continues from it.
         progress: show a progress bar.
 
     Returns:
-        The losses, [alpha, beta]. Where the loss is not finite it is a hole: the value stays as it is, and a `LossHole`
-        warning says how many there are, and where the first.
+        The losses, [alpha, beta]. A loss that is not finite is a hole: it is returned unchanged, and a `LossHole`
+        warning gives the number of holes and the first one.
 
     Raises:
-        ValueError: if trees do not match, the grid is empty or not finite, the loss is no scalar, a point alone needs
-            more than the budget, or the checkpoint is that of another grid, loss or point.
+        ValueError: if trees do not match, the grid is empty or not finite, the loss is not a scalar, one point needs
+            more than the budget, or the checkpoint belongs to another grid, loss or point.
     """
     alphas, betas = _checked_axis("alphas", alphas), _checked_axis("betas", betas)
     if len(directions) != 2:
-        raise ValueError(f"a surface needs two directions, but is given {len(directions)}.")
+        raise ValueError(f"directions must be two trees, but are {len(directions)}.")
     first, second = directions
     dtype = _checked_dtype(loss_fn, params, directions)
     block = _block_size(
@@ -188,7 +187,7 @@ def surface_of(
 def loss_section(
     loss_fn: LossFn, params: Params, direction: Params, alphas: Float[np.ndarray, "A"]
 ) -> Float[np.ndarray, "A"]:
-    """loss(params + α d) for every α: as `loss_surface`, along one direction."""
+    """Compute loss(params + α d) for every α: `loss_surface` along one direction."""
     alphas = _checked_axis("alphas", alphas)
     _checked_dtype(loss_fn, params, (direction,))
     losses = _losses_along(loss_fn, params, params, direction, alphas)
@@ -207,7 +206,7 @@ def _checked_axis(name: str, values: Array) -> np.ndarray:
 
 
 def _checked_dtype(loss_fn: LossFn, params: Params, directions: Sequence[Params]) -> np.dtype:
-    """The dtype of the loss, after all trees and the loss have been checked."""
+    """Check all trees and the loss, and return the dtype of the loss."""
     check_params(params)
     for number, direction in enumerate(directions):
         check_like(direction, params, name=f"direction {number}")
@@ -219,7 +218,7 @@ def _checked_dtype(loss_fn: LossFn, params: Params, directions: Sequence[Params]
 
 @jax.jit
 def _sum(params: Params, direction: Params, coefficient: float) -> Params:
-    """params + coefficient · direction, in float32 or wider."""
+    """Compute params + coefficient · direction, in float32 or wider."""
 
     def leaf_sum(leaf: Array, step: Array) -> Array:
         leaf = wide(leaf)
@@ -230,12 +229,12 @@ def _sum(params: Params, direction: Params, coefficient: float) -> Params:
 
 @jax.jit
 def _moved(params: Params, base: Params, direction: Params, coefficient: float) -> Params:
-    """base + coefficient · direction, in the dtypes of params."""
+    """Compute base + coefficient · direction, in the dtypes of params."""
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _sum(base, direction, coefficient), params)
 
 
 def _loss_alone(loss_fn: LossFn, params: Params, base: Params, direction: Params, coefficient: float) -> np.ndarray:
-    """The loss at one point by the program that it is on its own: within another it may round otherwise."""
+    """Compute the loss at one point by its own program: another program may round differently."""
     return np.asarray(jax.jit(loss_fn)(_moved(params, base, direction, coefficient)))
 
 
@@ -249,7 +248,7 @@ def _losses_along(
     block: int = 1,
     mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "point"]:
-    """The loss at base + c · direction for each coefficient c; the last is repeated where blocks are to be filled."""
+    """Compute the loss at base + c · direction for each coefficient c; the last one is repeated to fill blocks."""
     together = block * (1 if mesh is None else mesh.size)
     padded = jnp.asarray(np.pad(coefficients, (0, -len(coefficients) % together), mode="edge"))
     if mesh is not None:
@@ -269,13 +268,13 @@ def _line(
     block: int,
     mesh: Mesh | None = None,
 ) -> Float[Array, "point"]:
-    """`block` points at a time, on each device of the mesh."""
+    """Evaluate `block` points at a time on each device of the mesh."""
 
     def each(params: Params, base: Params, direction: Params, coefficients: Array) -> Array:
         def at(coefficient: Float[Array, ""]) -> Float[Array, ""]:
             return loss_fn(_moved(params, base, direction, coefficient))
 
-        # One point at a time needs no vmap, which would make batched products of plain ones.
+        # For one point at a time there is no vmap: it would turn plain products into batched ones.
         return jax.lax.map(at, coefficients, batch_size=block if block > 1 else None)
 
     if mesh is None:
@@ -286,7 +285,7 @@ def _line(
 
 
 def _block_size(loss_fn: LossFn, params: Params, direction: Params, budget: int | None, *, most: int) -> int:
-    """How many points are evaluated together within the budget."""
+    """Return the number of points that are evaluated together within the budget."""
     if budget is None:
         stats = jax.devices()[0].memory_stats()
         if jax.default_backend() == "cpu" or not stats or "bytes_limit" not in stats:
@@ -298,8 +297,8 @@ def _block_size(loss_fn: LossFn, params: Params, direction: Params, budget: int 
     program = _line.lower(loss_fn, params, base, direction, jnp.zeros(1), block=1).compile()
     alone = max(1, program.memory_analysis().temp_size_in_bytes)
     if alone > budget:
-        raise ValueError(f"memory_budget must be at least {alone} bytes, what one point needs, but is {budget}.")
-    return -(-most // -(-most // min(budget // alone, most)))  # blocks of equal size, that none is half empty
+        raise ValueError(f"memory_budget must be at least {alone} bytes, the need of one point, but is {budget}.")
+    return -(-most // -(-most // min(budget // alone, most)))  # blocks of equal size
 
 
 def _report_holes(losses: np.ndarray, *axes: np.ndarray) -> None:
@@ -314,7 +313,7 @@ def _report_holes(losses: np.ndarray, *axes: np.ndarray) -> None:
 
 
 class _Rows:
-    """The rows of a surface so far, in memory and, if there is a file, in it: whole or not at all."""
+    """The finished rows of a surface, in memory and, if there is a checkpoint, in its file, written atomically."""
 
     def __init__(
         self,
@@ -339,16 +338,16 @@ class _Rows:
             identity, losses = kept["identity"], [[float(loss) for loss in row] for row in kept["losses"]]
             losses = np.asarray(losses, self.done.dtype).reshape(-1, self.done.shape[1])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is no checkpoint of a loss surface: {error!r}.") from error
+            raise ValueError(f"{self.path} is not a checkpoint of a loss surface: {error!r}.") from error
         if identity != self._identity:
             raise ValueError(
                 f"{self.path} is the checkpoint of another surface (grid, directions, parameters or loss): "
-                "name another file, or remove it."
+                "choose another file, or remove it."
             )
         return losses
 
     def add(self, row: np.ndarray) -> None:
-        """Add the next row, and write all so far."""
+        """Add the next row, and write all rows."""
         self.done = np.concatenate([self.done, row[None]])
         if self.path is None:
             return
@@ -362,9 +361,9 @@ class _Rows:
 def _fingerprint(
     loss_fn: LossFn, params: Params, directions: tuple[Params, Params], alphas: np.ndarray, betas: np.ndarray
 ) -> str:
-    """Of grid, parameters, directions, and of the loss by its values in two corners.
+    """Return a hash of grid, parameters, directions, and the loss's values at two corners.
 
-    Not in the middle: there every loss of DPO around its reference is log 2.
+    The centre would not do: around its reference every DPO loss is log 2 there.
     """
     first, second = directions
     corners = [float(_loss_alone(loss_fn, params, _sum(params, first, alphas[i]), second, betas[i])) for i in (0, -1)]

@@ -1,4 +1,4 @@
-"""Parameter trees as vectors: inner products that stay accurate over millions of numbers, and checks."""
+"""Parameter trees as vectors: inner products that are accurate over millions of numbers, and checks."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ from jaxrl_llm.numerics import is_concrete, wide
 
 LossFn = Callable[[Params], Float[Array, ""]]
 
-BLOCK = 1024  # numbers added up in one go
+BLOCK = 1024  # numbers that are summed in one step
 
 
 def accurate_sum(values: Float[Array, "..."]) -> Float[Array, ""]:
-    """The sum, by blocks of blocks: its error does not grow with the number of terms as that of one long sum does."""
+    """Sum by blocks of blocks: unlike in one long sum, the error does not grow with the number of terms."""
     values = values.reshape(-1)
     while values.size > 1:
         padded = jnp.pad(values, (0, -values.size % BLOCK)).reshape(-1, BLOCK)
-        values = jax.lax.optimization_barrier(padded.sum(axis=1))  # XLA would make one long sum of the two
+        values = jax.lax.optimization_barrier(padded.sum(axis=1))  # else XLA makes one long sum of the two
     return values.reshape(()) if values.size else jnp.zeros((), values.dtype)
 
 
 @jax.jit
 def inner(first: Params, second: Params) -> Float[Array, ""]:
-    """The inner product of two trees, over all their numbers together, in float32 or wider."""
+    """Compute the inner product of two trees over all their numbers, in float32 or wider."""
     terms = jax.tree.map(lambda a, b: accurate_sum(wide(a) * wide(b)), first, second)
     return accurate_sum(jnp.stack(jax.tree.leaves(terms)))
 
 
 def norm(tree: Params) -> Float[Array, ""]:
-    """The Euclidean norm over all numbers of a tree together."""
+    """Compute the Euclidean norm over all numbers of a tree."""
     return jnp.sqrt(inner(tree, tree))
 
 
 def cosine(first: Params, second: Params) -> Float[Array, ""]:
-    """The cosine of the angle between two trees, over all their numbers together; NaN if one of them is 0."""
+    """Compute the cosine of the angle between two trees over all their numbers; NaN if one is 0."""
     return inner(first, second) / (norm(first) * norm(second))
 
 
 def orthonormal(trees: Sequence[Params]) -> list[Params]:
-    """The trees made orthogonal to those before them, over all numbers together, and of norm 1 (Gram and Schmidt).
+    """Orthonormalise the trees over all their numbers, by Gram-Schmidt.
 
     Raises:
-        ValueError: if one of them is 0, or a combination of those before.
+        ValueError: if a tree is 0, or a linear combination of those before it.
     """
     done: list[Params] = []
     for tree in trees:
         length = norm(tree)
-        for earlier in done * 2:  # the second time takes away what rounding left
+        for earlier in done * 2:  # the second time removes what rounding left
             share = inner(earlier, tree)
             tree = jax.tree.map(lambda leaf, e, share=share: wide(leaf) - share.astype(e.dtype) * e, tree, earlier)
         remaining = norm(tree)
         if not remaining > 1e-3 * length:
-            raise ValueError("the vectors to be made orthogonal depend on each other.")
+            raise ValueError("trees must be linearly independent to be orthonormalised, but are not.")
         done.append(jax.tree.map(lambda leaf, r=remaining: wide(leaf) / r.astype(wide(leaf).dtype), tree))
     return done
 
 
 def name_of(path: tuple) -> str:
-    """A leaf's place in its tree, such as h/0/attn/c_attn/kernel."""
+    """Return a leaf's path in its tree, such as h/0/attn/c_attn/kernel."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path)
 
 
@@ -71,7 +71,7 @@ def check_params(params: Params, *, name: str = "params") -> None:
     """Raise ValueError unless the tree holds floating numbers, all of them finite, and at least one."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if math.fsum(jnp.size(leaf) for _, leaf in leaves) == 0:
-        raise ValueError(f"{name} holds no numbers.")
+        raise ValueError(f"{name} must have numbers, but has none.")
     for path, leaf in leaves:
         if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
             raise ValueError(f"{name} must be floating, but {name_of(path)} is {jnp.asarray(leaf).dtype}.")

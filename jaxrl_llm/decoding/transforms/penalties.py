@@ -6,24 +6,22 @@ padding, may be any number, and count for nothing.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.decoding.transforms.base import Transform, check, keep, per_row, pytree
+from jaxrl_llm.decoding.transforms.base import Transform, keep, per_row, require
 from jaxrl_llm.numerics import wide
 
 
-class LooksBack(Transform):
-    """A transform of the logits and of the tokens before them."""
+def looking_back(look_back: Callable[..., Array]) -> Callable[..., Array]:
+    """Make a method of (logits, tokens, mask) a `__call__` that checks them, and computes in float32 or wider."""
 
-    looks_back: ClassVar[bool] = True
-
-    def __call__(
-        self,
+    def call(
+        self: Transform,
         logits: Float[Array, "*batch vocab"],
         tokens: Int[Array, "*batch slot"],
         mask: Bool[Array, "*batch slot"],
@@ -42,21 +40,12 @@ class LooksBack(Transform):
             )
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or mask.dtype != jnp.bool_:
             raise ValueError(f"tokens must be integers and mask boolean, but they are {shapes}.")
-        return self.look_back(wide(logits), tokens, mask).astype(logits.dtype)
+        return look_back(self, wide(logits), tokens, mask).astype(logits.dtype)
 
-    def look_back(
-        self,
-        logits: Float[Array, "*batch vocab"],
-        tokens: Int[Array, "*batch slot"],
-        mask: Bool[Array, "*batch slot"],
-    ) -> Float[Array, "*batch vocab"]:
-        """What `__call__` does, with arguments that were checked, in float32 or wider."""
-        raise NotImplementedError
+    return call
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class RepetitionPenalty(LooksBack):
+class RepetitionPenalty(Transform):
     """Make the tokens that stand in the row less probable, prompt included (Keskar et al. 2019).
 
     Their logits are divided by r if positive, multiplied by r if negative, once however often they occur: below r = 1
@@ -66,21 +55,22 @@ class RepetitionPenalty(LooksBack):
         ValueError: unless r is finite and positive.
     """
 
+    looks_back: ClassVar[bool] = True
+
     r: Float[Array, "..."] | float
 
     def __post_init__(self):
-        check((self.r > 0) & (self.r < jnp.inf), "the repetition penalty", "a finite number above 0", self.r)
+        require((self.r > 0) & (self.r < jnp.inf), "the repetition penalty", "a finite number above 0", self.r)
 
-    def look_back(self, logits: Array, tokens: Array, mask: Array) -> Array:
+    @looking_back
+    def __call__(self, logits: Array, tokens: Array, mask: Array) -> Array:
         r = per_row(self.r)
         return jnp.where(
-            count(tokens, mask, logits.shape[-1]) > 0, jnp.where(logits > 0, logits / r, logits * r), logits
+            count_tokens(tokens, mask, logits.shape[-1]) > 0, jnp.where(logits > 0, logits / r, logits * r), logits
         )
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class PresencePenalty(LooksBack):
+class PresencePenalty(Transform):
     """Subtract p from the logit of every token that was generated, once; a decoder does not count the prompt.
 
     The penalty of that name in the OpenAI API. Below 0 it is a reward.
@@ -89,19 +79,20 @@ class PresencePenalty(LooksBack):
         ValueError: unless p is finite.
     """
 
+    looks_back: ClassVar[bool] = True
     sees_prompt: ClassVar[bool] = False
+
     p: Float[Array, "..."] | float
 
     def __post_init__(self):
-        check(jnp.abs(self.p) < jnp.inf, "the presence penalty", "finite", self.p)
+        require(jnp.abs(self.p) < jnp.inf, "the presence penalty", "finite", self.p)
 
-    def look_back(self, logits: Array, tokens: Array, mask: Array) -> Array:
-        return jnp.where(count(tokens, mask, logits.shape[-1]) > 0, logits - per_row(self.p), logits)
+    @looking_back
+    def __call__(self, logits: Array, tokens: Array, mask: Array) -> Array:
+        return jnp.where(count_tokens(tokens, mask, logits.shape[-1]) > 0, logits - per_row(self.p), logits)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class FrequencyPenalty(LooksBack):
+class FrequencyPenalty(Transform):
     """Subtract f from the logit of every token for each time it was generated; a decoder does not count the prompt.
 
     The penalty of that name in the OpenAI API. Below 0 it is a reward.
@@ -110,19 +101,20 @@ class FrequencyPenalty(LooksBack):
         ValueError: unless f is finite.
     """
 
+    looks_back: ClassVar[bool] = True
     sees_prompt: ClassVar[bool] = False
+
     f: Float[Array, "..."] | float
 
     def __post_init__(self):
-        check(jnp.abs(self.f) < jnp.inf, "the frequency penalty", "finite", self.f)
+        require(jnp.abs(self.f) < jnp.inf, "the frequency penalty", "finite", self.f)
 
-    def look_back(self, logits: Array, tokens: Array, mask: Array) -> Array:
-        return logits - per_row(self.f) * count(tokens, mask, logits.shape[-1])
+    @looking_back
+    def __call__(self, logits: Array, tokens: Array, mask: Array) -> Array:
+        return logits - per_row(self.f) * count_tokens(tokens, mask, logits.shape[-1])
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class NoRepeatNgram(LooksBack):
+class NoRepeatNgram(Transform):
     """Remove the tokens that would complete an n-gram that already stands in the row, prompt included.
 
     n = 1 removes every token that stands there; padding between two tokens does not part them. A row in which no
@@ -133,18 +125,21 @@ class NoRepeatNgram(LooksBack):
         ValueError: unless n is an integer of at least 1.
     """
 
+    looks_back: ClassVar[bool] = True
+
     n: Int[Array, "..."] | int
 
     def __post_init__(self):
         n = jnp.asarray(self.n)
-        check(jnp.issubdtype(n.dtype, jnp.integer) and n >= 1, "n", "an integer of at least 1", self.n)
+        require(jnp.issubdtype(n.dtype, jnp.integer) and n >= 1, "n", "an integer of at least 1", self.n)
 
-    def look_back(self, logits: Array, tokens: Array, mask: Array) -> Array:
+    @looking_back
+    def __call__(self, logits: Array, tokens: Array, mask: Array) -> Array:
         if tokens.shape[-1] == 0:
             return logits
         tokens, real = last_tokens(tokens, mask, tokens.shape[-1])
         repeats = real & _follows_repetition(tokens, real, per_row(jnp.asarray(self.n, jnp.int32)) - 1)
-        return keep(logits, count(tokens, repeats, logits.shape[-1]) == 0)
+        return keep(logits, count_tokens(tokens, repeats, logits.shape[-1]) == 0)
 
 
 def last_tokens(
@@ -183,7 +178,7 @@ def _follows_repetition(
     return jax.lax.while_loop(unsettled, compare, start)[-1]
 
 
-def count(
+def count_tokens(
     tokens: Int[Array, "*batch slot"], mask: Bool[Array, "*batch slot"], vocab: int
 ) -> Int[Array, "*batch vocab"]:
     """How often each token of the vocabulary stands where the mask is true."""

@@ -130,10 +130,10 @@ def test_a_parameter_of_norm_zero_stays_where_it_is():
         ({"w": jnp.ones(5)}, "filter", "norm 0"),
         ({"a": jnp.ones(()), "b": 2 * jnp.ones(())}, "parameter", "single numbers"),
         ({"a": jnp.ones(())}, "none", "two numbers"),
-        ({}, "parameter", "no numbers"),
+        ({}, "parameter", "must have numbers"),
         ({"w": jnp.ones(3, jnp.int32)}, "parameter", "w is int32"),
         ({"layer": {"w": jnp.asarray([1.0, jnp.nan])}}, "parameter", "layer/w is not"),
-        ({"w": jnp.full(9, 1e30)}, "parameter", "out of their dtype's range"),
+        ({"w": jnp.full(9, 1e30)}, "parameter", "in their dtype's range, but overflows"),
         ({"w": jnp.ones(3)}, "layer", "scale must be one of parameter, filter, none, but is 'layer'"),
     ],
 )
@@ -203,7 +203,7 @@ def test_what_spans_no_plane_is_refused(quadratic):
     with pytest.raises(ValueError, match="lie on a line"):
         landscape.principal_directions(moved[:1], params)
     direction = landscape.random_directions(params, jax.random.key(0))[0]
-    with pytest.raises(ValueError, match="span no plane"):
+    with pytest.raises(ValueError, match="must span a plane"):
         landscape.coordinates(moved[0], params, (direction, jax.tree.map(lambda d: 2 * d, direction)))
     with pytest.raises(ValueError, match="norm 0"):
         landscape.rescaled(jax.tree.map(jnp.zeros_like, params), 1.0)

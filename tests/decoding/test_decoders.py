@@ -1,0 +1,268 @@
+"""What every decoder must do, whatever it decodes by."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.decoding import exact_search, search_tree
+from jaxrl_llm.decoding.generate import decode
+from jaxrl_llm.decoding.transforms import Chain, RepetitionPenalty, Temperature
+from jaxrl_llm.tabular import TabularLM
+from tests.conftest import TINY, VOCAB, random_params
+from tests.decoding.decoders import (
+    DECODERS,
+    KEYS,
+    LENGTHS,
+    NEW,
+    NO_TRANSFORM,
+    ORDER,
+    PROGRAMS,
+    PROMPTS,
+    ROWS,
+    assert_same,
+    ends_of,
+    expected,
+    programs_of,
+    rows_of,
+    run,
+    spread,
+    tokens_and_mask,
+)
+
+every_decoder = pytest.mark.parametrize("name", DECODERS)
+LM = TabularLM(vocab_size=3, horizon=6)
+PARAMS = random_params(LM, 1)
+MODELS = [("gpt2", name) for name in DECODERS] + [("llama", name) for name in ("greedy", "sampled", "beam")]
+
+
+@pytest.mark.parametrize(("model", "name"), MODELS)
+def test_neither_padding_nor_batch_mates_nor_the_bucket_change_a_row(model, name):
+    whole = expected(name, model)
+    for place, width in [("right", 14), ("interior", 14), ("left", 12), ("right", 16), ("left", 20)]:
+        assert_same(run(name, model, **spread(place, width, seed=width)), whole)
+    assert_same(run(name, model, rows=ORDER), rows_of(whole, ORDER))
+    lists = [PROMPTS[row, :length].tolist() for row, length in enumerate(LENGTHS)]
+    assert_same(run(name, model, prompts=lists, prompt_mask=None), whole)
+    tokens, _ = tokens_and_mask(whole)
+    assert len({row.tobytes() for row in tokens}) == ROWS, "the rows differ"
+
+
+@every_decoder
+def test_a_row_ends_with_its_end_which_counts_or_at_its_limit(name):
+    limits, eos = np.asarray([16, 3, 1, 9, 16]), ends_of(name)
+    found = run(name, eos_id=eos, max_new_tokens=limits, pad_id=7)
+    tokens, mask = tokens_and_mask(found)
+    lengths = mask.sum(axis=-1)
+    np.testing.assert_array_equal(mask, np.arange(NEW) < lengths[..., None])
+    assert (tokens[~mask] == 7).all()
+    ends = np.isin(tokens, eos) & mask
+    last = np.take_along_axis(ends, np.maximum(lengths, 1)[..., None] - 1, axis=-1)[..., 0]
+    at_limit = lengths == limits.reshape(-1, *[1] * (lengths.ndim - 1))
+    assert (last | at_limit | (lengths == 0)).all() and (ends.sum(axis=-1) == last).all()
+    assert last.any() and at_limit.any()
+    for row, limit in enumerate(limits.tolist()):  # the limit of a row is that of the whole batch for it
+        alone = tokens_and_mask(run(name, eos_id=eos, max_new_tokens=limit, pad_id=7))
+        np.testing.assert_array_equal(tokens[row, ..., :limit], alone[0][row])
+        np.testing.assert_array_equal(mask[row, ..., :limit], alone[1][row])
+    for leaf in jax.tree.leaves(found):
+        if leaf.shape == mask.shape and jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert not np.asarray(leaf)[~mask].any()
+
+
+@every_decoder
+def test_no_end_may_be_given_in_any_way(name):
+    prompts = np.asarray([[0], [1]])
+    options = {"max_new_tokens": 3, "key": jax.random.key(0)}
+    full = DECODERS[name](LM, PARAMS, prompts, eos_id=None, **options)
+    for none in ([], 99):
+        assert_same(DECODERS[name](LM, PARAMS, prompts, eos_id=none, **options), full)
+
+
+@every_decoder
+def test_an_empty_batch_gives_an_empty_result(name):
+    for prompts in (np.zeros((0, 3), int), np.zeros((0, 0), int)):
+        found = DECODERS[name](LM, PARAMS, prompts, max_new_tokens=2, key=jax.random.key(0))
+        tokens, mask = tokens_and_mask(found)
+        assert tokens.shape == mask.shape and tokens.shape[0] == 0 and tokens.shape[-1] == 2
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "stream"])
+def test_under_an_outer_jit_it_is_the_same_and_broken_logits_show_as_nan(name):
+    def decoded(params, prompts, key):
+        return DECODERS[name](LM, params, prompts, max_new_tokens=3, key=key, eos_id=2)
+
+    inside, prompts = jax.jit(decoded), jnp.asarray([[0, 1], [1, 2]])
+    assert_same(inside(PARAMS, prompts, KEYS[:2]), decoded(PARAMS, prompts, KEYS[:2]))
+    broken = inside(jax.tree.map(lambda leaf: leaf * jnp.nan, PARAMS), prompts, KEYS[:2])
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(broken) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "stream"])
+def test_other_keys_prompts_lengths_and_ends_compile_nothing_new(name):
+    lm = TabularLM(vocab_size=2, horizon=8 + list(DECODERS).index(name))  # a model that no other test compiles
+    params = random_params(lm)
+
+    def call(length, count, eos, seed):
+        options = {} if name in NO_TRANSFORM else {"transform": Temperature(1.5 - seed / 4)}
+        options |= {"max_new_tokens": count, "eos_id": eos, "pad_id": seed, "key": jax.random.key(seed)}
+        prompts = np.random.default_rng(seed).integers(0, 2, (3, length))
+        return lambda: DECODERS[name](lm, params, prompts, **options)
+
+    calls = call(3, 4, 0, 0), call(0, 4, [1], 1), call(6, 1, 1, 2), call(1, 7, jnp.asarray(0), 3)
+    assert programs_of(*calls, program=PROGRAMS.get(name, decode)) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in NO_TRANSFORM])
+def test_a_sequence_of_transforms_is_a_chain(name):
+    prompts, options = np.asarray([[0, 1], [1, 1]]), {"max_new_tokens": 3, "key": jax.random.key(0)}
+    parts = [Temperature(0.7), RepetitionPenalty(1.5)]
+    chained = DECODERS[name](LM, PARAMS, prompts, transform=Chain(parts), **options)
+    for transform in (parts, tuple(parts), [Chain(parts)], Chain([parts])):
+        assert_same(DECODERS[name](LM, PARAMS, prompts, transform=transform, **options), chained)
+
+
+@every_decoder
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_log_probabilities_are_float32_or_wider(name, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        params = random_params(LM, 1, dtype=dtype)
+        found = DECODERS[name](LM, params, np.asarray([[0], [1]]), max_new_tokens=3, key=jax.random.key(0))
+        kinds = {leaf.dtype for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert kinds == {jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)}
+
+
+@every_decoder
+def test_a_result_prints_shortly(name):
+    printed = repr(DECODERS[name](LM, PARAMS, np.asarray([[0], [1]]), max_new_tokens=3, key=jax.random.key(0)))
+    assert len(printed) < 500 and "\n" not in printed and "tokens=int32[2, " in printed
+
+
+# What every decoder refuses -------------------------------------------------------------------------------------------
+
+MASK = {"prompt_mask": np.asarray([[True, False], [False, False]])}
+MISTAKES = {
+    "an empty prompt": (np.zeros((2, 0), int), {}, "prompt 0 is empty"),
+    "an empty list": ([[1, 2], []], {}, "prompt 1 is empty"),
+    "a fully masked row": ([[1, 2], [1, 2]], MASK, "prompt 1 is empty"),
+    "a prompt longer than the context": (np.ones((1, 43), int), {}, "row 0 of prompts comes to 43.*context of 42"),
+    "no room": (np.ones((1, 40), int), {"max_new_tokens": 3}, "40 tokens, and 3 new ones do not fit"),
+    "no room in one row": ([[1] * 40] * 2, {"prompt_mask": np.arange(40) >= np.asarray([[9], [0]])}, "prompt 1 has 40"),
+    "no new tokens": ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, but is 0"),
+    "fewer than none": ([[1]], {"max_new_tokens": -3}, "max_new_tokens must be at least 1, but is -3"),
+    "half a token": ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens must be an integer.*1.5"),
+    "limits of other rows": ([[1]], {"max_new_tokens": np.ones(2, int)}, "one for each of 1 rows"),
+    "a negative token": ([[1, -1]], {}, r"\[0, 23\).*from -1 to 1"),
+    "a token too large": ([[1, 23]], {}, r"\[0, 23\).*from 1 to 23"),
+    "float tokens": ([[1.0]], {}, "prompts must be integers.*float32"),
+    "boolean tokens": ([[True]], {}, "prompts must be integers.*bool"),
+    "one dimension": ([1, 2], {}, r"prompts must be integers \[batch, time\].*\[2\]"),
+    "three dimensions": ([[[1, 2]]], {}, r"prompts must be integers \[batch, time\].*\[1, 1, 2\]"),
+    "a mask of another shape": ([[1, 2]], {"prompt_mask": np.ones((1, 3), bool)}, r"bool\[1, 2\].*bool\[1, 3\]"),
+    "a mask of numbers": ([[1, 2]], {"prompt_mask": np.ones((1, 2))}, r"bool\[1, 2\].*float32\[1, 2\]"),
+    "a mask of lists": ([[1, 2], [1]], {"prompt_mask": np.ones((2, 2), bool)}, "mask of prompts must be None"),
+    "ragged floats": ([[1.5], [1, 2]], {}, r"prompts must be token ids.*is \[\[1.5\]"),
+    "a text": ("Hello", {}, r"prompts must be token ids.*is 'Hello'.*jaxrl_llm.load\(...\)` returns takes text"),
+    "texts": (["Hello", "you"], {}, r"prompts must be token ids.*is \['Hello', 'you'\]"),
+    "lists of texts": ([["a"], ["b", "c"]], {}, r"prompts must be token ids"),
+    "nothing": (None, {}, "prompts must be token ids.*None"),
+    "an end in words": ([[1]], {"eos_id": "."}, "eos_id must be a token id or several, but is '.'"),
+    "half an end": ([[1]], {"eos_id": 0.5}, "eos_id must be a token id or several, but is 0.5"),
+}
+KEY_MISTAKES = {
+    "no key": (None, "needs key="),
+    "a legacy key": (jax.random.PRNGKey(0), "made by jax.random.key, but is .*uint32"),
+    "a seed for a key": (0, "made by jax.random.key, but is 0"),
+    "keys for other rows": (jax.random.split(jax.random.key(0), 3), r"each of 1 rows.*\(3,\)"),
+}
+TRANSFORM_MISTAKES = {
+    "a function": (lambda logits: logits, "transform must be a Transform or a sequence of them"),
+    "a word": (["top-k"], "transform must be a Transform or a sequence of them, but is 'top-k'"),
+    "numbers of other rows": (Temperature(jnp.ones(3)), "t of Temperature must be one number"),
+}
+DRAWING = ("sampled", "stream", "stochastic beam", "speculative", "best of n")
+
+
+def refused(name, prompts, message, **options):
+    program, lm = PROGRAMS.get(name, decode), TINY["gpt2"]
+    before = program._cache_size()
+    with pytest.raises(ValueError, match=message):
+        options = {"max_new_tokens": 4, "key": jax.random.key(0)} | options
+        DECODERS[name](lm, random_params(lm), prompts, **options)
+    assert program._cache_size() == before, "nothing is compiled"
+
+
+@every_decoder
+@pytest.mark.parametrize(("prompts", "options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named_before_anything_is_compiled(name, prompts, options, message):
+    refused(name, prompts, message, **options)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+@pytest.mark.parametrize(("key", "message"), KEY_MISTAKES.values(), ids=KEY_MISTAKES)
+def test_keys_that_are_none_are_named(name, key, message):
+    refused(name, [[1]], message, key=key)
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in NO_TRANSFORM])
+@pytest.mark.parametrize(("transform", "message"), TRANSFORM_MISTAKES.values(), ids=TRANSFORM_MISTAKES)
+def test_transforms_that_are_none_are_named(name, transform, message):
+    refused(name, [[1], [2]], message, transform=transform)
+
+
+@pytest.mark.parametrize("search", [exact_search, search_tree])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt 0 is empty"),
+        ([[3, 1]], r"prompt must be one sequence \[time\], but has the shape \[1, 2\]"),
+        ([0.5, 1.5], "integers.*float32"),
+        ([3, -1], r"\[0, 23\).*from -1 to 3"),
+        ([1] * 41, "41 tokens, and 2 new ones do not fit"),
+        ("Hello", "prompt must be token ids.*'Hello'.*takes text"),
+        (["Hello"], "prompt must be token ids"),
+    ],
+)
+def test_searches_of_one_prompt_name_what_is_none(search, prompt, message):
+    options = {"max_new_tokens": 2} if search is exact_search else {"branching": 2, "depth": 2}
+    with pytest.raises(ValueError, match=message):
+        search(TINY["gpt2"], random_params(TINY["gpt2"]), prompt, **options)
+
+
+@every_decoder
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_distribution_raise_where_they_are_met(name, value):
+    prompts, options = np.zeros((2, 0), int), {"max_new_tokens": 2, "key": jax.random.key(0), "eos_id": 9}
+    only = PARAMS["logits"].at[0].set(jnp.asarray([-jnp.inf, -jnp.inf, 0]))  # every row begins with token 2
+    for row in (0, 1 + 2):
+        with pytest.raises(FloatingPointError, match=r"(row 0 .*)?NaN, \+inf, or all −inf( in row 0)?"):
+            DECODERS[name](LM, {"logits": only.at[row].set(value)}, prompts, **options)
+    DECODERS[name](LM, {"logits": only.at[1].set(value)}, prompts, **options)  # after token 0, which never comes
+
+
+@every_decoder
+def test_a_pad_token_outside_the_vocabulary_is_welcome(name):
+    for filler in (-100, VOCAB, 10**6):
+        prompts = spread("interior")
+        prompts["prompts"] = jnp.where(prompts["prompt_mask"], prompts["prompts"], filler)
+        found = run(name, **prompts, eos_id=ends_of(name), pad_id=filler)
+        tokens, mask = tokens_and_mask(found)
+        plain, _ = tokens_and_mask(run(name, eos_id=ends_of(name)))
+        np.testing.assert_array_equal(tokens, np.where(mask, plain, filler))
+
+
+@every_decoder
+def test_prompts_may_be_of_any_integers(name):
+    prompts = np.asarray(spread(width=12)["prompts"])
+    reference = run(name, prompts=prompts, prompt_mask=None)
+    for same in (prompts.tolist(), prompts.astype(np.uint8), prompts.astype(np.int64)):
+        assert_same(run(name, prompts=same, prompt_mask=None), reference)
+
+
+def test_one_key_is_a_key_for_each_row_by_its_index():
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(9), row))(jnp.arange(ROWS))
+    for name in DRAWING:
+        single = run(name, key=jax.random.key(9))
+        assert_same(single, run(name, key=keys))
+        other = tokens_and_mask(run(name, key=jax.random.key(10)))[0]
+        assert (tokens_and_mask(single)[0] != other).any()

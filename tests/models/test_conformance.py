@@ -1,0 +1,225 @@
+"""The protocol of `LanguageModel`, for every model of a registry: a new model is one row of `MODELS`.
+
+With its cache, in pieces and with padding anywhere, a model is the model without; compiled it is the model itself.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models.gpt2 import GPT2
+from jaxrl_llm.models.llama import Llama, StableLM
+from tests.conftest import TINY, random_params
+
+MODELS = {  # what a layer writes into its memory depends on what the layer below read from its own
+    "gpt2": GPT2(dataclasses.replace(TINY["gpt2"].config, n_layer=2)),
+    "llama": Llama(dataclasses.replace(TINY["llama"].config, num_hidden_layers=2)),
+    "stablelm": StableLM(dataclasses.replace(TINY["stablelm"].config, num_hidden_layers=2)),
+    "stablelm in parallel": StableLM(
+        dataclasses.replace(TINY["stablelm"].config, use_parallel_residual=True, tie_word_embeddings=True)
+    ),
+    "t5": TINY["t5"],
+    "tabular": TINY["tabular"],
+}
+
+LENGTH, SLOTS = 6, 9  # tokens of a row, and slots that hold them among padding
+PADDING = {
+    "left": [[3, 4, 5, 6, 7, 8]] * 3,
+    "right": [[0, 1, 2, 3, 4, 5]] * 3,
+    "interior": [[0, 1, 4, 5, 7, 8], [0, 2, 3, 4, 5, 8], [0, 1, 2, 6, 7, 8]],
+    "each row its own": [[3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5], [1, 3, 4, 5, 6, 7]],
+}
+CHUNKS = {"at once": [9], "one by one": [1] * 9, "several at a time": [4, 1, 4]}
+apply = jax.jit(lambda lm, params, tokens, cache, mask: lm.apply(params, tokens, cache, mask=mask), static_argnums=0)
+
+
+@pytest.fixture(params=MODELS)
+def any_model(request):
+    """Each of the families: the model and its parameters."""
+    return MODELS[request.param], random_params(MODELS[request.param])
+
+
+@pytest.fixture(params=["gpt2", "llama", "stablelm", "stablelm in parallel"])
+def neural(request):
+    """The decoder-only transformers: the model and its parameters."""
+    return MODELS[request.param], random_params(MODELS[request.param])
+
+
+@functools.cache
+def dense(lm):
+    """Three rows without padding, and their logits without a cache."""
+    tokens = np.random.default_rng(7).integers(0, lm.vocab_size, (3, LENGTH))
+    return tokens, np.asarray(apply(lm, random_params(lm), jnp.asarray(tokens), None, None)[0])
+
+
+def padded(lm, slots, *, filler=None):
+    """The same rows with their tokens at these slots, the mask, and how to read the rows' logits back."""
+    tokens, _ = dense(lm)
+    rows, slots = np.arange(3)[:, None], np.asarray(slots)
+    spread = np.random.default_rng(8).integers(0, lm.vocab_size, (3, SLOTS))
+    spread = spread if filler is None else np.full_like(spread, filler)
+    spread[rows, slots] = tokens
+    mask = np.zeros((3, SLOTS), bool)
+    mask[rows, slots] = True
+    return jnp.asarray(spread), jnp.asarray(mask), (rows, slots)
+
+
+def in_chunks(lm, params, tokens, mask, sizes):
+    """Logits of all tokens, appended to a cache piece by piece, and the cache."""
+    cache, pieces, start = lm.init_cache(len(tokens), SLOTS, dtype=tokens_dtype(params)), [], 0
+    for size in sizes:
+        logits, cache = apply(lm, params, tokens[:, start : start + size], cache, mask[:, start : start + size])
+        pieces.append(logits)
+        start += size
+    return np.concatenate(pieces, axis=1), cache
+
+
+def tokens_dtype(params):
+    return jax.tree.leaves(params)[0].dtype
+
+
+def test_the_models_are_far_from_uniform_and_hear_every_token(any_model):
+    lm, params = any_model
+    tokens, logits = dense(lm)
+    assert logits.std(axis=-1).mean() > 0.5
+    for time in range(LENGTH):
+        changed = tokens.copy()
+        changed[:, time] = (changed[:, time] + 1) % lm.vocab_size
+        other, _ = apply(lm, params, jnp.asarray(changed), None, None)
+        np.testing.assert_array_equal(other[:, :time], logits[:, :time])
+        assert (np.abs(other[:, time:] - logits[:, time:]).max(axis=-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("filler", [None, 0, -100, 10**6], ids=lambda filler: f"filled with {filler}")
+@pytest.mark.parametrize("slots", PADDING.values(), ids=PADDING)
+def test_padding_changes_nothing_without_a_cache(any_model, slots, filler):
+    lm, params = any_model
+    tokens, mask, where = padded(lm, slots, filler=filler)
+    logits, _ = apply(lm, params, tokens, None, mask)
+    np.testing.assert_allclose(np.asarray(logits)[where], dense(lm)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("slots", PADDING.values(), ids=PADDING)
+def test_cached_is_uncached_whatever_the_padding_and_the_chunks(any_model, slots, sizes):
+    lm, params = any_model
+    tokens, mask, where = padded(lm, slots)
+    logits, cache = in_chunks(lm, params, tokens, mask, sizes)
+    np.testing.assert_allclose(logits[where], dense(lm)[1], atol=1e-5)
+    assert int(cache.length) == SLOTS
+    np.testing.assert_array_equal(cache.valid, mask)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_is_uncached_to_float64(name):
+    lm = MODELS[name]
+    with jax.enable_x64(True):
+        params = random_params(lm, dtype=jnp.float64)
+        tokens, mask, where = padded(lm, PADDING["interior"])
+        exact, _ = apply(lm, params, jnp.asarray(dense(lm)[0]), None, None)
+        logits, _ = in_chunks(lm, params, tokens, mask, CHUNKS["several at a time"])
+        assert logits.dtype == np.float64
+        np.testing.assert_allclose(logits[where], exact, atol=1e-12)
+
+
+def test_take_gathers_rows_in_any_order_and_more_than_once(any_model):
+    lm, params = any_model
+    tokens, mask, _ = padded(lm, PADDING["each row its own"])
+    rows = jnp.asarray([2, 0, 0, 1])
+    full, _ = in_chunks(lm, params, tokens, mask, [4, 1, 4])
+    _, cache = in_chunks(lm, params, tokens, mask, [4, 1])
+    logits, taken = apply(lm, params, tokens[rows, 5:], cache.take(rows), mask[rows, 5:])
+    valid = np.asarray(mask[rows, 5:])
+    np.testing.assert_allclose(np.asarray(logits)[valid], full[np.asarray(rows), 5:][valid], atol=1e-5)
+    np.testing.assert_array_equal(taken.valid, mask[rows])
+
+
+def test_a_step_of_another_row_only_is_no_step_of_this_one(any_model):
+    lm, params = any_model
+    tokens, logits = dense(lm)
+    cache = lm.init_cache(3, SLOTS)
+    _, cache = apply(lm, params, jnp.asarray(tokens[:, :4]), cache, jnp.ones((3, 4), bool))
+    waiting = jnp.asarray([[True], [False], [True]])
+    _, cache = apply(lm, params, jnp.asarray(tokens[:, 4:5]), cache, waiting)
+    after, _ = apply(lm, params, jnp.asarray(tokens[[0, 1, 2], [5, 4, 5]][:, None]), cache, jnp.ones((3, 1), bool))
+    np.testing.assert_allclose(np.asarray(after)[:, 0], logits[[0, 1, 2], [5, 4, 5]], atol=1e-5)
+
+
+@pytest.mark.parametrize("written", [0, 3])
+def test_appending_beyond_the_cache_raises(any_model, written):
+    lm, params = any_model
+    cache = lm.init_cache(2, 4)
+    cache = cache.append(jnp.ones((2, written), bool))
+    with pytest.raises(ValueError, match=f"4 slots, {written} are written and {5 - written} more do not fit"):
+        lm.apply(params, jnp.zeros((2, 5 - written), jnp.int32), cache)
+
+
+def test_more_tokens_than_slots_raise_under_jit_too(any_model):
+    lm, params = any_model
+    with pytest.raises(ValueError, match="4 slots, some are written and 5 more do not fit"):
+        apply(lm, params, jnp.zeros((2, 5), jnp.int32), lm.init_cache(2, 4), None)
+
+
+def test_a_row_of_padding_alone_gives_finite_logits_and_gradients():
+    lm, params = MODELS["gpt2"], random_params(MODELS["gpt2"])
+    mask = jnp.asarray([[False] * SLOTS, [True] * 6 + [False] * 3, [True] * SLOTS])
+    tokens = padded(lm, PADDING["left"])[0]
+
+    @jax.jit
+    def value_and_gradient(params):
+        return jax.value_and_grad(lambda params: jax.nn.logsumexp(lm.apply(params, tokens, mask=mask)[0]))(params)
+
+    for leaf in jax.tree.leaves(value_and_gradient(params)):
+        assert np.isfinite(leaf).all()
+
+
+def test_a_vmap_over_parameters_is_each_of_them():
+    lm, params = MODELS["llama"], random_params(MODELS["llama"])
+    tokens, logits = dense(lm)
+    other = jax.tree.map(lambda leaf: 0.7 * leaf, params)
+    both = jax.tree.map(lambda one, two: jnp.stack([one, two]), params, other)
+    results = jax.jit(jax.vmap(lambda params: lm.apply(params, jnp.asarray(tokens))[0]))(both)
+    np.testing.assert_allclose(results[0], logits, atol=1e-5)
+    np.testing.assert_allclose(results[1], apply(lm, other, jnp.asarray(tokens), None, None)[0], atol=1e-5)
+
+
+def test_apply_is_the_logits_of_hidden_and_one_state_can_be_unembedded(any_model):
+    lm, params = any_model
+    tokens, expected = dense(lm)
+
+    @jax.jit
+    def by_hand(params):
+        hidden, cache = lm.hidden(params, jnp.asarray(tokens))
+        assert cache is None and hidden.shape[:2] == tokens.shape
+        return lm.logits(params, hidden), lm.logits(params, hidden[1, 4])
+
+    logits, one = by_hand(params)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(one, expected[1, 4], rtol=0, atol=2e-5)
+
+
+def test_eager_is_jit(any_model):
+    lm, params = any_model
+    tokens, expected = dense(lm)
+    np.testing.assert_allclose(lm.apply(params, jnp.asarray(tokens))[0], expected, rtol=0, atol=2e-5)
+
+
+def test_padding_does_not_count_in_the_context(neural):
+    lm, params = neural
+    tokens, expected = dense(lm)
+    padding = np.zeros((3, lm.max_length), int)
+    mask = jnp.asarray(np.tile(np.arange(lm.max_length + LENGTH) >= lm.max_length, (3, 1)))
+    long, _ = apply(lm, params, jnp.asarray(np.concatenate([padding, tokens], axis=1)), None, mask)
+    np.testing.assert_allclose(long[:, lm.max_length :], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_more_tokens_than_the_context_are_refused_among_padding_too(neural, padding):
+    lm, params = neural
+    mask = jnp.arange(43 + padding)[None] >= padding
+    with pytest.raises(ValueError, match="43 tokens, which do not fit the model's context of 42"):
+        lm.apply(params, jnp.zeros(mask.shape, jnp.int32), mask=mask if padding else None)
