@@ -48,12 +48,17 @@ def count_of(token):
     return rewards.of_tokens(lambda rows: ((rows.tokens == token) & rows.completion_mask).sum(axis=1) * 1.0)
 
 
-def started(method, optimizer, *, key=KEY):
+OPTIMIZER = optax.adam(3e-3)
+CRITIC = ScalarHead(LM)
+TRAINERS = {has_critic: policy.online(LM, OPTIMIZER, critic=CRITIC if has_critic else None) for has_critic in (0, 1)}
+
+
+def started(method):
+    """A trainer, one for all methods so that they share what is compiled, and a state."""
     params = random_params(LM)
-    critic = ScalarHead(LM) if method.has_critic else None
-    if critic is not None:
-        params = {"policy": params, "critic": critic.init(key, random_params(LM, 5))}
-    return policy.online(LM, optimizer, critic=critic), steps.initial_state(params, optimizer, key)
+    if method.has_critic:
+        params = {"policy": params, "critic": CRITIC.init(KEY, random_params(LM, 5))}
+    return TRAINERS[method.has_critic], steps.initial_state(params, OPTIMIZER, KEY)
 
 
 VARIED = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens, 0).sum(axis=1) / 10.0)
@@ -65,7 +70,7 @@ VARIED = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tok
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_begins_with_ratio_1_and_divergence_0_and_leaves_the_reference(name):
     method = METHODS[name]
-    trainer, state = started(method, optax.adam(1e-3))
+    trainer, state = started(method)
     ref = random_params(LM)
     before = jax.tree.map(np.asarray, ref)
     asked = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4 // method.group_size, axis=0), PROMPTS)
@@ -225,7 +230,7 @@ def test_minibatches_take_every_row_once_an_epoch():
 @pytest.mark.slow
 def test_the_pretraining_text_pulls_its_own_loss_down():
     method = dataclasses.replace(METHODS["rloo"], gamma=5.0, group_size=2)
-    trainer, state = started(method, optax.adam(3e-3))
+    trainer, state = started(method)
     text = jax.tree.map(jnp.asarray, scoring.pad_completions([[1], [2]], [[5, 3, 5, 3], [5, 3, 5]], length=8))
     losses = []
     for _ in range(12):
@@ -290,7 +295,7 @@ def test_gspo_counts_the_answers_whose_ratio_it_clips():
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_drawn():
     method = dataclasses.replace(METHODS["rloo"], group_size=2)
-    trainer, state = started(method, optax.sgd(0.1))
+    trainer, state = started(method)
     whole = jnp.ones((2, LM.max_length), bool)
     full = Prompts(jnp.ones(whole.shape, jnp.int32), whole.at[0].set(False).at[0, -1].set(True))
     with pytest.raises(ValueError, match="prompt 1 has 42 tokens, and 6 new ones do not fit"):
