@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrl_llm import decoding, models, text
+from jaxrl_llm import models, text
 from jaxrl_llm.decoding import automata, constraints, generate, stream
 from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.decoding.constraints import Automaton, Constrained
@@ -19,6 +19,7 @@ from jaxrl_llm.decoding.generate import decode
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import assert_follows, kept_by_top_p, log_softmax, random_params
+from tests.decoding.decoders import DECODERS, NO_TRANSFORM, tokens_and_mask
 
 LM = TabularLM(vocab_size=4, horizon=4)
 PARAMS = jax.tree.map(lambda leaf: leaf / 2, random_params(LM, 4))
@@ -411,15 +412,14 @@ def test_an_automaton_of_another_vocabulary_is_an_error():
 
 def test_rows_that_are_over_or_went_astray_are_left_alone():
     """So that a decoder's rows that count no more are never NaN."""
-    transform = constrained("ab", True)
-    memory, warp = transform.start(jnp.asarray([4, 4, 0])), jax.jit(transform.warp)
+    transform, nothing = constrained("ab", True), jnp.zeros((3, 5), jnp.int32)
+    state, apply = transform.init(nothing, nothing > 0, jnp.asarray([4, 4, 0])), jax.jit(transform.apply)
     logits = jnp.zeros((3, 4))
-    np.testing.assert_array_equal(warp(logits, None, memory)[:2] > -jnp.inf, [[1, 0, 0, 0]] * 2)
-    np.testing.assert_array_equal(warp(logits, None, memory)[2], logits[2])
-    state, remaining = transform.update(memory, logits, jnp.asarray([2, 0, 0]), jnp.asarray([True, True, False]))
-    np.testing.assert_array_equal(remaining, [3, 3, 0])
-    kept = warp(logits, None, (state, remaining)) > -jnp.inf
-    np.testing.assert_array_equal(kept, [[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(apply(state, logits)[:2] > -jnp.inf, [[1, 0, 0, 0]] * 2)
+    np.testing.assert_array_equal(apply(state, logits)[2], logits[2])
+    state = transform.update(state, jnp.asarray([2, 0, 0]), logits)
+    np.testing.assert_array_equal(state[1], [3, 3, -1])
+    np.testing.assert_array_equal(apply(state, logits) > -jnp.inf, [[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 1, 1]])
 
 
 def test_an_automaton_of_the_same_shape_does_not_compile_again():
@@ -509,43 +509,25 @@ def test_a_wide_beam_finds_all_that_is_allowed_and_nothing_else(pattern, eos):
     np.testing.assert_allclose(np.asarray(beams.log_prob[1])[found], [totals[row] for row in rows], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "decoder", [decoding.beam_search, decoding.stochastic_beam_search, decoding.speculative_generate]
-)
-def test_every_decoder_refuses_what_no_row_can_finish(decoder):
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in NO_TRANSFORM])
+def test_every_decoder_refuses_what_no_row_can_finish(name):
     """Before it decodes anything."""
     lm = TabularLM(vocab_size=3, horizon=4)
-    three = constraints.Constrained(constraints.from_regex("aaa", ["a", "b", "c"]))
-    options = {
-        decoding.beam_search: {"num_beams": 2},
-        decoding.stochastic_beam_search: {"num_beams": 2, "key": jax.random.key(0)},
-        decoding.speculative_generate: {"lookup_ngram": 1, "key": jax.random.key(0)},
-    }[decoder]
-    with pytest.raises(ValueError, match="2"):
-        decoder(
-            lm, lm.init(jax.random.key(0)), jnp.zeros((1, 0), jnp.int32), max_new_tokens=2, transform=three, **options
-        )
+    three = Constrained(constraints.from_regex("aaa", ["a", "b", "c"]))
+    with pytest.raises(ValueError, match="row 0 has 2 new tokens, but no text of just so many"):
+        DECODERS[name](lm, None, [[]], max_new_tokens=2, key=jax.random.key(0), transform=[three])
 
 
-@pytest.mark.parametrize("decode", ["generate", "stream", "speculative"])
-def test_greedy_says_when_nothing_is_left_and_takes_no_token_that_was_removed(decode):
+@pytest.mark.parametrize("name", ["greedy", "look-up"])
+def test_greedy_says_when_nothing_is_left_and_takes_no_token_that_was_removed(name):
     """A filter before the constraint may keep only tokens that it forbids."""
     lm = TabularLM(vocab_size=3, horizon=4)
     params = {"logits": jnp.zeros((lm.num_prefixes, 3)).at[:, 0].set(3.0)}
     only_b = Constrained(constraints.from_regex("bbb", ["a", "b", "c"]))
-    chain, empty = Chain((TopK(1), only_b)), jnp.zeros((1, 0), jnp.int32)
-    call = {
-        "generate": lambda chain: generate(lm, params, empty, max_new_tokens=3, greedy=True, transform=chain).tokens,
-        "stream": lambda chain: jnp.concatenate(
-            [piece.tokens for piece in stream(lm, params, empty, max_new_tokens=3, greedy=True, transform=chain)],
-            axis=1,
-        ),
-        "speculative": lambda chain: (
-            decoding.speculative_generate(
-                lm, params, empty, max_new_tokens=3, greedy=True, transform=chain, lookup_ngram=1
-            ).generation.tokens
-        ),
-    }[decode]
+
+    def decoded(transform):
+        return DECODERS[name](lm, params, [[]], max_new_tokens=3, transform=transform, key=None)
+
     with pytest.raises(FloatingPointError, match="no token could be drawn in row 0 at new token 0"):
-        call(chain)
-    np.testing.assert_array_equal(call(Chain((only_b, TopK(1)))), [[1, 1, 1]])
+        decoded([TopK(1), only_b])
+    np.testing.assert_array_equal(tokens_and_mask(decoded([only_b, TopK(1)]))[0], [[1, 1, 1]])
