@@ -1,7 +1,8 @@
 """Exact answers on a tabular language model, by enumeration of every sequence.
 
-The expectation, variance and gradient of anything under the model's law; J(π) of RLHF, sequence-level KL and the
-population's preferences. The law of best-of-n and the Gibbs optimum are `objectives.rlhf` on `sequence_log_probs`.
+The expectation, variance and gradient of anything under the model's distribution, or under that of a sampler with
+transforms; J(π) of RLHF, sequence-level KL and the population's preferences. The distributions of best-of-n and of the
+Gibbs optimum are `objectives.rlhf` on `sequence_log_probs`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def sequence_log_probs(
     """log p(y) = Σ_t log p(y_t | y_<t) of every sequence, in the order of `enumerate_sequences`, in nats.
 
     With a transform it is the exact distribution of a sampler: p(y_t | y_<t) = softmax(transform(logits))[y_t]. With a
-    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in `params`.
+    prompt it is that of the horizon − len(prompt) tokens after it. The exponentials sum to 1. Differentiable in
+    `params`.
 
     Args:
         transform: a function of logits [batch, vocab]; one with `init`, `apply` and `update`, as all of
@@ -182,7 +184,7 @@ def gradient_moments(
     Args:
         loss: from `params` and groups (see `moments`), of which it is given some at a time, to the loss on each;
             differentiated in `params`.
-        sampler_params: of the law that the groups are drawn from; by default `params`, on-policy.
+        sampler_params: of the distribution that the groups are drawn from; by default `params`, on-policy.
     """
 
     def gradient(group: Array) -> Params:
@@ -194,7 +196,7 @@ def gradient_moments(
 
 
 def sequence_kl(lm: TabularLM, params: Params, ref_params: Params) -> Float[Array, ""]:
-    """KL(π‖ref) of the two laws of whole sequences, in nats."""
+    """KL(π‖ref) of the two distributions of whole sequences, in nats."""
     return _kl(sequence_log_probs(lm, params), sequence_log_probs(lm, ref_params))
 
 
@@ -256,7 +258,7 @@ def population_preferences(
 
         P(chosen = i, rejected = j) = 2 p_i p_j σ(r_i − r_j)
 
-    Two answers are drawn independently from the law `log_probs`, then one is preferred. All entries sum to 1.
+    Two answers are drawn independently from the distribution `log_probs`, then one is preferred. All entries sum to 1.
 
     Raises:
         ValueError: if the two are not floating and of one shape [sequences].
