@@ -1,8 +1,8 @@
 """Exact answers on a tabular language model, by enumeration of every sequence.
 
-The expectation, variance and gradient of anything under the distribution of the model; J(π) of RLHF, sequence-level KL
-and the population's preferences. The distribution of best-of-n and the Gibbs optimum are in `objectives.rlhf`, of
-`sequence_log_probs`.
+The expectation, variance and gradient of anything under the model's distribution, or under that of a sampler with
+transforms; J(π) of RLHF, sequence-level KL and the population's preferences. `objectives.rlhf` computes the distribution
+of best-of-n and the Gibbs optimum from `sequence_log_probs`.
 """
 
 from __future__ import annotations

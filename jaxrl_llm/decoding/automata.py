@@ -1,4 +1,4 @@
-"""Automata over bytes, from regular expressions or strings, and their steps by whole tokens.
+"""Automata over bytes, compiled from regular expressions or strings, and their transitions by whole tokens.
 
 A table [state, 256] gives the state after one more byte of a text in UTF-8; state 0 is the start. Regular expressions
 are in the syntax of Python's `re` and read by its parser.
@@ -25,7 +25,7 @@ MIN_STATES = 16  # tables are filled up to a power of two, at least this: one co
 
 Pieces = tuple[tuple[int, int], ...]  # (first code point, state after it), by rising code point
 CODE_POINTS = 0x110000
-SURROGATES = range(0xD800, 0xE000)  # no characters: UTF-8 cannot write them
+SURROGATES = range(0xD800, 0xE000)  # not characters: UTF-8 cannot encode them
 
 Ranges = tuple[tuple[int, int], ...]  # half-open, of code points
 
@@ -37,12 +37,12 @@ _CATEGORIES = {
     op.CATEGORY_WORD: r"\w",
     op.CATEGORY_NOT_WORD: r"\W",
 }
-_FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL  # those that say what a class contains
+_FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL  # the flags that change what a class contains
 _EDGES = {op.AT_BEGINNING, op.AT_BEGINNING_STRING}, {op.AT_END, op.AT_END_STRING}
 
 
 def over_tokens(by_byte: Int[np.ndarray, "state byte"], token_bytes: Sequence[bytes]) -> Int[np.ndarray, "state vocab"]:
-    """The state after all bytes of a token, from every state; a token without bytes changes nothing.
+    """The state after all bytes of a token, from every state; a token without bytes keeps the state.
 
     Raises:
         ValueError: if the table would have more than 2²⁸ entries.
@@ -95,10 +95,10 @@ def from_strings(strings: Sequence[bytes]) -> Int[np.ndarray, "state byte"]:
 
 
 def from_pattern(pattern: str) -> tuple[Int[np.ndarray, "state byte"], Bool[np.ndarray, "state"]]:
-    """The table of the texts that a regular expression matches from end to end, and which states accept.
+    """The table of the texts that a regular expression matches from end to end, and its accepting states.
 
-    Over code points first, by the subset construction (Rabin and Scott 1959), the fewest states (Moore 1956); then over
-    the bytes of UTF-8, with states for a text in the middle of a character. The dead state is the last.
+    It is built over code points by the subset construction (Rabin and Scott 1959), minimised (Moore 1956), and then
+    expanded to the bytes of UTF-8, with states in the middle of a character. The dead state is the last.
 
     Raises:
         ValueError: for a pattern that `re` cannot read, that looks around, refers back, is atomic or possessive, or
@@ -112,9 +112,10 @@ def from_pattern(pattern: str) -> tuple[Int[np.ndarray, "state byte"], Bool[np.n
 
 
 def _symbols(fragment: Fragment) -> tuple[list[int], Int[np.ndarray, "interval"], dict]:
-    """Code points that no class of the pattern tells apart are one symbol.
+    """Merge code points that no class of the pattern tells apart into one symbol.
 
-    Returns where the intervals start, the symbol of each, and the steps (symbols, target) of each state.
+    Returns:
+        The starts of the intervals, the symbol of each, and the steps (symbols, target) of each state.
     """
     classes = sorted({ranges for moves in fragment.moves for ranges, _ in moves})
     bounds = {0, *(bound for ranges in classes for pair in ranges for bound in pair)} - {CODE_POINTS}
@@ -132,7 +133,7 @@ def _symbols(fragment: Fragment) -> tuple[list[int], Int[np.ndarray, "interval"]
 def _deterministic(
     fragment: Fragment, steps: list, num_symbols: int
 ) -> tuple[Int[np.ndarray, "state symbol"], Bool[np.ndarray, "state"]]:
-    """The subset construction; a set of states that is empty is the dead state."""
+    """The subset construction; the empty set of states is the dead state."""
 
     @functools.cache
     def closure(state: int) -> frozenset[int]:
@@ -145,7 +146,7 @@ def _deterministic(
 
     start = closure(fragment.start)
     index, pending, table = {start: 0}, [start], []
-    for subset in pending:  # which grows
+    for subset in pending:  # pending grows
         targets = [set() for _ in range(num_symbols)]
         for state in subset:
             for members, target in steps[state]:
@@ -165,7 +166,7 @@ def _deterministic(
 def _minimal(
     table: Int[np.ndarray, "state symbol"], accepting: Bool[np.ndarray, "state"]
 ) -> tuple[Int[np.ndarray, "state symbol"], Bool[np.ndarray, "state"]]:
-    """States from which the same texts are accepted become one: partitions are refined until they are stable."""
+    """Merge states from which the same texts are accepted: partitions are refined until they are stable."""
     group, count = accepting.astype(int), 0
     while len(np.unique(group)) > count:
         count = len(np.unique(group))
@@ -183,7 +184,7 @@ def _over_bytes(
     starts: list[int],
     symbols: Int[np.ndarray, "interval"],
 ) -> tuple[Int[np.ndarray, "state byte"], Bool[np.ndarray, "state"]]:
-    """Between the bytes of a character a state is the map from what can still come to the state after it."""
+    """Expand code points to bytes: within a character, a state maps the code points that can follow to targets."""
     dead = next(s for s in range(len(table)) if not accepting[s] and (table[s] == s).all())  # surrogates lead there
     index: dict[tuple[int, Pieces], int] = {}  # (continuation bytes to come, what they lead to)
     pending: list[tuple[int, Pieces]] = []
@@ -208,7 +209,7 @@ def _over_bytes(
                     row[byte] = number(remaining, window)
                     break
         rows.append(row)
-    for remaining, pieces in pending:  # which grows
+    for remaining, pieces in pending:  # pending grows
         row = np.full(256, dead)
         size = 1 << 6 * (remaining - 1)
         for low in range(64):
@@ -218,12 +219,12 @@ def _over_bytes(
     return _dead_last(np.asarray(rows), np.append(accepting, np.zeros(len(pending), bool)), dead)
 
 
-# Continuation bytes that follow a leading one, that byte less its own bits, and the code points so written.
+# The number of continuation bytes, the leading byte without its payload bits, and the range of code points.
 _LEADS = ((0, 0x00, 0, 0x80), (1, 0xC0, 0x80, 0x800), (2, 0xE0, 0x800, 0x10000), (3, 0xF0, 0x10000, CODE_POINTS))
 
 
 def _merged(pieces) -> Pieces:
-    """Without a piece that leads where the one before does."""
+    """The pieces, without those that lead to the same state as the one before."""
     merged: list[tuple[int, int]] = []
     for first, state in pieces:
         if not merged or merged[-1][1] != state:
@@ -232,7 +233,7 @@ def _merged(pieces) -> Pieces:
 
 
 def _window(pieces: Pieces, base: int, size: int, first: int, end: int, dead: int) -> Pieces:
-    """The pieces in [base, base + size), counted from base; dead outside [first, end)."""
+    """The pieces in [base, base + size), relative to base; dead outside [first, end)."""
     low, high = max(base, first), min(base + size, end)
     begin = bisect.bisect_right(pieces, low, key=lambda piece: piece[0]) - 1
     stop = bisect.bisect_left(pieces, high, key=lambda piece: piece[0])
@@ -245,7 +246,7 @@ def _window(pieces: Pieces, base: int, size: int, first: int, end: int, dead: in
 def _dead_last(
     table: Int[np.ndarray, "state byte"], accepting: Bool[np.ndarray, "state"], dead: int
 ) -> tuple[Int[np.ndarray, "state byte"], Bool[np.ndarray, "state"]]:
-    """Renumber the dead state as the last. If nothing at all is accepted, it is the start too, and stays there."""
+    """Renumber the dead state as the last. If no text is accepted, it is also the start, and is kept there."""
     kept = np.flatnonzero((np.arange(len(table)) != dead) | (np.arange(len(table)) == 0))
     number = np.full(len(table), len(kept), np.int32)
     number[kept] = np.arange(len(kept))
@@ -256,7 +257,7 @@ def _dead_last(
 
 def _check_size(states: int) -> None:
     if states > MAX_STATES:
-        raise ValueError(f"the pattern needs more than {MAX_STATES} states: make it shorter, or its repetitions fewer.")
+        raise ValueError(f"the pattern needs more than {MAX_STATES} states: shorten it, or use fewer repetitions.")
 
 
 # Regular expressions as nondeterministic automata over code points ----------------------------------------------------
@@ -264,7 +265,7 @@ def _check_size(states: int) -> None:
 
 @dataclasses.dataclass
 class Fragment:
-    """An automaton over code points (Thompson 1968): of each state its moves by a class, and its free moves."""
+    """An automaton over code points (Thompson 1968): the moves of each state by a class, and its free moves."""
 
     moves: list[list[tuple[Ranges, int]]] = dataclasses.field(default_factory=list)
     free: list[list[int]] = dataclasses.field(default_factory=list)
@@ -272,7 +273,7 @@ class Fragment:
     end: int = 0
 
     def new_state(self) -> int:
-        """One more state, without moves."""
+        """Add a state without moves."""
         self.moves.append([])
         self.free.append([])
         return len(self.moves) - 1
@@ -297,7 +298,7 @@ def _parse(pattern: str) -> Fragment:
 
 @dataclasses.dataclass(frozen=True)
 class _Builder:
-    """Adds what a parsed item matches behind a state, and returns the state after it."""
+    """Appends what a parsed item matches to a state, and returns the state after it."""
 
     fragment: Fragment
     pattern: str
@@ -320,7 +321,7 @@ class _Builder:
         if code in (op.MAX_REPEAT, op.MIN_REPEAT):
             least, most, items = argument
             return self.repeat(functools.partial(self.sequence, items, flags=flags), int(least), most, state)
-        raise ValueError(f"{self.pattern!r} uses {str(code).lower()}, for which there is no finite automaton here.")
+        raise ValueError(f"{self.pattern!r} uses {str(code).lower()}, which has no finite automaton here.")
 
     def branch(self, ways: list[Callable[..., int]], state: int) -> int:
         end = self.fragment.new_state()
@@ -346,14 +347,14 @@ class _Builder:
         self.fragment.free[state].append(target)
 
     def linked(self, state: int) -> int:
-        """A new state, free to go to: loops and branches never share one with what stands before."""
+        """A new state with a free move to it: loops and branches never share a state with what precedes them."""
         new = self.fragment.new_state()
         self.link(state, new)
         return new
 
 
 def _source(code: Any, argument: Any) -> str:
-    """One character's pattern, written out again."""
+    """The pattern of one character, as source."""
     if code is op.ANY:
         return "."
     if code is op.LITERAL:
@@ -375,7 +376,7 @@ def _escaped(code_point: int) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _ranges(source: str, flags: int) -> Ranges:
-    """The code points that a one-character pattern matches: `re` itself is asked about all of them."""
+    """The code points that a one-character pattern matches, found by matching all of them with `re`."""
     single = re.fullmatch(r"\[\\U([0-9a-f]{8})\]", source)
     if single and not flags & re.IGNORECASE:
         first = int(single[1], 16)

@@ -49,7 +49,7 @@ class Finished(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Continuations that a step chose: of which beam of the group, by which token, and their log-probability."""
+    """The continuations that a step chose: the beam of the group, the token, and the log-probability."""
 
     beam: Int[Array, "batch *group beam"]
     token: Int[Array, "batch *group beam"]
@@ -72,11 +72,11 @@ class Live:
     time: Int[Array, ""]  # tokens chosen so far
     transform: PyTree[Array]  # the state of the transform
     finished: Finished
-    broken: Bool[Array, "batch"]  # whether the model gave no distribution
+    broken: Bool[Array, "batch"]  # whether the model's logits were NaN, or left no token
 
     @property
     def alive(self) -> Bool[Array, "row"]:
-        """Which beams go on."""
+        """True for beams that go on."""
         return (self.log_prob > -jnp.inf).reshape(-1)
 
 
@@ -96,40 +96,39 @@ def beam_search(
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
     pad_id: int | Int[Array, ""] = 0,
 ) -> Beams:
-    """The `num_beams` best continuations of each prompt that a beam of that width finds.
+    """Find the `num_beams` best continuations of each prompt, by a beam of that width.
 
         score(y) = log p(y | prompt) / |y|**length_penalty          (|y|: generated tokens, EOS counted)
 
-    In each step the continuations of a row's K live beams are ranked by log-probability. One that ends is a hypothesis
-    if it is among the best K; the best K that do not end live on. At `max_new_tokens` the live ones are hypotheses too.
-    The K of the highest score are kept, and a row stops when it has K and no live beam can beat them at any length:
-    log-probabilities are ≤ 0, so a beam of log-probability L and t tokens scores at most L / max_new_tokens**α for
-    α > 0, and L / (t + 1)**α for α ≤ 0.
+    In each step the continuations of a row's K live beams are ranked by log-probability. A continuation that ends
+    becomes a hypothesis if it is among the best K. The best K that do not end stay live; at `max_new_tokens` they
+    become hypotheses too. The K hypotheses of the highest score are kept. A row stops when it has K and no live beam
+    can beat them at any length: log-probabilities are ≤ 0, so a beam of log-probability L and t tokens scores at most
+    L / max_new_tokens**α for α > 0, and L / (t + 1)**α for α ≤ 0.
 
-    With groups it is diverse beam search (Vijayakumar et al. 2018): K / G beams a group, each with hypotheses of its
-    own, and the groups choose in turn. Within a step, a token that live beams of earlier groups were continued by c
-    times ranks as if its log-probability were lower by `diversity_penalty` · c; `log_prob` and `score` stay free of
-    that. All groups' hypotheses are merged at the end.
+    With groups it is diverse beam search (Vijayakumar et al. 2018). Each group has K / G beams and its own hypotheses,
+    and the groups choose in turn. If live beams of earlier groups were continued by a token c times in this step, it
+    ranks as if its log-probability were lower by `diversity_penalty` · c; `log_prob` and `score` do not include that.
+    The hypotheses of all groups are merged at the end.
 
     One compiled program serves all penalties, prompts and numbers of tokens of a bucket (see `generate`).
 
     Args:
-        num_beams: K, live beams and hypotheses of a row.
-        max_new_tokens: of all rows, or of each.
+        num_beams: K, the number of live beams and of hypotheses of a row.
         length_penalty: α; above 0 it favours long hypotheses.
-        num_groups: G, of which `num_beams` must be a multiple.
+        num_groups: G, a divisor of `num_beams`.
         no_repeat_ngram: n > 0 removes tokens that complete an n-gram which the prompt and the beam already contain. A
-            beam with no token left dies.
-        transform: removes tokens (those that it sets to −inf), after those that `no_repeat_ngram` removes, and does not
-            re-weigh: `log_prob` is the model's, over all tokens. Its numbers serve all rows.
-        prompt_mask: false at padding, on either side.
-        eos_id: the token, or any of the tokens, that ends a hypothesis.
+            beam without a possible token dies.
+        transform: removes the tokens that it sets to −inf, after those that `no_repeat_ngram` removes. It does not
+            reweight: `log_prob` is the model's, over all tokens. Its numbers serve all rows.
+
+    The other arguments are those of `generate`.
 
     Raises:
         ValueError: for what `generate` refuses, sizes below 1, groups that do not divide the beams, or penalties that
             are not finite (a diversity penalty: or negative).
         FloatingPointError: if the model's logits are NaN or leave no token. (Under an outer `jit`, log_prob is NaN.)
-            Where the transform or the blocking leave a row nothing, it has no hypothesis: all its masks are false.
+            If the transform or the blocking leave a row no token, it has no hypothesis: all its masks are false.
     """
     core.check_size("num_beams", num_beams, 1)
     core.check_size("num_groups", num_groups, 1)
@@ -162,7 +161,7 @@ def search(
     num_groups: int,
     no_repeat_ngram: int,
 ) -> Beams:
-    """The compiled whole of `beam_search`."""
+    """The compiled part of `beam_search`."""
     batch = request.limits.shape[0]
     every_beam = jnp.repeat(jnp.arange(batch), num_beams)
     prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + request.num_steps)
@@ -210,7 +209,7 @@ def _choose(
     logits: Float[Array, "row vocab"],
     blocked: Bool[Array, "row vocab"] | None,
 ) -> Live:
-    """Continue the beams by a token each, and see which hypotheses that finishes."""
+    """Continue each beam by a token, and collect the hypotheses that are finished."""
     shape, logits = state.log_prob.shape, wide(logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     broken = (state.alive & ~jnp.isfinite(normaliser)).reshape(shape).any(axis=(1, 2))
@@ -238,7 +237,7 @@ def _rank_groups(
     normaliser: Float[Array, "batch group beam"],
     log_prob: Float[Array, "batch group beam"],
 ) -> tuple[Choice, Choice]:
-    """What each group finishes and what it continues; a group after the first sees what those before it chose."""
+    """The continuations of each group that end, and those that do not; later groups see what earlier ones chose."""
     if logits.shape[1] == 1:
         pair = _rank(request, logits[:, 0], normaliser[:, 0], log_prob[:, 0], None)
         return jax.tree.map(lambda leaf: leaf[:, None], pair)
@@ -260,9 +259,9 @@ def _rank(
     log_prob: Float[Array, "batch beam"],
     penalty: Float[Array, "batch vocab"] | None,
 ) -> tuple[Choice, Choice]:
-    """Of K beams' continuations, those among the best K that end, and the best K that do not, by rank.
+    """The continuations of K beams by rank: those of the best K that end, and the best K that do not.
 
-    Each beam can end in as many ways as there are EOS tokens, so the best K · (1 + EOS tokens) hold K that do not.
+    Each beam can end in as many ways as there are EOS tokens, so the best K · (1 + EOS tokens) contain K that do not.
     Removed continuations and those of dead beams have −inf.
     """
     batch, width, vocab = logits.shape
@@ -297,7 +296,7 @@ def _continued(state: Live, choice: Choice) -> Int[Array, "batch group beam time
 def _finish(
     request: Request, penalties: Penalties, state: Live, ended: Choice, live: Choice, live_tokens: Array
 ) -> Finished:
-    """The best of the hypotheses so far, those that just ended, and at the last step those that live."""
+    """The best of the hypotheses so far, of those that just ended, and at the last step of the live beams."""
     time = state.time + 1
     last = (time >= request.limits)[:, None, None]
     log_prob = jnp.concatenate([ended.log_prob, jnp.where(last, live.log_prob, -jnp.inf)], axis=-1)
@@ -312,7 +311,7 @@ def _finish(
 
 
 def _best(pool: Finished, count: int) -> Finished:
-    """The hypotheses of the highest scores, best first; of equal ones the first."""
+    """The hypotheses of the highest scores, best first; the first of equal ones."""
     best = jax.lax.top_k(pool.score, count)[1]
     tokens = jnp.take_along_axis(pool.tokens, best[..., None], axis=-2)
     return Finished(tokens, *(jnp.take_along_axis(leaf, best, axis=-1) for leaf in pool[1:]))

@@ -1,4 +1,4 @@
-"""Constrained decoding, in which no row runs into a dead end, and stop strings: automata over tokens on the device."""
+"""Constrained decoding without dead ends, and stop strings: automata over tokens, on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrl_llm.decoding.automata import MIN_STATES
 from jaxrl_llm.decoding.transforms.base import Transform, pytree, token_ids
 from jaxrl_llm.numerics import is_concrete
 
-UNREACHABLE = 2**30  # tokens to an accepting state, where there is no way to one
+UNREACHABLE = 2**30  # the distance of a state from which no accepting state can be reached
 ENDED = -1  # the state of a row whose EOS has been emitted
 LOST = -2  # the state after a token that was not allowed
 
@@ -23,11 +23,11 @@ LOST = -2  # the state after a token that was not allowed
 class Automaton:
     """A deterministic finite automaton over tokens, as tables on the device; state 0 is the start.
 
-    Transitions are trimmed: those into states from which no accepting state can be reached are taken out.
+    Transitions into states from which no accepting state can be reached are removed.
 
     Raises:
         ValueError: unless there is a state, every transition leads to a state or is −1 (none), and `accepting` has one
-            value a state.
+            value for each state.
     """
 
     transitions: Int[Array, "state vocab"]
@@ -36,13 +36,13 @@ class Automaton:
 
     def __post_init__(self):
         if not (is_concrete(self.transitions) and is_concrete(self.accepting)):
-            raise ValueError("an automaton is built from concrete tables, outside jit.")
+            raise ValueError("an automaton must be built from concrete tables, outside jit, but they are traced.")
         table, accepting = np.asarray(self.transitions), np.asarray(self.accepting)
         if table.ndim != 2 or not table.shape[0] or not np.issubdtype(table.dtype, np.integer):
             raise ValueError(f"transitions must be integers [state, vocab], but are {table.dtype}{list(table.shape)}.")
         if accepting.shape != table.shape[:1] or accepting.dtype != bool:
             raise ValueError(
-                f"accepting must be bool[{table.shape[0]}], one a state, "
+                f"accepting must be bool[{table.shape[0]}], one for each state, "
                 f"but is {accepting.dtype}{list(accepting.shape)}."
             )
         if table.size and not -1 <= table.min() <= table.max() < table.shape[0]:
@@ -67,20 +67,20 @@ class Automaton:
 
 
 def from_regex(pattern: str, vocabulary: Sequence[bytes | str]) -> Automaton:
-    """The automaton of all sequences of tokens whose text `re.fullmatch(pattern, text)` matches.
+    """Return the automaton of all sequences of tokens whose text `re.fullmatch(pattern, text)` matches.
 
-    Every way to cut a text into tokens is allowed, within the characters of UTF-8 too. States that are never reached
-    fill the table up to a power of two, at least 16, so that one compiled program serves many patterns.
+    Every way to split a text into tokens is allowed, also within the bytes of a character. The table is padded with
+    unreachable states to a power of two, at least 16, so that one compiled program serves many patterns.
 
     Args:
         pattern: in the syntax of Python's `re`, without look-around, references back, atomic groups, possessive
             repetitions and word boundaries.
-        vocabulary: what each token adds to the text (`text.token_bytes`). Tokens that add nothing, the special ones,
-            are never allowed; `Constrained` knows of EOS.
+        vocabulary: the text of each token (`text.token_bytes`). Tokens without text, the special ones, are never
+            allowed; EOS is for `Constrained`.
 
     Raises:
-        ValueError: for a pattern that cannot be compiled, one that needs too large a table, or one of which this
-            vocabulary can spell no text.
+        ValueError: if the pattern cannot be compiled, needs too large a table, or matches no text that this vocabulary
+            can spell.
     """
     pieces = [token.encode() if isinstance(token, str) else bytes(token) for token in vocabulary]
     by_byte, accepting = automata.from_pattern(pattern)
@@ -95,13 +95,13 @@ def from_regex(pattern: str, vocabulary: Sequence[bytes | str]) -> Automaton:
 
 
 def from_choices(strings: Sequence[str], vocabulary: Sequence[bytes | str]) -> Automaton:
-    """The automaton of these texts and no others; see `from_regex`.
+    """Return the automaton of these texts and no others; see `from_regex`.
 
     Raises:
         ValueError: if there is no string, or this vocabulary can spell none of them.
     """
     if isinstance(strings, str) or not strings:
-        raise ValueError(f"choices must be one string or several in a sequence, but are {strings!r}.")
+        raise ValueError(f"choices must be a sequence of strings, not empty, but are {strings!r}.")
     return from_regex("|".join(_literally(string) for string in strings), vocabulary)
 
 
@@ -112,24 +112,23 @@ def _literally(string: str) -> str:
 class Constrained(Transform):
     """Keep the tokens after which the row can still end with a text that the automaton accepts.
 
-    A row may end in two ways: by EOS, which is allowed in accepting states alone and counts as a token, or at its
-    limit, where its state must be an accepting one. Without `eos_ids` there is only the limit: the text then has
-    exactly as many tokens as the row may have. A token is kept if with it such an end is within reach of the tokens
-    that remain, so that there always is one to keep: the law is the model's, token by token masked and renormalised
-    (which is not the model's law of whole texts given that they are accepted).
+    A row ends by EOS, which is allowed in accepting states only and counts as a token, or at its limit, where its state
+    must be accepting. Without `eos_ids` it ends at its limit only: the text has exactly as many tokens as the row may
+    have. A token is kept if such an end can be reached with the tokens that remain, so at least one is always kept. The
+    distribution is the model's, masked and renormalised at each token. (It is not the model's distribution of whole
+    texts given that they are accepted.)
 
-    In a chain it stands before filters and after nothing that removes tokens: a filter keeps at least one of the tokens
-    that it is given, and these are then allowed ones. Where the model itself excludes all that are allowed, no token is
-    possible, and the decoder says so. Give the decoder the same EOS: after it nothing but EOS is kept. A stop string
-    or a token that ends a row unknown to the constraint cuts the text wherever it is.
+    In a chain, put it first: a filter keeps at least one of the tokens that it is given, and these are then allowed
+    ones. If the model itself excludes all allowed tokens, the decoder raises. Give the decoder the same EOS: after it
+    only EOS is kept. A stop string, or an EOS that only the decoder knows, cuts the text anywhere.
 
     Args:
-        eos_ids: the token or tokens that end a row; their bytes are no text.
+        eos_ids: the token or tokens that end a row; they are not part of the text.
         max_tokens: the largest limit that can be served without `eos_ids`.
 
     Raises:
         ValueError: for an EOS outside the vocabulary, or an automaton that accepts no text. Before decoding, for a
-            limit within which no text ends.
+            limit within which no accepted text ends.
     """
 
     automaton: Automaton
@@ -151,7 +150,7 @@ class Constrained(Transform):
         object.__setattr__(self, "exact", jnp.asarray(exact))
 
     def check(self, limits: Int[np.ndarray, "batch"], *, per_row: bool = True) -> None:
-        """Raise where a row's limit leaves no text that the automaton accepts; nothing is known inside a trace."""
+        """Raise a ValueError if no accepted text ends within a row's limit; skipped if the tables are traced."""
         if not all(is_concrete(each) for each in (limits, self.automaton.distance, self.exact)):
             return
         limits = np.asarray(limits)
@@ -165,12 +164,14 @@ class Constrained(Transform):
             return
         most = len(self.exact) - 1
         if limits.max(initial=0) > most:
-            raise ValueError(f"a constraint without EOS was made for at most {most} tokens, not {limits.max()}.")
+            raise ValueError(
+                f"max_new_tokens must be at most {most}, the constraint's max_tokens, but is {limits.max()}."
+            )
         possible = np.asarray(self.exact)[limits, 0]
         if not possible.all():
             row = int(np.argmin(possible))
             raise ValueError(
-                f"row {row} has {limits[row]} new tokens, but no text of just so many is accepted by the constraint. "
+                f"row {row} has {limits[row]} new tokens, but the constraint accepts no text of exactly so many. "
                 "Without eos_ids a row ends at its limit only."
             )
 
@@ -188,7 +189,7 @@ class Constrained(Transform):
     def allowed(
         self, state: Int[Array, "batch"], remaining: Int[Array, "batch"], *, vocab: int
     ) -> Bool[Array, "batch vocab"]:
-        """The tokens that are kept; all of them where a row has no token left, or has had one that was not allowed."""
+        """The tokens that are kept: all of them if the row is over, or has emitted one that was not allowed."""
         if vocab != self.automaton.transitions.shape[1]:
             raise ValueError(
                 f"the model has {vocab} tokens, but the automaton was built for {self.automaton.transitions.shape[1]}."
@@ -215,7 +216,7 @@ class Constrained(Transform):
 
 
 def _distances(table: Int[np.ndarray, "state vocab"], accepting: Bool[np.ndarray, "state"]) -> Int[np.ndarray, "state"]:
-    """Tokens from each state to the nearest accepting one, by breadth-first search against the transitions."""
+    """The tokens from each state to the nearest accepting one, by breadth-first search against the transitions."""
     before = _edges(table)
     distance = np.where(accepting, 0, UNREACHABLE)
     frontier, steps = accepting, 0
@@ -227,7 +228,7 @@ def _distances(table: Int[np.ndarray, "state vocab"], accepting: Bool[np.ndarray
 
 
 def _exactly(automaton: Automaton, max_tokens: int) -> Bool[np.ndarray, "remaining state"]:
-    """Whether an accepting state can be reached from each state by exactly 0, 1, ..., max_tokens tokens."""
+    """True if an accepting state can be reached from a state by exactly 0, 1, ..., max_tokens tokens."""
     edges = _edges(np.asarray(automaton.transitions)).astype(np.float32)
     reached = [np.asarray(automaton.accepting)]
     for _ in range(max_tokens):
@@ -236,8 +237,8 @@ def _exactly(automaton: Automaton, max_tokens: int) -> Bool[np.ndarray, "remaini
 
 
 def _edges(table: Int[np.ndarray, "state vocab"]) -> Bool[np.ndarray, "state state"]:
-    """Whether some token leads from one state to another."""
-    edges = np.zeros((len(table), len(table) + 1), bool)  # the last column stands for none
+    """True if some token leads from one state to another."""
+    edges = np.zeros((len(table), len(table) + 1), bool)  # the last column: no transition
     np.put_along_axis(edges, table, True, axis=1)
     return edges[:, :-1]
 
@@ -249,8 +250,8 @@ def _edges(table: Int[np.ndarray, "state vocab"]) -> Bool[np.ndarray, "state sta
 class StopStrings:
     """An automaton over tokens (Aho and Corasick 1975), as a table on the device; build it with `stop_strings`.
 
-    State 0 is the start; the last state is that of a text that contains a stop string, and is never left. The number of
-    states is a power of two, at least 16, so that one compiled program serves many stop strings.
+    State 0 is the start. The last state, which is never left, is that of texts that contain a stop string. The number
+    of states is a power of two, at least 16, so that one compiled program serves many stop strings.
     """
 
     transitions: Int[Array, "state vocab"]
@@ -265,7 +266,7 @@ class StopStrings:
         return jnp.where(inside, self.transitions[state, jnp.where(inside, token, 0)], state)
 
     def reached(self, state: Int[Array, "batch"]) -> Bool[Array, "batch"]:
-        """Which rows contain a stop string."""
+        """True for rows that contain a stop string."""
         return state == self.transitions.shape[0] - 1
 
 
@@ -273,8 +274,8 @@ def stop_strings(token_bytes: Sequence[bytes], strings: Sequence[str]) -> StopSt
     """Compile stop strings for a vocabulary.
 
     Args:
-        token_bytes: what each token adds to the text, in UTF-8; empty for special tokens (`text.token_bytes`).
-        strings: any of them ends a row. The text that counts is that of the new tokens, not of the prompt.
+        token_bytes: the text of each token in UTF-8, empty for special tokens (`text.token_bytes`).
+        strings: any of them ends a row. Only the text of the new tokens counts, not that of the prompt.
 
     Raises:
         ValueError: if there is no string, or one is empty.

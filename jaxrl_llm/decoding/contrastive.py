@@ -1,4 +1,4 @@
-"""Contrastive search: a probable token whose state is unlike those before it."""
+"""Contrastive search: probable tokens whose hidden states differ from those before."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def contrastive_search(
 ) -> Generation:
     """Continue each prompt by the most probable tokens that do not repeat (Su et al. 2022; Su and Xu 2022).
 
-    Of the `top_k` most probable tokens v take the one with the highest (Su et al. 2022, eq. 5)
+    Among the `top_k` most probable tokens, take the v that maximises (Su et al. 2022, eq. 5)
 
         (1 − α) p(v) − α max_j cos(h_v, h_j)
 
-    where h are last hidden states, h_v that after v, and j runs over all real tokens of the row so far: padding never
-    counts, and without any token there is no penalty. All candidates of all rows are one call of the model.
+    Here h are last hidden states, h_v is the one after v, and j runs over all real tokens of the row so far. Padding
+    never counts, and without any token there is no penalty. All candidates of all rows are scored in one call.
 
     Args:
-        top_k: the number of candidates, which is compiled in; 1 is greedy decoding.
-        alpha: from 0, greedy decoding, to 1, for all rows or for each; another value never recompiles.
+        top_k: the number of candidates; it is compiled in. 1 is greedy decoding.
+        alpha: in [0, 1], for all rows or for each; 0 is greedy decoding. Another value does not recompile.
 
     The other arguments, and what is compiled for, are those of `generate`. `logp_sampler` is 0: nothing is drawn.
-    Infinite coordinates of a hidden state count as 0, as those of a table with impossible tokens.
+    Infinite coordinates of a hidden state, such as a table's for impossible tokens, count as 0.
 
     Raises:
         ValueError: for a `top_k` outside [1, vocabulary], an `alpha` outside [0, 1], and for what `generate` refuses.
@@ -82,7 +82,7 @@ class State:
 def decode(
     lm: LanguageModel, params: Params, request: Request, alpha: Float[Array, "batch"], *, top_k: int, num_steps: int
 ) -> Generation:
-    """The compiled whole: prefill, then a step for each token until all rows have ended."""
+    """The compiled part: prefill, then a step for each token until all rows have ended."""
     batch, length = request.limits.shape[0], request.prompts.shape[1]
     prompt = core.prefill(lm, params, request, num_slots=length + num_steps)
     rows = jnp.arange(batch)
@@ -133,7 +133,7 @@ def _try(
 
 
 def _direction(hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    """hidden / |hidden|, of 0 itself."""
+    """hidden / |hidden|; 0 stays 0."""
     hidden = wide(hidden)
     hidden = jnp.where(jnp.isinf(hidden), 0, hidden)
     largest = jnp.abs(hidden).max(axis=-1, keepdims=True)  # taken out first, so that no square over- or underflows

@@ -1,4 +1,4 @@
-"""What all decoders share: the request, the prefill, the emission of a token, and the scan over steps."""
+"""The core of all decoders: the request, the prefill, the emission of a token, and the scan over steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import is_concrete, violated
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
-BLOCK = 8  # steps between two looks at whether all rows have ended
+BLOCK = 8  # steps between two checks whether all rows have ended
 STEP_BUCKET = 2 * BLOCK
 MIN_PROMPT_BUCKET = 16
 
@@ -68,7 +68,7 @@ class Guidance:
     prompt_mask: Bool[Array, "batch unguided"] | None = None
 
     def repeat(self, n: int) -> Guidance:
-        """The same for rows of which each is repeated n times."""
+        """The same for a batch in which each row is repeated n times."""
         prompts, mask = _batch_of("guidance.prompts", self.prompts, self.prompt_mask)
         mask = None if mask is None else jnp.repeat(mask, n, axis=0)
         return Guidance(jnp.repeat(prompts, n, axis=0), self.scale, mask)
@@ -79,7 +79,7 @@ class Guidance:
 
 @result
 class Request:
-    """What a decoder is asked for, checked. All but `num_steps` are leaves, so that no value recompiles."""
+    """The checked arguments of a decoder. All but `num_steps` are leaves, so that another value does not recompile."""
 
     prompts: Int[Array, "rows prompt"]  # of a bucket; under guidance, the unguided ones are the second half
     mask: Bool[Array, "rows prompt"]
@@ -117,13 +117,13 @@ def request(
     guidance: Guidance | None = None,
     beams: bool = False,
 ) -> Request:
-    """Check what a decoder is asked for, and bring it into the form in which programs are compiled.
+    """Check the arguments of a decoder, and bring them into the shapes for which programs are compiled.
 
     Prompts are padded on the left to a bucket: the next power of two, at least 16.
 
     Args:
-        beams: a row is searched by several beams: numbers of the transform must serve all rows, and all padding is
-            moved to the left.
+        beams: if a row is searched by several beams: numbers of the transform must then serve all rows, and all
+            padding is moved to the left.
 
     Raises:
         ValueError: as `generate`.
@@ -194,7 +194,7 @@ def _batch_of(
     if not all(row.ndim == 1 and np.issubdtype(row.dtype, np.integer) for row in rows):
         raise _no_prompts(name, prompts)
     if mask is not None:
-        raise ValueError(f"the mask of {name} must be None where they are lists of unequal lengths, but is given.")
+        raise ValueError(f"the mask of {name} must be None if they are lists of unequal lengths, but is given.")
     tokens, mask = text.left_pad(rows)
     return jnp.asarray(tokens), jnp.asarray(mask)
 
@@ -363,7 +363,9 @@ def prefill(lm: LanguageModel, params: Params, request: Request, *, num_slots: i
     if request.guidance_scale is not None:
         cache = cache.take(jnp.tile(jnp.arange(batch), 2))  # an unguided row reads the source of its guided one
     hidden, cache = lm.hidden(params, request.prompts, cache, mask=request.mask)
-    last = jnp.where(request.mask, jnp.arange(length), 0).max(axis=1)  # of an empty prompt any place: all are its root
+    last = jnp.where(request.mask, jnp.arange(length), 0).max(
+        axis=1
+    )  # for an empty prompt any place will do: all are its root
     return Prefill(hidden, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache)
 
 
@@ -399,9 +401,9 @@ def run_blocks(
     num_steps: int,
     block: int = BLOCK,
 ) -> tuple[State, PyTree[Array]]:
-    """Up to `num_steps` steps, in scans of `block`, while the state is unfinished.
+    """Run up to `num_steps` steps, in scans of `block`, while the state is unfinished.
 
-    The end is looked for between the scans, not in each step: a `cond` in the step makes XLA copy the cache twice.
+    The end is checked between the scans, not in each step: a `cond` in the step makes XLA copy the cache twice.
 
     Returns:
         The state, and the outputs of the steps, [num_steps, ...]; 0 for the steps that were not needed.
@@ -422,7 +424,7 @@ def run_blocks(
 
 
 def by_row(request: Request, emitted: Generation) -> Generation:
-    """What `run_blocks` gave step by step, [time, batch], row by row."""
+    """The outputs of `run_blocks`, [time, batch], with the rows first."""
     emitted = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), emitted)
     return dataclasses.replace(emitted, tokens=jnp.where(emitted.mask, emitted.tokens, request.pad_id))
 
@@ -448,7 +450,7 @@ def check_generation(generation: Generation, *, start: int = 0) -> Generation:
 
 
 def check_log_prob(log_prob: Float[Array, "batch ..."]) -> None:
-    """Raise FloatingPointError if any log-probability is NaN: the model's distribution was not one."""
+    """Raise FloatingPointError if any log-probability is NaN, as it is for broken logits."""
     if is_concrete(log_prob):
         broken = np.isnan(log_prob).any(axis=tuple(range(1, log_prob.ndim)))
         if broken.any():

@@ -18,16 +18,16 @@ from jaxrl_llm.numerics import log_softmax, wide
 
 
 class ExactSearch(NamedTuple):
-    """What `exact_search` found. EOS, where the sequence has one, is its last token, and counted."""
+    """The result of `exact_search`. EOS, if the sequence has one, is its last token, and counts."""
 
     tokens: Int[np.ndarray, "length"]
     log_prob: float  # Σ log p of the model over the generated tokens, in nats
     score: float  # log_prob / length**length_penalty
-    num_nodes: int  # prefixes whose next-token law was computed, the prompt's included
+    num_nodes: int  # prefixes whose next-token distribution was computed, the prompt's included
 
 
 class _Node(NamedTuple):
-    """A prefix that is being continued: its tokens, the memory of it, and its continuations that are still to try."""
+    """A prefix that is being continued: its tokens, its cache, and the continuations that are still to try."""
 
     tokens: tuple[int, ...]
     cache: Cache
@@ -48,7 +48,7 @@ class _Goal:
             self.tokens, self.log_prob, self.score = tokens, log_prob, score
 
     def in_reach(self, length: int, log_prob: float) -> bool:
-        """Whether a prefix of that length and log-probability, or what follows it, could be better."""
+        """True if a sequence that begins with a prefix of that length and log-probability could be better."""
         best_length = self.max_new_tokens if self.length_penalty > 0 else length
         return log_prob / best_length**self.length_penalty > self.score
 
@@ -69,21 +69,21 @@ def exact_search(
 
     Depth first, the most probable token first (Stahlberg and Byrne 2019, algorithm 1). Log-probabilities are ≤ 0, so
     nothing that begins with a prefix of log-probability L and t tokens scores above L / max_new_tokens**α for α > 0, or
-    L / t**α for α ≤ 0; where that is not above the best score so far, it is left out.
+    L / t**α for α ≤ 0. A prefix whose bound is not above the best score so far is left out.
 
-    The search runs on the host, with a compiled step of one token; each depth keeps the cache that its siblings share.
+    The search runs on the host, with a compiled step of one token. Each depth keeps the cache that siblings share.
 
     Args:
         prompt: one sequence, without padding.
         length_penalty: α.
         eos_id: the token, or any of the tokens, that ends a sequence.
-        max_nodes: prefixes that may be looked at.
+        max_nodes: the most prefixes that are continued.
 
     Raises:
         ValueError: for what `generate` refuses, a prompt that is not one sequence, a penalty that is not finite, or
             `max_nodes` below 1.
         FloatingPointError: if the model's logits are NaN or leave no token.
-        RuntimeError: where `max_nodes` do not suffice: what was found is not known to be the best.
+        RuntimeError: if `max_nodes` are not enough, so that the best sequence is not known.
     """
     core.check_size("max_nodes", max_nodes, 1)
     longest = core.check_size("max_new_tokens", max_new_tokens, 1)
@@ -97,12 +97,15 @@ def exact_search(
         node = path[-1]
         token, log_prob = next(node.children, (None, -np.inf))
         length = len(node.tokens) + 1
-        if token is None or not goal.in_reach(length, log_prob):  # nor are those after it, which are less probable
+        if token is None or not goal.in_reach(length, log_prob):  # nor are less probable siblings
             path.pop()
         elif token in eos or length == longest:
             goal.offer((*node.tokens, token), log_prob)
         elif num_nodes == max_nodes:
-            raise RuntimeError(f"{max_nodes} nodes do not suffice: the best so far has the score {goal.score:.6g}.")
+            raise RuntimeError(
+                f"max_nodes must be larger than {max_nodes}: the search is not over. The best score so far is "
+                f"{goal.score:.6g}."
+            )
         else:
             num_nodes += 1
             log_probs, cache = _step(lm, params, jnp.asarray([[token]], jnp.int32), node.cache)

@@ -118,7 +118,7 @@ class State:
 
     cache: Cache
     token: Int[Array, "batch"]
-    fed: Bool[Array, "batch"]  # whether that token will count in the cache
+    fed: Bool[Array, "batch"]  # true if that token will count in the cache
     done: Bool[Array, "batch"]
     time: Int[Array, ""]  # tokens emitted so far
     transform: PyTree[Array]  # the state of the transform
@@ -127,7 +127,7 @@ class State:
 
 @functools.partial(jax.jit, static_argnames="lm")
 def decode(lm: LanguageModel, params: Params, request: Request) -> Generation:
-    """The compiled whole of `generate`."""
+    """The compiled part of `generate`."""
     state, first = begin(lm, params, request, num_slots=request.prompts.shape[1] + request.num_steps)
     _, rest = advance(lm, params, state, request, num_steps=request.num_steps)
     return jax.tree.map(lambda head, tail: jnp.concatenate([head[:, None], tail], axis=1), first, rest)
@@ -151,7 +151,7 @@ def begin(lm: LanguageModel, params: Params, request: Request, *, num_slots: int
 def advance(
     lm: LanguageModel, params: Params, state: State, request: Request, *, num_steps: int
 ) -> tuple[State, Generation]:
-    """Up to `num_steps` more tokens, until all rows have ended."""
+    """Generate up to `num_steps` more tokens, until all rows have ended."""
 
     def step(state: State) -> tuple[State, Generation]:
         copies = 1 if request.guidance_scale is None else 2
@@ -192,7 +192,7 @@ def _guide(
         return logits, logits
     own, unguided = jnp.split(logits, 2)
     log_probs, base = log_softmax(own), log_softmax(unguided)
-    # A token that either excludes is excluded, for −inf has no multiples; but scale 1 ignores the second prompt.
+    # A token that either excludes is excluded, since −inf has no multiples; but scale 1 ignores the second prompt.
     possible = (log_probs > -jnp.inf) & (base > -jnp.inf)
     guided = jnp.where(possible, base, 0) + scale * (jnp.where(possible, log_probs, 0) - jnp.where(possible, base, 0))
     guided = jnp.where(possible, guided, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Choosing among samples: minimum Bayes risk, best-of-n, and the majority of the answers."""
+"""Choosing among samples: minimum Bayes risk, best-of-n, and majority vote."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class BestOfN:
 
 
 class Vote(NamedTuple):
-    """The answer of the majority."""
+    """The result of a vote."""
 
     answer: Hashable | None  # None if there was no answer
-    share: float  # of the weight of all answers, None apart
-    counts: dict[Hashable | None, float]  # weight of each answer in the order first seen; None: of what was no answer
+    share: float  # of the weight of all readable answers
+    counts: dict[Hashable | None, float]  # weight of each answer in the order first seen; None: unreadable
 
     @property
     def unparsable(self) -> float:
-        """The weight of what was no answer."""
+        """The weight of the samples without a readable answer."""
         return self.counts.get(None, 0)
 
 
@@ -61,21 +61,21 @@ def minimum_bayes_risk(
     *,
     log_weights: Sequence[float] | None = None,
 ) -> MBR:
-    """The candidate that agrees best with what the model says on average.
+    """The candidate with the largest expected utility under the model.
 
         argmax_h Σ_i w_i u(h, y_i) / Σ_i w_i             (Eikema and Aziz 2022)
 
-    With samples of the model and no weights an estimate, in which a candidate that was sampled counts also as its own
-    reference; with all sequences and their probabilities as weights it is exact.
+    With samples of the model and no weights it is an estimate, in which a sampled candidate also counts as its own
+    reference. With all sequences and their probabilities as weights it is exact.
 
     Args:
-        samples: what stands for the model's law: texts, token lists, anything.
+        samples: drawn from the model: texts, token lists, anything.
         utility: u(candidate, sample), larger is better, such as `analysis.chrf.sentence_chrf`. It is called for every
             pair of a candidate and a sample of positive weight.
         weights: of each sample, not negative; they need not sum to 1. Equal if not given.
-        candidates: what may be chosen: the samples, if not given.
-        log_weights: the logarithms of the weights, such as log-probabilities, instead of them. (Samples that were
-            drawn from the model already occur as often as they are probable: weights are for distinct ones.)
+        candidates: the samples, if not given.
+        log_weights: the logarithms of the weights, such as log-probabilities, instead of them. (Samples drawn from the
+            model already occur in proportion to their probability: weights are for distinct ones.)
 
     Raises:
         ValueError: if there are no samples or candidates, weights are given twice, or do not fit or sum to 0, or a
@@ -83,7 +83,7 @@ def minimum_bayes_risk(
     """
     candidates = samples if candidates is None else candidates
     if len(samples) == 0 or len(candidates) == 0:
-        raise ValueError(f"there are {len(samples)} samples and {len(candidates)} candidates: both need at least one.")
+        raise ValueError(f"samples and candidates must not be empty, but are {len(samples)} and {len(candidates)}.")
     shares = _shares(weights, log_weights, len(samples))
     counted = np.flatnonzero(shares)
     utilities = np.asarray([[float(utility(each, samples[i])) for i in counted] for each in candidates])
@@ -156,10 +156,10 @@ def best_of_n(
 
 
 def self_consistency(answers: Sequence[Hashable | None], weights: Sequence[float] | None = None) -> Vote:
-    """The answer that most samples come to, whatever their reasoning: argmax_a Σ_i w_i 1[a_i = a].
+    """The answer of most samples, whatever their reasoning: argmax_a Σ_i w_i 1[a_i = a].
 
-    Of answers as frequent, the first seen wins. None stands for a sample without a readable answer: it has no vote, and
-    its weight is reported in `counts[None]`.
+    In a tie the first seen wins. None is a sample without a readable answer: it has no vote, and its weight is in
+    `counts[None]`.
 
     Raises:
         ValueError: if there are no samples, or weights do not fit, are negative or sum to 0.
@@ -167,7 +167,7 @@ def self_consistency(answers: Sequence[Hashable | None], weights: Sequence[float
     Source: Wang et al. 2023; weighted votes are in their Table 1.
     """
     if len(answers) == 0:
-        raise ValueError("there are no answers to count.")
+        raise ValueError("answers must not be empty.")
     if weights is not None:
         _shares(weights, None, len(answers))
     counts: dict[Hashable | None, float] = collections.defaultdict(int)
@@ -183,7 +183,7 @@ def self_consistency(answers: Sequence[Hashable | None], weights: Sequence[float
 def _shares(
     weights: Sequence[float] | None, log_weights: Sequence[float] | None, size: int
 ) -> Float[np.ndarray, "samples"]:
-    """The weights, which may be given by their logarithms, summing to 1."""
+    """The weights, or the exponentials of log-weights, normalised."""
     if weights is not None and log_weights is not None:
         raise ValueError("give weights or log_weights, not both.")
     if log_weights is not None:
@@ -192,7 +192,7 @@ def _shares(
         weights = np.exp(logs - largest) if np.isfinite(largest) else np.full(logs.shape, np.nan)
     weights = np.ones(size) if weights is None else np.asarray(weights, float)
     if weights.shape != (size,):
-        raise ValueError(f"there must be a weight for each of {size} samples, but the shape is {list(weights.shape)}.")
+        raise ValueError(f"weights must be one for each of {size} samples, but have the shape {list(weights.shape)}.")
     total = weights.sum()
     if not (np.isfinite(total) and (weights >= 0).all() and total > 0):
         raise ValueError(f"weights must be finite, not negative, and not all 0, but are {weights}.")
@@ -205,5 +205,5 @@ def _checked_scores(scores: Array, shape: tuple[int, int]) -> Float[Array, "batc
         raise ValueError(f"scores must be real numbers {list(shape)}, but are {scores.dtype}{list(scores.shape)}.")
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if violated(~jnp.isnan(scores)):
-        raise FloatingPointError("a score is NaN: there is no best of such samples.")
+        raise FloatingPointError("a score is NaN, so that the samples cannot be ranked.")
     return scores

@@ -13,22 +13,22 @@ from jaxrl_llm.numerics import wide
 
 def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
     """The token of the largest logit, the first of them in a tie."""
-    # As a maximum and a minimum, which XLA's CPU backend runs about 10 times faster than argmax.
+    # A maximum and a minimum: XLA's CPU backend runs them about 10 times faster than argmax.
     index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     largest = logits == logits.max(axis=-1, keepdims=True)
     return jnp.where(largest, index, logits.shape[-1] - 1).min(axis=-1)
 
 
 def greedy_log_prob(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
-    """Of the token that `greedy` takes, under the law that always takes it: 0, and `-inf` where none is possible."""
+    """The log-probability of the token of `greedy`, for a sampler that always takes it: 0; −inf if none is possible."""
     return jnp.where(logits.max(axis=-1) > -jnp.inf, 0.0, -jnp.inf).astype(wide(logits).dtype)
 
 
 def sample(keys: Key[Array, "batch"], logits: Float[Array, "batch vocab"]) -> Int[Array, "batch"]:
     """One token of each row from softmax(logits), with a key for each row.
 
-    Inversion in two stages, first a block of about √V tokens, then a token in it, each with a random number of its own:
-    two random numbers a row, where the Gumbel trick draws V. Tokens of probability 0 are never drawn.
+    Sampling by inversion, in two stages: first a block of about √V tokens, then a token in it. This takes two random
+    numbers for each row, where the Gumbel trick takes V. Tokens of probability 0 are never drawn.
     """
     logits = wide(logits)
     batch, vocab = logits.shape
@@ -42,10 +42,10 @@ def sample(keys: Key[Array, "batch"], logits: Float[Array, "batch vocab"]) -> In
 
 
 def _invert(weights: Float[Array, "batch n"], uniform: Float[Array, "batch"]) -> Int[Array, "batch"]:
-    """The index where the cumulated weights first exceed uniform · total, among positive weights."""
+    """The first index with a positive weight where the cumulative weights exceed uniform · total."""
     cumulated = jnp.cumsum(weights, axis=-1)
     beyond = (cumulated > uniform[:, None] * cumulated[:, -1:]) & (weights > 0)
-    # Rounding can leave none beyond; the largest weight is then as good as any.
+    # Rounding can leave no such index: take the largest weight.
     return jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1)).astype(jnp.int32)
 
 
@@ -54,8 +54,8 @@ def sample_distinct(
 ) -> Int[Array, "batch count"]:
     """`count` distinct tokens of each row, as if drawn one after the other without replacement from softmax(logits).
 
-    The Gumbel-top-k trick (Kool et al. 2019): the largest of logits + Gumbel noise. In a row with fewer tokens of
-    positive probability these come first, and what follows has logit −inf.
+    The Gumbel-top-k trick (Kool et al. 2019): the largest of logits + Gumbel noise. If a row has fewer tokens of
+    positive probability, these come first, followed by tokens of logit −inf.
     """
     logits = wide(logits)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)

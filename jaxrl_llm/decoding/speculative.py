@@ -23,7 +23,7 @@ from jaxrl_llm.objectives.logprobs import token_log_probs
 
 @core.result
 class Speculation:
-    """What was generated, and how well the drafts did, for each row.
+    """The generation, and the counts of drafts and rounds of each row.
 
     In a round a row has up to `num_draft` drafts; they are judged one after the other up to the first rejected one.
     Drafts for which a row has no room, or after its end, are not counted. The first token needs no round.
@@ -105,12 +105,12 @@ class Drafts(NamedTuple):
     tokens: Int[Array, "batch draft"]
     probs: Float[Array, "batch draft vocab"] | None  # None: point masses
     exists: Bool[Array, "batch draft"]  # a row may have fewer drafts: the first ones of it exist
-    broken: Bool[Array, "batch draft"]  # where there was no distribution to draw from
+    broken: Bool[Array, "batch draft"]  # the draft model's logits were NaN, or left no token
 
 
 @runtime_checkable
 class Draft(Protocol):
-    """What proposes tokens: a pytree. In its state the last token of each row is not read yet."""
+    """Proposes tokens. It is a pytree; its state does not contain the last token of each row yet."""
 
     def check(self, lm: LanguageModel, request: Request) -> None:
         """Raise ValueError if it cannot draft for this target and request."""
@@ -143,18 +143,20 @@ class Draft(Protocol):
 
 @core.result
 class ModelState:
-    """The state of a draft model. It has not read the last draft of the round before either, if that was kept."""
+    """The state of a draft model. It has not read the last draft of the previous round either, if that was kept."""
 
     cache: Cache
     transform: PyTree[Array]  # the state of its transform, before the last token
-    logits: Float[Array, "batch vocab"] | None  # those that the last token followed, for a transform with a state
-    skipped: Int[Array, "batch"]  # the last draft of the round before
+    logits: (
+        Float[Array, "batch vocab"] | None
+    )  # those that the last token was chosen from, for a transform with a state
+    skipped: Int[Array, "batch"]  # the last draft of the previous round
     skipped_counts: Bool[Array, "batch"]  # whether it was accepted
 
 
 @core.result
 class ModelTrail:
-    """What a round of drafting leaves, so that it can be rewound."""
+    """The caches and states of a round of drafting, from which `settle` rewinds."""
 
     cache: Cache
     transform: PyTree[Array]  # [draft + 1, batch, ...]: the states before each draft, and after the last
@@ -202,7 +204,7 @@ class DraftModel:
         *,
         num_draft: int,
     ) -> tuple[Drafts, ModelTrail]:
-        """`num_draft` calls of the model: the first reads what it has not read yet, and the last draft is not read."""
+        """Draft in `num_draft` calls of the model. The first reads what is not read yet; the last draft is not read."""
         transform = as_transform(self.transform)
         read = jnp.stack([state.skipped, token], axis=1)
         counts = jnp.stack([state.skipped_counts & alive, alive], axis=1)
@@ -252,7 +254,7 @@ class DraftModel:
 def _draw(
     warped: Float[Array, "batch vocab"], keys: Key[Array, "batch"] | None, index: Int[Array, ""]
 ) -> tuple[Int[Array, "batch"], Float[Array, "batch vocab"] | None, Bool[Array, "batch"]]:
-    """A token of each row, its distribution, and whether there was none."""
+    """A token of each row, its distribution, and true if there was none."""
     broken = ~jnp.isfinite(warped.max(axis=-1))
     if keys is None:
         return sampling.greedy(warped), None, broken
@@ -268,7 +270,7 @@ class History:
     length: Int[Array, "batch"]
 
     def append(self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]) -> History:
-        """The history and the tokens of the mask, which stand at the left."""
+        """The history with the tokens of the mask appended; these are at the left."""
         rows, slots = jnp.arange(tokens.shape[0])[:, None], self.length[:, None] + jnp.arange(tokens.shape[1])
         slots = jnp.where(mask, slots, self.tokens.shape[1])
         written = self.tokens.at[rows, slots].set(tokens, mode="drop")
@@ -278,11 +280,11 @@ class History:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
-    """Drafts from the row's own text: what followed the last tokens, up to `ngram` of them, where they occurred before.
+    """Drafts from the row's own text: the tokens after an earlier occurrence of the last tokens, up to `ngram` of them.
 
-    Of several places it takes the latest of those with the longest common suffix. Where the drafts reach the end of the
-    text, they go on into themselves, so that a loop is continued. A row whose last token is new to it has no drafts.
-    `ngram` is compiled in.
+    It takes the latest of the places with the longest common suffix. Where the drafts reach the end of the text, they
+    continue into themselves, so that a loop goes on. A row whose last token did not occur before has no drafts. `ngram`
+    is compiled in.
     """
 
     ngram: int = dataclasses.field(default=3, metadata={"static": True})
@@ -344,7 +346,7 @@ def acceptance_probability(
 def residual(p: Float[Array, "... vocab"], q: Float[Array, "... vocab"]) -> Float[Array, "... vocab"]:
     """max(p − q, 0), normalised: the distribution of the token that replaces a rejected draft.
 
-    Of q = 0 it is p; so it is where rounding leaves nothing of the difference. (Leviathan et al. 2023, section 2.3.)
+    It is p if q = 0, or if rounding leaves nothing of the difference. (Leviathan et al. 2023, section 2.3.)
     """
     excess = jnp.maximum(p - q, 0)
     total = excess.sum(axis=-1, keepdims=True)
@@ -375,7 +377,7 @@ def verify(
 def verify_greedy(
     drafts: Int[Array, "batch draft"], exists: Bool[Array, "batch draft"], best: Int[Array, "batch draft+1"]
 ) -> tuple[Int[Array, "batch"], Int[Array, "batch"]]:
-    """The same where the target takes its `best` tokens: drafts are accepted while they are these."""
+    """`verify` for a greedy target: drafts are accepted while they are its `best` tokens."""
     accepted = jnp.cumprod((drafts == best[:, :-1]) & exists, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
     return accepted, jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0]
 
@@ -387,7 +389,7 @@ def verify_greedy(
 def caches_by_slot(lm: LanguageModel) -> bool:
     """True if a model caches everything in slots, so that a token is forgotten when its slot is not valid.
 
-    It is read off the shapes of two caches of no rows: a leaf that does not grow with the slots is a running state.
+    It compares the shapes of two caches: a leaf that does not grow with the slots is a running state.
     """
     short, long = (jax.tree.leaves(jax.eval_shape(lambda n=n: lm.init_cache(0, n)).memory) for n in (2, 3))
     return all(one.shape != other.shape for one, other in zip(short, long, strict=True))
@@ -403,7 +405,7 @@ def rewind(
 ) -> Cache:
     """The cache `after` the tokens were appended to `before`, in which only those `kept` count.
 
-    Slots are made invalid; a model with a running state reads the tokens that are kept once more.
+    Slots are made invalid. A model with a running state reads the tokens that are kept once more.
     """
     if not caches_by_slot(lm):
         return lm.hidden(params, tokens, before, mask=kept)[1]
@@ -434,7 +436,7 @@ class State:
 def decode(
     lm: LanguageModel, params: Params, request: Request, draft: Draft, *, num_draft: int
 ) -> tuple[Speculation, Bool[Array, "batch"]]:
-    """The compiled whole: prefill, then rounds until all rows have ended; and in which rows the drafts were broken."""
+    """The compiled part: prefill, then rounds until all rows have ended. Also the rows whose drafts were broken."""
     num_slots = request.prompts.shape[1] + request.num_steps * (num_draft + 1)
     first, emitted = begin(lm, params, request, num_slots=num_slots)
 
@@ -540,7 +542,7 @@ def _emitted(
     alive: Bool[Array, "batch"],
     room: Int[Array, "batch"],
 ) -> tuple[Int[Array, "batch draft+1"], Bool[Array, "batch draft+1"], Bool[Array, "batch"]]:
-    """The tokens of the round, which of them are emitted, up to EOS, and which rows end with it."""
+    """The tokens of the round, the mask of those that are emitted, up to EOS, and the rows that end."""
     place = jnp.arange(drafts.tokens.shape[1] + 1)
     tokens = jnp.where(place < accepted[:, None], jnp.pad(drafts.tokens, ((0, 0), (0, 1))), token[:, None])
     ends = request.ends(tokens)
@@ -562,6 +564,6 @@ def _write(
     logp_sampler = sampling.greedy_log_prob(warped) if request.keys is None else token_log_probs(warped, tokens)
     found = state.result.generation
     rows, slots = jnp.arange(tokens.shape[0])[:, None], state.count[:, None] + jnp.arange(tokens.shape[1])
-    slots = jnp.where(mask, slots, found.tokens.shape[1])  # what is not emitted is dropped
+    slots = jnp.where(mask, slots, found.tokens.shape[1])  # tokens that are not emitted are dropped
     piece = Generation(tokens, mask, logp, logp_sampler)
     return jax.tree.map(lambda old, new: old.at[rows, slots].set(new, mode="drop"), found, piece)

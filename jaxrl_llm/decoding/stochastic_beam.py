@@ -19,21 +19,21 @@ from jaxrl_llm.numerics import wide
 
 @core.result
 class StochasticBeams:
-    """Distinct continuations of each row, in the order in which they were drawn. EOS is in the mask, and counted.
+    """Distinct continuations of each row, in the order in which they were drawn. EOS counts: it is in the mask.
 
     Where a row has fewer than K continuations, the mask of the others is false, and log_prob and perturbed are −inf.
     """
 
     tokens: Int[Array, "batch beam time"]  # `pad_id` where the mask is false
     mask: Bool[Array, "batch beam time"]
-    log_prob: Float[Array, "batch beam"]  # Σ log q over the generated tokens, q the law they are drawn from, in nats
+    log_prob: Float[Array, "batch beam"]  # Σ log q over the generated tokens, q the sampling distribution, in nats
     perturbed: Float[Array, "batch beam"]  # log_prob + Gumbel noise, falling
-    threshold: Float[Array, "batch"]  # κ: the perturbed log-probability of the first that was left out, or −inf
+    threshold: Float[Array, "batch"]  # κ: the perturbed log-probability of the first sequence left out, or −inf
 
 
 @core.result
 class State:
-    """The state between two steps. A beam that has ended stays among the beams as long as its perturbed value does."""
+    """The state between two steps. A beam that has ended stays until others have larger perturbed values."""
 
     cache: Cache
     parents: Int[Array, "row"]
@@ -63,27 +63,25 @@ def stochastic_beam_search(
 ) -> StochasticBeams:
     """Draw `num_beams` distinct continuations of each prompt, as if one after the other without replacement.
 
-    The law q is that of sampling tokens from what `transform` leaves of the model's logits (without one: the model's).
-    The sequences are the K largest of log q(y) + Gumbel noise (Kool et al. 2019). The noise of a prefix is the maximum
-    over its continuations, so it is drawn from the root down: with φ the log-probability of a continuation by one token
-    and G its parent's perturbed value,
+    The distribution q is that of `generate`: tokens are sampled from the transformed logits. The sequences are the K
+    largest of log q(y) + Gumbel noise (Kool et al. 2019). The noise of a prefix is the maximum over its continuations,
+    so it is drawn from the root down: with φ the log-probability of a continuation by one token and G its parent's
+    perturbed value,
 
         G̃ = φ + Gumbel noise,  Z = max G̃ over the siblings,  v = G − G̃ + log(1 − exp(G̃ − Z))
         perturbed = G − max(0, v) − log(1 + exp(−|v|))                    (Kool et al. 2019, appendix B)
 
-    which makes the siblings' maximum G. The first sequence is a sample of q. One beam more than asked for is run, for
-    the threshold κ; given it, see `inclusion_probability`.
+    which makes the siblings' maximum G. The first sequence is a sample of q. One more beam is run, for the threshold κ,
+    which `inclusion_probability` takes.
 
     Args:
         num_beams: K.
-        max_new_tokens: of all rows, or of each.
-        key: one key, from which each row derives its own by its index, or one a row.
-        transform: shapes the law; its numbers serve all rows.
-        prompt_mask: false at padding, on either side.
-        eos_id: the token, or any of the tokens, that ends a sequence.
+        transform: shapes q; its numbers serve all rows.
+
+    The other arguments are those of `generate`.
 
     Raises:
-        ValueError: for what `generate` refuses, or fewer than one beam.
+        ValueError: for what `generate` refuses, and for fewer than one beam.
         FloatingPointError: if the logits are NaN or no token is possible. (Under an outer `jit`, log_prob is NaN.)
     """
     core.check_size("num_beams", num_beams, 1)
@@ -112,7 +110,7 @@ def inclusion_probability(
 
 @functools.partial(jax.jit, static_argnames=("lm", "num_beams"))
 def draw(lm: LanguageModel, params: Params, request: Request, *, num_beams: int) -> StochasticBeams:
-    """The compiled whole of `stochastic_beam_search`."""
+    """The compiled part of `stochastic_beam_search`."""
     prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + request.num_steps)
     logits = lm.logits(params, prompt.last)
     every_beam = jnp.repeat(jnp.arange(request.limits.shape[0]), num_beams + 1)
@@ -167,7 +165,7 @@ def _choose(request: Request, state: State, logits: Float[Array, "row vocab"]) -
     normaliser = jax.nn.logsumexp(warped, axis=-1)
     broken = state.broken | (state.open & ~(sound & jnp.isfinite(normaliser))).any(axis=1)
     tokens, log_prob, perturbed = _continue(request, state, warped, normaliser)
-    ended = ~state.open[..., None]  # as a candidate an ended beam is its own, and only, continuation
+    ended = ~state.open[..., None]  # an ended beam is a candidate as its own continuation
     first = ended & (jnp.arange(tokens.shape[2]) == 0)
     perturbed = jnp.where(ended, jnp.where(first, state.perturbed[..., None], -jnp.inf), perturbed)
     log_prob = jnp.where(ended, state.log_prob[..., None], log_prob)
@@ -182,9 +180,9 @@ def _choose(request: Request, state: State, logits: Float[Array, "row vocab"]) -
 def _continue(
     request: Request, state: State, logits: Float[Array, "batch beam vocab"], normaliser: Float[Array, "batch beam"]
 ) -> tuple[Array, Array, Array]:
-    """Of each beam, the continuations of the largest perturbed values: tokens, log-probabilities, perturbed values.
+    """The continuations of each beam with the largest perturbed values: tokens, log-probabilities, perturbed values.
 
-    Among siblings the perturbed value rises with G̃, so that only the largest need be made conditional.
+    Among siblings the perturbed value rises with G̃, so only the largest need be conditioned.
     """
     keys = jax.vmap(lambda key: jax.random.fold_in(key, state.time + 1))(request.keys)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)

@@ -22,7 +22,7 @@ MAX_LEAVES = 4096
 
 
 class Node(NamedTuple):
-    """One node of a tree: a token after its parent's. The root, which stands for the prompt, is not among them."""
+    """A node of a tree: a token after its parent's. The prompt, the root, is not one of the nodes."""
 
     id: int
     parent: int  # 0: the root
@@ -105,15 +105,16 @@ def search_tree(
     key: Key[Array, ""] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
 ) -> Tree:
-    """Continue a prompt by a tree of `branching` distinct tokens a node and `depth` levels.
+    """Continue a prompt by a tree of `depth` levels, with `branching` distinct tokens after each node.
 
     Args:
+        prompt: one sequence, without padding.
         branching: 1 gives a chain, the greedy one with `select="best"`.
-        select: `"best"` takes the most probable tokens of a node; a transform draws them at random without
-            replacement from the law that it leaves (Gumbel-top-k). Where it leaves fewer than `branching` tokens, the
-            node has fewer children.
-        key: for a transform.
-        eos_id: a node whose token is this, or one of these, has no children.
+        select: `"best"` takes the most probable tokens after a node. A transform, or a sequence of them, draws them
+            without replacement from the distribution that it leaves (Gumbel-top-k); if it leaves fewer than
+            `branching` tokens, the node has fewer children.
+        key: needed with a transform.
+        eos_id: the token, or any of the tokens, that has no children.
 
     Raises:
         ValueError: for an empty prompt (where the model has no root state), one that leaves no room, a `branching` or
@@ -147,13 +148,13 @@ def _grow(lm: LanguageModel, params: Params, request: Request, *, branching: int
     parent_rows = jnp.arange(width) // branching
     prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + depth)
     root = jnp.zeros(width, jnp.int32)
-    memory = jax.tree.map(lambda leaf: leaf[root], request.initial_state())
-    state = (prompt.last[root], prompt.cache.take(root), memory, jnp.arange(width) == 0, jnp.zeros(width))
+    steered = jax.tree.map(lambda leaf: leaf[root], request.initial_state())  # the state of the transform
+    state = (prompt.last[root], prompt.cache.take(root), steered, jnp.arange(width) == 0, jnp.zeros(width))
 
     def step(state: tuple[Array, Cache, PyTree, Array, Array], level: Array) -> tuple[tuple, Tree]:
-        hidden, cache, memory, open_, totals = state
+        hidden, cache, steered, open_, totals = state
         logits = wide(lm.logits(params, hidden))
-        tokens, possible = _select(request, request.transform.apply(memory, logits), level, branching)
+        tokens, possible = _select(request, request.transform.apply(steered, logits), level, branching)
         normaliser = jax.nn.logsumexp(logits, axis=1, keepdims=True)
         log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
         exists = (possible | ~jnp.isfinite(normaliser)) & open_[:, None]  # NaN logits show as a node that is NaN
@@ -162,9 +163,9 @@ def _grow(lm: LanguageModel, params: Params, request: Request, *, branching: int
         nodes = tuple(leaf.reshape(-1) for leaf in nodes)
         token, _, total, exists, ended = (leaf[:width] for leaf in nodes)  # of the last level nothing is fed
         hidden, cache = lm.hidden(params, token[:, None], cache.take(parent_rows))
-        memory = jax.tree.map(lambda leaf: leaf[parent_rows], memory)
-        memory = update_alive(request.transform, memory, token, logits[parent_rows], exists)
-        return (hidden[:, 0], cache, memory, exists & ~ended, total), Tree(*nodes, branching=branching)
+        steered = jax.tree.map(lambda leaf: leaf[parent_rows], steered)
+        steered = update_alive(request.transform, steered, token, logits[parent_rows], exists)
+        return (hidden[:, 0], cache, steered, exists & ~ended, total), Tree(*nodes, branching=branching)
 
     return jax.lax.scan(step, state, jnp.arange(depth))[1]
 

@@ -192,7 +192,7 @@ def test_tables_that_are_no_automaton_are_an_error(transitions, accepting, messa
 
 @pytest.mark.parametrize("strings", [[], "yes"])
 def test_choices_come_in_a_sequence(strings):
-    with pytest.raises(ValueError, match="choices must be one string or several"):
+    with pytest.raises(ValueError, match="choices must be a sequence of strings"):
         constraints.from_choices(strings, LETTERS)
 
 
@@ -358,9 +358,9 @@ def test_padding_and_batch_mates_change_nothing():
     [
         ("abc", True, 2, "row 0 may have 2 new tokens, but the shortest .* has 3"),
         ("abc", True, [3, 4, 2], "row 2 may have 2 new tokens"),
-        ("abc", False, 4, "row 0 has 4 new tokens, but no text of just so many is accepted"),
+        ("abc", False, 4, "row 0 has 4 new tokens, but the constraint accepts no text of exactly so many"),
         ("(ab)*", False, [2, 3, 4], "row 1 has 3 new tokens"),
-        ("a*", False, 5, "made for at most 4 tokens, not 5"),
+        ("a*", False, 5, "max_new_tokens must be at most 4, .* but is 5"),
     ],
 )
 def test_a_limit_within_which_no_text_ends_is_an_error_before_decoding(pattern, eos, limits, message):
@@ -514,7 +514,7 @@ def test_every_decoder_refuses_what_no_row_can_finish(name):
     """Before it decodes anything."""
     lm = TabularLM(vocab_size=3, horizon=4)
     three = Constrained(constraints.from_regex("aaa", ["a", "b", "c"]))
-    with pytest.raises(ValueError, match="row 0 has 2 new tokens, but no text of just so many"):
+    with pytest.raises(ValueError, match="row 0 has 2 new tokens, but the constraint accepts no text of exactly"):
         DECODERS[name](lm, None, [[]], max_new_tokens=2, key=jax.random.key(0), transform=[three])
 
 

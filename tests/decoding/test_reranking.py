@@ -89,9 +89,9 @@ def test_log_weights_may_be_far_from_0():
 @pytest.mark.parametrize(
     ("samples", "options", "message"),
     [
-        ([], {}, "0 samples and 0 candidates"),
-        ([1], {"candidates": []}, "1 samples and 0 candidates"),
-        ([1, 2], {"weights": [1.0]}, r"each of 2 samples, but the shape is \[1\]"),
+        ([], {}, "must not be empty, but are 0 and 0"),
+        ([1], {"candidates": []}, "must not be empty, but are 1 and 0"),
+        ([1, 2], {"weights": [1.0]}, r"each of 2 samples, but have the shape \[1\]"),
         ([1, 2], {"weights": [1.0, -1.0]}, "finite, not negative, and not all 0"),
         ([1, 2], {"weights": [1.0, np.nan]}, "finite, not negative, and not all 0"),
         ([1, 2], {"weights": [0.0, 0.0]}, "finite, not negative, and not all 0"),
@@ -285,8 +285,8 @@ def test_self_consistency_is_minimum_bayes_risk_of_equality():
 @pytest.mark.parametrize(
     ("answers", "weights", "message"),
     [
-        ([], None, "no answers to count"),
-        (["a"], [1.0, 1.0], r"each of 1 samples, but the shape is \[2\]"),
+        ([], None, "answers must not be empty"),
+        (["a"], [1.0, 1.0], r"each of 1 samples, but have the shape \[2\]"),
         (["a", "b"], [1.0, -1.0], "finite, not negative"),
     ],
 )

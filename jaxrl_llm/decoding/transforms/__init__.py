@@ -1,9 +1,10 @@
 """Logits transforms: pytrees whose numbers are leaves, so another temperature never recompiles.
 
-Each is called as `transform(logits [..., V]) -> logits [..., V]`, with `-inf` where a token is removed; those that look
-back as `transform(logits, tokens [..., L], mask [..., L])`; those with a memory (`MinLength`, `ForcedTokens`,
-`Mirostat`) by decoders. A filter keeps ties (tokens of equal logits stand or fall together) and at least one token, and
-leaves the logits of what it keeps; `kept_mass` says how much that was. Numbers may be arrays of one value a row.
+A stateless one is called as `transform(logits [..., V]) -> logits [..., V]`, with −inf where a token is removed; one
+that looks back as `transform(logits, tokens [..., L], mask [..., L])`. Those with a state of their own (`MinLength`,
+`ForcedTokens`, `Mirostat`) are for decoders. A filter keeps at least one token and all ties, and does not change the
+logits of the tokens that it keeps; `kept_mass` is their probability. Numbers may be arrays of one value for each row.
+To write one, see `Transform`.
 """
 
 from jaxrl_llm.decoding.transforms.base import Chain, Transform

@@ -1,7 +1,4 @@
-"""Transforms that control what is written: biases, words forbidden or forced, a minimum length, a steady surprise.
-
-Those with a memory are for decoders, which carry it; by hand they are called as `transform(logits, memory)`.
-"""
+"""Transforms that control the text: biases, forbidden words, forced tokens, a minimum length, Mirostat."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from jaxrl_llm.objectives.logprobs import token_log_probs
 
 
 class LogitBias(Transform):
-    """Add a bias to each logit; −inf removes a token. A row in which no possible token would be left stays as it was.
+    """Add a bias to each logit; −inf removes a token. A row in which no possible token would be left is unchanged.
 
     Raises:
         ValueError: unless the biases are numbers below +inf; when called, unless there is one for each token, or one
@@ -52,16 +49,16 @@ class LogitBias(Transform):
 
 
 class BadWords(Transform):
-    """Remove the last token of a forbidden sequence where the tokens before it end the row, prompt included.
+    """Remove the last token of a forbidden sequence if the row, prompt included, ends with the tokens before it.
 
-    Built by `bad_words`. Padding between two tokens does not part them. A row in which no possible token would be left
-    stays as it was.
+    Build it with `bad_words`. Padding between two tokens does not separate them. A row in which no possible token would
+    be left is unchanged.
     """
 
     looks_back: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ()
 
-    before: Int[Array, "sequence longest"]  # flush right, −1 where the sequence is shorter
+    before: Int[Array, "sequence longest"]  # aligned to the right, −1 where the sequence is shorter
     last: Int[Array, "sequence"]
 
     @looking_back
@@ -74,14 +71,14 @@ class BadWords(Transform):
 
 
 def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
-    """The transform that forbids sequences of tokens, of one token or more, as a table on the device.
+    """Return the transform that forbids sequences of one token or more, as a table on the device.
 
     Raises:
         ValueError: if there is no sequence, one is empty, or a token is not in the vocabulary.
     """
     sequences = [[sequence] if isinstance(sequence, int | np.integer) else list(sequence) for sequence in sequences]
     if not sequences or not all(sequences):
-        raise ValueError(f"sequences must be given and not be empty, but are {sequences}.")
+        raise ValueError(f"sequences must not be empty, nor any of them, but are {sequences}.")
     for sequence in sequences:
         if not all(isinstance(token, int | np.integer) and 0 <= token < vocab_size for token in sequence):
             raise ValueError(f"forbidden tokens must be integers in [0, {vocab_size}), but one sequence is {sequence}.")
@@ -93,10 +90,10 @@ def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
 
 
 class MinLength(Transform):
-    """Remove the tokens `eos_ids` until a row has n new tokens. A row that can only end stays as it was.
+    """Remove the tokens `eos_ids` until a row has n new tokens. A row in which no other token is possible is unchanged.
 
     Raises:
-        ValueError: unless n is an integer of at least 0 and `eos_ids` is a token or several.
+        ValueError: unless n is an integer of at least 0 and `eos_ids` is a token id or several.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("n",)
@@ -122,10 +119,10 @@ class MinLength(Transform):
 
 
 class ForcedTokens(Transform):
-    """The i-th new token of a row is `tokens[i]`, or free where that is −1, and after the last.
+    """Force the i-th new token of a row to be `tokens[i]`; it is free where that is −1, and after the last.
 
-    What is forced keeps its logit, and the sampler's log-probability of it is 0. A token that the model excludes (−inf)
-    cannot be forced, nor one outside the vocabulary: the row then stays as it was.
+    A forced token keeps its logit; its log-probability under the sampling distribution is 0. A token that the model
+    excludes (−inf) or that is outside the vocabulary is not forced: the row is then unchanged.
 
     Raises:
         ValueError: unless the tokens are integers [number] or [batch, number], at least −1 and at least one.
@@ -159,13 +156,13 @@ class ForcedTokens(Transform):
 class Mirostat(Transform):
     """Hold the mean surprise of a text at τ bits a token: Mirostat 2.0 (Basu et al. 2021, algorithm 2).
 
-    Keeps the tokens of surprise −log₂ p ≤ μ, and always the most probable. μ, the memory, starts at 2τ, and after each
-    token moves against the error:
+    Keeps the tokens of surprise −log₂ p ≤ μ, and always the most probable. μ, the state, starts at 2τ and is updated
+    after each token:
 
-        μ ← μ − η (s − τ),   s the token's surprise in bits under the *model's* law
+        μ ← μ − η (s − τ),   s the token's surprise in bits under the *model*
 
-    s is not that under the truncated law, as in llama.cpp, where s can fall short of τ for ever; nor does a transform
-    before this one change s, though it changes what p is cut.
+    s is not the surprise under the truncated distribution, as in llama.cpp, where it can stay below τ for ever. A
+    transform before this one does not change s, though it changes which tokens are removed.
 
     Raises:
         ValueError: unless τ is finite and positive, and η finite and not negative.

@@ -95,11 +95,11 @@ class MinP(Transform):
 class Typical(Transform):
     """Locally typical: keep the smallest set of most typical tokens with mass at least p (Meister et al. 2023).
 
-    A token is the more typical, the nearer its information −log p_i is to the entropy H of the law, both in nats:
+    A token is more typical, the nearer its information −log p_i is to the entropy H of the distribution, both in nats:
 
         |−log p_i − H| = |z_i − Σ_v p_v z_v|,   z the logits
 
-    The token that crosses p is kept, and all that are as typical; p = 1 keeps every token of positive probability. The
+    The token that crosses p is kept, and all tokens as typical; p = 1 keeps every token of positive probability. The
     most probable token may be removed.
 
     Raises:
@@ -163,7 +163,7 @@ class Eta(Transform):
 class TopNSigma(Transform):
     """Top-nσ: keep the logits at most n standard deviations below the largest (Tang et al. 2024).
 
-    σ is that of the row's logits, as a population; those of −inf do not count. What is kept does not depend on a
+    σ is that of the row's logits as a population, without those of −inf. The tokens that are kept do not depend on a
     temperature before it.
 
     Raises:
@@ -190,7 +190,7 @@ def _check_interval(number: Float[Array, "..."] | float, name: str) -> None:
 
 
 def _log(number: Float[Array, "..."] | float, like: Float[Array, "*batch vocab"]) -> Float[Array, "*#batch 1"]:
-    """The logarithm of a number, or of one number a row as a column; −inf of 0."""
+    """The logarithm of a number, or of one number for each row, as a column; log 0 = −inf."""
     return jnp.log(per_row(jnp.asarray(number, like.dtype)))
 
 
@@ -241,7 +241,7 @@ def mass_threshold(
 ) -> Float[Array, "*batch"]:
     """The largest threshold with Σ weights[scores ≥ threshold] ≥ p Σ weights in each row (−inf if p = 1).
 
-    As `nucleus_threshold`, where the order in which tokens fill the mass is not that of their probabilities.
+    Like `nucleus_threshold`, with tokens that fill the mass in another order than that of their probabilities.
     """
     scores, weights = wide(scores), wide(weights)
     head, places = jax.lax.optimization_barrier(jax.lax.top_k(scores, min(HEAD, scores.shape[-1])))
@@ -284,10 +284,10 @@ def _fast_where(
 def _largest(
     logits: Float[Array, "*batch vocab"], holds: Callable[[Bool[Array, "*batch vocab"]], Bool[Array, "*batch"]]
 ) -> Float[Array, "*batch"]:
-    """The largest float x for which `holds(logits >= x)`, a condition that only fails as x rises; −inf holds always.
+    """The largest float x for which `holds(logits >= x)`, a condition that fails from some x on; −inf always holds.
 
-    Floats are ordered as the integers of their bits (those of negative numbers reversed), so halving an interval of
-    integers as often as they have bits finds x exactly.
+    Floats are ordered like the integers of their bits (reversed for negative numbers), so bisection over the integers
+    finds x exactly, in as many halvings as there are bits.
     """
     integer = jnp.int32 if logits.dtype == jnp.float32 else jnp.int64
     flip = jnp.iinfo(integer).max
@@ -308,5 +308,5 @@ def _largest(
     low = jnp.full(logits.shape[:-1], to_order(-jnp.inf))
     high = jnp.full(logits.shape[:-1], to_order(jnp.inf))
     found = to_float(jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (low, high))[0])
-    # The logit itself: where the processor takes subnormal numbers for 0, `found` may be one of them.
+    # Return a logit: on processors that flush subnormal numbers to 0, `found` may be one of them.
     return jnp.where(logits <= found[..., None], logits, -jnp.inf).max(axis=-1)

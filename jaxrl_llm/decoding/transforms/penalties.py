@@ -1,7 +1,7 @@
-"""Transforms that look back at the tokens of a row: penalties for repeating them, and repetitions forbidden.
+"""Transforms that look back at the tokens of a row: penalties for repetition, and blocked n-grams.
 
 Each is called as `transform(logits [..., V], tokens [..., L], mask [..., L])`. Tokens where the mask is false are
-padding, may be any number, and count for nothing.
+padding: they may be any number, and do not count.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def looking_back(look_back: Callable[..., Array]) -> Callable[..., Array]:
 
 
 class RepetitionPenalty(Transform):
-    """Make the tokens that stand in the row less probable, prompt included (Keskar et al. 2019).
+    """Make the tokens of the row, prompt included, less probable (Keskar et al. 2019).
 
-    Their logits are divided by r if positive, multiplied by r if negative, once however often they occur: below r = 1
-    repetition is rewarded. It depends on where the logits' zero lies, unlike all other transforms.
+    Their logits are divided by r if positive and multiplied by r if negative, once however often they occur. r < 1
+    rewards repetition. Unlike all other transforms it is not invariant to a shift of the logits.
 
     Raises:
         ValueError: unless r is finite and positive.
@@ -71,9 +71,9 @@ class RepetitionPenalty(Transform):
 
 
 class PresencePenalty(Transform):
-    """Subtract p from the logit of every token that was generated, once; a decoder does not count the prompt.
+    """Subtract p, once, from the logit of every token that was generated; the prompt does not count.
 
-    The penalty of that name in the OpenAI API. Below 0 it is a reward.
+    The penalty of that name in the OpenAI API. A negative one is a reward.
 
     Raises:
         ValueError: unless p is finite.
@@ -93,9 +93,9 @@ class PresencePenalty(Transform):
 
 
 class FrequencyPenalty(Transform):
-    """Subtract f from the logit of every token for each time it was generated; a decoder does not count the prompt.
+    """Subtract f from the logit of a token each time it was generated; the prompt does not count.
 
-    The penalty of that name in the OpenAI API. Below 0 it is a reward.
+    The penalty of that name in the OpenAI API. A negative one is a reward.
 
     Raises:
         ValueError: unless f is finite.
@@ -115,11 +115,10 @@ class FrequencyPenalty(Transform):
 
 
 class NoRepeatNgram(Transform):
-    """Remove the tokens that would complete an n-gram that already stands in the row, prompt included.
+    """Remove the tokens that would complete an n-gram that the row, prompt included, already contains.
 
-    n = 1 removes every token that stands there; padding between two tokens does not part them. A row in which no
-    possible token would be left stays as it was: there, and only there, an n-gram repeats. (Paulus et al. 2018 block
-    trigrams in beam search so.)
+    n = 1 removes every token of the row. Padding between two tokens does not separate them. A row in which no possible
+    token would be left is unchanged: only there an n-gram repeats. (Paulus et al. 2018 block trigrams in beam search.)
 
     Raises:
         ValueError: unless n is an integer of at least 1.
@@ -145,7 +144,7 @@ class NoRepeatNgram(Transform):
 def last_tokens(
     tokens: Int[Array, "*batch slot"], mask: Bool[Array, "*batch slot"], count: int
 ) -> tuple[Int[Array, "*batch count"], Bool[Array, "*batch count"]]:
-    """The last `count` real tokens of each row without gaps, flush right, and which of them exist."""
+    """The last `count` real tokens of each row without gaps, aligned to the right, and a mask of those that exist."""
     behind = jnp.cumsum(mask[..., ::-1], axis=-1)[..., ::-1]  # real tokens from here to the end
     place = jnp.where(mask & (behind <= count), count - behind, count)  # the place `count` is dropped
 
@@ -159,7 +158,7 @@ def last_tokens(
 def _follows_repetition(
     tokens: Int[Array, "*batch slot"], real: Bool[Array, "*batch slot"], length: Int[Array, "*#batch #1"]
 ) -> Bool[Array, "*batch slot"]:
-    """Before which tokens the last `length` of the row stand too; what is not real lies on the left."""
+    """True at tokens that follow a repetition of the row's last `length` tokens. Padding must be on the left."""
     slots = tokens.shape[-1]
     longest = jnp.minimum(length.max(initial=0), slots)
 
@@ -181,7 +180,7 @@ def _follows_repetition(
 def count_tokens(
     tokens: Int[Array, "*batch slot"], mask: Bool[Array, "*batch slot"], vocab: int
 ) -> Int[Array, "*batch vocab"]:
-    """How often each token of the vocabulary stands where the mask is true."""
+    """The number of times that each token of the vocabulary occurs where the mask is true."""
     place = jnp.where(mask & (tokens >= 0) & (tokens < vocab), tokens, vocab)  # beyond the end, where it is dropped
     return row_by_row(lambda place: jnp.zeros(vocab, jnp.int32).at[place].add(1, mode="drop"), place)
 
