@@ -47,7 +47,7 @@ class Config:
     seed: int = 0
 
 
-FAR = 0.1  # of probability: a run that is further off the law has moved EOS instead of the word
+FAR = 0.1  # of probability: a run that is further off the prediction has moved EOS instead of the word
 
 
 @experiment(quick=Config(), full=Config(seeds=16, betas=(1.0, 0.25, 0.1), sft_steps=300, dpo_steps=400))
@@ -101,11 +101,11 @@ def summary(
 ) -> dict[str, Any]:
     """Return means over prompts, [opinion][seed], of users who think that the claim is false, and true.
 
-    `word_off` and `whole_off` are the agreement of the word and of the whole answer, less the law of either; `eos_*`
+    `word_off` and `whole_off` are the agreement of the word and of the whole answer, each less its prediction; `eos_*`
     are geometric means.
     """
-    read = {"law": amplified_agreement(agreement(before[..., 0]), share, beta=beta)}
-    read["word_off"] = agreement(after[..., 0]) - read["law"]
+    read = {"prediction": amplified_agreement(agreement(before[..., 0]), share, beta=beta)}
+    read["word_off"] = agreement(after[..., 0]) - read["prediction"]
     read["whole_off"] = agreement(after.sum(axis=-1)) - amplified_agreement(
         agreement(before.sum(axis=-1)), share, beta=beta
     )
@@ -139,14 +139,14 @@ def numbers(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     eos = np.concatenate([stacked(points, f"eos_after_{name}") for name in ("disagreeing", "agreeing")])
     return [
         ledger.test(
-            "largest |deviation| of the word from the law, mean over seeds",
+            "largest |deviation| of the word from the prediction, mean over seeds",
             float(np.abs(word.mean(axis=1)).max()),
             at_most=NEAR,
             wrong=0.1,
             **described,
         ),
         ledger.test(
-            f"largest p-value that a mean of whole answers is {NEAR} or more off the law",
+            f"largest p-value that a mean of whole answers is {NEAR} or more off the prediction",
             max(map(beyond, whole)),
             at_most=0.05,
             wrong=0.5,  # of a mean that is off by the margin
@@ -158,7 +158,7 @@ def numbers(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "largest |deviation| of whole answers, single seed", float(np.abs(whole).max()), **described
         ),
         ledger.measurement(
-            f"seeds of which a word is off the law by more than {FAR}",
+            f"seeds of which a word is off the prediction by more than {FAR}",
             count / seeds,
             share.low,
             share.high,
@@ -173,7 +173,7 @@ def claim(points: list[dict[str, Any]], config: Config) -> str:
     """Return the promise, and what was measured instead."""
     word, whole = (np.abs(stacked(points, f"{name}_off")).max() for name in ("word", "whole"))
     return (
-        f"Promised: DPO on answers of a word and EOS reaches the amplification law to {NEAR}. Measured"
+        f"Promised: DPO on answers of a word and EOS reaches the amplification formula to {NEAR}. Measured"
         f"{' in this small run' if config.seeds < FEW else ''}: single seeds are off it by up to {whole:.3f} in whole "
         f"answers, but by up to {word:.2f} in the word, by more than {FAR} in {displaced(points)} of {config.seeds} "
         f"seeds. {_cause(whole)}"
@@ -183,5 +183,5 @@ def claim(points: list[dict[str, Any]], config: Config) -> str:
 def _cause(whole: float) -> str:
     """Return what explains the word, given the largest deviation of whole answers: EOS, unless they are off, too."""
     if whole > NEAR:
-        return "Whole answers are off the law, too: this training is too short to tell."
+        return "Whole answers are off the prediction, too: this training is too short to tell."
     return "The difference is in the EOS after the word."

@@ -1,4 +1,4 @@
-"""The law by which a slight preference for agreement becomes sycophancy, on tables and on a small GPT-2.
+"""A closed form for how a slight preference for agreement becomes sycophancy, on tables and on a small GPT-2.
 
 Where a share p of the annotators prefers the answer that agrees with the user, an aligned model agrees with
 probability σ(logit π_ref + logit(p)/β), and the best of n answers with 1 − (1 − π_ref)ⁿ. The GPT-2 has one layer and
@@ -38,7 +38,7 @@ from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
 from jaxrl_llm.training.sft import sft_loss
 
-NEAR = 0.02  # of probability: the largest deviation that counts as on the law for a GPT-2
+NEAR = 0.02  # of probability: the largest deviation of a GPT-2 that counts as agreement
 EXPECTED = 5  # draws of either kind that a z needs
 EXAMPLE = 0.6  # the share at which all trainers are compared
 FEW = 5  # seeds: fewer make a small run, which says so
@@ -96,7 +96,7 @@ class Config:
         shares=(0.4, 0.6, 0.9),
         betas=(1.0, 0.5, 0.25, 0.1),
         dpo_steps=250,
-        annotators=256,  # with 16, the noise of labels alone is 0.017 for a seed: near what counts as off the law
+        annotators=256,  # with 16, the noise of labels alone is 0.017 for a seed: near NEAR
         dpo_learning_rate=0.005,
         online=("ppo", "rloo"),
         online_betas=(1.0, 0.5, 0.1),
@@ -147,7 +147,7 @@ def check(config: Config) -> None:
 
 
 def on_table(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Return every point of the grid, by three exact ways, and the error of best-of-n's law."""
+    """Return every point of the grid, by three exact ways, and the error of best-of-n's prediction."""
     with jax.enable_x64(True):
         lm = TabularLM(vocab_size=3, horizon=2)
         axes = (jnp.asarray(each) for each in (config.table_references, config.table_shares, config.table_betas))
@@ -156,8 +156,8 @@ def on_table(config: Config, key: jax.Array) -> dict[str, Any]:
         run = jax.vmap(lambda *point: optima(lm, *point, steps=config.newton_steps))
         found = jax.jit(run)(*grid, jax.random.split(grid_key, grid[0].size))
         reference, share, beta = map(np.asarray, grid)
-        law = amplified_agreement(reference, share, beta=beta)
-        points = {"reference": reference, "share": share, "beta": beta, "law": law}
+        prediction = amplified_agreement(reference, share, beta=beta)
+        points = {"reference": reference, "share": share, "beta": beta, "prediction": prediction}
         references, errors = np.asarray(config.table_references), []
         for n in config.best_of:
             key_of_n = jax.random.fold_in(best_key, n)
@@ -197,7 +197,7 @@ def on_gpt2(config: Config, key: jax.Array) -> tuple[list[dict[str, Any]], list[
 
 
 def curves(config: Config) -> list[dict[str, Any]]:
-    """Return the law from π_ref = ½ along 1/β, for every share, as far as any point goes."""
+    """Return the prediction from π_ref = ½ along 1/β, for every share, as far as any point goes."""
     betas = (*config.table_betas, *config.betas, *config.online_betas)
     inverse = np.geomspace(1 / max(betas), 1 / min(betas), 60)
     return [
@@ -465,7 +465,7 @@ def sampled_best_of_n(
     return jnp.stack(best), word_probs(given, ref)[:, 1]
 
 
-# Measured agreement against the law.
+# Measured agreement against the prediction.
 
 
 def compared(
@@ -479,7 +479,7 @@ def compared(
 ) -> list[dict[str, Any]]:
     """Return a point of the grid each: means over prompts, then over seeds with Student's 95% intervals.
 
-    The law is that of each prompt's own reference, so that what fine-tuning missed is not counted as a deviation.
+    The prediction is that of each prompt's own reference, so that errors of fine-tuning are not counted as deviations.
     `off_the_law` has the deviation; `held_out_deviation` is the same on the claims that alignment left out.
 
     Args:
@@ -490,12 +490,12 @@ def compared(
     held_out = np.setdiff1d(np.arange(before.shape[1]), training)
     found = []
     for place, (share, beta) in enumerate(grid):
-        law = amplified_agreement(before, share, beta=beta)
+        prediction = amplified_agreement(before, share, beta=beta)
         measured = after[:, place]
-        off = measured - law
+        off = measured - prediction
         mean, low, high = statistics.student(measured.mean(axis=1))
         found.append(
-            {"method": method, "reference": aim, "share": share, "beta": beta, "law": law.mean()}
+            {"method": method, "reference": aim, "share": share, "beta": beta, "prediction": prediction.mean()}
             | {"mean": mean, "low": low, "high": high}
             | off_the_law(off, opinions)
             | {"held_out_deviation": off_the_law(off[:, held_out], opinions[held_out])["deviation"]}
@@ -504,13 +504,13 @@ def compared(
 
 
 def off_the_law(off: np.ndarray, opinions: np.ndarray) -> dict[str, Any]:
-    """Return the deviation of a point from the law, of users of either opinion by themselves.
+    """Return the deviation of a point from the prediction, of users of either opinion by themselves.
 
     Over both, what a model does too much with the one hides what it does too little with the other: one that always
     says "true" agrees with half of all users. A single prompt, on the other hand, would mostly show noise.
 
     Args:
-        off: measured − law, [seed, prompt].
+        off: measured − prediction, [seed, prompt].
 
     Returns:
         `deviation`, `deviation_low` and `deviation_high`: the mean over prompts and seeds for the opinion that is
@@ -540,7 +540,7 @@ def beyond(values: np.ndarray, *, margin: float = NEAR) -> float:
 
 
 def worst_deviation(found: list[dict[str, Any]]) -> float:
-    """Return the largest distance of a mean over prompts of one opinion and seeds from the law."""
+    """Return the largest distance of a mean over prompts of one opinion and seeds from the prediction."""
     return max(abs(each["deviation"]) for each in found)
 
 
@@ -551,22 +551,22 @@ def best_of_n_point(config: Any, aim: float, wins: np.ndarray, reference: np.nda
     """
     rows = []
     for n, won in zip(config.best_of, wins, strict=True):
-        law = best_of_n_agreement(reference, n)
-        spread = np.sqrt(config.repeats * (law * (1 - law)).sum())
-        draws, expected = config.repeats * law.size, config.repeats * law.sum()
+        prediction = best_of_n_agreement(reference, n)
+        spread = np.sqrt(config.repeats * (prediction * (1 - prediction)).sum())
+        draws, expected = config.repeats * prediction.size, config.repeats * prediction.sum()
         normal = min(expected, draws - expected) >= EXPECTED
         z = float((won - expected) / spread) if normal else None
-        rows.append({"n": n, "law": law.mean(), "sampled": won / draws, "z": z})
+        rows.append({"n": n, "prediction": prediction.mean(), "sampled": won / draws, "z": z})
     return {"reference": aim, "draws": draws, "sizes": rows}
 
 
 def numbers(table: dict[str, Any], found: list[dict[str, Any]], best: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the exact optima, the test of the GPT-2 against the law, and that of best-of-n."""
+    """Return the exact optima, the test of the GPT-2 against the prediction, and that of best-of-n."""
     return [*_of_table(table), *_of_gpt2(found), *_of_best(table, best)]
 
 
 def claim(table: dict[str, Any], found: list[dict[str, Any]], config: Any) -> str:
-    """Return the law, and how much of it was measured."""
+    """Return the prediction, and how much of it was measured."""
     agreement = float(amplified_agreement(0.5, EXAMPLE, beta=0.1))
     exact = "lie" if ledger.verdict(_of_table(table)) is not False else "do not lie"
     near, (*methods, last) = sum(each["p"] <= 0.05 for each in found), dict.fromkeys(each["method"] for each in found)
@@ -574,7 +574,7 @@ def claim(table: dict[str, Any], found: list[dict[str, Any]], config: Any) -> st
     among = f"all {near}" if near == len(found) else f"{near} of {len(found)}"
     return (
         f"If {EXAMPLE:.0%} of annotators prefer agreement, the optimum agrees with probability σ(logit π_ref + "
-        f"logit({EXAMPLE})/β): {agreement:.3f} from ½ at β = 0.1. Optima on tables {exact} on this law; "
+        f"logit({EXAMPLE})/β): {agreement:.3f} from ½ at β = 0.1. Optima on tables {exact} on this prediction; "
         f"{'in this small run, ' if config.seeds < FEW else ''}a GPT-2 (layers: {config.layers}, width: "
         f"{config.width}, answers of one token) trained by {trained} is shown to be within {NEAR} of it at {among} "
         f"points, in the mean over {config.seeds} seeds."
@@ -585,10 +585,10 @@ def _of_table(table: dict[str, Any]) -> list[dict[str, Any]]:
     ways = {"gibbs": "closed form", "dpo": "DPO on the population", "rlhf": "maximum of E[r] − β KL"}
     return [
         ledger.identity(
-            f"largest |agreement − law| on a table, {name}",
-            float(np.abs(table[way] - table["law"]).max()),
+            f"largest |agreement − prediction| on a table, {name}",
+            float(np.abs(table[way] - table["prediction"]).max()),
             tolerance=1e-10,
-            unit=f"probability, over {len(table['law'])} points",
+            unit=f"probability, over {len(table['prediction'])} points",
             source="σ(logit π_ref + logit(p)/β); exact, 9 answers",
         )
         for way, name in ways.items()
@@ -598,11 +598,11 @@ def _of_table(table: dict[str, Any]) -> list[dict[str, Any]]:
 def _of_gpt2(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     described = {
         "unit": f"probability, over {len(found)} points",
-        "source": "means over the prompts of either opinion, and over seeds, against the law",
+        "source": "means over the prompts of either opinion, and over seeds, against the prediction",
     }
     entries = [
         ledger.test(
-            f"largest p-value that a mean is {NEAR} or more off the law, GPT-2",
+            f"largest p-value that a mean is {NEAR} or more off the prediction, GPT-2",
             max(each["p"] for each in found),
             at_most=0.05,
             wrong=0.5,  # of a mean that is off by the margin
@@ -610,7 +610,7 @@ def _of_gpt2(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             source=f"two one-sided t-tests over seeds, for either opinion at {len(found)} points; all must be small, "
             "so that none is corrected",
         ),
-        ledger.measurement("largest |deviation| of a GPT-2 from the law", worst_deviation(found), **described),
+        ledger.measurement("largest |deviation| of a GPT-2 from the prediction", worst_deviation(found), **described),
         ledger.measurement(
             "the same on claims that alignment left out",
             max(abs(each["held_out_deviation"]) for each in found),
@@ -620,7 +620,7 @@ def _of_gpt2(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "largest |deviation| of a single seed",
             max(each["largest_of_seed"] for each in found),
             unit=described["unit"],
-            source="means over the prompts of either opinion, against the law",
+            source="means over the prompts of either opinion, against the prediction",
         ),
     ]
     examples = [each for each in found if each["share"] == EXAMPLE and each["reference"] == 0.5]
@@ -633,7 +633,7 @@ def _of_gpt2(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 at["low"],
                 at["high"],
                 unit="probability",
-                source=f"a GPT-2 from π_ref = ½, Student's interval over seeds; the law is {at['law']:.4f}",
+                source=f"a GPT-2 from π_ref = ½, Student's interval over seeds; predicted: {at['prediction']:.4f}",
             )
         )
     return entries
@@ -656,7 +656,7 @@ def _of_best(table: dict[str, Any], best: list[dict[str, Any]]) -> list[dict[str
             table["best_of_n_error"],
             tolerance=1e-12,
             unit="probability",
-            source="the exact law of best-of-n",
+            source="the exact prediction of best-of-n",
         ),
         *([sampled] if known else []),
     ]

@@ -15,7 +15,7 @@ NEAR = 0.02  # the promise
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Draw the deviations of words and of whole answers from the law, and the probabilities of EOS."""
+    """Draw the deviations of words and of whole answers from the prediction, and the probabilities of EOS."""
     points, config = results["data"]["points"], results["config"]
     figure = Figure(figsize=(9.6, 4.3), layout="constrained")
     style.headline(figure, headline(points))
@@ -34,7 +34,9 @@ def draw(results: dict[str, Any]) -> Figure:
 def headline(points: list[dict[str, Any]]) -> str:
     """Return the largest deviation of a word and of a whole answer."""
     word, whole = (max(np.abs(point[name]).max() for point in points) for name in ("word_off", "whole_off"))
-    return f"DPO on a word and EOS: off the law by up to {word:.2f} for the word, {whole:.2f} for the whole answer"
+    return (
+        f"DPO on a word and EOS: off the prediction by up to {word:.2f} for the word, {whole:.2f} for the whole answer"
+    )
 
 
 def _draw_deviations(axes: Axes, points: list[dict[str, Any]]) -> None:
@@ -48,9 +50,9 @@ def _draw_deviations(axes: Axes, points: list[dict[str, Any]]) -> None:
         axes.plot([], [], mark, color=colour, markerfacecolor="white", label=label)
     axes.axhspan(-NEAR, NEAR, color=style.FAINT, linewidth=0, zorder=0, label=f"promised: ± {NEAR}")
     axes.set_xticks(range(len(points)), [f"β = {point['beta']:g}" for point in points])
-    axes.set_ylabel("probability of agreement − the law")
+    axes.set_ylabel("probability of agreement − the prediction")
     axes.legend(loc="lower left")
-    axes.set_title("(a) deviation from the law")
+    axes.set_title("(a) deviation from the prediction")
 
 
 def _draw_eos(axes: Axes, points: list[dict[str, Any]]) -> None:
@@ -61,7 +63,7 @@ def _draw_eos(axes: Axes, points: list[dict[str, Any]]) -> None:
             first, second, "o", color=colour, markersize=4, markerfacecolor="white", label=f"β = {point['beta']:g}"
         )
         lowest = min(lowest, first.min(), second.min())
-    axes.plot([lowest, 1], [lowest, 1], color=style.MUTED, linewidth=0.9, label="equal: the word is on the law")
+    axes.plot([lowest, 1], [lowest, 1], color=style.MUTED, linewidth=0.9, label="equal: the word is on the prediction")
     axes.set(
         xscale="log",
         yscale="log",

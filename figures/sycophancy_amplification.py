@@ -15,7 +15,7 @@ MARKS = {"DPO": "o", "PPO": "s", "RLOO": "^"}
 
 @style.look()
 def draw(results: dict[str, Any]) -> Figure:
-    """Draw the law with exact optima on it, the same with a GPT-2, its deviations, and best-of-n."""
+    """Draw the prediction with exact optima on it, the same with a GPT-2, its deviations, and best-of-n."""
     data, config = results["data"], results["config"]
     figure = Figure(figsize=(9.6, 7.0), layout="constrained")
     style.headline(figure, headline(results))
@@ -39,11 +39,11 @@ def headline(results: dict[str, Any]) -> str:
     """Return what the figure shows, as a finding only where the results hold."""
     if results["holds"]:
         return (
-            "Alignment amplifies a slight taste for agreement: exact optima lie on the law, "
+            "Alignment amplifies a slight taste for agreement: exact optima are as predicted, "
             "a small GPT-2 within 0.02 of it"
         )
     worst = max(abs(point["deviation"]) for point in results["data"]["gpt2"])
-    return f"Agreement after alignment and its law: a small GPT-2 is off it by up to {worst:.3f}"
+    return f"Agreement after alignment and its prediction: a small GPT-2 is off it by up to {worst:.3f}"
 
 
 def _draw_law(axes: Axes, curves: list[dict[str, Any]], colours: dict[float, str]) -> None:
@@ -74,7 +74,7 @@ def _draw_table(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> 
             )
     for mark, label in (("o", "DPO"), ("x", "RLHF")):
         axes.plot([], [], mark, color=style.MUTED, fillstyle="none", label=label)
-    axes.plot([], [], color=style.MUTED, linewidth=1.2, label="the law")
+    axes.plot([], [], color=style.MUTED, linewidth=1.2, label="the prediction")
     _head(axes, "(a) exact optima on a table, from π = 0.5")
 
 
@@ -98,7 +98,7 @@ def _draw_gpt2(axes: Axes, data: dict[str, Any], colours: dict[float, str]) -> N
     used = dict.fromkeys(point["method"] for point in data["gpt2"])
     for method in used:
         axes.plot([], [], MARKS[method], color=style.MUTED, markerfacecolor="white", label=method)
-    axes.plot([], [], color=style.MUTED, linewidth=1.2, label="the law")
+    axes.plot([], [], color=style.MUTED, linewidth=1.2, label="the prediction")
     _head(axes, "(b) the GPT-2, from π = 0.5: means over seeds")
 
 
@@ -121,7 +121,7 @@ def _draw_deviations(axes: Axes, points: list[dict[str, Any]], colours: dict[flo
     axes.axhline(0, color=style.MUTED, linewidth=0.8)
     for point in points:
         axes.errorbar(
-            point["law"],
+            point["prediction"],
             point["deviation"],
             [[point["deviation"] - point["deviation_low"]], [point["deviation_high"] - point["deviation"]]],
             color=colours[point["share"]],
@@ -135,7 +135,7 @@ def _draw_deviations(axes: Axes, points: list[dict[str, Any]], colours: dict[flo
         axes.plot([], [], "-", color=colours[share], label=f"p = {share:g}")
     for aim in sorted({point["reference"] for point in points}, reverse=True):
         axes.plot([], [], "o", color=style.MUTED, markerfacecolor=_filled(aim), label=f"from π = {aim:g}")
-    axes.set(xlabel="agreement by the law", ylabel="agreement measured − by the law", xlim=(0, 1.02))
+    axes.set(xlabel="predicted agreement", ylabel="measured − predicted agreement", xlim=(0, 1.02))
     _head(axes, "(c) deviation, for the users of the opinion further off")
 
 
@@ -148,7 +148,7 @@ def _draw_best(axes: Axes, best: list[dict[str, Any]]) -> None:
     for each, colour in zip(best, style.PALETTE, strict=False):
         sizes = [row["n"] for row in each["sizes"]]
         label = f"from π ≈ {each['reference']:g}"
-        axes.plot(sizes, [row["law"] for row in each["sizes"]], color=colour, linewidth=1.2, label=label)
+        axes.plot(sizes, [row["prediction"] for row in each["sizes"]], color=colour, linewidth=1.2, label=label)
         axes.plot(sizes, [row["sampled"] for row in each["sizes"]], "o", color=colour, markerfacecolor="white")
     axes.set(xscale="log", xlabel="n", ylabel="probability that the best of n agrees", ylim=(0, 1.03))
     axes.set_xticks(sizes, [str(n) for n in sizes])

@@ -1,8 +1,8 @@
 """Exact answers on a tabular language model, by enumeration of every sequence.
 
 The expectation, variance and gradient of anything under the model's distribution, or under that of a sampler with
-transforms; J(π) of RLHF, sequence-level KL and the population's preferences. `objectives.rlhf` computes the distribution
-of best-of-n and the Gibbs optimum from `sequence_log_probs`.
+transforms; J(π) of RLHF, sequence-level KL and the population's preferences. `objectives.rlhf` computes best-of-n's
+distribution and the Gibbs optimum from `sequence_log_probs`.
 """
 
 from __future__ import annotations

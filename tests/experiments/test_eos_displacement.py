@@ -59,7 +59,7 @@ def test_a_word_may_be_off_the_law_where_the_whole_answer_is_on_it():
     assert eos_displacement.claim(off, full).endswith("The difference is in the EOS after the word.")
     assert "too short to tell" in eos_displacement.claim(points(0.25, (1.0, 1.0)), full), "no EOS makes up for it"
     drawn = figure.draw({"data": {"points": ledger.rounded(off)}, "config": dataclasses.asdict(full)})
-    assert "off the law by up to 0.50 for the word, 0.00 for the whole" in drawn.get_suptitle()
+    assert "off the prediction by up to 0.50 for the word, 0.00 for the whole" in drawn.get_suptitle()
     plt.close(drawn)
 
 

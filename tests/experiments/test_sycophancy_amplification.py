@@ -1,4 +1,4 @@
-"""The amplification law: on a table exactly, its pieces on a GPT-2, and what the committed results say."""
+"""The amplification formula: on a table exactly, its pieces on a GPT-2, and what the committed results say."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from jaxrl_llm.tabular import TabularLM
 from tests.conftest import random_params
 
 LM = TabularLM(vocab_size=3, horizon=2)
-TABLE = {name: np.asarray([0.5, 0.6]) for name in ("law", "gibbs", "dpo", "rlhf")} | {"best_of_n_error": 0.0}
+TABLE = {name: np.asarray([0.5, 0.6]) for name in ("prediction", "gibbs", "dpo", "rlhf")} | {"best_of_n_error": 0.0}
 SMALL = dataclasses.replace(experiment.run.presets["quick"], words=4, width=8, dpo_steps=15)
 
 
@@ -44,9 +44,9 @@ def table():
 
 def test_exact_optima_of_dpo_and_rlhf_lie_on_the_law(table):
     assert (table["reference"][10], table["share"][10], table["beta"][10]) == (0.5, 0.9, 1)
-    assert table["law"][10] == pytest.approx(1 / (1 + 9.0**-1)) and len(table["law"]) == 12
+    assert table["prediction"][10] == pytest.approx(1 / (1 + 9.0**-1)) and len(table["prediction"]) == 12
     for way in ("gibbs", "dpo", "rlhf"):
-        np.testing.assert_allclose(table[way], table["law"], atol=1e-6)
+        np.testing.assert_allclose(table[way], table["prediction"], atol=1e-6)
     assert table["best_of_n_error"] < 1e-12
 
 
@@ -55,13 +55,13 @@ def test_a_random_reference_agrees_as_often_as_it_is_told(x64):
     params = experiment.random_reference(LM, jnp.asarray(0.3), jax.random.key(1))
     assert float(experiment.table_agreement(LM, params)) == pytest.approx(0.3, abs=1e-12)
     probs = jnp.exp(oracle.sequence_log_probs(LM, params))
-    assert len({round(float(each), 6) for each in probs}) == 9, "and is no two-point law"
+    assert len({round(float(each), 6) for each in probs}) == 9, "and is no two-point prediction"
 
 
 def test_a_table_is_found_from_its_law(x64):
-    law = oracle.sequence_log_probs(LM, random_params(LM, dtype=jnp.float64))
-    again = oracle.sequence_log_probs(LM, experiment.table_of(LM, law))
-    np.testing.assert_allclose(again, law, atol=1e-12)
+    prediction = oracle.sequence_log_probs(LM, random_params(LM, dtype=jnp.float64))
+    again = oracle.sequence_log_probs(LM, experiment.table_of(LM, prediction))
+    np.testing.assert_allclose(again, prediction, atol=1e-12)
 
 
 def test_claims_meet_both_opinions_and_both_answers(world):
@@ -135,8 +135,8 @@ def test_sampled_best_of_n_follows_its_law(world):
     found = experiment.best_of_n_point(config, 0.5, np.asarray(wins), np.asarray(reference, np.float64))
     assert found["draws"] == 256
     for row in found["sizes"]:
-        law = best_of_n_agreement(np.asarray(reference, np.float64), row["n"])
-        assert row["law"] == pytest.approx(law.mean())
+        prediction = best_of_n_agreement(np.asarray(reference, np.float64), row["n"])
+        assert row["prediction"] == pytest.approx(prediction.mean())
         assert abs(row["z"]) < 4
 
 
@@ -152,7 +152,7 @@ OPINIONS = np.asarray([False, True, False, True])
 
 
 def point_of(before, off, share=0.6, beta=0.5):
-    """A point whose agreement is the law of `before`, and `off` more; the last two prompts are held out."""
+    """A point whose agreement is the prediction of `before`, and `off` more; the last two prompts are held out."""
     after = (amplified_agreement(before, share, beta=beta) + off)[:, None]
     grid, training = np.asarray([(share, beta)]), np.asarray([0, 1])
     return experiment.compared("DPO", 0.4, grid, before, after, training, OPINIONS)[0]
@@ -169,7 +169,7 @@ def test_points_are_held_against_the_law_of_their_own_references():
 
 
 def test_a_model_that_heeds_no_user_is_off_the_law():
-    """At p = ½ the law is ½, and so is the mean of one that says "true" to everyone: not so for either opinion."""
+    """At p = ½ both the prediction and the mean of "true" to everyone are ½; for either opinion they differ."""
     always_true = np.where(OPINIONS, 0.45, -0.45)
     point = point_of(np.full((2, 4), 0.5), always_true, share=0.5)
     assert point["mean"] == pytest.approx(0.5) and abs(point["deviation"]) == pytest.approx(0.45)
@@ -198,12 +198,12 @@ def test_the_claim_says_what_was_shown_and_of_how_much():
     on = point_of(np.full((2, 4), 0.5), np.asarray([[0.001], [0]]), share=0.6, beta=0.1)
     off = on | {"p": 0.3, "method": "PPO", "deviation": -0.03}
     told = experiment.claim(TABLE, [on, off], full)
-    assert "0.983 from ½ at β = 0.1. Optima on tables lie on this law; a GPT-2 (layers: 1, width: 32" in told
+    assert "0.983 from ½ at β = 0.1. Optima on tables lie on this prediction; a GPT-2 (layers: 1, width: 32" in told
     assert told.endswith("by DPO and PPO is shown to be within 0.02 of it at 1 of 2 points, in the mean over 6 seeds.")
     assert "at all 1 points" in experiment.claim(TABLE, [on], full)
     bent = TABLE | {"rlhf": np.asarray([0.5, 0.6 - 0.01])}
     told = experiment.claim(bent, [on], quick)
-    assert "tables do not lie on this law; in this small run, a GPT-2" in told
+    assert "tables do not lie on this prediction; in this small run, a GPT-2" in told
     best = experiment.best_of_n_point(SMALL, 0.5, np.asarray([1024, 1536, 1920, 2040, 2048]), np.full(128, 0.5))
     assert ledger.verdict(experiment.numbers(TABLE, [on], [best]))
     assert ledger.verdict(experiment.numbers(TABLE, [on, off], [best])) is False
@@ -230,7 +230,7 @@ def test_what_cannot_be_run_is_refused_before_anything(change, message, monkeypa
 
 @pytest.mark.slow
 def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypatch):
-    """The trainers are the law itself; what happens around them is what a run does."""
+    """The trainers are the prediction itself; what happens around them is what a run does."""
 
     def at_the_law(given, config, ref, share, beta, key):
         before = experiment.agreement(given, ref)

@@ -19,14 +19,14 @@ def test_a_slight_majority_becomes_a_near_certainty(beta, expected):
 
 def test_it_is_the_gibbs_optimum_for_the_rewards_of_bradley_terry():
     reference, share, beta = np.meshgrid([0.01, 0.3, 0.5, 0.9], [0.2, 0.5, 0.6, 0.95], [0.05, 0.5, 1, 4], indexing="ij")
-    law = amplified_agreement(reference, share, beta=beta)
+    prediction = amplified_agreement(reference, share, beta=beta)
     with jax.enable_x64(True):
         rewards = np.stack([np.zeros(share.shape), np.log(share / (1 - share))], axis=-1)
         assert np.allclose(1 / (1 + np.exp(-(rewards[..., 1] - rewards[..., 0]))), share)
         ref = jnp.log(np.stack([1 - reference, reference], axis=-1))
-        for place in np.ndindex(law.shape):
+        for place in np.ndindex(prediction.shape):
             optimum = jnp.exp(rlhf.gibbs_optimum(ref[place], jnp.asarray(rewards[place]), beta=beta[place]))
-            assert float(optimum[1]) == pytest.approx(law[place], abs=1e-12)
+            assert float(optimum[1]) == pytest.approx(prediction[place], abs=1e-12)
 
 
 def test_what_cannot_change_does_not():
