@@ -42,7 +42,7 @@ Kind = Literal["greedy", "sampled", "beam"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is timed."""
+    """The settings of what is timed."""
 
     batches: tuple[int, ...] = (1, 8, 32)
     kinds: tuple[Kind, ...] = ("greedy", "sampled", "beam")

