@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm import oracle
 from jaxrl_llm.decoding import (
     DraftModel,
     PromptLookup,
@@ -106,6 +107,12 @@ def programs_of(*runs, program=decode):
 
 
 @functools.cache
+def params_of(model):
+    """The random parameters of a tiny model."""
+    return random_params(TINY[model])
+
+
+@functools.cache
 def expected(name, model="gpt2"):
     """Of left-padded prompts, 16 new tokens, without an end; computed once."""
     return run(name, model)
@@ -119,7 +126,7 @@ def run(name, model="gpt2", *, rows=slice(None), **options):
     prompts = [prompts[row] for row in range(ROWS)[rows]] if isinstance(prompts, list) else prompts[rows]
     mask = options.pop("prompt_mask")
     options = {"max_new_tokens": NEW, "eos_id": NEVER, "key": KEYS[rows]} | options
-    return DECODERS[name](lm, random_params(lm), prompts, prompt_mask=None if mask is None else mask[rows], **options)
+    return DECODERS[name](lm, params_of(model), prompts, prompt_mask=None if mask is None else mask[rows], **options)
 
 
 def ends_of(name):
@@ -142,6 +149,15 @@ def assert_same(one, two, *, atol=1e-4):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=atol, err_msg=where)
         else:
             np.testing.assert_array_equal(ours, theirs, err_msg=where)
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "prompt"))
+def exact_log_probs(lm, params, transform=None, *, prompt=()):
+    """The oracle's log-probability of every sequence under a sampler."""
+    return oracle.sequence_log_probs(lm, params, transform, prompt=prompt)
+
+
+token_log_probs = jax.jit(oracle.token_log_probs_of, static_argnums=0)
 
 
 def index_of(lm, tokens):

@@ -108,21 +108,17 @@ ROOTS = np.asarray([[0, 0], [0, 1], [2, 1]]), np.asarray([[False, False], [False
 AFTER = ((), (1,), (2, 1))
 
 
+def on_table(seed, horizon=8, **options):
+    """The beams of the three prompts, and the log-probabilities after each prefix."""
+    lm, params, law = table(3, horizon, seed)
+    return beam_search(lm, params, ROOTS[0], prompt_mask=ROOTS[1], **options), law
+
+
 @ends
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_beam_of_all_sequences_is_exhaustive(penalty, eos):
     for seed in range(3):
-        lm, params, law = table(3, 5, seed)
-        beams = beam_search(
-            lm,
-            params,
-            ROOTS[0],
-            prompt_mask=ROOTS[1],
-            num_beams=27,
-            max_new_tokens=3,
-            length_penalty=penalty,
-            eos_id=eos,
-        )
+        beams, law = on_table(seed, 5, num_beams=27, max_new_tokens=3, length_penalty=penalty, eos_id=eos)
         assert beams.log_prob.dtype == beams.score.dtype == jnp.float64
         for row, prompt in enumerate(AFTER):
             assert_found(beams, row, ranked(all_hypotheses(law, 3, 3, eos, prompt), penalty, 27))
@@ -133,20 +129,9 @@ def test_a_beam_of_all_sequences_is_exhaustive(penalty, eos):
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_a_small_beam_is_a_plain_beam(width, penalty, eos):
     for seed in range(3):
-        lm, params, law = table(3, 8, seed)
-        beams = beam_search(
-            lm,
-            params,
-            ROOTS[0],
-            prompt_mask=ROOTS[1],
-            num_beams=width,
-            max_new_tokens=6,
-            length_penalty=penalty,
-            eos_id=eos,
-        )
+        beams, law = on_table(seed, num_beams=width, max_new_tokens=6, length_penalty=penalty, eos_id=eos)
         for row, prompt in enumerate(AFTER):
-            expected = plain_beam(law, width, 6, penalty=penalty, eos=eos, prompt=prompt)
-            assert_found(beams, row, expected)
+            assert_found(beams, row, plain_beam(law, width, 6, penalty=penalty, eos=eos, prompt=prompt))
 
 
 def test_the_plain_beam_tries_what_it_should():
@@ -165,39 +150,22 @@ def test_the_plain_beam_tries_what_it_should():
 @pytest.mark.parametrize(("groups", "diversity"), [(2, 0.0), (2, 0.7), (4, 0.7), (4, 50.0)])
 @pytest.mark.parametrize("penalty", [-1.0, 1.0])
 def test_diverse_beams_are_plain_diverse_beams(groups, diversity, penalty, eos):
+    options = {"num_groups": groups, "diversity_penalty": diversity, "length_penalty": penalty, "eos_id": eos}
+    plain = {"groups": groups, "diversity": diversity, "penalty": penalty, "eos": eos}
     for seed in range(3):
-        lm, params, law = table(3, 8, seed)
-        beams = beam_search(
-            lm,
-            params,
-            ROOTS[0],
-            prompt_mask=ROOTS[1],
-            num_beams=4,
-            num_groups=groups,
-            diversity_penalty=diversity,
-            max_new_tokens=6,
-            length_penalty=penalty,
-            eos_id=eos,
-        )
+        beams, law = on_table(seed, num_beams=4, max_new_tokens=6, **options)
         for row, prompt in enumerate(AFTER):
-            expected = plain_beam(
-                law, 4, 6, penalty=penalty, eos=eos, prompt=prompt, groups=groups, diversity=diversity
-            )
-            assert_found(beams, row, expected)
+            assert_found(beams, row, plain_beam(law, 4, 6, prompt=prompt, **plain))
 
 
 def test_one_group_is_beam_search_whatever_the_penalty():
-    lm, params, _ = table(3, 8, 0)
-    options = {"prompt_mask": ROOTS[1], "num_beams": 3, "max_new_tokens": 6, "eos_id": TWO}
-    plain, one = (beam_search(lm, params, ROOTS[0], **options, diversity_penalty=each) for each in (0.0, 5.0))
-    assert_same(plain, one, atol=0)
+    options = {"num_beams": 3, "max_new_tokens": 6, "eos_id": TWO}
+    assert_same(on_table(0, **options)[0], on_table(0, **options, diversity_penalty=5.0)[0], atol=0)
 
 
 def test_groups_without_a_penalty_are_beams_of_their_width():
-    lm, params, _ = table(3, 8, 0)
-    options = {"prompt_mask": ROOTS[1], "max_new_tokens": 6, "eos_id": TWO}
-    grouped = beam_search(lm, params, ROOTS[0], **options, num_beams=4, num_groups=2)
-    narrow = beam_search(lm, params, ROOTS[0], **options, num_beams=2)
+    options = {"max_new_tokens": 6, "eos_id": TWO}
+    grouped, narrow = on_table(0, **options, num_beams=4, num_groups=2)[0], on_table(0, **options, num_beams=2)[0]
     np.testing.assert_array_equal(grouped.tokens, np.repeat(narrow.tokens, 2, axis=1))
     np.testing.assert_array_equal(grouped.score, np.repeat(narrow.score, 2, axis=1))
 
@@ -207,10 +175,7 @@ def test_groups_without_a_penalty_are_beams_of_their_width():
 def test_blocked_beams_are_plain_blocked_beams(n, eos):
     died = 0
     for seed in range(3):
-        lm, params, law = table(3, 8, seed)
-        beams = beam_search(
-            lm, params, ROOTS[0], prompt_mask=ROOTS[1], num_beams=3, max_new_tokens=6, no_repeat_ngram=n, eos_id=eos
-        )
+        beams, law = on_table(seed, num_beams=3, max_new_tokens=6, no_repeat_ngram=n, eos_id=eos)
         for row, prompt in enumerate(AFTER):
             expected = plain_beam(law, 3, 6, eos=eos, prompt=prompt, n=n)
             died += len(expected) < 3
@@ -334,18 +299,8 @@ def test_transforms_with_a_memory_or_that_look_back_follow_their_beams():
     }
     for transform, allowed in rules.items():
         for seed in range(3):
-            lm, params, law = table(3, 5, seed)
-            beams = beam_search(
-                lm,
-                params,
-                ROOTS[0],
-                prompt_mask=ROOTS[1],
-                num_beams=27,
-                max_new_tokens=3,
-                length_penalty=0.5,
-                eos_id=TWO,
-                transform=transform,
-            )
+            options = {"max_new_tokens": 3, "length_penalty": 0.5, "eos_id": TWO, "transform": transform}
+            beams, law = on_table(seed, 5, num_beams=27, **options)
             for row, prompt in enumerate(AFTER):
                 possible = [each for each in all_hypotheses(law, 3, 3, TWO, prompt) if allowed(each[0])]
                 assert_found(beams, row, ranked(possible, 0.5, 27))

@@ -249,6 +249,12 @@ def constrained(pattern, eos):
     return Constrained(constraints.from_regex(pattern, LETTERS), EOS if eos else None, max_tokens=4)
 
 
+def drawn(pattern, *, eos=True, rows=DRAWS, **options):
+    """Rows that are sampled, or greedy, under the constraint."""
+    options = {"max_new_tokens": 4, "eos_id": EOS if eos else 99, "key": jax.random.key(0)} | options
+    return generate(LM, PARAMS, NOTHING[:rows], **{"transform": constrained(pattern, eos)} | options)
+
+
 CASES = [
     ("(ab|c)*", True),
     ("a?b{1,3}", True),
@@ -262,14 +268,12 @@ CASES = [
 @pytest.mark.parametrize(("pattern", "eos"), CASES)
 @pytest.mark.parametrize("warped", [False, True], ids=["alone", "in a chain"])
 def test_rows_follow_the_masked_law(pattern, eos, warped):
-    transform, warp = constrained(pattern, eos), lambda row: row
+    options, warp = {}, lambda row: row
     if warped:
-        transform = Chain((transform, Temperature(0.9), TopP(0.9)))
+        options = {"transform": [constrained(pattern, eos), Temperature(0.9), TopP(0.9)]}
         warp = lambda row: np.where(kept_by_top_p(row / 0.9, 0.9), row / 0.9, -np.inf)  # noqa: E731
     law = conditional_law(pattern, 4, eos, warp)
-    generation = generate(
-        LM, PARAMS, NOTHING, max_new_tokens=4, transform=transform, key=jax.random.key(0), eos_id=EOS if eos else 99
-    )
+    generation = drawn(pattern, eos=eos, **options)
     found = rows_of(generation)
     every = sorted(ends(pattern, 4, eos))
     assert set(found) <= set(every)
@@ -286,27 +290,13 @@ def test_greedy_takes_the_most_probable_of_what_is_allowed(pattern, eos):
     law, row = conditional_law(pattern, 4, eos), ()
     while row not in ends(pattern, 4, eos):
         row += (int(np.argmax(law[row])),)
-    generation = generate(
-        LM, PARAMS, NOTHING[:2], max_new_tokens=4, transform=constrained(pattern, eos), greedy=True,
-        eos_id=EOS if eos else 99,
-    )  # fmt: skip
-    assert rows_of(generation) == [row, row]
+    assert rows_of(drawn(pattern, eos=eos, rows=2, greedy=True)) == [row, row]
 
 
 def test_a_row_ends_accepted_within_its_own_limit():
     """Where few tokens remain, only those are kept from which an end is still within reach."""
-    limits = np.arange(DRAWS) % 3 + 2
-    pattern = "a|(b|c)[abc]+b"
-    generation = generate(
-        LM,
-        PARAMS,
-        NOTHING,
-        max_new_tokens=limits,
-        transform=constrained(pattern, True),
-        key=jax.random.key(1),
-        eos_id=EOS,
-    )
-    found = rows_of(generation)
+    limits, pattern = np.arange(DRAWS) % 3 + 2, "a|(b|c)[abc]+b"
+    found = rows_of(drawn(pattern, max_new_tokens=limits))
     for limit in (2, 3, 4):
         of_limit = {row for row, own in zip(found, limits, strict=True) if own == limit}
         assert of_limit <= ends(pattern, limit, True)
@@ -315,25 +305,13 @@ def test_a_row_ends_accepted_within_its_own_limit():
 
 
 def test_without_eos_a_row_has_exactly_its_limit():
-    generation = generate(
-        LM, PARAMS, NOTHING, max_new_tokens=np.arange(DRAWS) % 2 * 2 + 2, transform=constrained("(a[bc$])+", False),
-        key=jax.random.key(1), eos_id=99,
-    )  # fmt: skip
-    assert set(rows_of(generation)) == ends("(a[bc$])+", 2, False) | ends("(a[bc$])+", 4, False)
+    found = rows_of(drawn("(a[bc$])+", eos=False, max_new_tokens=np.arange(DRAWS) % 2 * 2 + 2))
+    assert set(found) == ends("(a[bc$])+", 2, False) | ends("(a[bc$])+", 4, False)
 
 
 def test_after_eos_comes_nothing_but_eos():
     """If the decoder was not told of it."""
-    generation = generate(
-        LM,
-        PARAMS,
-        NOTHING[:7],
-        max_new_tokens=4,
-        transform=constrained("a|bc", True),
-        key=jax.random.key(0),
-        eos_id=99,
-    )
-    assert set(rows_of(generation)) == {(0, EOS, EOS, EOS), (1, 2, EOS, EOS)}
+    assert set(rows_of(drawn("a|bc", rows=7, eos_id=99))) == {(0, EOS, EOS, EOS), (1, 2, EOS, EOS)}
 
 
 def test_padding_and_batch_mates_change_nothing():
@@ -377,29 +355,15 @@ def test_a_limit_within_which_no_text_ends_is_an_error_before_decoding(pattern, 
 
 
 def test_what_is_just_feasible_is_no_error():
-    assert (
-        rows_of(
-            generate(
-                LM, PARAMS, NOTHING[:2], max_new_tokens=3, transform=constrained("abc", True), greedy=True, eos_id=EOS
-            )
-        )
-        == [(0, 1, 2)] * 2
-    )
+    assert rows_of(drawn("abc", rows=2, max_new_tokens=3, greedy=True)) == [(0, 1, 2)] * 2
     constrained("abc", False).check(np.asarray([3]))
 
 
 def test_a_model_that_excludes_all_that_is_allowed_is_an_error():
     params = {"logits": PARAMS["logits"].at[0, 0].set(-jnp.inf)}
+    options = {"max_new_tokens": 4, "transform": constrained("ab", True), "key": jax.random.key(0), "eos_id": EOS}
     with pytest.raises(FloatingPointError, match="no token could be drawn in row 0 at new token 0"):
-        generate(
-            LM,
-            params,
-            NOTHING[:7],
-            max_new_tokens=4,
-            transform=constrained("ab", True),
-            key=jax.random.key(0),
-            eos_id=EOS,
-        )
+        generate(LM, params, NOTHING[:7], **options)
 
 
 def test_an_automaton_of_another_vocabulary_is_an_error():
@@ -423,12 +387,11 @@ def test_rows_that_are_over_or_went_astray_are_left_alone():
 
 
 def test_an_automaton_of_the_same_shape_does_not_compile_again():
-    options = {"max_new_tokens": 4, "key": jax.random.key(0), "eos_id": EOS}
-    tables = [constrained(pattern, True) for pattern in ("a[bc]c?", "b[ab]c?", "ab?b")]
-    assert len({transform.automaton.transitions.shape for transform in tables}) == 1
-    generate(LM, PARAMS, NOTHING[:7], transform=tables[0], **options)
+    patterns = "a[bc]c?", "b[ab]c?", "ab?b"
+    assert len({constrained(pattern, True).automaton.transitions.shape for pattern in patterns}) == 1
+    drawn(patterns[0], rows=7)
     before = decode._cache_size()
-    rows = [set(rows_of(generate(LM, PARAMS, NOTHING[:7], transform=each, **options))) for each in tables]
+    rows = [set(rows_of(drawn(pattern, rows=7))) for pattern in patterns]
     assert decode._cache_size() == before
     assert not rows[0] & rows[1]
 
@@ -460,15 +423,8 @@ def test_what_a_model_writes_matches_the_pattern(pattern):
     transform = Chain((Constrained(constraints.from_regex(pattern, pieces), eos), Temperature(1.3), TopP(0.95)))
     written = set()
     for seed in (0, 1):
-        generation = generate(
-            loaded.model,
-            loaded.params,
-            prompts,
-            max_new_tokens=16,
-            transform=transform,
-            key=jax.random.key(seed),
-            eos_id=eos,
-        )
+        options = {"max_new_tokens": 16, "transform": transform, "key": jax.random.key(seed), "eos_id": eos}
+        generation = generate(loaded.model, loaded.params, prompts, **options)
         for row in rows_of(generation):
             string = loaded.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             assert re.fullmatch(pattern, string), string

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm.decoding import exact_search, search_tree
 from jaxrl_llm.decoding.generate import decode
-from jaxrl_llm.decoding.transforms import Chain, RepetitionPenalty, Temperature
+from jaxrl_llm.decoding.transforms import Chain, ForcedTokens, RepetitionPenalty, Temperature
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import TINY, VOCAB, random_params
 from tests.decoding.decoders import (
@@ -31,21 +31,42 @@ from tests.decoding.decoders import (
 )
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
-LM = TabularLM(vocab_size=3, horizon=6)
-PARAMS = random_params(LM, 1)
 MODELS = [("gpt2", name) for name in DECODERS] + [("llama", name) for name in ("greedy", "sampled", "beam")]
+FAST = ("greedy", "sampled", "beam")
+TABLE = TabularLM(vocab_size=3, horizon=6)
+PARAMS = random_params(TABLE, 1)
+PAIR = np.asarray([[0, 1], [1, 2]])
+STEERED = {"transform": [Temperature(0.7), RepetitionPenalty(1.5)]}
+
+
+def slow_but(*fast, never=()):
+    """All decoders; those that are not fast are left to `make slow`."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in DECODERS if name not in never]
+
+
+def on_table(name, prompts=PAIR, *, params=PARAMS, **options):
+    """A decoder on the table; two prompts and one EOS make one program for all tests."""
+    options = (
+        {"max_new_tokens": 3, "eos_id": 9, "key": KEYS[0]} | (STEERED if name not in NO_TRANSFORM else {}) | options
+    )
+    return DECODERS[name](TABLE, params, prompts, **options)
 
 
 @pytest.mark.parametrize(("model", "name"), MODELS)
-def test_neither_padding_nor_batch_mates_nor_the_bucket_change_a_row(model, name):
+def test_neither_padding_nor_batch_mates_change_a_row(model, name):
     whole = expected(name, model)
-    for place, width in [("right", 14), ("interior", 14), ("left", 12), ("right", 16), ("left", 20)]:
+    for place, width in [("right", 14), ("interior", 14), ("left", 12), ("right", 16)]:
         assert_same(run(name, model, **spread(place, width, seed=width)), whole)
     assert_same(run(name, model, rows=ORDER), rows_of(whole, ORDER))
     lists = [PROMPTS[row, :length].tolist() for row, length in enumerate(LENGTHS)]
     assert_same(run(name, model, prompts=lists, prompt_mask=None), whole)
     tokens, _ = tokens_and_mask(whole)
     assert len({row.tobytes() for row in tokens}) == ROWS, "the rows differ"
+
+
+@pytest.mark.parametrize("name", slow_but(*FAST))
+def test_the_bucket_changes_no_row(name):
+    assert_same(run(name, **spread("left", 20)), expected(name))
 
 
 @every_decoder
@@ -70,72 +91,63 @@ def test_a_row_ends_with_its_end_which_counts_or_at_its_limit(name):
             assert not np.asarray(leaf)[~mask].any()
 
 
-@every_decoder
+@pytest.mark.parametrize("name", FAST)
 def test_no_end_may_be_given_in_any_way(name):
-    prompts = np.asarray([[0], [1]])
-    options = {"max_new_tokens": 3, "key": jax.random.key(0)}
-    full = DECODERS[name](LM, PARAMS, prompts, eos_id=None, **options)
-    for none in ([], 99):
-        assert_same(DECODERS[name](LM, PARAMS, prompts, eos_id=none, **options), full)
+    for none in (None, []):
+        assert_same(on_table(name, eos_id=none), on_table(name))
 
 
 @every_decoder
 def test_an_empty_batch_gives_an_empty_result(name):
-    for prompts in (np.zeros((0, 3), int), np.zeros((0, 0), int)):
-        found = DECODERS[name](LM, PARAMS, prompts, max_new_tokens=2, key=jax.random.key(0))
-        tokens, mask = tokens_and_mask(found)
-        assert tokens.shape == mask.shape and tokens.shape[0] == 0 and tokens.shape[-1] == 2
+    if name in (*FAST, "stream"):
+        shapes = on_table(name, np.zeros((0, 3), int))
+    else:
+        shapes = jax.eval_shape(lambda prompts: on_table(name, prompts), jnp.zeros((0, 3), int))
+    found = getattr(shapes, "generation", shapes)
+    assert found.tokens.shape == found.mask.shape and found.tokens.shape[:1] + found.tokens.shape[-1:] == (0, 3)
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "stream"])
+@pytest.mark.parametrize("name", slow_but(*FAST, "best of n", never=("stream",)))
 def test_under_an_outer_jit_it_is_the_same_and_broken_logits_show_as_nan(name):
-    def decoded(params, prompts, key):
-        return DECODERS[name](LM, params, prompts, max_new_tokens=3, key=key, eos_id=2)
-
-    inside, prompts = jax.jit(decoded), jnp.asarray([[0, 1], [1, 2]])
-    assert_same(inside(PARAMS, prompts, KEYS[:2]), decoded(PARAMS, prompts, KEYS[:2]))
-    broken = inside(jax.tree.map(lambda leaf: leaf * jnp.nan, PARAMS), prompts, KEYS[:2])
+    inside = jax.jit(lambda params, prompts, key: on_table(name, prompts, params=params, key=key))
+    assert_same(inside(PARAMS, PAIR, KEYS[:2]), on_table(name, key=KEYS[:2]))
+    broken = inside(jax.tree.map(lambda leaf: leaf * jnp.nan, PARAMS), PAIR, KEYS[:2])
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(broken) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "stream"])
-def test_other_keys_prompts_lengths_and_ends_compile_nothing_new(name):
-    lm = TabularLM(vocab_size=2, horizon=8 + list(DECODERS).index(name))  # a model that no other test compiles
-    params = random_params(lm)
+@every_decoder
+def test_other_keys_numbers_prompts_lengths_and_ends_compile_nothing_new(name):
+    on_table(name)
 
     def call(length, count, eos, seed):
-        options = {} if name in NO_TRANSFORM else {"transform": Temperature(1.5 - seed / 4)}
+        options = {} if name in NO_TRANSFORM else {"transform": (Temperature(1.5), RepetitionPenalty(1.0 + seed))}
         options |= {"max_new_tokens": count, "eos_id": eos, "pad_id": seed, "key": jax.random.key(seed)}
-        prompts = np.random.default_rng(seed).integers(0, 2, (3, length))
-        return lambda: DECODERS[name](lm, params, prompts, **options)
+        prompts = np.random.default_rng(seed).integers(0, 2, (2, length))
+        return lambda: on_table(name, prompts, **options)
 
-    calls = call(3, 4, 0, 0), call(0, 4, [1], 1), call(6, 1, 1, 2), call(1, 7, jnp.asarray(0), 3)
-    assert programs_of(*calls, program=PROGRAMS.get(name, decode)) == 1
+    calls = call(3, 3, 0, 0), call(0, 6, [1], 1), call(5, 1, 1, 2), call(1, 5, jnp.asarray(0), 3)
+    assert programs_of(*calls, program=PROGRAMS.get(name, decode)) == 0
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name not in NO_TRANSFORM])
-def test_a_sequence_of_transforms_is_a_chain(name):
-    prompts, options = np.asarray([[0, 1], [1, 1]]), {"max_new_tokens": 3, "key": jax.random.key(0)}
-    parts = [Temperature(0.7), RepetitionPenalty(1.5)]
-    chained = DECODERS[name](LM, PARAMS, prompts, transform=Chain(parts), **options)
-    for transform in (parts, tuple(parts), [Chain(parts)], Chain([parts])):
-        assert_same(DECODERS[name](LM, PARAMS, prompts, transform=transform, **options), chained)
+def test_a_sequence_of_transforms_is_a_chain_and_is_heeded(name):
+    found = on_table(name)
+    for transform in (tuple(STEERED["transform"]), Chain(STEERED["transform"])):
+        assert_same(on_table(name, transform=transform), found)
+    removing = [Temperature(0.7), ForcedTokens([2, 0, 2])]
+    tokens, mask = tokens_and_mask(on_table(name, transform=removing))
+    assert (tokens[mask].reshape(-1, 3) == [2, 0, 2]).all() and mask.any()
 
 
-@every_decoder
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "stream"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
-def test_log_probabilities_are_float32_or_wider(name, dtype):
+def test_log_probabilities_are_float32_or_wider_and_a_result_prints_shortly(name, dtype):
     with jax.enable_x64(dtype == jnp.float64):
-        params = random_params(LM, 1, dtype=dtype)
-        found = DECODERS[name](LM, params, np.asarray([[0], [1]]), max_new_tokens=3, key=jax.random.key(0))
-        kinds = {leaf.dtype for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        params = random_params(TABLE, 1, dtype=dtype)
+        found = jax.eval_shape(lambda params: on_table(name, params=params), params)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating)}
     assert kinds == {jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)}
-
-
-@every_decoder
-def test_a_result_prints_shortly(name):
-    printed = repr(DECODERS[name](LM, PARAMS, np.asarray([[0], [1]]), max_new_tokens=3, key=jax.random.key(0)))
-    assert len(printed) < 500 and "\n" not in printed and "tokens=int32[2, " in printed
+    assert len(repr(found)) < 500 and "\n" not in repr(found) and "tokens=int32[2, " in repr(found)
 
 
 # What every decoder refuses -------------------------------------------------------------------------------------------
@@ -188,7 +200,7 @@ def refused(name, prompts, message, **options):
     before = program._cache_size()
     with pytest.raises(ValueError, match=message):
         options = {"max_new_tokens": 4, "key": jax.random.key(0)} | options
-        DECODERS[name](lm, random_params(lm), prompts, **options)
+        DECODERS[name](lm, None, prompts, **options)
     assert program._cache_size() == before, "nothing is compiled"
 
 
@@ -232,12 +244,12 @@ def test_searches_of_one_prompt_name_what_is_none(search, prompt, message):
 @every_decoder
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_no_distribution_raise_where_they_are_met(name, value):
-    prompts, options = np.zeros((2, 0), int), {"max_new_tokens": 2, "key": jax.random.key(0), "eos_id": 9}
+    prompts = np.zeros((2, 0), int)
     only = PARAMS["logits"].at[0].set(jnp.asarray([-jnp.inf, -jnp.inf, 0]))  # every row begins with token 2
     for row in (0, 1 + 2):
         with pytest.raises(FloatingPointError, match=r"(row 0 .*)?NaN, \+inf, or all −inf( in row 0)?"):
-            DECODERS[name](LM, {"logits": only.at[row].set(value)}, prompts, **options)
-    DECODERS[name](LM, {"logits": only.at[1].set(value)}, prompts, **options)  # after token 0, which never comes
+            on_table(name, prompts, params={"logits": only.at[row].set(value)})
+    on_table(name, prompts, params={"logits": only.at[1].set(value)})  # after token 0, which never comes
 
 
 @every_decoder

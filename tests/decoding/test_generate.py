@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import oracle
 from jaxrl_llm.decoding import Generation, Guidance, core, generate, stream
 from jaxrl_llm.decoding.generate import advance, begin
 from jaxrl_llm.decoding.transforms import Temperature, TopK, TopP
@@ -26,6 +25,7 @@ from tests.decoding.decoders import (
     ROWS,
     assert_same,
     ended_law,
+    exact_log_probs,
     expected,
     index_of,
     joined,
@@ -33,6 +33,7 @@ from tests.decoding.decoders import (
     rows_of,
     run,
     spread,
+    token_log_probs,
 )
 
 DRAWS = 20_000
@@ -49,12 +50,12 @@ def test_sequences_follow_the_exact_distribution(tabular, transform):
     options = {"max_new_tokens": 4, "key": jax.random.key(0), "eos_id": NEVER}
     generation = generate(lm, params, NOTHING, transform=transform, **options)
     outcomes = index_of(lm, generation.tokens)
-    log_probs = oracle.sequence_log_probs(lm, params, transform)
+    log_probs = exact_log_probs(lm, params, transform)
     assert_follows(outcomes, np.exp(log_probs))
     assert generation.mask.all()
     np.testing.assert_allclose(generation.logp_sampler.sum(axis=1), log_probs[outcomes], atol=1e-5)
     tokens = generation.tokens[:500]
-    np.testing.assert_allclose(generation.logp[:500], oracle.token_log_probs_of(lm, params, tokens), atol=1e-5)
+    np.testing.assert_allclose(generation.logp[:500], token_log_probs(lm, params, tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("slots", [[4, 5], [0, 1], [1, 4]], ids=["left", "right", "interior"])
@@ -63,7 +64,7 @@ def test_continuations_of_a_prompt_follow_its_conditional_distribution(tabular, 
     prompts, mask = np.full((DRAWS, 6), 1), np.zeros((DRAWS, 6), bool)
     prompts[:, slots], mask[:, slots] = [2, 0], True
     generation = generate(lm, params, prompts, prompt_mask=mask, max_new_tokens=2, key=jax.random.key(3), eos_id=NEVER)
-    assert_follows(index_of(lm, generation.tokens), np.exp(oracle.sequence_log_probs(lm, params, prompt=(2, 0))))
+    assert_follows(index_of(lm, generation.tokens), np.exp(exact_log_probs(lm, params, prompt=(2, 0))))
 
 
 def test_a_fully_masked_prompt_is_the_empty_prompt(tabular):
@@ -77,7 +78,7 @@ def test_a_fully_masked_prompt_is_the_empty_prompt(tabular):
 def test_ended_sequences_follow_their_distribution_and_count_the_end(tabular, eos):
     lm, params = tabular
     generation = generate(lm, params, NOTHING, max_new_tokens=4, key=jax.random.key(1), eos_id=eos, pad_id=7)
-    law = ended_law(lm, oracle.sequence_log_probs(lm, params), eos)
+    law = ended_law(lm, exact_log_probs(lm, params), eos)
     place = {row: i for i, row in enumerate(law)}
     lengths = np.asarray(generation.mask).sum(axis=1)
     found = [tuple(row[:n]) for row, n in zip(np.asarray(generation.tokens).tolist(), lengths, strict=True)]
@@ -88,13 +89,13 @@ def test_ended_sequences_follow_their_distribution_and_count_the_end(tabular, eo
 @pytest.mark.parametrize("transform", [None, Temperature(3.0)], ids=str)
 def test_greedy_follows_the_argmax_and_is_no_draw(tabular, transform):
     lm, params = tabular
-    path = ()
+    path, first, number = (), 0, 0  # of the prefix: where those of its length begin in the table, and its number
     while len(path) < 4:
-        logits = oracle.next_token_logits(lm, params, jnp.asarray([[*path, 0]]))
-        path += (int(np.argmax(logits[0, -1])),)
+        token = int(np.argmax(params["logits"][first + number]))
+        path, first, number = (*path, token), first + 3 ** len(path), 3 * number + token
     generation = generate(lm, params, NOTHING[:2], max_new_tokens=4, greedy=True, transform=transform)
     np.testing.assert_array_equal(generation.tokens, [path, path])
-    exact = oracle.token_log_probs_of(lm, params, generation.tokens)
+    exact = token_log_probs(lm, params, generation.tokens)
     np.testing.assert_allclose(generation.logp, exact, atol=1e-5)
     np.testing.assert_array_equal(generation.logp_sampler, np.zeros((2, 4)))
 
@@ -105,11 +106,11 @@ def test_log_probabilities_of_bfloat16_parameters_are_exact_in_float32(tabular):
     options = {"max_new_tokens": 4, "key": jax.random.key(2), "transform": Temperature(0.7)}
     generation = generate(lm, narrow, NOTHING, **options)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
-    log_probs = oracle.sequence_log_probs(lm, wide, Temperature(0.7))
+    log_probs = exact_log_probs(lm, wide, Temperature(0.7))
     outcomes = index_of(lm, generation.tokens)
     assert_follows(outcomes, np.exp(log_probs))
     np.testing.assert_allclose(generation.logp_sampler.sum(axis=1), log_probs[outcomes], atol=1e-5)
-    exact = oracle.token_log_probs_of(lm, wide, generation.tokens[:500])
+    exact = token_log_probs(lm, wide, generation.tokens[:500])
     np.testing.assert_allclose(generation.logp[:500], exact, atol=1e-5)
 
 

@@ -14,7 +14,18 @@ from jaxrl_llm.decoding.speculative import acceptance_probability, residual, ver
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import TINY, VOCAB, assert_follows, kept_by_top_k, kept_by_top_p, log_softmax, random_params
-from tests.decoding.decoders import NEVER, NEW, ROWS, assert_same, ended_law, expected, index_of, spread
+from tests.decoding.decoders import (
+    NEVER,
+    NEW,
+    ROWS,
+    assert_same,
+    ended_law,
+    exact_log_probs,
+    expected,
+    index_of,
+    spread,
+    token_log_probs,
+)
 
 DRAWS = 8000
 LM = TabularLM(vocab_size=3, horizon=4)
@@ -178,7 +189,7 @@ def warped(row, transform, prefix, surprise):
             return row / (1 + transform.rate * surprise)
 
 
-def exact_log_probs(sequences, transform, params=TARGET, *, start=0):
+def by_definition(sequences, transform, params=TARGET, *, start=0):
     """log p of each token: of the model, and after the transform; the tokens before `start` are a prompt."""
     table = np.asarray(params["logits"], np.float64)
     first = [sum(3**shorter for shorter in range(t)) for t in range(4)]
@@ -211,8 +222,8 @@ def test_the_exact_distribution_under_a_transform_is_that_of_its_definition(tran
     for prompt in ((), (2, 1)):
         rows = EVERY[(EVERY[:, : len(prompt)] == prompt).all(axis=1)]
         whole = Chain(transform) if transform is FILTERED else transform
-        exact = exact_log_probs(rows, whole, start=len(prompt))[1][:, len(prompt) :].sum(axis=1)
-        np.testing.assert_allclose(oracle.sequence_log_probs(LM, TARGET, transform, prompt=prompt), exact, atol=1e-5)
+        exact = by_definition(rows, whole, start=len(prompt))[1][:, len(prompt) :].sum(axis=1)
+        np.testing.assert_allclose(exact_log_probs(LM, TARGET, transform, prompt=prompt), exact, atol=1e-5)
     if transform is None:
         np.testing.assert_allclose(exact, oracle.sequence_log_probs(LM, TARGET, lambda logits: logits, prompt=prompt))
 
@@ -232,10 +243,10 @@ def speculate(draft=NEXT, *, count=DRAWS, key=0, **options):
 @pytest.mark.parametrize(("transform", "draft", "num_draft"), CASES.values(), ids=CASES)
 def test_sequences_follow_the_targets_distribution(transform, draft, num_draft):
     result = speculate(draft, transform=transform, num_draft=num_draft)
-    tokens, log_probs = np.asarray(result.generation.tokens), oracle.sequence_log_probs(LM, TARGET, transform)
+    tokens, log_probs = np.asarray(result.generation.tokens), exact_log_probs(LM, TARGET, transform)
     assert_follows(index_of(LM, tokens), np.exp(log_probs))
     assert result.generation.mask.all()
-    exact = oracle.token_log_probs_of(LM, TARGET, tokens)
+    exact = token_log_probs(LM, TARGET, tokens)
     np.testing.assert_allclose(result.generation.logp, exact, atol=1e-5)
     sampler = result.generation.logp_sampler.sum(axis=1)
     np.testing.assert_allclose(sampler, log_probs[index_of(LM, tokens)], atol=2e-5)
@@ -245,7 +256,7 @@ def test_sequences_follow_the_targets_distribution(transform, draft, num_draft):
 
 def test_ended_sequences_follow_their_distribution():
     generation = speculate(num_draft=2, eos_id=(2, 2)).generation
-    law = ended_law(LM, oracle.sequence_log_probs(LM, TARGET), [2])
+    law = ended_law(LM, exact_log_probs(LM, TARGET), [2])
     place = {row: i for i, row in enumerate(law)}
     lengths = np.asarray(generation.mask).sum(axis=1)
     found = [tuple(row[:n]) for row, n in zip(generation.tokens.tolist(), lengths, strict=True)]
@@ -269,7 +280,7 @@ def test_float64_parameters_give_float64_log_probabilities(x64, kind):
     params = random_params(LM, 1, dtype=jnp.float64)
     options = {"max_new_tokens": 4, "key": jax.random.key(0), "num_draft": 2, "draft": draft}
     generation = speculative_generate(LM, params, jnp.zeros((20, 0), jnp.int32), **options).generation
-    exact, _ = exact_log_probs(np.asarray(generation.tokens), None, params)
+    exact, _ = by_definition(np.asarray(generation.tokens), None, params)
     np.testing.assert_allclose(generation.logp, exact, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(generation.logp_sampler, exact, rtol=1e-12, atol=1e-14)
 
@@ -367,12 +378,12 @@ def test_look_up_finds_the_latest_of_the_longest_matches():
         tokens[number, width - len(row) :], mask[number, width - len(row) :] = row, True
     request = core.request(TINY["gpt2"], tokens, mask, max_new_tokens=9, greedy=True)
     last = [row[-1] for row in rows]  # the last token is not read yet
-    request = dataclasses.replace(request, mask=request.mask.at[:, -1].set(False))
 
     @functools.partial(jax.jit, static_argnames="ngram")
     def look_up(alive, *, ngram):
         draft, room = PromptLookup(ngram), jnp.asarray([9, 9, 9, 2, 9, 9])
-        state = draft.init(request, num_slots=40)
+        before = dataclasses.replace(request, mask=request.mask.at[:, -1].set(False))
+        state = draft.init(before, num_slots=40)
         return draft.propose(state, None, jnp.asarray(last), alive, room, num_draft=4)[0]
 
     drafts = look_up(jnp.ones(6, bool), ngram=3)

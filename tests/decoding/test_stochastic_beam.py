@@ -130,6 +130,7 @@ def test_as_many_beams_as_sequences_find_all_with_independent_noise(count):
     assert np.abs(correlation).max() * np.sqrt(rows) < 4
 
 
+@pytest.mark.slow
 def test_a_transform_shapes_the_law():
     beams = stochastic_beam_search(
         LM,
@@ -159,6 +160,7 @@ def test_inclusion_probability_is_stable_where_probabilities_are_tiny():
 # Neural models --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_log_prob_is_that_of_a_forward_pass(neural):
     lm, params = neural
     options = {"num_beams": 4, "max_new_tokens": NEURAL, "eos_id": 3, "key": KEYS}

@@ -12,7 +12,7 @@ from jaxrl_llm.decoding.constraints import Constrained, from_regex
 from jaxrl_llm.decoding.transforms import MinLength, NoRepeatNgram, Temperature, TopK, TopP
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, TINY, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
-from tests.decoding.decoders import ended_law
+from tests.decoding.decoders import ended_law, exact_log_probs
 
 ROOT = jnp.zeros(0, jnp.int32)  # the empty prompt
 PROMPT = jnp.asarray([3, 1, 4, 1, 5])
@@ -43,7 +43,7 @@ def table_law(lm, params):
 def test_the_full_tree_holds_every_sequence_with_its_exact_log_probability(tabular):
     lm, params = tabular
     tree = search_tree(lm, params, ROOT, branching=3, depth=4)
-    exact = jax.jit(functools.partial(oracle.sequence_log_probs, lm))(params)
+    exact = exact_log_probs(lm, params)
     leaves = {tokens_to(tree, leaf): leaf for leaf in tree.leaves()}
     assert sorted(leaves) == list(itertools.product(range(3), repeat=4))
     np.testing.assert_allclose([leaves[row].total_log_prob for row in sorted(leaves)], exact, atol=1e-5)
@@ -242,7 +242,7 @@ def test_transforms_with_a_state_or_that_look_back_follow_their_branch(tabular):
     for transforms in (select[:1], select[1:2], select[2:], select[:2]):
         tree = search_tree(lm, params, ROOT, branching=3, depth=4, select=transforms, key=jax.random.key(0), eos_id=2)
         with np.errstate(divide="ignore"):
-            law = ended_law(lm, oracle.sequence_log_probs(lm, params, transforms), [2])
+            law = ended_law(lm, exact_log_probs(lm, params, transforms), [2])
         assert {tokens_to(tree, leaf) for leaf in tree.leaves()} == {row for row, p in law.items() if p > 0}
         assert len(tree.leaves()) < 31, "something is removed"
 
