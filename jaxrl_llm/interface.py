@@ -161,6 +161,8 @@ class TextLandscape:
 
 def _options(keywords: Mapping[str, Any]) -> tuple[Sampling, Search]:
     names = {field.name for field in dataclasses.fields(Sampling)}
+    if "choices" in keywords and not keywords["choices"]:
+        raise ValueError("choices must hold at least one string, but is empty.")
     chosen = {name: value for name, value in keywords.items() if name in names}
     return Sampling(**chosen), Search(**{name: value for name, value in keywords.items() if name not in names})
 
@@ -629,8 +631,8 @@ class LM:
         *,
         chat: bool,
     ) -> strategies.Request:
-        further = [further] if isinstance(further, Transform) else list(further)
-        if not all(isinstance(each, Transform) for each in further):
+        further = [further] if isinstance(further, Transform) else further
+        if not isinstance(further, Sequence) or not all(isinstance(each, Transform) for each in further):
             raise TypeError(f"transforms must be logits transforms (jl.decoding.transforms), but are {further}.")
         if further and strategy == "contrastive":
             raise ValueError("the strategy contrastive does not use transforms.")
@@ -722,9 +724,13 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
 
     Raises:
         FileNotFoundError: if the path or name does not exist, or has no safetensors. Pickled weights are never loaded.
-        ValueError: if a file is damaged, its tensors do not fit its configuration, or the architecture is unknown.
+        ValueError: if a file is damaged, its tensors do not fit its configuration, the architecture is unknown, or
+            it is a reward model (`jl.train.RewardModel.load`).
     """
-    return LM(models.load(path_or_name, dtype=dtype), os.fspath(path_or_name))
+    loaded = models.load(path_or_name, dtype=dtype)
+    if str((loaded.config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+        raise ValueError(f"{path_or_name} is a reward model: load it with jl.train.RewardModel.load.")
+    return LM(loaded, os.fspath(path_or_name))
 
 
 def _texts(texts: text.TextStream, pieces: Iterator[decoding.Generation]) -> Iterator[str]:

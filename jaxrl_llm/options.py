@@ -1,4 +1,4 @@
-"""Options that are declared once, as the fields of dataclasses: their docs, and functions that take them by keyword."""
+"""Options, declared once as the fields of dataclasses: ranges, docs, and functions that take them by keyword."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 import textwrap
-from collections.abc import Callable
-from typing import Any, TypeVar
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LISTED = "Options: listed here."
@@ -51,6 +54,79 @@ def takes(*groups: type) -> Callable[[Function], Function]:
         return checked
 
     return decorate
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`; with `above`, `low` itself is excluded. None is infinite."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def check(self, name: str, value: Any, *, integer: bool) -> None:
+        """Raise ValueError for a value that is known and lies outside; traced numbers and JAX's placeholders pass."""
+        wrong = (
+            value is None
+            or isinstance(value, str | bytes | bool | Mapping | list | tuple)
+            or (integer and isinstance(value, float) and not value.is_integer())
+        )
+        try:
+            inside = (value > self.low if self.above else value >= self.low) & (value <= self.high) & (value < math.inf)
+            inside = not wrong and bool(inside.all() if hasattr(inside, "all") else inside)
+        except TypeError:
+            inside = not wrong
+        if not inside:
+            kind = "an integer" if integer else "a finite number"
+            where = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+            if math.isfinite(self.high):
+                high = self.high if integer else f"{self.high:g}"
+                kind = "an integer" if integer else "a number"
+                where = f"in {'(' if self.above else '['}{self.low:g}, {high}]"
+            elif not math.isfinite(self.low):
+                where = ""
+            raise ValueError(f"{name} must be {' '.join([kind, where]).strip()}, but is {value!r}.")
+
+
+def number(
+    default: float | None, low: float, high: float = math.inf, *, above: bool = False, static: bool = False
+) -> Any:
+    """A field whose value must lie in a `Range`. `static`: JAX compiles a program for each value."""
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, above), "static": static})
+
+
+STATIC = {"static": True}  # metadata of a field that JAX compiles a program for each value of
+
+
+class Checked:
+    """A dataclass whose fields are checked by their types and ranges when it is made."""
+
+    def __post_init__(self):
+        hints = _hints(type(self))
+        for field in dataclasses.fields(self):
+            _check(field, hints[field.name], getattr(self, field.name))
+
+
+def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
+    kinds = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return
+    choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+    if choices and not any(value is each or value == each for each in choices):
+        named = ", ".join(map(str, [*choices, None] if type(None) in kinds else choices))
+        raise ValueError(f"{field.name} must be one of {named}, but is {value!r}.")
+    if bool in kinds and not isinstance(value, bool):
+        raise ValueError(f"{field.name} must be True or False, but is {value!r}.")
+    text = field.type in ("str", "str | None") and not field.metadata.get("any_type")
+    if text and not isinstance(value, str):
+        raise TypeError(f"{field.name} must be a string, but is {value!r}.")
+    if "range" in field.metadata:
+        field.metadata["range"].check(field.name, value, integer=int in kinds)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 @functools.cache

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, TypeVar
+
+from jaxrl_llm.options import Checked, Range, number
 
 Strategy = Literal[
     "sample",
@@ -20,39 +23,39 @@ Strategy = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """The choice of each token, and the end of a text."""
 
-    max_new_tokens: int = 64
-    """The most tokens to add."""
-    temperature: float = 1.0
+    max_new_tokens: int = number(64, 1)
+    """Maximum number of new tokens."""
+    temperature: float = number(1.0, 0, above=True)
     """Divides the logits: below 1 sharper, above 1 flatter."""
-    top_k: int | None = None
+    top_k: int | None = number(None, 1)
     """Keep the k most probable tokens."""
-    top_p: float | None = None
+    top_p: float | None = number(None, 0, 1, above=True)
     """Keep the smallest set of most probable tokens with this mass."""
-    min_p: float | None = None
+    min_p: float | None = number(None, 0, 1)
     """Keep the tokens of at least this share of the most probable one's probability."""
-    typical_p: float | None = None
+    typical_p: float | None = number(None, 0, 1, above=True)
     """Keep the most typical tokens with this mass."""
-    epsilon: float | None = None
+    epsilon: float | None = number(None, 0, 1)
     """Keep the tokens of at least this probability."""
-    eta: float | None = None
+    eta: float | None = number(None, 0, 1)
     """Epsilon, lowered where the entropy is high."""
-    top_n_sigma: float | None = None
+    top_n_sigma: float | None = number(None, 0)
     """Keep the tokens within so many standard deviations of the largest logit."""
-    mirostat: float | None = None
+    mirostat: float | None = number(None, 0, above=True)
     """Hold the surprisal near this target, in bits (mirostat 2)."""
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = number(None, 0, above=True)
     """Divides the logits of tokens that were seen, in the prompt too."""
-    presence_penalty: float | None = None
+    presence_penalty: float | None = number(None, -math.inf)
     """Subtracted from the logits of tokens that were generated."""
-    frequency_penalty: float | None = None
+    frequency_penalty: float | None = number(None, -math.inf)
     """Subtracted for every time that a token was generated."""
-    no_repeat_ngram: int | None = None
-    """No n-gram of this length twice."""
-    min_new_tokens: int | None = None
-    """No end before so many tokens."""
+    no_repeat_ngram: int | None = number(None, 1)
+    """Forbid repeated n-grams of this length."""
+    min_new_tokens: int | None = number(None, 0)
+    """Minimum number of new tokens."""
     regex: str | None = None
     """The new text must match this pattern as a whole."""
     choices: tuple[str, ...] = ()
@@ -61,12 +64,17 @@ class Sampling:
     """Strings that end the text; they are not part of it. For sample and greedy."""
     guidance_prompt: str | None = None
     """Move away from what would follow this prompt too (classifier-free guidance). For sample and greedy."""
-    guidance_scale: float = 1.5
+    guidance_scale: float = number(1.5, -math.inf)
     """Strength of the guidance; 1 is none."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**32 - 1)
     """Random seed; the same seed gives the same text."""
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens}, but is {self.min_new_tokens}."
+            )
         for name in ("choices", "stop"):
             strings = getattr(self, name)
             strings = (strings,) if isinstance(strings, str) else tuple(strings)
@@ -80,51 +88,52 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class Search(Checked):
     """Options of single strategies."""
 
-    num_beams: int = 4
+    num_beams: int = number(4, 1)
     """beam, diverse-beam, stochastic-beam: the width."""
-    length_penalty: float = 0.0
+    length_penalty: float = number(0.0, -math.inf)
     """beam, diverse-beam: scores are log-probabilities over length to this power."""
-    num_groups: int | None = None
+    num_groups: int | None = number(None, 1)
     """diverse-beam: groups of beams; as many as beams if not given."""
-    diversity_penalty: float = 0.5
+    diversity_penalty: float = number(0.5, 0)
     """diverse-beam: for each time that an earlier group chose a token."""
-    candidates: int = 6
+    candidates: int = number(6, 1)
     """contrastive: tokens compared in each step."""
-    alpha: float = 0.6
+    alpha: float = number(0.6, 0, 1)
     """contrastive: weight of the penalty for states like earlier ones."""
-    num_draft: int = 4
+    num_draft: int = number(4, 1)
     """speculative, lookup: tokens drafted in a round."""
-    draft_model: str | None = None
+    draft_model: str | None = dataclasses.field(default=None, metadata={"any_type": True})
     """speculative: a cheaper model of the same vocabulary, by path or name (in Python also a loaded one)."""
-    lookup_ngram: int = 3
+    lookup_ngram: int = number(3, 1)
     """lookup: the longest ending that is looked up in the text so far."""
-    num_candidates: int = 8
+    num_candidates: int = number(8, 1)
     """best-of-n, mbr: samples to choose from."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TreeSearch:
+class TreeSearch(Checked):
     """The size of a search tree, and the choice of the children of a node."""
 
-    depth: int = 5
+    depth: int = number(5, 1)
     """Levels: tokens from the root to a leaf."""
-    branching: int = 2
+    branching: int = number(2, 1)
     """Children of a node."""
     select: Literal["best", "sample", "top-k", "nucleus"] = "best"
     """The most probable children, or children drawn without replacement: from all tokens, the top k or the nucleus."""
-    top_k: int | None = None
+    top_k: int | None = number(None, 1)
     """For top-k; 20 if not given."""
-    top_p: float | None = None
+    top_p: float | None = number(None, 0, 1, above=True)
     """For nucleus; 0.5 if not given."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, 0, above=True)
     """For children that are drawn."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**32 - 1)
     """Random seed, for children that are drawn."""
 
     def __post_init__(self):
+        super().__post_init__()
         filters = {"best": set(), "sample": set(), "top-k": {"top_k"}, "nucleus": {"top_p"}}
         if self.select not in filters:
             raise ValueError(f"select must be one of {', '.join(filters)}, but is {self.select!r}.")
@@ -139,6 +148,7 @@ class TreeSearch:
 
 Group = TypeVar("Group", Sampling, Search)
 
+COMPLETIONS = Range(1)
 EVERYWHERE = {"max_new_tokens", "seed"}  # a strategy that draws nothing gives the same for every seed
 FILTERS = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta", "top_n_sigma", "mirostat"}
 PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
@@ -203,12 +213,10 @@ def check(strategy: Strategy, sampling: Sampling, search: Search, *, n: int = 1)
     """
     if left := unused(strategy, sampling, search):
         raise ValueError(f"the strategy {strategy} does not use {', '.join(sorted(left))}.")
-    if n < 1:
-        raise ValueError(f"the number of completions of a prompt must be at least 1, but is {n}.")
-    if is_beam(strategy):
-        if search.num_beams < 1:
-            raise ValueError(f"num_beams must be at least 1, but is {search.num_beams}.")
-        if n > search.num_beams:
-            raise ValueError(f"num_beams must be at least the {n} completions asked for, but is {search.num_beams}.")
+    COMPLETIONS.check("n", n, integer=True)
+    if n > 1 and strategy in ("greedy", "contrastive"):
+        raise ValueError(f"n must be 1 for {strategy}, which gives one completion of a prompt, but is {n}.")
+    if is_beam(strategy) and n > search.num_beams:
+        raise ValueError(f"num_beams must be at least the {n} completions asked for, but is {search.num_beams}.")
     if strategy == "speculative" and search.draft_model is None:
         raise ValueError("the strategy speculative needs draft_model; without one, try the strategy lookup.")

@@ -168,6 +168,8 @@ def _speculative(request: Request) -> list[list[Hypothesis]]:
     draft = request.search.draft_model
     if isinstance(draft, str | os.PathLike):
         draft = models.load(draft, dtype=language_model.params_dtype(request.task.params))
+    if not (hasattr(draft, "model") and hasattr(draft, "params")):
+        raise TypeError(f"draft_model must be a loaded model, its path or its name, but is {draft!r}.")
     return _speculate(request, decoding.DraftModel(draft.model, draft.params))
 
 

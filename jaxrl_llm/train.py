@@ -63,7 +63,7 @@ def _configured(cls: type[Config], config: Config | None, options: dict[str, Any
 
 
 def _model(loaded: models.Loaded, run: recipes.Run) -> LM:
-    return LM(loaded, name=run.name if run.out is None else str(run.out))
+    return LM(loaded, name=f"{run.name}, trained" if run.out is None else str(run.out))
 
 
 @takes(SFTConfig)
@@ -345,20 +345,26 @@ class RewardModel(LoadedReward):
         found = load_reward_model(folder)
         return cls(found.head, found.params, found.tokenizer, found.config)
 
-    def score(self, prompts: Sequence[Text], completions: Sequence[Text], *, batch_size: int = 16) -> list[float]:
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"RewardModel({type(self.head.lm).__name__}, {size / 1e6:.3g}M parameters)"
+
+    def score(
+        self, prompts: str | Sequence[Text], completions: str | Sequence[Text], *, batch_size: int = 16
+    ) -> float | list[float]:
         """Return the score of each completion after its prompt, at the completion's last token.
 
         Args:
-            prompts, completions: one completion for each prompt; strings or lists of messages.
+            prompts, completions: one completion for each prompt, strings or lists of messages; a single prompt may have
+                several completions. Two strings give a number.
             batch_size: rows of one forward pass. Scores do not depend on it, up to rounding.
 
         Raises:
-            TypeError: if either is a single string.
             ValueError: unless there is one completion for each prompt, or if a row does not fit the model's context.
         """
-        for name, value in (("prompts", prompts), ("completions", completions)):
-            if isinstance(value, str):
-                raise TypeError(f"{name} must be a list of texts, but is a str.")
+        if isinstance(completions, str):
+            return self.score(prompts, [completions], batch_size=batch_size)[0]
+        prompts = [prompts] * len(completions) if isinstance(prompts, str) else prompts
         if len(prompts) != len(completions):
             raise ValueError(
                 f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
@@ -384,6 +390,10 @@ class RewardModel(LoadedReward):
     def save(self, folder: Folder) -> None:
         """Write a folder that `load` and transformers load, as `...ForSequenceClassification` with one label."""
         save_reward_model(folder, self.head, self.params, self.tokenizer)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 _scores = jax.jit(lambda head, params, tokens, mask: head.scores(params, tokens, mask=mask), static_argnums=0)

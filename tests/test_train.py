@@ -212,8 +212,9 @@ def test_a_reward_model_scores_completions_and_is_saved(model, tmp_path):
     scorer.save(tmp_path)
     assert train.RewardModel.load(tmp_path).score(prompts, completions) == pytest.approx(scores, abs=1e-6)
     assert scorer.score([], []) == []
-    with pytest.raises(TypeError, match="completions must be a list of texts, but is a str"):
-        scorer.score(["a"], "b")
+    assert scorer.score("Say 1:", [" yes", " no"]) == scorer.score(["Say 1:"] * 2, [" yes", " no"])
+    assert scorer.score("Say 1:", " yes") == pytest.approx(scores[0], abs=1e-6)
+    assert len(repr(scorer)) < 60
     with pytest.raises(ValueError, match="one completion for each prompt, but there are 1 for 2"):
         scorer.score(["a", "b"], ["c"])
     with pytest.raises(ValueError, match="are longer than 64"):

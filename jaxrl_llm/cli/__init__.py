@@ -44,6 +44,11 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         raise SystemExit(0) from None
+    except FileNotFoundError as error:
+        print(
+            f"jaxrl-llm: there is no file {error.filename}." if error.errno else f"jaxrl-llm: {error}", file=sys.stderr
+        )
+        raise SystemExit(2) from None
     except (ValueError, FloatingPointError, OSError, OverflowError, ModuleNotFoundError, RuntimeError) as error:
         print(f"jaxrl-llm: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -38,6 +38,15 @@ _CATEGORIES = {
     op.CATEGORY_NOT_WORD: r"\W",
 }
 _FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL  # the flags that change what a class contains
+_UNSUPPORTED = {
+    op.AT: "an anchor within the text",
+    op.ASSERT: "a lookaround",
+    op.ASSERT_NOT: "a negative lookaround",
+    op.GROUPREF: "a back-reference",
+    op.GROUPREF_EXISTS: "a conditional group",
+    op.ATOMIC_GROUP: "an atomic group",
+    op.POSSESSIVE_REPEAT: "a possessive repetition",
+}
 _EDGES = {op.AT_BEGINNING, op.AT_BEGINNING_STRING}, {op.AT_END, op.AT_END_STRING}
 
 
@@ -321,7 +330,9 @@ class _Builder:
         if code in (op.MAX_REPEAT, op.MIN_REPEAT):
             least, most, items = argument
             return self.repeat(functools.partial(self.sequence, items, flags=flags), int(least), most, state)
-        raise ValueError(f"{self.pattern!r} uses {str(code).lower()}, which has no finite automaton here.")
+        raise ValueError(
+            f"{self.pattern!r} uses {_UNSUPPORTED.get(code, str(code).lower())}, which has no finite automaton here."
+        )
 
     def branch(self, ways: list[Callable[..., int]], state: int) -> int:
         end = self.fragment.new_state()

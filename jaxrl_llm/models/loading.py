@@ -55,7 +55,12 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
         FileNotFoundError: if the path or name does not exist, or has no safetensors.
         ValueError: if a file is damaged, or its tensors do not fit its configuration.
     """
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    if not isinstance(path_or_name, str | os.PathLike) or not os.fspath(path_or_name):
+        raise TypeError(f"path_or_name must be a path or the name of a model, but is {path_or_name!r}.")
+    try:
+        dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    except TypeError:
+        raise ValueError(f"dtype must be a floating type such as bfloat16, but is {dtype!r}.") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating type, but is {dtype}.")
     if dtype.itemsize == 8 and not jax.config.jax_enable_x64:

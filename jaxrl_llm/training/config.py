@@ -6,15 +6,13 @@ Imports nothing heavy, so that `jaxrl-llm train --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from jaxrl_llm.options import STATIC, Checked, number
 
 Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dicts
 if TYPE_CHECKING:
@@ -24,70 +22,6 @@ else:  # on the command line
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
 Divergence = Literal["reverse", "forward"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The numbers from `low` to `high`; with `above`, `low` itself is excluded. None is infinite."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-
-    def check(self, name: str, value: Any, *, integer: bool) -> None:
-        """Raise ValueError for a value that is known and lies outside; traced numbers and JAX's placeholders pass."""
-        wrong = isinstance(value, str | bytes | bool | Mapping | list | tuple) or (
-            integer and isinstance(value, float) and not value.is_integer()
-        )
-        try:
-            inside = (value > self.low if self.above else value >= self.low) & (value <= self.high) & (value < math.inf)
-            inside = not wrong and bool(inside.all() if hasattr(inside, "all") else inside)
-        except TypeError:
-            inside = not wrong
-        if not inside:
-            kind = "an integer" if integer else "a finite number"
-            where = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
-            if math.isfinite(self.high):
-                kind, where = "a number", f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
-            raise ValueError(f"{name} must be {kind} {where}, but is {value!r}.")
-
-
-def number(
-    default: float | None, low: float, high: float = math.inf, *, above: bool = False, static: bool = False
-) -> Any:
-    """A field whose value must lie in a `Range`. `static`: JAX compiles a program for each value."""
-    return dataclasses.field(default=default, metadata={"range": Range(low, high, above), "static": static})
-
-
-STATIC = {"static": True}  # metadata of a field that JAX compiles a program for each value of
-
-
-class Checked:
-    """A dataclass whose fields are checked by their types and ranges when it is made."""
-
-    def __post_init__(self):
-        hints = _hints(type(self))
-        for field in dataclasses.fields(self):
-            _check(field, hints[field.name], getattr(self, field.name))
-
-
-def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
-    kinds = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return
-    choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
-    if choices and not any(value is each or value == each for each in choices):
-        named = ", ".join(map(str, [*choices, None] if type(None) in kinds else choices))
-        raise ValueError(f"{field.name} must be one of {named}, but is {value!r}.")
-    if bool in kinds and not isinstance(value, bool):
-        raise ValueError(f"{field.name} must be True or False, but is {value!r}.")
-    if "range" in field.metadata:
-        field.metadata["range"].check(field.name, value, integer=int in kinds)
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 # All runs -------------------------------------------------------------------------------------------------------------
@@ -132,7 +66,7 @@ class Config(Checked):
     """Steps between two checkpoints, held-out losses and samples of text."""
     keep: int = number(2, 1)
     """Number of checkpoints that are kept."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**32 - 1)
     """Random seed: of the order of the examples, of new parameters and of samples."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
@@ -181,13 +115,15 @@ class DPOConfig(OfflineConfig):
     loss: Function = "dpo"
     """dpo, robust_dpo, ipo, hinge, exo, nca, bco, sppo, apo_zero, apo_down, discopop, f_dpo, length_normalised_dpo,
     simpo, orpo, cpo or kto; or a function loss(a, b, *, beta, ...) of your own, at "file.py:function"."""
-    beta: float | None = None
+    beta: float | None = number(None, 0, above=True)
     """Weight of the KL, in units of reward per nat; by default the loss's own, mostly 0.1."""
     loss_kwargs: dict[str, float] = dataclasses.field(default_factory=dict)
     """Further hyperparameters of the loss, such as label_smoothing 0.1."""
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.loss, str) and not callable(self.loss):
+            raise TypeError(f"loss must be a name or a function, but is {self.loss!r}.")
         if self.loss == "kto" and self.microbatches > 1:
             raise ValueError(
                 f"microbatches must be 1 for kto, which compares all rows of a batch, but is {self.microbatches}."

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 
 from jaxrl_llm.objectives.aggregate import Mode
-from jaxrl_llm.training.config import STATIC, CriticOptions, GRPOConfig, PolicyOptions, PPOConfig, Range, number
+from jaxrl_llm.options import STATIC, Range, number
+from jaxrl_llm.training.config import CriticOptions, GRPOConfig, PolicyOptions, PPOConfig
 
 Advantage = Literal["returns", "rloo", "grpo", "centered", "gae"]
 Surrogate = Literal["reinforce", "ppo_clip", "gspo", "cispo"]
