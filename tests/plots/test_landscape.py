@@ -328,7 +328,7 @@ def assert_clean(figure):
     with warnings.catch_warnings(), style.look():
         warnings.simplefilter("error")
         canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        figure.draw_without_rendering()
         canvas.draw()  # the layout settles in the second
         texts = list(figure.texts)
         for axes in figure.axes:
