@@ -39,7 +39,10 @@ def world():
 def table():
     axes = {"table_references": (0.2, 0.5), "table_shares": (0.4, 0.6, 0.9), "table_betas": (1.0, 0.1)}
     config = dataclasses.replace(SMALL, **axes, best_of=(5,))
-    return experiment.on_table(config, jax.random.key(0))
+    compiled = jax.jit(experiment.best_of_n_on_table, static_argnames=("lm", "n"))
+    with pytest.MonkeyPatch.context() as patch:  # else each of its operations would be a program
+        patch.setattr(experiment, "best_of_n_on_table", compiled)
+        return experiment.on_table(config, jax.random.key(0))
 
 
 def test_exact_optima_of_dpo_and_rlhf_lie_on_the_law(table):
