@@ -208,9 +208,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ],
 )
 def test_old_and_new_rope_settings_are_one(tmp_path, name, settings):
-    loaded = models.load(variant(tmp_path, name, config={"rope_parameters": ABSENT} | settings))
-    assert_is_golden(loaded, name)
-    np.testing.assert_array_equal(logits(loaded), logits(golden(name)))
+    assert_is_golden(models.load(variant(tmp_path, name, config={"rope_parameters": ABSENT} | settings)), name)
 
 
 @pytest.mark.parametrize(
