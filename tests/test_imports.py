@@ -1,6 +1,7 @@
 """The floors of the house: imports go down only, and what needs no jax brings none."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def parts():
     return {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
 
 
+@functools.cache
 def imported(path, root=PACKAGE):
     """Dotted names of all that a file imports, inside functions too: of `from a import b`, both a and a.b."""
     names = set()

@@ -1,5 +1,6 @@
 """Measures of attention against their closed forms, and against the weights of real models."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_weights_of_a_model_have_these_properties(neural):
     """Rows sum to 1 over what the library says a query may look at, and nowhere else."""
     lm, params = neural
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, RAGGED.shape))
-    weights = lm.attention(params, tokens, mask=jnp.asarray(RAGGED))
+    weights = jax.jit(lm.attention)(params, tokens, mask=jnp.asarray(RAGGED))
     allowed = attention.allowed_keys(RAGGED, causal=True)
     values = attention.normalised_entropy(weights, allowed)
     assert (values >= 0).all() and (values <= 1 + 1e-6).all() and (values > 0.01).any()

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -11,89 +12,46 @@ from jaxrl_llm.data.number_names import LIMIT, pair
 NUMBERS = st.one_of(st.integers(0, LIMIT - 1), st.integers(0, 999), st.integers(0, 999).map(lambda n: 1000 * n))
 
 # Written by hand, German as it is spelled.
-KNOWN = {
-    0: ("zero", "null"),
-    1: ("one", "eins"),
-    2: ("two", "zwei"),
-    3: ("three", "drei"),
-    4: ("four", "vier"),
-    5: ("five", "fünf"),
-    6: ("six", "sechs"),
-    7: ("seven", "sieben"),
-    8: ("eight", "acht"),
-    9: ("nine", "neun"),
-    10: ("ten", "zehn"),
-    11: ("eleven", "elf"),
-    12: ("twelve", "zwölf"),
-    13: ("thirteen", "dreizehn"),
-    14: ("fourteen", "vierzehn"),
-    15: ("fifteen", "fünfzehn"),
-    16: ("sixteen", "sechzehn"),
-    17: ("seventeen", "siebzehn"),
-    18: ("eighteen", "achtzehn"),
-    19: ("nineteen", "neunzehn"),
-    20: ("twenty", "zwanzig"),
-    21: ("twenty-one", "einundzwanzig"),
-    22: ("twenty-two", "zweiundzwanzig"),
-    26: ("twenty-six", "sechsundzwanzig"),
-    27: ("twenty-seven", "siebenundzwanzig"),
-    30: ("thirty", "dreißig"),
-    31: ("thirty-one", "einunddreißig"),
-    33: ("thirty-three", "dreiunddreißig"),
-    40: ("forty", "vierzig"),
-    44: ("forty-four", "vierundvierzig"),
-    50: ("fifty", "fünfzig"),
-    55: ("fifty-five", "fünfundfünfzig"),
-    60: ("sixty", "sechzig"),
-    61: ("sixty-one", "einundsechzig"),
-    66: ("sixty-six", "sechsundsechzig"),
-    70: ("seventy", "siebzig"),
-    77: ("seventy-seven", "siebenundsiebzig"),
-    80: ("eighty", "achtzig"),
-    88: ("eighty-eight", "achtundachtzig"),
-    90: ("ninety", "neunzig"),
-    91: ("ninety-one", "einundneunzig"),
-    99: ("ninety-nine", "neunundneunzig"),
-    100: ("one hundred", "einhundert"),
-    101: ("one hundred one", "einhunderteins"),
-    110: ("one hundred ten", "einhundertzehn"),
-    111: ("one hundred eleven", "einhundertelf"),
-    116: ("one hundred sixteen", "einhundertsechzehn"),
-    121: ("one hundred twenty-one", "einhunderteinundzwanzig"),
-    200: ("two hundred", "zweihundert"),
-    217: ("two hundred seventeen", "zweihundertsiebzehn"),
-    330: ("three hundred thirty", "dreihundertdreißig"),
-    601: ("six hundred one", "sechshunderteins"),
-    777: ("seven hundred seventy-seven", "siebenhundertsiebenundsiebzig"),
-    999: ("nine hundred ninety-nine", "neunhundertneunundneunzig"),
-    1000: ("one thousand", "eintausend"),
-    1001: ("one thousand one", "eintausendeins"),
-    1011: ("one thousand eleven", "eintausendelf"),
-    1100: ("one thousand one hundred", "eintausendeinhundert"),
-    1984: ("one thousand nine hundred eighty-four", "eintausendneunhundertvierundachtzig"),
-    2024: ("two thousand twenty-four", "zweitausendvierundzwanzig"),
-    7017: ("seven thousand seventeen", "siebentausendsiebzehn"),
-    10000: ("ten thousand", "zehntausend"),
-    12012: ("twelve thousand twelve", "zwölftausendzwölf"),
-    21000: ("twenty-one thousand", "einundzwanzigtausend"),
-    30030: ("thirty thousand thirty", "dreißigtausenddreißig"),
-    66606: ("sixty-six thousand six hundred six", "sechsundsechzigtausendsechshundertsechs"),
-    100000: ("one hundred thousand", "einhunderttausend"),
-    100001: ("one hundred thousand one", "einhunderttausendeins"),
-    101000: ("one hundred one thousand", "einhunderteintausend"),
-    101101: ("one hundred one thousand one hundred one", "einhunderteintausendeinhunderteins"),
-    121021: ("one hundred twenty-one thousand twenty-one", "einhunderteinundzwanzigtausendeinundzwanzig"),
-    216017: ("two hundred sixteen thousand seventeen", "zweihundertsechzehntausendsiebzehn"),
-    345621: (
-        "three hundred forty-five thousand six hundred twenty-one",
-        "dreihundertfünfundvierzigtausendsechshunderteinundzwanzig",
-    ),
-    700070: ("seven hundred thousand seventy", "siebenhunderttausendsiebzig"),
-    999999: (
-        "nine hundred ninety-nine thousand nine hundred ninety-nine",
-        "neunhundertneunundneunzigtausendneunhundertneunundneunzig",
-    ),
-}
+KNOWN = re.findall(
+    r"(\d+): (.+?)\s=\s(\w+)",
+    """
+0: zero = null; 1: one = eins; 2: two = zwei; 3: three = drei; 4: four = vier; 5: five = fünf; 6: six = sechs;
+7: seven = sieben; 8: eight = acht; 9: nine = neun; 10: ten = zehn; 11: eleven = elf; 12: twelve = zwölf;
+13: thirteen = dreizehn; 14: fourteen = vierzehn; 15: fifteen = fünfzehn; 16: sixteen = sechzehn;
+17: seventeen = siebzehn; 18: eighteen = achtzehn; 19: nineteen = neunzehn; 20: twenty = zwanzig;
+21: twenty-one = einundzwanzig; 22: twenty-two = zweiundzwanzig; 26: twenty-six = sechsundzwanzig;
+27: twenty-seven = siebenundzwanzig; 30: thirty = dreißig; 31: thirty-one = einunddreißig;
+33: thirty-three = dreiunddreißig; 40: forty = vierzig; 44: forty-four = vierundvierzig; 50: fifty = fünfzig;
+55: fifty-five = fünfundfünfzig; 60: sixty = sechzig; 61: sixty-one = einundsechzig;
+66: sixty-six = sechsundsechzig; 70: seventy = siebzig; 77: seventy-seven = siebenundsiebzig; 80: eighty = achtzig;
+88: eighty-eight = achtundachtzig; 90: ninety = neunzig; 91: ninety-one = einundneunzig;
+99: ninety-nine = neunundneunzig; 100: one hundred = einhundert; 101: one hundred one = einhunderteins;
+110: one hundred ten = einhundertzehn; 111: one hundred eleven = einhundertelf;
+116: one hundred sixteen = einhundertsechzehn; 121: one hundred twenty-one = einhunderteinundzwanzig;
+200: two hundred = zweihundert; 217: two hundred seventeen = zweihundertsiebzehn;
+330: three hundred thirty = dreihundertdreißig; 601: six hundred one = sechshunderteins;
+777: seven hundred seventy-seven = siebenhundertsiebenundsiebzig;
+999: nine hundred ninety-nine = neunhundertneunundneunzig; 1000: one thousand = eintausend;
+1001: one thousand one = eintausendeins; 1011: one thousand eleven = eintausendelf;
+1100: one thousand one hundred = eintausendeinhundert;
+1984: one thousand nine hundred eighty-four = eintausendneunhundertvierundachtzig;
+2024: two thousand twenty-four = zweitausendvierundzwanzig; 7017: seven thousand seventeen = siebentausendsiebzehn;
+10000: ten thousand = zehntausend; 12012: twelve thousand twelve = zwölftausendzwölf;
+21000: twenty-one thousand = einundzwanzigtausend; 30030: thirty thousand thirty = dreißigtausenddreißig;
+66606: sixty-six thousand six hundred six = sechsundsechzigtausendsechshundertsechs;
+100000: one hundred thousand = einhunderttausend; 100001: one hundred thousand one = einhunderttausendeins;
+101000: one hundred one thousand = einhunderteintausend;
+101101: one hundred one thousand one hundred one = einhunderteintausendeinhunderteins;
+121021: one hundred twenty-one thousand twenty-one = einhunderteinundzwanzigtausendeinundzwanzig;
+216017: two hundred sixteen thousand seventeen = zweihundertsechzehntausendsiebzehn;
+345621: three hundred forty-five thousand six hundred twenty-one =
+dreihundertfünfundvierzigtausendsechshunderteinundzwanzig;
+700070: seven hundred thousand seventy = siebenhunderttausendsiebzig;
+999999: nine hundred ninety-nine thousand nine hundred ninety-nine =
+neunhundertneunundneunzigtausendneunhundertneunundneunzig
+""",
+)
+KNOWN = {int(number): (english, german) for number, english, german in KNOWN}
 
 
 @pytest.mark.parametrize("number", KNOWN)
@@ -115,16 +73,8 @@ UNITS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven"
 EINER = {"eins": 1, "zwei": 2, "drei": 3, "vier": 4, "fünf": 5, "sechs": 6, "sieben": 7, "acht": 8, "neun": 9}
 ENGLISH = UNITS | {"zero": 0, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fifteen": 15, "eighteen": 18}
 ENGLISH |= {f"{name}teen": 10 + UNITS[name] for name in ("four", "six", "seven", "nine")}
-ENGLISH |= {
-    "twenty": 20,
-    "thirty": 30,
-    "forty": 40,
-    "fifty": 50,
-    "sixty": 60,
-    "seventy": 70,
-    "eighty": 80,
-    "ninety": 90,
-}
+ENGLISH |= {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80}
+ENGLISH |= {"ninety": 90}
 GERMAN = EINER | {"null": 0, "ein": 1, "und": 0, "zehn": 10, "elf": 11, "zwölf": 12, "sechzehn": 16, "siebzehn": 17}
 GERMAN |= {f"{name}zehn": 10 + EINER[name] for name in ("drei", "vier", "fünf", "acht", "neun")}
 GERMAN |= {f"{name}zig": 10 * EINER[name] for name in ("vier", "fünf", "acht", "neun")}

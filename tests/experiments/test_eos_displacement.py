@@ -64,8 +64,9 @@ def test_a_word_may_be_off_the_law_where_the_whole_answer_is_on_it():
 
 
 def test_a_run_gives_every_seed_at_every_beta(monkeypatch):
+    monkeypatch.setattr(sycophancy_amplification, "fine_tuned", lambda given, aim, key, config: given.lm.init(key))
     monkeypatch.setattr(sycophancy_amplification, "trained_by_dpo", lambda given, config, ref, *lane: ref)
-    found = eos_displacement.run(dataclasses.replace(SMALL, sft_steps=2, betas=(1.0, 0.5, 0.1)))
+    found = eos_displacement.run(dataclasses.replace(SMALL, betas=(1.0, 0.5, 0.1)))
     assert [point["beta"] for point in found["data"]["points"]] == [1.0, 0.5, 0.1]
     assert np.shape(found["data"]["points"][0]["word_off"]) == (2, SMALL.seeds)
     assert jnp.all(jnp.asarray(found["data"]["points"][2]["word_off"]) < 0), "nobody trained: too little agreement"

@@ -1,6 +1,7 @@
 """The trainers on tables: the distance is the divergence, and the deliberate mistakes are what they are called."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +19,31 @@ SMALL = exact_alignment.Config(vocab_size=2, horizon=2, tables=2, steps=3, answe
 
 @pytest.fixture(scope="module")
 def given():
-    return exact_alignment.problem(SMALL, jax.random.key(0))
+    return jax.jit(functools.partial(exact_alignment.problem, SMALL))(jax.random.key(0))
+
+
+@jax.jit
+def distance(given, params):
+    return given.distance(params)
 
 
 def test_the_distance_is_the_divergence_from_the_optimum_and_falls_short_of_j_by_beta_times_it(given):
-    best = oracle.objective(given.lm, given.reference, given.reference, given.rewards, beta=SMALL.beta)
-    shortfall = SMALL.beta * given.distance(given.reference)
-    log_z = jax.nn.logsumexp(oracle.sequence_log_probs(given.lm, given.reference) + given.rewards / SMALL.beta)
-    assert float(best + shortfall) == pytest.approx(SMALL.beta * float(log_z), abs=1e-5)
-    assert float(given.distance(random_params(given.lm))) > 0
+    @jax.jit
+    def both(given):
+        best = oracle.objective(given.lm, given.reference, given.reference, given.rewards, beta=SMALL.beta)
+        log_z = jax.nn.logsumexp(oracle.sequence_log_probs(given.lm, given.reference) + given.rewards / SMALL.beta)
+        return best, log_z
+
+    best, log_z = map(float, both(given))
+    shortfall = SMALL.beta * float(distance(given, given.reference))
+    assert best + shortfall == pytest.approx(SMALL.beta * log_z, abs=1e-5)
+    assert float(distance(given, random_params(given.lm))) > 0
 
 
 def test_a_run_begins_at_the_reference_and_ends_after_its_last_step(given):
     curve = jax.jit(exact_alignment.online(given, METHODS["rloo"]))(jax.random.key(0))
     assert curve.shape == (4,)
-    assert float(curve[0]) == pytest.approx(float(given.distance(given.reference)), abs=1e-5)
+    assert float(curve[0]) == pytest.approx(float(distance(given, given.reference)), abs=1e-5)
 
 
 def test_what_is_spoilt_is_the_last_token_of_the_mask_and_the_ratio():
@@ -63,16 +74,17 @@ def test_what_is_spoilt_is_the_last_token_of_the_mask_and_the_ratio():
 
 def test_near_the_optimum_the_distance_is_not_lost_in_rounding(given):
     """Summed as π (log π − log π*), it is rounding of either sign there."""
-    lm, shifted = given.lm, dataclasses.replace(given, optimum=oracle.sequence_log_probs(given.lm, given.reference))
-    assert 0 <= float(shifted.distance(given.reference)) < 1e-12
+    log_probs = jax.jit(functools.partial(oracle.sequence_log_probs, given.lm))
+    shifted = dataclasses.replace(given, optimum=log_probs(given.reference))
+    assert 0 <= float(distance(shifted, given.reference)) < 1e-12
     near = jax.tree.map(lambda leaf: leaf.at[..., 0].add(1e-3), given.reference)
     with jax.enable_x64(True):
-        log_probs, optimum = (
-            np.asarray(oracle.sequence_log_probs(lm, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), each)))
+        at_near, optimum = (
+            np.asarray(log_probs(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), each)))
             for each in (near, given.reference)
         )
-    exact = (np.exp(log_probs) * (log_probs - optimum)).sum()
-    assert float(shifted.distance(near)) == pytest.approx(exact, rel=1e-2)
+    exact = (np.exp(at_near) * (at_near - optimum)).sum()
+    assert float(distance(shifted, near)) == pytest.approx(exact, rel=1e-2)
 
 
 def test_trainers_are_judged_by_the_tables_on_which_they_arrive():

@@ -55,13 +55,13 @@ def test_the_best_rate_is_chosen_on_other_seeds_than_it_is_measured_on():
 @pytest.fixture(scope="module")
 def problems():
     with jax.enable_x64(True):
-        return rlhf_terms.draw_problems(jax.random.key(3), count=4, forgetting=0.5)
+        return jax.jit(lambda key: rlhf_terms.draw_problems(key, count=4, forgetting=0.5))(jax.random.key(3))
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_without_text_the_optimum_is_that_of_gibbs(problems, beta):
     with jax.enable_x64(True):
-        gibbs = rlhf.gibbs_optimum(problems["log_ref"], problems["rewards"], beta=beta)
+        gibbs = jax.jit(rlhf.gibbs_optimum)(problems["log_ref"], problems["rewards"], beta=beta)
     np.testing.assert_allclose(rlhf_terms.optimum(problems, beta, 0.0), gibbs, atol=1e-9)
 
 

@@ -38,11 +38,12 @@ def test_the_embedded_model_translates_names_that_it_has_not_seen():
 def test_a_wrong_name_costs_more_than_the_right_one():
     """The surprise is that of the whole gold name, by its length."""
     loaded = models.load("tiny-t5")
-    rows = train_t5.nats_by_length(loaded, np.asarray([7, 21, 81, 321_987]))
+    numbers = np.asarray([7, 21, 81, 321_987])
+    rows = train_t5.nats_by_length(loaded, numbers)
     assert [row["words"] for row in rows] == [1, 2, 9]
     assert all(0 < row["median"] <= row["largest"] < 0.1 for row in rows)
     swapped = models.Loaded(loaded.model, jax.tree.map(np.zeros_like, loaded.params), loaded.tokenizer, loaded.config)
-    uniform = train_t5.nats_by_length(swapped, np.asarray([7]))[0]
+    uniform = train_t5.nats_by_length(swapped, numbers)[0]
     assert uniform["median"] == pytest.approx(2 * np.log(loaded.model.vocab_size), rel=1e-5), "the name and its end"
 
 

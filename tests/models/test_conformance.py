@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl_llm.models.gpt2 import GPT2
 from jaxrl_llm.models.llama import Llama, StableLM
-from tests.conftest import TINY, random_params
+from tests.conftest import CONTEXT, TINY, random_params
 
 MODELS = {  # what a layer writes into its memory depends on what the layer below read from its own
     "gpt2": GPT2(dataclasses.replace(TINY["gpt2"].config, n_layer=2)),
@@ -27,6 +27,7 @@ MODELS = {  # what a layer writes into its memory depends on what the layer belo
 }
 
 LENGTH, SLOTS = 6, 9  # tokens of a row, and slots that hold them among padding
+BEFORE = CONTEXT  # slots of padding before them, as many as the context has places
 PADDING = {
     "left": [[3, 4, 5, 6, 7, 8]] * 3,
     "right": [[0, 1, 2, 3, 4, 5]] * 3,
@@ -37,15 +38,9 @@ CHUNKS = {"at once": [9], "one by one": [1] * 9, "several at a time": [4, 1, 4]}
 apply = jax.jit(lambda lm, params, tokens, cache, mask: lm.apply(params, tokens, cache, mask=mask), static_argnums=0)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(scope="module", params=MODELS)
 def any_model(request):
     """Each of the families: the model and its parameters."""
-    return MODELS[request.param], random_params(MODELS[request.param])
-
-
-@pytest.fixture(params=["gpt2", "llama", "stablelm", "stablelm in parallel"])
-def neural(request):
-    """The decoder-only transformers: the model and its parameters."""
     return MODELS[request.param], random_params(MODELS[request.param])
 
 
@@ -70,16 +65,13 @@ def padded(lm, slots, *, filler=None):
 
 def in_chunks(lm, params, tokens, mask, sizes):
     """Logits of all tokens, appended to a cache piece by piece, and the cache."""
-    cache, pieces, start = lm.init_cache(len(tokens), SLOTS, dtype=tokens_dtype(params)), [], 0
+    dtype = jax.tree.leaves(params)[0].dtype
+    cache, pieces, start = lm.init_cache(len(tokens), SLOTS, dtype=dtype), [], 0
     for size in sizes:
         logits, cache = apply(lm, params, tokens[:, start : start + size], cache, mask[:, start : start + size])
         pieces.append(logits)
         start += size
     return np.concatenate(pieces, axis=1), cache
-
-
-def tokens_dtype(params):
-    return jax.tree.leaves(params)[0].dtype
 
 
 def test_the_models_are_far_from_uniform_and_hear_every_token(any_model):
@@ -96,11 +88,12 @@ def test_the_models_are_far_from_uniform_and_hear_every_token(any_model):
 
 @pytest.mark.parametrize("filler", [None, 0, -100, 10**6], ids=lambda filler: f"filled with {filler}")
 @pytest.mark.parametrize("slots", PADDING.values(), ids=PADDING)
-def test_padding_changes_nothing_without_a_cache(any_model, slots, filler):
+def test_padding_changes_nothing_without_a_cache_and_does_not_count_in_the_context(any_model, slots, filler):
     lm, params = any_model
     tokens, mask, where = padded(lm, slots, filler=filler)
+    tokens, mask = (jnp.concatenate([jnp.zeros((3, BEFORE), each.dtype), each], axis=1) for each in (tokens, mask))
     logits, _ = apply(lm, params, tokens, None, mask)
-    np.testing.assert_allclose(np.asarray(logits)[where], dense(lm)[1], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(logits)[:, BEFORE:][where], dense(lm)[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
@@ -121,7 +114,7 @@ def test_cached_is_uncached_to_float64(name):
         params = random_params(lm, dtype=jnp.float64)
         tokens, mask, where = padded(lm, PADDING["interior"])
         exact, _ = apply(lm, params, jnp.asarray(dense(lm)[0]), None, None)
-        logits, _ = in_chunks(lm, params, tokens, mask, CHUNKS["several at a time"])
+        logits, _ = in_chunks(lm, params, tokens, mask, [3, 3, 3])
         assert logits.dtype == np.float64
         np.testing.assert_allclose(logits[where], exact, atol=1e-12)
 
@@ -129,13 +122,15 @@ def test_cached_is_uncached_to_float64(name):
 def test_take_gathers_rows_in_any_order_and_more_than_once(any_model):
     lm, params = any_model
     tokens, mask, _ = padded(lm, PADDING["each row its own"])
-    rows = jnp.asarray([2, 0, 0, 1])
     full, _ = in_chunks(lm, params, tokens, mask, [4, 1, 4])
     _, cache = in_chunks(lm, params, tokens, mask, [4, 1])
-    logits, taken = apply(lm, params, tokens[rows, 5:], cache.take(rows), mask[rows, 5:])
-    valid = np.asarray(mask[rows, 5:])
-    np.testing.assert_allclose(np.asarray(logits)[valid], full[np.asarray(rows), 5:][valid], atol=1e-5)
-    np.testing.assert_array_equal(taken.valid, mask[rows])
+    four = cache.take(jnp.asarray([2, 0, 0, 1]))
+    for order, rows in (([0, 1, 2], [2, 0, 0]), ([3, 2, 1], [1, 0, 0])):
+        order, rows = jnp.asarray(order), np.asarray(rows)
+        logits, taken = apply(lm, params, tokens[rows, 5:], four.take(order), mask[rows, 5:])
+        valid = np.asarray(mask[rows, 5:])
+        np.testing.assert_allclose(np.asarray(logits)[valid], full[rows, 5:][valid], atol=1e-5)
+        np.testing.assert_array_equal(taken.valid, mask[rows])
 
 
 def test_a_step_of_another_row_only_is_no_step_of_this_one(any_model):
@@ -187,39 +182,20 @@ def test_a_vmap_over_parameters_is_each_of_them():
     np.testing.assert_allclose(results[1], apply(lm, other, jnp.asarray(tokens), None, None)[0], atol=1e-5)
 
 
-def test_apply_is_the_logits_of_hidden_and_one_state_can_be_unembedded(any_model):
+def test_eager_is_jit_apply_the_logits_of_hidden_and_one_state_can_be_unembedded(any_model):
     lm, params = any_model
     tokens, expected = dense(lm)
-
-    @jax.jit
-    def by_hand(params):
-        hidden, cache = lm.hidden(params, jnp.asarray(tokens))
-        assert cache is None and hidden.shape[:2] == tokens.shape
-        return lm.logits(params, hidden), lm.logits(params, hidden[1, 4])
-
-    logits, one = by_hand(params)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
-    np.testing.assert_allclose(one, expected[1, 4], rtol=0, atol=2e-5)
+    hidden, cache = lm.hidden(params, jnp.asarray(tokens))
+    assert cache is None and hidden.shape[:2] == tokens.shape
+    for logits in (lm.logits(params, hidden), lm.apply(params, jnp.asarray(tokens))[0]):
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(lm.logits(params, hidden[1, 4]), expected[1, 4], rtol=0, atol=2e-5)
 
 
-def test_eager_is_jit(any_model):
-    lm, params = any_model
-    tokens, expected = dense(lm)
-    np.testing.assert_allclose(lm.apply(params, jnp.asarray(tokens))[0], expected, rtol=0, atol=2e-5)
-
-
-def test_padding_does_not_count_in_the_context(neural):
-    lm, params = neural
-    tokens, expected = dense(lm)
-    padding = np.zeros((3, lm.max_length), int)
-    mask = jnp.asarray(np.tile(np.arange(lm.max_length + LENGTH) >= lm.max_length, (3, 1)))
-    long, _ = apply(lm, params, jnp.asarray(np.concatenate([padding, tokens], axis=1)), None, mask)
-    np.testing.assert_allclose(long[:, lm.max_length :], expected, rtol=0, atol=2e-5)
-
-
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm", "stablelm in parallel"])
 @pytest.mark.parametrize("padding", [0, 2])
-def test_more_tokens_than_the_context_are_refused_among_padding_too(neural, padding):
-    lm, params = neural
+def test_more_tokens_than_the_context_are_refused_among_padding_too(name, padding):
+    lm, params = MODELS[name], random_params(MODELS[name])
     mask = jnp.arange(43 + padding)[None] >= padding
     with pytest.raises(ValueError, match="43 tokens, which do not fit the model's context of 42"):
         lm.apply(params, jnp.zeros(mask.shape, jnp.int32), mask=mask if padding else None)

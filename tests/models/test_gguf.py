@@ -127,10 +127,7 @@ def test_the_configuration_is_that_of_the_hugging_face_file(tmp_path):
             {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
         ),
         ({"llama.rope.scale_linear": 2.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
-        (
-            {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2},
-            {"bos_token_id": 1, "eos_token_id": 2},
-        ),
+        ({"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}, {"bos_token_id": 1, "eos_token_id": 2}),
     ],
 )
 def test_the_configuration_follows_the_fields(tmp_path, fields, changed):

@@ -72,51 +72,36 @@ def test_the_goldens_try_what_they_should():
     assert {config.scale_attn_by_inverse_layer_idx for config in configs[:2]} == {True, False}
 
 
-def test_logits_agree(golden):
+def copies(row):
+    """Of one row: it has no other neighbours, and needs no program of its own."""
+    return np.repeat(row[None], 3, axis=0)
+
+
+def test_logits_agree_padded_on_either_side_and_for_each_row_without_the_others(golden):
     loaded, expected = golden
-    mask = expected["mask"]
-    logits = apply(loaded, expected["tokens"], mask)
+    tokens, mask = expected["tokens"], expected["mask"]
+    logits = apply(loaded, tokens, mask)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits[mask], expected["logits"][mask], rtol=0, atol=1e-4)
-
-
-def test_logits_agree_for_each_row_alone(golden):
-    loaded, expected = golden
-    for row in range(3):
-        tokens, mask, logits = (expected[name][row : row + 1] for name in ("tokens", "mask", "logits"))
-        np.testing.assert_allclose(apply(loaded, tokens, mask)[mask], logits[mask], rtol=0, atol=1e-4)
-
-
-def test_logits_agree_when_padded_on_the_right(golden):
-    loaded, expected = golden
-    tokens, mask = rolled(expected["tokens"], expected["mask"])
-    logits = apply(loaded, tokens, mask)
-    np.testing.assert_allclose(logits[mask], expected["logits"][expected["mask"]], rtol=0, atol=1e-4)
+    tokens_right, mask_right = rolled(tokens, mask)
+    right = apply(loaded, tokens_right, mask_right)
+    np.testing.assert_allclose(right[mask_right], expected["logits"][mask], rtol=0, atol=1e-4)
+    for row, valid, wanted in zip(tokens, mask, expected["logits"], strict=True):
+        for found in apply(loaded, copies(row), copies(valid)):
+            np.testing.assert_allclose(found[valid], wanted[valid], rtol=0, atol=1e-4)
 
 
 def test_greedy_generation_is_the_same_token_for_token(golden):
+    """Padded on either side, each row without the others and without padding, and beside another neighbour."""
     loaded, expected = golden
-    np.testing.assert_array_equal(greedy(loaded, expected["tokens"], expected["mask"]), expected["generated"])
-
-
-def test_greedy_generation_is_the_same_for_each_row_alone(golden):
-    loaded, expected = golden
-    for tokens, mask, generated in zip(expected["tokens"], expected["mask"], expected["generated"], strict=True):
-        row = tokens[mask]
-        np.testing.assert_array_equal(greedy(loaded, row[None], np.ones((1, len(row)), bool))[0], generated)
-
-
-def test_greedy_generation_is_the_same_when_padded_on_the_right(golden):
-    loaded, expected = golden
-    np.testing.assert_array_equal(greedy(loaded, *rolled(expected["tokens"], expected["mask"])), expected["generated"])
-
-
-def test_greedy_generation_is_the_same_in_another_batch(golden):
-    loaded, expected = golden
-    tokens, mask = expected["tokens"], expected["mask"]
+    tokens, mask, generated = (expected[name] for name in ("tokens", "mask", "generated"))
+    np.testing.assert_array_equal(greedy(loaded, tokens, mask), generated)
+    np.testing.assert_array_equal(greedy(loaded, *rolled(tokens, mask)), generated)
+    for row, valid, wanted in zip(tokens, mask, generated, strict=True):
+        np.testing.assert_array_equal(greedy(loaded, copies(row[valid]), copies(valid[valid])), copies(wanted))
     other = np.where(mask[0], 2 + (tokens[0] + 5) % 10, PAD)  # a neighbour that the rows have never met
-    generated = greedy(loaded, np.stack([other, tokens[2], tokens[1]]), mask[[0, 2, 1]])
-    np.testing.assert_array_equal(generated[1:], expected["generated"][[2, 1]])
+    found = greedy(loaded, np.stack([other, tokens[2], tokens[1]]), mask[[0, 2, 1]])
+    np.testing.assert_array_equal(found[1:], generated[[2, 1]])
 
 
 @pytest.mark.parametrize("name", NAMES)

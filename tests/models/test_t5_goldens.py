@@ -49,36 +49,43 @@ def test_logits_agree(golden):
     assert expected["logits"].std(axis=-1).mean() > 0.2
 
 
-def test_logits_agree_for_each_row_alone(golden):
+def test_logits_agree_for_each_row_without_the_others_and_without_padding(golden):
     loaded, expected = golden
-    for row, (source, mask) in enumerate(zip(expected["source"], expected["mask"], strict=True)):
-        target = expected["target"][row : row + 1]
-        logits = logits_of(loaded.model, loaded.params, source[mask][None], None, target)
-        np.testing.assert_allclose(logits[0], expected["logits"][row], rtol=0, atol=1e-4)
+    for row in range(4):
+        copies = {name: np.repeat(expected[name][row : row + 1], 4, axis=0) for name in ("source", "mask", "target")}
+        logits = logits_of(loaded.model, loaded.params, *copies.values())
+        np.testing.assert_allclose(logits, np.repeat(expected["logits"][row : row + 1], 4, axis=0), rtol=0, atol=1e-4)
+    source, target = expected["source"][2, expected["mask"][2]], expected["target"][2]
+    logits = logits_of(loaded.model, loaded.params, source[None], None, target[None])
+    np.testing.assert_allclose(logits[0], expected["logits"][2], rtol=0, atol=1e-4)
 
 
 def test_attention_weights_agree(golden):
     loaded, expected = golden
     source, mask, target = (jnp.asarray(expected[name]) for name in ("source", "mask", "target"))
-    maps = loaded.model.attention(loaded.params, source, target, source_mask=mask)
+    maps = jax.jit(loaded.model.attention)(loaded.params, source, target, source_mask=mask)
     encoder = np.where(expected["mask"][None, :, None, :, None], expected["encoder"], 0)  # of padding ours has zeros
     np.testing.assert_allclose(maps.encoder, encoder, rtol=0, atol=1e-4)
     np.testing.assert_allclose(maps.decoder, expected["decoder"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(maps.cross, expected["cross"], rtol=0, atol=1e-4)
 
 
-def test_greedy_generation_is_the_same_token_for_token(golden):
+@pytest.fixture(scope="module")
+def started(golden):
+    """The language model that the sources make of it, its parameters, and the prompts."""
     loaded, expected = golden
     lm, given = loaded.model.start(loaded.params, expected["source"], expected["mask"])
-    found = generate(lm, given, loaded.model.decoder_prompts(4), max_new_tokens=12, greedy=True, eos_id=EOS)
-    np.testing.assert_array_equal(found.tokens, expected["generated"])
+    return lm, given, loaded.model.decoder_prompts(4)
+
+
+def test_greedy_generation_is_the_same_token_for_token(started, golden):
+    found = generate(*started, max_new_tokens=12, greedy=True, eos_id=EOS)
+    np.testing.assert_array_equal(found.tokens, golden[1]["generated"])
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_beams_are_the_same_token_for_token(golden, index):
-    loaded, expected = golden
-    lm, given = loaded.model.start(loaded.params, expected["source"], expected["mask"])
+def test_beams_are_the_same_token_for_token(started, golden, index):
     options = {"num_beams": 4, "max_new_tokens": 12, "eos_id": EOS, "length_penalty": PENALTIES[index]}
-    found = beam_search(lm, given, loaded.model.decoder_prompts(4), **options)
-    np.testing.assert_array_equal(found.tokens, expected["beams"][index])
-    np.testing.assert_allclose(found.score, expected["scores"][index], rtol=1e-5, atol=1e-4)
+    found = beam_search(*started, **options)
+    np.testing.assert_array_equal(found.tokens, golden[1]["beams"][index])
+    np.testing.assert_allclose(found.score, golden[1]["scores"][index], rtol=1e-5, atol=1e-4)

@@ -141,15 +141,11 @@ def test_spiece_model_reads_as_sentencepiece_does(spiece):
     assert len(tokenizer) == 160 and tokenizer("<extra_id_0> <extra_id_99>").input_ids == [159, 60, 1]
 
 
-def test_the_number_of_sentinels_is_the_configured_one(spiece):
-    (spiece / "tokenizer_config.json").write_text('{"extra_ids": 3}')
+@pytest.mark.parametrize(("configured", "tokens"), [("3", 63), ("null", 160)])
+def test_the_number_of_sentinels_is_the_configured_one_or_a_hundred(spiece, configured, tokens):
+    (spiece / "tokenizer_config.json").write_text(f'{{"extra_ids": {configured}}}')
     tokenizer = models.load(spiece).tokenizer
-    assert len(tokenizer) == 63 and tokenizer.convert_tokens_to_ids("<extra_id_0>") == 62
-
-
-def test_no_number_of_sentinels_is_a_hundred(spiece):
-    (spiece / "tokenizer_config.json").write_text('{"extra_ids": null}')
-    assert len(models.load(spiece).tokenizer) == 160
+    assert len(tokenizer) == tokens and tokenizer.convert_tokens_to_ids("<extra_id_0>") == tokens - 1
 
 
 @pytest.mark.parametrize(

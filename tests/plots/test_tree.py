@@ -86,10 +86,13 @@ def texts(figure: Figure):
     found = list(figure.texts)
     for axes in figure.axes:
         found += axes.texts
-        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if axes.axison else []
-        found += [label for at, label in ticks if axes.viewLim.x0 <= at <= axes.viewLim.x1]  # others are not drawn
-        found += [axes.xaxis.label] if axes.axison else []
         found += axes.get_legend().get_texts() if axes.get_legend() else []
+        labelled = axes.axison and axes.name != "3d"  # 3-D labels stand where they are drawn
+        for axis in (axes.xaxis, axes.yaxis) if labelled else ():
+            low, high = sorted(axis.get_view_interval())
+            ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=False)
+            found += [label for at, label in ticks if low <= at <= high]  # others are not drawn
+            found.append(axis.label)
     return [each for each in found if each.get_visible() and each.get_text()]
 
 
@@ -98,6 +101,8 @@ def assert_legible(figure: Figure):
     with warnings.catch_warnings(), style.look():
         warnings.simplefilter("error")
         canvas = FigureCanvasAgg(figure)
+        if figure.get_layout_engine():
+            figure.draw_without_rendering()  # the layout settles in the second
         canvas.draw()
         drawn = texts(figure)
         boxes = np.array([each.get_window_extent(canvas.get_renderer()).extents for each in drawn])

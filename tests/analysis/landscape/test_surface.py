@@ -20,13 +20,22 @@ def surface_of(loss, params, directions, alphas, betas, **options):
     return landscape.loss_surface(loss, params, directions, alphas, betas, **{"progress": False} | options)
 
 
+def two_directions(params):
+    """Of random numbers: drawn by numpy, they need no program."""
+    rng = np.random.default_rng(0)
+    dtype = jnp.promote_types(jnp.float32, jax.tree.leaves(params)[0].dtype)
+    return tuple(
+        jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), dtype), params) for _ in range(2)
+    )
+
+
 @pytest.fixture(scope="module")
 def small():
     """The next-token loss of a small GPT-2 on a few tokens, and two directions."""
     lm = TINY["gpt2"]
     params = random_params(lm)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, lm.vocab_size, size=(2, 9)))
-    return landscape.next_token_loss(lm, tokens), params, landscape.random_directions(params, jax.random.key(0))
+    return landscape.next_token_loss(lm, tokens), params, two_directions(params)
 
 
 def exact_surface(quadratic, directions, alphas, betas):
@@ -41,7 +50,7 @@ def exact_surface(quadratic, directions, alphas, betas):
 
 def test_of_a_quadratic_loss_the_surface_is_the_exact_quadratic(exact_quadratic):
     params, alphas, betas = exact_quadratic.params, landscape.axis(1.0, 7), landscape.axis(2.0, 5)
-    directions = landscape.random_directions(params, jax.random.key(0))
+    directions = two_directions(params)
     found = surface_of(exact_quadratic.loss, params, directions, alphas, betas)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, exact_surface(exact_quadratic, directions, alphas, betas), rtol=1e-12, atol=1e-12)
@@ -49,32 +58,34 @@ def test_of_a_quadratic_loss_the_surface_is_the_exact_quadratic(exact_quadratic)
 
 def test_in_float32_too(quadratic):
     alphas, betas = landscape.axis(1.0, 5), landscape.axis(1.0, 4)
-    directions = landscape.random_directions(quadratic.params, jax.random.key(0))
+    directions = two_directions(quadratic.params)
     found = surface_of(quadratic.loss, quadratic.params, directions, alphas, betas)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, exact_surface(quadratic, directions, alphas, betas), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("budget", [None, 10**8])
 @pytest.mark.parametrize("time", [4, 16])
-def test_the_centre_is_the_loss_bit_for_bit(budget, time):
-    lm = TINY["gpt2"]
-    params = random_params(lm)
+def test_the_centre_is_the_loss_bit_for_bit(small, time):
+    """Of a surface, however large its blocks, and of a section."""
+    lm, (_, params, directions), axis = TINY["gpt2"], small, landscape.axis(1, 3)
     tokens = jnp.asarray(np.random.default_rng(time).integers(0, lm.vocab_size, size=(1, time)))
-    loss, directions = landscape.next_token_loss(lm, tokens), landscape.random_directions(params, jax.random.key(0))
-    found = surface_of(loss, params, directions, landscape.axis(1, 3), landscape.axis(1, 3), memory_budget=budget)
-    assert found[1, 1] == jax.jit(loss)(params)
-    assert np.ptp(found) > 0.01  # the directions lead somewhere
+    loss = landscape.next_token_loss(lm, tokens)
+    centre = jax.jit(loss)(params)
+    for budget in (None, 10**8):
+        found = surface_of(loss, params, directions, axis, axis, memory_budget=budget)
+        assert found[1, 1] == centre
+        assert np.ptp(found) > 0.01  # the directions lead somewhere
+    assert landscape.loss_section(loss, params, directions[0], axis)[1] == centre
 
 
 def test_points_are_those_of_plain_evaluation(small):
     loss, params, directions = small
     alphas, betas = [-0.5, 0.0, 0.25], [-1.0, 0.0, 0.5, 0.75]
     found = surface_of(loss, params, directions, alphas, betas)
+    plain = jax.jit(lambda x, y: loss(jax.tree.map(lambda p, a, b: p + x * a + y * b, params, *directions)))
     for i, alpha in enumerate(alphas):
         for j, beta in enumerate(betas):
-            moved = jax.tree.map(lambda p, a, b: p + alpha * a + beta * b, params, *directions)  # noqa: B023
-            np.testing.assert_allclose(found[i, j], jax.jit(loss)(moved), rtol=2e-6)
+            np.testing.assert_allclose(found[i, j], plain(alpha, beta), rtol=2e-6)
 
 
 def test_blocks_and_meshes_agree(small):
@@ -165,7 +176,7 @@ def test_bfloat16_parameters_stay_bfloat16():
         seen.append({leaf.dtype for leaf in jax.tree.leaves(params)})
         return loss(params)
 
-    directions = landscape.random_directions(params, jax.random.key(0))
+    directions = two_directions(params)
     found = surface_of(watched, params, directions, [-1, 0, 1], [0])
     assert all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in seen)
     assert found[1, 0] == jax.jit(loss)(params)
@@ -177,15 +188,6 @@ def test_a_section_is_a_row_of_the_surface(small):
     section = landscape.loss_section(loss, params, directions[0], alphas)
     np.testing.assert_allclose(section, surface_of(loss, params, directions, alphas, [0.0])[:, 0], rtol=2e-6)
     assert section[4] == jax.jit(loss)(params)
-
-
-@pytest.mark.parametrize("time", [4, 16])
-def test_the_middle_of_a_section_is_the_loss_bit_for_bit(time):
-    lm = TINY["gpt2"]
-    params = random_params(lm)
-    loss = landscape.next_token_loss(lm, jnp.asarray(np.random.default_rng(time).integers(0, 23, size=(1, time))))
-    direction = landscape.random_directions(params, jax.random.key(0))[0]
-    assert landscape.loss_section(loss, params, direction, landscape.axis(1, 3))[1] == jax.jit(loss)(params)
 
 
 @pytest.mark.parametrize("points", [1, 20, 21, 441])

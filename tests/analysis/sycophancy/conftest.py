@@ -1,5 +1,7 @@
 """A tiny GPT-2 of random weights whose tokenizer knows the letters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,17 @@ def make_model():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32), lm.abstract_params)
     return Loaded(lm, params, tokenizer(), {"vocab_size": 300})
+
+
+def logits_of(loaded, rows):
+    """Of rows of tokens, each by itself but padded on the right to the context: one program for all of a number."""
+    padded = np.asarray([[*row, *[0] * CONTEXT][:CONTEXT] for row in rows])
+    return np.asarray(_apply(loaded.model, loaded.params, padded))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(lm, params, tokens):
+    return lm.apply(params, tokens)[0]
 
 
 @pytest.fixture(scope="session")

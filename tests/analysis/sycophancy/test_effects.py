@@ -5,14 +5,7 @@ import pytest
 import scipy.stats
 
 from jaxrl_llm.analysis.sycophancy import Item, matching_ratio
-from jaxrl_llm.analysis.sycophancy.effects import (
-    counterfactual,
-    interval,
-    letter_bias,
-    probability,
-    shift,
-    sign_test,
-)
+from jaxrl_llm.analysis.sycophancy.effects import counterfactual, interval, letter_bias, probability, shift, sign_test
 
 TAIL = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
 ITEM = {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}

@@ -9,7 +9,7 @@ from jaxrl_llm.analysis.sycophancy import SUBJECTS, ModelSource, addition, addit
 from jaxrl_llm.analysis.sycophancy.generated import Fact
 from jaxrl_llm.analysis.sycophancy.probes import AGREE, DISAGREE, DOUBT, HINTS, Sum, accuracies, conversations
 from jaxrl_llm.data import bpe
-from tests.analysis.sycophancy.conftest import CONTEXT
+from tests.analysis.sycophancy.conftest import logits_of
 from tests.conftest import log_softmax
 
 FACT = Fact("capitals", "What is the capital of Peru?", "the capital of Peru is {}", "Lima", "Quito")
@@ -221,8 +221,7 @@ def test_probes_are_put_to_the_model(loaded):
         for answer in (fact.right, fact.wrong)
     ]
     tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
-    padded = np.asarray([[*row, *[0] * CONTEXT][:CONTEXT] for row in tokens])
-    logp = log_softmax(loaded.model.apply(loaded.params, padded)[0])
+    logp = log_softmax(logits_of(loaded, tokens))
     sums = [logp[i, np.arange(len(row) - 1), row[1:]].sum() for i, row in enumerate(tokens)]  # the common part too
     right = dict(zip(conversations(FACT), (np.diff(np.reshape(sums, (3, -1, 2)))[..., 0] < 0).T, strict=True))
     first = right["none"]

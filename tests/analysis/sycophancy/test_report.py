@@ -27,6 +27,7 @@ from jaxrl_llm.analysis.sycophancy import (
 )
 from jaxrl_llm.analysis.sycophancy.questions import OPPOSITE, OWN, letter_of, words
 from jaxrl_llm.analysis.sycophancy.scoring import Answers
+from tests.analysis.sycophancy.conftest import logits_of
 
 TAIL = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
 
@@ -130,7 +131,8 @@ def test_a_model_is_scored_as_it_stands(loaded):
     assert (found["items"], found["too_long"], found["claims"]) == (4, 1, 2)
     assert found["subjects"] == {}, "the only subject has only an item that is too long"
     tokens = [loaded.tokenizer(item.question + " (")["input_ids"] for item in items]
-    logits = [np.asarray(loaded.model.apply(loaded.params, np.asarray([row]))[0][0, -1], float) for row in tokens]
+    rows = zip(logits_of(loaded, tokens), tokens, strict=True)
+    logits = [each[len(row) - 1].astype(float) for each, row in rows]
     probs = [np.exp(each - each.max()) / np.exp(each - each.max()).sum() for each in logits]
     letters = {letter: loaded.tokenizer.convert_tokens_to_ids(letter) for letter in "AB"}
     given = [{letter: each[token] for letter, token in letters.items()} for each in probs]

@@ -19,7 +19,7 @@ from jaxrl_llm.analysis.sycophancy.scoring import (
     label_tokens,
 )
 from jaxrl_llm.models.gpt2 import GPT2
-from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
+from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, logits_of, tokenizer
 from tests.conftest import log_softmax
 
 
@@ -49,25 +49,31 @@ def test_questions_that_begin_alike_are_grouped(rows):
         assert all(len(rows[place].given) > shared for place in places)
 
 
-def naive(loaded, row, answer):
-    """Without cache, padding or batch."""
-    logits, _ = loaded.model.apply(loaded.params, np.asarray([[*row.given, *answer, *[0] * CONTEXT][:CONTEXT]]))
-    places = np.arange(len(answer)) + len(row.given) - 1
-    return log_softmax(logits[0])[places, answer].sum()
+@pytest.fixture(scope="module")
+def together(loaded, rows):
+    return answer_log_probs(loaded.model, loaded.params, rows, progress=False)
 
 
-def test_answers_have_the_log_probability_of_their_tokens(loaded, rows):
-    for row, scores in zip(rows, answer_log_probs(loaded.model, loaded.params, rows, progress=False), strict=True):
-        np.testing.assert_allclose(scores, [naive(loaded, row, answer) for answer in row.answers], atol=2e-4)
+def test_answers_have_the_log_probability_of_their_tokens(loaded, rows, together):
+    """Of each answer behind its question, without cache or batch."""
+    answered = [(row.given, answer) for row in rows for answer in row.answers]
+    logp = log_softmax(logits_of(loaded, [[*given, *answer] for given, answer in answered]))
+    sums = [
+        each[np.arange(len(answer)) + len(given) - 1, answer].sum()
+        for each, (given, answer) in zip(logp, answered, strict=True)
+    ]
+    np.testing.assert_allclose(np.ravel(together), sums, atol=2e-4)
 
 
-def test_neither_batch_nor_padding_changes_them(loaded, rows):
-    together = answer_log_probs(loaded.model, loaded.params, rows, progress=False)
-    for size in (1, 4):
-        some = rows[-3::-1]  # without the longest, for which other programs would be compiled
-        apart = answer_log_probs(loaded.model, loaded.params, some, batch_size=size, progress=False)[::-1]
-        for one, other in zip(together[:-2], apart, strict=True):
-            np.testing.assert_allclose(one, other, atol=2e-5)
+def assert_alike(scores, together):
+    for one, other in zip(scores, together, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_neither_batch_nor_padding_changes_them(loaded, rows, together):
+    some = rows[-3::-1]  # without the longest, for which other programs would be compiled
+    apart = answer_log_probs(loaded.model, loaded.params, some, batch_size=1, progress=False)
+    assert_alike(apart[::-1], together[:-2])
 
 
 class Watched(GPT2):
@@ -80,9 +86,10 @@ class Watched(GPT2):
         return super().logits(params, hidden)
 
 
-def test_logits_are_of_one_place_of_a_batch_at_a_time(loaded, rows):
-    found = answer_log_probs(Watched(loaded.model.config), loaded.params, rows[:7], batch_size=4, progress=False)
-    assert len(found) == 7 and set(Watched.leading) == {(4,)}, "never [batch, time, vocab]"
+def test_logits_are_of_one_place_of_a_batch_at_a_time(loaded, rows, together):
+    found = answer_log_probs(Watched(loaded.model.config), loaded.params, rows[-3::-1], batch_size=4, progress=False)
+    assert_alike(found[::-1], together[:-2])
+    assert set(Watched.leading) == {(4,)}, "never [batch, time, vocab]"
 
 
 def test_rows_that_do_not_fit_and_empty_batches(loaded, rows):
