@@ -53,10 +53,7 @@ objective_grad = jax.jit(functools.partial(oracle.objective_grad, LM))
 sequence_kl_grad = jax.jit(functools.partial(oracle.sequence_kl_grad, LM))
 
 
-@jax.jit
-def pull_back(params, cotangents):
-    """Gradients in `params` of functions of the law, from their gradients in the law; one for each row."""
-    return jax.vmap(jax.vjp(law, params)[1])(cotangents)[0]["logits"]
+jacobian = jax.jit(jax.jacrev(law))
 
 
 def mean_gradients(losses, *, of=None, group_size=1):
@@ -80,6 +77,10 @@ def mean_gradients(losses, *, of=None, group_size=1):
 def gradients(functions, *, of=None):
     """The gradients of a dictionary of numbers, a function of the policy's law, in the parameters."""
     of = params(1) if of is None else of
-    slopes = jax.jit(jax.jacrev(functions))(law(of))
-    stacked = jax.tree.map(lambda *each: np.stack(each), *slopes.values())
-    return dict(zip(slopes, np.asarray(pull_back(of, stacked)), strict=True))
+    slopes, scores = jax.jit(jax.jacrev(functions))(law(of)), jacobian(of)
+
+    def chain(slope):
+        """Through the law to the parameters."""
+        return sum(np.tensordot(one, each["logits"], np.ndim(one)) for one, each in zip(slope, scores, strict=True))
+
+    return {name: chain(slope) for name, slope in slopes.items()}
