@@ -117,9 +117,10 @@ def test_rao_blackwell_may_have_more_variance_than_k1():
 
 
 def test_gradients_of_losses_over_tokens():
-    """They leave out where early tokens lead; k1 as a reward to go has both terms."""
+    """They leave out where early tokens lead; k1 as a reward to its own token does too, and to go has both terms."""
     policy, ref, _ = laws()
-    to_go = np.cumsum((policy.tokens - ref.tokens)[:, ::-1], axis=1)[:, ::-1]
+    k1 = np.asarray(kl.k1(policy.tokens, ref.tokens))
+    to_go = np.cumsum(k1[:, ::-1], axis=1)[:, ::-1]
 
     def missing(now):
         """KL_t ∇log π(y_<t)."""
@@ -131,11 +132,13 @@ def test_gradients_of_losses_over_tokens():
             "Rao-Blackwell": lambda now: kl.rao_blackwell_kl(now.logits, ref.logits),
             "k2": lambda now: kl.k2(now.tokens, ref.tokens).sum(axis=1),
             "missing": missing,
+            "k1": lambda now: (k1 * now.tokens).sum(axis=1),
             "k1 to go": lambda now: (to_go * now.tokens).sum(axis=1),
         }
     )
     exact = sequence_kl_grad(params(1), params(2))["logits"]
     np.testing.assert_allclose(found["Rao-Blackwell"], found["k2"], atol=1e-12)
+    np.testing.assert_allclose(found["Rao-Blackwell"], found["k1"], atol=1e-10)
     np.testing.assert_allclose(found["Rao-Blackwell"] + found["missing"], exact, atol=1e-12)
     np.testing.assert_allclose(found["k1 to go"], exact, atol=1e-12)
     assert np.abs(found["missing"]).max() > 1e-2

@@ -28,7 +28,6 @@ from tests.oracle.samples import (
     mean_gradients,
     objective_grad,
     params,
-    sequence_kl_grad,
 )
 
 BETA = 0.5
@@ -424,23 +423,6 @@ def test_sums_of_token_estimators_have_each_another_gradient():
     for exact in whole.values():
         assert differ(found["reverse"], exact) and differ(found["forward"], exact), "none is that of whole answers"
     assert_is(found["at prefixes of ref"], whole["KL(ref‖π)"])
-
-
-def test_k1_as_a_reward_goes_to_its_own_token_and_to_those_before_it():
-    """That both together give ∇KL is tested with the table."""
-    policy, ref, _ = laws()
-    k1 = policy.tokens - ref.tokens
-    later = np.cumsum(k1[:, ::-1], axis=1)[:, ::-1] - k1
-    found = mean_gradients(
-        {
-            "own": lambda now: (k1 * now.tokens).sum(axis=1),
-            "later": lambda now: (later * now.tokens).sum(axis=1),
-            "Rao-Blackwell": lambda now: kl.rao_blackwell_kl(now.logits, ref.logits),
-        }
-    )
-    exact = sequence_kl_grad(params(1), params(2))["logits"]
-    assert_is(found["own"], found["Rao-Blackwell"])
-    assert_is(found["later"], exact - found["Rao-Blackwell"])
 
 
 # T2b, T2c -------------------------------------------------------------------------------------------------------------
