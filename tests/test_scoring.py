@@ -1,6 +1,7 @@
 """Log-probabilities of answers: shifted, masked, the same however rows are padded and however places are cut."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -26,9 +27,16 @@ def batch(side, length=LENGTH):
     return Sequences(*(np.stack([np.roll(row, by) for row, by in zip(leaf, shifts, strict=True)]) for leaf in right))
 
 
-def by_hand(lm, params, temperature=1.0):
+@functools.cache
+def model(name):
+    """The model, its parameters, and its compiled logits of one row."""
+    lm, params = MODELS[name], random_params(MODELS[name])
+    return lm, params, jax.jit(lambda tokens: lm.apply(params, tokens)[0])
+
+
+def by_hand(name, temperature=1.0):
     """Σ log p of each answer, row by row without padding to speak of, in float64."""
-    apply = jax.jit(lambda tokens: lm.apply(params, tokens)[0])
+    *_, apply = model(name)
     sums = []
     for prompt, answer in ROWS:
         row = np.zeros(LENGTH, np.int32)
@@ -43,11 +51,11 @@ def by_hand(lm, params, temperature=1.0):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_they_are_the_models_own_of_the_tokens_that_count(name, side, temperature):
-    lm, params = MODELS[name], random_params(MODELS[name])
+    lm, params, _ = model(name)
     rows = batch(side)
     found = log_probs(lm, params, rows, temperature=temperature)
     assert (np.asarray(found)[~rows.completion_mask] == 0).all() and (np.asarray(found)[rows.completion_mask] < 0).all()
-    np.testing.assert_allclose(found.sum(axis=1), by_hand(lm, params, temperature), rtol=2e-5)
+    np.testing.assert_allclose(found.sum(axis=1), by_hand(name, temperature), rtol=2e-5)
 
 
 @pytest.mark.parametrize("length", [8, 17])
@@ -97,7 +105,7 @@ def test_measures_are_those_of_both_laws(gpt2):
     np.testing.assert_allclose(found.logp_ref, log_probs(lm, ref, rows), atol=1e-5)
     apply = jax.jit(lambda params: lm.apply(params, rows.tokens, mask=rows.mask)[0][:, :-1])
     laws = apply(params), apply(ref)
-    expected = np.asarray(kl.exact_kl(*laws))
+    expected = np.asarray(jax.jit(kl.exact_kl)(*laws))
     np.testing.assert_allclose(
         found.kl[:, 1:][rows.completion_mask[:, 1:]], expected[rows.completion_mask[:, 1:]], rtol=1e-4
     )
@@ -137,20 +145,20 @@ def test_rows_that_cannot_be_trained_on_are_named(gpt2):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_ragged_completions_are_scored_in_batches(name, batch_size):
-    lm, params = MODELS[name], random_params(MODELS[name])
+    lm, params, _ = model(name)
     prompts, completions = zip(*ROWS, strict=True)
     found = scoring.completion_log_probs(lm, params, prompts, completions, batch_size=batch_size, multiple=4)
     assert [len(row) for row in found] == [len(completion) for completion in completions]
-    np.testing.assert_allclose([row.sum() for row in found], by_hand(lm, params), rtol=2e-5)
+    np.testing.assert_allclose([row.sum() for row in found], by_hand(name), rtol=2e-5)
 
 
 def test_ragged_completions_of_the_enumerable_model_are_exact(tabular):
     lm, params = tabular
     found = scoring.completion_log_probs(lm, params, [[]] * 2, [[0, 1], [1, 1]])
-    exact = oracle.sequence_log_probs(lm, params)
-    every = np.asarray(oracle.enumerate_sequences(lm))[:, :2]
+    exact = jax.jit(functools.partial(oracle.sequence_log_probs, lm))(params)
+    every = np.asarray(list(itertools.product(range(3), repeat=4)))[:, :2]
     for row, tokens in zip(found, ([0, 1], [1, 1]), strict=True):
-        total = jax.nn.logsumexp(exact[(every == tokens).all(axis=1)])
+        total = np.log(np.exp(exact)[(every == tokens).all(axis=1)].sum())
         np.testing.assert_allclose(row.sum(), total, rtol=1e-5)
 
 

@@ -19,7 +19,7 @@ CONSTANTS = {"advantages"}  # modules whose results carry no gradient: a test ch
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes that hypothesis draws."""
+    """Sizes of the arrays of a case, its β and its mask."""
 
     batch: int = 4
     time: int = 5

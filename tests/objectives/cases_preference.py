@@ -30,10 +30,6 @@ def single_answers(rng, n):
     return Case((4 * log_probs(rng, n.batch), 4 * log_probs(rng, n.batch)), constants, settings)
 
 
-def divergence(rng):
-    return str(rng.choice(["reverse_kl", "forward_kl", "jensen_shannon", "alpha"]))
-
-
 CASES = {
     preference.dpo_loss: pairs(label_smoothing=0.1),
     preference.robust_dpo_loss: pairs(label_smoothing=0.2),
@@ -46,7 +42,10 @@ CASES = {
     preference.apo_zero_loss: pairs(),
     preference.apo_down_loss: pairs(),
     preference.discopop_loss: pairs(temperature=lambda rng: rng.uniform(0.05, 2.0)),
-    preference.f_dpo_loss: pairs(divergence=divergence, alpha=lambda rng: rng.uniform(0.0, 1.5)),
+    preference.f_dpo_loss: {
+        divergence: pairs(divergence=divergence, alpha=lambda rng: rng.uniform(0.0, 1.5))
+        for divergence in ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
+    },
     preference.length_normalised_dpo_loss: pairs_of_lengths,
     preference.simpo_loss: without_reference(gamma=0.7),
     preference.orpo_loss: without_reference(nll_weight=0.8),

@@ -1,5 +1,6 @@
 """Facts about the preference losses: known values, minima, limits, and what extreme log-probabilities give."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -47,42 +48,36 @@ FORMULAS = {  # of a, b and β, at the defaults
     ),
     "f_dpo": lambda a, b, β: -log_sigmoid(β * (a - b)),
 }
-AT_THE_REFERENCE = {
-    "dpo": math.log(2),
-    "robust_dpo": math.log(2),
-    "ipo": 1 / (4 * BETA**2),
-    "hinge": 1.0,
-    "exo": -math.log(2) - math.log(0.001 * 0.999) / 2,
-    "nca": 2 * math.log(2),
-    "bco": 2 * math.log(2),
-    "sppo": 1 / (2 * BETA**2),
-    "apo_zero": 1.0,
-    "apo_down": 1.0,
-    "discopop": math.log(2) / 2 + 0.5,
-    "f_dpo": math.log(2),
-}
 
 
-def four(a, b, dtype=jnp.float32):
+def four(a, b, dtype=np.float32):
     """Log-probabilities whose log-ratios are a and b, repeated to four pairs: with one shape little compiles."""
     a, b, zero = np.resize(a, 4), np.resize(b, 4), np.zeros(4)
-    return tuple(jnp.asarray(each, dtype) for each in (a - 20, b - 31, zero - 20, zero - 31))
+    return tuple(np.asarray(each, dtype) for each in (a - 20, b - 31, zero - 20, zero - 31))
 
 
 def of_four(values):
-    return jnp.asarray(np.resize(values, 4), jnp.float32)
+    return np.resize(np.asarray(values, np.float32), 4)
+
+
+@functools.cache
+def compiled(function):
+    """The hyperparameters are traced, but for words."""
+    return jax.jit(
+        function, static_argnames=[each for each in inspect.signature(function).parameters if each == "divergence"]
+    )
 
 
 def of_pair(loss, a, b, **settings):
     """The loss in float64."""
     with jax.enable_x64(True):
-        return np.asarray(loss(*four(a, b, jnp.float64), **settings))[: np.size(a)].reshape(np.shape(a))
+        return np.asarray(compiled(loss)(*four(a, b, np.float64), **settings))[: np.size(a)].reshape(np.shape(a))
 
 
 def slope(loss, x, **settings):
     """dL/da in closed form at a = x, b = 0, in float64."""
     with jax.enable_x64(True):
-        return float(loss.grad(*four(x, 0.0, jnp.float64), **settings)[0][0])
+        return float(compiled(loss.grad)(*four(x, 0.0, np.float64), **settings)[0][0])
 
 
 @pytest.mark.parametrize("name", OF_REFERENCE)
@@ -90,12 +85,6 @@ def test_value_is_the_formula(name):
     a, b = np.array(RATIOS).T
     expected = [FORMULAS[name](*pair, BETA) for pair in RATIOS]
     np.testing.assert_allclose(of_pair(PAIR_LOSSES[name], a, b, beta=BETA), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", OF_REFERENCE)
-def test_value_where_the_policy_is_the_reference(name):
-    found = PAIR_LOSSES[name](*four(0.0, 0.0), beta=BETA)
-    np.testing.assert_allclose(found, [AT_THE_REFERENCE[name]] * 4, rtol=1e-5)
 
 
 def test_every_loss_is_listed_by_its_name_also_in_the_table_of_the_module():
@@ -145,7 +134,9 @@ def test_a_loss_of_ones_own_is_checked_has_a_gradient_and_is_not_listed():
 
 @pytest.mark.parametrize("name", sorted(set(OF_REFERENCE) - {"exo"}))  # which is flat far below its optimum
 def test_the_gradient_separates_a_pair_that_the_policy_has_the_wrong_way_round(name):
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected = PAIR_LOSSES[name].grad(*four(-1.0, 2.0), beta=BETA)
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = compiled(PAIR_LOSSES[name].grad)(
+        *four(-1.0, 2.0), beta=BETA
+    )
     assert (policy_chosen < 0).all() or name == "apo_down"
     assert (policy_rejected > 0).all()
     assert (ref_chosen == -policy_chosen).all() and (ref_rejected == -policy_rejected).all()
@@ -218,7 +209,7 @@ def test_sppo_has_its_optimum_where_the_rewards_are_plus_and_minus_a_half():
 
 @pytest.mark.parametrize(("name", "sign_of_chosen"), [("apo_zero", -1), ("apo_down", 1)])
 def test_apo_moves_the_chosen_response_up_or_down(name, sign_of_chosen):
-    of_chosen, of_rejected, *_ = PAIR_LOSSES[name].grad(*four(0.0, -3.0), beta=1.0)
+    of_chosen, of_rejected, *_ = compiled(PAIR_LOSSES[name].grad)(*four(0.0, -3.0), beta=1.0)
     assert (np.sign(of_chosen) == sign_of_chosen).all()
     assert (of_rejected > 0).all()
 
@@ -266,14 +257,6 @@ def test_f_dpo_passes_into_the_reverse_divergence_as_alpha_nears_one_and_takes_a
 
     np.testing.assert_allclose(slope_at(1.0), preference.dpo_loss.grad(*four(0.7, -1.1), beta=BETA)[0], rtol=1e-5)
     assert (abs(slope_at(0.5) - slope_at(1.0)) > 1e-3).all()
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_f_dpo_closed_form_for_each_divergence(divergence):
-    settings = {"beta": BETA, "divergence": divergence, "alpha": 0.4}
-    arrays = four(*np.array(RATIOS).T)
-    expected = jax.grad(lambda *logps: preference.f_dpo_loss(*logps, **settings).sum(), argnums=(0, 1, 2, 3))(*arrays)
-    np.testing.assert_allclose(preference.f_dpo_loss.grad(*arrays, **settings), expected, rtol=1e-5)
 
 
 def test_length_normalised_dpo_is_dpo_of_log_ratios_per_token():
@@ -410,8 +393,10 @@ def test_kto_refuses_other_labels_and_reference_points(desirable, kl, message):
     ],
 )
 def test_hyperparameters_out_of_range_are_refused_by_loss_and_gradient(name, settings, message):
-    arrays = [jnp.full(2, -1.0) for each in inspect.signature(PAIR_LOSSES[name]).parameters if each[:4] == "logp"]
-    arrays += [jnp.ones(2)] * 2 if "lengths" in PAIR_LOSSES[name].needs else []
+    arrays = [
+        np.full(2, -1.0, np.float32) for each in inspect.signature(PAIR_LOSSES[name]).parameters if each[:4] == "logp"
+    ]
+    arrays += [np.ones(2, int)] * 2 if "lengths" in PAIR_LOSSES[name].needs else []
     for function in (PAIR_LOSSES[name], PAIR_LOSSES[name].grad):
         with pytest.raises(ValueError, match=message):
             function(*arrays, **settings)
@@ -442,16 +427,19 @@ def test_extreme_log_probabilities(name):
     """At -1e4 all is finite; at -inf the gradient is, is what autodiff finds, and one -inf gives no NaN."""
     loss = getattr(preference, f"{name.split()[0]}_loss")
     count = 4 if "reference" in getattr(loss, "needs", ()) else 2
-    arrays = [jnp.asarray(column) for column in GRID[:count]]
+    arrays = list(GRID[:count])
     size = arrays[0].size
     constants = {
-        "kto": (jnp.arange(size) % 2 == 0, jnp.ones(size)),
-        "length_normalised_dpo": (jnp.full(size, 3), jnp.full(size, 2)),
+        "kto": (np.arange(size) % 2 == 0, np.ones(size, np.float32)),
+        "length_normalised_dpo": (np.full(size, 3), np.full(size, 2)),
     }.get(name, ())
 
-    value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **SETTINGS[name]), *arrays)
-    by_autodiff = pull_back(jnp.ones_like(value))
-    closed = loss.grad(*arrays, *constants, beta=BETA, **SETTINGS[name])
+    @jax.jit
+    def everything(*arrays):
+        value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **SETTINGS[name]), *arrays)
+        return value, pull_back(jnp.ones_like(value)), loss.grad(*arrays, *constants, beta=BETA, **SETTINGS[name])
+
+    value, by_autodiff, closed = everything(*arrays)
     infinite = np.isinf(arrays).sum(axis=0)
     assert np.isfinite(value[infinite == 0]).all()
     assert not np.isnan(value[infinite <= 1]).any()

@@ -1,6 +1,7 @@
 """Estimators under the model's own law: their enumerated expectation is the exact answer, to 1e-10, nothing sampled."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,55 +10,139 @@ import pytest
 
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import advantages, kl, logprobs, policy_gradient, preference, reward_model, rlhf
-from jaxrl_llm.tabular import TabularLM
-from tests.conftest import random_params
+from tests.oracle.samples import LM, REWARDS, SEQUENCES, law, laws, mean_gradients, objective_grad, params
 
-LM = TabularLM(vocab_size=3, horizon=2)
 BETA = 0.4
+pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+def reinforce(gain):
+    return lambda now: policy_gradient.reinforce_loss(now.sequences, gain)
 
 
-def laws():
-    """Parameters of the policy, the reference, and an older policy that drew the samples."""
-    return [random_params(LM, seed, dtype=jnp.float64) for seed in (1, 2, 3)]
+@functools.cache
+def squared_scores():
+    """‖∇log π(y)‖² of every sequence."""
+    scores = jax.jit(jax.jacrev(lambda table: law(table).sequences))(params(1))["logits"]
+    return np.square(scores).sum(axis=(1, 2))
 
 
-def rewards():
-    return jnp.asarray(np.random.default_rng(8).normal(size=9) + 2.0)
+@functools.cache
+def optimal_baseline():
+    probabilities = np.exp(laws()[0].sequences)
+    return np.asarray(jax.jit(advantages.optimal_baseline)(REWARDS, squared_scores(), probabilities=probabilities))
 
 
-def log_probs(params):
-    return oracle.sequence_log_probs(LM, params)
+def warped():
+    """Log-probabilities of a sampler at temperature 0.7."""
+    return np.asarray(law({"logits": np.asarray(params(1)["logits"]) / 0.7}).sequences)
 
 
-def tokens_of(params):
-    return oracle.token_log_probs_of(LM, params, oracle.enumerate_sequences(LM))
+EARNED = np.random.default_rng(4).normal(size=(3, 3))
 
 
-def exact(beta=0.0):
-    policy, ref, _ = laws()
-    return -oracle.objective_grad(LM, policy, ref, rewards(), beta=beta)["logits"]
+def earned():
+    """A reward for each token."""
+    return np.stack([EARNED[0][SEQUENCES[:, 0]], EARNED[1][SEQUENCES[:, 1]]], axis=1)
 
 
-def mean_gradient(loss, *, group_size=1, sampler=None):
-    """E[∇ℓ] of a loss `(params, groups) -> [groups]`, over all groups."""
+gae = jax.jit(advantages.gae)
+
+
+def with_a_critic(*, wrong, lambda_):
+    """The reward comes at the last token; after it the episode has ended, so the bootstrap is 0."""
     policy, *_ = laws()
+    probabilities = np.exp(policy.sequences)
+    first = SEQUENCES[:, 0, None] == np.arange(3)
+    value_after = (probabilities * REWARDS) @ first / (probabilities @ first)
+    if wrong:
+        value_after = value_after + np.asarray([1.0, -2.0, 0.5])
+    start = np.full(9, (probabilities * REWARDS).sum())
+    values = np.stack([start, value_after[SEQUENCES[:, 0]], np.zeros(9)], axis=1)
+    rewards = np.stack([np.zeros(9), REWARDS], axis=1)
+    estimate = np.asarray(gae(rewards, values, discount=1.0, lambda_=lambda_))
+    return lambda now: policy_gradient.reinforce_loss(now.tokens, estimate).sum(axis=1)
 
-    @jax.jit
-    def mean():
-        return oracle.gradient_moments(LM, policy, loss, group_size=group_size, sampler_params=sampler).mean["logits"]
 
-    return mean()
+def unbiased():
+    """Losses on samples whose mean gradient is that of −E[reward], and for samples of another policy its law."""
+    policy, _, old = laws()
+    p, q, r, whole = policy.sequences, old.sequences, jnp.asarray(REWARDS), np.ones((9, 2), bool)
+    wide = {"clip_low": 1, "clip_high": 1e6}
+    drawn = warped()
+    return {
+        # any constant baseline
+        "no baseline": reinforce(REWARDS),
+        "the mean as baseline": reinforce(REWARDS - np.exp(p) @ REWARDS),
+        "the optimal baseline": reinforce(REWARDS - optimal_baseline()),
+        # a critic that is right, or λ = 1
+        "gae, the exact critic, λ = 0": with_a_critic(wrong=False, lambda_=0.0),
+        "gae, the exact critic, λ = 0.6": with_a_critic(wrong=False, lambda_=0.6),
+        "gae, the exact critic, λ = 1": with_a_critic(wrong=False, lambda_=1.0),
+        "gae, a wrong critic, λ = 1": with_a_critic(wrong=True, lambda_=1.0),
+        # the first step on fresh samples
+        "ppo": lambda now: policy_gradient.ppo_clip_loss(now.sequences, p, r),
+        "gspo": lambda now: policy_gradient.gspo_loss(now.tokens, policy.tokens, r, whole, length_normalised=False),
+        "cispo": lambda now: policy_gradient.cispo_loss(now.sequences, p, r),
+        "off-policy": lambda now: policy_gradient.off_policy_reinforce_loss(now.sequences, p, r),
+        # Samples of an older policy, and advantages that are not centred: only the ratio makes up for the other law.
+        "ppo of old samples": (lambda now: policy_gradient.ppo_clip_loss(now.sequences, q, r, **wide), q),
+        "cispo of old samples": (lambda now: policy_gradient.cispo_loss(now.sequences, q, r, **wide), q),
+        "off-policy of old samples": (
+            lambda now: policy_gradient.off_policy_reinforce_loss(now.sequences, q, r, cap=1e6),
+            q,
+        ),
+        # The sampler draws at temperature 0.7, the trainer's law is that at 1: the weight is the ratio of the two.
+        "the weight of a warped sampler": (
+            lambda now: policy_gradient.truncated_importance_weight(p, drawn, cap=1e6) * reinforce(REWARDS)(now),
+            drawn,
+        ),
+    }
 
 
-def one_sample(losses):
-    """From the loss of every sequence to that of every group of one."""
-    return lambda params, groups: losses(params)[groups[:, 0]]
+def with_kl(k):
+    _, ref, _ = laws()
+    return lambda now: reinforce(REWARDS)(now) + BETA * k(now.sequences, ref.sequences)
+
+
+def regularised():
+    """Losses whose mean gradient is that of −E[reward − β log(π/ref)]."""
+    policy, ref, _ = laws()
+    return {
+        "k1 in the reward": (lambda now: reinforce(REWARDS - BETA * kl.k1(policy.sequences, ref.sequences))(now)),
+        "k2 as a loss": with_kl(kl.k2),
+    }
+
+
+def biased():
+    q = laws()[2].sequences
+    return {
+        "gae, a wrong critic, λ = 0": with_a_critic(wrong=True, lambda_=0.0),
+        "gae, a wrong critic, λ = 0.6": with_a_critic(wrong=True, lambda_=0.6),
+        "no weight for a warped sampler": (reinforce(REWARDS), warped()),
+        "no ratio": (reinforce(REWARDS), q),
+        "a truncated ratio": (
+            lambda now: policy_gradient.off_policy_reinforce_loss(now.sequences, q, jnp.asarray(REWARDS), cap=2.0),
+            q,
+        ),
+        "k1 as a loss": with_kl(kl.k1),
+        "k3 as a loss": with_kl(kl.k3),
+    }
+
+
+def to_go(now):
+    """Each token is credited with what comes after it."""
+    return policy_gradient.reinforce_loss(now.tokens, advantages.returns_to_go(jnp.asarray(earned()))).sum(axis=1)
+
+
+@pytest.fixture(scope="module")
+def found(float64):
+    """E[∇ℓ] of all of them."""
+    return mean_gradients({**unbiased(), **regularised(), **biased(), "returns to go": to_go})
+
+
+def exact(beta=0.0, rewards=REWARDS):
+    return -objective_grad(params(1), params(2), jnp.asarray(rewards), beta=beta)["logits"]
 
 
 def assert_is(found, expected):
@@ -65,240 +150,163 @@ def assert_is(found, expected):
     assert np.abs(expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("baseline", ["none", "mean", "optimal"])
-def test_reinforce_is_unbiased_with_any_constant_baseline(baseline):
-    policy, *_ = laws()
-    scores = jax.jacrev(log_probs)(policy)["logits"].reshape(9, -1)
-    probabilities = jnp.exp(log_probs(policy))
-    optimal = advantages.optimal_baseline(rewards(), jnp.square(scores).sum(axis=1), probabilities=probabilities)
-    b = {"none": 0.0, "mean": (probabilities * rewards()).sum(), "optimal": optimal}[baseline]
-    loss = one_sample(lambda params: policy_gradient.reinforce_loss(log_probs(params), rewards() - b))
-    assert_is(mean_gradient(loss), exact())
+def test_the_mean_gradient_is_the_policy_gradient(found):
+    for name in unbiased():
+        np.testing.assert_allclose(found[name], exact(), atol=1e-10, err_msg=name)
+    assert np.abs(exact()).max() > 1e-2
+
+
+def test_k1_in_the_reward_and_k2_as_a_loss_give_the_gradient_of_the_regularised_objective(found):
+    for name in regularised():
+        np.testing.assert_allclose(found[name], exact(BETA), atol=1e-10, err_msg=name)
+    assert np.abs(exact(BETA)).max() > 1e-2
+    for name in ("k1 as a loss", "k3 as a loss"):
+        assert np.abs(found[name] - exact(BETA)).max() > 1e-2, name
+
+
+def test_a_wrong_critic_a_missing_weight_and_truncation_bias(found):
+    error = {name: np.abs(found[name] - exact()).max() for name in biased()}
+    assert 1e-3 < error["a truncated ratio"] < error["no ratio"]
+    assert error["gae, a wrong critic, λ = 0"] > 1e-2 and error["gae, a wrong critic, λ = 0.6"] > 1e-2
+    assert error["no weight for a warped sampler"] > 1e-2
+
+
+def test_returns_to_go_credit_each_token_with_what_comes_after_it(found):
+    assert_is(found["returns to go"], exact(rewards=earned().sum(axis=1)))
+
+
+def test_the_oracle_differentiates_a_loss_group_by_group_to_the_same_mean():
+    q = laws()[2].sequences
+
+    def loss(table, groups):
+        return policy_gradient.off_policy_reinforce_loss(
+            oracle.sequence_log_probs(LM, table), jnp.asarray(q), jnp.asarray(REWARDS), cap=1e6
+        )[groups[:, 0]]
+
+    assert_is(
+        jax.jit(lambda: oracle.gradient_moments(LM, params(1), loss, sampler_params=params(3)).mean)()["logits"],
+        exact(),
+    )
 
 
 def test_the_optimal_baseline_has_the_least_variance():
-    policy, *_ = laws()
-    scores = jax.jacrev(log_probs)(policy)["logits"].reshape(9, -1)
-    optimal = advantages.optimal_baseline(
-        rewards(), jnp.square(scores).sum(axis=1), probabilities=jnp.exp(log_probs(policy))
-    )
+    optimal = optimal_baseline()
 
     @jax.jit
     @jax.vmap
     def variance(b):
-        loss = one_sample(lambda params: policy_gradient.reinforce_loss(log_probs(params), rewards() - b))
-        return oracle.gradient_moments(LM, policy, loss).total_variance
+        def loss(table, groups):
+            return policy_gradient.reinforce_loss(oracle.sequence_log_probs(LM, table), REWARDS - b)[groups[:, 0]]
 
-    at, beside, without = variance(jnp.stack([optimal, optimal + 0.1, jnp.zeros(())]))
+        return oracle.gradient_moments(LM, params(1), loss).total_variance
+
+    at, beside, without = variance(np.stack([optimal, optimal + 0.1, 0.0]))
     assert at < beside < without
-    np.testing.assert_allclose(
-        beside - at, 0.01 * (jnp.exp(log_probs(policy)) @ jnp.square(scores).sum(axis=1)), rtol=1e-9
-    )
+    np.testing.assert_allclose(beside - at, 0.01 * (np.exp(laws()[0].sequences) @ squared_scores()), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("estimator", "share"), [(advantages.rloo, 1.0), (advantages.centered, 2 / 3)])
-def test_rloo_is_unbiased_and_the_groups_own_mean_shrinks_the_gradient_by_an_nth(estimator, share):
+def test_rloo_is_unbiased_and_the_groups_own_mean_shrinks_the_gradient_by_an_nth():
     """Groups of 3: the mean that includes the sample leaves 1 − 1/3."""
+    groups = np.asarray(list(itertools.product(range(9), repeat=3)))
 
-    def loss(params, groups):
-        return policy_gradient.reinforce_loss(log_probs(params)[groups], estimator(rewards()[groups])).mean(axis=1)
+    def loss(estimator):
+        return lambda now: policy_gradient.reinforce_loss(
+            now.sequences[groups], estimator(jnp.asarray(REWARDS[groups]))
+        ).mean(axis=1)
 
-    assert_is(mean_gradient(loss, group_size=3), share * exact())
-
-
-def test_k1_in_the_reward_gives_the_gradient_of_the_regularised_objective():
-    policy, ref, _ = laws()
-    regularised = rewards() - BETA * kl.k1(log_probs(policy), log_probs(ref))
-    loss = one_sample(lambda params: policy_gradient.reinforce_loss(log_probs(params), regularised))
-    assert_is(mean_gradient(loss), exact(BETA))
-
-
-def test_k2_as_a_loss_beside_reinforce_is_the_same_and_k1_and_k3_are_not():
-    _, ref, _ = laws()
-    for k, right in ((kl.k1, False), (kl.k2, True), (kl.k3, False)):
-
-        def losses(params, k=k):
-            log_policy = log_probs(params)
-            return policy_gradient.reinforce_loss(log_policy, rewards()) + BETA * k(log_policy, log_probs(ref))
-
-        error = np.abs(mean_gradient(one_sample(losses)) - exact(BETA)).max()
-        assert (error < 1e-10) == right and (right or error > 1e-2)
-
-
-def test_returns_to_go_credit_each_token_with_what_comes_after_it():
-    per_token = jnp.asarray(np.random.default_rng(4).normal(size=(3, 3)))
-    sequences = oracle.enumerate_sequences(LM)
-    earned = jnp.stack([per_token[0][sequences[:, 0]], per_token[1][sequences[:, 1]]], axis=1)
-    to_go = advantages.returns_to_go(earned)
-
-    def losses(params):
-        return policy_gradient.reinforce_loss(tokens_of(params), to_go).sum(axis=1)
-
-    policy, ref, _ = laws()
-    expected = -oracle.objective_grad(LM, policy, ref, earned.sum(axis=1), beta=0.0)["logits"]
-    assert_is(mean_gradient(one_sample(losses)), expected)
-
-
-@pytest.mark.parametrize("lambda_", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("critic", ["exact", "wrong"])
-def test_gae_is_unbiased_for_the_true_value_or_for_lambda_one(lambda_, critic):
-    """The reward comes at the last token; after it the episode has ended, so the bootstrap is 0."""
-    policy, *_ = laws()
-    sequences, probabilities = oracle.enumerate_sequences(LM), jnp.exp(log_probs(policy))
-    first = sequences[:, 0, None] == jnp.arange(3)
-    value_after = (probabilities * rewards()) @ first / (probabilities @ first)
-    if critic == "wrong":
-        value_after = value_after + jnp.asarray([1.0, -2.0, 0.5])
-    start = jnp.full(9, (probabilities * rewards()).sum())
-    values = jnp.stack([start, value_after[sequences[:, 0]], jnp.zeros(9)], axis=1)
-    earned = jnp.stack([jnp.zeros(9), rewards()], axis=1)
-    estimate = advantages.gae(earned, values, discount=1.0, lambda_=lambda_)
-
-    def losses(params):
-        return policy_gradient.reinforce_loss(tokens_of(params), estimate).sum(axis=1)
-
-    found = mean_gradient(one_sample(losses))
-    if critic == "exact" or lambda_ == 1.0:
-        assert_is(found, exact())
-    else:
-        assert np.abs(found - exact()).max() > 1e-2
-
-
-AT_RATIO_ONE = {
-    "ppo": lambda params, old, a: policy_gradient.ppo_clip_loss(log_probs(params), old, a),
-    "gspo": lambda params, old, a: policy_gradient.gspo_loss(
-        tokens_of(params), jax.lax.stop_gradient(tokens_of(params)), a, jnp.ones((9, 2), bool), length_normalised=False
-    ),
-    "cispo": lambda params, old, a: policy_gradient.cispo_loss(log_probs(params), old, a),
-    "off-policy": lambda params, old, a: policy_gradient.off_policy_reinforce_loss(log_probs(params), old, a),
-}
-
-
-@pytest.mark.parametrize("name", AT_RATIO_ONE)
-def test_the_first_step_on_fresh_samples_is_the_policy_gradient(name):
-    policy, *_ = laws()
-    old = log_probs(policy)
-    assert_is(mean_gradient(one_sample(lambda params: AT_RATIO_ONE[name](params, old, rewards()))), exact())
-
-
-WITH_A_WIDE_CLIP = {
-    "ppo": lambda params, old: policy_gradient.ppo_clip_loss(
-        log_probs(params), old, rewards(), clip_low=1, clip_high=1e6
-    ),
-    "cispo": lambda params, old: policy_gradient.cispo_loss(
-        log_probs(params), old, rewards(), clip_low=1, clip_high=1e6
-    ),
-    "off-policy": lambda params, old: policy_gradient.off_policy_reinforce_loss(
-        log_probs(params), old, rewards(), cap=1e6
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WITH_A_WIDE_CLIP)
-def test_samples_of_an_older_policy_give_the_same_gradient_through_the_ratio(name):
-    """Advantages that are not centred: only the ratio makes up for the other law. A cap costs that, and is seen to."""
-    *_, old = laws()
-    loss = one_sample(lambda params: WITH_A_WIDE_CLIP[name](params, log_probs(old)))
-    assert_is(mean_gradient(loss, sampler=old), exact())
-
-
-def test_truncation_biases_and_no_ratio_biases_more():
-    *_, old = laws()
-
-    def error(losses):
-        return np.abs(mean_gradient(one_sample(losses), sampler=old) - exact()).max()
-
-    truncated = error(
-        lambda params: policy_gradient.off_policy_reinforce_loss(log_probs(params), log_probs(old), rewards(), cap=2.0)
-    )
-    without = error(lambda params: policy_gradient.reinforce_loss(log_probs(params), rewards()))
-    assert 1e-3 < truncated < without
-
-
-def test_the_weight_for_a_warped_sampler_corrects_it():
-    """The sampler draws at temperature 0.7, the trainer's law is that at 1: the weight is the ratio of the two."""
-    policy, *_ = laws()
-    sampler = {"logits": policy["logits"] / 0.7}
-    weight = policy_gradient.truncated_importance_weight(log_probs(policy), log_probs(sampler), cap=1e6)
-    loss = one_sample(lambda params: weight * policy_gradient.reinforce_loss(log_probs(params), rewards()))
-    assert_is(mean_gradient(loss, sampler=sampler), exact())
-    bare = one_sample(lambda params: policy_gradient.reinforce_loss(log_probs(params), rewards()))
-    assert np.abs(mean_gradient(bare, sampler=sampler) - exact()).max() > 1e-2
+    found = mean_gradients({each.__name__: loss(each) for each in (advantages.rloo, advantages.centered)}, group_size=3)
+    assert_is(found["rloo"], exact())
+    assert_is(found["centered"], 2 / 3 * exact())
 
 
 def test_the_surprise_of_samples_is_the_entropy():
     policy, *_ = laws()
-    logits = oracle.next_token_logits(LM, policy, oracle.enumerate_sequences(LM))
-    per_prefix = logprobs.entropy(logits).sum(axis=1)
-    found = oracle.moments(LM, policy, lambda groups: (per_prefix - -tokens_of(policy).sum(axis=1))[groups[:, 0]])
+
+    @jax.jit
+    def moments():
+        difference = logprobs.entropy(policy.logits).sum(axis=1) - -policy.tokens.sum(axis=1)
+        return oracle.moments(LM, params(1), lambda groups: difference[groups[:, 0]])
+
+    found = moments()
     np.testing.assert_allclose(found.mean, 0, atol=1e-12)
     assert found.variance > 0.1
 
 
 def test_best_of_n_is_the_winner_of_all_groups():
-    policy, *_ = laws()
-    winner = oracle.moments(
-        LM,
-        policy,
-        lambda groups: jax.nn.one_hot(groups[jnp.arange(len(groups)), jnp.argmax(rewards()[groups], axis=1)], 9),
-        group_size=4,
-    )
-    np.testing.assert_allclose(jnp.exp(rlhf.best_of_n(log_probs(policy), rewards(), n=4)), winner.mean, atol=1e-12)
+    laws()  # outside jit
+
+    @jax.jit
+    def both():
+        def winners(groups):
+            return jax.nn.one_hot(groups[jnp.arange(len(groups)), jnp.argmax(jnp.asarray(REWARDS)[groups], axis=1)], 9)
+
+        winner = oracle.moments(LM, params(1), winners, group_size=4).mean
+        return jnp.exp(rlhf.best_of_n(laws()[0].sequences, REWARDS, n=4)), winner
+
+    np.testing.assert_allclose(*both(), atol=1e-12)
 
 
 # Preferences of a whole population ------------------------------------------------------------------------------------
 
 
+@functools.cache
+def labels():
+    """P(i chosen, j rejected), one after the other."""
+    preferences = jax.jit(oracle.population_preferences)(laws()[1].sequences, REWARDS)
+    return np.asarray(preferences).reshape(-1)
+
+
 def population(loss_of_pair):
     """Σ_ij P(i chosen, j rejected) ℓ(i, j), of a loss of two lists of indices."""
-    _, ref, _ = laws()
-    law = oracle.population_preferences(log_probs(ref), rewards())
     chosen, rejected = (index.reshape(-1) for index in np.indices((9, 9)))
-    return (law.reshape(-1) * loss_of_pair(chosen, rejected)).sum()
+    return (labels() * loss_of_pair(chosen, rejected)).sum()
 
 
 def test_the_reward_models_loss_is_least_at_the_true_reward_and_has_no_gradient_there():
-    loss = jax.jit(lambda scores: population(lambda i, j: reward_model.pairwise_loss(scores[i], scores[j])))
-    np.testing.assert_allclose(jax.grad(loss)(rewards()), 0, atol=1e-12)
-    assert np.abs(jax.grad(loss)(2 * rewards())).max() > 1e-2
-    free, least, *_ = np.linalg.eigvalsh(jax.hessian(loss)(rewards()))
+    def loss(scores):
+        return population(lambda i, j: reward_model.pairwise_loss(scores[i], scores[j]))
+
+    labels()  # outside jit
+    slope = jax.grad(loss)
+    slopes, curvature = jax.jit(
+        lambda scores: (jax.lax.map(slope, jnp.stack([scores, 2 * scores])), jax.jacobian(slope)(scores))
+    )(REWARDS)
+    np.testing.assert_allclose(slopes[0], 0, atol=1e-12)
+    assert np.abs(slopes[1]).max() > 1e-2
+    free, least, *_ = np.linalg.eigvalsh(curvature)
     assert abs(free) < 1e-12 < 1e-4 < least, "one direction is free: a constant"
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "exo", "robust_dpo"])
-def test_dpo_alone_has_no_gradient_at_the_gibbs_optimum(name):
+def test_only_dpo_and_robust_dpo_under_the_noise_it_undoes_have_no_gradient_at_the_gibbs_optimum():
     """What the others converge to is another policy, or with a population's noise no policy at all."""
-    _, ref, _ = laws()
-    optimum = rlhf.gibbs_optimum(log_probs(ref), rewards(), beta=BETA)
+    ref, _ = laws()[1].sequences, labels()  # outside jit
 
-    def loss(log_policy):
-        def of_pair(i, j):
-            given = log_policy[i], log_policy[j], log_probs(ref)[i], log_probs(ref)[j]
-            return getattr(preference, f"{name}_loss")(*given, beta=BETA, **knobs)
+    def of_pairs(name, flips=0.0, **settings):
+        """The slope where labels are flipped with some probability."""
+        loss = getattr(preference, f"{name}_loss")
 
-        return population(of_pair)
+        def of(log_policy, i, j):
+            return loss(log_policy[i], log_policy[j], ref[i], ref[j], beta=BETA, **settings)
 
-    knobs = {"label_smoothing": 0.1} if name == "robust_dpo" else {}
-    slope = np.abs(jax.jit(jax.grad(loss))(optimum)).max()
-    assert slope < 1e-12 if name == "dpo" else slope > 1e-3
+        def total(log_policy):
+            return population(lambda i, j: (1 - flips) * of(log_policy, i, j) + flips * of(log_policy, j, i))
 
+        return jax.grad(total)
 
-def test_robust_dpo_undoes_the_noise_that_dpo_would_learn():
-    """Labels flipped with probability 0.2: the robust loss is stationary at the clean optimum, the plain one is not."""
-    _, ref, _ = laws()
-    optimum = rlhf.gibbs_optimum(log_probs(ref), rewards(), beta=BETA)
-    flips = 0.2
+    slopes = {
+        "dpo": of_pairs("dpo"),
+        "robust dpo, flipped labels": of_pairs("robust_dpo", 0.2, label_smoothing=0.2),
+        "ipo": of_pairs("ipo"),
+        "hinge": of_pairs("hinge"),
+        "exo": of_pairs("exo"),
+        "robust dpo, clean labels": of_pairs("robust_dpo", label_smoothing=0.1),
+        "dpo, flipped labels": of_pairs("dpo", 0.2),
+    }
 
-    def noisy(loss_function):
-        def loss(log_policy):
-            def of_pair(i, j):
-                one = loss_function(log_policy[i], log_policy[j], log_probs(ref)[i], log_probs(ref)[j])
-                other = loss_function(log_policy[j], log_policy[i], log_probs(ref)[j], log_probs(ref)[i])
-                return (1 - flips) * one + flips * other
+    @jax.jit
+    def at_the_optimum():
+        optimum = rlhf.gibbs_optimum(ref, jnp.asarray(REWARDS), beta=BETA)
+        return {name: jnp.abs(slope(optimum)).max() for name, slope in slopes.items()}
 
-            return population(of_pair)
-
-        return np.abs(jax.jit(jax.grad(loss))(optimum)).max()
-
-    assert noisy(functools.partial(preference.robust_dpo_loss, beta=BETA, label_smoothing=flips)) < 1e-12
-    assert noisy(functools.partial(preference.dpo_loss, beta=BETA)) > 1e-3
+    for name, slope in at_the_optimum().items():
+        assert slope < 1e-12 if name in list(slopes)[:2] else slope > 1e-3, name

@@ -8,25 +8,10 @@ import pytest
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.tabular import TabularLM
-from tests.conftest import random_params
+from tests.oracle.samples import LM, gradients, laws, mean_gradients, params, sequence_kl_grad
 
-LM = TabularLM(vocab_size=3, horizon=2)
 ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def laws():
-    """Parameters of the policy, the reference, and another sampler."""
-    return [random_params(LM, seed, dtype=jnp.float64) for seed in (1, 2, 3)]
-
-
-def log_probs(params):
-    return oracle.sequence_log_probs(LM, params)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def divergence(p, q):
@@ -34,72 +19,58 @@ def divergence(p, q):
     return (jnp.exp(p) * (p - q)).sum()
 
 
-def gradient(function):
-    """Of a function of the policy's log-probabilities, in its parameters."""
-    return jax.grad(lambda params: function(log_probs(params)))(laws()[0])["logits"]
-
-
 def expected(name):
-    """The table, each entry from exact divergences and autodiff of exact sums."""
-    policy, ref, sampler = map(log_probs, laws())
+    """The table, each entry a value or a function of the policy whose gradient it is: exact divergences and sums."""
+    policy, ref, sampler = (each.sequences for each in laws())
     k = ESTIMATORS[name]
-    kl_value, kl_gradient = divergence(policy, ref), gradient(lambda p: divergence(p, ref))
-    other = gradient(lambda p: divergence(ref, p))
-    value = kl_value if name != "k2" else (jnp.exp(policy) * (policy - ref) ** 2).sum() / 2
-    as_loss = {"k1": 0 * kl_gradient, "k2": kl_gradient, "k3": other}[name]
-    of_value = gradient(lambda p: (jnp.exp(p) * k(p, ref)).sum())
-    weight = {"k1": 1.0, "k2": policy - ref, "k3": 1 - jnp.exp(ref - policy)}[name]
+    weight = {"k1": 1.0, "k2": policy - ref, "k3": 1 - np.exp(ref - policy)}[name]
     plain = divergence(sampler, ref) - divergence(sampler, policy)
+    value = divergence(policy, ref) if name != "k2" else (np.exp(policy) * (policy - ref) ** 2).sum() / 2
     off_value = {
         "k1": plain,
-        "k2": (jnp.exp(sampler) * (policy - ref) ** 2).sum() / 2,
-        "k3": plain + (jnp.exp(sampler) * jnp.exp(ref - policy)).sum() - 1,
+        "k2": (np.exp(sampler) * (policy - ref) ** 2).sum() / 2,
+        "k3": plain + (np.exp(sampler) * np.exp(ref - policy)).sum() - 1,
     }[name]
-    return {
-        "value": value,
-        "as a loss": as_loss,
-        "as a reward": {"k1": kl_gradient, "k2": of_value - kl_gradient, "k3": kl_gradient - other}[name],
-        "value off-policy": off_value,
-        "value with the ratio": value,
-        "off-policy loss": gradient(lambda p: (jnp.exp(sampler) * weight * p).sum()),
-        "with a constant ratio": as_loss,
-        "through the ratio": of_value if name == "k2" else kl_gradient,
-    }
+
+    def sums(p):
+        reverse, forward, of_value = divergence(p, ref), divergence(ref, p), (jnp.exp(p) * k(p, ref)).sum()
+        as_loss = {"k1": 0 * reverse, "k2": reverse, "k3": forward}[name]
+        return {
+            "as a loss": as_loss,
+            "as a reward": {"k1": reverse, "k2": of_value - reverse, "k3": reverse - forward}[name],
+            "off-policy loss": (np.exp(sampler) * weight * p).sum(),
+            "with a constant ratio": as_loss,
+            "through the ratio": of_value if name == "k2" else reverse,
+        }
+
+    return {"value": value, "value off-policy": off_value, "value with the ratio": value}, sums
 
 
 def found(name):
-    """The same from samples of which every one is taken: means of values, and of the gradients that autodiff finds."""
-    policy_params, _, sampler_params = laws()
-    policy, ref, sampler = map(log_probs, laws())
-    k, one = ESTIMATORS[name], lambda groups: groups[:, 0]
+    """The same from samples, all of them: the values, and losses whose gradients are those that autodiff finds."""
+    policy, ref, sampler = (each.sequences for each in laws())
+    k, constant = ESTIMATORS[name], np.exp(policy - sampler)
 
-    def value(params, per_sequence):
-        return oracle.moments(LM, params, lambda groups: per_sequence[one(groups)]).mean
+    def value(seed, weight=1.0):
+        return oracle.moments(LM, params(seed), lambda groups: (weight * k(policy, ref))[groups[:, 0]]).mean
 
-    def loss(per_sequence, *, sampler_params=None):
-        """E[∇ℓ] of a loss that is a function of the policy's log-probabilities."""
-        mean = oracle.gradient_moments(
-            LM, policy_params, lambda params, groups: per_sequence(log_probs(params))[one(groups)],
-            sampler_params=sampler_params,
-        ).mean  # fmt: skip
-        return mean["logits"]
-
-    constant = jnp.exp(policy - sampler)
-    return {
-        "value": value(policy_params, k(policy, ref)),
-        "as a loss": loss(lambda p: k(p, ref)),
-        "as a reward": loss(lambda p: k(policy, ref) * p),
-        "value off-policy": value(sampler_params, k(policy, ref)),
-        "value with the ratio": value(sampler_params, constant * k(policy, ref)),
-        "off-policy loss": loss(lambda p: k(p, ref), sampler_params=sampler_params),
-        "with a constant ratio": loss(lambda p: constant * k(p, ref), sampler_params=sampler_params),
-        "through the ratio": loss(lambda p: jnp.exp(p - sampler) * k(p, ref), sampler_params=sampler_params),
+    return jax.jit(
+        lambda: {"value": value(1), "value off-policy": value(3), "value with the ratio": value(3, constant)}
+    )(), {
+        "as a loss": lambda now: k(now.sequences, ref),
+        "as a reward": lambda now: k(policy, ref) * now.sequences,
+        "off-policy loss": (lambda now: k(now.sequences, ref), sampler),
+        "with a constant ratio": (lambda now: constant * k(now.sequences, ref), sampler),
+        "through the ratio": (lambda now: jnp.exp(now.sequences - sampler) * k(now.sequences, ref), sampler),
     }
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_table_holds(name):
-    exact, enumerated = jax.jit(lambda: expected(name))(), jax.jit(lambda: found(name))()
+    exact, sums = expected(name)
+    enumerated, losses = found(name)
+    exact |= gradients(lambda now: sums(now.sequences))
+    enumerated |= mean_gradients(losses)
     assert set(exact) == set(enumerated)
     for entry, value in exact.items():
         np.testing.assert_allclose(enumerated[entry], value, atol=1e-10, err_msg=entry)
@@ -107,27 +78,20 @@ def test_the_table_holds(name):
     assert np.abs(exact["as a loss"] - exact["through the ratio"]).max() > 1e-2, "else the table would say little"
 
 
-def token_terms(params):
-    """What the text under the table speaks of: exact next-token divergences and the law of the prefixes."""
-    sequences = oracle.enumerate_sequences(LM)
-    per_token = oracle.token_log_probs_of(LM, params, sequences)
-    logits, ref_logits = (oracle.next_token_logits(LM, each, sequences) for each in (params, laws()[1]))
-    prefixes = jnp.cumsum(per_token, axis=1) - per_token
-    ref_tokens = oracle.token_log_probs_of(LM, laws()[1], sequences)
-    return per_token, ref_tokens, kl.exact_kl(logits, ref_logits), prefixes, (logits, ref_logits)
-
-
 def test_sums_over_positions_have_the_right_value_where_the_table_says_kl():
-    params, ref_params, _ = laws()
-    per_token, ref_tokens, _, _, logits = token_terms(params)
-    estimators = {name: k(per_token, ref_tokens).sum(axis=1) for name, k in ESTIMATORS.items()}
-    estimators["Rao-Blackwell"] = kl.rao_blackwell_kl(*logits)
-    moments = oracle.moments(LM, params, lambda groups: {name: v[groups[:, 0]] for name, v in estimators.items()})
-    exact = oracle.sequence_kl(LM, params, ref_params)
+    policy, ref, _ = laws()
+
+    @jax.jit
+    def moments():
+        values = {name: k(policy.tokens, ref.tokens).sum(axis=1) for name, k in ESTIMATORS.items()}
+        values["Rao-Blackwell"] = kl.rao_blackwell_kl(policy.logits, ref.logits)
+        return oracle.moments(LM, params(1), lambda groups: {name: v[groups[:, 0]] for name, v in values.items()})
+
+    found, exact = moments(), divergence(policy.sequences, ref.sequences)
     for name in ("k1", "k3", "Rao-Blackwell"):
-        np.testing.assert_allclose(moments.mean[name], exact, rtol=1e-12)
-    assert abs(moments.mean["k2"] - exact) > 1e-2
-    assert moments.variance["Rao-Blackwell"] < moments.variance["k1"] / 5, "here; but see the next test"
+        np.testing.assert_allclose(found.mean[name], exact, rtol=1e-12)
+    assert abs(found.mean["k2"] - exact) > 1e-2
+    assert found.variance["Rao-Blackwell"] < found.variance["k1"] / 5, "here; but see the next test"
 
 
 def test_rao_blackwell_may_have_more_variance_than_k1():
@@ -137,42 +101,44 @@ def test_rao_blackwell_may_have_more_variance_than_k1():
     second_ref = np.exp(-(1 - np.log(0.5 / first_ref)))  # of token 0, which the policy is sure of
     policy = jnp.asarray([[0.0, 0.0], [0.0, -1e3], [0.0, -1e3]])
     ref = jnp.log(jnp.asarray([first_ref, *np.stack([second_ref, 1 - second_ref], axis=1)]))
-    sequences = oracle.enumerate_sequences(lm)
-    logits = [oracle.next_token_logits(lm, {"logits": table}, sequences) for table in (policy, ref)]
-    per_token = [oracle.token_log_probs_of(lm, {"logits": table}, sequences) for table in (policy, ref)]
-    values = {"k1": kl.k1(*per_token).sum(axis=1), "Rao-Blackwell": kl.rao_blackwell_kl(*logits)}
-    moments = oracle.moments(lm, {"logits": policy}, lambda groups: {n: v[groups[:, 0]] for n, v in values.items()})
-    np.testing.assert_allclose([moments.mean["k1"], moments.mean["Rao-Blackwell"]], 1, rtol=1e-12)
-    np.testing.assert_allclose(moments.variance["k1"], 0, atol=1e-20)
-    np.testing.assert_allclose(moments.variance["Rao-Blackwell"], np.square(np.log(4)) / 4, rtol=1e-12)
+
+    @jax.jit
+    def moments():
+        sequences = oracle.enumerate_sequences(lm)
+        logits = [oracle.next_token_logits(lm, {"logits": table}, sequences) for table in (policy, ref)]
+        per_token = [oracle.token_log_probs_of(lm, {"logits": table}, sequences) for table in (policy, ref)]
+        values = {"k1": kl.k1(*per_token).sum(axis=1), "Rao-Blackwell": kl.rao_blackwell_kl(*logits)}
+        return oracle.moments(lm, {"logits": policy}, lambda groups: {n: v[groups[:, 0]] for n, v in values.items()})
+
+    found = moments()
+    np.testing.assert_allclose([found.mean["k1"], found.mean["Rao-Blackwell"]], 1, rtol=1e-12)
+    np.testing.assert_allclose(found.variance["k1"], 0, atol=1e-20)
+    np.testing.assert_allclose(found.variance["Rao-Blackwell"], np.square(np.log(4)) / 4, rtol=1e-12)
 
 
-def test_a_loss_over_tokens_leaves_out_where_early_tokens_lead():
-    params, ref_params, _ = laws()
+def test_gradients_of_losses_over_tokens():
+    """They leave out where early tokens lead; k1 as a reward to its own token does too, and to go has both terms."""
+    policy, ref, _ = laws()
+    k1 = np.asarray(kl.k1(policy.tokens, ref.tokens))
+    to_go = np.cumsum(k1[:, ::-1], axis=1)[:, ::-1]
 
-    def mean_gradient(per_sequence):
-        return oracle.gradient_moments(LM, params, lambda p, groups: per_sequence(p)[groups[:, 0]]).mean["logits"]
+    def missing(now):
+        """KL_t ∇log π(y_<t)."""
+        prefixes = jnp.cumsum(now.tokens, axis=1) - now.tokens
+        return (kl.exact_kl(policy.logits, ref.logits) * prefixes).sum(axis=1)
 
-    def through_prefixes(p):
-        _, _, divergences, prefixes, _ = token_terms(p)
-        return (jax.lax.stop_gradient(divergences) * prefixes).sum(axis=1)
-
-    rao_blackwell = mean_gradient(lambda p: kl.rao_blackwell_kl(*token_terms(p)[4]))
-    k2_of_tokens = mean_gradient(lambda p: kl.k2(*token_terms(p)[:2]).sum(axis=1))
-    missing = mean_gradient(through_prefixes)
-    exact = oracle.sequence_kl_grad(LM, params, ref_params)["logits"]
-    np.testing.assert_allclose(rao_blackwell, k2_of_tokens, atol=1e-12)
-    np.testing.assert_allclose(rao_blackwell + missing, exact, atol=1e-12)
-    assert np.abs(missing).max() > 1e-2
-
-
-def test_k1_as_reward_to_go_has_both_terms():
-    params, ref_params, _ = laws()
-    per_token, ref_tokens, *_ = token_terms(params)
-    to_go = jnp.cumsum(kl.k1(per_token, ref_tokens)[:, ::-1], axis=1)[:, ::-1]
-
-    def loss(p, groups):
-        return (to_go * token_terms(p)[0]).sum(axis=1)[groups[:, 0]]
-
-    mean = oracle.gradient_moments(LM, params, loss).mean["logits"]
-    np.testing.assert_allclose(mean, oracle.sequence_kl_grad(LM, params, ref_params)["logits"], atol=1e-12)
+    found = mean_gradients(
+        {
+            "Rao-Blackwell": lambda now: kl.rao_blackwell_kl(now.logits, ref.logits),
+            "k2": lambda now: kl.k2(now.tokens, ref.tokens).sum(axis=1),
+            "missing": missing,
+            "k1": lambda now: (k1 * now.tokens).sum(axis=1),
+            "k1 to go": lambda now: (to_go * now.tokens).sum(axis=1),
+        }
+    )
+    exact = sequence_kl_grad(params(1), params(2))["logits"]
+    np.testing.assert_allclose(found["Rao-Blackwell"], found["k2"], atol=1e-12)
+    np.testing.assert_allclose(found["Rao-Blackwell"], found["k1"], atol=1e-10)
+    np.testing.assert_allclose(found["Rao-Blackwell"] + found["missing"], exact, atol=1e-12)
+    np.testing.assert_allclose(found["k1 to go"], exact, atol=1e-12)
+    assert np.abs(found["missing"]).max() > 1e-2

@@ -18,58 +18,32 @@ from jaxrl_llm import oracle
 from jaxrl_llm.analysis.sycophancy import amplified_agreement
 from jaxrl_llm.objectives import advantages, kl, policy_gradient, preference, rlhf
 from jaxrl_llm.objectives.reward_model import k_choose_2_loss, pairwise_loss
-from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training.methods import METHODS
-from tests.conftest import log_softmax, random_params
+from tests.conftest import log_softmax
+from tests.oracle.samples import (
+    REWARDS,
+    gradients,
+    law,
+    laws,
+    mean_gradients,
+    objective_grad,
+    params,
+)
 
-LM = TabularLM(vocab_size=3, horizon=2)
 BETA = 0.5
-REWARDS = np.random.default_rng(8).normal(size=9) + 2.0
 ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def tables():
-    """Parameters of a policy and of a reference."""
-    return [random_params(LM, seed, dtype=jnp.float64) for seed in (1, 2)]
-
-
-def log_probs(params):
-    return oracle.sequence_log_probs(LM, params)
-
-
-def tokens_of(params):
-    return oracle.token_log_probs_of(LM, params, oracle.enumerate_sequences(LM))
-
-
-def logits_of(params):
-    return oracle.next_token_logits(LM, params, oracle.enumerate_sequences(LM))
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def divergence(p, q):
     return (jnp.exp(p) * (p - q)).sum()
 
 
-def expected_gradient(per_sequence, *, params=None, sampler=None):
-    """E[∇ℓ] of a loss of each sequence, as autodiff finds it on samples."""
-
-    def loss(params, groups):
-        return per_sequence(params)[groups[:, 0]]
-
-    params = tables()[0] if params is None else params
-    return jax.jit(lambda: oracle.gradient_moments(LM, params, loss, sampler_params=sampler).mean["logits"])()
-
-
 def table_of(log_policy):
     """The parameters of `LM` whose sequences have these log-probabilities."""
-    rows = log_policy.reshape(3, 3)
-    return {"logits": jnp.concatenate([jax.nn.logsumexp(rows, axis=1)[None], rows])}
+    rows = np.asarray(log_policy).reshape(3, 3)
+    return {"logits": jnp.asarray(np.concatenate([np.log(np.exp(rows).sum(axis=1))[None], rows]))}
 
 
 def assert_is(found, expected):
@@ -89,43 +63,55 @@ def moments(log_p, values):
 
 
 def variances(log_p, log_q):
-    found = {
-        name: moments(log_p, np.asarray(k(jnp.asarray(log_p), jnp.asarray(log_q)))) for name, k in ESTIMATORS.items()
-    }
-    return {name: variance for name, (_, variance) in found.items()}
+    """Of each estimator; one shape for all, so that one program serves."""
+    size = len(log_p)
+    given = [np.pad(each, (0, 80 - size)) for each in (log_p, log_q)]
+    return {name: moments(log_p, np.asarray(k)[:size])[1] for name, k in estimators(*given).items()}
+
+
+@jax.jit
+def estimators(log_p, log_q):
+    return {name: k(log_p, log_q) for name, k in ESTIMATORS.items()}
 
 
 # T1a ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 7])
-def test_the_first_push_on_an_answer_is_linear_in_its_rank_and_nothing_in_the_middle(size):
-    (gradient,) = k_choose_2_loss.grad(jnp.zeros(size), jnp.arange(size))
-    expected = (size - 1 - 2 * np.arange(size)) / (size * (size - 1))
+def test_the_first_push_on_an_answer_is_linear_in_its_rank_and_nothing_in_the_middle():
+    sizes, most = np.asarray([2, 3, 4, 7])[:, None], 7
+    ranks = np.broadcast_to(np.arange(most), (4, most))
+    (gradient,) = jax.jit(k_choose_2_loss.grad)(np.zeros((4, most)), ranks, ranks < sizes)
+    expected = np.where(ranks < sizes, (sizes - 1 - 2 * ranks) / (sizes * (sizes - 1)), 0)
     np.testing.assert_allclose(-gradient, expected, atol=1e-15)
-    np.testing.assert_allclose(-gradient[0] + gradient[-1], 2 / size, atol=1e-15)
-    of_one_pair = pairwise_loss.grad(jnp.zeros(()), jnp.zeros(()))
+    last = np.take_along_axis(np.asarray(gradient), sizes - 1, axis=1)
+    np.testing.assert_allclose(last[:, 0] - gradient[:, 0], 2 / sizes[:, 0], atol=1e-15)
+    of_one_pair = pairwise_slope(0.0, 0.0)
     np.testing.assert_allclose(of_one_pair[1] - of_one_pair[0], 1, atol=1e-15)
+
+
+pairwise_slope = jax.jit(pairwise_loss.grad)
 
 
 def test_a_middle_answer_rests_where_its_two_gaps_are_equal():
     """The outer two are held: a wider gap on one side is a narrower one on the other."""
     places = np.linspace(-1.9, 1.9, 77)
-    scores = jnp.stack([jnp.full(77, 2.0), jnp.asarray(places), jnp.full(77, -2.0)], axis=1)
-    losses = jax.vmap(k_choose_2_loss, in_axes=(0, None))(scores, jnp.arange(3))
+    scores, ranks = np.stack([np.full(77, 2.0), places, np.full(77, -2.0)], axis=1), np.array([np.arange(3)] * 77)
+    losses, (gradient,) = jax.jit(lambda *given: (k_choose_2_loss(*given), k_choose_2_loss.grad(*given)))(scores, ranks)
     assert abs(places[np.argmin(losses)]) < 1e-12
-    (gradient,) = k_choose_2_loss.grad(scores[20], jnp.arange(3))
-    assert places[20] < 0 and gradient[1] < -0.01, "below the middle it is pushed up"
+    assert places[20] < 0 and gradient[20, 1] < -0.01, "below the middle it is pushed up"
 
 
 def test_a_circle_of_votes_holds_the_scores_together_and_one_pair_of_it_does_not():
     def circle(scores):
         return sum(pairwise_loss(scores[i], scores[j]) for i, j in ((0, 1), (1, 2), (2, 0)))
 
-    np.testing.assert_allclose(jax.grad(circle)(jnp.zeros(3)), 0, atol=1e-15)
-    assert np.linalg.eigvalsh(jax.hessian(circle)(jnp.zeros(3)))[1] > 0.1, "convex: the minimum is at equal scores"
-    leads = jnp.asarray([0.0, 5.0, 50.0])
-    assert (np.diff(pairwise_loss(leads, jnp.zeros(3))) < 0).all(), "alone, the first vote parts its two for ever"
+    slope, curvature = jax.jit(lambda x: (jax.grad(circle)(x), jax.hessian(circle)(x)))(np.zeros(3))
+    np.testing.assert_allclose(slope, 0, atol=1e-15)
+    assert np.linalg.eigvalsh(curvature)[1] > 0.1, "convex: the minimum is at equal scores"
+    leads = np.asarray([0.0, 5.0, 50.0])
+    assert (np.diff(jax.jit(pairwise_loss)(leads, np.zeros(3))) < 0).all(), (
+        "alone, the first vote parts its two for ever"
+    )
 
 
 def test_the_share_of_a_label_follows_from_the_agreement_of_two_labellers():
@@ -139,24 +125,27 @@ def test_the_share_of_a_label_follows_from_the_agreement_of_two_labellers():
 def test_the_margin_under_gradient_flow_is_a_logarithm():
     lead = 7.598
     assert math.exp(lead) + lead == pytest.approx(2 * 1000 + 1, abs=1)
-    leads = jnp.asarray([0.0, 1.0, 5.0])
-    both = pairwise_loss.grad(leads, jnp.zeros(3))
+    leads = np.asarray([0.0, 1.0, 5.0])
+    both = np.asarray([pairwise_slope(lead, 0.0) for lead in leads]).T
     np.testing.assert_allclose(both[1] - both[0], 2 / (1 + np.exp(leads)), rtol=1e-12)
 
 
 def test_adam_undoes_a_weight_of_the_loss_and_sgd_does_not():
     """So a learning rate *per comparison* means something for SGD alone."""
-    gradients = np.random.default_rng(0).normal(size=(20, 4))
+    weights = np.asarray([1.0, 0.2])
+    gradients = weights[None, :, None] * np.random.default_rng(0).normal(size=(20, 1, 4))  # both weights side by side
 
-    def way(optimiser, weight):
-        params, state = jnp.zeros(4), optimiser.init(jnp.zeros(4))
-        for gradient in gradients:
-            updates, state = optimiser.update(jnp.asarray(weight * gradient), state)
-            params = optax.apply_updates(params, updates)
-        return params
+    def way(optimiser):
+        def step(carry, gradient):
+            updates, state = optimiser.update(gradient, carry[1])
+            return (optax.apply_updates(carry[0], updates), state), None
 
-    np.testing.assert_allclose(way(optax.adam(0.1, eps=0), 1.0), way(optax.adam(0.1, eps=0), 0.2), rtol=1e-10)
-    np.testing.assert_allclose(0.2 * way(optax.sgd(0.1), 1.0), way(optax.sgd(0.1), 0.2), rtol=1e-10)
+        start = jnp.zeros((2, 4))
+        return jax.lax.scan(step, (start, optimiser.init(start)), gradients)[0][0]
+
+    adam, sgd = jax.jit(lambda: (way(optax.adam(0.1, eps=0)), way(optax.sgd(0.1))))()
+    np.testing.assert_allclose(adam[0], adam[1], rtol=1e-10)
+    np.testing.assert_allclose(0.2 * sgd[0], sgd[1], rtol=1e-10)
 
 
 # T1b ------------------------------------------------------------------------------------------------------------------
@@ -178,91 +167,101 @@ def test_dropping_answers_of_mass_m_costs_exactly_minus_log_of_one_minus_m():
 
 def test_a_return_that_depends_on_the_parameters_adds_a_term_of_mean_zero():
     """G = r − β log(π/ref): autodiff through G adds −β ∇log π, which is noise around nothing."""
-    policy, ref = tables()
-    np.testing.assert_allclose(expected_gradient(log_probs), 0, atol=1e-15)
-    exact = oracle.objective_grad(LM, policy, ref, jnp.asarray(REWARDS), beta=BETA)["logits"]
+    ref = laws()[1].sequences
 
-    def surrogate(params, stop):
-        gain = REWARDS - BETA * (log_probs(params) - log_probs(ref))
-        return log_probs(params) * jax.lax.stop_gradient(gain) + (0 if stop else gain)
+    def gain(now):
+        return REWARDS - BETA * (now.sequences - ref)
 
-    for stop in (True, False):
-        assert_is(expected_gradient(lambda params, stop=stop: surrogate(params, stop)), exact)
+    found = mean_gradients(
+        {
+            "score": lambda now: now.sequences,
+            "stopped": lambda now: now.sequences * jax.lax.stop_gradient(gain(now)),
+            "through": lambda now: now.sequences * jax.lax.stop_gradient(gain(now)) + gain(now),
+        }
+    )
+    exact = objective_grad(params(1), params(2), REWARDS, beta=BETA)["logits"]
+    np.testing.assert_allclose(found["score"], 0, atol=1e-15)
+    assert_is(found["stopped"], exact)
+    assert_is(found["through"], exact)
 
 
 def test_the_ratio_of_whole_answers_gives_the_policy_gradient_everywhere_and_those_of_tokens_do_not():
-    policy, old = tables()
-    exact = oracle.objective_grad(LM, policy, old, jnp.asarray(REWARDS), beta=0.0)["logits"]
+    policy, old, _ = laws()
 
-    def of_answers(params):
-        return jnp.exp(log_probs(params) - log_probs(old)) * REWARDS
+    def of_tokens(sampler):
+        return lambda now: (jnp.exp(now.tokens - sampler.tokens) * REWARDS[:, None]).sum(axis=1)
 
-    def of_tokens(params, sampler=old):
-        return (jnp.exp(tokens_of(params) - tokens_of(sampler)) * REWARDS[:, None]).sum(axis=1)
-
-    assert_is(expected_gradient(of_answers, sampler=old), exact)
-    assert differ(expected_gradient(of_tokens, sampler=old), exact)
-    assert_is(expected_gradient(lambda params: of_tokens(params, policy)), exact)
+    found = mean_gradients(
+        {
+            "answers": (lambda now: jnp.exp(now.sequences - old.sequences) * REWARDS, old.sequences),
+            "tokens, off-policy": (of_tokens(old), old.sequences),
+            "tokens, on-policy": of_tokens(policy),
+        }
+    )
+    exact = objective_grad(params(1), params(2), REWARDS, beta=0.0)["logits"]
+    assert_is(found["answers"], exact)
+    assert differ(found["tokens, off-policy"], exact)
+    assert_is(found["tokens, on-policy"], exact)
 
 
 def grpo_field(logits, rewards, group_size):
     """E[mean of A ∇log π] over groups of answers to one prompt, in the logits of its answers."""
     probabilities = jax.nn.softmax(logits)
-    groups = jnp.asarray(list(itertools.product(range(len(rewards)), repeat=group_size)))
-    found = advantages.grpo(jnp.asarray(rewards)[groups], eps=0.0)
-    scores = jnp.eye(len(rewards))[groups] - probabilities
+    groups = np.asarray(list(itertools.product(range(3), repeat=group_size)))
+    found = advantages.grpo(rewards[groups], eps=0.0)
+    scores = np.eye(3)[groups] - probabilities
     return (probabilities[groups].prod(axis=1)[:, None] * (found[..., None] * scores).mean(axis=1)).sum(axis=0)
 
 
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_grpo_has_an_objective_for_rewards_of_two_values_and_none_for_three(group_size):
     """A gradient has a symmetric Jacobian."""
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=3))
-    for rewards, has_objective in (([0.0, 1.0, 1.0], True), ([0.0, 1.0, 3.0], False)):
-        jacobian = jax.jacobian(grpo_field)(logits, rewards, group_size)
-        assert (np.abs(jacobian - jacobian.T).max() < 1e-12) == has_objective
-        exact = jax.grad(lambda x, r=rewards: jax.nn.softmax(x) @ jnp.asarray(r))(logits)
-        field = grpo_field(logits, rewards, group_size)
-        cosine = field @ exact / jnp.linalg.norm(field) / jnp.linalg.norm(exact)
-        assert (cosine > 1 - 1e-12) == has_objective, "of three values not even the direction"
+    logits = np.random.default_rng(0).normal(size=3)
 
-
-def grpo_gradient(params, ref, *, kl_loss, group_size=2):
-    """E[∇ loss] of GRPO's first update: sequence means of −A log π, and the penalty where `kl_loss` puts it."""
-    ref_tokens, stop = tokens_of(ref), jax.lax.stop_gradient
-
-    def loss(params, groups):
-        per_token = tokens_of(params)
-        gain = jnp.asarray(REWARDS)
-        if kl_loss is None:
-            gain = gain - BETA * stop(kl.k1(per_token, ref_tokens).sum(axis=1))
-        advantage = advantages.grpo(gain[groups])[..., None]
-        surrogate = policy_gradient.ppo_clip_loss(
-            per_token[groups], stop(per_token[groups]), jnp.broadcast_to(advantage, (*groups.shape, 2))
+    @jax.jit
+    @jax.vmap
+    def fields(rewards):
+        return (
+            jax.jacobian(grpo_field)(logits, rewards, group_size),
+            grpo_field(logits, rewards, group_size),
+            jax.grad(lambda x: jax.nn.softmax(x) @ rewards)(logits),
         )
-        penalty = {
-            None: jnp.zeros(9),
-            "forward": kl.k3(per_token, ref_tokens).mean(axis=1),
-            "reverse": kl.k2(per_token.sum(axis=1), ref_tokens.sum(axis=1)) / 2,
-        }[kl_loss]
-        return surrogate.mean(axis=(1, 2)) + BETA * penalty[groups].mean(axis=1)
 
-    def mean():
-        return oracle.gradient_moments(LM, params, loss, group_size=group_size).mean["logits"]
-
-    return np.abs(jax.jit(mean)()).max()
+    of_two_and_of_three_values = fields(np.asarray([[0.0, 1.0, 1.0], [0.0, 1.0, 3.0]]))
+    for has_objective, jacobian, field, exact in zip([True, False], *of_two_and_of_three_values, strict=True):
+        assert (np.abs(jacobian - jacobian.T).max() < 1e-12) == has_objective
+        cosine = field @ exact / np.linalg.norm(field) / np.linalg.norm(exact)
+        assert (cosine > 1 - 1e-12) == has_objective, "of three values not even the direction"
 
 
 def test_the_optimum_of_rlhf_is_a_fixed_point_of_grpo_with_kl_in_the_reward_and_not_with_kl_in_the_loss():
     """At π* all gains are β log Z, so that every advantage is 0. As published, k3 is in the loss ("forward")."""
-    _, ref = tables()
-    optimum = table_of(rlhf.gibbs_optimum(log_probs(ref), jnp.asarray(REWARDS), beta=BETA))
-    np.testing.assert_allclose(
-        log_probs(optimum), rlhf.gibbs_optimum(log_probs(ref), jnp.asarray(REWARDS), beta=BETA), atol=1e-12
-    )
-    assert grpo_gradient(optimum, ref, kl_loss=None) < 1e-9
-    assert grpo_gradient(optimum, ref, kl_loss="forward") > 1e-2
-    assert grpo_gradient(optimum, ref, kl_loss="reverse") > 1e-2
+    ref, groups = laws()[1], np.asarray(list(itertools.product(range(9), repeat=2)))
+    gibbs = jax.jit(rlhf.gibbs_optimum)(ref.sequences, REWARDS, beta=BETA)
+    optimum = table_of(gibbs)
+    at = jax.tree.map(np.asarray, law(optimum))
+    np.testing.assert_allclose(at.sequences, gibbs, atol=1e-12)
+
+    def loss(kl_loss):
+        """GRPO's first update: sequence means of −A log π, and the penalty where `kl_loss` puts it."""
+
+        def of(now):
+            gain = REWARDS - (BETA * kl.k1(at.tokens, ref.tokens).sum(axis=1) if kl_loss == "none" else 0)
+            advantage = jnp.broadcast_to(advantages.grpo(gain[groups])[..., None], (*groups.shape, 2))
+            surrogate = policy_gradient.ppo_clip_loss(now.tokens[groups], at.tokens[groups], advantage)
+            penalty = {
+                "none": jnp.zeros(9),
+                "forward": kl.k3(now.tokens, ref.tokens).mean(axis=1),
+                "reverse": kl.k2(now.tokens.sum(axis=1), ref.tokens.sum(axis=1)) / 2,
+            }[kl_loss]
+            return surrogate.mean(axis=(1, 2)) + BETA * penalty[groups].mean(axis=1)
+
+        return of
+
+    found = mean_gradients({each: loss(each) for each in ("none", "forward", "reverse")}, of=optimum, group_size=2)
+    assert np.abs(found["none"]).max() < 1e-9
+    assert np.abs(found["forward"]).max() > 1e-2
+    assert np.abs(found["reverse"]).max() > 1e-2
 
 
 # T1e ------------------------------------------------------------------------------------------------------------------
@@ -279,7 +278,7 @@ def test_between_two_next_token_distributions_that_are_close_k2_and_k3_may_vary_
     policy, ref, divergence_, expected, worse
 ):
     log_policy, log_ref = np.log(policy), np.log(ref)
-    assert float(kl.exact_kl(jnp.asarray(log_policy), jnp.asarray(log_ref))) == pytest.approx(divergence_, abs=5e-4)
+    assert float(jax.jit(kl.exact_kl)(log_policy, log_ref)) == pytest.approx(divergence_, abs=5e-4)
     found = variances(log_policy, log_ref)
     assert found == pytest.approx(expected, rel=0.02)
     assert found[worse] > 5 * found["k1"]
@@ -361,7 +360,7 @@ def test_the_leading_orders_of_variance_and_bias():
 
 def test_k2_is_not_an_f_divergence():
     """½ (log u)² bends the other way beyond u = e, and merging two outcomes may make E[k2] larger."""
-    second = jax.vmap(jax.grad(jax.grad(lambda u: jnp.square(jnp.log(u)) / 2)))(jnp.exp(jnp.asarray([0.0, 0.9, 1.1])))
+    second = jax.jit(jax.vmap(jax.grad(jax.grad(lambda u: jnp.square(jnp.log(u)) / 2))))(np.exp([0.0, 0.9, 1.1]))
     np.testing.assert_allclose(second[0], 1)
     assert second[1] > 0 > second[2]
     policy, ref = np.asarray([0.98, 0.01, 0.01]), np.asarray([0.18, 0.02, 0.8])
@@ -399,45 +398,31 @@ def test_the_best_control_variate_has_the_weight_of_a_regression():
 
 def test_sums_of_token_estimators_have_each_another_gradient():
     """The second table of `objectives.kl`: k1 none, k2 and Rao-Blackwell E Σ ∇KL_t, k3 E Σ ∇KL_t(ref‖π)."""
-    policy, ref = tables()
-
-    def of(function):
-        return expected_gradient(lambda params: function(logits_of(params), logits_of(ref)).sum(axis=1))
-
-    reverse, forward = of(kl.exact_kl), of(kl.exact_forward_kl)
-    found = {
-        name: expected_gradient(lambda params, k=k: k(tokens_of(params), tokens_of(ref)).sum(axis=1))
-        for name, k in ESTIMATORS.items()
-    }
-    np.testing.assert_allclose(found["k1"], 0, atol=1e-12)
-    assert_is(found["k2"], reverse)
-    assert_is(found["k3"], forward)
-    assert differ(forward, reverse)
-    whole = {
-        "KL(π‖ref)": jax.grad(lambda params: divergence(log_probs(params), log_probs(ref)))(policy)["logits"],
-        "KL(ref‖π)": jax.grad(lambda params: divergence(log_probs(ref), log_probs(params)))(policy)["logits"],
-    }
-    for exact in whole.values():
-        assert differ(reverse, exact) and differ(forward, exact), "none is that of whole answers"
-    at_prefixes_of_ref = expected_gradient(
-        lambda params: kl.exact_forward_kl(logits_of(params), logits_of(ref)).sum(axis=1), sampler=ref
+    _, ref, _ = laws()
+    found = mean_gradients(
+        {
+            "reverse": lambda now: kl.exact_kl(now.logits, ref.logits).sum(axis=1),
+            "forward": lambda now: kl.exact_forward_kl(now.logits, ref.logits).sum(axis=1),
+            **{name: lambda now, k=k: k(now.tokens, ref.tokens).sum(axis=1) for name, k in ESTIMATORS.items()},
+            "at prefixes of ref": (
+                lambda now: kl.exact_forward_kl(now.logits, ref.logits).sum(axis=1),
+                ref.sequences,
+            ),
+        }
     )
-    assert_is(at_prefixes_of_ref, whole["KL(ref‖π)"])
-
-
-def test_k1_as_a_reward_goes_to_its_own_token_and_to_those_before_it():
-    policy, ref = tables()
-    k1 = kl.k1(tokens_of(policy), tokens_of(ref))
-    to_go = jnp.cumsum(k1[:, ::-1], axis=1)[:, ::-1]
-
-    def credited(weights):
-        return expected_gradient(lambda params: (weights * tokens_of(params)).sum(axis=1))
-
-    exact = oracle.sequence_kl_grad(LM, policy, ref)["logits"]
-    own = expected_gradient(lambda params: kl.rao_blackwell_kl(logits_of(params), logits_of(ref)))
-    assert_is(credited(to_go), exact)
-    assert_is(credited(k1), own)
-    assert_is(credited(to_go - k1), exact - own)
+    whole = gradients(
+        lambda now: {
+            "KL(π‖ref)": divergence(now.sequences, ref.sequences),
+            "KL(ref‖π)": divergence(ref.sequences, now.sequences),
+        }
+    )
+    np.testing.assert_allclose(found["k1"], 0, atol=1e-12)
+    assert_is(found["k2"], found["reverse"])
+    assert_is(found["k3"], found["forward"])
+    assert differ(found["forward"], found["reverse"])
+    for exact in whole.values():
+        assert differ(found["reverse"], exact) and differ(found["forward"], exact), "none is that of whole answers"
+    assert_is(found["at prefixes of ref"], whole["KL(ref‖π)"])
 
 
 # T2b, T2c -------------------------------------------------------------------------------------------------------------
@@ -445,21 +430,24 @@ def test_k1_as_a_reward_goes_to_its_own_token_and_to_those_before_it():
 
 def test_from_finitely_many_pairs_dpo_may_have_no_minimum():
     """An answer that never lost: the loss falls along a ray on which KL(π*‖π) is unbounded. It happens at every n."""
-    ref, rewards, pairs = jnp.log(jnp.asarray([0.5, 0.3, 0.2])), jnp.asarray([0.0, 0.5, 1.0]), 50
-    population = oracle.population_preferences(ref, rewards)
-    optimum = rlhf.gibbs_optimum(ref, rewards, beta=BETA)
+    ref, rewards, pairs = np.log([0.5, 0.3, 0.2]), np.asarray([0.0, 0.5, 1.0]), 50
+    population = jax.jit(oracle.population_preferences)(ref, rewards)
+    optimum = np.asarray(jax.jit(rlhf.gibbs_optimum)(ref, rewards, beta=BETA))
     loses = population[:, 2].sum() - population[2, 2]
     assert (1 - loses) ** pairs > 1e-3, "the probability that it loses none of 50 pairs"
-    chosen, rejected = jnp.asarray([(0, 1), (1, 0), (2, 0), (2, 1)]).T
+    chosen, rejected = np.asarray([(0, 1), (1, 0), (2, 0), (2, 1)]).T
 
-    def loss(log_policy):
+    @jax.jit
+    @jax.vmap
+    def along(step):
+        log_policy = jax.nn.log_softmax(ref + step * np.asarray([0.0, 0.0, 1.0]))
         given = log_policy[chosen], log_policy[rejected], ref[chosen], ref[rejected]
-        return preference.dpo_loss(*given, beta=BETA).mean()
+        loss = preference.dpo_loss(*given, beta=BETA).mean()
+        return loss, divergence(optimum, log_policy), divergence(log_policy, optimum)
 
-    ray = [jax.nn.log_softmax(ref + step * jnp.asarray([0.0, 0.0, 1.0])) for step in (0, 10, 20, 40, 80)]
-    losses, divergences = [loss(each) for each in ray], [divergence(optimum, each) for each in ray]
+    losses, divergences, others = along(np.asarray([0.0, 10, 20, 40, 80]))
     assert (np.diff(losses) < 0).all() and (np.diff(divergences) > 0).all() and divergences[-1] > 10
-    assert divergence(ray[-1], optimum) < -optimum[2] + 1e-9, "the other divergence stays finite"
+    assert others[-1] < -optimum[2] + 1e-9, "the other divergence stays finite"
 
 
 def test_bradley_terry_of_the_implied_reward_is_the_ratio_of_powers():
@@ -469,18 +457,17 @@ def test_bradley_terry_of_the_implied_reward_is_the_ratio_of_powers():
     for log_z in (0.0, 3.0):
         rewards = np.exp(BETA * (policy - ref) + BETA * log_z)
         np.testing.assert_allclose(rewards[0] / rewards.sum(), powers[0] / powers.sum(), rtol=1e-12)
-    loss = preference.dpo_loss(*(jnp.asarray(each) for each in (*policy, *ref)), beta=BETA)
+    loss = jax.jit(preference.dpo_loss)(*policy, *ref, beta=BETA)
     np.testing.assert_allclose(np.exp(-loss), powers[0] / powers.sum(), rtol=1e-12)
 
 
 def test_the_prefactor_beta_scales_the_step_and_a_label_of_share_p_ends_at_logit_p_over_beta():
-    zeros = (jnp.zeros(()),) * 3
+    slope = jax.jit(lambda margin, **settings: preference.dpo_loss.grad(margin, 0.0, 0.0, 0.0, **settings)[0])
     for beta in (0.01, 0.1, 1.0):
-        np.testing.assert_allclose(preference.dpo_loss.grad(jnp.zeros(()), *zeros, beta=beta)[0], -beta / 2, rtol=1e-12)
+        np.testing.assert_allclose(slope(0.0, beta=beta, label_smoothing=0.0), -beta / 2, rtol=1e-12)
         margin = math.log(0.8 / 0.2) / beta
-        slope = preference.dpo_loss.grad(jnp.asarray(margin), *zeros, beta=beta, label_smoothing=0.2)[0]
-        np.testing.assert_allclose(slope, 0, atol=1e-12)
-    weight = -preference.dpo_loss.grad(jnp.asarray(5.0), *zeros, beta=1e-6)[0] / 1e-6
+        np.testing.assert_allclose(slope(margin, beta=beta, label_smoothing=0.2), 0, atol=1e-12)
+    weight = -slope(5.0, beta=1e-6, label_smoothing=0.0) / 1e-6
     np.testing.assert_allclose(weight, 0.5, atol=1e-5, err_msg="as β falls, no pair is ever done")
 
 
@@ -497,19 +484,18 @@ def test_a_slight_majority_is_amplified_as_far_as_beta_and_the_reference_allow()
 
 
 def test_discopop_has_a_local_minimum_and_maximum_around_the_reference():
-    x = jnp.linspace(-0.5, 0.5, 100_001)
-    zeros = jnp.zeros_like(x)
-    losses = np.asarray(preference.discopop_loss(x, zeros, zeros, zeros, beta=1.0))
+    x, discopop = np.linspace(-0.5, 0.5, 100_001), jax.jit(preference.discopop_loss)
+    zeros = np.zeros_like(x)
+    losses = np.asarray(discopop(x, zeros, zeros, zeros, beta=1.0))
     turns = np.flatnonzero(np.diff(np.sign(np.diff(losses)))) + 1
     np.testing.assert_allclose(losses[turns], [0.786, 0.878], atol=5e-4)
-    edges = jnp.asarray([-1e-3, 1e-3])
-    sharp = preference.discopop_loss(edges, *(jnp.zeros(2),) * 3, beta=1.0, temperature=1e-5)
-    np.testing.assert_allclose(sharp, [math.log(2), 1], atol=2e-3)
+    x[:2] = -1e-3, 1e-3
+    sharp = discopop(x, zeros, zeros, zeros, beta=1.0, temperature=1e-5)
+    np.testing.assert_allclose(sharp[:2], [math.log(2), 1], atol=2e-3)
 
 
 def test_simpo_at_its_defaults_asks_for_five_nats_per_token():
-    lead = jnp.asarray([0.0, 5.0])
-    losses = preference.simpo_loss(lead, jnp.zeros(2))
+    losses = jax.jit(preference.simpo_loss)(np.asarray([0.0, 5.0]), np.zeros(2))
     np.testing.assert_allclose(losses, [math.log1p(math.exp(0.5)), math.log(2)], rtol=1e-12)
 
 

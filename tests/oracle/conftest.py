@@ -1,0 +1,11 @@
+"""What the tests by enumeration share."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="module")
+def float64():
+    """Double precision for a whole module, its fixtures included."""
+    with jax.enable_x64(True):
+        yield
