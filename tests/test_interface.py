@@ -207,17 +207,17 @@ def test_beam_search_gives_the_hypotheses_best_first(lm):
     assert [each.log_prob for each in lm.beam_search(PROMPTS, n=1, **options, no_repeat_ngram=2)] == [
         each.log_prob for each in found[::3]
     ]
-    groups = {"num_groups": 3, "diversity_penalty": 2.0, "num_beams": 3, "max_new_tokens": LENGTH}
+    groups = {"num_groups": 4, "diversity_penalty": 2.0, "num_beams": 4, "max_new_tokens": LENGTH}
     diverse = decoding.beam_search(*arguments, **common, **groups)
     found = lm.beam_search(PROMPTS, **groups)
     np.testing.assert_allclose([each.log_prob for each in found], np.asarray(diverse.log_prob).reshape(-1), rtol=1e-6)
 
 
 def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
-    whole = lm.generate("the cat", greedy=True, max_new_tokens=8)[0]
-    assert whole.finish_reason == "length" and len(whole.tokens) == 8
+    whole = lm.generate("the cat", greedy=True, max_new_tokens=LENGTH)[0]
+    assert whole.finish_reason == "length" and len(whole.tokens) == LENGTH
     stop = whole.text[3:5]
-    cut = lm.generate("the cat", greedy=True, max_new_tokens=8, stop=stop)[0]
+    cut = lm.generate("the cat", greedy=True, max_new_tokens=LENGTH, stop=stop)[0]
     assert cut.finish_reason == "stop" and cut.text == whole.text[: whole.text.index(stop)]
     assert cut.tokens == whole.tokens[: len(cut.tokens)] and stop in lm.decode(cut.tokens)
     ended = lm.generate("the cat", regex=" (sat|mat)", max_new_tokens=8)[0]
