@@ -102,8 +102,15 @@ def test_help_of_a_command_names_its_options(run, command, options):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["nonsense", "generate x --nonsense", "generate --top-k many", "generate --dtype int8"]
-    + ["tree", "attention", "attention x --kind both"],
+    [
+        "nonsense",
+        "generate x --nonsense",
+        "generate --top-k many",
+        "generate --dtype int8",
+        "tree",
+        "attention",
+        "attention x --kind both",
+    ],
 )
 def test_an_unknown_argument_is_told_before_anything_is_loaded(run, monkeypatch, arguments):
     monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded a model"))
