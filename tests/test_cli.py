@@ -20,7 +20,7 @@ from jaxrl_llm.models import T5, T5Config, loading
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.sampling import USED
 
-CONTEXT = 48
+CONTEXT, LENGTH = 48, 6
 TEMPLATE = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
 
 
@@ -88,46 +88,33 @@ def test_help_answers_in_under_a_second_without_jax():
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        (
-            "generate",
-            [
-                "--prompts",
-                "--model",
-                "--strategy",
-                "--num-samples",
-                "--chat",
-                "--temperature",
-                "--top-k",
-                "--seed",
-                "--regex",
-            ],
-        ),
-        ("tree", ["--model", "--depth", "--branching", "--select", "--out"]),
-        ("attention", ["--model", "--kind", "--layer", "--head", "--target", "--links", "--out"]),
-        ("translate", ["--model", "--file", "--num-beams", "--length-penalty", "--max-new-tokens", "--prefix"]),
+        ("generate", "--prompts --model --strategy --num-samples --chat --temperature --top-k --seed --regex"),
+        ("tree", "--model --depth --branching --select --out"),
+        ("attention", "--model --kind --layer --head --target --links --out"),
+        ("translate", "--model --file --num-beams --length-penalty --max-new-tokens --prefix"),
     ],
 )
 def test_help_of_a_command_names_its_options(run, command, options):
     status, out, err = run(command, "--help")
     assert (status, err) == (0, "")
-    assert all(option in out for option in options)
+    assert all(option in out for option in options.split())
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["nonsense"],
-        ["generate", "x", "--nonsense"],
-        ["generate", "--top-k", "many"],
-        ["generate", "--dtype", "int8"],
-        ["tree"],
-        ["attention"],
-        ["attention", "x", "--kind", "both"],
+        "nonsense",
+        "generate x --nonsense",
+        "generate --top-k many",
+        "generate --dtype int8",
+        "tree",
+        "attention",
+        "attention x --kind both",
     ],
 )
 def test_an_unknown_argument_is_told_before_anything_is_loaded(run, monkeypatch, arguments):
     monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded a model"))
-    status, out, err = run(*arguments)
+    status, out, err = run(*arguments.split())
     assert status == 2 and not out and err and "Traceback" not in err
 
 
@@ -135,22 +122,22 @@ def test_an_unknown_argument_is_told_before_anything_is_loaded(run, monkeypatch,
 
 
 def test_greedy_prints_the_prompt_and_its_most_probable_continuation(run, model):
-    expected = continuation(model, "the cat", length=12, greedy=True)
+    expected = continuation(model, "the cat", length=LENGTH, greedy=True)
     assert len(expected) > 3
-    command = ("generate", "the cat", "--model", model, "--greedy", "--max-new-tokens", 12)
+    command = ("generate", "the cat", "--model", model, "--greedy", "--max-new-tokens", LENGTH)
     assert run(*command) == (0, f"the cat{expected}\n", "")
     assert run(*command, "--seed", 5) == (0, f"the cat{expected}\n", ""), "greedy has no use for a seed"
 
 
 def test_sampling_follows_from_the_seed_and_its_knobs(run, model):
     knobs = ("--temperature", 1.5, "--top-k", 9, "--top-p", 0.95)
-    command = ("generate", "the cat", "--model", model, "--max-new-tokens", 12, *knobs)
+    command = ("generate", "the cat", "--model", model, "--max-new-tokens", LENGTH, *knobs)
     chain = transforms.Chain((transforms.Temperature(1.5), transforms.TopK(9), transforms.TopP(0.95)))
     texts = []
     for seed in (0, 7):
         status, out, err = run(*command, "--seed", seed)
         assert (status, err) == (0, "")
-        expected = continuation(model, "the cat", length=12, transform=chain, key=jax.random.key(seed))
+        expected = continuation(model, "the cat", length=LENGTH, transform=chain, key=jax.random.key(seed))
         assert out == f"the cat{expected}\n"
         texts.append(out)
     assert texts[0] != texts[1]
@@ -158,7 +145,7 @@ def test_sampling_follows_from_the_seed_and_its_knobs(run, model):
 
 
 def test_several_samples_are_headed_and_differ(run, model):
-    command = ("generate", "the cat", "--model", model, "--max-new-tokens", 12, "--num-samples", 3)
+    command = ("generate", "the cat", "--model", model, "--max-new-tokens", LENGTH, "--num-samples", 3)
     status, out, err = run(*command)
     assert (status, err) == (0, "")
     lines = out.split("--- ")
@@ -172,9 +159,9 @@ def test_prompts_come_from_a_file_or_standard_input_one_a_line(run, model, tmp_p
     prompts = ["the cat sat on", "🙂", "mat"]
     content = "\n".join([prompts[0], "", prompts[1], "  ", prompts[2]])
     (tmp_path / "prompts.txt").write_text(content, encoding="utf-8")
-    command = ("generate", "--model", model, "--greedy", "--max-new-tokens", 12)
+    command = ("generate", "--model", model, "--greedy", "--max-new-tokens", LENGTH)
     expected = "".join(
-        f"--- {number}\n{prompt}{continuation(model, prompt, length=12, greedy=True)}\n"
+        f"--- {number}\n{prompt}{continuation(model, prompt, length=LENGTH, greedy=True)}\n"
         for number, prompt in enumerate(prompts, start=1)
     )
     assert run(*command, "--prompts", tmp_path / "prompts.txt") == (0, expected, "")
@@ -182,13 +169,13 @@ def test_prompts_come_from_a_file_or_standard_input_one_a_line(run, model, tmp_p
 
 
 def test_an_empty_prompt_starts_from_bos(run, model):
-    expected = continuation(model, "<|endoftext|>", length=12, greedy=True)
-    assert run("generate", "", "--model", model, "--greedy", "--max-new-tokens", 12) == (0, f"{expected}\n", "")
+    expected = continuation(model, "<|endoftext|>", length=LENGTH, greedy=True)
+    assert run("generate", "", "--model", model, "--greedy", "--max-new-tokens", LENGTH) == (0, f"{expected}\n", "")
 
 
 def test_chat_prints_the_answer_alone(run, chat_model):
-    expected = continuation(chat_model, "<the cat>", length=12, greedy=True)
-    command = ("generate", "--model", chat_model, "--greedy", "--max-new-tokens", 12, "--chat")
+    expected = continuation(chat_model, "<the cat>", length=LENGTH, greedy=True)
+    command = ("generate", "--model", chat_model, "--greedy", "--max-new-tokens", LENGTH, "--chat")
     assert run(*command, "the cat") == (0, f"{expected}\n", "")
     status, out, err = run(*command, "the cat", "--num-samples", 3)
     assert (status, err) == (0, "")
@@ -200,9 +187,9 @@ def test_chat_prints_the_answer_alone(run, chat_model):
 
 @pytest.mark.parametrize("strategy", sorted(USED))
 def test_every_strategy_continues_the_prompt(run, model, strategy):
-    small = {"num_candidates": 3, "num_beams": 2, "candidates": 2, "num_draft": 2, "draft_model": model}
+    small = {"num_candidates": 3, "num_beams": 3, "candidates": 2, "num_draft": 2, "draft_model": model}
     options = [part for name, value in small.items() if name in USED[strategy] for part in (option(name), value)]
-    command = ("generate", "the cat", "--model", model, "--strategy", strategy, "--max-new-tokens", 6, *options)
+    command = ("generate", "the cat", "--model", model, "--strategy", strategy, "--max-new-tokens", LENGTH, *options)
     status, out, err = run(*command)
     assert (status, err) == (0, "") and out.startswith("the cat") and len(out) > len("the cat\n")
     assert run(*command) == (0, out, ""), "the same seed"
@@ -213,7 +200,7 @@ def option(name):
 
 
 def test_beams_print_their_hypotheses_best_first(run, model):
-    beams = ("--strategy", "beam", "--num-beams", 3, "--num-samples", 3, "--max-new-tokens", 6)
+    beams = ("--strategy", "beam", "--num-beams", 3, "--num-samples", 3, "--max-new-tokens", LENGTH)
     status, out, err = run("generate", "the cat", "--model", model, *beams)
     assert (status, err) == (0, "")
     scores = [float(score) for score in re.findall(r"--- 1\.\d: log-probability (\S+)", out)]
@@ -222,13 +209,13 @@ def test_beams_print_their_hypotheses_best_first(run, model):
 
 @pytest.mark.slow
 def test_strategies_agree_where_they_are_the_same(run, model):
-    greedy = run("generate", "the cat", "--model", model, "--greedy", "--max-new-tokens", 8)
+    greedy = run("generate", "the cat", "--model", model, "--greedy", "--max-new-tokens", LENGTH)
     for same in (("beam", "--num-beams", 1), ("contrastive", "--alpha", 0)):
-        assert run("generate", "the cat", "--model", model, "--strategy", *same, "--max-new-tokens", 8) == greedy
+        assert run("generate", "the cat", "--model", model, "--strategy", *same, "--max-new-tokens", LENGTH) == greedy
 
 
 def test_constraints_and_stop_strings(run, model):
-    command = ("generate", "the cat", "--model", model, "--max-new-tokens", 8)
+    command = ("generate", "the cat", "--model", model, "--max-new-tokens", LENGTH)
     for options in (("--regex", " (sat|mat)"), ("--choices", " sat", " mat"), ("--regex", " (sat|mat)", "--greedy")):
         status, out, err = run(*command, *options)
         assert (status, err) == (0, "") and re.fullmatch(r"the cat (sat|mat)\n", out)
@@ -239,8 +226,8 @@ def test_constraints_and_stop_strings(run, model):
 
 
 def test_compare_shows_each_strategy_under_its_name(run, model):
-    chosen = ("--strategies", "greedy", "beam", "sample")
-    status, out, err = run("decode-compare", "the cat", "--model", model, "--max-new-tokens", 6, *chosen)
+    chosen = ("--num-beams", 3, "--strategies", "greedy", "beam", "sample")
+    status, out, err = run("decode-compare", "the cat", "--model", model, "--max-new-tokens", LENGTH, *chosen)
     assert (status, err) == (0, "")
     names = [line.split()[0] for line in out.splitlines() if line and not line.startswith(" ")]
     assert names == ["greedy", "beam", "sample"]
@@ -252,7 +239,7 @@ def test_compare_shows_each_strategy_under_its_name(run, model):
 
 
 def test_compare_names_the_options_that_a_strategy_leaves_out(run, model):
-    chosen = ("--strategies", "greedy", "contrastive", "--choices", "x", "y", "--max-new-tokens", 6)
+    chosen = ("--strategies", "greedy", "contrastive", "--choices", "x", "y", "--max-new-tokens", LENGTH)
     status, out, err = run("decode-compare", "the cat", "--model", model, *chosen)
     assert (status, err) == (0, "")
     greedy, contrastive = (line for line in out.splitlines() if line and not line.startswith(" "))
@@ -261,7 +248,7 @@ def test_compare_names_the_options_that_a_strategy_leaves_out(run, model):
 
 def test_bayes_risk_compares_texts_without_their_end(run, model):
     """x and y share nothing, so that the expected chrF is the share of the winner among 8: eighths of 100."""
-    chosen = ("--strategies", "mbr", "--choices", "x", "y", "--max-new-tokens", 6, "--num-candidates", 8)
+    chosen = ("--strategies", "mbr", "--choices", "x", "y", "--max-new-tokens", LENGTH, "--num-candidates", 8)
     for seed in (0, 1, 2):
         status, out, err = run("decode-compare", "the cat", "--model", model, *chosen, "--seed", seed)
         assert (status, err) == (0, "")
@@ -369,7 +356,7 @@ def test_logits_that_are_no_law_are_one_line(run, model, tmp_path):
     loaded = models.load(model)
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), loaded.params)
     models.save(tmp_path, loaded.model, broken, loaded.tokenizer)
-    command = ("generate", "the cat", "--model", tmp_path, "--greedy", "--max-new-tokens", 12)
+    command = ("generate", "the cat", "--model", tmp_path, "--greedy", "--max-new-tokens", LENGTH)
     assert_one_line(run(*command), "no token could be drawn in row 0 at new token 0")
 
 
@@ -411,9 +398,9 @@ def test_sentences_come_from_a_file_or_standard_input_and_keep_their_lines(run, 
 
 def test_a_decoder_only_model_continues_the_prompt_form_to_the_end_of_the_line(run, model):
     """Prefix, sentence and suffix, by default a line break; of the continuation the first line is printed."""
-    options = ("--model", model, "--max-new-tokens", 6)
+    options = ("--model", model, "--max-new-tokens", LENGTH)
     for given, form in (((), "the cat\n"), (("--prefix", "mat: ", "--suffix", " ="), "mat: the cat =")):
-        line = continuation(model, form, length=6, greedy=True).strip().split("\n")[0].strip()
+        line = continuation(model, form, length=LENGTH, greedy=True).strip().split("\n")[0].strip()
         assert run("translate", "the cat", *options, *given) == (0, f"{line}\n", "")
 
 

@@ -1,5 +1,6 @@
 """The public interface: strings in, strings out, and the same numbers as the functional layer below it."""
 
+import functools
 import inspect
 import json
 import subprocess
@@ -206,17 +207,17 @@ def test_beam_search_gives_the_hypotheses_best_first(lm):
     assert [each.log_prob for each in lm.beam_search(PROMPTS, n=1, **options, no_repeat_ngram=2)] == [
         each.log_prob for each in found[::3]
     ]
-    groups = {"num_groups": 3, "diversity_penalty": 2.0, "num_beams": 3, "max_new_tokens": LENGTH}
+    groups = {"num_groups": 4, "diversity_penalty": 2.0, "num_beams": 4, "max_new_tokens": LENGTH}
     diverse = decoding.beam_search(*arguments, **common, **groups)
     found = lm.beam_search(PROMPTS, **groups)
     np.testing.assert_allclose([each.log_prob for each in found], np.asarray(diverse.log_prob).reshape(-1), rtol=1e-6)
 
 
 def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
-    whole = lm.generate("the cat", greedy=True, max_new_tokens=8)[0]
-    assert whole.finish_reason == "length" and len(whole.tokens) == 8
+    whole = lm.generate("the cat", greedy=True, max_new_tokens=LENGTH)[0]
+    assert whole.finish_reason == "length" and len(whole.tokens) == LENGTH
     stop = whole.text[3:5]
-    cut = lm.generate("the cat", greedy=True, max_new_tokens=8, stop=stop)[0]
+    cut = lm.generate("the cat", greedy=True, max_new_tokens=LENGTH, stop=stop)[0]
     assert cut.finish_reason == "stop" and cut.text == whole.text[: whole.text.index(stop)]
     assert cut.tokens == whole.tokens[: len(cut.tokens)] and stop in lm.decode(cut.tokens)
     ended = lm.generate("the cat", regex=" (sat|mat)", max_new_tokens=8)[0]
@@ -292,8 +293,11 @@ def test_search_tree_is_the_functional_one(lm, select):
 def test_log_probs_and_perplexity_of_texts(lm):
     texts = ["the cat sat", "the mat", "on the mat sat the cat"]
     found = lm.log_probs(texts)
-    for written, logp in zip(texts, found, strict=True):
-        expected = scoring.next_token_log_probs(lm.model, lm.params, jnp.asarray([lm.encode(written)]))[0]
+    rows = [lm.encode(each) for each in texts]
+    padded = np.asarray([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])  # no token sees those after it
+    every = jax.jit(functools.partial(scoring.next_token_log_probs, lm.model))(lm.params, padded)
+    for written, row, logp, logps in zip(texts, rows, found, every, strict=True):
+        expected = logps[: len(row) - 1]
         np.testing.assert_allclose(logp, expected, atol=1e-5)
         np.testing.assert_allclose(lm.log_probs(written), expected, atol=1e-5)
         assert lm.perplexity(written) == pytest.approx(np.exp(-np.mean(expected)), rel=1e-5)

@@ -56,6 +56,12 @@ def model(folder):
     return models.load(folder / "model")
 
 
+@pytest.fixture(scope="module")
+def preferred(folder):
+    """A run of DPO, in `dpo`."""
+    return train.dpo(folder / "model", folder / "pairs.jsonl", out=folder / "dpo", **OPTIONS, verbose=False)
+
+
 @pytest.fixture
 def call(folder, run):
     """`jaxrl-llm train` on the files of the folder."""
@@ -107,10 +113,11 @@ def test_fine_tuning_lowers_the_loss_reports_and_is_resumed(folder, capsys):
 
 
 @pytest.mark.parametrize(("loss", "data"), [("dpo", "pairs"), ("kto", "unpaired")])
-def test_preferences_move_the_policy_from_the_reference(folder, model, loss, data):
-    out = folder / loss
+def test_preferences_move_the_policy_from_the_reference(folder, model, preferred, loss, data):
+    out, tuned = folder / loss, preferred
     options = OPTIONS | {"loss": loss, "dtype": "bfloat16" if loss == "kto" else "float32", "verbose": False}
-    tuned = train.dpo(folder / "model", folder / f"{data}.jsonl", out=out, **options)
+    if loss == "kto":
+        tuned = train.dpo(folder / "model", folder / f"{data}.jsonl", out=out, **options)
     assert RunLog(out / "log.jsonl").rows()[0]["loss"] == pytest.approx(np.log(2) if loss == "dpo" else 0.5, abs=1e-5)
     assert_saved(out, tuned.params)
     assert any((new != old).any() for new, old in zip(leaves(tuned.params), leaves(model.params), strict=True))
@@ -124,13 +131,13 @@ def test_preferences_move_the_policy_from_the_reference(folder, model, loss, dat
 
 
 def test_a_run_in_memory_is_that_of_the_files_writes_nothing_and_leaves_the_model(
-    folder, model, tmp_path, monkeypatch, capsys
+    model, preferred, tmp_path, monkeypatch, capsys
 ):
-    files = train.dpo(folder / "model", folder / "pairs.jsonl", out=folder / "files", **OPTIONS, verbose=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "rollout", lambda *_: pytest.fail("a sample that no one reads"))
     before = leaves(model.params)
     tuned = train.dpo(model, iter(LINES["pairs"]), config=DPOConfig(**OPTIONS), verbose=False)
-    assert_same(tuned.params, files.params)
+    assert_same(tuned.params, preferred.params)
     assert_same(leaves(model.params), before)
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
     assert tuned.generate("Say", max_new_tokens=2, greedy=True)[0].tokens, "what is returned is an LM"

@@ -67,6 +67,11 @@ class Run:
         """The tokens that end a completion."""
         return tuple(text.eos_ids(self.loaded.tokenizer, self.loaded.config))
 
+    @property
+    def reports(self) -> bool:
+        """True if it prints or writes a log."""
+        return self.verbose or self.out is not None
+
     def say(self, line: str) -> None:
         """Print a line, if verbose."""
         if self.verbose:
@@ -273,7 +278,7 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     """Minimise an objective over data; returns the trained parameters.
 
     Args:
-        samples: log a sample of the model's text with each checkpoint.
+        samples: report a sample of the model's text with each checkpoint.
     """
     config: OfflineConfig = run.config
     batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, fields=objective.fields)
@@ -282,7 +287,7 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     measures: dict[str, Callable[[Params], float | str]] = {}
     if config.eval_data is not None:
         measures["held_out_loss"] = held_out(run, objective, trained)
-    if samples:
+    if samples and run.reports:
         sample = sampler_of(run, *_start_of(run, batches))
         measures["sample"] = lambda params: sample(trained.model(params))
     copy = trained.frozen.ref is not None or not run.owned
@@ -392,7 +397,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
         initial_state(trained.params, optimizer, run.keys.state),
         advance,
         tokens="completion_tokens",
-        evaluate=lambda params: {"sample": sample(trained.model(params))},
+        evaluate=lambda params: {"sample": sample(trained.model(params))} if run.reports else {},
         config=run.identity(kind, data_sha256=found.digest(), **identity),
         watch=("reward", "kl", "entropy", "clip_fraction"),
         describe=asked.describe,
