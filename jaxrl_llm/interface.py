@@ -161,7 +161,7 @@ class TextLandscape:
 
 def _options(keywords: Mapping[str, Any]) -> tuple[Sampling, Search]:
     names = {field.name for field in dataclasses.fields(Sampling)}
-    if "choices" in keywords and not keywords["choices"]:
+    if keywords.get("choices") is not None and not keywords["choices"] and keywords["choices"] != Sampling.choices:
         raise ValueError("choices must hold at least one string, but is empty.")
     chosen = {name: value for name, value in keywords.items() if name in names}
     return Sampling(**chosen), Search(**{name: value for name, value in keywords.items() if name not in names})

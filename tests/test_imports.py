@@ -17,8 +17,8 @@ ROOT = PACKAGE.parent
 # From the ground up: a module imports of its own part, and of parts on floors below. Parts that share a floor know
 # nothing of each other.
 FLOORS = [
-    {"numerics"},
-    {"objectives", "options", "runtime", "text", "sampling"},
+    {"numerics", "options"},
+    {"objectives", "runtime", "text", "sampling"},
     {"language_model", "data"},
     {"tabular", "scoring"},
     {"oracle", "models"},

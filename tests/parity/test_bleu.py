@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrl_llm.analysis import bleu
+from jaxrl_llm.analysis import bleu, chrf
 from jaxrl_llm.analysis.score_intervals import bleu_interval, chrf_interval
 from jaxrl_llm.data import verses
 from tests.goldens import make_bleu_goldens as goldens
@@ -84,5 +84,5 @@ def test_single_sentences_score_the_same():
     for _ in range(300):
         (hypothesis, *_), (references, *_) = goldens.random_corpus(rng)
         expected = sacrebleu.sentence_bleu(hypothesis, references), sacrebleu.sentence_chrf(hypothesis, references)
-        actual = bleu.sentence_bleu(hypothesis, references), bleu.sentence_chrf(hypothesis, references)
+        actual = bleu.sentence_bleu(hypothesis, references), chrf.sentence_chrf(hypothesis, references)
         np.testing.assert_allclose(actual, [each.score for each in expected], rtol=0, atol=1e-6)
