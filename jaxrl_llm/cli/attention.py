@@ -20,9 +20,9 @@ class Attention:
     kind: Literal["cross", "encoder", "decoder", "self"] | None = None
     """cross (the default), encoder or decoder of a T5; self of other models."""
     layer: int | None = None
-    """Counted from 0, or from −1 backwards; all if not given."""
+    """Layer, counted from 0; negative numbers count from the last. By default all."""
     head: int | None = None
-    """Likewise."""
+    """Head, counted in the same way. By default all."""
     target: str | None = None
     """A T5's output; by default its greedy translation."""
     links: int = 20

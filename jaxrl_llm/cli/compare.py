@@ -30,7 +30,7 @@ class Compare:
     width: int = 76
     """Characters in a line."""
     chat: bool = False
-    """Put the prompt into the model's chat template."""
+    """Apply the model's chat template to the prompt."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: DEFAULTS)

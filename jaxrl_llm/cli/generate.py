@@ -39,7 +39,7 @@ class Generate:
     num_samples: int = 1
     """Completions of each prompt; of beams, hypotheses that are printed."""
     chat: bool = False
-    """Put the prompt into the model's chat template."""
+    """Apply the model's chat template to the prompt."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)

@@ -16,7 +16,7 @@ class Landscape:
     """Draw the loss of a text around a model, over a plane of two orthogonal directions."""
 
     text: tyro.conf.Positional[str]
-    """The text whose next-token loss it is, in nats per token."""
+    """The text; its next-token loss is drawn, in nats per token."""
     model: str = "tiny-gpt2"
     """As in `generate`."""
     directions: Literal["parameter", "filter", "none", "hessian"] = "parameter"

@@ -12,7 +12,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Translate:
-    """Translate a sentence. Several come from a file or standard input, one a line, and leave as many lines."""
+    """Translate a sentence. Several come from a file or standard input, one a line, and are printed one a line."""
 
     text: tyro.conf.Positional[str | None] = None
     """The sentence; without it, and without --file, or as "-", lines are read from standard input."""
@@ -28,7 +28,7 @@ class Translate:
     max_new_tokens: int = 64
     """The most tokens of a translation."""
     prefix: str | None = None
-    """Text before each sentence, as "translate English to German: "; by default what the model's config.json says."""
+    """Text before each sentence, such as "translate English to German: "; by default what the model's config.json says."""
     suffix: str | None = None
     """Text after each sentence; a line break for a decoder-only model, if config.json says nothing."""
     batch_size: int = 32
