@@ -28,7 +28,7 @@ class Translate:
     max_new_tokens: int = 64
     """The most tokens of a translation."""
     prefix: str | None = None
-    """Text before each sentence, such as "translate English to German: "; by default what the model's config.json says."""
+    """Text before each sentence, such as "translate English to German: "; by default that of config.json."""
     suffix: str | None = None
     """Text after each sentence; a line break for a decoder-only model, if config.json says nothing."""
     batch_size: int = 32
