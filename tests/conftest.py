@@ -1,4 +1,4 @@
-"""What the tests share: tiny models with large random parameters, and naive references to hold results against."""
+"""Shared by the tests: tiny models with large random parameters, and naive references to hold results against."""
 
 import io
 import os

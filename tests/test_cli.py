@@ -49,7 +49,7 @@ def chat_model(tmp_path_factory):
 
 
 def continuation(model, prompt, *, length, **choice):
-    """What `generate` gives, as text."""
+    """Return the text of `generate`."""
     loaded = models.load(model)
     tokens = jnp.asarray([loaded.tokenizer(prompt)["input_ids"]])
     eos_id = loaded.tokenizer.eos_token_id
@@ -353,7 +353,7 @@ def test_a_damaged_model_is_one_line(run, model, tmp_path, command):
     assert_one_line(run(command, "x", "--model", tmp_path), "model.safetensors is damaged or incomplete")
 
 
-def test_logits_that_are_no_law_are_one_line(run, model, tmp_path):
+def test_logits_that_are_no_distribution_are_one_line(run, model, tmp_path):
     loaded = models.load(model)
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), loaded.params)
     models.save(tmp_path, loaded.model, broken, loaded.tokenizer)

@@ -67,7 +67,7 @@ def test_python_runs_and_gives_the_output_that_is_shown(document, tmp_path, monk
 
 
 def output_of(code, names, document):
-    """What a block prints, and the value of its last line."""
+    """Return the output of a block, and the value of its last line."""
     tree = ast.parse(code, filename=str(document))
     last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(io.StringIO()) as printed:

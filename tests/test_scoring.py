@@ -97,19 +97,19 @@ def test_places_that_are_cut_give_the_same_values_and_gradients(gpt2, monkeypatc
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), cut, whole)
 
 
-def test_measures_are_those_of_both_laws(gpt2):
+def test_measures_are_those_of_both_distributions(gpt2):
     lm, params = gpt2
     ref, rows = random_params(lm, 1), batch("left")
     found = measures(lm, params, ref, rows)
     np.testing.assert_allclose(found.logp_policy, log_probs(lm, params, rows), atol=1e-5)
     np.testing.assert_allclose(found.logp_ref, log_probs(lm, ref, rows), atol=1e-5)
     apply = jax.jit(lambda params: lm.apply(params, rows.tokens, mask=rows.mask)[0][:, :-1])
-    laws = apply(params), apply(ref)
-    expected = np.asarray(jax.jit(kl.exact_kl)(*laws))
+    distributions = apply(params), apply(ref)
+    expected = np.asarray(jax.jit(kl.exact_kl)(*distributions))
     np.testing.assert_allclose(
         found.kl[:, 1:][rows.completion_mask[:, 1:]], expected[rows.completion_mask[:, 1:]], rtol=1e-4
     )
-    log_p = log_softmax(laws[0])
+    log_p = log_softmax(distributions[0])
     entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
     np.testing.assert_allclose(
         found.entropy[:, 1:][rows.completion_mask[:, 1:]], entropy[rows.completion_mask[:, 1:]], rtol=1e-4

@@ -129,7 +129,7 @@ def test_left_pad_keeps_every_token_in_order(rows):
 
 
 def pushed(tokenizer, tokens, sizes, prompt=(), stop=()):
-    """What a stream gives for pieces of these sizes, in turn, and at the end."""
+    """Return the texts of a stream for pieces of these sizes, and at the end."""
     stream, pieces, start, turn = text.TextStream(tokenizer, prompt, stop), [], 0, 0
     while start < len(tokens):
         pieces.append(stream.push(tokens[start : start + sizes[turn % len(sizes)]]))
@@ -160,7 +160,7 @@ def test_a_sentencepiece_stream_gives_the_text_in_whole_characters(string, sizes
 
 @given(st.lists(st.integers(0, 286), max_size=20), SIZES)
 def test_a_stream_of_any_tokens_adds_up_to_their_text(tokens, sizes):
-    """What a model says need not be UTF-8, and special tokens are not text."""
+    """A model's tokens need not be UTF-8, and special tokens are not text."""
     pieces, rest = pushed(tokenizer(), tokens, sizes)
     whole = decode(tokenizer(), tokens)
     assert "".join(pieces) + rest == whole

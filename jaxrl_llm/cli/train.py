@@ -13,7 +13,7 @@ from jaxrl_llm.training import config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
-    """What every run reads and writes."""
+    """The files of every run."""
 
     data: Path
     """A file of JSON lines."""

@@ -48,7 +48,7 @@ class Config(Checked):
     max_length: int | None = number(None, 1)
     """Most tokens of prompt and completion together; by default the model's context."""
     cut: Cut = "left"
-    """What longer examples lose: "left", the beginning of the prompt; "right", the end of the completion; "raise"
+    """The part that longer examples lose: "left", the beginning of the prompt; "right", the end of the completion; "raise"
     refuses them."""
     on_bad: OnBad = "raise"
     """Malformed examples stop the run, or are skipped and reported."""
@@ -168,7 +168,7 @@ class CriticOptions(Checked):
     value_coefficient: float = number(0.5, 0)
     """Weight of the critic's loss."""
     value_clip: float | None = number(0.2, 0, static=True)
-    """How far a value may move in one batch before its loss is clipped, in units of reward; None: no clipping."""
+    """Largest move of a value in one batch before its loss is clipped, in units of reward; None: no clipping."""
     dual_clip: float | None = number(None, 1, above=True, static=True)
     """Largest ratio that counts for a negative advantage; None: no bound."""
     whiten: bool = dataclasses.field(default=False, metadata=STATIC)

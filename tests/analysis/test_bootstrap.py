@@ -21,7 +21,7 @@ def test_quantiles_of_all_resamples_of_three_values():
     assert means[1] == means[3] == 1 and means[23] == means[24] == 7
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_law():
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     low, high = scipy.stats.norm.interval(0.9, VALUES.mean(), VALUES.std() / np.sqrt(len(VALUES)))
     interval = bootstrap_interval(VALUES, seed=1, resamples=4000, level=0.9)
     assert interval.estimate == pytest.approx(VALUES.mean())

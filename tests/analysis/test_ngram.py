@@ -10,8 +10,8 @@ from jaxrl_llm.analysis.ngram import KneserNey
 from jaxrl_llm.scoring import bits_per_byte
 
 
-def law(model, context):
-    """The model's law of the token after `context`, over the vocabulary."""
+def distribution(model, context):
+    """The model's distribution of the token after `context`, over the vocabulary."""
     return np.array([math.exp(model.log_probs(np.array([*context, w]))[-1]) for w in range(model.vocab_size)])
 
 
@@ -56,14 +56,14 @@ def test_bigram_by_hand():
     assert model.discounts == ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     one = 1 / 2 / 3 + 1 / 2 / 4
     unigram = [one, one, one, 1 / 8]
-    np.testing.assert_allclose(law(model, []), unigram)
+    np.testing.assert_allclose(distribution(model, []), unigram)
     # after a: total 3, γ = (2/5) / 3 = 2/15
-    np.testing.assert_allclose(law(model, [0]), [7 / 180, 115 / 180, 55 / 180, 3 / 180])
+    np.testing.assert_allclose(distribution(model, [0]), [7 / 180, 115 / 180, 55 / 180, 3 / 180])
     # after b: total 2, γ = (1/5) / 2 = 1/10
-    np.testing.assert_allclose(law(model, [1]), [9 / 10 + 7 / 240, 7 / 240, 7 / 240, 1 / 80])
+    np.testing.assert_allclose(distribution(model, [1]), [9 / 10 + 7 / 240, 7 / 240, 7 / 240, 1 / 80])
     # nothing follows c, and d was never seen
-    np.testing.assert_allclose(law(model, [2]), unigram)
-    np.testing.assert_allclose(law(model, [3]), unigram)
+    np.testing.assert_allclose(distribution(model, [2]), unigram)
+    np.testing.assert_allclose(distribution(model, [3]), unigram)
     expected = np.log([one, 115 / 180, 9 / 10 + 7 / 240, 3 / 180, 1 / 8])
     np.testing.assert_allclose(model.log_probs(np.array([0, 1, 0, 3, 3])), expected)
 
@@ -73,7 +73,7 @@ def test_three_discounts_by_hand():
     counts = [1, 1, 1, 1, 2, 2, 3, 4, 0, 0]
     model = KneserNey.fit(np.repeat(np.arange(10), counts), order=1, vocab_size=10)
     assert model.discounts == ((0.5, 1.25, 1.0),)
-    np.testing.assert_allclose(law(model, []) * 300, [23, 23, 23, 23, 28, 28, 53, 73, 13, 13])
+    np.testing.assert_allclose(distribution(model, []) * 300, [23, 23, 23, 23, 28, 28, 53, 73, 13, 13])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_one_discount_where_three_are_unusable(numbers, single):
     counts = np.repeat([1, 2, 3, 4], numbers)
     model = KneserNey.fit(np.repeat(np.arange(len(counts)), counts), order=1, vocab_size=len(counts) + 1)
     assert model.discounts == ((pytest.approx(single),) * 3,)
-    assert law(model, [])[-1] == pytest.approx(single * len(counts) / counts.sum() / (len(counts) + 1))
+    assert distribution(model, [])[-1] == pytest.approx(single * len(counts) / counts.sum() / (len(counts) + 1))
 
 
 @given(st.data(), st.integers(1, 5), st.integers(2, 5))
@@ -110,14 +110,14 @@ def test_agrees_with_dictionaries_on_a_longer_stream():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
-def test_the_law_sums_to_one(order):
+def test_the_distribution_sums_to_one(order):
     rng = np.random.default_rng(order)
     train = rng.integers(0, 6, 300) * rng.integers(0, 2, 300)
     model = KneserNey.fit(train, order=order, vocab_size=7)  # token 6 is never seen
     seen = [train[i : i + order - 1] for i in (0, 17, len(train) - order + 1)]
     for context in [*seen, [], [6], [6, 0], [0, 6], [5, 5, 5, 5], [0, 0, 0, 0, 0]]:
-        assert law(model, context).sum() == pytest.approx(1, abs=1e-10)
-        assert law(model, context).min() > 0
+        assert distribution(model, context).sum() == pytest.approx(1, abs=1e-10)
+        assert distribution(model, context).min() > 0
 
 
 def test_a_bigram_source_is_learnt():
@@ -137,8 +137,8 @@ def test_a_bigram_source_is_learnt():
 def test_only_the_last_tokens_count():
     train = np.random.default_rng(0).integers(0, 4, 500)
     model = KneserNey.fit(train, order=3, vocab_size=4)
-    np.testing.assert_array_equal(law(model, [0, 1, 2, 3]), law(model, [3, 3, 2, 3]))
-    assert not np.array_equal(law(model, [2, 3]), law(model, [1, 3]))
+    np.testing.assert_array_equal(distribution(model, [0, 1, 2, 3]), distribution(model, [3, 3, 2, 3]))
+    assert not np.array_equal(distribution(model, [2, 3]), distribution(model, [1, 3]))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint64])

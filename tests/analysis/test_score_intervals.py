@@ -86,7 +86,7 @@ def test_the_interval_covers_the_score_of_a_large_corpus():
         part = slice(start, start + 100)
         interval = bleu_interval(good[part], references[part], seed=start, resamples=200, level=0.9)
         hits += interval.low <= truth <= interval.high
-    assert 31 <= hits <= 40, "of 40; by a binomial law of 0.9 it is fewer than once in 200"
+    assert 31 <= hits <= 40, "of 40; by a binomial distribution of 0.9 it is fewer than once in 200"
 
 
 @pytest.mark.parametrize(("case", "module"), [("bleu", bleu), ("chrf", chrf)])

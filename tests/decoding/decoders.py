@@ -165,14 +165,14 @@ def index_of(lm, tokens):
     return np.asarray(tokens) @ lm.vocab_size ** np.arange(tokens.shape[1] - 1, -1, -1)
 
 
-def ended_law(lm, log_probs, eos):
+def ended_distribution(lm, log_probs, eos):
     """The probability of every sequence up to its first EOS, by that of all whole sequences of the same length."""
-    length, law = round(np.log(len(log_probs)) / np.log(lm.vocab_size)), {}
+    length, distribution = round(np.log(len(log_probs)) / np.log(lm.vocab_size)), {}
     every = itertools.product(range(lm.vocab_size), repeat=length)
     for row, probability in zip(every, np.exp(np.asarray(log_probs, np.float64)), strict=True):
         end = next((t + 1 for t, token in enumerate(row) if token in eos), length)
-        law[row[:end]] = law.get(row[:end], 0) + probability
-    return law
+        distribution[row[:end]] = distribution.get(row[:end], 0) + probability
+    return distribution
 
 
 def tokens_and_mask(found):

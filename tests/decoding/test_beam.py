@@ -42,13 +42,13 @@ def table(vocab, horizon, seed):
     return lm, params, dict(zip(prefixes, log_softmax(params["logits"]), strict=True))
 
 
-def all_hypotheses(law, vocab, count, eos, prompt=()):
+def all_hypotheses(distribution, vocab, count, eos, prompt=()):
     """Every sequence that ends, or has `count` tokens, with its log-probability."""
     found = []
     for length in range(1, count + 1):
         for tokens in itertools.product(range(vocab), repeat=length):
             if not set(tokens[:-1]) & set(eos) and (length == count or tokens[-1] in eos):
-                found.append((tokens, sum(law[(*prompt, *tokens[:t])][tokens[t]] for t in range(length))))
+                found.append((tokens, sum(distribution[(*prompt, *tokens[:t])][tokens[t]] for t in range(length))))
     return found
 
 
@@ -58,12 +58,12 @@ def ranked(hypotheses, penalty, count):
 
 
 def repeats(text, n):
-    """Whether the last n-gram stands in the text before."""
+    """Return whether the last n-gram stands in the text before."""
     grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
     return n > 0 and len(grams) > 0 and grams[-1] in grams[:-1]
 
 
-def plain_beam(law, width, count, *, penalty=0.0, eos=(), prompt=(), groups=1, diversity=0.0, n=0):
+def plain_beam(distribution, width, count, *, penalty=0.0, eos=(), prompt=(), groups=1, diversity=0.0, n=0):
     """Beam search with lists."""
     width //= groups
     live, finished = [[((), 0.0)]] + [[((), 0.0)] for _ in range(groups - 1)], [[] for _ in range(groups)]
@@ -73,7 +73,7 @@ def plain_beam(law, width, count, *, penalty=0.0, eos=(), prompt=(), groups=1, d
             options = [
                 ((*tokens, v), log_prob + logp, log_prob + logp - (diversity * chosen.count(v) if groups > 1 else 0))
                 for tokens, log_prob in live[group]
-                for v, logp in enumerate(law[(*prompt, *tokens)])
+                for v, logp in enumerate(distribution[(*prompt, *tokens)])
                 if not repeats((*prompt, *tokens, v), n)
             ]
             options.sort(key=lambda option: -option[2])
@@ -110,18 +110,18 @@ AFTER = ((), (1,), (2, 1))
 
 def on_table(seed, horizon=8, **options):
     """The beams of the three prompts, and the log-probabilities after each prefix."""
-    lm, params, law = table(3, horizon, seed)
-    return beam_search(lm, params, ROOTS[0], prompt_mask=ROOTS[1], **options), law
+    lm, params, distribution = table(3, horizon, seed)
+    return beam_search(lm, params, ROOTS[0], prompt_mask=ROOTS[1], **options), distribution
 
 
 @ends
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_beam_of_all_sequences_is_exhaustive(penalty, eos):
     for seed in range(3):
-        beams, law = on_table(seed, 5, num_beams=27, max_new_tokens=3, length_penalty=penalty, eos_id=eos)
+        beams, distribution = on_table(seed, 5, num_beams=27, max_new_tokens=3, length_penalty=penalty, eos_id=eos)
         assert beams.log_prob.dtype == beams.score.dtype == jnp.float64
         for row, prompt in enumerate(AFTER):
-            assert_found(beams, row, ranked(all_hypotheses(law, 3, 3, eos, prompt), penalty, 27))
+            assert_found(beams, row, ranked(all_hypotheses(distribution, 3, 3, eos, prompt), penalty, 27))
 
 
 @ends
@@ -129,20 +129,22 @@ def test_a_beam_of_all_sequences_is_exhaustive(penalty, eos):
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_a_small_beam_is_a_plain_beam(width, penalty, eos):
     for seed in range(3):
-        beams, law = on_table(seed, num_beams=width, max_new_tokens=6, length_penalty=penalty, eos_id=eos)
+        beams, distribution = on_table(seed, num_beams=width, max_new_tokens=6, length_penalty=penalty, eos_id=eos)
         for row, prompt in enumerate(AFTER):
-            assert_found(beams, row, plain_beam(law, width, 6, penalty=penalty, eos=eos, prompt=prompt))
+            assert_found(beams, row, plain_beam(distribution, width, 6, penalty=penalty, eos=eos, prompt=prompt))
 
 
 def test_the_plain_beam_tries_what_it_should():
     """Somewhere a row stops early, an ended hypothesis is displaced, and a beam is not exhaustive."""
     short, long, missed = 0, 0, 0
     for seed in range(6):
-        law = table(3, 8, seed)[2]
-        found = plain_beam(law, 2, 6, eos=TWO)
+        distribution = table(3, 8, seed)[2]
+        found = plain_beam(distribution, 2, 6, eos=TWO)
         short += all(len(tokens) < 6 for tokens, _, _ in found)
-        long += any(len(tokens) == 6 for tokens, _, _ in plain_beam(law, 2, 6, penalty=2.0, eos=TWO))
-        missed += ranked(all_hypotheses(law, 3, 6, TWO), 2.0, 2) != plain_beam(law, 2, 6, penalty=2.0, eos=TWO)
+        long += any(len(tokens) == 6 for tokens, _, _ in plain_beam(distribution, 2, 6, penalty=2.0, eos=TWO))
+        missed += ranked(all_hypotheses(distribution, 3, 6, TWO), 2.0, 2) != plain_beam(
+            distribution, 2, 6, penalty=2.0, eos=TWO
+        )
     assert short and long and missed
 
 
@@ -153,9 +155,9 @@ def test_diverse_beams_are_plain_diverse_beams(groups, diversity, penalty, eos):
     options = {"num_groups": groups, "diversity_penalty": diversity, "length_penalty": penalty, "eos_id": eos}
     plain = {"groups": groups, "diversity": diversity, "penalty": penalty, "eos": eos}
     for seed in range(3):
-        beams, law = on_table(seed, num_beams=4, max_new_tokens=6, **options)
+        beams, distribution = on_table(seed, num_beams=4, max_new_tokens=6, **options)
         for row, prompt in enumerate(AFTER):
-            assert_found(beams, row, plain_beam(law, 4, 6, prompt=prompt, **plain))
+            assert_found(beams, row, plain_beam(distribution, 4, 6, prompt=prompt, **plain))
 
 
 def test_one_group_is_beam_search_whatever_the_penalty():
@@ -175,9 +177,9 @@ def test_groups_without_a_penalty_are_beams_of_their_width():
 def test_blocked_beams_are_plain_blocked_beams(n, eos):
     died = 0
     for seed in range(3):
-        beams, law = on_table(seed, num_beams=3, max_new_tokens=6, no_repeat_ngram=n, eos_id=eos)
+        beams, distribution = on_table(seed, num_beams=3, max_new_tokens=6, no_repeat_ngram=n, eos_id=eos)
         for row, prompt in enumerate(AFTER):
-            expected = plain_beam(law, 3, 6, eos=eos, prompt=prompt, n=n)
+            expected = plain_beam(distribution, 3, 6, eos=eos, prompt=prompt, n=n)
             died += len(expected) < 3
             assert_found(beams, row, expected)
     assert died or n > 1
@@ -300,9 +302,9 @@ def test_transforms_with_a_memory_or_that_look_back_follow_their_beams():
     for transform, allowed in rules.items():
         for seed in range(3):
             options = {"max_new_tokens": 3, "length_penalty": 0.5, "eos_id": TWO, "transform": transform}
-            beams, law = on_table(seed, 5, num_beams=27, **options)
+            beams, distribution = on_table(seed, 5, num_beams=27, **options)
             for row, prompt in enumerate(AFTER):
-                possible = [each for each in all_hypotheses(law, 3, 3, TWO, prompt) if allowed(each[0])]
+                possible = [each for each in all_hypotheses(distribution, 3, 3, TWO, prompt) if allowed(each[0])]
                 assert_found(beams, row, ranked(possible, 0.5, 27))
 
 

@@ -1,4 +1,4 @@
-"""Constraints against regular expressions that Python's `re` matches, and laws against enumeration."""
+"""Constraints against regular expressions that Python's `re` matches, and distributions against enumeration."""
 
 import functools
 import itertools
@@ -210,7 +210,7 @@ def test_eos_is_of_the_vocabulary():
         Constrained(constraints.from_regex("a", LETTERS), 4)
 
 
-# The law, by enumeration ----------------------------------------------------------------------------------------------
+# The distribution, by enumeration -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -225,19 +225,19 @@ def ends(pattern, limit, eos):
     return rows
 
 
-def conditional_law(pattern, limit, eos, warp=lambda row: row):
-    """Of each prefix of an allowed row, the law of its next token: the model's, masked, warped and renormalised."""
+def conditional_distribution(pattern, limit, eos, warp=lambda row: row):
+    """The next-token distribution after each prefix of an allowed row: the model's, masked, warped and renormalised."""
     table = np.asarray(PARAMS["logits"], np.float64)
     prefixes = [p for length in range(4) for p in itertools.product(range(4), repeat=length)]
     rows = dict(zip(prefixes, table, strict=True))
-    laws = {}
+    distributions = {}
     for row in ends(pattern, limit, eos):
         for cut in range(len(row)):
             prefix = row[:cut]
             allowed = {other[cut] for other in ends(pattern, limit, eos) if other[:cut] == prefix and len(other) > cut}
             masked = np.where([token in allowed for token in range(4)], rows[prefix], -np.inf)
-            laws[prefix] = log_softmax(warp(masked))
-    return laws
+            distributions[prefix] = log_softmax(warp(masked))
+    return distributions
 
 
 def rows_of(generation):
@@ -267,17 +267,17 @@ CASES = [
 
 @pytest.mark.parametrize(("pattern", "eos"), CASES)
 @pytest.mark.parametrize("warped", [False, True], ids=["alone", "in a chain"])
-def test_rows_follow_the_masked_law(pattern, eos, warped):
+def test_rows_follow_the_masked_distribution(pattern, eos, warped):
     options, warp = {}, lambda row: row
     if warped:
         options = {"transform": [constrained(pattern, eos), Temperature(0.9), TopP(0.9)]}
         warp = lambda row: np.where(kept_by_top_p(row / 0.9, 0.9), row / 0.9, -np.inf)  # noqa: E731
-    law = conditional_law(pattern, 4, eos, warp)
+    distribution = conditional_distribution(pattern, 4, eos, warp)
     generation = drawn(pattern, eos=eos, **options)
     found = rows_of(generation)
     every = sorted(ends(pattern, 4, eos))
     assert set(found) <= set(every)
-    exact = {row: [law[row[:t]][row[t]] for t in range(len(row))] for row in every}
+    exact = {row: [distribution[row[:t]][row[t]] for t in range(len(row))] for row in every}
     place = {row: i for i, row in enumerate(every)}
     with np.errstate(invalid="ignore"):
         assert_follows([place[row] for row in found], np.exp([sum(exact[row]) for row in every]))
@@ -287,14 +287,14 @@ def test_rows_follow_the_masked_law(pattern, eos, warped):
 
 @pytest.mark.parametrize(("pattern", "eos"), CASES)
 def test_greedy_takes_the_most_probable_of_what_is_allowed(pattern, eos):
-    law, row = conditional_law(pattern, 4, eos), ()
+    distribution, row = conditional_distribution(pattern, 4, eos), ()
     while row not in ends(pattern, 4, eos):
-        row += (int(np.argmax(law[row])),)
+        row += (int(np.argmax(distribution[row])),)
     assert rows_of(drawn(pattern, eos=eos, rows=2, greedy=True)) == [row, row]
 
 
 def test_a_row_ends_accepted_within_its_own_limit():
-    """Where few tokens remain, only those are kept from which an end is still within reach."""
+    """If few tokens remain, only those are kept from which an end can still be reached."""
     limits, pattern = np.arange(DRAWS) % 3 + 2, "a|(b|c)[abc]+b"
     found = rows_of(drawn(pattern, max_new_tokens=limits))
     for limit in (2, 3, 4):
@@ -456,8 +456,8 @@ def test_a_wide_beam_finds_all_that_is_allowed_and_nothing_else(pattern, eos):
     )  # fmt: skip
     table = np.asarray(PARAMS["logits"], np.float64)
     prefixes = [p for length in range(4) for p in itertools.product(range(4), repeat=length)]
-    law = dict(zip(prefixes, log_softmax(table), strict=True))
-    totals = {row: sum(law[row[:t]][row[t]] for t in range(len(row))) for row in ends(pattern, 4, eos)}
+    distribution = dict(zip(prefixes, log_softmax(table), strict=True))
+    totals = {row: sum(distribution[row[:t]][row[t]] for t in range(len(row))) for row in ends(pattern, 4, eos)}
     found = np.asarray(beams.log_prob[1]) > -np.inf
     tokens, mask = np.asarray(beams.tokens[1])[found].tolist(), np.asarray(beams.mask[1])[found]
     rows = [tuple(row[: valid.sum()]) for row, valid in zip(tokens, mask, strict=True)]

@@ -48,15 +48,15 @@ def reference(params, prompt, *, top_k, alpha, count):
 
     for _ in range(count):
         before, logits = (each[0] for each in score([row]))
-        law = log_softmax(logits[-1])
-        candidates = np.argsort(-law, kind="stable")[:top_k]
+        distribution = log_softmax(logits[-1])
+        candidates = np.argsort(-distribution, kind="stable")[:top_k]
         hidden, _ = score([[*row, token] for token in candidates])
         cosine = (hidden[:, -1] @ before.T) / np.outer(
             np.linalg.norm(hidden[:, -1], axis=-1), np.linalg.norm(before, axis=-1)
         )
-        scores = (1 - alpha) * np.exp(law[candidates]) - alpha * cosine.max(axis=1)
+        scores = (1 - alpha) * np.exp(distribution[candidates]) - alpha * cosine.max(axis=1)
         row.append(int(candidates[scores.argmax()]))
-        logp.append(law[row[-1]])
+        logp.append(distribution[row[-1]])
         runner_up.append(np.sort(scores)[-1] - np.sort(scores)[-2])
     assert min(runner_up) > 1e-5, "a choice too close to compare"
     return row[len(prompt) :], logp
@@ -121,12 +121,12 @@ def on_a_table(table, alpha, top_k, horizon=4):
         return one @ two / max(np.linalg.norm(one) * np.linalg.norm(two), 1e-300)
 
     while len(path) < horizon:
-        law = np.exp(log_softmax(row(path)))
+        distribution = np.exp(log_softmax(row(path)))
         scores = {}
-        for token in np.argsort(-law, kind="stable")[:top_k]:
-            if law[token] > 0:
+        for token in np.argsort(-distribution, kind="stable")[:top_k]:
+            if distribution[token] > 0:
                 penalty = max((cosine(row((*path, int(token))), state) for state in states), default=0)
-                scores[int(token)] = (1 - alpha) * law[token] - alpha * penalty
+                scores[int(token)] = (1 - alpha) * distribution[token] - alpha * penalty
         path = (*path, max(scores, key=scores.get))
         states.append(row(path))
     return path

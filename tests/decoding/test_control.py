@@ -31,7 +31,7 @@ from jaxrl_llm.decoding.transforms import (
 )
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import assert_follows, log_softmax, random_params
-from tests.decoding.decoders import ended_law, index_of
+from tests.decoding.decoders import ended_distribution, index_of
 
 PROMPT = (0, 2)  # so that penalties that see the prompt differ from those that do not
 DRAWS, NEW = 5000, 4
@@ -64,7 +64,7 @@ def exact(transform):
 def everything(
     *, r=1.0, p=0.0, f=0.0, n=9, bad=False, bias=(0.0, 0.0, 0.0), t=1.0, cuts=(0.0, 0.0, 0.0, 99.0), **other
 ):
-    """One program for all laws: those of the transforms that are not asked for do nothing."""
+    """One program for all distributions: those of the transforms that are not asked for do nothing."""
     words = bad_words(3, [[2, 1], [0, 2, 0]])
     words = words if bad else BadWords(words.before, words.last + 9)  # tokens that there are not
     filters = [kind(number) for kind, number in zip((MinP, Epsilon, Eta, TopNSigma), cuts, strict=True)]
@@ -78,7 +78,7 @@ def everything(
 
 
 def sampled(transform, *, seed=3, eos=9):
-    """What the sampler drew, and the number of each continuation among `EVERY`."""
+    """Return the sampled texts, and the number of each continuation among `EVERY`."""
     options = {"max_new_tokens": NEW, "key": jax.random.key(seed), "eos_id": [eos]}
     out = generate(LM, PARAMS, np.tile(PROMPT, (DRAWS, 1)), transform=transform, **options)
     return out, index_of(LM, out.tokens)
@@ -107,26 +107,26 @@ FAST = ("none", "typical", "forced", "several")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in TRANSFORMS])
 def test_the_sampler_follows_the_exact_distribution(name):
     out, outcomes = sampled(TRANSFORMS[name])
-    log_law = np.asarray(exact(TRANSFORMS[name]))
-    law = np.exp(log_law)
-    assert_follows(outcomes, law)
+    log_distribution = np.asarray(exact(TRANSFORMS[name]))
+    distribution = np.exp(log_distribution)
+    assert_follows(outcomes, distribution)
     # Not only in frequency: the decoder's log-probability of every sequence that it drew is the exact one.
-    np.testing.assert_allclose(np.asarray(out.logp_sampler).sum(axis=1), log_law[outcomes], atol=1e-5)
-    assert law[np.unique(outcomes)].sum() > 0.99, "and it drew nearly all"
-    np.testing.assert_allclose(law.sum(), 1, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(out.logp_sampler).sum(axis=1), log_distribution[outcomes], atol=1e-5)
+    assert distribution[np.unique(outcomes)].sum() > 0.99, "and it drew nearly all"
+    np.testing.assert_allclose(distribution.sum(), 1, atol=1e-6)
     plain = np.exp(exact(TRANSFORMS["none"]))
-    assert np.abs(law - plain).sum() > 0.1 or name == "none", "the transform changes something"
+    assert np.abs(distribution - plain).sum() > 0.1 or name == "none", "the transform changes something"
 
 
 def test_a_minimum_length_holds_and_the_distribution_before_and_after_it_is_the_exact_one():
     out, _ = sampled(everything(length=2), eos=1)
     lengths = np.asarray(out.mask).sum(axis=1)
     assert lengths.min() == 3 and lengths.max() == NEW
-    law = ended_law(LM, exact(everything(length=2)), [1])
-    place = {row: i for i, row in enumerate(law)}
+    distribution = ended_distribution(LM, exact(everything(length=2)), [1])
+    place = {row: i for i, row in enumerate(distribution)}
     found = [tuple(row[:n]) for row, n in zip(np.asarray(out.tokens).tolist(), lengths, strict=True)]
-    assert_follows([place[row] for row in found], list(law.values()))
-    np.testing.assert_allclose(out.logp_sampler.sum(axis=1), np.log([law[row] for row in found]), atol=1e-5)
+    assert_follows([place[row] for row in found], list(distribution.values()))
+    np.testing.assert_allclose(out.logp_sampler.sum(axis=1), np.log([distribution[row] for row in found]), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -170,9 +170,9 @@ def test_a_bias_for_each_row_and_for_all():
 def test_the_gradient_of_a_bias_is_finite():
     logits, bias = jnp.asarray([0.0, 1.0, -jnp.inf, 2.0]), jnp.asarray([1.0, -jnp.inf, 1.0, 0.0])
     grads = jax.grad(lambda t, z: jax.nn.logsumexp(t(z)), argnums=(0, 1))(LogitBias(bias), logits)
-    law = np.exp([1, -np.inf, -np.inf, 2]) / np.exp([1.0, 2.0]).sum()
-    np.testing.assert_allclose(grads[0].bias, law, rtol=1e-5)
-    np.testing.assert_allclose(grads[1], law, rtol=1e-5)
+    distribution = np.exp([1, -np.inf, -np.inf, 2]) / np.exp([1.0, 2.0]).sum()
+    np.testing.assert_allclose(grads[0].bias, distribution, rtol=1e-5)
+    np.testing.assert_allclose(grads[1], distribution, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(4,), (1,), (3, 3), (1, 3), (2, 2, 3)])

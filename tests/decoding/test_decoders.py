@@ -1,4 +1,4 @@
-"""What every decoder must do, whatever it decodes by."""
+"""The conformance suite of all decoders."""
 
 import jax
 import jax.numpy as jnp

@@ -26,13 +26,13 @@ def table(seed):
     return params, dict(zip(PREFIXES, log_softmax(params["logits"]), strict=True))
 
 
-def best_of_all(law, count, penalty, eos, prompt):
+def best_of_all(distribution, count, penalty, eos, prompt):
     """By enumeration: the best sequence and its log-probability."""
     found = []
     for length in range(1, count + 1):
         for tokens in itertools.product(range(3), repeat=length):
             if not set(tokens[:-1]) & set(eos) and (length == count or tokens[-1] in eos):
-                log_prob = sum(law[(*prompt, *tokens[:t])][tokens[t]] for t in range(length))
+                log_prob = sum(distribution[(*prompt, *tokens[:t])][tokens[t]] for t in range(length))
                 found.append((log_prob / length**penalty, log_prob, tokens))
     return max(found), len(found)
 
@@ -42,8 +42,8 @@ def best_of_all(law, count, penalty, eos, prompt):
 def test_it_finds_what_enumeration_finds(penalty, eos):
     visited = []
     for seed, prompt in itertools.product(range(5), ((), (1,), (2, 0))):
-        params, law = table(seed)
-        (score, log_prob, tokens), _ = best_of_all(law, 4, penalty, eos, prompt)
+        params, distribution = table(seed)
+        (score, log_prob, tokens), _ = best_of_all(distribution, 4, penalty, eos, prompt)
         found = exact_search(
             LM, params, np.asarray(prompt, int), max_new_tokens=4, length_penalty=penalty, eos_id=eos or None
         )
@@ -56,9 +56,11 @@ def test_it_finds_what_enumeration_finds(penalty, eos):
 
 def test_the_nodes_are_those_that_cannot_be_left_out():
     """At least the prefixes that are more probable than the answer, and at most all."""
-    params, law = table(0)
+    params, distribution = table(0)
     found = exact_search(LM, params, np.zeros(0, int), max_new_tokens=4)
-    needed = sum(sum(law[p[:t]][p[t]] for t in range(len(p))) > found.log_prob for p in PREFIXES if 0 < len(p) < 4)
+    needed = sum(
+        sum(distribution[p[:t]][p[t]] for t in range(len(p))) > found.log_prob for p in PREFIXES if 0 < len(p) < 4
+    )
     assert needed + 1 <= found.num_nodes <= 40
 
 
@@ -108,7 +110,7 @@ def test_mistakes_are_named(wrong, message):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [0, 1])
-def test_logits_that_are_no_law_raise(value, row):
+def test_logits_that_are_no_distribution_raise(value, row):
     logits = table(0)[0]["logits"].at[0].set(jnp.asarray([9.0, 0, 0]))  # token 0 is looked at first
     with pytest.raises(FloatingPointError, match="NaN, \\+inf, or all −inf"):
         exact_search(LM, {"logits": logits.at[row].set(value)}, np.zeros(0, int), max_new_tokens=4)

@@ -24,7 +24,7 @@ from tests.decoding.decoders import (
     PROMPTS,
     ROWS,
     assert_same,
-    ended_law,
+    ended_distribution,
     exact_log_probs,
     expected,
     index_of,
@@ -78,12 +78,12 @@ def test_a_fully_masked_prompt_is_the_empty_prompt(tabular):
 def test_ended_sequences_follow_their_distribution_and_count_the_end(tabular, eos):
     lm, params = tabular
     generation = generate(lm, params, NOTHING, max_new_tokens=4, key=jax.random.key(1), eos_id=eos, pad_id=7)
-    law = ended_law(lm, exact_log_probs(lm, params), eos)
-    place = {row: i for i, row in enumerate(law)}
+    distribution = ended_distribution(lm, exact_log_probs(lm, params), eos)
+    place = {row: i for i, row in enumerate(distribution)}
     lengths = np.asarray(generation.mask).sum(axis=1)
     found = [tuple(row[:n]) for row, n in zip(np.asarray(generation.tokens).tolist(), lengths, strict=True)]
-    assert_follows([place[row] for row in found], list(law.values()))
-    np.testing.assert_allclose(generation.logp.sum(axis=1), np.log([law[row] for row in found]), atol=1e-5)
+    assert_follows([place[row] for row in found], list(distribution.values()))
+    np.testing.assert_allclose(generation.logp.sum(axis=1), np.log([distribution[row] for row in found]), atol=1e-5)
 
 
 @pytest.mark.parametrize("transform", [None, Temperature(3.0)], ids=str)
@@ -150,8 +150,8 @@ def test_greedy_tokens_are_the_argmax_of_the_uncached_model(model):
 def test_log_probabilities_are_those_of_the_uncached_model(model):
     generation = expected("sampled", model)
     logits = uncached_logits(TINY[model], PROMPTS, LENGTHS, generation.tokens)
-    for found, law in [(generation.logp, logits), (generation.logp_sampler, logits / 1.5)]:
-        exact = np.take_along_axis(log_softmax(law), np.asarray(generation.tokens)[..., None], axis=-1)[..., 0]
+    for found, distribution in [(generation.logp, logits), (generation.logp_sampler, logits / 1.5)]:
+        exact = np.take_along_axis(log_softmax(distribution), np.asarray(generation.tokens)[..., None], axis=-1)[..., 0]
         np.testing.assert_allclose(found, exact, atol=1e-4)
     assert len({tuple(row) for row in np.asarray(generation.tokens).tolist()}) == ROWS
 
@@ -192,7 +192,7 @@ def test_equal_prompts_of_one_key_are_drawn_apart(gpt2):
 
 
 def cut(generation, eos, *, pad_id=0):
-    """What a generation without an end becomes if these tokens end it."""
+    """Return a generation without an end, ended by these tokens."""
     tokens = np.asarray(generation.tokens)
     ends = np.isin(tokens, eos)
     mask = np.cumsum(ends, axis=1) - ends == 0
@@ -236,7 +236,7 @@ SUCCESSOR = Successor()
 
 
 def steps_of(run):
-    """What `run` returns, and how many times the model ran on one token a row."""
+    """Return the result of `run`, and how many times the model ran on one token a row."""
     CALLS.clear()
     result = jax.block_until_ready(run())
     jax.effects_barrier()
@@ -420,7 +420,7 @@ def test_guidance_of_scale_one_is_generation_and_of_others_excludes_what_either_
     assert set(np.unique(between.tokens)) == {1}
 
 
-def test_guidance_mixes_the_two_laws_whatever_the_padding():
+def test_guidance_mixes_the_two_distributions_whatever_the_padding():
     lm = TabularLM(vocab_size=3, horizon=3)
     params = {"logits": jnp.asarray(np.random.default_rng(1).normal(size=(lm.num_prefixes, 3)), jnp.float32)}
     own, other = (log_softmax(params["logits"][row]) for row in (1, 2))  # after "0" and after "1"

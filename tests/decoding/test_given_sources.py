@@ -55,8 +55,8 @@ def apply(lm, given, text):
     return lm.apply(given, text)[0]
 
 
-def laws_after(row, text):
-    """The law after each token of a text, whose first is the start token, without a cache."""
+def distributions_after(row, text):
+    """The distribution after each token of a text, whose first is the start token, without a cache."""
     lm, given, _ = one(row)
     padded = np.zeros((1, 16), int)
     padded[0, : len(text)] = text
@@ -66,8 +66,8 @@ def laws_after(row, text):
 def log_probs_of(row, tokens):
     """log p of each of the tokens after the row's prompt, without a cache."""
     prompt = PROMPTS[row, PROMPT_MASK[row]]
-    laws = laws_after(row, np.concatenate([prompt, tokens]))[len(prompt) - 1 : -1]
-    return np.take_along_axis(laws, np.asarray(tokens)[:, None], axis=1)[:, 0]
+    distributions = distributions_after(row, np.concatenate([prompt, tokens]))[len(prompt) - 1 : -1]
+    return np.take_along_axis(distributions, np.asarray(tokens)[:, None], axis=1)[:, 0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +102,7 @@ def test_greedy_is_the_argmax_of_the_uncached_model():
     for row in range(3):
         text = PROMPTS[row, PROMPT_MASK[row]].tolist()
         for token in found.tokens[row].tolist():
-            assert token == laws_after(row, text)[-1].argmax()
+            assert token == distributions_after(row, text)[-1].argmax()
             text.append(token)
 
 
@@ -141,14 +141,14 @@ def test_speculation_is_exact(kind):
         assert (found.acceptance_rate == 1) == (kind == "the same weights")
 
 
-def test_speculation_follows_the_law_of_the_target():
+def test_speculation_follows_the_distribution_of_the_target():
     rows, (lm, given, _) = 6000, one(0)
     other = T5_SMALL.start(random_params(T5_SMALL, 9), SOURCE[:1], MASK[:1]).params
     options = {"draft": DraftModel(lm, other), "num_draft": 2, "max_new_tokens": 3}
     prompts = T5_SMALL.decoder_prompts(rows)
     tokens = speculative_generate(lm, given, prompts, key=jax.random.key(0), **options).generation.tokens
     first = int(np.bincount(tokens[:, 0]).argmax())
-    exact = np.exp(laws_after(0, [0, first]))
+    exact = np.exp(distributions_after(0, [0, first]))
     assert_follows(tokens[:, 0], exact[0])
     after = np.asarray(tokens)[np.asarray(tokens[:, 0]) == first]
     assert len(after) > 500
@@ -195,7 +195,7 @@ def test_under_guidance_both_prompts_of_a_row_read_its_source():
     guidance = Guidance(np.asarray([[0], [0], [0]]), 2.5)
     found = generate(LM, GIVEN, PROMPTS, greedy=True, guidance=guidance, **LAYOUT)
     for row in range(3):
-        own, other = (laws_after(row, each)[-1] for each in (PROMPTS[row, PROMPT_MASK[row]], [0]))
+        own, other = (distributions_after(row, each)[-1] for each in (PROMPTS[row, PROMPT_MASK[row]], [0]))
         assert found.tokens[row, 0] == (other + 2.5 * (own - other)).argmax()
         assert found.logp[row, 0] == pytest.approx(own[found.tokens[row, 0]], abs=1e-4)
 

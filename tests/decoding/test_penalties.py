@@ -36,7 +36,7 @@ def removed(row, banned):
 
 
 def by_definition(transform, row, text):
-    """What a transform does to one row of logits after the real tokens `text`, in plain Python."""
+    """Apply a transform to one row of logits after the real tokens `text`, in plain Python."""
     row, text = [float(logit) for logit in row], [int(token) for token in text]
     if isinstance(transform, RepetitionPenalty):
         r = float(transform.r)
@@ -207,9 +207,9 @@ def test_gradients():
     chain = Chain((RepetitionPenalty(2.0), FrequencyPenalty(0.5), NoRepeatNgram(2)))
     by_transform, by_logits = jax.jit(jax.grad(total, argnums=(0, 1), allow_int=True))(chain, ROW)
     shifted = np.asarray([1 - 0.5, -4 - 1.5, 0, 1, -np.inf])  # after 4 nothing is known
-    law = np.exp(shifted) / np.exp(shifted).sum()
-    np.testing.assert_allclose(by_logits[0], law * [0.5, 2, 1, 1, 0], rtol=1e-5)
-    np.testing.assert_allclose(by_transform.transforms[1].f, -(law * [1, 3, 0, 0, 0]).sum(), rtol=1e-5)
+    distribution = np.exp(shifted) / np.exp(shifted).sum()
+    np.testing.assert_allclose(by_logits[0], distribution * [0.5, 2, 1, 1, 0], rtol=1e-5)
+    np.testing.assert_allclose(by_transform.transforms[1].f, -(distribution * [1, 3, 0, 0, 0]).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def overlap(one, other):
     return agree.mean() + 0.1 * (one[0] <= other[0])
 
 
-def exact_law(lm):
+def exact_distribution(lm):
     """All sequences and their log-probabilities under a table whose most probable sequence is not the best answer."""
     params = random_params(lm, 11)
     every = np.asarray(oracle.enumerate_sequences(lm))
@@ -37,7 +37,7 @@ def exact_law(lm):
 
 
 def test_with_probabilities_as_weights_it_is_the_exact_answer(tabular):
-    every, log_probs = exact_law(tabular[0])
+    every, log_probs = exact_distribution(tabular[0])
     exact = np.zeros(len(every))
     for (h, candidate), (y, sequence) in itertools.product(enumerate(every), enumerate(every)):
         exact[h] += np.exp(log_probs[y]) * (np.mean(candidate == sequence) + 0.1 * (candidate[0] <= sequence[0]))
@@ -51,7 +51,7 @@ def test_with_probabilities_as_weights_it_is_the_exact_answer(tabular):
 
 
 def test_samples_estimate_it(tabular):
-    every, log_probs = exact_law(tabular[0])
+    every, log_probs = exact_distribution(tabular[0])
     exact = minimum_bayes_risk(every, overlap, np.exp(log_probs)).expected_utility
     draws = np.random.default_rng(0).choice(len(every), 400, p=np.exp(log_probs) / np.exp(log_probs).sum())
     estimate = minimum_bayes_risk(every[draws], overlap, candidates=every).expected_utility
@@ -113,7 +113,7 @@ def rewards_of(tokens):
     return (tokens == 1).sum(axis=-1) + 0.5 * (tokens[..., 0] == 2)
 
 
-def test_its_law_is_that_of_the_objectives(tabular):
+def test_its_distribution_is_that_of_the_objectives(tabular):
     lm, params = tabular
     best = best_of_n(
         lm,
@@ -128,15 +128,15 @@ def test_its_law_is_that_of_the_objectives(tabular):
     )
 
     @jax.jit
-    def laws(params):
-        law = oracle.sequence_log_probs(lm, params, Temperature(1.5))
+    def distributions(params):
+        distribution = oracle.sequence_log_probs(lm, params, Temperature(1.5))
         rewards = rewards_of(oracle.enumerate_sequences(lm)).astype(jnp.float32)
-        return jnp.exp(law), jnp.exp(rlhf.best_of_n(law, rewards, n=N))
+        return jnp.exp(distribution), jnp.exp(rlhf.best_of_n(distribution, rewards, n=N))
 
-    law, expected = laws(params)
+    distribution, expected = distributions(params)
     assert_follows(index_of(lm, best.generation.tokens), expected)
-    assert np.abs(expected - law).sum() > 0.3, "nearly the law of one sample"
-    assert_follows(index_of(lm, best.samples.tokens.reshape(-1, 4)), law)
+    assert np.abs(expected - distribution).sum() > 0.3, "nearly the distribution of one sample"
+    assert_follows(index_of(lm, best.samples.tokens.reshape(-1, 4)), distribution)
 
 
 def test_winners_are_the_first_of_the_highest_scores(tabular):

@@ -56,7 +56,7 @@ def test_the_ends_of_the_unit_interval_are_no_way_out(possible, uniform):
     assert token[0] in possible
 
 
-def test_very_peaked_and_very_flat_laws():
+def test_very_peaked_and_very_flat_distributions():
     peaked = np.full(1000, -30, np.float32)
     peaked[617] = 0
     np.testing.assert_array_equal(draws_of(peaked), 617)  # all else together has probability 1e-10
@@ -99,8 +99,8 @@ def test_two_draws_of_one_row_are_independent():
         draws_of(np.float32([0, 1, 0.5])),
         draws_of(np.float32([0.3, 0, 1]), jax.random.split(jax.random.key(1), DRAWS)),
     )
-    law = np.exp(log_softmax([0, 1, 0.5]))[:, None] * np.exp(log_softmax([0.3, 0, 1]))
-    assert_follows(3 * first + second, law.ravel())
+    distribution = np.exp(log_softmax([0, 1, 0.5]))[:, None] * np.exp(log_softmax([0.3, 0, 1]))
+    assert_follows(3 * first + second, distribution.ravel())
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 7), (2, 3, 23)])
@@ -121,12 +121,12 @@ def test_sample_distinct_follows_sequential_sampling_without_replacement(count):
     logits = np.float32([0.0, 1.0, -1.0, 0.5])
     tokens = np.asarray(sample_distinct(KEYS, jnp.broadcast_to(logits, (DRAWS, 4)), count))
     orders = list(itertools.permutations(range(4), count))
-    probabilities, law = np.exp(log_softmax(logits)), []
+    probabilities, distribution = np.exp(log_softmax(logits)), []
     for order in orders:
         left = 1 - np.cumsum([0, *probabilities[list(order[:-1])]])
-        law.append(np.prod(probabilities[list(order)] / left))
+        distribution.append(np.prod(probabilities[list(order)] / left))
     index = {order: place for place, order in enumerate(orders)}
-    assert_follows([index[tuple(row)] for row in tokens.tolist()], law)
+    assert_follows([index[tuple(row)] for row in tokens.tolist()], distribution)
 
 
 def test_sample_distinct_puts_the_possible_tokens_first():

@@ -19,7 +19,7 @@ from tests.decoding.decoders import (
     NEW,
     ROWS,
     assert_same,
-    ended_law,
+    ended_distribution,
     exact_log_probs,
     expected,
     index_of,
@@ -32,7 +32,7 @@ LM = TabularLM(vocab_size=3, horizon=4)
 TARGET, OTHER = random_params(LM, 1), random_params(LM, 2)
 
 
-def random_laws(rng, *shape):
+def random_distributions(rng, *shape):
     """Laws over the last axis; some have impossible tokens."""
     weights = rng.gamma(0.7, size=shape) * (rng.random(shape) < 0.8)
     weights[..., 0] += 1e-3
@@ -50,7 +50,7 @@ def x64():
 
 
 def rule(p, q):
-    """Of every token: the probability that it is accepted; and the law of the one drawn instead. By the library."""
+    """The library's probability of accepting each token, and its distribution of the token drawn instead."""
     tokens = jnp.broadcast_to(jnp.arange(p.shape[-1]), p.shape)
     accept = [acceptance_probability(p, q, tokens[..., token]) for token in range(p.shape[-1])]
     return jnp.stack(accept, axis=-1), residual(p, q)
@@ -59,7 +59,7 @@ def rule(p, q):
 @pytest.mark.parametrize("vocab", [1, 2, 3, 4])
 def test_one_token_follows_the_target_whatever_the_draft(x64, vocab):
     rng = np.random.default_rng(vocab)
-    p, q = random_laws(rng, 300, vocab), random_laws(rng, 300, vocab)
+    p, q = random_distributions(rng, 300, vocab), random_distributions(rng, 300, vocab)
     q[0], q[1] = 0, p[1]  # no draft; the target itself
     q[2:5], p[5:8] = np.eye(vocab)[-1], np.eye(vocab)[-1]  # point masses
     accept, instead = rule(jnp.asarray(p), jnp.asarray(q))
@@ -78,15 +78,15 @@ def test_the_rule_at_its_edges(x64):
     np.testing.assert_array_equal(residual(p, jnp.zeros(3)), p)
 
 
-def law_by_speculation(p, q, num_draft, vocab, horizon):
-    """The law of whole sequences: prefill, then rounds, over all drafts and all outcomes; laws are by prefix."""
-    prefixes, law = list(p), {}
+def distribution_by_speculation(p, q, num_draft, vocab, horizon):
+    """The distribution of whole sequences: prefill, then rounds, over all drafts and outcomes; p and q by prefix."""
+    prefixes, distribution = list(p), {}
     tables = [jnp.asarray([each[prefix] for prefix in prefixes]) for each in (p, q)]
     accept, instead = (dict(zip(prefixes, np.asarray(each), strict=True)) for each in rule(*tables))
 
     def play(prefix, probability):
         if len(prefix) == horizon:
-            law[prefix] = law.get(prefix, 0) + probability
+            distribution[prefix] = distribution.get(prefix, 0) + probability
             return
         for drafts in itertools.product(range(vocab), repeat=min(num_draft, horizon - len(prefix))):
             drawn = probability * np.prod([q[prefix + drafts[:i]][draft] for i, draft in enumerate(drafts)])
@@ -103,27 +103,29 @@ def law_by_speculation(p, q, num_draft, vocab, horizon):
 
     for token in range(vocab):
         play((token,), p[()][token])
-    return law
+    return distribution
 
 
 @pytest.mark.parametrize(("vocab", "horizon", "num_draft"), [(2, 3, 1), (2, 3, 2), (3, 2, 1), (3, 3, 2)])
 def test_whole_sequences_follow_the_target_by_enumeration(x64, vocab, horizon, num_draft):
     prefixes = [p for length in range(horizon) for p in itertools.product(range(vocab), repeat=length)]
     rng = np.random.default_rng(num_draft)
-    target, other = (dict(zip(prefixes, random_laws(rng, len(prefixes), vocab), strict=True)) for _ in range(2))
-    law = law_by_speculation(target, other, num_draft, vocab, horizon)
+    target, other = (
+        dict(zip(prefixes, random_distributions(rng, len(prefixes), vocab), strict=True)) for _ in range(2)
+    )
+    distribution = distribution_by_speculation(target, other, num_draft, vocab, horizon)
     for row in itertools.product(range(vocab), repeat=horizon):
         exact = np.prod([target[row[:t]][row[t]] for t in range(horizon)])
-        assert abs(law[row] - exact) < 1e-12
+        assert abs(distribution[row] - exact) < 1e-12
 
 
 def test_verify_draws_the_outcomes_of_the_rule():
     rng, count = np.random.default_rng(0), 40_000
-    p, q = random_laws(rng, 3, 3), random_laws(rng, 2, 3)
+    p, q = random_distributions(rng, 3, 3), random_distributions(rng, 2, 3)
     outcomes = {}
-    drafts = np.stack([rng.choice(3, count, p=law) for law in q], axis=1)
+    drafts = np.stack([rng.choice(3, count, p=distribution) for distribution in q], axis=1)
     p, q = jnp.asarray(p, jnp.float32), jnp.asarray(q, jnp.float32)
-    many = [jnp.broadcast_to(law, (count, *law.shape)) for law in (p, q)]
+    many = [jnp.broadcast_to(distribution, (count, *distribution.shape)) for distribution in (p, q)]
     accepted, token = jax.jit(verify)(jax.random.split(jax.random.key(1), count), jnp.asarray(drafts), *many)
     accept, instead = (np.asarray(each) for each in rule(p[:2], q))
     for first, second in itertools.product(range(3), repeat=2):
@@ -139,7 +141,7 @@ def test_verify_draws_the_outcomes_of_the_rule():
     assert_follows([index[outcome] for outcome in found], list(outcomes.values()))
 
 
-# The decoder's law, on a table ----------------------------------------------------------------------------------------
+# The decoder's distribution, on a table -------------------------------------------------------------------------------
 
 
 class AfterLast(Transform):
@@ -171,7 +173,7 @@ class Tiring(Transform):
 
 
 def warped(row, transform, prefix, surprise):
-    """What a transform does to one row of logits, by its definition."""
+    """Apply a transform to one row of logits, by its definition."""
     match transform:
         case None:
             return row
@@ -199,8 +201,8 @@ def by_definition(sequences, transform, params=TARGET, *, start=0):
         for t, token in enumerate(row):
             logits = table[first[t] + sum(int(x) * 3 ** (t - 1 - i) for i, x in enumerate(row[:t]))]
             with np.errstate(invalid="ignore"):
-                law = log_softmax(warped(logits, transform, tuple(row[:t]), surprise))
-            both[:, number, t] = log_softmax(logits)[token], law[token]
+                distribution = log_softmax(warped(logits, transform, tuple(row[:t]), surprise))
+            both[:, number, t] = log_softmax(logits)[token], distribution[token]
             surprise -= log_softmax(logits)[token] if t >= start else 0
     return both
 
@@ -256,11 +258,11 @@ def test_sequences_follow_the_targets_distribution(transform, draft, num_draft):
 
 def test_ended_sequences_follow_their_distribution():
     generation = speculate(num_draft=2, eos_id=(2, 2)).generation
-    law = ended_law(LM, exact_log_probs(LM, TARGET), [2])
-    place = {row: i for i, row in enumerate(law)}
+    distribution = ended_distribution(LM, exact_log_probs(LM, TARGET), [2])
+    place = {row: i for i, row in enumerate(distribution)}
     lengths = np.asarray(generation.mask).sum(axis=1)
     found = [tuple(row[:n]) for row, n in zip(generation.tokens.tolist(), lengths, strict=True)]
-    assert_follows([place[row] for row in found], list(law.values()))
+    assert_follows([place[row] for row in found], list(distribution.values()))
 
 
 def test_drafts_of_the_target_itself_are_accepted_also_with_states():

@@ -26,7 +26,7 @@ EVERY = [
 ]
 
 
-def law(params, warp=lambda row: row):
+def distribution(params, warp=lambda row: row):
     """The log-probability of every sequence, from the table in float64."""
     rows = log_softmax([warp(row) for row in np.asarray(params["logits"], np.float64)])
     after = dict(zip(PREFIXES, rows, strict=True))
@@ -48,7 +48,7 @@ def drawn():
     )
 
 
-def ordered_law(probs, count):
+def ordered_distribution(probs, count):
     """The probability of every ordered choice of `count` without replacement."""
     for chosen in itertools.permutations(range(len(probs)), count):
         taken, probability = 0.0, 1.0
@@ -65,13 +65,13 @@ def assert_unbiased(samples, expected):
     assert (z < 4).all(), z
 
 
-# The law, by enumeration ----------------------------------------------------------------------------------------------
+# The distribution, by enumeration -------------------------------------------------------------------------------------
 
 
 def test_beams_are_distinct_sorted_and_know_their_log_probability():
     beams, found = drawn(), indices(drawn())
     assert (np.sort(found, axis=1)[:, 1:] > np.sort(found, axis=1)[:, :-1]).all() and (found >= 0).all()
-    np.testing.assert_allclose(beams.log_prob, law(PARAMS)[found], atol=1e-5)
+    np.testing.assert_allclose(beams.log_prob, distribution(PARAMS)[found], atol=1e-5)
     assert (np.diff(beams.perturbed, axis=1) <= 0).all() and (beams.perturbed[:, -1] >= beams.threshold).all()
     mask = np.asarray(beams.mask)
     np.testing.assert_array_equal(mask, np.arange(NEW) < mask.sum(axis=2, keepdims=True))
@@ -79,19 +79,19 @@ def test_beams_are_distinct_sorted_and_know_their_log_probability():
 
 
 def test_the_first_is_a_sample():
-    assert_follows(indices(drawn())[:, 0], np.exp(law(PARAMS)))
+    assert_follows(indices(drawn())[:, 0], np.exp(distribution(PARAMS)))
 
 
 def test_the_first_two_are_a_sample_without_replacement():
     found = indices(drawn())
-    pairs, probabilities = zip(*ordered_law(np.exp(law(PARAMS)), 2), strict=True)
+    pairs, probabilities = zip(*ordered_distribution(np.exp(distribution(PARAMS)), 2), strict=True)
     place = {pair: i for i, pair in enumerate(pairs)}
     assert_follows([place[pair] for pair in map(tuple, found[:, :2].tolist())], probabilities)
 
 
 def test_inclusion_frequencies_are_those_of_sampling_without_replacement():
     expected = np.zeros(len(EVERY))
-    for chosen, probability in ordered_law(np.exp(law(PARAMS)), WIDTH):
+    for chosen, probability in ordered_distribution(np.exp(distribution(PARAMS)), WIDTH):
         expected[list(chosen)] += probability
     np.testing.assert_allclose(expected.sum(), WIDTH)
     frequency = (indices(drawn())[..., None] == np.arange(len(EVERY))).any(axis=1).mean(axis=0)
@@ -106,7 +106,7 @@ def test_weights_by_inclusion_probability_are_unbiased():
     inclusion = np.asarray(inclusion_probability(beams.log_prob, beams.threshold), np.float64)
     assert ((inclusion > 0) & (inclusion <= 1)).all() and (inclusion < 0.9).any()
     weights = np.exp(np.asarray(beams.log_prob, np.float64)) / inclusion
-    assert_unbiased((weights[..., None] * values[found]).sum(axis=1), np.exp(law(PARAMS)) @ values)
+    assert_unbiased((weights[..., None] * values[found]).sum(axis=1), np.exp(distribution(PARAMS)) @ values)
 
 
 @pytest.mark.parametrize("count", [len(EVERY), len(EVERY) + 5])
@@ -131,7 +131,7 @@ def test_as_many_beams_as_sequences_find_all_with_independent_noise(count):
 
 
 @pytest.mark.slow
-def test_a_transform_shapes_the_law():
+def test_a_transform_shapes_the_distribution():
     beams = stochastic_beam_search(
         LM,
         PARAMS,
@@ -143,7 +143,7 @@ def test_a_transform_shapes_the_law():
         transform=[TopK(2), Temperature(2.0)],
     )
     with np.errstate(invalid="ignore"):
-        expected = law(PARAMS, lambda row: np.where(kept_by_top_k(row, 2), row, -np.inf) / 2)
+        expected = distribution(PARAMS, lambda row: np.where(kept_by_top_k(row, 2), row, -np.inf) / 2)
     found, possible = indices(beams), (expected > -np.inf).sum()
     assert ((found >= 0).sum(axis=1) == possible).all() and 3 < possible < len(EVERY)
     np.testing.assert_allclose(beams.log_prob[:, :possible], expected[found[:, :possible]], atol=1e-5)

@@ -127,7 +127,7 @@ def cut(row, strings, pieces):
 
 @pytest.mark.parametrize("strings", [["b"], ["ba", "\n\n"], ["aaa"], ["zz"]], ids=repr)
 def test_a_row_is_the_one_without_stop_strings_cut_where_its_own_text_contains_one(strings):
-    """What the prompt says does not count, and the rows end apart."""
+    """The prompt does not count, and rows end independently."""
     stop = stop_strings(LETTERS, strings)
     stopped = generate(LM, PARAMS, PROMPTS, stop=stop, **OPTIONS)
     free = generate(LM, PARAMS, PROMPTS, stop=stop_strings(LETTERS, ["never"]), **OPTIONS)

@@ -1,4 +1,4 @@
-"""What every transform must do, found by walking the subclasses of `Transform`."""
+"""The conformance suite of all transforms, found by walking the subclasses of `Transform`."""
 
 import functools
 
@@ -102,7 +102,7 @@ def apply(transform, state, logits):
 
 
 def applied(transform, logits, *, rows=slice(None)):
-    """What becomes of the logits after the tokens above, or after those of some rows."""
+    """Return the transformed logits after the tokens above, or after those of some rows."""
     state = state_after(transform, TOKENS[rows], MASK[rows], ALONG[:, rows])
     return apply(transform, state, logits)
 

@@ -12,7 +12,7 @@ from jaxrl_llm.decoding.constraints import Constrained, from_regex
 from jaxrl_llm.decoding.transforms import MinLength, NoRepeatNgram, Temperature, TopK, TopP
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, TINY, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
-from tests.decoding.decoders import ended_law, exact_log_probs
+from tests.decoding.decoders import ended_distribution, exact_log_probs
 
 ROOT = jnp.zeros(0, jnp.int32)  # the empty prompt
 PROMPT = jnp.asarray([3, 1, 4, 1, 5])
@@ -31,7 +31,7 @@ def tokens_to(tree, node):
     return tuple(each.token for each in tree.path(node))
 
 
-def table_law(lm, params):
+def table_distribution(lm, params):
     """From each prefix to the log-probabilities after it, in float64."""
     prefixes = [p for length in range(lm.horizon) for p in itertools.product(range(lm.vocab_size), repeat=length)]
     return dict(zip(prefixes, log_softmax(params["logits"]), strict=True))
@@ -56,13 +56,13 @@ def test_the_full_tree_holds_every_sequence_with_its_exact_log_probability(tabul
 def test_nodes_are_numbered_from_one_with_parents_first_and_add_up(tabular):
     lm, params = tabular
     tree = search_tree(lm, params, ROOT, branching=2, depth=3)
-    nodes, law = list(tree.nodes()), table_law(lm, params)
+    nodes, distribution = list(tree.nodes()), table_distribution(lm, params)
     assert [node.id for node in nodes] == list(range(1, 15))
     assert [node.level for node in nodes] == [1] * 2 + [2] * 4 + [3] * 8
     by_id = {node.id: node for node in nodes}
     for node in nodes:
         *before, token = tokens_to(tree, node)
-        np.testing.assert_allclose(node.log_prob, law[tuple(before)][token], atol=1e-5)
+        np.testing.assert_allclose(node.log_prob, distribution[tuple(before)][token], atol=1e-5)
         above = by_id[node.parent].total_log_prob if node.parent else 0
         np.testing.assert_allclose(node.total_log_prob, above + node.log_prob, atol=1e-5)
         np.testing.assert_allclose(node.score, node.total_log_prob / node.level, rtol=1e-6)
@@ -72,11 +72,11 @@ def test_nodes_are_numbered_from_one_with_parents_first_and_add_up(tabular):
 
 def test_best_takes_the_most_probable_tokens_in_their_order(tabular):
     lm, params = tabular
-    tree, law = search_tree(lm, params, ROOT, branching=2, depth=4), table_law(lm, params)
+    tree, distribution = search_tree(lm, params, ROOT, branching=2, depth=4), table_distribution(lm, params)
     prefixes = {0: ()} | {node.id: tokens_to(tree, node) for node in tree.nodes()}
     for parent, children in children_of(tree).items():
         if len(prefixes[parent]) < 4:
-            expected = np.argsort(-law[prefixes[parent]])[:2]
+            expected = np.argsort(-distribution[prefixes[parent]])[:2]
             assert [child.token for child in children] == expected.tolist()
 
 
@@ -143,36 +143,38 @@ def trees(lm, params, draws, **options):
     return jax.jit(jax.vmap(lambda key: search_tree(lm, params, ROOT, key=key, **options)))(keys)
 
 
-def law_of_sets(logits, count):
+def distribution_of_sets(logits, count):
     """Of drawing `count` tokens without replacement: the probability of each set, in lexicographic order."""
-    probabilities, law = np.exp(log_softmax(logits)), {}
+    probabilities, distribution = np.exp(log_softmax(logits)), {}
     for order in itertools.permutations(range(len(probabilities)), count):
         left = 1 - np.cumsum([0, *probabilities[list(order[:-1])]])
         chance = np.prod(probabilities[list(order)] / left) if (left > 1e-12).all() else 0.0
-        law[tuple(sorted(order))] = law.get(tuple(sorted(order)), 0) + chance
-    return law
+        distribution[tuple(sorted(order))] = distribution.get(tuple(sorted(order)), 0) + chance
+    return distribution
 
 
 @pytest.mark.parametrize("transform", [Temperature(1.0), TopK(3)], ids=str)
-def test_children_follow_the_law_of_draws_without_replacement(transform):
+def test_children_follow_the_distribution_of_draws_without_replacement(transform):
     lm = TabularLM(vocab_size=5, horizon=1)
     params = random_params(lm, 6)
     found = np.sort(np.asarray(trees(lm, params, 20_000, branching=2, depth=1, select=transform).tokens)[:, 0], axis=1)
     logits = np.asarray(params["logits"][0])
-    law = law_of_sets(np.where(kept_by_top_k(logits, 3), logits, -np.inf) if isinstance(transform, TopK) else logits, 2)
-    place = {pair: index for index, pair in enumerate(law)}
-    assert_follows([place[tuple(pair)] for pair in found.tolist()], list(law.values()))
+    distribution = distribution_of_sets(
+        np.where(kept_by_top_k(logits, 3), logits, -np.inf) if isinstance(transform, TopK) else logits, 2
+    )
+    place = {pair: index for index, pair in enumerate(distribution)}
+    assert_follows([place[tuple(pair)] for pair in found.tolist()], list(distribution.values()))
 
 
 def test_the_draws_of_two_nodes_and_of_two_levels_are_independent():
     lm = TabularLM(vocab_size=3, horizon=2)
     logits = jnp.asarray([0.0, 0.7, -0.4])
-    params = {"logits": jnp.broadcast_to(logits, (4, 3))}  # the same law at every node
+    params = {"logits": jnp.broadcast_to(logits, (4, 3))}  # the same distribution at every node
     grown = trees(lm, params, 20_000, branching=2, depth=2, select=Temperature(1.0))
     pairs = np.stack([grown.tokens[:, 0, :2], grown.tokens[:, 1, :2], grown.tokens[:, 1, 2:]], axis=1)
     missing = 3 - pairs.sum(axis=-1)  # of each node, the one of 0, 1, 2 that is not drawn
-    law = np.asarray([law_of_sets(logits, 2)[pair] for pair in [(1, 2), (0, 2), (0, 1)]])
-    assert_follows(missing @ [9, 3, 1], np.einsum("i,j,k->ijk", law, law, law).ravel())
+    distribution = np.asarray([distribution_of_sets(logits, 2)[pair] for pair in [(1, 2), (0, 2), (0, 1)]])
+    assert_follows(missing @ [9, 3, 1], np.einsum("i,j,k->ijk", distribution, distribution, distribution).ravel())
 
 
 # Fewer children -------------------------------------------------------------------------------------------------------
@@ -207,9 +209,11 @@ def test_impossible_tokens_are_no_children(tabular, select):
 def test_ended_nodes_have_no_children_and_compete_for_the_best(tabular, eos):
     lm, params = tabular
     ends = np.atleast_1d(eos)
-    law = table_law(lm, params)
+    distribution = table_distribution(lm, params)
     for boost in (-4.0, 4.0):  # with much on the end, a short sequence is best
-        law_of = {prefix: log_softmax(row + boost * np.isin(np.arange(3), ends)) for prefix, row in law.items()}
+        distribution_of = {
+            prefix: log_softmax(row + boost * np.isin(np.arange(3), ends)) for prefix, row in distribution.items()
+        }
         table = {"logits": params["logits"].at[:, ends].add(boost)}
         tree = search_tree(lm, table, ROOT, branching=3, depth=4, eos_id=eos)
         every = [
@@ -218,7 +222,7 @@ def test_ended_nodes_have_no_children_and_compete_for_the_best(tabular, eos):
             for row in itertools.product(range(3), repeat=length)
             if not set(row[:-1]) & set(ends) and (length == 4 or row[-1] in ends)
         ]
-        scores = [np.mean([law_of[row[:t]][row[t]] for t in range(len(row))]) for row in every]
+        scores = [np.mean([distribution_of[row[:t]][row[t]] for t in range(len(row))]) for row in every]
         assert sorted(tokens_to(tree, leaf) for leaf in tree.leaves()) == sorted(every)
         assert all(leaf.ended == (leaf.token in ends) for leaf in tree.leaves())
         tokens, score = tree.best()
@@ -242,8 +246,8 @@ def test_transforms_with_a_state_or_that_look_back_follow_their_branch(tabular):
     for transforms in (select[:1], select[1:2], select[2:], select[:2]):
         tree = search_tree(lm, params, ROOT, branching=3, depth=4, select=transforms, key=jax.random.key(0), eos_id=2)
         with np.errstate(divide="ignore"):
-            law = ended_law(lm, exact_log_probs(lm, params, transforms), [2])
-        assert {tokens_to(tree, leaf) for leaf in tree.leaves()} == {row for row, p in law.items() if p > 0}
+            distribution = ended_distribution(lm, exact_log_probs(lm, params, transforms), [2])
+        assert {tokens_to(tree, leaf) for leaf in tree.leaves()} == {row for row, p in distribution.items() if p > 0}
         assert len(tree.leaves()) < 31, "something is removed"
 
 
@@ -255,24 +259,24 @@ def test_log_probabilities_of_bfloat16_parameters_are_float32(tabular):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     tree = search_tree(lm, params, ROOT, branching=3, depth=4)
     assert tree.log_probs.dtype == jnp.float32
-    law = table_law(lm, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    distribution = table_distribution(lm, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
     for leaf in tree.leaves():
         row = tokens_to(tree, leaf)
-        exact = sum(law[row[:time]][token] for time, token in enumerate(row))
+        exact = sum(distribution[row[:time]][token] for time, token in enumerate(row))
         np.testing.assert_allclose(leaf.total_log_prob, exact, atol=1e-5)
 
 
 @pytest.mark.parametrize("select", ["best", Temperature(0.5)], ids=["best", "sampled"])
 @pytest.mark.parametrize("values", [[jnp.nan, 0, 0], [jnp.nan] * 3, [0, jnp.inf, 0], [-jnp.inf] * 3], ids=str)
 @pytest.mark.parametrize("row", [0, 2], ids=["root", "below"])
-def test_logits_that_are_no_law_raise(tabular, select, values, row):
+def test_logits_that_are_no_distribution_raise(tabular, select, values, row):
     lm, params = tabular
     params = {"logits": params["logits"].at[row].set(jnp.asarray(values, jnp.float32))}
     with pytest.raises(FloatingPointError, match=r"NaN, \+inf, or all −inf"):
         search_tree(lm, params, ROOT, branching=3, depth=2, select=select, key=jax.random.key(0))
 
 
-def test_logits_that_are_no_law_do_no_harm_below_an_end(tabular):
+def test_logits_that_are_no_distribution_do_no_harm_below_an_end(tabular):
     lm, params = tabular
     params = {"logits": params["logits"].at[1 + 2].set(jnp.nan)}
     tree = search_tree(lm, params, ROOT, branching=3, depth=2, eos_id=2)

@@ -24,9 +24,9 @@ def test_words_and_eos_are_read_at_their_places():
     assert found.shape == (32, 2, 2)
     for prompt, side in ((0, 0), (5, 1)):
         row = given.answers.tokens[prompt, side]
-        laws = jax.nn.log_softmax(given.lm.apply(params, row[None])[0][0])
+        distributions = jax.nn.log_softmax(given.lm.apply(params, row[None])[0][0])
         assert int(row[-1]) == sycophancy_amplification.EOS
-        np.testing.assert_allclose(found[prompt, side], [laws[2, row[3]], laws[3, row[4]]], rtol=1e-4)
+        np.testing.assert_allclose(found[prompt, side], [distributions[2, row[3]], distributions[3, row[4]]], rtol=1e-4)
 
 
 def answers(agree, eos, *, seeds=5):
@@ -45,7 +45,7 @@ def points(word, eos):
     return [{"beta": 1.0} | eos_displacement.summary(answers(0.5, (1.0, 1.0)), after, 0.75, 1.0, OPINIONS)]
 
 
-def test_a_word_may_be_off_the_law_where_the_whole_answer_is_on_it():
+def test_a_word_may_be_off_the_distribution_where_the_whole_answer_is_on_it():
     """From ½, three to one is p = ¾: by words that agree with ¾, or by EOS that is 9 times likelier after agreement."""
     on, off = points(0.75, (1.0, 1.0)), points(0.25, (0.1, 0.9))
     numbers = eos_displacement.numbers(off)

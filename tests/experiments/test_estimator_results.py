@@ -1,4 +1,4 @@
-"""What the committed results on estimators promise: each named number is there, with the truth and a tight bound."""
+"""The committed results on estimators: each named number is there, with the truth and a tight bound."""
 
 import jax
 import numpy as np

@@ -161,17 +161,17 @@ def world():
     return tools, world, pairs
 
 
-def test_pairs_are_judged_by_the_law_of_bradley_and_terry(world):
+def test_pairs_are_judged_by_the_distribution_of_bradley_and_terry(world):
     """The expected share of pairs whose chosen answer scores higher, and the probabilities of the labels: to z < 4."""
     tools, world, pairs = world
     assert len(pairs.train.chosen.tokens) == 512 and len(pairs.held_out.chosen.tokens) == 128
     score = jax.jit(lambda rows: tools.proxy(world, rows))
     chosen, rejected = (np.asarray(score(side)) for side in (pairs.train.chosen, pairs.train.rejected))
     gap = np.abs(chosen - rejected)
-    law = 1 / (1 + np.exp(-gap))
+    distribution = 1 / (1 + np.exp(-gap))
     wins = (chosen > rejected)[gap > 0]
-    law = law[gap > 0]
-    z = (wins - law).sum() / np.sqrt((law * (1 - law)).sum())
+    distribution = distribution[gap > 0]
+    z = (wins - distribution).sum() / np.sqrt((distribution * (1 - distribution)).sum())
     assert len(wins) > 400 and abs(z) < 4
     np.testing.assert_array_equal(pairs.train.chosen.tokens[:, :2], pairs.train.rejected.tokens[:, :2])
     held_out = score(pairs.held_out.chosen) - score(pairs.held_out.rejected)

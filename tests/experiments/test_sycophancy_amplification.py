@@ -45,7 +45,7 @@ def table():
         return experiment.on_table(config, jax.random.key(0))
 
 
-def test_exact_optima_of_dpo_and_rlhf_lie_on_the_law(table):
+def test_exact_optima_of_dpo_and_rlhf_lie_on_the_distribution(table):
     assert (table["reference"][10], table["share"][10], table["beta"][10]) == (0.5, 0.9, 1)
     assert table["prediction"][10] == pytest.approx(1 / (1 + 9.0**-1)) and len(table["prediction"]) == 12
     for way in ("gibbs", "dpo", "rlhf"):
@@ -61,7 +61,7 @@ def test_a_random_reference_agrees_as_often_as_it_is_told(x64):
     assert len({round(float(each), 6) for each in probs}) == 9, "and is no two-point prediction"
 
 
-def test_a_table_is_found_from_its_law(x64):
+def test_a_table_is_found_from_its_distribution(x64):
     @jax.jit
     def there_and_back(params):
         prediction = oracle.sequence_log_probs(LM, params)
@@ -108,7 +108,7 @@ def test_dpo_moves_towards_what_most_annotators_prefer(world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "rloo"])
-def test_policy_gradients_reach_the_law(world, name):
+def test_policy_gradients_reach_the_distribution(world, name):
     config = dataclasses.replace(SMALL, online_steps=40)
     params = world.lm.init(jax.random.key(3))
     before = np.asarray(experiment.agreement(world, params), np.float64)
@@ -134,7 +134,7 @@ def test_names_have_keys_of_their_own():
 
 
 @pytest.mark.slow
-def test_sampled_best_of_n_follows_its_law(world):
+def test_sampled_best_of_n_follows_its_distribution(world):
     params = random_params(world.lm)
     wins, reference = experiment.sampled_best_of_n(world, params, jax.random.key(5), sizes=(1, 3), repeats=8)
     config = dataclasses.replace(SMALL, best_of=(1, 3), repeats=8)
@@ -164,7 +164,7 @@ def point_of(before, off, share=0.6, beta=0.5):
     return experiment.compared("DPO", 0.4, grid, before, after, training, OPINIONS)[0]
 
 
-def test_points_are_held_against_the_law_of_their_own_references():
+def test_points_are_held_against_the_distribution_of_their_own_references():
     before = np.asarray([[0.5, 0.4, 0.3, 0.3], [0.6, 0.5, 0.2, 0.1]])
     point = point_of(before, np.asarray([[0.01], [0.03]]))
     assert point["deviation"] == pytest.approx(0.02)
@@ -174,7 +174,7 @@ def test_points_are_held_against_the_law_of_their_own_references():
     assert experiment.worst_deviation([point, point | {"deviation": -0.3}]) == 0.3
 
 
-def test_a_model_that_heeds_no_user_is_off_the_law():
+def test_a_model_that_heeds_no_user_is_off_the_distribution():
     """At p = ½ both the prediction and the mean of "true" to everyone are ½; for either opinion they differ."""
     always_true = np.where(OPINIONS, 0.45, -0.45)
     point = point_of(np.full((2, 4), 0.5), always_true, share=0.5)
@@ -235,17 +235,17 @@ def test_what_cannot_be_run_is_refused_before_anything(change, message, monkeypa
 
 
 @pytest.mark.slow
-def test_a_run_whose_trainers_end_at_the_law_holds_and_is_drawn(table, monkeypatch):
+def test_a_run_whose_trainers_end_at_the_distribution_holds_and_is_drawn(table, monkeypatch):
     """The trainers are the prediction itself; what happens around them is what a run does."""
 
-    def at_the_law(given, config, ref, share, beta, key):
+    def at_the_distribution(given, config, ref, share, beta, key):
         before = experiment.agreement(given, ref)
         return jax.nn.sigmoid(jax.scipy.special.logit(before) + jax.scipy.special.logit(share) / beta)
 
     monkeypatch.setattr(experiment, "on_table", lambda config, key: table)
     monkeypatch.setattr(experiment, "fine_tuned", lambda given, aim, key, config: given.lm.init(key))
-    monkeypatch.setattr(experiment, "by_dpo", at_the_law)
-    monkeypatch.setattr(experiment, "by_policy_gradient", lambda name, *lane: at_the_law(*lane))
+    monkeypatch.setattr(experiment, "by_dpo", at_the_distribution)
+    monkeypatch.setattr(experiment, "by_policy_gradient", lambda name, *lane: at_the_distribution(*lane))
     config = dataclasses.replace(SMALL, online=("ppo", "rloo"), shares=(0.45, 0.6), best_of=(1, 2), betas=(0.05,))
     found = experiment.run(config)
     assert ledger.verdict(found["numbers"])

@@ -107,7 +107,7 @@ call = jax.jit(lambda transform, *given: transform(*given))
 
 
 def ours(name: str, logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """What our transform of that name gives."""
+    """Return the logits of this library's transform of that name."""
     transform = CASES[name][0]
     if isinstance(transform, MinLength):
         return np.asarray(transform.apply(np.full(ROWS, int(name.split()[1])), logits))
@@ -116,7 +116,7 @@ def ours(name: str, logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def theirs(name: str, logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """What the processor of transformers gives."""
+    """Return the logits of the processor of transformers."""
     import torch
     from transformers.generation import logits_process
 

@@ -154,7 +154,7 @@ def jitted_init(lm, key):
 
 
 def assert_std(name, leaf, std):
-    """Within five standard errors of a normal law's standard deviation and mean."""
+    """Within five standard errors of a normal distribution's standard deviation and mean."""
     assert leaf.std() == pytest.approx(std, rel=5 / math.sqrt(2 * leaf.size)), name
     assert abs(leaf.mean()) < 5 * std / math.sqrt(leaf.size), name
 

@@ -70,7 +70,7 @@ def test_gpt2s_weights_are_those_of_their_definition(gpt2):
 
 
 def test_normal_calls_have_no_output_more():
-    """What is not asked for leaves no trace in the program's results."""
+    """Weights that are not requested leave no trace in the program's results."""
     lm, params = TINY["gpt2"], random_params(TINY["gpt2"])
     cache = lm.init_cache(3, 8)
     hidden, after = jax.eval_shape(lm.hidden, params, jnp.asarray(TOKENS), cache)

@@ -1,4 +1,4 @@
-"""What `models.save` writes, `models.load` reads back bit for bit, and transformers understands."""
+"""Saved models: `models.load` reads them back bit for bit, and transformers loads them."""
 
 import dataclasses
 import json
@@ -174,7 +174,7 @@ def test_the_tokenizer_comes_back_with_its_special_tokens_and_template(tmp_path,
 
 
 def test_further_fields_are_kept_and_contradict_nothing(tmp_path, tokenizer):
-    """What `load` gave as `config` can be given to `save` of another model."""
+    """The `config` of a loaded model can be given to `save` of another model."""
     config = {"eos_token_id": [1, 2], "summary_type": "mean", "n_embd": 999, "model_type": "llama", "dtype": "int8"}
     config |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float16"}
     models.save(tmp_path / "model", LMS["gpt2"], random_params(LMS["gpt2"]), tokenizer, config=config)

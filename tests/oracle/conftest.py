@@ -1,4 +1,4 @@
-"""What the tests by enumeration share."""
+"""Shared by the tests by enumeration."""
 
 import jax
 import pytest

@@ -27,8 +27,8 @@ class Law(NamedTuple):
 
 
 @jax.jit
-def law(params):
-    """The law of `params`."""
+def distribution(params):
+    """The distribution of `params`."""
     sequences = oracle.enumerate_sequences(LM)
     return Law(
         oracle.sequence_log_probs(LM, params),
@@ -44,29 +44,29 @@ def params(seed):
 
 
 @functools.cache
-def laws():
-    """The laws of the policy, the reference and an older policy, in numpy."""
-    return [jax.tree.map(np.asarray, law(params(seed))) for seed in (1, 2, 3)]
+def distributions():
+    """The distributions of the policy, the reference and an older policy, in numpy."""
+    return [jax.tree.map(np.asarray, distribution(params(seed))) for seed in (1, 2, 3)]
 
 
 objective_grad = jax.jit(functools.partial(oracle.objective_grad, LM))
 sequence_kl_grad = jax.jit(functools.partial(oracle.sequence_kl_grad, LM))
 
 
-jacobian = jax.jit(jax.jacrev(law))
+jacobian = jax.jit(jax.jacrev(distribution))
 
 
 def mean_gradients(losses, *, of=None, group_size=1):
     """E[∇ℓ] of losses on samples, as autodiff finds it: the samples do not depend on the parameters.
 
     Args:
-        losses: by name, a function of the policy's law to the loss of every group (of every sequence, in groups of
-            one), or a pair of that and the log-probabilities of the sequences from which the samples are drawn; by
+        losses: by name, a function of the policy's distribution to the loss of every group (of each sequence, in groups
+            of one), or a pair of that and the log-probabilities of the sequences from which the samples are drawn; by
             default those of the policy.
         of: the parameters of the policy; by default `params(1)`.
     """
     of = params(1) if of is None else of
-    own = law(of)
+    own = distribution(of)
     pairs = {name: each if isinstance(each, tuple) else (each, own.sequences) for name, each in losses.items()}
     groups = np.asarray(list(itertools.product(range(9), repeat=group_size)))
     weights = {name: np.exp(np.asarray(drawn))[groups].prod(axis=1) for name, (_, drawn) in pairs.items()}
@@ -75,12 +75,12 @@ def mean_gradients(losses, *, of=None, group_size=1):
 
 
 def gradients(functions, *, of=None):
-    """The gradients of a dictionary of numbers, a function of the policy's law, in the parameters."""
+    """The gradients of a dictionary of numbers, a function of the policy's distribution, in the parameters."""
     of = params(1) if of is None else of
-    slopes, scores = jax.jit(jax.jacrev(functions))(law(of)), jacobian(of)
+    slopes, scores = jax.jit(jax.jacrev(functions))(distribution(of)), jacobian(of)
 
     def chain(slope):
-        """Through the law to the parameters."""
+        """Through the distribution to the parameters."""
         return sum(np.tensordot(one, each["logits"], np.ndim(one)) for one, each in zip(slope, scores, strict=True))
 
     return {name: chain(slope) for name, slope in slopes.items()}

@@ -1,4 +1,4 @@
-"""Estimators under the model's own law: their enumerated expectation is the exact answer, to 1e-10, nothing sampled."""
+"""Estimators: their enumerated expectation under the model's distribution is the exact answer, to 1e-10."""
 
 import functools
 import itertools
@@ -10,7 +10,16 @@ import pytest
 
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import advantages, kl, logprobs, policy_gradient, preference, reward_model, rlhf
-from tests.oracle.samples import LM, REWARDS, SEQUENCES, law, laws, mean_gradients, objective_grad, params
+from tests.oracle.samples import (
+    LM,
+    REWARDS,
+    SEQUENCES,
+    distribution,
+    distributions,
+    mean_gradients,
+    objective_grad,
+    params,
+)
 
 BETA = 0.4
 pytestmark = pytest.mark.usefixtures("float64")
@@ -23,19 +32,19 @@ def reinforce(gain):
 @functools.cache
 def squared_scores():
     """‖∇log π(y)‖² of every sequence."""
-    scores = jax.jit(jax.jacrev(lambda table: law(table).sequences))(params(1))["logits"]
+    scores = jax.jit(jax.jacrev(lambda table: distribution(table).sequences))(params(1))["logits"]
     return np.square(scores).sum(axis=(1, 2))
 
 
 @functools.cache
 def optimal_baseline():
-    probabilities = np.exp(laws()[0].sequences)
+    probabilities = np.exp(distributions()[0].sequences)
     return np.asarray(jax.jit(advantages.optimal_baseline)(REWARDS, squared_scores(), probabilities=probabilities))
 
 
 def warped():
     """Log-probabilities of a sampler at temperature 0.7."""
-    return np.asarray(law({"logits": np.asarray(params(1)["logits"]) / 0.7}).sequences)
+    return np.asarray(distribution({"logits": np.asarray(params(1)["logits"]) / 0.7}).sequences)
 
 
 EARNED = np.random.default_rng(4).normal(size=(3, 3))
@@ -51,7 +60,7 @@ gae = jax.jit(advantages.gae)
 
 def with_a_critic(*, wrong, lambda_):
     """The reward comes at the last token; after it the episode has ended, so the bootstrap is 0."""
-    policy, *_ = laws()
+    policy, *_ = distributions()
     probabilities = np.exp(policy.sequences)
     first = SEQUENCES[:, 0, None] == np.arange(3)
     value_after = (probabilities * REWARDS) @ first / (probabilities @ first)
@@ -65,8 +74,8 @@ def with_a_critic(*, wrong, lambda_):
 
 
 def unbiased():
-    """Losses on samples whose mean gradient is that of −E[reward], and for samples of another policy its law."""
-    policy, _, old = laws()
+    """Losses on samples whose mean gradient is that of −E[reward]; for samples of another policy, its distribution."""
+    policy, _, old = distributions()
     p, q, r, whole = policy.sequences, old.sequences, jnp.asarray(REWARDS), np.ones((9, 2), bool)
     wide = {"clip_low": 1, "clip_high": 1e6}
     drawn = warped()
@@ -85,14 +94,14 @@ def unbiased():
         "gspo": lambda now: policy_gradient.gspo_loss(now.tokens, policy.tokens, r, whole, length_normalised=False),
         "cispo": lambda now: policy_gradient.cispo_loss(now.sequences, p, r),
         "off-policy": lambda now: policy_gradient.off_policy_reinforce_loss(now.sequences, p, r),
-        # Samples of an older policy, and advantages that are not centred: only the ratio makes up for the other law.
+        # Samples of an older policy, and advantages that are not centred: only the ratio corrects for the distribution.
         "ppo of old samples": (lambda now: policy_gradient.ppo_clip_loss(now.sequences, q, r, **wide), q),
         "cispo of old samples": (lambda now: policy_gradient.cispo_loss(now.sequences, q, r, **wide), q),
         "off-policy of old samples": (
             lambda now: policy_gradient.off_policy_reinforce_loss(now.sequences, q, r, cap=1e6),
             q,
         ),
-        # The sampler draws at temperature 0.7, the trainer's law is that at 1: the weight is the ratio of the two.
+        # The sampler draws at temperature 0.7, the trainer's distribution is at 1: the weight is their ratio.
         "the weight of a warped sampler": (
             lambda now: policy_gradient.truncated_importance_weight(p, drawn, cap=1e6) * reinforce(REWARDS)(now),
             drawn,
@@ -101,13 +110,13 @@ def unbiased():
 
 
 def with_kl(k):
-    _, ref, _ = laws()
+    _, ref, _ = distributions()
     return lambda now: reinforce(REWARDS)(now) + BETA * k(now.sequences, ref.sequences)
 
 
 def regularised():
     """Losses whose mean gradient is that of −E[reward − β log(π/ref)]."""
-    policy, ref, _ = laws()
+    policy, ref, _ = distributions()
     return {
         "k1 in the reward": (lambda now: reinforce(REWARDS - BETA * kl.k1(policy.sequences, ref.sequences))(now)),
         "k2 as a loss": with_kl(kl.k2),
@@ -115,7 +124,7 @@ def regularised():
 
 
 def biased():
-    q = laws()[2].sequences
+    q = distributions()[2].sequences
     return {
         "gae, a wrong critic, λ = 0": with_a_critic(wrong=True, lambda_=0.0),
         "gae, a wrong critic, λ = 0.6": with_a_critic(wrong=True, lambda_=0.6),
@@ -176,7 +185,7 @@ def test_returns_to_go_credit_each_token_with_what_comes_after_it(found):
 
 
 def test_the_oracle_differentiates_a_loss_group_by_group_to_the_same_mean():
-    q = laws()[2].sequences
+    q = distributions()[2].sequences
 
     def loss(table, groups):
         return policy_gradient.off_policy_reinforce_loss(
@@ -202,7 +211,7 @@ def test_the_optimal_baseline_has_the_least_variance():
 
     at, beside, without = variance(np.stack([optimal, optimal + 0.1, 0.0]))
     assert at < beside < without
-    np.testing.assert_allclose(beside - at, 0.01 * (np.exp(laws()[0].sequences) @ squared_scores()), rtol=1e-9)
+    np.testing.assert_allclose(beside - at, 0.01 * (np.exp(distributions()[0].sequences) @ squared_scores()), rtol=1e-9)
 
 
 def test_rloo_is_unbiased_and_the_groups_own_mean_shrinks_the_gradient_by_an_nth():
@@ -220,7 +229,7 @@ def test_rloo_is_unbiased_and_the_groups_own_mean_shrinks_the_gradient_by_an_nth
 
 
 def test_the_surprise_of_samples_is_the_entropy():
-    policy, *_ = laws()
+    policy, *_ = distributions()
 
     @jax.jit
     def moments():
@@ -233,7 +242,7 @@ def test_the_surprise_of_samples_is_the_entropy():
 
 
 def test_best_of_n_is_the_winner_of_all_groups():
-    laws()  # outside jit
+    distributions()  # outside jit
 
     @jax.jit
     def both():
@@ -241,7 +250,7 @@ def test_best_of_n_is_the_winner_of_all_groups():
             return jax.nn.one_hot(groups[jnp.arange(len(groups)), jnp.argmax(jnp.asarray(REWARDS)[groups], axis=1)], 9)
 
         winner = oracle.moments(LM, params(1), winners, group_size=4).mean
-        return jnp.exp(rlhf.best_of_n(laws()[0].sequences, REWARDS, n=4)), winner
+        return jnp.exp(rlhf.best_of_n(distributions()[0].sequences, REWARDS, n=4)), winner
 
     np.testing.assert_allclose(*both(), atol=1e-12)
 
@@ -252,7 +261,7 @@ def test_best_of_n_is_the_winner_of_all_groups():
 @functools.cache
 def labels():
     """P(i chosen, j rejected), one after the other."""
-    preferences = jax.jit(oracle.population_preferences)(laws()[1].sequences, REWARDS)
+    preferences = jax.jit(oracle.population_preferences)(distributions()[1].sequences, REWARDS)
     return np.asarray(preferences).reshape(-1)
 
 
@@ -278,8 +287,8 @@ def test_the_reward_models_loss_is_least_at_the_true_reward_and_has_no_gradient_
 
 
 def test_only_dpo_and_robust_dpo_under_the_noise_it_undoes_have_no_gradient_at_the_gibbs_optimum():
-    """What the others converge to is another policy, or with a population's noise no policy at all."""
-    ref, _ = laws()[1].sequences, labels()  # outside jit
+    """The others converge to another policy, or with a population's noise to none."""
+    ref, _ = distributions()[1].sequences, labels()  # outside jit
 
     def of_pairs(name, flips=0.0, **settings):
         """The slope where labels are flipped with some probability."""

@@ -23,13 +23,13 @@ objective = jax.jit(functools.partial(oracle.objective, LM))
 objective_grad = jax.jit(functools.partial(oracle.objective_grad, LM))
 
 
-def laws():
+def distributions():
     policy, ref = (random_params(LM, seed, dtype=jnp.float64) for seed in (1, 2))
     return policy, ref, naive_log_probs(LM, policy).sum(axis=1), naive_log_probs(LM, ref).sum(axis=1)
 
 
 def test_sequence_kl_is_the_sum_and_runs_from_policy_to_reference():
-    policy, ref, p, q = laws()
+    policy, ref, p, q = distributions()
     forward, backward = (np.exp(p) * (p - q)).sum(), (np.exp(q) * (q - p)).sum()
     np.testing.assert_allclose(sequence_kl(policy, ref), forward, rtol=1e-12)
     np.testing.assert_allclose(sequence_kl(ref, policy), backward, rtol=1e-12)
@@ -38,7 +38,7 @@ def test_sequence_kl_is_the_sum_and_runs_from_policy_to_reference():
 
 
 def test_objective_is_reward_less_beta_kl_plus_gamma_pretraining():
-    policy, ref, p, q = laws()
+    policy, ref, p, q = distributions()
     pretraining = np.random.default_rng(3).dirichlet(np.ones(8))
     expected = (np.exp(p) * (REWARDS - 0.3 * (p - q))).sum()
     np.testing.assert_allclose(objective(policy, ref, REWARDS, beta=0.3), expected, rtol=1e-12)
@@ -49,8 +49,8 @@ def test_objective_is_reward_less_beta_kl_plus_gamma_pretraining():
 
 
 def test_what_the_policy_excludes_from_other_texts_costs_nothing_there():
-    """0 · −inf in the pretraining term, where that law has no mass."""
-    policy, ref, *_ = laws()
+    """0 · −inf in the pretraining term, where that distribution has no mass."""
+    policy, ref, *_ = distributions()
     sure = {"logits": policy["logits"].at[0, 0].set(-jnp.inf)}
     pretraining = jnp.asarray([0.0] * 4 + [0.25] * 4)
     knobs = {"beta": 0.3, "gamma": 1.0, "pretraining": pretraining}
@@ -60,7 +60,7 @@ def test_what_the_policy_excludes_from_other_texts_costs_nothing_there():
 
 
 def test_an_infinite_divergence_has_no_gradient():
-    policy, ref, *_ = laws()
+    policy, ref, *_ = distributions()
     narrow = {"logits": ref["logits"].at[0, 0].set(-jnp.inf)}
     assert sequence_kl(policy, narrow) == jnp.inf
     assert (jax.jit(functools.partial(oracle.sequence_kl_grad, LM))(policy, narrow)["logits"] == 0).all()
@@ -78,7 +78,7 @@ def test_an_infinite_divergence_has_no_gradient():
     ],
 )
 def test_value_and_gradient_refuse_the_same_things(change, message):
-    policy, ref, *_ = laws()
+    policy, ref, *_ = distributions()
     given = {"rewards": jnp.asarray(REWARDS), "beta": 0.3} | change
     for function in (oracle.objective, oracle.objective_grad):
         with pytest.raises(ValueError, match=message):
@@ -88,7 +88,7 @@ def test_value_and_gradient_refuse_the_same_things(change, message):
 
 
 def test_closed_form_gradients_are_those_of_autodiff():
-    policy, ref, *_ = laws()
+    policy, ref, *_ = distributions()
     pretraining = jnp.asarray(np.random.default_rng(3).dirichlet(np.ones(8)))
     knobs = {"beta": 0.3, "gamma": 2.0, "pretraining": pretraining}
 
@@ -109,7 +109,7 @@ def test_closed_form_gradients_are_those_of_autodiff():
 
 
 def test_moments_of_groups_are_those_of_all_tuples_and_the_variance_of_a_mean_of_n_is_an_nth():
-    policy, _, p, _ = laws()
+    policy, _, p, _ = distributions()
 
     @jax.jit
     def moments():
@@ -128,7 +128,7 @@ def test_moments_of_groups_are_those_of_all_tuples_and_the_variance_of_a_mean_of
 
 
 def test_gradient_variance_is_that_of_the_score_function_and_of_sampled_rewards_zero():
-    policy, _, p, _ = laws()
+    policy, _, p, _ = distributions()
 
     @jax.jit
     def moments():
@@ -150,8 +150,8 @@ def test_gradient_variance_is_that_of_the_score_function_and_of_sampled_rewards_
     assert (of_rewards.mean["logits"] == 0).all() and (of_rewards.variance["logits"] == 0).all()
 
 
-def test_population_preferences_are_a_law_of_ordered_pairs():
-    _, _, p, _ = laws()
+def test_population_preferences_are_a_distribution_of_ordered_pairs():
+    _, _, p, _ = distributions()
     found = np.asarray(jax.jit(oracle.population_preferences)(p, REWARDS))
     np.testing.assert_allclose(found.sum(), 1, rtol=1e-12)
     np.testing.assert_allclose(np.log(found / found.T), REWARDS[:, None] - REWARDS, atol=1e-12)

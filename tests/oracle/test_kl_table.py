@@ -8,7 +8,7 @@ import pytest
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.tabular import TabularLM
-from tests.oracle.samples import LM, gradients, laws, mean_gradients, params, sequence_kl_grad
+from tests.oracle.samples import LM, distributions, gradients, mean_gradients, params, sequence_kl_grad
 
 ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
 pytestmark = pytest.mark.usefixtures("float64")
@@ -21,7 +21,7 @@ def divergence(p, q):
 
 def expected(name):
     """The table, each entry a value or a function of the policy whose gradient it is: exact divergences and sums."""
-    policy, ref, sampler = (each.sequences for each in laws())
+    policy, ref, sampler = (each.sequences for each in distributions())
     k = ESTIMATORS[name]
     weight = {"k1": 1.0, "k2": policy - ref, "k3": 1 - np.exp(ref - policy)}[name]
     plain = divergence(sampler, ref) - divergence(sampler, policy)
@@ -48,7 +48,7 @@ def expected(name):
 
 def found(name):
     """The same from samples, all of them: the values, and losses whose gradients are those that autodiff finds."""
-    policy, ref, sampler = (each.sequences for each in laws())
+    policy, ref, sampler = (each.sequences for each in distributions())
     k, constant = ESTIMATORS[name], np.exp(policy - sampler)
 
     def value(seed, weight=1.0):
@@ -79,7 +79,7 @@ def test_the_table_holds(name):
 
 
 def test_sums_over_positions_have_the_right_value_where_the_table_says_kl():
-    policy, ref, _ = laws()
+    policy, ref, _ = distributions()
 
     @jax.jit
     def moments():
@@ -118,7 +118,7 @@ def test_rao_blackwell_may_have_more_variance_than_k1():
 
 def test_gradients_of_losses_over_tokens():
     """They leave out where early tokens lead; k1 as a reward to its own token does too, and to go has both terms."""
-    policy, ref, _ = laws()
+    policy, ref, _ = distributions()
     k1 = np.asarray(kl.k1(policy.tokens, ref.tokens))
     to_go = np.cumsum(k1[:, ::-1], axis=1)[:, ::-1]
 

@@ -17,10 +17,10 @@ expectation = jax.jit(oracle.expectation, static_argnums=(0, 2))
 def naive_log_probs(lm, params):
     """Token by token, through a dictionary of prefixes, in float64."""
     prefixes = [p for length in range(lm.horizon) for p in itertools.product(range(lm.vocab_size), repeat=length)]
-    law = dict(zip(prefixes, log_softmax(params["logits"]), strict=True))
+    distribution = dict(zip(prefixes, log_softmax(params["logits"]), strict=True))
     return np.asarray(
         [
-            [law[sequence[:time]][token] for time, token in enumerate(sequence)]
+            [distribution[sequence[:time]][token] for time, token in enumerate(sequence)]
             for sequence in itertools.product(range(lm.vocab_size), repeat=lm.horizon)
         ]
     )

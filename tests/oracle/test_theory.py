@@ -22,9 +22,9 @@ from jaxrl_llm.training.methods import METHODS
 from tests.conftest import log_softmax
 from tests.oracle.samples import (
     REWARDS,
+    distribution,
+    distributions,
     gradients,
-    law,
-    laws,
     mean_gradients,
     objective_grad,
     params,
@@ -167,7 +167,7 @@ def test_dropping_answers_of_mass_m_costs_exactly_minus_log_of_one_minus_m():
 
 def test_a_return_that_depends_on_the_parameters_adds_a_term_of_mean_zero():
     """G = r − β log(π/ref): autodiff through G adds −β ∇log π, which is noise around nothing."""
-    ref = laws()[1].sequences
+    ref = distributions()[1].sequences
 
     def gain(now):
         return REWARDS - BETA * (now.sequences - ref)
@@ -186,7 +186,7 @@ def test_a_return_that_depends_on_the_parameters_adds_a_term_of_mean_zero():
 
 
 def test_the_ratio_of_whole_answers_gives_the_policy_gradient_everywhere_and_those_of_tokens_do_not():
-    policy, old, _ = laws()
+    policy, old, _ = distributions()
 
     def of_tokens(sampler):
         return lambda now: (jnp.exp(now.tokens - sampler.tokens) * REWARDS[:, None]).sum(axis=1)
@@ -236,10 +236,10 @@ def test_grpo_has_an_objective_for_rewards_of_two_values_and_none_for_three(grou
 
 def test_the_optimum_of_rlhf_is_a_fixed_point_of_grpo_with_kl_in_the_reward_and_not_with_kl_in_the_loss():
     """At π* all gains are β log Z, so that every advantage is 0. As published, k3 is in the loss ("forward")."""
-    ref, groups = laws()[1], np.asarray(list(itertools.product(range(9), repeat=2)))
+    ref, groups = distributions()[1], np.asarray(list(itertools.product(range(9), repeat=2)))
     gibbs = jax.jit(rlhf.gibbs_optimum)(ref.sequences, REWARDS, beta=BETA)
     optimum = table_of(gibbs)
-    at = jax.tree.map(np.asarray, law(optimum))
+    at = jax.tree.map(np.asarray, distribution(optimum))
     np.testing.assert_allclose(at.sequences, gibbs, atol=1e-12)
 
     def loss(kl_loss):
@@ -398,7 +398,7 @@ def test_the_best_control_variate_has_the_weight_of_a_regression():
 
 def test_sums_of_token_estimators_have_each_another_gradient():
     """The second table of `objectives.kl`: k1 none, k2 and Rao-Blackwell E Σ ∇KL_t, k3 E Σ ∇KL_t(ref‖π)."""
-    _, ref, _ = laws()
+    _, ref, _ = distributions()
     found = mean_gradients(
         {
             "reverse": lambda now: kl.exact_kl(now.logits, ref.logits).sum(axis=1),

@@ -177,7 +177,7 @@ def test_values_are_those_before_each_token_and_do_not_see_it():
     np.testing.assert_allclose(values[0, 2:4], plain[0, 1:3], atol=1e-5)
 
 
-# The law that samples -------------------------------------------------------------------------------------------------
+# The distribution that samples ----------------------------------------------------------------------------------------
 
 
 def test_sampler_and_trainer_have_one_temperature():
@@ -242,7 +242,7 @@ def test_the_pretraining_text_pulls_its_own_loss_down():
 
 
 def ragged_experience():
-    """Answers of 1 to 8 tokens, whose parts hold different numbers of them, by an older policy and another law."""
+    """Answers of 1 to 8 tokens, in parts of unequal numbers, by an older policy and another distribution."""
     rng = np.random.default_rng(0)
     given = [rng.integers(0, LM.vocab_size, size).tolist() for size in (1, 8, 2, 5)]
     rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[1], [2, 3], [4], [5, 6]], given, length=12))

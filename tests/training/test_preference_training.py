@@ -181,10 +181,10 @@ def test_on_the_populations_preferences_dpo_ends_at_the_optimum_of_rlhf():
     every = oracle.enumerate_sequences(lm)
     rewards = jax.random.normal(KEY, (len(every),))
     log_probs = oracle.sequence_log_probs(lm, ref)
-    law = oracle.population_preferences(log_probs, rewards)
-    first, second = (each.ravel() for each in jnp.indices(law.shape))
+    distribution = oracle.population_preferences(log_probs, rewards)
+    first, second = (each.ravel() for each in jnp.indices(distribution.shape))
     whole = jnp.ones((len(first), 2), bool)
-    batch = PairBatch(*(Sequences(every[at], whole, whole) for at in (first, second)), weight=law.ravel())
+    batch = PairBatch(*(Sequences(every[at], whole, whole) for at in (first, second)), weight=distribution.ravel())
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 300))
     loss = preference_loss(lm, "dpo", beta=beta)
     run = steps.whole_run(

@@ -184,7 +184,7 @@ def test_an_eos_that_a_tokenizer_puts_after_every_text_is_removed():
 
 
 def test_a_token_over_the_seam_is_scored_as_a_whole():
-    """Where an answer merges with what stands before it, all answers are scored from before that token."""
+    """If an answer merges with the token before it, all answers are scored from before that token."""
     merging = tokenizer(["xy xz"] * 5)
     assert len(merging("xy")["input_ids"]) == 1, "or this tests nothing"
     row = answered_row(merging, "", "x", ["y", "w"])
