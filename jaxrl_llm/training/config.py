@@ -48,8 +48,8 @@ class Config(Checked):
     max_length: int | None = number(None, 1)
     """Most tokens of prompt and completion together; by default the model's context."""
     cut: Cut = "left"
-    """The part that longer examples lose: "left", the beginning of the prompt; "right", the end of the completion; "raise"
-    refuses them."""
+    """The part that longer examples lose: "left", the beginning of the prompt; "right", the end of the completion;
+    "raise" refuses them."""
     on_bad: OnBad = "raise"
     """Malformed examples stop the run, or are skipped and reported."""
     dtype: Literal["float32", "bfloat16"] = "float32"
