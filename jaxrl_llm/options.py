@@ -66,11 +66,8 @@ class Range:
 
     def check(self, name: str, value: Any, *, integer: bool) -> None:
         """Raise ValueError for a value that is known and lies outside; traced numbers and JAX's placeholders pass."""
-        wrong = (
-            value is None
-            or isinstance(value, str | bytes | bool | Mapping | list | tuple)
-            or (integer and isinstance(value, float) and not value.is_integer())
-        )
+        kinds = str | bytes | bool | Mapping | list | tuple
+        wrong = value is None or isinstance(value, kinds | float if integer else kinds)
         try:
             inside = (value > self.low if self.above else value >= self.low) & (value <= self.high) & (value < math.inf)
             inside = not wrong and bool(inside.all() if hasattr(inside, "all") else inside)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxrl_llm import models
 from jaxrl_llm.data.records import Text
 from jaxrl_llm.interface import LM
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
+from jaxrl_llm.objectives.preference import kto_loss
 from jaxrl_llm.options import takes
 from jaxrl_llm.scoring import pad_completions
 from jaxrl_llm.training import recipes
@@ -148,9 +149,14 @@ def dpo(
     loss = config.loss
     if isinstance(loss, str) and ":" in loss:
         loss = function_at(loss, name="loss")
+    if config.beta is not None and "beta" in config.loss_kwargs:
+        raise ValueError("beta must be given once, but is also in loss_kwargs.")
     beta = {} if config.beta is None else {"beta": config.beta}
     kwargs = dict(sorted((beta | config.loss_kwargs).items()))
     function = find_loss(loss, kwargs)  # an unknown name is an error before anything is loaded
+    loss = "kto" if function is kto_loss else loss
+    if loss == "kto" and config.batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2 for kto, which compares rows, but is {config.batch_size}.")
     run = recipes.begin(lm, config, out, verbose=verbose)
     objective = Objective(
         "dpo",
@@ -319,6 +325,8 @@ def _online(
 ) -> LM:
     method = None
     if isinstance(options.get("method"), Method):
+        if config is not None:
+            raise ValueError("a Method must be given without config: both have the hyperparameters.")
         names = {field.name for field in dataclasses.fields(Method)}
         method = dataclasses.replace(
             options.pop("method"), **{name: value for name, value in options.items() if name in names}
@@ -362,9 +370,9 @@ class RewardModel(LoadedReward):
         Raises:
             ValueError: unless there is one completion for each prompt, or if a row does not fit the model's context.
         """
-        if isinstance(completions, str):
+        if _is_one(completions):
             return self.score(prompts, [completions], batch_size=batch_size)[0]
-        prompts = [prompts] * len(completions) if isinstance(prompts, str) else prompts
+        prompts = [prompts] * len(completions) if _is_one(prompts) else prompts
         if len(prompts) != len(completions):
             raise ValueError(
                 f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
@@ -390,6 +398,11 @@ class RewardModel(LoadedReward):
     def save(self, folder: Folder) -> None:
         """Write a folder that `load` and transformers load, as `...ForSequenceClassification` with one label."""
         save_reward_model(folder, self.head, self.params, self.tokenizer)
+
+
+def _is_one(texts: Any) -> bool:
+    """Return whether this is one string or one conversation."""
+    return isinstance(texts, str) or (len(texts) > 0 and all(isinstance(each, Mapping) for each in texts))
 
 
 def __dir__() -> list[str]:

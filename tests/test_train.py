@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+import jaxrl_llm as jl
 from jaxrl_llm import models, train
 from jaxrl_llm.models import GPT2, GPT2Config
+from jaxrl_llm.objectives.preference import kto_loss
 from jaxrl_llm.options import field_docs
 from jaxrl_llm.training import recipes
 from jaxrl_llm.training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -463,3 +465,43 @@ finally:
     assert done.returncode == 0 and done.stdout.endswith("heavy: []\n") and not done.stderr
     for part in ("--learning-rate", "--group-size", "units of reward per nat", "Most tokens of prompt and completion"):
         assert part in done.stdout
+
+
+# Edges ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_loaded_model_is_not_overwritten(folder):
+    lm = jl.load(folder / "model")
+    before = (folder / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="out must be another folder than that of the model"):
+        train.sft(lm, LINES["sft"], out=folder / "model", **OPTIONS)
+    with pytest.raises(ValueError, match="out must be another folder than that of the model"):
+        train.grpo(lm, LINES["prompts"], reward_model=folder / "prize", out=folder / "prize", **OPTIONS)
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_weights_of_bfloat16_are_widened_to_train(folder, model, capsys):
+    narrow = jl.load(folder / "model", dtype="bfloat16")
+    tuned = train.sft(narrow, LINES["sft"], **OPTIONS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(tuned.params)} == {np.dtype("float32")}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(narrow.params)} == {"bfloat16"}
+    assert "the weights are widened from bfloat16 to float32" in capsys.readouterr().out
+
+
+def test_what_contradicts_is_refused(model):
+    pairs, method = LINES["pairs"], METHODS["grpo"]
+    with pytest.raises(ValueError, match="beta must be given once"):
+        train.dpo(model, pairs, beta=0.1, loss_kwargs={"beta": 0.2}, **OPTIONS)
+    with pytest.raises(ValueError, match="batch_size must be at least 2 for kto"):
+        train.dpo(model, LINES["unpaired"], loss=kto_loss, steps=1, batch_size=1)
+    with pytest.raises(ValueError, match="a Method must be given without config"):
+        train.grpo(model, LINES["prompts"], config=GRPOConfig(reward=vowels), method=method)
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, but is"):
+        train.dpo(model, pairs, steps=2.0)
+
+
+def test_a_column_that_some_rows_lack_is_reported(model, capsys):
+    rows = [{**row, "gap": 1.0} for row in LINES["pairs"]]
+    del rows[1]["gap"]
+    train.dpo(model, rows, loss=lambda a, b, *, beta=0.1, gap=0.0: (a - b - gap) ** 2, **OPTIONS)
+    assert "gap is not a number in every row, so the loss does not receive it" in capsys.readouterr().out

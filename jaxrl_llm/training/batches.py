@@ -357,6 +357,7 @@ class Batches:
         self._records, self._kind, self._encoder = records, kind, encoder
         self._multiple, self._room, self._vocab_size = multiple, room, vocab_size
         self._mismatched, self._fields = None, None if fields else set()
+        self._takes_fields, self._some_fields = fields, set()
         sizes = np.asarray([self._size(self.rows(place)) for place in range(len(records))], int).reshape(-1, 4)
         self._prompts, self._longest, self._sequences, self._real = sizes.T
         self.order = EpochOrder(self._longest, batch_size=batch_size, seed=seed, unit="records")
@@ -397,10 +398,16 @@ class Batches:
         real, places = self._counts(self.order.epoch(0))
         return float(1 - real.sum() / places.sum())
 
+    @property
+    def left_out(self) -> set[str]:
+        """The columns that are numbers in some rows only, which a loss of one's own does not receive."""
+        return self._some_fields - self._fields if self._takes_fields and self._fields is not None else set()
+
     def _size(self, rows: Rows) -> tuple[int, int, int, int]:
         """Return tokens of the prompt and of the longest sequence, the number of sequences, and the tokens of all."""
         self._mismatched = rows.mismatched
         self._fields = set(rows.fields) if self._fields is None else self._fields & set(rows.fields)
+        self._some_fields |= set(rows.fields)
         return len(rows.prompt), rows.length, len(rows.lengths), sum(rows.lengths)
 
     def _counts(self, places: Int[np.ndarray, "step batch"]) -> tuple[Int[np.ndarray, "step"], Int[np.ndarray, "step"]]:

@@ -99,8 +99,8 @@ def run(
             evaluated, failure = _evaluated(evaluate, state.params) if looked else ({}, None)
             if looked or step % log_every == 0:
                 for name, value in evaluated.items():
-                    if isinstance(value, str) and verbose:
-                        progress.write(f"step {step}, {name}: {value}")
+                    if verbose:
+                        progress.write(f"step {step}, {name}: {value if isinstance(value, str) else f'{value:.4g}'}")
                 if log is not None:
                     # The row first: a run that stops between the two drops it and does these steps again.
                     log.append(step=step, **window.row(step), **evaluated)

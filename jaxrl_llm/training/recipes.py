@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 from jaxrl_llm import models, text
 from jaxrl_llm.data import records
 from jaxrl_llm.decoding.transforms import TopP
-from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
 from jaxrl_llm.training import loop, optimizers, rewards
 from jaxrl_llm.training import lora as adapters
@@ -118,30 +118,36 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     if jax.process_count() > 1:
         raise ValueError("trainers run in one process; with several, call the steps as docs/training.md shows.")
     out = None if out is None else Path(out)
-    begun = _check_folder(lm, config, out)
     owned = isinstance(lm, str | os.PathLike)
-    loaded = models.load(lm) if owned else _as_loaded(lm)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
+    begun = _check_folder([name, getattr(config, "reward_model", None)], config, out)
+    loaded = models.load(lm) if owned else _as_loaded(lm)
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.seq2seq trains it.")
     if loaded.tokenizer is None:
         raise ValueError(f"the model must have a tokenizer, but {name} has none.")
     if out is not None and not owned:
         name = f"{name}, sha256 {_digest(loaded.params)}"
+    narrow = params_dtype(loaded.params)
+    if jnp.finfo(narrow).bits < 32:  # updates of usual size would be rounded away
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
+        loaded, owned = dataclasses.replace(loaded, params=params), True
     run = Run(config, loaded, name, owned, out, verbose)
+    if jnp.finfo(narrow).bits < 32:
+        run.say(f"the weights are widened from {narrow} to float32 for training.")
     if config.resume and not begun:
         run.say(f"{out} has no checkpoint to resume from: the run starts from the beginning.")
     return run
 
 
-def _check_folder(lm: Any, config: Config, out: Path | None) -> bool:
-    """Return True if the folder has a run to be resumed."""
+def _check_folder(read: list[str | Path | None], config: Config, out: Path | None) -> bool:
+    """Return True if the folder has a run to be resumed; refuse one that a model is read from."""
     if out is None:
         wanted = [name for name in ("resume", "tensorboard") if getattr(config, name)]
         if wanted:
             raise ValueError(f"{wanted[0]} needs an output folder: out must be a path, but is None.")
         return False
-    if isinstance(lm, str | os.PathLike) and out.resolve() == Path(lm).resolve():
+    if out.resolve() in [Path(each).expanduser().resolve() for each in read if each is not None]:
         raise ValueError(f"out must be another folder than that of the model, {out}, which it would overwrite.")
     folder = out / "checkpoints"
     begun = folder.is_dir() and Checkpoints(folder).latest_step() is not None
@@ -198,6 +204,8 @@ def batches_of(
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
+    for column in sorted(batches.left_out):
+        run.say(f"{found.source}: {column} is not a number in every {found.unit}, so the loss does not receive it.")
     for bad in found.bad_lines:
         run.say(f"{found.source}, {found.unit} {bad.number}: {bad.reason}")
     return batches, found
