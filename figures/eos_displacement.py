@@ -63,7 +63,7 @@ def _draw_eos(axes: Axes, points: list[dict[str, Any]]) -> None:
             first, second, "o", color=colour, markersize=4, markerfacecolor="white", label=f"β = {point['beta']:g}"
         )
         lowest = min(lowest, first.min(), second.min())
-    axes.plot([lowest, 1], [lowest, 1], color=style.MUTED, linewidth=0.9, label="equal: the word is on the prediction")
+    axes.plot([lowest, 1], [lowest, 1], color=style.MUTED, linewidth=0.9, label="equal: the word is as predicted")
     axes.set(
         xscale="log",
         yscale="log",

@@ -133,4 +133,4 @@ def _draw_missing(axes: Axes, missing: dict[str, Any]) -> None:
     axes.set(xlabel="length of the sequences (tokens)", ylabel="‖∇KL − E∇Σk2‖ / ‖∇KL‖", xlim=(0.4, max(lengths) + 0.6))
     axes.set_ylim(top=1.25 * max(map(max, missing["share"].values())))
     axes.set_xticks(lengths)
-    axes.set_title("(d) what k2 summed over tokens misses of ∇KL")
+    axes.set_title("(d) part of ∇KL missed by k2 over tokens")

@@ -23,8 +23,8 @@ def draw(results: dict[str, Any]) -> Figure:
         for start in ("lowest loss", "highest loss")
     )
     finding = (
-        f"A tenth of the way out the loss is {lowest:.2f} times that of the model along top eigenvectors, or more,\n"
-        f"and {highest:.2f} times along random directions, or less"
+        f"At a tenth of the radius the loss is at least {lowest:.2f} times the model's along top eigenvectors,\n"
+        f"and at most {highest:.2f} times along random directions"
     )
     style.headline(figure, finding if results["holds"] else __doc__.splitlines()[0].rstrip("."))
     grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))

@@ -62,7 +62,7 @@ def matching_ratio(probabilities: Mapping[str, float], item: Mapping[str, Any] |
 
     p_match, p_not = listed(match), listed(other)
     if p_match + p_not == 0:
-        raise ValueError(f"neither ({match}) nor ({other}) has any probability, so there is no ratio.")
+        raise ValueError(f"the ratio is undefined: ({match}) and ({other}) both have probability 0.")
     return p_match / (p_match + p_not)
 
 
@@ -92,7 +92,7 @@ def probability(log_probs: Float[np.ndarray, "*any answer"]) -> Float[np.ndarray
     """
     match, other = log_probs[..., 0], log_probs[..., 1]
     if (np.isneginf(match) & np.isneginf(other)).any():
-        raise ValueError("both answers have probability 0, so there is no ratio.")
+        raise ValueError("the ratio is undefined: both answers have probability 0.")
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(other - match))
 

@@ -72,7 +72,7 @@ def probe_report(source: ModelSource, facts: Sequence[Fact], *, seed: int = 0, r
 
     Raises:
         TypeError: if the source is not a `ModelSource`.
-        ValueError: if there are no facts, or none fits the context.
+        ValueError: if `facts` is empty, or none fits the context.
     """
     asked = [conversations(fact) for fact in facts]
     scores, fits = _scores(
@@ -114,7 +114,7 @@ def _scores(
     """Return log-probabilities of both answers where every question fits the context, and where that is."""
     check_type("the source", source, ModelSource, "a model, as ModelSource(models.load(...))")
     if not asked:
-        raise ValueError(f"there are no {name}s.")
+        raise ValueError(f"{name}s must hold at least one {name}, but are empty.")
     rows: list[Row] = [source.row(*question) for each in asked for question in each]
     scores = source.log_probs(rows).reshape(len(asked), -1, 2)
     fits = ~np.isnan(scores).any(axis=(1, 2))
@@ -246,7 +246,7 @@ def addition_report(source: ModelSource, examples: Sequence[Example]) -> dict[st
 
     Raises:
         TypeError: if the source is not a `ModelSource`.
-        ValueError: if there are no examples, or none fits the context.
+        ValueError: if `examples` is empty, or none fits the context.
     """
     scores, fits = _scores(source, "example", [[(example.prompt, "", (AGREE, DISAGREE))] for example in examples])
     read = [example for example, fit in zip(examples, fits, strict=True) if fit]

@@ -99,13 +99,13 @@ def measure(source: Source, asked: Variants, *, seed: int = 0, resamples: int = 
 
     Raises:
         TypeError: if these are not a source and the variants of items.
-        ValueError: if there are no items, no item is short enough, or both answers of one have probability 0.
+        ValueError: if `items` is empty, no item is short enough, or both answers of one have probability 0.
         FloatingPointError: if the model computes NaN.
     """
     check_type("the source", source, Source, "one that answers, such as ModelSource(models.load(...)) or CONSTANT")
     check_type("what is asked", asked, Variants, "variants(items)")
     if not asked.items:
-        raise ValueError("there are no items.")
+        raise ValueError("items must hold at least one item, but are empty.")
     letters, worded = _tables(source, asked)
     worded = worded[:, :, :1]  # the question in words lists no options: it has one order
     answered = ~np.isnan(letters[:, OWN, 0, 0])
@@ -152,11 +152,11 @@ def measure_probabilities(
     is ½, whatever it said) and only one.
 
     Raises:
-        ValueError: if there are no items, not as many probabilities as items, the source lists no label of any item,
-            or as `matching_ratio`, naming the place (from 1).
+        ValueError: if `items` is empty, the number of probabilities differs, the source lists no label of any item, or
+            as `matching_ratio`, naming the place (from 1).
     """
     if not items:
-        raise ValueError("there are no items.")
+        raise ValueError("items must hold at least one item, but are empty.")
     if len(probabilities) != len(items):
         given = counted(len(probabilities), "item")
         raise ValueError(f"{name} must have probabilities of {counted(len(items), 'item')}, but has those of {given}.")
@@ -221,7 +221,7 @@ def _tables(source: Source, asked: Variants) -> list[Float[np.ndarray, "item use
             if np.isneginf(pair).all():
                 raise ValueError(
                     f"{source.name}, item {place[0] + 1} {asked.items[place[0]].name!r}, by {form}: both answers have "
-                    "probability 0, so there is no ratio."
+                    "probability 0, and their ratio is undefined."
                 )
             found[place] = pair[::-1] if place[1] == OPPOSITE else pair
         tables.append(found)

@@ -55,8 +55,8 @@ def test_known_values():
         ({"A": 1.2}, r"must be in \[0, 1\], but is 1\.2"),
         ({"A": "0.5"}, r"must be in \[0, 1\], but is '0\.5'"),
         ({"A": 0.7, "B": 0.7}, r"the probabilities must sum to at most 1, but sum to 1\.4"),
-        ({"A": 0.0, "B": 0.0}, r"neither \(A\) nor \(B\) has any probability"),
-        ({"C": 1.0}, r"neither \(A\) nor \(B\) has any probability"),
+        ({"A": 0.0, "B": 0.0}, r"\(A\) and \(B\) both have probability 0"),
+        ({"C": 1.0}, r"\(A\) and \(B\) both have probability 0"),
     ],
 )
 def test_probabilities_without_a_ratio(given, message):

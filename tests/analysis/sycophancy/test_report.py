@@ -325,7 +325,7 @@ def test_nothing_to_measure(loaded):
         (lambda: probe_report(source, []), "facts"),
         (lambda: addition_report(source, []), "examples"),
     ):
-        with pytest.raises(ValueError, match=rf"^there are no {noun}\.$"):
+        with pytest.raises(ValueError, match=rf"^{noun} must hold at least one {noun[:-1]}, but are empty\.$"):
             call()
     with pytest.raises(TypeError, match=r"the source must be .*, but is of type Loaded\."):
         measure(loaded, variants(FOUR[:1]))
