@@ -165,7 +165,7 @@ def _print(results: list[Result], seeds: list[int], path: Path) -> None:
 def kept(config: Any, name: str, compute: Callable[[], Any]) -> Any:
     """Return a stage of a long experiment: read from `config.work_dir` if it was finished there, else computed.
 
-    A stage belongs to the config with all its fields but `work_dir`; if that is None, nothing is kept.
+    A stage belongs to the experiment and its config, all fields but `work_dir`; if that is None, nothing is kept.
 
     Args:
         compute: gives nested dicts and lists of arrays and of values that JSON has. Keys are strings or integers.
@@ -173,10 +173,10 @@ def kept(config: Any, name: str, compute: Callable[[], Any]) -> Any:
     arrays: dict[str, np.ndarray] = {}
     if config.work_dir is None:
         return _with_arrays(_without_arrays(compute(), arrays), arrays.__getitem__)
-    settings = str(dataclasses.replace(config, work_dir=None))
+    settings = f"{type(config).__module__}.{dataclasses.replace(config, work_dir=None)}"
     path = config.work_dir / hashlib.sha256(settings.encode()).hexdigest()[:12] / f"{name}.safetensors"
     if not path.is_file():
-        tree = json.dumps(_without_arrays(compute(), arrays), allow_nan=False)
+        tree = json.dumps(_without_arrays(compute(), arrays))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file(arrays, partial, metadata={"tree": tree})

@@ -561,6 +561,8 @@ class LM:
 
     def decode(self, tokens: Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
         """Return the text of a list of token ids, or of each of several, without special tokens."""
+        if not len(tokens):
+            return ""
         found = [self._text(row) for row in _listed(tokens, "tokens")]
         return found[0] if _is_single(tokens) else found
 
@@ -595,7 +597,8 @@ class LM:
         conversation = not isinstance(prompt, str) and any(isinstance(each, Mapping) for each in prompt)
         if not isinstance(prompt, str) and not conversation:
             if chat:
-                raise ValueError(f"{name} must be a string or a list of messages for a chat, but is token ids.")
+                found = "token ids" if len(prompt) else "empty"
+                raise ValueError(f"{name} must be a string or a list of messages for a chat, but is {found}.")
             return list(prompt)
         if conversation and not chat:
             raise ValueError(f"{name} is a conversation: lm.chat, or chat=True, puts it into the chat template.")

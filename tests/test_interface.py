@@ -460,6 +460,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "the model's context of", lambda lm: lm.generate("q" * 48)),
         (ValueError, "prompt 0 is a conversation", lambda lm: lm.generate(CONVERSATION)),
         (ValueError, "for a chat, but is token ids", lambda lm: lm.generate([1, 2], chat=True)),
+        (ValueError, "for a chat, but is empty", lambda lm: lm.chat([])),
         (TypeError, "keyword argument 'top_pp': did you mean 'top_p'", lambda lm: lm.generate("x", top_pp=0.9)),
         (TypeError, "keyword argument 'max_tokens': did you mean", lambda lm: lm.chat("x", max_tokens=9)),
         (TypeError, "keyword argument 'colour'$", lambda lm: lm.search_tree("x", colour=1)),

@@ -72,7 +72,7 @@ class Config:
 
 def test_a_finished_stage_is_read_again_by_the_same_config_only(tmp_path):
     tree = {"h": {0: {"w": np.arange(6.0).reshape(2, 3)}, 1: {"w": np.zeros(2)}}, "loss": np.float32(0.5)}
-    tree |= {"rows": [{"name": "a", "left": None, "share": 1 / 3}], "1": 1}
+    tree |= {"rows": [{"name": "a", "left": None, "share": 1 / 3}], "1": 1, "worst": np.inf}
     calls = []
 
     def compute():
@@ -84,7 +84,7 @@ def test_a_finished_stage_is_read_again_by_the_same_config_only(tmp_path):
         assert list(found) == list(tree) and list(found["h"]) == [0, 1]
         np.testing.assert_array_equal(found["h"][0]["w"], tree["h"][0]["w"])
         assert (found["loss"], found["loss"].dtype, found["loss"].shape) == (0.5, np.float32, ())
-        assert found["rows"] == tree["rows"] and found["1"] == 1
+        assert (found["rows"], found["1"], found["worst"]) == (tree["rows"], 1, np.inf)
     assert len(calls) == 1 and [each.name for each in tmp_path.rglob("stage*")] == ["stage.safetensors"]
     kept(dataclasses.replace(config, work_dir=tmp_path / "other"), "stage", compute)
     kept(dataclasses.replace(config, size=3), "stage", compute)
