@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,9 @@ KINDS = {  # of a configuration's fields; numpy's numbers are accepted, True is 
     "TokenId": ("a token id, 0 or above", lambda value: isinstance(value, numbers.Integral) and value >= 0),
     "float": ("a finite number, 0 or above", lambda value: isinstance(value, numbers.Real) and 0 <= value < math.inf),
     "bool": ("true or false", lambda value: isinstance(value, bool | np.bool_)),
+    "Count": ("an integer, 0 or above", lambda value: isinstance(value, numbers.Integral) and value >= 0),
+    "tuple": ("a list", lambda value: isinstance(value, list | tuple)),
+    "dict": ("an object", lambda value: isinstance(value, Mapping)),
     "str": ("a name", lambda value: isinstance(value, str)),
 }
 
@@ -51,8 +54,8 @@ class Network(abc.ABC):
     config: Any
 
     @abc.abstractmethod
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Return the NNX module with random parameters."""
+    def build(self, rngs: nnx.Rngs | None) -> nnx.Module:
+        """Return the NNX module with random parameters; with zeros without `rngs`."""
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +71,7 @@ class Network(abc.ABC):
 
     @functools.cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
+        return nnx.split(nnx.eval_shape(lambda: self.build(None)))
 
     @property
     def abstract_params(self) -> Params:
@@ -139,10 +142,10 @@ class DecoderLM(Network, language_model.LanguageModel):
     min_prompt_length = 1
 
     @abc.abstractmethod
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, rngs: nnx.Rngs | None) -> nnx.Module:
         """Return the NNX module, with a method `unembed` and
 
-        module(tokens, positions, mask, cache, index, intermediates) -> hidden, cache
+        module(tokens, placed, cache, intermediates) -> hidden, cache
         """
 
     @property
@@ -187,9 +190,7 @@ class DecoderLM(Network, language_model.LanguageModel):
         language_model.check_tokens(self, tokens, mask, cache)
         at = place(jnp.ones(tokens.shape, bool) if mask is None else mask, cache)
         kv_cache = None if cache is None else cache.memory
-        hidden, kv_cache = self.merge(params)(
-            tokens, at.positions, at.attention_mask, kv_cache, at.cache_index, intermediates
-        )
+        hidden, kv_cache = self.merge(params)(tokens, at, kv_cache, intermediates)
         return hidden, None if cache is None else dataclasses.replace(at.cache, memory=kv_cache)
 
     def logits(self, params: Params, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:

@@ -8,9 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.models.decoder import DecoderLM, check_config, checkpointed
+from jaxrl_llm.models.decoder import DecoderLM, Placed, check_config, checkpointed
 from jaxrl_llm.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -52,7 +52,7 @@ class GPT2Config:
 class Attention(nnx.Module):
     """Multi-head causal attention; queries, keys and values from one fused projection."""
 
-    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs | None):
         width, std = config.n_embd, config.initializer_range
         self.c_attn = Linear(width, 3 * width, std=std, use_bias=True, rngs=rngs)
         self.c_proj = Linear(width, width, std=std / math.sqrt(2 * config.n_layer), use_bias=True, rngs=rngs)
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """c_proj(activation(c_fc(x))), `n_inner` wide."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs | None):
         width, std = config.n_embd, config.initializer_range
         inner = config.n_inner or 4 * width
         self.c_fc = Linear(width, inner, std=std, use_bias=True, rngs=rngs)
@@ -98,7 +98,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs | None):
         self.ln_1 = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
         self.attn = Attention(config, layer, rngs=rngs)
         self.ln_2 = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
@@ -120,7 +120,7 @@ class Block(nnx.Module):
 class GPT2Module(nnx.Module):
     """Token and position embeddings, `n_layer` blocks, a final norm, the (tied) unembedding."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, checkpoint_blocks: bool = False):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs | None, checkpoint_blocks: bool = False):
         std = config.initializer_range
         self.checkpoint_blocks = checkpoint_blocks
         self.wte = Embedding(config.vocab_size, config.n_embd, std=std, rngs=rngs)
@@ -133,14 +133,12 @@ class GPT2Module(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "batch time"],
-        positions: Int[Array, "batch time"],
-        mask: Bool[Array, "batch time slot"],
+        placed: Placed,
         cache: list[KeyValue] | None,
-        index: Int[Array, ""] | None,
         intermediates: list[Array] | None,
     ) -> tuple[Float[Array, "batch time width"], list[KeyValue]]:
-        x = self.wte(tokens) + self.wpe(positions)
-        written = []
+        x = self.wte(tokens) + self.wpe(placed.positions)
+        written, mask, index = [], placed.attention_mask, placed.cache_index
         for layer, block in enumerate(self.h):  # unrolled: a scan would slice the stacked weights at every step
             if self.checkpoint_blocks and cache is None and intermediates is None:
                 x, key_value = checkpointed(block)(x, mask)
@@ -167,5 +165,5 @@ class GPT2(DecoderLM):
     def cache_shape(self) -> tuple[int, int, int]:
         return self.config.n_layer, self.config.n_head, self.config.n_embd // self.config.n_head
 
-    def build(self, rngs: nnx.Rngs) -> GPT2Module:
+    def build(self, rngs: nnx.Rngs | None) -> GPT2Module:
         return GPT2Module(self.config, rngs=rngs, checkpoint_blocks=self.checkpoint_blocks)

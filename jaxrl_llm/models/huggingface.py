@@ -7,14 +7,14 @@ import json
 import os
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.decoder import Network
-from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of
+from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_names
 
 TensorPath = tuple[str | int, ...]
 SCORE = "score.weight"  # the head of a reward model, [1, width]
@@ -23,22 +23,30 @@ SCORE = "score.weight"  # the head of a reward model, [1, width]
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
-def tensor_name(path: TensorPath) -> str:
-    """Return the checkpoint's name of a parameter, without prefix: ("h", 0, "ln_1", "scale") is h.0.ln_1.weight."""
-    *modules, leaf = map(str, path)
-    return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
+class Slot(NamedTuple):
+    """The place of a stored tensor in the parameter tree."""
+
+    path: TensorPath
+    index: int | None  # in the leaf's first axis, of one of several tensors that are stacked
+    shape: tuple[int, ...]  # as stored
+    transposed: bool  # the leaf, or its part, is the tensor transposed
 
 
-def named_params(model: Network) -> dict[str, tuple[TensorPath, jax.ShapeDtypeStruct]]:
-    """Return path and abstract value of every parameter of the model by tensor name."""
-    leaves = jax.tree_util.tree_leaves_with_path(model.abstract_params)
-    paths = [(tuple(entry.key for entry in path), leaf) for path, leaf in leaves]
-    return {tensor_name(path): (path, leaf) for path, leaf in paths}
-
-
-def is_transposed(family: Family, path: TensorPath) -> bool:
-    """Return True if the checkpoint stores this parameter as [out, in], as always for an untied head."""
-    return path[-1] == "kernel" and (family.transposed or path[0] == "lm_head")
+def named_params(model: Network) -> dict[str, Slot]:
+    """Return the slot of every tensor of the model by its name without prefix."""
+    _, family = family_of(model)
+    slots = {}
+    for entries, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params):
+        path = tuple(entry.key for entry in entries)
+        names = stored_names(family, path, leaf.shape[0])
+        stacked = len(names) > 1 or "{}" in family.names.get(".".join(map(str, path[2:-1])), "")
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        # Always stored as [out, in]: an untied head, and the kernels of all families but GPT-2.
+        transposed = path[-1] == "kernel" and (family.transposed or path[0] == "lm_head")
+        for index, name in enumerate(names):
+            stored = shape[::-1] if transposed else shape
+            slots[name] = Slot(path, index if stacked else None, stored, transposed)
+    return slots
 
 
 def params_from_tensors(
@@ -52,28 +60,34 @@ def params_from_tensors(
     _, family = family_of(model)
     wanted = named_params(model)
     params: Params = {}
-    placed, problems, copies = set(), [], {}
+    placed, problems, copies, stacks = set(), [], {}, {}
     for name, full_name, tensor in _without_copies(family, wanted, tensors, copies):
         if name not in wanted:
             if not family.buffers.fullmatch(name):
                 problems.append(f"unknown {full_name}")
             continue
-        path, abstract = wanted[name]
-        shape = abstract.shape[::-1] if is_transposed(family, path) else abstract.shape
-        if tensor.shape != shape:
-            problems.append(f"{full_name} is {list(tensor.shape)}, expected {list(shape)}")
+        slot = wanted[name]
+        if tensor.shape != slot.shape:
+            problems.append(f"{full_name} is {list(tensor.shape)}, expected {list(slot.shape)}")
         elif not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
             problems.append(f"{full_name} is stored as {tensor.dtype}")
         elif name in placed:
             problems.append(f"{full_name} occurs twice")
         else:
-            _place(params, path, jax.numpy.asarray(tensor.T if is_transposed(family, path) else tensor, dtype))
+            tensor = tensor.T if slot.transposed else tensor
+            if slot.index is None:
+                _place(params, slot.path, jax.numpy.asarray(tensor, dtype))
+            else:
+                stacks.setdefault(slot.path, {})[slot.index] = tensor.astype(dtype)
         placed.add(name)
     problems += [f"missing {name}" for name in wanted if name not in placed]
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{source} does not fit its configuration: {', '.join(problems[:8])}{more}.")
-    _check_copies(params, wanted[family.embedding][0], copies, source)
+    for path in list(stacks):
+        parts = stacks.pop(path)
+        _place(params, path, jax.numpy.asarray(np.stack([parts[index] for index in range(len(parts))])))
+    _check_copies(params, wanted[family.embedding].path, copies, source)
     return params
 
 
@@ -208,13 +222,12 @@ def write_folder(
 
     _, family = family_of(model)
     tensors = {}
-    for name, (path, _) in named_params(model).items():
-        leaf = params
-        for entry in path:
-            leaf = leaf[entry]
+    for name, slot in named_params(model).items():
+        leaf = functools.reduce(lambda node, entry: node[entry], slot.path, params)
+        leaf = leaf if slot.index is None else leaf[slot.index]
         value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
-        full_name = name if path[0] == "lm_head" else family.prefix + name
-        tensors[full_name] = np.ascontiguousarray(value.T if is_transposed(family, path) else value)
+        full_name = name if slot.path[0] == "lm_head" else family.prefix + name
+        tensors[full_name] = np.ascontiguousarray(value.T if slot.transposed else value)
     tensors |= further
     dtype_name = str(next(iter(tensors.values())).dtype)
     config = config_of(model) | {"dtype": dtype_name} | extra

@@ -27,9 +27,9 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """Draw a parameter from N(0, std²)."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+def normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """Draw a parameter from N(0, std²); without `rngs`, for the shapes alone, it is zero."""
+    return nnx.Param(jnp.zeros(shape) if rngs is None else std * jax.random.normal(rngs.params(), shape))
 
 
 def is_one_bfloat16_row(x: Float[Array, "*batch features"]) -> bool:
@@ -48,7 +48,7 @@ def twice(row: Float[Array, "1 features"]) -> Float[Array, "2 features"]:
 class Linear(nnx.Module):
     """x @ kernel + bias: inputs in the kernel's dtype, sums in float32 or wider."""
 
-    def __init__(self, in_features: int, out_features: int, *, std: float, use_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, std: float, use_bias: bool, rngs: nnx.Rngs | None):
         self.kernel = normal(rngs, (in_features, out_features), std)
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
@@ -65,7 +65,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a table; `attend` is the tied unembedding, their inner products with hidden states."""
 
-    def __init__(self, num_embeddings: int, features: int, *, std: float, rngs: nnx.Rngs):
+    def __init__(self, num_embeddings: int, features: int, *, std: float, rngs: nnx.Rngs | None):
         self.embedding = normal(rngs, (num_embeddings, features), std)
 
     def __call__(self, index: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
@@ -94,26 +94,29 @@ def standardise(x: Float[Array, "*batch features"], epsilon: float) -> Float[Arr
 
 
 class LayerNorm(nnx.Module):
-    """(x − mean) / √(variance + ε) · scale + bias over the last axis (Ba et al. 2016)."""
+    """(x − mean) / √(variance + ε) · scale + bias over the last axis (Ba et al. 2016); scale and bias are optional."""
 
-    def __init__(self, features: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+    def __init__(self, features: int, *, epsilon: float, scale: bool = True, bias: bool = True):
+        self.scale = nnx.Param(jnp.ones(features)) if scale else None
+        self.bias = nnx.Param(jnp.zeros(features)) if bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        return standardise(x, self.epsilon) * self.scale[...] + self.bias[...]
+        x = standardise(x, self.epsilon)
+        x = x if self.scale is None else x * self.scale[...]
+        return x if self.bias is None else x + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + ε) · scale over the last axis (Zhang and Sennrich 2019)."""
+    """x / √(mean(x²) + ε) · (offset + scale) over the last axis (Zhang and Sennrich 2019)."""
 
-    def __init__(self, features: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.epsilon = epsilon
+    def __init__(self, features: int, *, epsilon: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(features, 1 - offset))
+        self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        scale = self.scale[...] if self.offset == 0 else self.offset + self.scale[...].astype(x.dtype)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
 
 
 def write_slots(cache: KeyValue, key: Array, value: Array, index: Int[Array, ""]) -> KeyValue:
@@ -133,10 +136,13 @@ def attention_weights(
     mask: Bool[Array, "batch time slot"],
     *,
     scale: float,
+    cap: float | None = None,
     bias: Float[Array, "#batch head time slot"] | None = None,
     intermediates: list[Array] | None = None,
 ) -> Float[Array, "batch kv_head group time slot"]:
     """Compute softmax(scale · q kᵀ + bias) over the slots in the mask; query head i attends to key head i // group.
+
+    With a `cap` c the scaled scores s are c · tanh(s / c) (Gemma Team 2024).
 
     A query that attends to nothing (padding) gets uniform weights, not NaN. The weights are appended to `intermediates`
     if it is a list.
@@ -145,6 +151,7 @@ def attention_weights(
     kv_heads = key.shape[1]
     query = query.reshape(batch, kv_heads, heads // kv_heads, time, head_dim).astype(key.dtype)
     scores = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=accumulator(key.dtype)) * scale
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     if bias is not None:
         scores += bias.reshape(bias.shape[0], *scores.shape[1:])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)

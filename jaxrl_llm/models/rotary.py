@@ -4,128 +4,214 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-from jaxrl_llm.models.decoder import check_config
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of the rotary frequencies for a longer context: `linear`, or `llama3` (Llama 3.1)."""
+class Rotary:
+    """The rotation of a head's first coordinates.
 
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int | None = None  # llama3 needs it
+    Every scaling for longer contexts is other frequencies. LongRoPE (Ding et al. 2024) has `long` ones for rows that
+    are longer than the `original` context.
+    """
 
-    def __post_init__(self):
-        if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(f"rope_type must be default, linear or llama3, but is {self.rope_type!r}.")
-        if self.rope_type == "llama3" and not self.original_max_position_embeddings:
-            raise ValueError("rope_type llama3 needs original_max_position_embeddings.")
-        check_config(self)
-        if self.factor == 0:
-            raise ValueError("factor must be above 0.")
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                "low_freq_factor must be below high_freq_factor, "
-                f"but they are {self.low_freq_factor} and {self.high_freq_factor}."
-            )
+    frequencies: tuple[float, ...]  # radians per position of each pair of coordinates
+    amplitude: float = 1.0  # of cosines and sines
+    interleaved: bool = False  # pairs are (2i, 2i + 1), not (i, i + half)
+    long: tuple[float, ...] = ()
+    original: int = 0
 
+    def turn(
+        self, positions: Int[Array, "batch time"], capacity: int | None
+    ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
+        """Return cosines and sines of the angles at these positions.
 
-def rope_frequencies(dim: int, *, theta: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
-    """Return radians per position for each pair of `dim` coordinates: θ^(−2i/dim), scaled by `scaling`."""
-    half = dim // 2
-    frequencies = float(theta) ** (-jnp.arange(half) / half)
-    if scaling is None:
-        return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    # llama3: wavelengths beyond the original context are scaled, short ones kept, those between interpolated.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = jnp.clip(kept, 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+        LongRoPE's long frequencies hold for a row with more tokens than the original context. With a cache the length
+        of a row is not known yet: there its `capacity` decides.
+        """
+        frequencies = jnp.asarray(self.frequencies)
+        if self.long:
+            length = positions.max(axis=1, keepdims=True) + 1 if capacity is None else jnp.asarray(capacity)
+            frequencies = jnp.where((length > self.original)[..., None], jnp.asarray(self.long), frequencies)
+        angles = positions[..., None] * frequencies
+        return self.amplitude * jnp.cos(angles), self.amplitude * jnp.sin(angles)
 
 
 def rotate(
-    x: Float[Array, "batch head time head_dim"], angles: Float[Array, "batch time half"]
+    x: Float[Array, "batch head time head_dim"],
+    cos: Float[Array, "batch time half"],
+    sin: Float[Array, "batch time half"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "batch head time head_dim"]:
-    """Rotate the pairs of coordinates (i, i + half); coordinates from 2 · half on are left unchanged."""
-    half = angles.shape[-1]
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    """Rotate the pairs of coordinates (i, i + half), or (2i, 2i + 1); coordinates from 2 · half on are unchanged."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    if interleaved:
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1)
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-# Settings ------------------------------------------------------------------------------------------------------------
+# Frequencies ----------------------------------------------------------------------------------------------------------
 
-LLAMA3_FACTORS = ("low_freq_factor", "high_freq_factor")  # required: they have no common default
+FACTORS = {  # the fields that a kind of scaling needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 
 
-def rope_from_config(config: dict[str, Any], source: str, *, rotated: float) -> dict[str, Any]:
-    """Return our fields `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
-
-    They have an old form (separate fields) and a new one (`rope_parameters`). The new form takes precedence over
-    separate fields, but `rope_scaling` and `rope_parameters` must not contradict each other.
+def rotary(settings: Mapping[str, Any], head_dim: int, *, max_length: int, interleaved: bool = False) -> Rotary:
+    """Return the rotation that the rotary settings of a `config.json` describe.
 
     Args:
-        rotated: the default of `partial_rotary_factor`.
+        settings: `rope_type`, `rope_theta`, `partial_rotary_factor`, and the factors of the type: linear; llama3 (Llama
+            3.1); yarn (Peng et al. 2023); longrope (Ding et al. 2024).
+        max_length: the context length, by which LongRoPE without a `factor` knows its amplitude.
 
     Raises:
-        ValueError: if a form is not an object, or has one object for each kind of layer; if the forms contradict each
-            other; or if a scaling is unknown or lacks a factor.
+        ValueError: for an unknown type, or a factor that is missing or out of range.
     """
-    scaling, parameters = (_settings(config, source, form) for form in ("rope_scaling", "rope_parameters"))
-    for name in scaling.keys() & parameters.keys():
-        if scaling[name] != parameters[name]:
-            raise ValueError(
-                f"{source}: rope_scaling and rope_parameters must agree, but have the {name} "
-                f"{scaling[name]!r} and {parameters[name]!r}."
-            )
-    beside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    settings = beside | scaling | parameters
-    rope_type = settings.get("rope_type", "default")
-    theta, factor = settings["rope_theta"], settings["partial_rotary_factor"]
-    values = {
-        "rope_theta": 10000.0 if theta is None else theta,
-        "rope_scaling": None,
-        "partial_rotary_factor": rotated if factor is None else factor,
+    kind = settings.get("rope_type", "default")
+    if kind not in FACTORS:
+        raise ValueError(f"rope_type must be one of {', '.join(FACTORS)}, but is {kind!r}.")
+    if lacking := [name for name in FACTORS[kind] if settings.get(name) is None]:
+        raise ValueError(f"rope_type {kind} needs {' and '.join(lacking)}.")
+    share, theta = settings.get("partial_rotary_factor", 1.0), settings["rope_theta"]
+    for name in ("rope_theta", "partial_rotary_factor", "factor", *FACTORS[kind]):
+        value = settings.get(name, 1.0)
+        values = value if name in ("short_factor", "long_factor") and isinstance(value, tuple | list) else [value]
+        if not all(isinstance(each, int | float) and not isinstance(each, bool) and each > 0 for each in values):
+            raise ValueError(f"{name} must be above 0, but is {value!r}.")
+    dim = int(head_dim * share)
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise ValueError(
+            f"partial_rotary_factor must leave an even number of a head's {head_dim} coordinates to turn, 2 or more, "
+            f"but is {share!r}."
+        )
+    plain = float(theta) ** (-np.arange(dim // 2) / (dim // 2))
+    scale = SCALINGS.get(kind, lambda plain, settings, max_length: {"frequencies": plain})
+    found = scale(plain, settings, max_length)
+    tuples = {name: tuple(np.float64(value).tolist()) for name, value in found.items() if np.ndim(value)}
+    return Rotary(**found | tuples, interleaved=interleaved)
+
+
+def _linear(plain: np.ndarray, settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    return {"frequencies": plain / settings["factor"]}
+
+
+def _llama3(plain: np.ndarray, settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """Scale wavelengths beyond the original context, keep short ones, and interpolate between."""
+    low, high, factor = (settings[name] for name in ("low_freq_factor", "high_freq_factor", "factor"))
+    if low >= high:
+        raise ValueError(f"low_freq_factor must be below high_freq_factor, but they are {low} and {high}.")
+    turns = settings["original_max_position_embeddings"] * plain / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return {"frequencies": plain * (kept + (1 - kept) / factor)}
+
+
+def _yarn(plain: np.ndarray, settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """Divide by the factor what turns less than β_slow times in the original context, and keep what turns β_fast."""
+    factor, original, theta = settings["factor"], settings["original_max_position_embeddings"], settings["rope_theta"]
+    dim = 2 * len(plain)
+
+    def place(turns: float) -> float:  # the coordinate that turns so often
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(settings.get("beta_fast") or 32), place(settings.get("beta_slow") or 1)
+    if settings.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    scaled = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0.0, 1.0)
+
+    def amplitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
+
+    one, every = settings.get("mscale"), settings.get("mscale_all_dim")
+    given = settings.get("attention_factor")
+    found = amplitude(one) / amplitude(every) if one and every else amplitude(1)
+    return {
+        "frequencies": plain * (1 - scaled) + plain / factor * scaled,
+        "amplitude": float(found if given is None else given),
     }
-    if rope_type == "llama3" and (lacking := [name for name in LLAMA3_FACTORS if name not in settings]):
-        raise ValueError(f"{source}: rope_type llama3 needs {' and '.join(lacking)}.")
-    if rope_type != "default":
-        known = {field.name for field in dataclasses.fields(RopeScaling)}
-        scaling = {name: value for name, value in settings.items() if name in known} | {"rope_type": rope_type}
-        try:
-            values["rope_scaling"] = RopeScaling(**scaling)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: rope scaling {settings}: {error}") from error
-    return values
 
 
-def _settings(config: dict[str, Any], source: str, form: str) -> dict[str, Any]:
+def _longrope(plain: np.ndarray, settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    original, given = settings["original_max_position_embeddings"], settings.get("attention_factor")
+    factor = settings.get("factor") or max_length / original
+    for name in ("short_factor", "long_factor"):
+        if np.shape(settings[name]) != plain.shape:
+            raise ValueError(f"{name} must be {len(plain)} numbers, but is {settings[name]!r}.")
+    found = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "frequencies": plain / np.asarray(settings["short_factor"]),
+        "long": plain / np.asarray(settings["long_factor"]),
+        "original": int(original),
+        "amplitude": float(found if given is None else given),
+    }
+
+
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+
+
+# Settings of a config.json --------------------------------------------------------------------------------------------
+
+
+def rope_parameters(config: Mapping[str, Any], *, theta: float = 10000.0, rotated: float = 1.0) -> dict[str, Any]:
+    """Return the rotary settings of a `config.json` in one form: {"rope_type", "rope_theta", factors ...}.
+
+    They have an old form (`rope_theta`, `rope_scaling` and `partial_rotary_factor` as separate fields) and a new one
+    (`rope_parameters`), which may hold settings for each kind of layer. The new form takes precedence over separate
+    fields, but `rope_scaling` and `rope_parameters` must not contradict each other.
+
+    Args:
+        theta, rotated: the family's defaults of `rope_theta` and `partial_rotary_factor`.
+
+    Raises:
+        ValueError: if a form is not an object, or the forms contradict each other.
+    """
+    scaling, given = (_settings(config, form) for form in ("rope_scaling", "rope_parameters"))
+    if nested := {name: value for name, value in given.items() if isinstance(value, Mapping)}:
+        return {
+            name: rope_parameters({**config, "rope_parameters": value}, theta=theta, rotated=rotated)
+            for name, value in nested.items()
+        }
+    for name in scaling.keys() & given.keys():
+        if scaling[name] != given[name]:
+            raise ValueError(
+                f"rope_scaling and rope_parameters must agree, but have the {name} "
+                f"{scaling[name]!r} and {given[name]!r}."
+            )
+    fields = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    beside = {name: config[name] for name in fields if config.get(name) is not None}
+    settings = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": rotated} | beside
+    settings |= scaling | given
+    if settings["rope_type"] == "su":  # an older name
+        settings["rope_type"] = "longrope"
+    if settings["rope_type"] in ("llama3", "yarn", "longrope"):
+        settings |= {name: config[name] for name in fields[2:] if config.get(name) is not None}
+    else:
+        settings.pop("original_max_position_embeddings", None)
+    if settings["partial_rotary_factor"] == 1:
+        del settings["partial_rotary_factor"]
+    return settings
+
+
+def _settings(config: Mapping[str, Any], form: str) -> dict[str, Any]:
     """Return the fields of one form that are not null, with the type under its present name."""
     given = {} if config.get(form) is None else config[form]
-    if not isinstance(given, dict):
-        raise ValueError(f"{source}: {form} must be an object, but is {given!r}.")
-    if nested := [name for name, value in given.items() if isinstance(value, dict)]:
-        raise ValueError(f"{source}: {form} must be one for all layers, but has {', '.join(nested)}.")
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{form} must be an object, but is {given!r}.")
     said = {name: value for name, value in given.items() if value is not None}
     older = said.pop("type", None)
     return said if older is None else {"rope_type": older} | said
-
-
-def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """Return the settings in the new form."""
-    rope = {"rope_type": "default", "rope_theta": theta}
-    if scaling is None:
-        return rope
-    fields = dataclasses.asdict(scaling)
-    return rope | {
-        name: fields[name] for name in (("rope_type", "factor") if scaling.rope_type == "linear" else fields)
-    }

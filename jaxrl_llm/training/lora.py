@@ -20,12 +20,6 @@ from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.training.steps import View
 
 Adapter = dict[str, dict[str, Array]]  # the tensor's name: {"a": [in, rank], "b": [rank, out]}
-DEFAULT_TARGETS = {
-    "gpt2": ("c_attn",),
-    "llama": ("q_proj", "v_proj"),
-    "stablelm": ("q_proj", "v_proj"),
-    "t5": ("q", "v"),
-}
 
 
 class Lora(NamedTuple):
@@ -60,7 +54,7 @@ class Lora(NamedTuple):
     def merge(self, params: Params, adapter: Adapter) -> Params:
         """Return the parameters with the adapters added; differentiable in both."""
         _check(self, adapter)
-        paths = {name: path for name, (path, _) in huggingface.named_params(self.model).items()}
+        paths = {name: slot.path for name, slot in huggingface.named_params(self.model).items()}
         changed = {paths[name]: pair for name, pair in adapter.items()}
 
         def add(path: Any, leaf: Array) -> Array:
@@ -87,7 +81,7 @@ def lora(model: Network, *, rank: int = 8, alpha: float = 16.0, targets: Sequenc
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, but is {rank}.")
-    targets = tuple(DEFAULT_TARGETS[families.family_of(model)[0]] if targets is None else targets)
+    targets = tuple(families.family_of(model)[1].targets if targets is None else targets)
     known = {name.split(".")[-2] for name in _kernels(model)}
     unknown = sorted(set(targets) - known)
     if unknown or not targets:
@@ -169,7 +163,11 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
 def _kernels(model: Network) -> dict[str, tuple[int, int]]:
     """Return the tensors of the linear layers with their shapes [in, out]."""
     named = huggingface.named_params(model).items()
-    return {name: leaf.shape for name, (path, leaf) in named if path[-1] == "kernel" and path[0] != "lm_head"}
+    return {
+        name: slot.shape[::-1] if slot.transposed else slot.shape
+        for name, slot in named
+        if slot.path[-1] == "kernel" and slot.path[0] != "lm_head" and slot.index is None
+    }
 
 
 def _check(given: Lora, adapter: PyTree) -> None:
