@@ -42,6 +42,10 @@ class Config(Mapping[str, Any]):
                 values[name], kind = (default if given.get(name) is None else given[name]), type(default)
             if values[name] is not None or isinstance(default, type):
                 _check(name, values[name], kind)
+            if name in ACTIVATION_FIELDS:
+                values[name] = ACTIVATION_NAMES.get(values[name], values[name])
+        if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
         if "rope_parameters" in values:
             values["rope_parameters"] = family.rope(given)
         self.__dict__.update(model_type=model_type, _values=_frozen(values))
@@ -93,6 +97,10 @@ class Config(Mapping[str, Any]):
 ROPE_FIELDS = (  # of the older forms, beside `rope_parameters`
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "rotary_pct", "rotary_emb_base"),
 )
+
+
+ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+ACTIVATION_NAMES = {"swish": "silu"}  # two names of one
 
 
 class Maybe(NamedTuple):
@@ -185,7 +193,7 @@ GPT_ALIASES = {
 
 def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, **others: Any) -> Description:
     """Return the description of a decoder with rotary positions in every layer, as far as `others` do not change it."""
-    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", c.num_attention_heads)
     if c.num_attention_heads % kv_heads:
         raise ValueError(
             "num_attention_heads must be a multiple of num_key_value_heads, "
@@ -202,7 +210,7 @@ def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, *
             "head_dim": head_dim(c),
             "layers": rotary_layers(c) if layers is None else layers,
             "norm": norm,
-            "activation": ACTIVATION_NAMES.get(act := getattr(c, "hidden_act", "gelu_new"), act),
+            "activation": getattr(c, "hidden_act", "gelu_new"),
             "biases": biases("qkvo", getattr(c, "attention_bias", False))
             | biases(["mlp"], getattr(c, "mlp_bias", False)),
             "tied": c.tie_word_embeddings,
@@ -210,9 +218,6 @@ def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, *
         }
         | others
     )
-
-
-ACTIVATION_NAMES = {"swish": "silu"}
 
 
 def biases(places: Any, given: bool = True) -> frozenset[str]:
@@ -454,7 +459,7 @@ def opt(c: Config) -> Description:
 def bloom(c: Config) -> Description:
     """Return BLOOM (BigScience 2022): ALiBi, a norm of the embeddings, q, k and v fused head by head."""
     options = {"layers": (Layer(),) * c.n_layer, "max_length": NO_LIMIT, "alibi": alibi_slopes(c.n_head)}
-    return layer_norm(c, fused="groups", embedding_norm=True, activation="gelu_new", **options)
+    return layer_norm(c, fused="groups", embedding_norm=True, **options)
 
 
 NO_LIMIT = 1 << 20  # ALiBi has no longest position
@@ -571,6 +576,7 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM",
         fields(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096),
         lambda c: rms(c, fused="blocks", fused_gate=True),
+        rope=rope(rotated=1.0),
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(
