@@ -33,7 +33,7 @@ from tqdm import tqdm
 from experiments import embedded, ledger
 from experiments.frame import experiment
 from jaxrl_llm import models, translation
-from jaxrl_llm.analysis import bleu, score_intervals
+from jaxrl_llm.analysis import bleu, bootstrap
 from jaxrl_llm.analysis.bootstrap import Interval
 from jaxrl_llm.data import bpe, parallel, verses
 from jaxrl_llm.data.parallel import SentencePair
@@ -53,8 +53,8 @@ ENOUGH = 25  # sentences, below which a bootstrap interval is too narrow to be s
 SEED = 0  # of the bootstrap
 NAMES = {"t5": "T5", "gpt2": "decoder-only"}
 MEASURES = {
-    "BLEU": (score_intervals.bleu_interval, score_intervals.bleu_difference),
-    "chrF": (score_intervals.chrf_interval, score_intervals.chrf_difference),
+    "BLEU": (bootstrap.bleu_interval, bootstrap.bleu_difference),
+    "chrF": (bootstrap.chrf_interval, bootstrap.chrf_difference),
 }
 
 
