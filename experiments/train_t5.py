@@ -22,7 +22,7 @@ import numpy as np
 from experiments import embedded, ledger, statistics
 from experiments.frame import experiment
 from jaxrl_llm import models, translation
-from jaxrl_llm.data import number_names, number_tokenizer
+from jaxrl_llm.data import number_names
 from jaxrl_llm.models import T5, T5Config
 from jaxrl_llm.training import loop, seq2seq
 from jaxrl_llm.training.loop import RunLog
@@ -65,7 +65,7 @@ class Config:
 
 
 NOT_OF_TRAINING = ("train", "replace_embedded", "every", "work_dir", "training_seed")
-TOKENIZER = number_tokenizer.build()
+TOKENIZER = number_names.build_tokenizer()
 
 
 def model_of(config: Config) -> T5:
@@ -138,9 +138,9 @@ def train(config: Config, folder: Path) -> None:
         evaluate_every=config.eval_every,
         config=fields,
     )
-    ids = {"eos_token_id": number_tokenizer.EOS_ID, "pad_token_id": number_tokenizer.PAD_ID}
+    ids = {"eos_token_id": number_names.EOS_ID, "pad_token_id": number_names.PAD_ID}
     models.save(folder, model, state.params, config=ids, dtype=jnp.float16)
-    number_tokenizer.save(TOKENIZER, folder)
+    number_names.save_tokenizer(TOKENIZER, folder)
     loaded = models.load(folder)  # from here on, what is measured is what is stored
     record = {
         "config": fields,
