@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.core import Generation, Request
-from jaxrl_llm.decoding.transforms.base import require
+from jaxrl_llm.decoding.transforms import require
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import wide
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxrl_llm import language_model, text
 from jaxrl_llm.decoding.constraints import StopStrings
-from jaxrl_llm.decoding.transforms.base import Transform, as_transform, token_ids
+from jaxrl_llm.decoding.transforms import Transform, as_transform, token_ids
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import is_concrete, violated, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs

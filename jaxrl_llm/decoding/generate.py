@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.core import Generation, Guidance, Request
-from jaxrl_llm.decoding.transforms.base import Transform, update_alive
+from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import log_softmax, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.core import Generation, Request
 from jaxrl_llm.decoding.generate import begin
-from jaxrl_llm.decoding.transforms.base import Transform, as_transform, update_alive
+from jaxrl_llm.decoding.transforms import Transform, as_transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import is_concrete, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
