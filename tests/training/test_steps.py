@@ -12,9 +12,9 @@ from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
-from jaxrl_llm.training.reward import RankedBatch, reward_loss
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
+from jaxrl_llm.training.supervised import sft_loss
 from tests.conftest import TINY, VOCAB, random_params
 
 LM = TINY["gpt2"]
