@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxrl_llm.models import rotary
 from jaxrl_llm.models.decoder import KINDS, Network
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
@@ -151,7 +153,16 @@ class Family:
     embedding: str = "embed_tokens.weight"
     targets: tuple[str, ...] = ("q_proj", "v_proj")  # of adapters, by default
 
+    @property
+    def reward(self) -> str | None:
+        """The architecture of a reward model in transformers; None if there is none."""
+        if self.architecture in ("T5ForConditionalGeneration", *NO_REWARD):
+            return None
+        name = "Gemma3Text" if self.architecture == "Gemma3ForCausalLM" else self.architecture
+        return re.sub("(ForCausalLM|LMHeadModel)$", "", name) + "ForSequenceClassification"
 
+
+NO_REWARD = ("CohereForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "OlmoeForCausalLM")
 SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), int)
 
 
@@ -842,6 +853,62 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
         return Decoder(Config(model_type, **values)) if family.config is None else family.model(family.config(**values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def without_head(model: Network) -> Network:
+    """Return the model without a head of its own, as a reward model is stored: its unembedding is the embedding."""
+    if isinstance(model, Decoder) and not model.config.tie_word_embeddings:
+        return dataclasses.replace(model, config=model.config.replace(tie_word_embeddings=True))
+    return model
+
+
+def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+    """Raise ValueError if a size that `config.json` claims is larger than the files can hold.
+
+    A model of that size is not built, even as shapes alone.
+    """
+    largest = max(1 << 16, *map(math.prod, shapes.values()))
+    for name, value in config.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > len(shapes):
+            raise ValueError(f"{source}: {name} is {value}, but the files hold {len(shapes)} tensors.")
+        if name in CLAIMED and value > largest:
+            raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
+
+
+CLAIMED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("n_embd", "n_head", "n_inner", "num_heads", "ffn_dim", "num_kv_heads", "ffn_hidden_size", "d_model", "d_kv"),
+    *("d_ff", "moe_intermediate_size", "num_experts", "num_local_experts"),
+)
+
+# The language model of a multimodal checkpoint ------------------------------------------------------------------------
+
+OTHERS = re.compile(r"(model\.)?(vision_|visual|multi_modal_projector|image_newline|audio_|embed_vision|embed_audio)")
+
+
+def text_config(config: dict[str, Any], *, source: str) -> dict[str, Any]:
+    """Return the configuration of the language model of a multimodal checkpoint; that of a plain one is itself."""
+    inner = config.get("text_config")
+    if inner is None or config.get("model_type") in FAMILIES:
+        return config
+    if not isinstance(inner, dict):
+        raise ValueError(f"{source}: text_config must be an object, but is {inner!r}.")
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    return inner | ids | {"multimodal": config.get("model_type")}
+
+
+def text_tensors(
+    config: Mapping[str, Any], tensors: Iterator[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of the language model of a multimodal checkpoint, under the names of a plain one."""
+    for name, tensor in tensors:
+        if "multimodal" not in config:
+            yield name, tensor
+        elif not OTHERS.match(name):
+            name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
+            yield name.replace("model.lm_head.", "lm_head."), tensor
 
 
 def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]]) -> dict[str, Any]:
