@@ -130,14 +130,14 @@ def _check_copies(params: Params, path: TensorPath, copies: dict[str, np.ndarray
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the `config.json` of a folder."""
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read the `config.json` of a folder, or another file of that kind."""
+    path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} must be a folder in Hugging Face format, but has no config.json.")
+        raise FileNotFoundError(f"{folder} must be a folder in Hugging Face format, but has no {name}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(config).__name__}.")
@@ -170,22 +170,27 @@ def _has_own_head(folder: Path, names: set[str]) -> bool:
 
 def read_tensors(folder: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor (or those in `only`) of the folder's safetensors, single or sharded, one at a time."""
+    for path in _safetensors_files(folder):
+        yield from read_file(path, only=only)
+
+
+def read_file(path: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every tensor (or those in `only`) of a file, one at a time."""
     from safetensors import SafetensorError, safe_open
 
-    for path in _safetensors_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    if only is not None and name not in only:
-                        continue
-                    try:
-                        tensor = file.get_tensor(name)
-                    except (AttributeError, TypeError):  # a dtype that numpy does not have
-                        kind = file.get_slice(name).get_dtype()
-                        raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
-                    yield name, tensor
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if only is not None and name not in only:
+                    continue
+                try:
+                    tensor = file.get_tensor(name)
+                except (AttributeError, TypeError):  # a dtype that numpy does not have
+                    kind = file.get_slice(name).get_dtype()
+                    raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
+                yield name, tensor
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
