@@ -7,9 +7,8 @@ import functools
 import json
 import math
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrl_llm.models import rotary
 from jaxrl_llm.models.decoder import KINDS, Network
@@ -35,14 +34,14 @@ class Config(Mapping[str, Any]):
             raise ValueError(f"{model_type} has no field {', '.join(unknown)}.")
         values = {}
         for name, default in family.fields.items():
-            value = given.get(name)
-            required = isinstance(default, type)
-            if value is None and required:
-                raise ValueError(f"the configuration lacks {name}.")
-            optional = isinstance(default, types.UnionType)
-            values[name] = (None if optional else default) if value is None else value
-            if value is not None:
-                _check(name, value, default if required else default.__args__[0] if optional else type(default))
+            if isinstance(default, Maybe):
+                values[name], kind = given.get(name, default.absent), default.kind
+            elif isinstance(default, type):
+                values[name], kind = given.get(name), default
+            else:
+                values[name], kind = (default if given.get(name) is None else given[name]), type(default)
+            if values[name] is not None or isinstance(default, type):
+                _check(name, values[name], kind)
         if "rope_parameters" in values:
             values["rope_parameters"] = family.rope(given)
         self.__dict__.update(model_type=model_type, _values=_frozen(values))
@@ -96,6 +95,13 @@ ROPE_FIELDS = (  # of the older forms, beside `rope_parameters`
 )
 
 
+class Maybe(NamedTuple):
+    """The kind of a field that may be null, and its value where it is absent."""
+
+    kind: type
+    absent: Any = None
+
+
 class Count(int):
     """The default of a field that may also be 0."""
 
@@ -128,6 +134,7 @@ class Family:
     prefix: str = "model."  # of every tensor but the head; some files lack it
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the modules that are not named as Llama's
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the sizes that are not named as Llama's
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names of fields in some files
     rope: Callable[[Mapping[str, Any]], dict[str, Any]] = rotary.rope_parameters
     transposed: bool = True  # linear kernels are stored [out, in]
     buffers: re.Pattern[str] = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attention\.bias|masked_bias)")
@@ -137,35 +144,33 @@ class Family:
     targets: tuple[str, ...] = ("q_proj", "v_proj")  # of adapters, by default
 
 
-SIZES = {
-    "vocab_size": int,
-    "hidden_size": int,
-    "intermediate_size": int,
-    "num_hidden_layers": int,
-    "num_attention_heads": int,
-}
-COMMON = SIZES | {
-    "num_key_value_heads": int | None,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_parameters": dict | None,
-}
-RMS = COMMON | {"rms_norm_eps": 1e-6, "attention_bias": False}
-LAYER = COMMON | {"layer_norm_eps": 1e-5}
-WINDOW = {"sliding_window": int | None, "layer_types": tuple | None}
+SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), int)
+
+
+def fields(length: int, kv_heads: int | None = None, **others: Any) -> dict[str, Any]:
+    """Return the fields of most families, with the context length, key-value heads (as many as heads) and others."""
+    common = {
+        "intermediate_size": int,
+        "num_key_value_heads": Maybe(int, kv_heads),
+        "max_position_embeddings": length,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "rope_parameters": Maybe(dict),
+    }
+    if "hidden_activation" in others:
+        del common["hidden_act"]
+    return SIZES | common | others
+
+
+RMS = {"rms_norm_eps": 1e-6, "attention_bias": False}
+LAYER = {"layer_norm_eps": 1e-5}
+WINDOW = {"sliding_window": Maybe(int, 4096), "layer_types": Maybe(tuple)}
+QWEN = WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)}
 GPT = {  # GPT-2's names
-    "vocab_size": int,
-    "n_embd": int,
-    "n_layer": int,
-    "n_head": int,
-    "n_positions": 1024,
-    "n_inner": int | None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
+    **dict.fromkeys(("vocab_size", "n_embd", "n_layer", "n_head"), int),
+    **{"n_inner": Maybe(int), "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+    **{"initializer_range": 0.02},
 }
 GPT_ALIASES = {
     "hidden_size": "n_embd",
@@ -197,7 +202,7 @@ def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, *
             "head_dim": head_dim(c),
             "layers": rotary_layers(c) if layers is None else layers,
             "norm": norm,
-            "activation": ACTIVATION_NAMES.get(c.hidden_act, c.hidden_act),
+            "activation": ACTIVATION_NAMES.get(act := getattr(c, "hidden_act", "gelu_new"), act),
             "biases": biases("qkvo", getattr(c, "attention_bias", False))
             | biases(["mlp"], getattr(c, "mlp_bias", False)),
             "tied": c.tie_word_embeddings,
@@ -337,7 +342,7 @@ def qwen3_moe(c: Config) -> Description:
         Layer(turning(c), window, i not in c.mlp_only_layers and (i + 1) % c.decoder_sparse_step == 0)
         for i in range(c.num_hidden_layers)
     )
-    experts = Experts(c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob)
+    experts = Experts(c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob)
     return rms(c, layers=layers, head_norm="head", experts=experts)
 
 
@@ -397,6 +402,12 @@ def gpt_neox(c: Config) -> Description:
     """Return GPT-NeoX (Black et al. 2022), such as Pythia: parallel with two norms, q, k and v fused head by head."""
     places = biases(["q", "o"], c.attention_bias) | {"mlp"}
     return layer_norm(c, fused="groups", parallel=c.use_parallel_residual, biases=places)
+
+
+def phi(c: Config) -> Description:
+    """Return Phi (Li et al. 2023): parallel with one LayerNorm, biases everywhere, in the head too."""
+    places = biases(["q", "k", "v", "o", "mlp", "head"])
+    return layer_norm(c, norms=Norms(mlp_in=None), parallel=True, biases=places)
 
 
 def gptj(c: Config) -> Description:
@@ -463,29 +474,25 @@ def falcon(c: Config) -> Description:
     return layer_norm(c, fused="groups", **options | layers)
 
 
-TANH = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
-GEMMA2 = {
-    "query_pre_attn_scalar": 256.0,
-    "final_logit_softcapping": float | None,
-    "attn_logit_softcapping": float | None,
-}
-SPARSE = {"num_experts_per_tok": 2, "sliding_window": int | None}
 BLOCK = {  # of BLOOM and Falcon
-    "layers": "h",
-    "norm": "ln_f",
-    "embed_tokens": "word_embeddings",
-    "embed_norm": "word_embeddings_layernorm",
-    "self_attn.qkv_proj": "self_attention.query_key_value",
-    "self_attn.o_proj": "self_attention.dense",
-    "mlp.up_proj": "mlp.dense_h_to_4h",
-    "mlp.down_proj": "mlp.dense_4h_to_h",
+    **{"layers": "h", "norm": "ln_f", "embed_tokens": "word_embeddings", "embed_norm": "word_embeddings_layernorm"},
+    **{"self_attn.qkv_proj": "self_attention.query_key_value", "self_attn.o_proj": "self_attention.dense"},
+    **{"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"},
 }
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
+GEMMA2 = {name: value for name, value in GEMMA.items() if name != "hidden_act"} | {
+    **{"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+    **{"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping": Maybe(float, 50.0)},
+}
+UNCAPPED = dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), Maybe(float))
+SPARSE = {"num_experts_per_tok": 2, "sliding_window": Maybe(int)}
 FUSED = ("query_key_value",)
+rope = functools.partial(functools.partial, rotary.rope_parameters)
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
-        GPT | {name: int for name in ("vocab_size", "n_embd", "n_layer", "n_head")},
+        dict.fromkeys(("vocab_size", "n_embd", "n_layer", "n_head"), int),
         model=GPT2,
         config=GPT2Config,
         prefix="transformer.",
@@ -494,90 +501,87 @@ FAMILIES: dict[str, Family] = {
         embedding="wte.weight",
         targets=("c_attn",),
     ),
-    "llama": Family("LlamaForCausalLM", RMS | {"head_dim": int | None, "mlp_bias": False}, rms),
+    "llama": Family("LlamaForCausalLM", fields(2048, **RMS, head_dim=Maybe(int), mlp_bias=False), rms),
     "mistral": Family(
         "MistralForCausalLM",
-        RMS | {"head_dim": int | None, "sliding_window": int | None},
+        fields(131072, 8, rms_norm_eps=1e-6, head_dim=Maybe(int), sliding_window=Maybe(int, 4096)),
         rms,
     ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        RMS | WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)},
-        qwen2,
-    ),
+    "qwen2": Family("Qwen2ForCausalLM", fields(32768, 32, rms_norm_eps=1e-6, **QWEN), qwen2),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        RMS | WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28), "head_dim": 128},
+        fields(32768, 32, **RMS, **QWEN, head_dim=128),
         lambda c: qwen2(c, head_norm="head", biases=biases("qkvo", c.attention_bias)),
     ),
-    "gemma": Family("GemmaForCausalLM", RMS | TANH, gemma),
-    "gemma2": Family("Gemma2ForCausalLM", RMS | TANH | GEMMA2 | WINDOW, gemma2),
+    "gemma": Family("GemmaForCausalLM", fields(8192, 16, **RMS | GEMMA), gemma),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        fields(8192, 4, **RMS | GEMMA2 | WINDOW),
+        gemma2,
+        aliases={"hidden_act": "hidden_activation"},
+        refused={"use_bidirectional_attention": (None, False)},
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        RMS | TANH | GEMMA2 | WINDOW | {"sliding_window_pattern": 6},
+        fields(131072, 4, **RMS | GEMMA2 | WINDOW | UNCAPPED, sliding_window_pattern=6),
         lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
+        aliases={"hidden_act": "hidden_activation"},
         rope=functools.partial(rope_by_kind, theta=1000000.0, local=10000.0),
+        refused={"use_bidirectional_attention": (None, False)},
     ),
     "olmo": Family(
         "OlmoForCausalLM",
-        COMMON | {"attention_bias": False, "clip_qkv": float | None},
+        fields(2048, attention_bias=False, clip_qkv=Maybe(float)),
         lambda c: decoder(c, Norm("layer", 1e-5, scale=False), clip=c.clip_qkv),
     ),
-    "olmo2": Family("Olmo2ForCausalLM", RMS, lambda c: rms(c, norms=NORMS_AFTER, head_norm="all")),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        fields(2048, rms_norm_eps=1e-5, attention_bias=False),
+        lambda c: rms(c, norms=NORMS_AFTER, head_norm="all"),
+    ),
     "olmo3": Family(
         "Olmo3ForCausalLM",
-        RMS | WINDOW,
+        fields(2048, rms_norm_eps=1e-5, attention_bias=False, **WINDOW),
         lambda c: rms(c, layers=rotary_layers(c, kinds(c, 4)), norms=NORMS_AFTER, head_norm="all"),
         rope=functools.partial(rope_by_kind, theta=500000.0),
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
-        RMS
-        | WINDOW
-        | {
-            "use_sliding_window": False,
-            "no_rope_layers": tuple | None,
-            "no_rope_layer_interval": 4,
-            "mlp_bias": False,
-            "tie_word_embeddings": True,
-        },
+        fields(
+            *(32768, 4),
+            **RMS | {"layer_types": Maybe(tuple), "sliding_window": Maybe(int), "use_sliding_window": False},
+            **{"no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4, "mlp_bias": False},
+        )
+        | {"tie_word_embeddings": True},
         smollm3,
-        rope=functools.partial(rotary.rope_parameters, theta=2000000.0),
+        rope=rope(theta=2000000.0),
     ),
     "phi": Family(
         "PhiForCausalLM",
-        LAYER | {"hidden_act": "gelu_new"},
-        lambda c: layer_norm(
-            c, norms=Norms(mlp_in=None), parallel=True, biases=biases(["q", "k", "v", "o", "mlp", "head"])
-        ),
+        fields(2048, **LAYER) | {"hidden_act": "gelu_new"},
+        phi,
         names={
-            "norm": "final_layernorm",
-            "self_attn.o_proj": "self_attn.dense",
-            "mlp.up_proj": "mlp.fc1",
-            "mlp.down_proj": "mlp.fc2",
+            **{"norm": "final_layernorm", "self_attn.o_proj": "self_attn.dense"},
+            **{"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"},
         },
         refused={"qk_layernorm": (None, False)},
-        rope=functools.partial(rotary.rope_parameters, rotated=0.5),
+        rope=rope(rotated=0.5),
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        RMS | {"sliding_window": int | None, "original_max_position_embeddings": 4096},
+        fields(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096),
         lambda c: rms(c, fused="blocks", fused_gate=True),
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
-        LAYER | {"hidden_act": "gelu", "attention_bias": True, "use_parallel_residual": True},
+        fields(2048, **LAYER, attention_bias=True, use_parallel_residual=True) | {"hidden_act": "gelu"},
         gpt_neox,
         prefix="gpt_neox.",
         names={
-            "embed_tokens": "embed_in",
-            "norm": "final_layer_norm",
-            "lm_head": "embed_out",
-            "self_attn.qkv_proj": "attention.query_key_value",
-            "self_attn.o_proj": "attention.dense",
-            "mlp.up_proj": "mlp.dense_h_to_4h",
-            "mlp.down_proj": "mlp.dense_4h_to_h",
+            **{"embed_tokens": "embed_in", "norm": "final_layer_norm", "lm_head": "embed_out"},
+            **{"self_attn.qkv_proj": "attention.query_key_value", "self_attn.o_proj": "attention.dense"},
+            **{"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"},
         },
         copies=("embed_out.weight",),
         embedding="embed_in.weight",
@@ -586,35 +590,31 @@ FAMILIES: dict[str, Family] = {
     ),
     "stablelm": Family(
         "StableLmForCausalLM",
-        LAYER | {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False},
+        fields(4096, **LAYER, use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False),
         stablelm,
-        names={
-            "self_attn.q_norm": "self_attn.q_layernorm.norms.{}",
-            "self_attn.k_norm": "self_attn.k_layernorm.norms.{}",
-        },
-        rope=functools.partial(rotary.rope_parameters, rotated=0.25),
+        names={f"self_attn.{each}_norm": f"self_attn.{each}_layernorm.norms.{{}}" for each in "qk"},
+        rope=rope(rotated=0.25),
     ),
     "gpt_neo": Family(
         "GPTNeoForCausalLM",
         {
-            **{"vocab_size": int, "hidden_size": int, "num_layers": int, "num_heads": int},
-            **{"max_position_embeddings": 2048, "intermediate_size": int | None, "activation_function": "gelu_new"},
+            **dict.fromkeys(("vocab_size", "hidden_size", "num_layers", "num_heads"), int),
+            **{"intermediate_size": Maybe(int), "max_position_embeddings": 2048, "activation_function": "gelu_new"},
             **{"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True},
-            **{"window_size": 256, "attention_layers": tuple | None},
+            **{"window_size": 256, "attention_layers": Maybe(tuple)},
             "attention_types": ((("global", "local"), 12),),
         },
         gpt_neo,
         prefix="transformer.",
         names={
             **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte", "embed_positions": "wpe"},
-            **{f"self_attn.{name}_proj": f"attn.attention.{name}_proj" for name in "qkv"},
-            "self_attn.o_proj": "attn.attention.out_proj",
-            "mlp.up_proj": "mlp.c_fc",
-            "mlp.down_proj": "mlp.c_proj",
+            **{f"self_attn.{each}_proj": f"attn.attention.{each}_proj" for each in "qkv"},
+            **{"self_attn.o_proj": "attn.attention.out_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
         },
-        aliases=GPT_ALIASES
-        | {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
-        | {name: name for name in ("hidden_size", "intermediate_size", "max_position_embeddings")},
+        aliases={
+            **{"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
+            **{"hidden_act": "activation_function", "layer_norm_eps": "layer_norm_epsilon"},
+        },
         embedding="wte.weight",
     ),
     "gptj": Family(
@@ -623,11 +623,9 @@ FAMILIES: dict[str, Family] = {
         gptj,
         prefix="transformer.",
         names={
-            **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte"},
-            **{f"self_attn.{name}_proj": f"attn.{name}_proj" for name in "qkv"},
-            "self_attn.o_proj": "attn.out_proj",
-            "mlp.up_proj": "mlp.fc_in",
-            "mlp.down_proj": "mlp.fc_out",
+            **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte", "self_attn.o_proj": "attn.out_proj"},
+            **{f"self_attn.{each}_proj": f"attn.{each}_proj" for each in "qkv"},
+            **{"mlp.up_proj": "mlp.fc_in", "mlp.down_proj": "mlp.fc_out"},
         },
         aliases=GPT_ALIASES,
         embedding="wte.weight",
@@ -635,33 +633,29 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         "OPTForCausalLM",
         {
-            **{"vocab_size": int, "hidden_size": int, "ffn_dim": int, "num_hidden_layers": int},
-            **{"num_attention_heads": int, "max_position_embeddings": 2048, "activation_function": "relu"},
-            **{"init_std": 0.02, "enable_bias": True, "layer_norm_elementwise_affine": True},
-            **{"tie_word_embeddings": True, "word_embed_proj_dim": int | None},
+            **dict.fromkeys((*SIZES, "ffn_dim"), int),
+            **{"max_position_embeddings": 2048, "activation_function": "relu", "init_std": 0.02, "enable_bias": True},
+            **{"layer_norm_elementwise_affine": True, "tie_word_embeddings": True},
         },
         opt,
         prefix="model.decoder.",
         names={
-            "norm": "final_layer_norm",
-            "self_attn.o_proj": "self_attn.out_proj",
-            "mlp.up_proj": "fc1",
-            "mlp.down_proj": "fc2",
+            **{"norm": "final_layer_norm", "self_attn.o_proj": "self_attn.out_proj"},
+            **{"mlp.up_proj": "fc1", "mlp.down_proj": "fc2"},
         },
         aliases={
-            "intermediate_size": "ffn_dim",
-            "hidden_act": "activation_function",
-            "initializer_range": "init_std",
+            **{"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+            **{"initializer_range": "init_std"},
         },
         refused={"do_layer_norm_before": (None, True), "_remove_final_layer_norm": (None, False)},
     ),
     "falcon": Family(
         "FalconForCausalLM",
-        {
-            **{"vocab_size": int, "hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int},
-            **{"num_kv_heads": int | None, "ffn_hidden_size": int | None, "num_ln_in_parallel_attn": int | None},
+        SIZES
+        | {
+            **{"num_kv_heads": Maybe(int), "ffn_hidden_size": Maybe(int), "num_ln_in_parallel_attn": Maybe(int)},
             **{"layer_norm_epsilon": 1e-5, "activation": "gelu", "initializer_range": 0.02},
-            **{"max_position_embeddings": 2048, "rope_parameters": dict | None, "tie_word_embeddings": True},
+            **{"max_position_embeddings": 2048, "rope_parameters": Maybe(dict), "tie_word_embeddings": True},
             **{"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
             "bias": False,
         },
@@ -669,9 +663,8 @@ FAMILIES: dict[str, Family] = {
         prefix="transformer.",
         names=BLOCK,
         aliases={
-            "intermediate_size": "ffn_hidden_size",
+            **{"intermediate_size": "ffn_hidden_size", "hidden_act": "activation"},
             "layer_norm_eps": "layer_norm_epsilon",
-            "hidden_act": "activation",
         },
         embedding="word_embeddings.weight",
         targets=FUSED,
@@ -679,39 +672,44 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(
         "BloomForCausalLM",
         {
-            **{"vocab_size": int, "hidden_size": int, "n_layer": int, "n_head": int},
+            **dict.fromkeys(("vocab_size", "hidden_size", "n_layer", "n_head"), int),
             **{"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True},
-            "activation_function": "gelu_new",
         },
         bloom,
         prefix="transformer.",
         names=BLOCK,
-        aliases=GPT_ALIASES | {"hidden_size": "hidden_size"},
+        aliases={
+            **{"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+            "layer_norm_eps": "layer_norm_epsilon",
+        },
         refused={"apply_residual_connection_post_layernorm": (None, False)},
         embedding="word_embeddings.weight",
         targets=FUSED,
     ),
     "cohere": Family(
         "CohereForCausalLM",
-        LAYER | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True, "use_qk_norm": False},
+        fields(8192, **LAYER, attention_bias=False, logit_scale=0.0625, use_qk_norm=False)
+        | {"tie_word_embeddings": True},
         lambda c: cohere(c, c.use_qk_norm),
-        rope=functools.partial(rotary.rope_parameters, theta=500000.0),
+        rope=rope(theta=500000.0),
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
-        LAYER | WINDOW | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True},
+        fields(8192, **LAYER, **WINDOW, attention_bias=False, logit_scale=0.0625) | {"tie_word_embeddings": True},
         cohere2,
     ),
     "granite": Family(
         "GraniteForCausalLM",
-        RMS
-        | {"mlp_bias": False}
-        | dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
+        fields(
+            *(2048, None),
+            **RMS | {"mlp_bias": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0},
+            **{"attention_multiplier": 1.0, "logits_scaling": 1.0},
+        ),
         granite,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
-        RMS | SPARSE | {"head_dim": int | None, "num_local_experts": 8},
+        fields(131072, 8, rms_norm_eps=1e-5, **SPARSE, head_dim=Maybe(int), num_local_experts=8),
         lambda c: sparse(c, c.num_local_experts, True),
         names={
             "mlp.gate": "block_sparse_moe.gate",
@@ -719,27 +717,31 @@ FAMILIES: dict[str, Family] = {
             "mlp.experts.up_proj": "block_sparse_moe.experts.{}.w3",
             "mlp.experts.down_proj": "block_sparse_moe.experts.{}.w2",
         },
-        rope=functools.partial(rotary.rope_parameters, theta=1000000.0),
+        rope=rope(theta=1000000.0),
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
-        RMS | {"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False, "clip_qkv": float | None},
+        fields(
+            *(4096, 16),
+            **{"rms_norm_eps": 1e-5, "attention_bias": False, "clip_qkv": Maybe(float)},
+            **{"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
+        ),
         lambda c: sparse(c, c.num_experts, c.norm_topk_prob, head_norm="all", clip=c.clip_qkv),
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        RMS
-        | SPARSE
-        | {
-            **{"head_dim": int | None, "num_experts_per_tok": 8, "num_local_experts": 128, "norm_topk_prob": False},
-            **{"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": ()},
-            "use_sliding_window": False,
-        },
+        fields(
+            *(32768, 4),
+            **RMS | {"sliding_window": Maybe(int, 4096), "use_sliding_window": False, "head_dim": Maybe(int)},
+            **{"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False, "moe_intermediate_size": 768},
+            **{"decoder_sparse_step": 1, "mlp_only_layers": ()},
+        ),
         qwen3_moe,
+        spellings={"num_local_experts": "num_experts"},
     ),
     "t5": Family(
         "T5ForConditionalGeneration",
-        {name: int for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")},
+        dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"), int),
         model=T5,
         config=T5Config,
         prefix="",
@@ -821,7 +823,8 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
     if family.config is None:
         known = (*family.fields, *ROPE_FIELDS)
-        values = {name: value for name, value in config.items() if name in known}
+        respelt = {family.spellings.get(name, name): value for name, value in config.items()}
+        values = {name: value for name, value in respelt.items() if name in known}
     else:
         known = {field.name for field in dataclasses.fields(family.config)}
         values = {name: value for name, value in config.items() if name in known}
