@@ -98,7 +98,7 @@ MIXTRAL = Decoder(
     Config(
         "mixtral",
         **{"vocab_size": 5, "hidden_size": 4, "intermediate_size": 4, "num_local_experts": 2, "head_dim": 4},
-        **{"num_hidden_layers": 2, "num_attention_heads": 1},
+        **{"num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1},
     )
 )
 
