@@ -93,8 +93,8 @@ def lora(
         rank: r, columns of A.
         alpha: α; the product A B is scaled by α/r.
         targets: names of layers or their ends, such as c_attn, mlp.c_proj or model.layers.0.self_attn.q_proj; or one
-            string, a regular expression of whole names; or "all-linear" for every linear layer but the head, experts
-            and their routers. By default those of attention queries and values.
+            string, a regular expression of whole names; or "all-linear" for every linear layer but the head (and in a
+            model with experts its MLPs). By default those of attention queries and values.
         rslora: scale by α/√r instead.
 
     Raises:
@@ -132,15 +132,7 @@ def _targeted(model: Network, targets: Sequence[str] | str) -> list[str]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-INITIALISATIONS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-    "mica",
-)  # that leave the base weights as they are
+INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # the base weights stay as they are
 KNOWN = {  # of PEFT's fields, those that are read, and those that say nothing beyond the tensors
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout"),
@@ -197,13 +189,11 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 
 def _target_modules(given: Lora) -> list[str]:
-    """Return the last components of the names if no other layer has them, experts included; else whole names."""
+    """Return the last components of the names if no other layer has them, else whole names."""
     layers = _layers(given.model)
     last = dict.fromkeys(layers[name].last for name in given.names)
-    others = huggingface.named_params(given.model).keys() - set(given.names)
-    if any(name.removesuffix(".weight").rpartition(".")[2] in last for name in others):
-        return [layers[name].module for name in given.names]
-    return list(last)
+    others = {layer.last for name, layer in layers.items() if name not in given.names}
+    return [layers[name].module for name in given.names] if others & set(last) else list(last)
 
 
 def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]:
@@ -236,12 +226,12 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
         modules[name] = Module(name, rank, float(alpha))
         pair = found.setdefault(name, {})
         if parts[2].lower() in pair:
-            raise ValueError(f"{path} holds {key} twice, with and without {family.prefix}")
+            raise ValueError(f"{path} holds {key} twice, with and without {family.prefix!r}.")
         pair[parts[2].lower()] = tensor.T.astype(np.float32)
     if unknown or not found:
         raise ValueError(
             f"{path} must hold lora_A and lora_B of linear layers such as {next(iter(layers.values())).module} (not of "
-            f"heads, embeddings, experts or routers), but holds {_few(unknown) or 'nothing'}."
+            f"heads, embeddings or experts), but holds {_few(unknown) or 'nothing'}."
         )
     given = Lora(model, tuple(modules[name] for name in layers if name in modules), bool(config.get("use_rslora")))
     _check(given, found, source=f"{folder}: the adapter")
@@ -297,16 +287,21 @@ class Layer(NamedTuple):
 
 
 def _layers(model: Network) -> dict[str, Layer]:
-    """Return the linear layers by the name of their tensor: all but the head, experts and their routers."""
+    """Return the linear layers by the name of their tensor: all but the head, and the MLPs of a model with experts.
+
+    PEFT takes the name of such an MLP's layer for that of the experts, also where the layer has none.
+    """
     _, family = families.family_of(model)
+    slots = huggingface.named_params(model)
+    apart = {"lm_head", "mlp"} if any("experts" in slot.path for slot in slots.values()) else {"lm_head"}
     return {
         name: Layer(
             family.prefix + name.removesuffix(".weight"),
             slot.path,
             slot.shape[::-1] if slot.transposed else slot.shape,
         )
-        for name, slot in huggingface.named_params(model).items()
-        if slot.path[-1] == "kernel" and slot.path[0] != "lm_head" and slot.path[-2] != "gate" and slot.index is None
+        for name, slot in slots.items()
+        if slot.path[-1] == "kernel" and not apart & set(slot.path)
     }
 
 

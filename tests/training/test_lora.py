@@ -201,7 +201,7 @@ HELD = {  # tensors, and what the message names
     "twice": (A | B | {name.replace("transformer.", ""): leaf for name, leaf in A.items()}, "lora_A.weight twice"),
     "an expert": (
         {"base_model.model.model.layers.0.mlp.experts.0.w1.lora_A.weight": np.zeros((2, 4), "f")},
-        "experts or",
+        r"or experts\), but holds .*experts\.0\.w1\.lora_A",
     ),
 }
 
