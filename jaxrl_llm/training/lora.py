@@ -112,7 +112,8 @@ def _targeted(model: Network, targets: Sequence[str] | str) -> list[str]:
     if targets == "all-linear":
         return list(layers)
     if isinstance(targets, str):
-        found = {targets: {name for name, layer in layers.items() if _matches(targets, layer.module, "targets")}}
+        pattern = _compiled("targets", targets)
+        found = {targets: {name for name, layer in layers.items() if pattern.fullmatch(layer.module)}}
     else:
         found = {
             target: {name for name, layer in layers.items() if f".{layer.module}".endswith(f".{target}")}
@@ -208,6 +209,8 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     folder = Path(folder)
     config = huggingface.read_config(folder, CONFIG)
     _check_plain(config, folder / CONFIG)
+    ranks = _by_pattern(config, "r", "rank_pattern", "int", folder / CONFIG)
+    alphas = _by_pattern(config, "lora_alpha", "alpha_pattern", "float", folder / CONFIG)
     path = folder / TENSORS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must have {TENSORS}, but has {', '.join(sorted(os.listdir(folder)))}.")
@@ -221,8 +224,9 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
         if not parts or name not in layers or not jnp.issubdtype(tensor.dtype, jnp.floating):
             unknown.append(f"{key} of {tensor.dtype}")
             continue
-        rank = _of_module(config, "r", "rank_pattern", "int", parts[1], folder / CONFIG)
-        alpha = _of_module(config, "lora_alpha", "alpha_pattern", "float", parts[1], folder / CONFIG)
+        rank, alpha = (
+            next(value for pattern, value in rows if pattern.fullmatch(parts[1])) for rows in (ranks, alphas)
+        )
         modules[name] = Module(name, rank, float(alpha))
         pair = found.setdefault(name, {})
         if parts[2].lower() in pair:
@@ -253,20 +257,23 @@ def _check_plain(config: Mapping[str, Any], source: Path) -> None:
     check_value(f"{source}: use_rslora", config.get("use_rslora") or False, "bool")
 
 
-def _of_module(config: Mapping[str, Any], field: str, patterns: str, kind: str, module: str, source: Path) -> Any:
-    """Return the value of a field for a module: that of the first pattern that an end of its name matches, as PEFT."""
+def _by_pattern(
+    config: Mapping[str, Any], field: str, patterns: str, kind: str, source: Path
+) -> list[tuple[re.Pattern[str], Any]]:
+    """Return patterns of modules' names with the values of a field, the first that matches counts, as in PEFT."""
     given = config.get(patterns) or {}
     check_value(f"{source}: {patterns}", given, "dict")
-    matching = (each for each in given if _matches(rf"(.*\.)?({each})", module, f"{source}: {patterns}"))
-    value = given.get(next(matching, None), config.get(field))
-    check_value(f"{source}: {field} of {module}", value, kind)
-    return value
+    rows = [(f"{source}: {patterns}", *row) for row in given.items()]
+    rows.append((f"{source}: {field}", ".*", config.get(field)))
+    for name, _, value in rows:
+        check_value(name, value, kind)
+    return [(_compiled(name, pattern, r"(.*\.)?({})"), value) for name, pattern, value in rows]
 
 
-def _matches(pattern: str, module: str, field: str) -> bool:
+def _compiled(field: str, pattern: str, form: str = "{}") -> re.Pattern[str]:
     try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error as error:
+        return re.compile(form.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{field} must be a regular expression, but is {pattern!r}: {error}.") from error
 
 
