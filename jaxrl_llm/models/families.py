@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_llm.models import rotary
-from jaxrl_llm.models.decoder import KINDS, Network
+from jaxrl_llm.models.decoder import Network, check_value
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.t5 import T5, T5Config
 from jaxrl_llm.models.transformer import Decoder, Description, Experts, Layer, Norm, Norms, alibi_slopes
@@ -43,7 +43,7 @@ class Config(Mapping[str, Any]):
             else:
                 values[name], kind = (default if given.get(name) is None else given[name]), type(default)
             if values[name] is not None or isinstance(default, type):
-                _check(name, values[name], kind)
+                check_value(name, values[name], kind.__name__)
             if name in ACTIVATION_FIELDS:
                 values[name] = ACTIVATION_NAMES.get(values[name], values[name])
         if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
@@ -114,12 +114,6 @@ class Maybe(NamedTuple):
 
 class Count(int):
     """The default of a field that may also be 0."""
-
-
-def _check(name: str, value: Any, kind: type) -> None:
-    expected, fits = KINDS[kind.__name__]
-    if not fits(value) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} must be {expected}, but is {value!r}.")
 
 
 def _frozen(value: Any) -> Any:
@@ -772,8 +766,8 @@ FAMILIES: dict[str, Family] = {
 EXPERTS = {f"mlp.experts.{name}": f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 
 
-def stored_names(family: Family, path: tuple[str | int, ...], count: int) -> list[str]:
-    """Return the names, without prefix, of the tensors that hold a parameter: one, or `count` of a stack.
+def stored_name(family: Family, path: tuple[str | int, ...]) -> str:
+    """Return the name, without prefix, of the tensor that holds a parameter; with {} for each of a stack of tensors.
 
     ("layers", 0, "mlp", "up_proj", "kernel") is layers.0.mlp.up_proj.weight, or what the family's table calls it.
     """
@@ -782,8 +776,7 @@ def stored_names(family: Family, path: tuple[str | int, ...], count: int) -> lis
     module = ".".join(modules[at:])
     module = family.names.get(module, EXPERTS.get(module, module))
     head = [family.names.get("layers", "layers"), modules[1]] if at else []
-    name = ".".join([*head, module, "bias" if leaf == "bias" else "weight"])
-    return [name.format(index) for index in range(count)] if "{}" in name else [name]
+    return ".".join([*head, module, "bias" if leaf == "bias" else "weight"])
 
 
 Llama = StableLM = Decoder

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.decoder import Network
-from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_names
+from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_name
 
 TensorPath = tuple[str | int, ...]
 SCORE = "score.weight"  # the head of a reward model, [1, width]
@@ -38,14 +38,14 @@ def named_params(model: Network) -> dict[str, Slot]:
     slots = {}
     for entries, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params):
         path = tuple(entry.key for entry in entries)
-        names = stored_names(family, path, leaf.shape[0])
-        stacked = len(names) > 1 or "{}" in family.names.get(".".join(map(str, path[2:-1])), "")
+        name = stored_name(family, path)
+        stacked = "{}" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
         # Always stored as [out, in]: an untied head, and the kernels of all families but GPT-2.
         transposed = path[-1] == "kernel" and (family.transposed or path[0] == "lm_head")
-        for index, name in enumerate(names):
-            stored = shape[::-1] if transposed else shape
-            slots[name] = Slot(path, index if stacked else None, stored, transposed)
+        stored = shape[::-1] if transposed else shape
+        for index in range(leaf.shape[0]) if stacked else [None]:
+            slots[name.format(index)] = Slot(path, index, stored, transposed)
     return slots
 
 
@@ -178,22 +178,27 @@ def _has_own_head(folder: Path, names: set[str]) -> bool:
 
 def read_tensors(folder: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor (or those in `only`) of the folder's safetensors, single or sharded, one at a time."""
+    for path in _safetensors_files(folder):
+        yield from read_file(path, only=only)
+
+
+def read_file(path: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every tensor (or those in `only`) of a file, one at a time."""
     from safetensors import SafetensorError, safe_open
 
-    for path in _safetensors_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    if only is not None and name not in only:
-                        continue
-                    try:
-                        tensor = file.get_tensor(name)
-                    except (AttributeError, TypeError):  # a dtype that numpy does not have
-                        kind = file.get_slice(name).get_dtype()
-                        raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
-                    yield name, tensor
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if only is not None and name not in only:
+                    continue
+                try:
+                    tensor = file.get_tensor(name)
+                except (AttributeError, TypeError):  # a dtype that numpy does not have
+                    kind = file.get_slice(name).get_dtype()
+                    raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
+                yield name, tensor
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
