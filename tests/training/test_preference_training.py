@@ -1,6 +1,7 @@
 """Preference losses by name: their values at the reference, what they are given, and where they end."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -15,14 +16,7 @@ from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import steps
-from jaxrl_llm.training.preference import (
-    NAMES,
-    PairBatch,
-    UnpairedBatch,
-    pair_sums,
-    preference_loss,
-    with_reference,
-)
+from jaxrl_llm.training.preference import NAMES, PairBatch, UnpairedBatch, pair_sums, preference_loss, with_reference
 from jaxrl_llm.training.steps import Frozen
 from tests.conftest import random_params
 from tests.training.test_steps import KEY, PAIRS, POLICY, REFERENCE, answers
@@ -56,13 +50,17 @@ def first_step(name, params, batch, frozen, **settings):
 
 @pytest.mark.parametrize("name", AT_REFERENCE)
 def test_the_first_step_at_the_reference_has_the_known_loss(name):
-    _, metrics = first_step(name, REFERENCE, batch_of(name), Frozen(ref=REFERENCE), beta=BETA)
+    batch = with_reference(LM, REFERENCE, batch_of(name))
+    _, metrics = first_step(name, REFERENCE, batch, None, beta=BETA)
     assert float(metrics["loss"]) == pytest.approx(AT_REFERENCE[name], rel=1e-5)
     assert float(metrics["margin"]) == pytest.approx(0, abs=1e-5) and float(metrics["grad_norm"]) > 0
 
 
-@pytest.mark.parametrize("name", objectives.PAIR_LOSSES)
-def test_a_loss_is_its_objective_of_sums_or_averages(name):
+@pytest.mark.parametrize(
+    ("name", "batch"), zip(objectives.PAIR_LOSSES, itertools.cycle([UNWEIGHTED, PAIRS]), strict=False)
+)
+def test_a_loss_is_its_objective_of_sums_or_averages(name, batch):
+    """The mean over the pairs, with their weights if they have any."""
     policy, ref = SUMS(POLICY, UNWEIGHTED), SUMS(REFERENCE, UNWEIGHTED)
     if name in ("simpo", "orpo"):
         sums = policy.chosen / policy.length_chosen, policy.rejected / policy.length_rejected
@@ -73,15 +71,12 @@ def test_a_loss_is_its_objective_of_sums_or_averages(name):
         sums = policy.chosen, policy.rejected, ref.chosen, ref.rejected, *lengths
 
     @jax.jit
-    def everything(params, reference, sums):
-        means = [
-            preference_loss(LM, name)(params, each, Frozen(ref=reference), KEY).value for each in (UNWEIGHTED, PAIRS)
-        ]
-        return *means, objectives.PAIR_LOSSES[name](*sums)
+    def both(params, reference, sums):
+        found = preference_loss(LM, name)(params, batch, Frozen(ref=reference), KEY).value
+        return found, objectives.PAIR_LOSSES[name](*sums)
 
-    plain, weighted, expected = everything(POLICY, REFERENCE, sums)
-    assert float(plain) == pytest.approx(float(expected.mean()), rel=1e-4)
-    assert float(weighted) == pytest.approx(float(np.average(expected, weights=PAIRS.weight)), rel=1e-4)
+    found, expected = both(POLICY, REFERENCE, sums)
+    assert float(found) == pytest.approx(float(np.average(expected, weights=batch.weight)), rel=1e-4)
 
 
 def test_every_pair_loss_of_the_objectives_has_its_name():
