@@ -303,7 +303,6 @@ def test_what_data_leave_out_is_reported(model, capsys):
     [
         ("sft", (3, "sft"), {}, TypeError, "lm must be a model, its name or its path, but is a int"),
         ("sft", ("tiny-t5", "sft"), {}, ValueError, "must be decoder-only, but tiny-t5 is a T5"),
-        ("sft", ("model", "sft"), {"out": "model"}, ValueError, "out must be another folder than that of the model"),
         ("sft", ("model", 5), {}, TypeError, "data must be a path or an iterable of dicts, but is a int"),
         ("sft", ("model", [{"prompt": "a"}]), {}, ValueError, "data has 1 bad row: row 0: completion is missing"),
         ("sft", ("model", LINES["sft"]), {"batch_size": 9}, ValueError, "batch_size must be from 1 to the 8 records"),
@@ -357,9 +356,8 @@ def test_what_a_trainer_cannot_do_is_refused_before_anything_is_written(
     folder, model, trainer, arguments, options, error, said
 ):
     lm, data = arguments
-    lm = folder / "model" if lm == "model" and "out" in options else model if lm == "model" else lm
+    lm = model if lm == "model" else lm
     data = folder / f"{data}.jsonl" if isinstance(data, str) else data
-    options = {name: folder / value if name == "out" else value for name, value in options.items()}
     with pytest.raises(error, match=said):
         getattr(train, trainer)(lm, data, **options)
     assert not (folder / "model" / "checkpoints").exists()
@@ -386,10 +384,7 @@ def test_the_command_line_trains(call, folder):
     [
         ("dpo", "bad", [], "line 1: chosen and rejected are the same completion"),
         ("dpo", "empty", [], "has no records"),
-        ("dpo", "pairs", ["--loss-kwargs", "gamma", "1"], "the loss dpo has no gamma"),
         ("sft", "sft", ["--cut", "raise", "--max-length", 5], "are longer than 5"),
-        ("sft", "sft", ["--microbatches", 3], "microbatches must divide batch_size, 4, but is 3"),
-        ("grpo", "prompts", [], "one of reward and reward_model must be given, but neither is"),
         ("grpo", "prompts", ["--reward", "nowhere:f"], "reward must be a function at"),
         ("grpo", "prompts", ["--reward", "math:sqrt", "--max-new-tokens", 64], "leaves no room"),
     ],
@@ -479,10 +474,10 @@ finally:
 
 
 def test_the_folder_of_a_loaded_model_is_not_overwritten(folder):
-    lm = jl.load(folder / "model")
     before = (folder / "model" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="out must be another folder than that of the model"):
-        train.sft(lm, LINES["sft"], out=folder / "model", **OPTIONS)
+    for lm in (folder / "model", jl.load(folder / "model")):
+        with pytest.raises(ValueError, match="out must be another folder than that of the model"):
+            train.sft(lm, LINES["sft"], out=folder / "model", **OPTIONS)
     with pytest.raises(ValueError, match="out must be another folder than that of the model"):
         train.grpo(lm, LINES["prompts"], reward_model=folder / "prize", out=folder / "prize", **OPTIONS)
     assert (folder / "model" / "model.safetensors").read_bytes() == before

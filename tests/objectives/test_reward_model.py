@@ -159,12 +159,3 @@ def test_extreme_scores_are_finite_and_an_infinite_one_has_a_finite_gradient():
         by_autodiff = jax.jit(jax.grad(lambda scores: loss(scores, *constants).sum()))(extremes)  # noqa: B023
         assert np.isfinite(by_autodiff).all()
         np.testing.assert_allclose(gradient(extremes, *constants)[0], by_autodiff, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [(np.zeros((3, 5)), "ranks must be integers"), (np.zeros((3, 4), int), r"ranks must be .* = \[3, 5\].*\[3, 4\]")],
-)
-def test_wrong_ranks_are_named(ranks, message):
-    with pytest.raises(ValueError, match=message):
-        k_choose_2_loss(f32(SCORES), ranks)

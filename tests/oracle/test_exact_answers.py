@@ -85,9 +85,8 @@ def test_value_and_gradient_refuse_the_same_things(change, message):
 
 
 def test_probabilities_and_rewards_of_preferences_are_checked():
-    policy, ref, *_ = distributions()
     with pytest.raises(ValueError, match="probabilities that sum to 1, but they sum to 8"):
-        oracle.objective_grad(LM, policy, ref, jnp.asarray(REWARDS), beta=0.3, gamma=1.0, pretraining=jnp.ones(8))
+        oracle._checked_pretraining(np.zeros(8), np.ones(8), 1.0)
     with pytest.raises(ValueError, match="rewards must"):
         oracle.population_preferences(np.zeros(8), np.ones((8, 1)))
 

@@ -57,7 +57,7 @@ def test_the_first_step_at_the_reference_has_the_known_loss(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "batch"), zip(objectives.PAIR_LOSSES, itertools.cycle([UNWEIGHTED, PAIRS]), strict=False)
+    ("name", "batch"), [*zip(objectives.PAIR_LOSSES, itertools.cycle([UNWEIGHTED, PAIRS]), strict=False)]
 )
 def test_a_loss_is_its_objective_of_sums_or_averages(name, batch):
     """The mean over the pairs, with their weights if they have any."""
