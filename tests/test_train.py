@@ -19,7 +19,7 @@ from jaxrl_llm.options import field_docs
 from jaxrl_llm.training import recipes
 from jaxrl_llm.training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrl_llm.training.loop import RunLog
-from jaxrl_llm.training.methods import METHODS, method_of
+from jaxrl_llm.training.policy import METHODS, method_of
 from jaxrl_llm.training.preference import NAMES
 from jaxrl_llm.training.recipes import Objective, Trained
 from jaxrl_llm.training.steps import Frozen, Loss

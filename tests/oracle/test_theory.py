@@ -18,7 +18,7 @@ from jaxrl_llm import oracle
 from jaxrl_llm.analysis.sycophancy import amplified_agreement
 from jaxrl_llm.objectives import advantages, kl, policy_gradient, preference, rlhf
 from jaxrl_llm.objectives.reward_model import k_choose_2_loss, pairwise_loss
-from jaxrl_llm.training.methods import METHODS
+from jaxrl_llm.training.policy import METHODS
 from tests.conftest import log_softmax
 from tests.oracle.samples import REWARDS, distribution, distributions, gradients, mean_gradients, objective_grad, params
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import loop, policy, rewards, steps
-from jaxrl_llm.training.methods import METHODS
+from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.rollout import Prompts, Sampler
 
 folder, kill_at, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])

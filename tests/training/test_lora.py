@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxrl_llm.training import lora, steps
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.supervised import sft_loss
 from tests.conftest import TINY, random_params
 from tests.training.test_steps import answers
 

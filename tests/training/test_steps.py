@@ -12,8 +12,7 @@ from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
-from jaxrl_llm.training.reward import RankedBatch, reward_loss
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
 from tests.conftest import TINY, random_params
 
