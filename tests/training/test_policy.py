@@ -18,8 +18,8 @@ from jaxrl_llm.scoring import Measures, Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.config import GRPOConfig, PPOConfig
-from jaxrl_llm.training.methods import METHODS, Method
-from jaxrl_llm.training.rollout import Experience, Prompts, Rollout, Sampler, critic_values, experience, token_rewards
+from jaxrl_llm.training.policy import METHODS, Experience, Method, critic_values, experience, token_rewards
+from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler
 from jaxrl_llm.training.steps import Frozen
 from tests.conftest import TINY, random_params
 

@@ -14,6 +14,7 @@ from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
 from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
+from jaxrl_llm.training.supervised import sft_loss
 from tests.conftest import TINY, random_params
 
 GPT2, TABLE = TINY["gpt2"], TINY["tabular"]
