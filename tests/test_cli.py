@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from jaxrl_llm import cli, models
-from jaxrl_llm.data import bpe, number_tokenizer
+from jaxrl_llm.data import bpe, number_names
 from jaxrl_llm.decoding import generate, transforms
 from jaxrl_llm.models import T5, T5Config, loading
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
@@ -442,13 +442,13 @@ def test_a_terminal_is_not_waited_for_by_translate(run):
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     """A T5 of random weights that reads and writes number names."""
-    folder, tokenizer = tmp_path_factory.mktemp("t5"), number_tokenizer.build()
+    folder, tokenizer = tmp_path_factory.mktemp("t5"), number_names.build_tokenizer()
     size = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 3}
     lm = T5(T5Config(vocab_size=tokenizer.get_vocab_size(), **size))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32), lm.abstract_params)
-    models.save(folder, lm, params, config={"eos_token_id": number_tokenizer.EOS_ID})
-    number_tokenizer.save(tokenizer, folder)
+    models.save(folder, lm, params, config={"eos_token_id": number_names.EOS_ID})
+    number_names.save_tokenizer(tokenizer, folder)
     return str(folder)
 
 

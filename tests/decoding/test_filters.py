@@ -8,19 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxrl_llm.decoding.transforms import (
-    Chain,
-    Epsilon,
-    Eta,
-    MinP,
-    Temperature,
-    TopK,
-    TopNSigma,
-    TopP,
-    Typical,
-    filters,
-)
-from jaxrl_llm.decoding.transforms.filters import HEAD
+from jaxrl_llm.decoding import transforms
+from jaxrl_llm.decoding.transforms import HEAD, Chain, Epsilon, Eta, MinP, Temperature, TopK, TopNSigma, TopP, Typical
 from tests.conftest import kept_by_top_k, kept_by_top_p, log_softmax
 
 top_k, top_p = jax.jit(filters.kth_largest), jax.jit(filters.nucleus_threshold)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.decoding import sampling
+from jaxrl_llm.decoding import core
 from tests.conftest import assert_follows, log_softmax
 
 DRAWS = 20_000
@@ -59,7 +59,7 @@ def test_impossible_tokens_are_never_drawn(impossible):
 def test_the_ends_of_the_unit_interval_are_no_way_out(possible, uniform):
     weights = np.zeros((1, 10), np.float32)
     weights[0, possible] = [1e-7, 1.0][-len(possible) :]
-    token = sampling._invert(jnp.asarray(weights), jnp.asarray([uniform], jnp.float32))
+    token = core._invert(jnp.asarray(weights), jnp.asarray([uniform], jnp.float32))
     assert token[0] in possible
 
 
