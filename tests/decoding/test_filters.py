@@ -12,7 +12,7 @@ from jaxrl_llm.decoding import transforms
 from jaxrl_llm.decoding.transforms import HEAD, Chain, Epsilon, Eta, MinP, Temperature, TopK, TopNSigma, TopP, Typical
 from tests.conftest import kept_by_top_k, kept_by_top_p, log_softmax
 
-top_k, top_p = jax.jit(filters.kth_largest), jax.jit(filters.nucleus_threshold)
+top_k, top_p = jax.jit(transforms.kth_largest), jax.jit(transforms.nucleus_threshold)
 SHAPES = [(1,), (2, 2, 5), (2, HEAD + 2), (2, 300)]
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 5.0, -50.0, -np.inf]),  # ties, both zeros, removed tokens
@@ -302,7 +302,7 @@ def test_typical_keeps_the_token_that_crosses_and_may_remove_the_most_probable()
 
 
 def test_by_mass_with_the_logits_for_scores_is_the_nucleus():
-    by_mass = jax.jit(filters.mass_threshold)
+    by_mass = jax.jit(transforms.mass_threshold)
     for p in (0.1, 0.5, 0.9, 1.0):
         np.testing.assert_array_equal(by_mass(WIDE, np.exp(WIDE), np.float32(p)), top_p(WIDE, np.float32(p)))
 

@@ -11,14 +11,14 @@ from tests.conftest import assert_follows, log_softmax
 
 DRAWS = 20_000
 KEYS = jax.random.split(jax.random.key(0), DRAWS)
-greedy = jax.jit(sampling.greedy)
+greedy = jax.jit(core.greedy)
 
 
 @functools.partial(jax.jit, static_argnames="distinct")
 def sample(keys, logits, *, distinct=None):
     """A draw of each key, or several distinct ones, from its row of logits or from the only one."""
     logits = jnp.broadcast_to(logits, (len(keys), logits.shape[-1]))
-    return sampling.sample(keys, logits) if distinct is None else sampling.sample_distinct(keys, logits, distinct)
+    return core.sample(keys, logits) if distinct is None else core.sample_distinct(keys, logits, distinct)
 
 
 def draws_of(logits, keys=KEYS):
