@@ -21,6 +21,8 @@ from jaxrl_llm.models import loading
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.sampling import USED
 
+pytestmark = pytest.mark.usefixtures("attention_in_one_program")
+
 CONTEXT, LENGTH = 48, 6
 PROMPTS = ["the cat", "the mat sat on the", "🙂"]
 TEMPLATE = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
