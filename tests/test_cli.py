@@ -306,6 +306,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_is_not_waited_for(run, model):
     said = "give a prompt, a file with --prompts, or lines on standard input"
     assert_one_line(run("generate", "--model", model, stdin=Terminal("the cat")), said)
+    assert_one_line(run("translate", stdin=Terminal("one")), 'or lines on standard input ("-")')
 
 
 @pytest.mark.parametrize("command", ["generate", "tree", "attention"])
@@ -414,10 +415,6 @@ def test_lines_of_translate_end_in_a_line_feed_alone_and_a_byte_order_mark_is_no
     expected = "ein-und-zwanzig\n\nein-tausend\n"
     assert run("translate", "--file", path) == (0, expected, "")
     assert run("translate", stdin=path.read_bytes().decode()) == (0, expected, "")
-
-
-def test_a_terminal_is_not_waited_for_by_translate(run):
-    assert_one_line(run("translate", stdin=Terminal("one")), 'or lines on standard input ("-")')
 
 
 # attention ------------------------------------------------------------------------------------------------------------
