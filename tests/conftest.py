@@ -131,13 +131,14 @@ def tabular():
     return lm, random_params(lm, 1)
 
 
-@pytest.fixture(scope="module")
-def attention_in_one_program():
-    """Compile `attention` of GPT-2 and T5 as a whole: else each of its operations would be a program."""
-    with pytest.MonkeyPatch.context() as patch:
-        for model in (GPT2, T5):
-            patch.setattr(model, "attention", jax.jit(model.attention, static_argnums=0))
-        yield
+ATTENTION = {model: jax.jit(model.attention, static_argnums=0) for model in (GPT2, T5)}
+
+
+@pytest.fixture
+def attention_in_one_program(monkeypatch):
+    """Compile `attention` as a whole, without its checks of values: else each of its operations would be a program."""
+    for model, compiled in ATTENTION.items():
+        monkeypatch.setattr(model, "attention", compiled)
 
 
 @pytest.fixture

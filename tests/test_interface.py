@@ -24,8 +24,6 @@ from jaxrl_llm.tabular import TabularLM
 from tests.conftest import random_params
 from tests.test_cli import CONTEXT, LENGTH, PROMPTS, TEMPLATE, write_model
 
-pytestmark = pytest.mark.usefixtures("attention_in_one_program")
-
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
@@ -359,6 +357,7 @@ def surface(lm):
     return lm.landscape("the cat sat", points=3, radius=0.5, seed=2, progress=False)
 
 
+@pytest.mark.usefixtures("attention_in_one_program")
 def test_figures_are_those_of_the_functions_below_and_show_themselves_once(lm, t5, surface):
     maps = t5.attention("twenty-one", kind="encoder", target="ein-und-zwanzig")
     expected = attention.attention_maps(t5.loaded, "twenty-one", kind="encoder", target="ein-und-zwanzig")
@@ -384,6 +383,7 @@ def test_a_landscape_of_several_texts_is_that_of_their_tokens(lm):
     assert surface.centre == pytest.approx(-logp.mean(), rel=1e-5) and surface.title == "Loss of 2 texts"
 
 
+@pytest.mark.usefixtures("attention_in_one_program")
 def test_results_print_shortly(lm, t5, bare, surface):
     results = [
         lm, t5, bare, surface,
@@ -513,6 +513,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "kind must be one of self for this model", lambda lm: lm.attention("the cat", kind="cross")),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("attention_in_one_program")
 def test_refusals(lm, error, said, use):
     with pytest.raises(error, match=said):
         use(lm)
