@@ -16,7 +16,7 @@ from jaxrl_llm.data.records import Fields, Text, alike
 from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training.config import Cut
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch
-from jaxrl_llm.training.reward import RankedBatch
+from jaxrl_llm.training.reward_model import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
 
 Length = TypeVar("Length", int, Int[np.ndarray, "batch"])

@@ -8,22 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxrl_llm.decoding.transforms import (
-    Chain,
-    Epsilon,
-    Eta,
-    MinP,
-    Temperature,
-    TopK,
-    TopNSigma,
-    TopP,
-    Typical,
-    filters,
-)
-from jaxrl_llm.decoding.transforms.filters import HEAD
+from jaxrl_llm.decoding import transforms
+from jaxrl_llm.decoding.transforms import HEAD, Chain, Epsilon, Eta, MinP, Temperature, TopK, TopNSigma, TopP, Typical
 from tests.conftest import kept_by_top_k, kept_by_top_p, log_softmax
 
-top_k, top_p = jax.jit(filters.kth_largest), jax.jit(filters.nucleus_threshold)
+top_k, top_p = jax.jit(transforms.kth_largest), jax.jit(transforms.nucleus_threshold)
 SHAPES = [(1,), (6,), (3, 5), (2, 2, 4), (2, HEAD + 2), (2, 300)]
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 5.0, -50.0, -np.inf]),  # ties, both zeros, removed tokens
@@ -328,7 +317,7 @@ def test_by_mass_with_the_logits_for_scores_is_the_nucleus():
     weights = np.exp(WIDE)
     for p in (0.1, 0.5, 0.9, 1.0):
         np.testing.assert_array_equal(
-            filters.mass_threshold(WIDE, weights, jnp.float32(p)), filters.nucleus_threshold(WIDE, jnp.float32(p))
+            transforms.mass_threshold(WIDE, weights, jnp.float32(p)), transforms.nucleus_threshold(WIDE, jnp.float32(p))
         )
 
 

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.decoding import sampling
+from jaxrl_llm.decoding import core
 from tests.conftest import assert_follows, log_softmax
 
 DRAWS = 20_000
 KEYS = jax.random.split(jax.random.key(0), DRAWS)
-sample, greedy = jax.jit(sampling.sample), jax.jit(sampling.greedy)
-sample_distinct = jax.jit(sampling.sample_distinct, static_argnums=2)
+sample, greedy = jax.jit(core.sample), jax.jit(core.greedy)
+sample_distinct = jax.jit(core.sample_distinct, static_argnums=2)
 
 
 def draws_of(logits, keys=KEYS):
@@ -52,7 +52,7 @@ def test_impossible_tokens_are_never_drawn(impossible):
 def test_the_ends_of_the_unit_interval_are_no_way_out(possible, uniform):
     weights = np.zeros((1, 10), np.float32)
     weights[0, possible] = [1e-7, 1.0][-len(possible) :]
-    token = sampling._invert(jnp.asarray(weights), jnp.asarray([uniform], jnp.float32))
+    token = core._invert(jnp.asarray(weights), jnp.asarray([uniform], jnp.float32))
     assert token[0] in possible
 
 

@@ -29,8 +29,8 @@ from jaxrl_llm.decoding.transforms import (
     Transform,
     Typical,
     bad_words,
+    update_alive,
 )
-from jaxrl_llm.decoding.transforms.base import update_alive
 from tests.conftest import kept_by_top_k, log_softmax
 from tests.goldens import make_transform_goldens as goldens
 
