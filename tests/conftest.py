@@ -135,6 +135,16 @@ def tabular():
     return lm, random_params(lm, 1)
 
 
+ATTENTION = {model: jax.jit(model.attention, static_argnums=0) for model in (GPT2, T5)}
+
+
+@pytest.fixture
+def attention_in_one_program(monkeypatch):
+    """Compile `attention` as a whole, without its checks of values: else each of its operations would be a program."""
+    for model, compiled in ATTENTION.items():
+        monkeypatch.setattr(model, "attention", compiled)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """`jaxrl-llm` with these arguments and this standard input: exit status, standard output, standard error."""

@@ -16,21 +16,7 @@ from jaxrl_llm.plots import tree as trees
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = ["$", "$x_1^2$", "\n\n", " ", "", "\ufffd", " antidisestablishmentarianism", "中文", "🎉", "a\u0301", "\u200b"]
-NASTY += [
-    "\\frac{",
-    "_",
-    "^",
-    "\t",
-    "\x00",
-    "\ud800",
-    "ا",
-    " dream",
-    ".",
-    '"',
-    "<|endoftext|>",
-    "%s",
-    "WWWWWWWWWWWWWWWW",
-]
+NASTY += ["\\frac{", "_", "^", "\t", "\x00", "\ud800", "ا", " dream", ".", '"', "<|endoftext|>", "%s", "W" * 16]
 
 
 def make_tree(*, depth=5, branching=2, missing=0.0, ending=0.0, seed=0, prompt="I have a dream", name="full"):

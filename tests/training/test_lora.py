@@ -20,22 +20,20 @@ KEY = jax.random.key(0)
 close = functools.partial(np.testing.assert_allclose, atol=1e-5)
 
 
-def drawn(given, seed=1):
+def drawn(given):
     """An adapter with B of its own, as after training."""
-    leaves, tree = jax.tree.flatten(given.init(KEY))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(given.init, KEY)
+    return jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
 def test_merging_adds_the_scaled_product(name):
     lm, params = TINY[name], random_params(TINY[name])
     given = lora.lora(lm, rank=2, alpha=6)
-    jax.tree.map(np.testing.assert_array_equal, given.merge(params, given.init(KEY)), params)
-    adapter = drawn(given)
-    merged = jax.jit(given.merge)(params, adapter)
+    merge, adapter = jax.jit(given.merge), drawn(given)
+    jax.tree.map(np.testing.assert_array_equal, merge(params, jax.jit(given.init)(KEY)), params)
+    merged = merge(params, adapter)
     block = ("h", 0, "attn", "c_attn") if name == "gpt2" else ("layers", 0, "self_attn", "q_proj")
     tensor = ".".join(map(str, block)) + ".weight"
     before, after = (
@@ -53,10 +51,10 @@ def test_training_moves_the_adapter_alone(gpt2):
     optimizer = optax.adam(1e-2)
     step = steps.make_step(sft_loss(lm), optimizer, view=given.view(), microbatches=2)
     frozen = steps.Frozen(base=params)
-    before = jax.tree.map(np.asarray, params)
-    state, losses = steps.initial_state(given.init(KEY), optimizer, KEY), []
+    before, batch = jax.tree.map(np.array, params), answers(lm)
+    state, losses = steps.initial_state(jax.jit(given.init)(KEY), optimizer, KEY), []
     for _ in range(30):
-        state, metrics = step(state, answers(), frozen)
+        state, metrics = step(state, batch, frozen)
         losses.append(float(metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert losses[-1] < losses[0] - 0.3 and set(state.params) == set(given.names)
