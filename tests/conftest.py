@@ -24,8 +24,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import scipy.stats  # noqa: E402
 
-from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from jaxrl_llm.models import Llama, LlamaConfig, StableLM, StableLMConfig  # noqa: E402
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from jaxrl_llm.models.t5 import (  # noqa: E402
     T5,
     T5LM,

@@ -537,7 +537,7 @@ FAMILIES: dict[str, Family] = {
         lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
         aliases={"hidden_act": "hidden_activation"},
         rope=functools.partial(rope_by_kind, theta=1000000.0, local=10000.0),
-        refused={"use_bidirectional_attention": (None, False)},
+        refused={"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
     ),
     "olmo": Family(
         "OlmoForCausalLM",

@@ -124,9 +124,7 @@ def test_float64_needs_x64():
 
 @pytest.mark.parametrize("dtype", [int, "int8", "bool", "complex64", "float8_e4m3fn", np.longdouble])
 def test_a_dtype_that_is_not_floating_is_an_error(dtype):
-    with pytest.raises(
-        ValueError, match="dtype must be a floating type, one of float16, bfloat16, float32"
-    ):
+    with pytest.raises(ValueError, match="dtype must be a floating type, one of float16, bfloat16, float32"):
         models.load(GOLDENS / "gpt2-1", dtype=dtype)
 
 
