@@ -465,7 +465,7 @@ def falcon(c: Config) -> Description:
 
 TANH = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
 GEMMA2 = {
-    "query_pre_attn_scalar": 256.0,
+    "query_pre_attn_scalar": 256,
     "final_logit_softcapping": float | None,
     "attn_logit_softcapping": float | None,
 }

@@ -395,12 +395,12 @@ def _gemma3(header: _Metadata) -> dict[str, Any]:
     return fields | {name: header.number(key) for name, key in optional.items() if header.get(key) is not None}
 
 
-def _scores(header: _Metadata, largest: int) -> dict[str, float]:
+def _scores(header: _Metadata, largest: int) -> dict[str, int]:
     """Return the scale of scores, which is not in the file: it differs in the largest model of the family alone."""
     width, heads = header.size("embedding_length"), header.size("attention.head_count")
     share = width // heads
     head_dim = header.size("attention.key_length", share)
-    return {"query_pre_attn_scalar": float(share if header.count("block_count") == largest else head_dim)}
+    return {"query_pre_attn_scalar": share if header.count("block_count") == largest else head_dim}
 
 
 def _windows(header: _Metadata, default: int) -> dict[str, Any]:
