@@ -200,8 +200,6 @@ def read(path: Path) -> GGUFModel:
         raise ValueError(f"{path} is one of {parts} parts of a model; llama-gguf-split --merge joins them.")
     header = _Metadata(path, architecture, fields, stored)
     config = _config(header)
-    if config["num_hidden_layers"] > len(stored):
-        raise ValueError(f"{path} says it has {config['num_hidden_layers']} layers, but holds {len(stored)} tensors.")
     # The tensors of all layers have the same shapes, so that a small file cannot demand a large model.
     model = families.model_from_config(config | {"num_hidden_layers": 1, "layer_types": None}, source=str(path))
     stored = {name: tensor for name, tensor in stored.items() if name not in ROPE_TENSORS}
@@ -237,8 +235,18 @@ class _Metadata:
             self.refuse(key, f"at most the largest dimension of a tensor, {largest}", value)
         return value
 
+    @property
+    def layers(self) -> int:
+        if (value := self.count("block_count")) > len(self.stored):
+            raise ValueError(f"{self.path} says it has {value} layers, but holds {len(self.stored)} tensors.")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         return _shortest(self.positive(key, default, float))
+
+    def numbers(self, keys: Mapping[str, str]) -> dict[str, float]:
+        """Return those that are there, by Hugging Face's name."""
+        return {name: self.number(key) for name, key in keys.items() if self.get(key) is not None}
 
     def refuse(self, key: str, expected: str, value: Any) -> None:
         raise ValueError(f"{self.path}: {self.architecture}.{key} must be {expected}, but is {value!r}.")
@@ -280,7 +288,7 @@ def _config(header: _Metadata) -> dict[str, Any]:
         "vocab_size": _vocab_size(header),
         "hidden_size": width,
         "intermediate_size": header.size("feed_forward_length"),
-        "num_hidden_layers": header.count("block_count"),
+        "num_hidden_layers": header.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": header.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -298,7 +306,8 @@ def _config(header: _Metadata) -> dict[str, Any]:
 
 
 def _vocab_size(header: _Metadata) -> int:
-    tokens = len(header.fields.get("tokenizer.ggml.tokens", ()))
+    tokens = header.fields.get("tokenizer.ggml.tokens", [])
+    tokens = len(tokens) if isinstance(tokens, list) else 0
     rows = header.stored["token_embd.weight"].shape[0] if "token_embd.weight" in header.stored else 0
     if not rows or rows < tokens:
         raise ValueError(
@@ -310,9 +319,10 @@ def _vocab_size(header: _Metadata) -> int:
 def _ends(header: _Metadata) -> int | list[int] | None:
     """Return the tokens that end a text, a turn or a message: one, or a list of several."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(header.fields[key] for key in keys if key in header.fields))
+    ends = [header.fields[key] for key in keys if key in header.fields]
     if bad := [end for end in ends if type(end) is not int]:
         raise ValueError(f"{header.path}: {', '.join(keys)} must be token ids, but one is {bad[0]!r}.")
+    ends = list(dict.fromkeys(ends))
     return ends if len(ends) > 1 else ends[0] if ends else None
 
 
@@ -326,7 +336,6 @@ def _rope_scaling(header: _Metadata, theta: float, turning: int) -> dict[str, An
     if kind not in ("none", "linear", "yarn", "longrope"):
         header.refuse("rope.scaling.type", "none, linear, yarn or longrope", kind)
     factor = header.number("rope.scaling.factor", header.positive("rope.scale_linear", 1.0, float))
-    amplitude = header.get("rope.scaling.attn_factor") and header.number("rope.scaling.attn_factor")
     if kind == "longrope" or not header.stored.keys().isdisjoint(ROPE_TENSORS):
         if kind == "yarn" or (kind == "linear" and factor != 1):
             header.refuse("rope.scaling.type", "none where there are tensors of rotary factors", kind)
@@ -335,7 +344,7 @@ def _rope_scaling(header: _Metadata, theta: float, turning: int) -> dict[str, An
         short, long = (header.weights(name, turning // 2) for name in ROPE_TENSORS[1:])
         settings = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
         settings["original_max_position_embeddings"] = original
-        return settings | ({} if amplitude is None else {"attention_factor": amplitude})
+        return settings | header.numbers({"attention_factor": "rope.scaling.attn_factor"})
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
     if kind == "linear":
@@ -344,8 +353,7 @@ def _rope_scaling(header: _Metadata, theta: float, turning: int) -> dict[str, An
         if header.get(key, harmless) != harmless:
             header.refuse(key, f"{harmless} with yarn", header.get(key))
     settings = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    betas = {name: f"rope.scaling.yarn_{name}" for name in ("beta_fast", "beta_slow")}
-    return settings | {name: header.number(key) for name, key in betas.items() if header.get(key) is not None}
+    return settings | header.numbers({name: f"rope.scaling.yarn_{name}" for name in ("beta_fast", "beta_slow")})
 
 
 YARN_CONSTANTS = {  # the values under which these fields have no effect
@@ -390,9 +398,8 @@ def _gemma2(header: _Metadata) -> dict[str, Any]:
 
 
 def _gemma3(header: _Metadata) -> dict[str, Any]:
-    fields = _scores(header, 62) | _windows(header, 0)
     optional = {"final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa"}
-    return fields | {name: header.number(key) for name, key in optional.items() if header.get(key) is not None}
+    return _scores(header, 62) | _windows(header, 0) | header.numbers(optional)
 
 
 def _scores(header: _Metadata, largest: int) -> dict[str, int]:
@@ -400,19 +407,24 @@ def _scores(header: _Metadata, largest: int) -> dict[str, int]:
     width, heads = header.size("embedding_length"), header.size("attention.head_count")
     share = width // heads
     head_dim = header.size("attention.key_length", share)
-    return {"query_pre_attn_scalar": share if header.count("block_count") == largest else head_dim}
+    return {"query_pre_attn_scalar": share if header.layers == largest else head_dim}
 
 
 def _windows(header: _Metadata, default: int) -> dict[str, Any]:
-    """Return the window, and the layers that have it if that is not the family's default."""
-    window, layers = header.get("attention.sliding_window", default), header.count("block_count")
-    pattern = header.get("attention.sliding_window_pattern") if window else [False] * min(layers, len(header.stored))
-    if isinstance(pattern, int) and pattern:
-        pattern = [(layer + 1) % pattern != 0 for layer in range(min(layers, len(header.stored)))]
-    if not isinstance(window, int) or window < 0:
+    """Return the window, and the layers that have it unless they are the family's default."""
+    window, pattern = (header.get(f"attention.sliding_window{end}") for end in ("", "_pattern"))
+    window = default if window is None else window
+    if type(window) is not int or window < 0:
         header.refuse("attention.sliding_window", "0 or above", window)
-    types = pattern and tuple("sliding_attention" if each else "full_attention" for each in pattern)
-    return {"sliding_window": window or None} | ({"layer_types": types} if types else {})
+    if pattern is None and window:
+        return {"sliding_window": window}
+    if not isinstance(pattern, list):
+        every = pattern if window else 1
+        if type(every) is not int or every < 0:
+            header.refuse("attention.sliding_window_pattern", "a list, or 0 or above", pattern)
+        pattern = [every == 0 or (layer + 1) % every != 0 for layer in range(header.layers)]
+    types = ["sliding_attention" if each else "full_attention" for each in pattern]
+    return {"sliding_window": window or None, "layer_types": types}
 
 
 def _phi3(header: _Metadata) -> dict[str, Any]:

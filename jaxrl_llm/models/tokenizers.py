@@ -19,6 +19,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of p
 
 # GGUF: byte-level or SentencePiece BPE --------------------------------------------------------------------------------
 
+LISTS = {"tokens": str, "token_type": int, "scores": float, "merges": str}
 NAMED_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 # Splits of text before merging: the matches of each expression in turn, and the text between them, become pieces. Names
@@ -29,12 +30,9 @@ GPT4 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2, LLAMA3 = GPT4.replace("DIGITS", ""), GPT4.replace("DIGITS", "{1,3}")
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-O200K = (
-    r"[^\r\n\p{L}\p{N}]?UPPER*LOWER+ENDING|[^\r\n\p{L}\p{N}]?UPPER+LOWER*ENDING|\p{N}DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-).replace("UPPER", UPPER)
-O200K = O200K.replace("LOWER", LOWER)
+LETTERS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%sENDING|"
+O200K = LETTERS % ("*", "+") + LETTERS % ("+", "*")
+O200K += r"\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),  # llama.cpp's own
     **dict.fromkeys(("gpt-2", "gpt2"), (GPT2,)),
@@ -64,6 +62,12 @@ def from_gguf(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | No
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{name}: tokenizer.ggml.model must be gpt2 or llama, but is {kind!r}.")
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    for key, of in LISTS.items():
+        value = fields.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(each, of) for each in value[:1]):  # lists hold one kind
+            raise ValueError(f"{name}: tokenizer.ggml.{key} must be a list of {of.__name__}.")
+    if not isinstance(template := fields.get("tokenizer.chat_template"), str | None):
+        raise ValueError(f"{name}: tokenizer.chat_template must be a string, but is {template!r}.")
     tokens = _required(fields, "tokens", name)
     types = fields.get("token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
@@ -84,7 +88,7 @@ def from_gguf(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | No
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=fields.get("tokenizer.chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         add_bos_token=_adds(fields, "bos", kind == "llama" or fields["pre"] in WHOLE_NAMES, named, name),
         add_eos_token=_adds(fields, "eos", False, named, name),
@@ -121,7 +125,7 @@ def _byte_level(fields: dict[str, Any], tokens: list[str], name: str) -> tuple[T
     They are a tokenizer without a model, and the options of its model.
     """
     pre = _required(fields, "pre", name)
-    if pre not in SPLITS:
+    if not isinstance(pre, str) or pre not in SPLITS:
         raise ValueError(f"{name}: tokenizer.ggml.pre must be one of {', '.join(SPLITS)}, but is {pre!r}.")
     merges = [tuple(merge.split(" ")) for merge in _required(fields, "merges", name)]
     known = set(tokens)
@@ -153,7 +157,7 @@ def _sentencepiece(
     if len(scores) != len(tokens):
         raise ValueError(f"{name} must give each of its {len(tokens)} tokens a score, but gives {len(scores)}.")
     backend = Tokenizer(models.BPE())
-    prefix = fields.get("add_space_prefix", True)
+    prefix = bool(fields.get("add_space_prefix", True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
