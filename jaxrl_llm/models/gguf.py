@@ -251,12 +251,15 @@ class _Metadata:
     def refuse(self, key: str, expected: str, value: Any) -> None:
         raise ValueError(f"{self.path}: {self.architecture}.{key} must be {expected}, but is {value!r}.")
 
-    def weights(self, name: str, count: int) -> list[float]:
-        """Return a vector."""
+    def divisors(self, name: str, count: int) -> list[float]:
+        """Return a vector of numbers above 0."""
         if name not in self.stored or self.stored[name].shape != (count,):
             found = f"of shape {self.stored[name].shape}" if name in self.stored else "missing"
             raise ValueError(f"{self.path}: {name} must be of shape {(count,)}, but is {found}.")
-        return [_shortest(each) for each in _weights(self.path, self.stored[name])]
+        values = [_shortest(each) for each in _weights(self.path, self.stored[name])]
+        if bad := [each for each in values if not 0 < each < math.inf]:
+            raise ValueError(f"{self.path}: {name} must be numbers above 0, but has {bad[0]}.")
+        return values
 
 
 def _weights(path: Path, tensor: Tensor) -> np.ndarray:
@@ -299,7 +302,8 @@ def _config(header: _Metadata) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.stored,
         "bos_token_id": header.fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _ends(header),
-    } | row.fields(header)
+    }
+    config |= row.fields(header, config)
     if "head_dim" not in families.FAMILIES[row.model_type].fields:
         del config["head_dim"]
     return config | ({"partial_rotary_factor": turning / head_dim} if turning < head_dim else {})
@@ -340,8 +344,8 @@ def _rope_scaling(header: _Metadata, theta: float, turning: int) -> dict[str, An
         if kind == "yarn" or (kind == "linear" and factor != 1):
             header.refuse("rope.scaling.type", "none where there are tensors of rotary factors", kind)
         if "rope_freqs.weight" in header.stored:
-            return _divided(header.weights("rope_freqs.weight", turning // 2), theta, context)
-        short, long = (header.weights(name, turning // 2) for name in ROPE_TENSORS[1:])
+            return _divided(header.divisors("rope_freqs.weight", turning // 2), theta, context)
+        short, long = (header.divisors(name, turning // 2) for name in ROPE_TENSORS[1:])
         settings = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
         settings["original_max_position_embeddings"] = original
         return settings | header.numbers({"attention_factor": "rope.scaling.attn_factor"})
@@ -387,27 +391,26 @@ def _divided(divisors: list[float], theta: float, context: int) -> dict[str, Any
     }
 
 
-def _llama(header: _Metadata) -> dict[str, Any]:
+def _llama(header: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
     return {"attention_bias": "blk.0.attn_q.bias" in header.stored, "mlp_bias": "blk.0.ffn_up.bias" in header.stored}
 
 
-def _gemma2(header: _Metadata) -> dict[str, Any]:
+def _gemma2(header: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     fields = {name: header.number(name, default) for name, default in caps.items()}
-    return fields | _scores(header, 46) | _windows(header, 4096)
+    return fields | _scores(config, 46) | _windows(header, 4096)
 
 
-def _gemma3(header: _Metadata) -> dict[str, Any]:
+def _gemma3(header: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
     optional = {"final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa"}
-    return _scores(header, 62) | _windows(header, 0) | header.numbers(optional)
+    return _scores(config, 62) | _windows(header, 0) | header.numbers(optional)
 
 
-def _scores(header: _Metadata, largest: int) -> dict[str, int]:
-    """Return the scale of scores, which is not in the file: it differs in the largest model of the family alone."""
-    width, heads = header.size("embedding_length"), header.size("attention.head_count")
-    share = width // heads
-    head_dim = header.size("attention.key_length", share)
-    return {"query_pre_attn_scalar": share if header.layers == largest else head_dim}
+def _scores(config: dict[str, Any], layers: int) -> dict[str, int]:
+    """Return the scale of scores, which is not in the file: in the largest model, of so many layers, it is unusual."""
+    largest = config["num_hidden_layers"] == layers
+    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    return {"query_pre_attn_scalar": scalar}
 
 
 def _windows(header: _Metadata, default: int) -> dict[str, Any]:
@@ -416,19 +419,19 @@ def _windows(header: _Metadata, default: int) -> dict[str, Any]:
     window = default if window is None else window
     if type(window) is not int or window < 0:
         header.refuse("attention.sliding_window", "0 or above", window)
-    if pattern is None and window:
+    pattern = pattern if window else 1
+    if pattern is None:
         return {"sliding_window": window}
+    if type(pattern) is int and pattern >= 0:
+        pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(header.layers)]
     if not isinstance(pattern, list):
-        every = pattern if window else 1
-        if type(every) is not int or every < 0:
-            header.refuse("attention.sliding_window_pattern", "a list, or 0 or above", pattern)
-        pattern = [every == 0 or (layer + 1) % every != 0 for layer in range(header.layers)]
+        header.refuse("attention.sliding_window_pattern", "a list, or 0 or above", pattern)
     types = ["sliding_attention" if each else "full_attention" for each in pattern]
     return {"sliding_window": window or None, "layer_types": types}
 
 
-def _phi3(header: _Metadata) -> dict[str, Any]:
-    original = header.count("rope.scaling.original_context_length", header.count("context_length"))
+def _phi3(header: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    original = header.count("rope.scaling.original_context_length", config["max_position_embeddings"])
     window = header.get("attention.sliding_window") or None  # 0 in Phi 4
     return {"original_max_position_embeddings": original, "sliding_window": window}
 
@@ -438,7 +441,9 @@ class Architecture(NamedTuple):
 
     model_type: str
     names: Mapping[str, str] = {}  # the modules that are not named as in MODULES
-    fields: Callable[[_Metadata], dict[str, Any]] = lambda header: {}  # of its configuration alone
+    fields: Callable[[_Metadata, dict[str, Any]], dict[str, Any]] = (
+        lambda header, config: {}
+    )  # of its own, beside those
     permuted: bool = False  # rows of q and k are in the order of llama.cpp's rotary pairs
     partial: bool = False  # rotary positions may be on a part of each head
 

@@ -338,6 +338,7 @@ FREQS = ("rope_freqs.weight", np.ones(8, np.float32), Type.F32)
         ),
         ({"tokenizer.ggml.tokens": ["t"] * 301}, (), "row for each of 301 tokens, but has 300"),
         ({"tokenizer.ggml.eot_token_id": "x"}, (), "must be token ids, but one is 'x'"),
+        ({}, [(FREQS[0], np.zeros(8, np.float32), Type.F32)], "rope_freqs.weight must be numbers above 0, but has 0.0"),
         ({}, [("blk.0.ffn_gate_inp.weight", *FREQS[1:])], "no place for blk.0.ffn_gate_inp"),
         ({}, [("output_norm.bias", np.ones(8, np.int32), Type.I32)], "of GGML type 26"),
     ],
