@@ -276,7 +276,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 
 
 def test_a_damaged_file_is_read_or_refused_but_nothing_else(tmp_path):
-    path = write(tmp_path / "m.gguf", fields=bpe_fields("smollm") | {"general.tags": ["a", "bc"]})
+    path = write(tmp_path / "m.gguf", fields=bpe_fields() | {"general.tags": ["a", "bc"]})
     whole, rng = path.read_bytes(), random.Random(0)
     header = min(tensor.start for tensor in read(path).stored.values())
     for _ in range(150):
@@ -307,43 +307,36 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path):
     refused(path, "is damaged: llama.attention.head_count occurs twice")
 
 
-FREQS = ("rope_freqs.weight", np.ones(8, np.float32), Type.F32)
+UNFIT_FIELDS = {
+    "architectures llama, qwen2, .*, phi3, but is of 'falcon'": {"general.architecture": "falcon"},
+    "is one of 3 parts of a model; llama-gguf-split --merge joins them": {"split.count": 3},
+    "llama.block_count must be a positive int, but is None": {"llama.block_count": None},
+    "4000000000 layers, but holds 21 tensors": {"llama.block_count": 4_000_000_000},
+    "a llama of 1 layers has no place for blk.1": {"llama.block_count": 1},
+    "must have 9 more tensors, blk.2.[a-z_]*.weight among them": {"llama.block_count": 3},
+    r"must be a positive int, but is \[2, 2\]": {"llama.attention.head_count_kv": [2, 2]},
+    r"blk.0.attn_k.weight must be of shape \(64, 64\), but is": {"llama.attention.head_count_kv": 4},
+    "largest dimension of a tensor, 300, but is 2000000000": {"llama.attention.key_length": 2_000_000_000},
+    "value_length must be that of the keys, 16, but is 8": {"llama.attention.value_length": 8},
+    "rope.dimension_count must be even and the heads' 16, but is 8": {"llama.rope.dimension_count": 8},
+    "must be none, linear, yarn or longrope, but is 'warp'": {"llama.rope.scaling.type": "warp"},
+    r"rope_factors_short.weight must be of shape \(8,\), but is missing": {"llama.rope.scaling.type": "longrope"},
+    "1.0 with yarn, but is 2.0": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 2.0},
+    "row for each of 301 tokens, but has 300": {"tokenizer.ggml.tokens": ["t"] * 301},
+    "must be token ids, but one is 'x'": {"tokenizer.ggml.eot_token_id": "x"},
+}
+UNFIT_TENSORS = {
+    "type must be none where there are tensors of rotary": ("rope_freqs.weight", np.ones(8, np.float32), Type.F32),
+    "rope_freqs.weight must be numbers above 0, but has 0.0": ("rope_freqs.weight", np.zeros(8, np.float32), Type.F32),
+    "no place for blk.0.ffn_gate_inp": ("blk.0.ffn_gate_inp.weight", np.ones(8, np.float32), Type.F32),
+    "of GGML type 26": ("output_norm.bias", np.ones(8, np.int32), Type.I32),
+}
 
 
-@pytest.mark.parametrize(
-    ("fields", "extra", "match"),
-    [
-        ({"general.architecture": "falcon"}, (), "architectures llama, qwen2, .*, phi3, but is of 'falcon'"),
-        ({"split.count": 3}, (), "is one of 3 parts of a model; llama-gguf-split --merge joins them"),
-        ({"llama.block_count": None}, (), "llama.block_count must be a positive int, but is None"),
-        ({"llama.block_count": 4_000_000_000}, (), "4000000000 layers, but holds 21 tensors"),
-        ({"llama.block_count": 1}, (), "a llama of 1 layers has no place for blk.1"),
-        ({"llama.block_count": 3}, (), "must have 9 more tensors, blk.2.[a-z_]*.weight among them"),
-        ({"llama.attention.head_count_kv": [2, 2]}, (), r"must be a positive int, but is \[2, 2\]"),
-        ({"llama.attention.head_count_kv": 4}, (), r"blk.0.attn_k.weight must be of shape \(64, 64\), but is"),
-        ({"llama.attention.key_length": 2_000_000_000}, (), "largest dimension of a tensor, 300, but is 2000000000"),
-        ({"llama.attention.value_length": 8}, (), "value_length must be that of the keys, 16, but is 8"),
-        ({"llama.rope.dimension_count": 8}, (), "rope.dimension_count must be even and the heads' 16, but is 8"),
-        ({"llama.rope.scaling.type": "warp"}, (), "must be none, linear, yarn or longrope, but is 'warp'"),
-        (
-            {"llama.rope.scaling.type": "longrope"},
-            (),
-            r"factors_short.weight must be of shape \(8,\), but is m",
-        ),
-        ({"llama.rope.scaling.type": "yarn"}, [FREQS], "none where there are tensors of rotary fact.*, but is 'yarn'"),
-        (
-            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 2.0},
-            (),
-            "1.0 with yarn, but is 2.0",
-        ),
-        ({"tokenizer.ggml.tokens": ["t"] * 301}, (), "row for each of 301 tokens, but has 300"),
-        ({"tokenizer.ggml.eot_token_id": "x"}, (), "must be token ids, but one is 'x'"),
-        ({}, [(FREQS[0], np.zeros(8, np.float32), Type.F32)], "rope_freqs.weight must be numbers above 0, but has 0.0"),
-        ({}, [("blk.0.ffn_gate_inp.weight", *FREQS[1:])], "no place for blk.0.ffn_gate_inp"),
-        ({}, [("output_norm.bias", np.ones(8, np.int32), Type.I32)], "of GGML type 26"),
-    ],
-)
-def test_a_file_that_no_model_can_be_made_of_is_refused(tmp_path, fields, extra, match):
+@pytest.mark.parametrize("match", [*UNFIT_FIELDS, *UNFIT_TENSORS])
+def test_a_file_that_no_model_can_be_made_of_is_refused(tmp_path, match):
+    fields = {"llama.rope.scaling.type": "yarn"} if "where there are" in match else UNFIT_FIELDS.get(match)
+    extra = [UNFIT_TENSORS[match]] if match in UNFIT_TENSORS else ()
     refused(write(tmp_path / "m.gguf", fields=fields, extra=extra), match)
 
 
@@ -368,7 +361,7 @@ def trained_bpe():
 TOKENS, MERGES = trained_bpe()
 
 
-def bpe_fields(pre, **more):
+def bpe_fields(pre="smollm", **more):
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -420,13 +413,6 @@ def test_byte_level_tokens_are_those_of_the_published_splits(tmp_path, pre):
         assert built.decode(ids) == text
 
 
-def test_gpt_4o_keeps_the_ending_with_its_word(tmp_path):
-    built = tokenizer(tmp_path / "m.gguf", bpe_fields("gpt-4o"))
-    pieces = built.backend_tokenizer.pre_tokenizer.pre_tokenize_str("I'LL say HTMLParser's x=12345 //\n\nend")
-    found = [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in pieces]
-    assert found == ["I'LL", " say", " HTMLParser's", " x", "=", "123", "45", " //\n\n", "end"]
-
-
 def test_qwen2_agrees_with_the_class_of_transformers(tmp_path):
     from transformers import Qwen2Tokenizer
 
@@ -436,14 +422,21 @@ def test_qwen2_agrees_with_the_class_of_transformers(tmp_path):
         assert built(text).input_ids == theirs(text).input_ids
 
 
-def test_the_default_split_is_llama_cpps(tmp_path):
-    built = tokenizer(tmp_path / "m.gguf", bpe_fields("default"))
-    pieces = built.backend_tokenizer.pre_tokenizer.pre_tokenize_str("don't pay $12345.67")
-    assert [piece for piece, _ in pieces] == ["don", "'", "t", "Ġpay", "Ġ", "$", "123", "45", ".", "67"]
+FURTHER = {
+    "default": "don|'|t|Ġpay|Ġ|$|123|45|.|67|Ġ|//|ĊĊ",  # llama.cpp's own
+    "gpt-4o": "don't|Ġpay|Ġ$|123|45|.|67|Ġ//ĊĊ",
+}
+
+
+@pytest.mark.parametrize("pre", FURTHER)
+def test_further_splits(tmp_path, pre):
+    built = tokenizer(tmp_path / "m.gguf", bpe_fields(pre))
+    pieces = built.backend_tokenizer.pre_tokenizer.pre_tokenize_str("don't pay $12345.67 //\n\n")
+    assert "|".join(piece for piece, _ in pieces) == FURTHER[pre]
 
 
 def test_control_and_user_defined_tokens_are_single_and_only_control_ones_are_skipped(tmp_path):
-    built = tokenizer(tmp_path / "m.gguf", bpe_fields("smollm"))
+    built = tokenizer(tmp_path / "m.gguf", bpe_fields())
     assert len(built) == VOCAB
     for index, token in [*enumerate(TOKENS[:3]), (VOCAB - 1, "<think>")]:
         assert built(f"cat{token}the").input_ids.count(index) == 1
@@ -482,31 +475,31 @@ def test_llama3_takes_a_whole_token_before_any_merge(tmp_path):
 
 def test_the_chat_template_is_the_files(tmp_path):
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    built = tokenizer(tmp_path / "m.gguf", bpe_fields("smollm") | {"tokenizer.chat_template": template})
+    built = tokenizer(tmp_path / "m.gguf", bpe_fields() | {"tokenizer.chat_template": template})
     chat = [{"role": "user", "content": "the cat"}]
     assert built.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\nthe cat<|im_end|>\n"
-    assert tokenizer(tmp_path / "n.gguf", bpe_fields("smollm")).chat_template is None
+    assert tokenizer(tmp_path / "n.gguf", bpe_fields()).chat_template is None
 
 
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [
-        (bpe_fields("viking"), "pre must be one of default, gpt-2, .*llama-v3, .*, but is 'viking'"),
-        (bpe_fields(None), "without tokenizer.ggml.pre"),
-        (bpe_fields("smollm", merges=None), "without tokenizer.ggml.merges"),
-        (bpe_fields("smollm", tokens=None), "without tokenizer.ggml.tokens"),
-        (bpe_fields("smollm", merges=["zz qq"]), r"1 merges are not .* \('zz', 'qq'\) among them"),
-        (bpe_fields("smollm", token_type=[1]), "each of its 300 tokens a type, but gives 1"),
-        (bpe_fields("smollm", eos_token_id=300), "eos token must be one of 300, but its id is 300"),
-        (bpe_fields("smollm", bos_token_id=None, add_bos_token=True), "add_bos_token is true, but there is no bos"),
-        (bpe_fields("smollm", tokens=[1]), "tokens must be a list of str"),
-        (bpe_fields("smollm", model="bert"), "must be gpt2 or llama, but is 'bert'"),
-    ],
-)
-def test_an_incomplete_or_unknown_tokenizer_is_refused_before_weights_are_read(tmp_path, monkeypatch, fields, match):
+UNFIT_TOKENIZERS = {
+    "pre must be one of default, gpt-2, .*llama-v3, .*, but is 'viking'": {"pre": "viking"},
+    "without tokenizer.ggml.pre": {"pre": None},
+    "without tokenizer.ggml.merges": {"merges": None},
+    "without tokenizer.ggml.tokens": {"tokens": None},
+    "tokens must be a list of str": {"tokens": [1]},
+    r"1 merges are not .* \('zz', 'qq'\) among them": {"merges": ["zz qq"]},
+    "each of its 300 tokens a type, but gives 1": {"token_type": [1]},
+    "eos token must be one of 300, but its id is 300": {"eos_token_id": 300},
+    "add_bos_token is true, but there is no bos": {"bos_token_id": None, "add_bos_token": True},
+    "must be gpt2 or llama, but is 'bert'": {"model": "bert"},
+}
+
+
+@pytest.mark.parametrize("match", UNFIT_TOKENIZERS)
+def test_an_incomplete_or_unknown_tokenizer_is_refused_before_weights_are_read(tmp_path, monkeypatch, match):
     monkeypatch.setattr(GGUFModel, "tensors", None)
     with pytest.raises(ValueError, match=match) as caught:
-        load(write(tmp_path / "m.gguf", fields=fields))
+        load(write(tmp_path / "m.gguf", fields=bpe_fields(**UNFIT_TOKENIZERS[match])))
     assert str(tmp_path / "m.gguf") in str(caught.value)
 
 
