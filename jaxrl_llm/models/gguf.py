@@ -192,12 +192,12 @@ def read(path: Path) -> GGUFModel:
     """
     path = Path(path)
     fields, stored = read_header(path)
+    if (parts := fields.get("split.count", 0)) not in (0, 1):
+        raise ValueError(f"{path} is one of {parts} parts of a model; llama-gguf-split --merge joins them.")
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path} must be of one of the architectures {known}, but is of {architecture!r}.")
-    if (parts := fields.get("split.count", 0)) not in (0, 1):
-        raise ValueError(f"{path} is one of {parts} parts of a model; llama-gguf-split --merge joins them.")
     header = _Metadata(path, architecture, fields, stored)
     config = _config(header)
     # The tensors of all layers have the same shapes, so that a small file cannot demand a large model.
@@ -368,7 +368,7 @@ YARN_CONSTANTS = {  # the values under which these fields have no effect
 }
 
 
-def _divided(divisors: list[float], theta: float, context: int) -> dict[str, Any] | None:
+def _divided(divisors: list[float], theta: float, context: int) -> dict[str, Any]:
     """Return the settings for given divisors of the rotary frequencies.
 
     They are Llama 3's, whose scaling is recovered, or others, which only LongRoPE's settings can express.
@@ -441,9 +441,7 @@ class Architecture(NamedTuple):
 
     model_type: str
     names: Mapping[str, str] = {}  # the modules that are not named as in MODULES
-    fields: Callable[[_Metadata, dict[str, Any]], dict[str, Any]] = (
-        lambda header, config: {}
-    )  # of its own, beside those
+    fields: Callable[[_Metadata, dict[str, Any]], dict[str, Any]] = lambda header, config: {}  # beside the common ones
     permuted: bool = False  # rows of q and k are in the order of llama.cpp's rotary pairs
     partial: bool = False  # rotary positions may be on a part of each head
 
@@ -509,6 +507,6 @@ def _check_tensors(
 
 
 def _rotary_halves(weights: np.ndarray, head_dim: int) -> np.ndarray:
-    """Each head's rows (0, 1), (2, 3), ..., llama.cpp's rotary pairs, as Hugging Face's: row i with row i + half."""
+    """Return each head's rows (0, 1), (2, 3), ..., llama.cpp's rotary pairs, as Hugging Face's (i, i + half)."""
     pairs = weights.reshape(-1, head_dim // 2, 2, *weights.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weights.shape)
