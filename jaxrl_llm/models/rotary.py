@@ -148,6 +148,8 @@ def _yarn(plain: np.ndarray, settings: Mapping[str, Any], max_length: int) -> di
 
 def _longrope(plain: np.ndarray, settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     original, given = settings["original_max_position_embeddings"], settings.get("attention_factor")
+    if original <= 1:
+        raise ValueError(f"original_max_position_embeddings must be above 1, but is {original!r}.")
     factor = settings.get("factor") or max_length / original
     for name in ("short_factor", "long_factor"):
         if np.shape(settings[name]) != plain.shape:

@@ -19,6 +19,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of p
 
 # GGUF: byte-level or SentencePiece BPE --------------------------------------------------------------------------------
 
+LISTS = {"tokens": str, "token_type": int, "scores": float, "merges": str}
 NAMED_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 # Splits of text before merging: the matches of each expression in turn, and the text between them, become pieces. Names
@@ -29,14 +30,20 @@ GPT4 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2, LLAMA3 = GPT4.replace("DIGITS", ""), GPT4.replace("DIGITS", "{1,3}")
+LETTERS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%sENDING|"
+O200K = LETTERS % ("*", "+") + LETTERS % ("+", "*")
+O200K += r"\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),  # llama.cpp's own
     **dict.fromkeys(("gpt-2", "gpt2"), (GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", GPT2)),
-    "qwen2": (QWEN2,),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (QWEN2,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx"), (LLAMA3,)),
+    "tekken": (O200K.replace("ENDING", "").replace("DIGITS", ""),),
+    "gpt-4o": (O200K.replace("ENDING", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("DIGITS", "{1,3}"),),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", r"\p{N}"),
 }
-LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # keep a piece that is a token whole, and begin with BOS
+WHOLE_NAMES = ("llama-bpe", "llama3", "llama-v3", "tekken")  # keep a piece that is a token whole, and begin with BOS
 NFC_NAMES = ("qwen2", "command-r")  # normalise Unicode in their Hugging Face form, as in training
 
 
@@ -55,15 +62,23 @@ def from_gguf(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | No
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{name}: tokenizer.ggml.model must be gpt2 or llama, but is {kind!r}.")
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    for key, of in LISTS.items():
+        value = fields.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(each, of) for each in value[:1]):  # lists hold one kind
+            raise ValueError(f"{name}: tokenizer.ggml.{key} must be a list of {of.__name__}.")
+    if not isinstance(template := fields.get("tokenizer.chat_template"), str | None):
+        raise ValueError(f"{name}: tokenizer.chat_template must be a string, but is {template!r}.")
     tokens = _required(fields, "tokens", name)
     types = fields.get("token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ValueError(f"{name} must give each of its {len(tokens)} tokens a type, but gives {len(types)}.")
     named = _named_tokens(fields, tokens, name)
     if kind == "gpt2":
-        backend = _byte_level(fields, tokens, name)
+        backend, options = _byte_level(fields, tokens, name)
     else:
-        backend = _sentencepiece(fields, tokens, types, named.get("unk"), name)
+        backend, options = _sentencepiece(fields, tokens, types, named.get("unk"), name)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend.model = models.BPE(vocab, [])
     backend.add_tokens(
         [
             AddedToken(token, special=of_type != USER_DEFINED, normalized=False)
@@ -71,14 +86,16 @@ def from_gguf(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | No
             if of_type in (UNKNOWN, CONTROL, USER_DEFINED)
         ]
     )
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=fields.get("tokenizer.chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
-        add_bos_token=_adds(fields, "bos", kind == "llama" or fields["pre"] in LLAMA3_NAMES, named, name),
+        add_bos_token=_adds(fields, "bos", kind == "llama" or fields["pre"] in WHOLE_NAMES, named, name),
         add_eos_token=_adds(fields, "eos", False, named, name),
         **{f"{role}_token": token for role, token in named.items()},
     )
+    tokenizer.backend_tokenizer.model = models.BPE(vocab, **options)  # now: copying its merges would take seconds
+    return tokenizer
 
 
 def _required(fields: dict[str, Any], key: str, name: str) -> Any:
@@ -102,16 +119,19 @@ def _adds(fields: dict[str, Any], role: str, default: bool, named: dict[str, str
     return bool(adds)
 
 
-def _byte_level(fields: dict[str, Any], tokens: list[str], name: str) -> Tokenizer:
-    """Return a tokenizer of GPT-2's kind (Radford et al. 2019): ranked merges of bytes within pieces of a split."""
+def _byte_level(fields: dict[str, Any], tokens: list[str], name: str) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the parts of a tokenizer of GPT-2's kind (Radford et al. 2019): merges of bytes within pieces of a split.
+
+    They are a tokenizer without a model, and the options of its model.
+    """
     pre = _required(fields, "pre", name)
-    if pre not in SPLITS:
+    if not isinstance(pre, str) or pre not in SPLITS:
         raise ValueError(f"{name}: tokenizer.ggml.pre must be one of {', '.join(SPLITS)}, but is {pre!r}.")
     merges = [tuple(merge.split(" ")) for merge in _required(fields, "merges", name)]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    if bad := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()]:
+    known = set(tokens)
+    if bad := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= known]:
         raise ValueError(f"{name}: {len(bad)} merges are not of two tokens into a third, {bad[0]} among them.")
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3_NAMES))
+    backend = Tokenizer(models.BPE())
     if pre in NFC_NAMES:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -121,27 +141,28 @@ def _byte_level(fields: dict[str, Any], tokens: list[str], name: str) -> Tokeniz
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    return backend
+    return backend, {"merges": merges, "ignore_merges": pre in WHOLE_NAMES}
 
 
 def _sentencepiece(
     fields: dict[str, Any], tokens: list[str], types: list[int], unk: str | None, name: str
-) -> Tokenizer:
-    """Return a tokenizer of Llama 2's kind (Kudo and Richardson 2018): ▁ for spaces, merges by score, byte fallback.
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the parts of a tokenizer of Llama 2's kind (Kudo and Richardson 2018), as `_byte_level` does.
+
+    It has ▁ for spaces, merges by score, and bytes for unknown characters.
 
     As in llama.cpp and Llama 2's tokenizer.json, text after a special token also gets a leading ▁.
     """
     scores = _required(fields, "scores", name)
     if len(scores) != len(tokens):
         raise ValueError(f"{name} must give each of its {len(tokens)} tokens a score, but gives {len(scores)}.")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = _merges(tokens, types, scores)
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    prefix = fields.get("add_space_prefix", True)
+    backend = Tokenizer(models.BPE())
+    prefix = bool(fields.get("add_space_prefix", True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
-    return backend
+    options = {"unk_token": unk, "fuse_unk": True, "byte_fallback": True}
+    return backend, {"merges": _merges(tokens, types, scores)} | options
 
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
@@ -153,10 +174,10 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tu
     ids = {token: index for index, token in enumerate(tokens) if types[index] not in whole}
     order = sorted(ids.values(), key=lambda index: (-scores[index], index))
     return [
-        (tokens[index][:cut], tokens[index][cut:])
-        for index in order
-        for cut in range(len(tokens[index]) - 1, 0, -1)
-        if tokens[index][:cut] in ids and tokens[index][cut:] in ids
+        (left, right)
+        for token in map(tokens.__getitem__, order)
+        for cut in range(len(token) - 1, 0, -1)
+        if (left := token[:cut]) in ids and (right := token[cut:]) in ids
     ]
 
 

@@ -1,45 +1,96 @@
 """GGUF: every file but one is written here with the `gguf` library, whose dequantisation is the reference."""
 
+import dataclasses
 import itertools
+import math
 import random
 import re
 import string
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from jaxrl_llm.models.gguf import read
+from jaxrl_llm.models import families, huggingface, load
+from jaxrl_llm.models.gguf import GGUFModel, read
 
-VOCAB, WIDTH, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 300, 64, 96, 2, 4, 2, 16
-SHAPES = {
-    "input_layernorm": (WIDTH,),
-    "self_attn.q_proj": (HEADS * HEAD_DIM, WIDTH),
-    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, WIDTH),
-    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, WIDTH),
-    "self_attn.o_proj": (WIDTH, HEADS * HEAD_DIM),
-    "post_attention_layernorm": (WIDTH,),
-    "mlp.gate_proj": (INNER, WIDTH),
-    "mlp.up_proj": (INNER, WIDTH),
-    "mlp.down_proj": (WIDTH, INNER),
-}
-OURS = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
-FIELDS = {
-    "llama.context_length": 128,
-    "llama.embedding_length": WIDTH,
-    "llama.block_count": LAYERS,
-    "llama.feed_forward_length": INNER,
-    "llama.attention.head_count": HEADS,
-    "llama.attention.head_count_kv": KV_HEADS,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "llama.rope.freq_base": 5e4,
+VOCAB, LAYERS, HEAD_DIM = 300, 2, 16
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e4,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
 TEXT = (
     "The cat sat on the mat, and I'll say: it's 1234567 o'clock; DON'T panic!\n\n  def f(x):\n\treturn x ** 2   # the\n"
     "naïve café — 日本語 🙂 über ½ x² …   trailing  "
 )
+
+
+# Conversion, as llama.cpp's -------------------------------------------------------------------------------------------
+
+
+def checkpoint(config=LLAMA, **changes):
+    """Random weights by their Hugging Face names."""
+    rng, model = np.random.default_rng(0), families.model_from_config(config | changes, source="")
+    prefix = families.FAMILIES[config["model_type"]].prefix
+    slots = {("" if n.startswith("lm_head") else prefix) + n: s for n, s in huggingface.named_params(model).items()}
+    return {name: rng.standard_normal(slot.shape).astype(np.float32) for name, slot in slots.items()}
+
+
+def metadata(config):
+    """The fields of an architecture; its name is `gemma3` for `gemma3_text`, and else the model type."""
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    rope = config.get("rope_scaling") or {}
+    known = rope.get("rope_type") in ("linear", "yarn", "longrope")
+    fields = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config.get("head_dim"),
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.sliding_window": config.get("sliding_window"),
+        "attn_logit_softcapping": config.get("attn_logit_softcapping"),
+        "final_logit_softcapping": config.get("final_logit_softcapping"),
+        "rope.freq_base": config.get("rope_theta"),
+        "rope.dimension_count": int(head_dim * config.get("partial_rotary_factor", 1)),
+        "rope.scaling.type": rope["rope_type"] if known else None,
+        "rope.scaling.factor": rope.get("factor") if known else None,
+        "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
+        "rope.scaling.attn_factor": rope.get("attention_factor"),
+    }
+    return {f"{config['model_type'].removesuffix('_text')}.{key}": value for key, value in fields.items()}
+
+
+def rope_tensors(config):
+    rope = config.get("rope_scaling") or {}
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{length}.weight": np.float32(rope[f"{length}_factor"]) for length in ("short", "long")}
+    if rope.get("rope_type") != "llama3":
+        return {}
+    factor, low, high = (rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    lengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, HEAD_DIM, 2, dtype=np.float32) / HEAD_DIM)
+    smooth = np.clip((rope["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)
+    return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
 
 
 def paired(weights, head_dim=HEAD_DIM):
@@ -48,40 +99,25 @@ def paired(weights, head_dim=HEAD_DIM):
     return np.stack([heads[:, 0], heads[:, 1]], axis=2).reshape(weights.shape)
 
 
-def checkpoint(tied=False, biases=False):
-    """Random weights by their Hugging Face names."""
-    rng = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
-    if not tied:
-        shapes["lm_head.weight"] = (VOCAB, WIDTH)
-    for layer in range(LAYERS):
-        for name, shape in SHAPES.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-            if biases and name.endswith(("q_proj", "k_proj", "v_proj")):
-                shapes[f"model.layers.{layer}.{name}.bias"] = shape[:1]
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def gguf_name(name):
-    table = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for layer in range(LAYERS):
-        table |= {f"model.layers.{layer}.{n}": f"blk.{layer}.{o}" for n, o in zip(SHAPES, OURS, strict=True)}
-    stem, kind = name.rsplit(".", 1)
-    return f"{table[stem]}.{kind}"
-
-
-def write(path, weights=None, kind=Type.F32, fields=None, extra=(), architecture="llama"):
-    """A GGUF file of `weights`; `fields` override FIELDS, None leaves one out; `extra`: (name, array, type)."""
+def write(path, weights=None, kind=Type.F32, fields=None, extra=(), config=LLAMA):
+    """A file of `weights`; `fields` override those of `config`, None leaves one out; `extra` is (name, array, type)."""
+    architecture = config["model_type"].removesuffix("_text")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (FIELDS | (fields or {})).items():
+    for key, value in (metadata(config) | (fields or {})).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if value is not None:
             add.get(type(value), writer.add_array)(key, value)
-    for name, tensor in (checkpoint() if weights is None else weights).items():
-        tensor = paired(tensor) if re.search(r"[qk]_proj", name) else tensor
+    for name, tensor in (checkpoint(config) if weights is None else weights).items():
+        if architecture == "llama" and re.search(r"[qk]_proj", name):
+            tensor = paired(tensor)
+        if "gemma" in architecture and name.endswith("norm.weight"):
+            tensor = tensor + 1
         stored = kind if tensor.ndim == 2 else Type.F32
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(tensor, stored), raw_dtype=stored)
-    for name, tensor, stored in extra:
+        name = names.get_name(name, (".weight", ".bias"))
+        writer.add_tensor(name, gguf.quants.quantize(tensor, stored), raw_dtype=stored)
+    ropes = [(name, tensor, Type.F32) for name, tensor in rope_tensors(config).items()]
+    for name, tensor, stored in [*ropes, *extra]:
         writer.add_tensor(name, tensor, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -93,60 +129,89 @@ def write(path, weights=None, kind=Type.F32, fields=None, extra=(), architecture
 # Configuration and weights --------------------------------------------------------------------------------------------
 
 
-def test_the_configuration_is_that_of_the_hugging_face_file(tmp_path):
-    config = read(write(tmp_path / "m.gguf")).config
-    assert config == {
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 5e4,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-
-
 @pytest.mark.parametrize(
     ("fields", "changed"),
     [
+        ({}, {}),
         ({"llama.rope.freq_base": None}, {"rope_theta": 10000.0}),
         ({"llama.attention.key_length": 16, "llama.rope.dimension_count": 16}, {"head_dim": 16}),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, {"rope_scaling": None}),
-        (
-            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5},
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
-        ),
+        ({"llama.rope.scaling.factor": 2.5}, {"rope_scaling": {"rope_type": "linear", "factor": 2.5}}),
         ({"llama.rope.scale_linear": 2.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
         ({"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}, {"bos_token_id": 1, "eos_token_id": 2}),
+        ({"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 2}, {"eos_token_id": 2}),
+        ({"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}, {"eos_token_id": [5, 6]}),
     ],
 )
 def test_the_configuration_follows_the_fields(tmp_path, fields, changed):
-    plain = read(write(tmp_path / "plain.gguf")).config
-    assert read(write(tmp_path / "m.gguf", fields=fields)).config == plain | changed
+    assert read(write(tmp_path / "m.gguf", fields=fields)).config == LLAMA | changed
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("biases", [False, True])
-def test_every_weight_comes_back_under_its_hugging_face_name(tmp_path, tied, biases):
-    weights = checkpoint(tied, biases)
-    model = read(write(tmp_path / "m.gguf", weights))
-    found = dict(model.tensors())
-    assert found.keys() == weights.keys()
-    for name, tensor in found.items():
-        assert tensor.dtype == np.float32
-        np.testing.assert_array_equal(tensor, weights[name])
-    assert model.config["tie_word_embeddings"] is tied
-    assert model.config["attention_bias"] is biases
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 4.0, 6.0, 8.0]}
+GEMMA = {
+    **{"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16},
+    **{"sliding_window": 7, "attn_logit_softcapping": 6.0, "final_logit_softcapping": 5.0, "num_hidden_layers": 7},
+}
+LOCAL = {"rope_theta": 1e6, "attn_logit_softcapping": None, "rope_local_base_freq": 10000.0}
+VARIANTS = {
+    "llama tied": {"tie_word_embeddings": True},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama 3": {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}, "rope_theta": 5e5},
+    "llama with other divisors": {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}},
+    "llama with yarn": {"rope_scaling": YARN},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True, "rope_scaling": YARN},
+    "gemma": GEMMA | {"model_type": "gemma", "head_dim": 32, "sliding_window": None, "num_hidden_layers": 2},
+    "gemma2": GEMMA | {"model_type": "gemma2"},
+    "gemma3": GEMMA | LOCAL | {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3 without windows": {
+        **GEMMA | LOCAL | {"model_type": "gemma3_text", "sliding_window": None, "layer_types": ["full_attention"] * 7}
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 9},
+    "phi4-mini": {
+        **{"model_type": "phi3", "rope_scaling": LONG | {"original_max_position_embeddings": 32}},
+        **{"partial_rotary_factor": 0.5, "original_max_position_embeddings": 32, "tie_word_embeddings": True},
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_file_of_every_architecture_holds_the_same_model_as_the_hugging_face_tensors(tmp_path, name):
+    """The same description, the same parameters, and so the same function."""
+    config = LLAMA | VARIANTS[name]
+    weights, model = checkpoint(config), families.model_from_config(config, source="")
+    file = write(tmp_path / "m.gguf", weights, config=config)
+    found = dict(read(file).tensors())
+    assert found.keys() == weights.keys() and all(tensor.dtype == np.float32 for tensor in found.values())
+    for each, tensor in found.items():
+        tolerance = 5e-7 if "gemma" in name and each.endswith("norm.weight") else 0  # 1 is added, and subtracted
+        np.testing.assert_allclose(tensor, weights[each], rtol=0, atol=tolerance)
+    loaded = load(file)
+    params = huggingface.params_from_tensors(model, iter(weights.items()), dtype="float32", source="")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-7), loaded.params, params)
+    ours, theirs = loaded.model.config.description, model.config.description
+    assert dataclasses.replace(ours, layers=()) == dataclasses.replace(theirs, layers=())
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        assert (one.window, one.sparse) == (other.window, other.sparse)
+        np.testing.assert_allclose(one.rotary.frequencies, other.rotary.frequencies, rtol=2e-6)
+        np.testing.assert_allclose(one.rotary.amplitude, other.rotary.amplitude, rtol=1e-6)
+        long = one.rotary.long or one.rotary.frequencies, other.rotary.long or other.rotary.frequencies
+        np.testing.assert_allclose(*long, rtol=2e-6)
+        assert not other.rotary.long or one.rotary.original == other.rotary.original
+
+
+def test_gemma_files_leave_some_things_to_the_family(tmp_path):
+    config = LLAMA | VARIANTS["gemma3"]
+    weights = checkpoint(config)
+    for pattern, windows in ((2, "1010101"), (0, "1111111"), ([True, True] + [False] * 5, "1100000")):
+        fields = {"gemma3.attention.sliding_window_pattern": pattern, "gemma3.rope.freq_base_swa": 2e4}
+        found = read(write(tmp_path / "m.gguf", weights, config=config, fields=fields)).config
+        kinds = {"0": "full_attention", "1": "sliding_attention"}
+        assert found["layer_types"] == [kinds[window] for window in windows] and found["rope_local_base_freq"] == 2e4
+    largest = LLAMA | VARIANTS["gemma2"] | {"num_hidden_layers": 46, "head_dim": 32}
+    assert read(write(tmp_path / "m.gguf", config=largest)).config["query_pre_attn_scalar"] == 64 / 4
 
 
 KINDS = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
@@ -166,14 +231,10 @@ def test_quantised_weights_are_those_of_the_gguf_library(tmp_path, kind):
 def test_types_that_the_library_only_reads_are_read(tmp_path):
     blocks, size = gguf.GGML_QUANT_SIZES[Type.Q4_K]
     raw = np.random.default_rng(1).integers(0, 60, (VOCAB, 256 // blocks * size), np.uint8)
-    wide = {"llama.embedding_length": 256, "llama.attention.key_length": HEAD_DIM, "llama.block_count": 1}
-    norm = np.ones(256, np.float32)
-    shapes = {"attn_q": (64, 256), "attn_k": (32, 256), "attn_v": (32, 256), "attn_output": (256, 64)}
-    shapes |= {"ffn_gate": (96, 256), "ffn_up": (96, 256), "ffn_down": (256, 96), "attn_norm": 256, "ffn_norm": 256}
-    extra = [(f"blk.0.{name}.weight", np.ones(shape, np.float32), Type.F32) for name, shape in shapes.items()]
-    extra += [("output_norm.weight", norm, Type.F32), ("token_embd.weight", raw, Type.Q4_K)]
-    model = read(write(tmp_path / "m.gguf", {}, fields=wide, extra=extra))
-    assert model.config["tie_word_embeddings"]
+    config = LLAMA | {"hidden_size": 256, "tie_word_embeddings": True}
+    weights = checkpoint(config)
+    del weights["model.embed_tokens.weight"]
+    model = read(write(tmp_path / "m.gguf", weights, config=config, extra=[("token_embd.weight", raw, Type.Q4_K)]))
     np.testing.assert_array_equal(
         dict(model.tensors())["model.embed_tokens.weight"], gguf.quants.dequantize(raw, Type.Q4_K)
     )
@@ -215,7 +276,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 
 
 def test_a_damaged_file_is_read_or_refused_but_nothing_else(tmp_path):
-    path = write(tmp_path / "m.gguf", fields=bpe_fields("smollm") | {"general.tags": ["a", "bc"]})
+    path = write(tmp_path / "m.gguf", fields=bpe_fields() | {"general.tags": ["a", "bc"]})
     whole, rng = path.read_bytes(), random.Random(0)
     header = min(tensor.start for tensor in read(path).stored.values())
     for _ in range(150):
@@ -237,32 +298,46 @@ def test_a_length_beyond_the_file_is_refused_at_once(tmp_path):
     refused(path, "a list of 1099511627776 strings")
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"architecture": "gemma"}, "must be of architecture llama, but is of 'gemma'"),
-        ({"fields": {"llama.block_count": None}}, "llama.block_count must be a positive int, but is None"),
-        ({"fields": {"llama.block_count": 4_000_000_000}}, "4000000000 layers, but holds 21 tensors"),
-        ({"fields": {"llama.block_count": 1}}, "a llama of 1 layers has no place for blk.1"),
-        ({"fields": {"llama.block_count": 3}}, "must have 9 more tensors, blk.2.attn_norm.weight among them"),
-        ({"fields": {"llama.attention.head_count_kv": [2, 2]}}, r"must be a positive int, but is \[2, 2\]"),
-        ({"fields": {"llama.attention.head_count_kv": 4}}, r"blk.0.attn_k.weight must be of shape \(64, 64\), but is"),
-        (
-            {"fields": {"llama.rope.dimension_count": 8}},
-            "rope.dimension_count must be even and the heads' 16, but is 8",
-        ),
-        ({"fields": {"llama.rope.scaling.type": "yarn"}}, "must be none or linear, but is 'yarn'"),
-        ({"fields": {"tokenizer.ggml.tokens": ["t"] * 301}}, "row for each of 301 tokens, but has 300"),
-        ({"extra": [("rope_freqs.weight", np.ones(8, np.float32), Type.F32)]}, "rope_freqs.weight.*not supported"),
-        (
-            {"extra": [("blk.0.ffn_gate_inp.weight", np.ones(8, np.float32), Type.F32)]},
-            "no place for blk.0.ffn_gate_inp",
-        ),
-        ({"extra": [("output_norm.bias", np.ones(8, np.int32), Type.I32)]}, "of GGML type 26"),
-    ],
-)
-def test_what_a_plain_llama_cannot_be_made_of_is_refused(tmp_path, options, match):
-    refused(write(tmp_path / "m.gguf", **options), match)
+def test_a_name_that_occurs_twice_is_refused(tmp_path):
+    path = write(tmp_path / "m.gguf", extra=[("output_norm.weighX", np.full(64, 7, np.float32), Type.F32)])
+    path.write_bytes(path.read_bytes().replace(b"output_norm.weighX", b"output_norm.weight"))
+    refused(path, "is damaged: output_norm.weight occurs twice")
+    path = write(tmp_path / "m.gguf", fields={"llama.attention.head_counX": 2})
+    path.write_bytes(path.read_bytes().replace(b"llama.attention.head_counX", b"llama.attention.head_count"))
+    refused(path, "is damaged: llama.attention.head_count occurs twice")
+
+
+UNFIT_FIELDS = {
+    "architectures llama, qwen2, .*, phi3, but is of 'falcon'": {"general.architecture": "falcon"},
+    "is one of 3 parts of a model; llama-gguf-split --merge joins them": {"split.count": 3},
+    "llama.block_count must be a positive int, but is None": {"llama.block_count": None},
+    "4000000000 layers, but holds 21 tensors": {"llama.block_count": 4_000_000_000},
+    "a llama of 1 layers has no place for blk.1": {"llama.block_count": 1},
+    "must have 9 more tensors, blk.2.[a-z_]*.weight among them": {"llama.block_count": 3},
+    r"must be a positive int, but is \[2, 2\]": {"llama.attention.head_count_kv": [2, 2]},
+    r"blk.0.attn_k.weight must be of shape \(64, 64\), but is": {"llama.attention.head_count_kv": 4},
+    "largest dimension of a tensor, 300, but is 2000000000": {"llama.attention.key_length": 2_000_000_000},
+    "value_length must be that of the keys, 16, but is 8": {"llama.attention.value_length": 8},
+    "rope.dimension_count must be even and the heads' 16, but is 8": {"llama.rope.dimension_count": 8},
+    "must be none, linear, yarn or longrope, but is 'warp'": {"llama.rope.scaling.type": "warp"},
+    r"rope_factors_short.weight must be of shape \(8,\), but is missing": {"llama.rope.scaling.type": "longrope"},
+    "1.0 with yarn, but is 2.0": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 2.0},
+    "row for each of 301 tokens, but has 300": {"tokenizer.ggml.tokens": ["t"] * 301},
+    "must be token ids, but one is 'x'": {"tokenizer.ggml.eot_token_id": "x"},
+}
+UNFIT_TENSORS = {
+    "type must be none where there are tensors of rotary": ("rope_freqs.weight", np.ones(8, np.float32), Type.F32),
+    "rope_freqs.weight must be numbers above 0, but has 0.0": ("rope_freqs.weight", np.zeros(8, np.float32), Type.F32),
+    "no place for blk.0.ffn_gate_inp": ("blk.0.ffn_gate_inp.weight", np.ones(8, np.float32), Type.F32),
+    "of GGML type 26": ("output_norm.bias", np.ones(8, np.int32), Type.I32),
+}
+
+
+@pytest.mark.parametrize("match", [*UNFIT_FIELDS, *UNFIT_TENSORS])
+def test_a_file_that_no_model_can_be_made_of_is_refused(tmp_path, match):
+    fields = {"llama.rope.scaling.type": "yarn"} if "where there are" in match else UNFIT_FIELDS.get(match)
+    extra = [UNFIT_TENSORS[match]] if match in UNFIT_TENSORS else ()
+    refused(write(tmp_path / "m.gguf", fields=fields, extra=extra), match)
 
 
 # Byte-level tokenizers ------------------------------------------------------------------------------------------------
@@ -286,7 +361,7 @@ def trained_bpe():
 TOKENS, MERGES = trained_bpe()
 
 
-def bpe_fields(pre, **more):
+def bpe_fields(pre="smollm", **more):
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -304,31 +379,34 @@ def tokenizer(path, fields):
     return read(write(path, fields=fields)).tokenizer()
 
 
-def reference(pre):
-    """The pieces of the published tokenizers, put together from the library's own parts."""
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre in ("gpt-2", "gpt2"):
-        return level
-    if pre in ("smollm", "starcoder", "refact", "command-r"):
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
-    digits = r"\p{N}" if pre == "qwen2" else r"\p{N}{1,3}"
-    whole = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(whole), "isolated"), level])
-
-
-PRE = ["gpt-2", "gpt2", "smollm", "starcoder", "refact", "command-r", "qwen2", "llama-bpe", "llama3", "llama-v3"]
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NEMO = (  # of the published tokenizer.json
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+PRE = {
+    **dict.fromkeys(("gpt-2", "gpt2"), ()),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (DIGITS,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (WORDS.replace("{1,3}", ""),)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx"), (WORDS,)),
+    "tekken": (NEMO,),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS),
+}
 
 
 @pytest.mark.parametrize("pre", PRE)
 def test_byte_level_tokens_are_those_of_the_published_splits(tmp_path, pre):
     built = tokenizer(tmp_path / "m.gguf", bpe_fields(pre, add_bos_token=False))
-    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(TOKENS)}, MERGES, ignore_merges="llama" in pre))
-    backend.pre_tokenizer = reference(pre)
+    whole = pre.startswith("llama") or pre == "tekken"
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(TOKENS)}, MERGES, ignore_merges=whole))
+    parts = [pre_tokenizers.Split(Regex(part), "isolated") if isinstance(part, str) else part for part in PRE[pre]]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=PRE[pre] in ((), (DIGITS,)))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*parts, level])
     for text in (TEXT, "", " ", "\n", "12345", " 007", "x\r\n\r\n y", "I'LL we'Ve", "a  b   c\t\td"):
         ids = built(text).input_ids
         assert ids == backend.encode(text).ids
@@ -344,14 +422,21 @@ def test_qwen2_agrees_with_the_class_of_transformers(tmp_path):
         assert built(text).input_ids == theirs(text).input_ids
 
 
-def test_the_default_split_is_llama_cpps(tmp_path):
-    built = tokenizer(tmp_path / "m.gguf", bpe_fields("default"))
-    pieces = built.backend_tokenizer.pre_tokenizer.pre_tokenize_str("don't pay $12345.67")
-    assert [piece for piece, _ in pieces] == ["don", "'", "t", "Ġpay", "Ġ", "$", "123", "45", ".", "67"]
+FURTHER = {
+    "default": "don|'|t|Ġpay|Ġ|$|123|45|.|67|Ġ|//|ĊĊ",  # llama.cpp's own
+    "gpt-4o": "don't|Ġpay|Ġ$|123|45|.|67|Ġ//ĊĊ",
+}
+
+
+@pytest.mark.parametrize("pre", FURTHER)
+def test_further_splits(tmp_path, pre):
+    built = tokenizer(tmp_path / "m.gguf", bpe_fields(pre))
+    pieces = built.backend_tokenizer.pre_tokenizer.pre_tokenize_str("don't pay $12345.67 //\n\n")
+    assert "|".join(piece for piece, _ in pieces) == FURTHER[pre]
 
 
 def test_control_and_user_defined_tokens_are_single_and_only_control_ones_are_skipped(tmp_path):
-    built = tokenizer(tmp_path / "m.gguf", bpe_fields("smollm"))
+    built = tokenizer(tmp_path / "m.gguf", bpe_fields())
     assert len(built) == VOCAB
     for index, token in [*enumerate(TOKENS[:3]), (VOCAB - 1, "<think>")]:
         assert built(f"cat{token}the").input_ids.count(index) == 1
@@ -390,30 +475,31 @@ def test_llama3_takes_a_whole_token_before_any_merge(tmp_path):
 
 def test_the_chat_template_is_the_files(tmp_path):
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    built = tokenizer(tmp_path / "m.gguf", bpe_fields("smollm") | {"tokenizer.chat_template": template})
+    built = tokenizer(tmp_path / "m.gguf", bpe_fields() | {"tokenizer.chat_template": template})
     chat = [{"role": "user", "content": "the cat"}]
     assert built.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\nthe cat<|im_end|>\n"
-    assert tokenizer(tmp_path / "n.gguf", bpe_fields("smollm")).chat_template is None
+    assert tokenizer(tmp_path / "n.gguf", bpe_fields()).chat_template is None
 
 
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [
-        (bpe_fields("tekken"), "pre must be one of default, gpt-2, .*llama-v3, but is 'tekken'"),
-        (bpe_fields(None), "without tokenizer.ggml.pre"),
-        (bpe_fields("smollm", merges=None), "without tokenizer.ggml.merges"),
-        (bpe_fields("smollm", tokens=None), "without tokenizer.ggml.tokens"),
-        (bpe_fields("smollm", merges=["zz qq"]), r"1 merges are not .* \('zz', 'qq'\) among them"),
-        (bpe_fields("smollm", token_type=[1]), "each of its 300 tokens a type, but gives 1"),
-        (bpe_fields("smollm", eos_token_id=300), "eos token must be one of 300, but its id is 300"),
-        (bpe_fields("smollm", bos_token_id=None, add_bos_token=True), "add_bos_token is true, but there is no bos"),
-        (bpe_fields("smollm", model="bert"), "must be gpt2 or llama, but is 'bert'"),
-    ],
-)
-def test_an_incomplete_or_unknown_tokenizer_is_refused(tmp_path, fields, match):
-    model = read(write(tmp_path / "m.gguf", fields=fields))
+UNFIT_TOKENIZERS = {
+    "pre must be one of default, gpt-2, .*llama-v3, .*, but is 'viking'": {"pre": "viking"},
+    "without tokenizer.ggml.pre": {"pre": None},
+    "without tokenizer.ggml.merges": {"merges": None},
+    "without tokenizer.ggml.tokens": {"tokens": None},
+    "tokens must be a list of str": {"tokens": [1]},
+    r"1 merges are not .* \('zz', 'qq'\) among them": {"merges": ["zz qq"]},
+    "each of its 300 tokens a type, but gives 1": {"token_type": [1]},
+    "eos token must be one of 300, but its id is 300": {"eos_token_id": 300},
+    "add_bos_token is true, but there is no bos": {"bos_token_id": None, "add_bos_token": True},
+    "must be gpt2 or llama, but is 'bert'": {"model": "bert"},
+}
+
+
+@pytest.mark.parametrize("match", UNFIT_TOKENIZERS)
+def test_an_incomplete_or_unknown_tokenizer_is_refused_before_weights_are_read(tmp_path, monkeypatch, match):
+    monkeypatch.setattr(GGUFModel, "tensors", None)
     with pytest.raises(ValueError, match=match) as caught:
-        model.tokenizer()
+        load(write(tmp_path / "m.gguf", fields=bpe_fields(**UNFIT_TOKENIZERS[match])))
     assert str(tmp_path / "m.gguf") in str(caught.value)
 
 
