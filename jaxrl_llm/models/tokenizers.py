@@ -201,8 +201,8 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
     count = _extra_ids(folder / "tokenizer_config.json", default)
     sentinels = [f"<extra_id_{index}>" for index in reversed(range(count))]
     special = [piece for (piece, _), kind in zip(model.pieces, model.kinds, strict=True) if kind in (UNKNOWN, CONTROL)]
-    own = [piece for (piece, _), kind in zip(model.pieces, model.kinds, strict=True) if kind == USER_DEFINED]
-    # As in sentencepiece, an unused piece keeps its id and its text, but never results from tokenisation.
+    # As in sentencepiece, an unused piece keeps its id and its text, but never results from tokenisation. A piece that a
+    # user defined always does: its log-probability is 0.
     hidden = [
         kind == UNUSED and piece not in sentinels for (piece, _), kind in zip(model.pieces, model.kinds, strict=True)
     ]
@@ -210,7 +210,6 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
     further = [(each, 0.0) for each in sentinels if each not in known]
     backend = _backend(model._replace(pieces=pieces + further))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*special, *sentinels)])
-    backend.add_tokens([AddedToken(token, normalized=False) for token in own])
     roles = {role: token for role, token in ROLES.items() if backend.token_to_id(token) is not None}
     if "eos_token" in roles:
         backend.post_processor = processors.TemplateProcessing(
@@ -251,8 +250,10 @@ def _extra_ids(path: Path, default: int) -> int:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(settings).__name__}.")
+    listed = settings.get("additional_special_tokens")
+    listed = [token for token in (listed if isinstance(listed, list) else []) if "<extra_id_" in str(token)]
     count = settings.get("extra_ids")
-    count = default if count is None else count
+    count = (len(listed) or default) if count is None else count
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"{path}: extra_ids must be a whole number from 0 on, but is {count!r}.")
     return count

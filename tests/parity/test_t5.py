@@ -111,3 +111,35 @@ def test_transformers_loads_what_we_save(theirs, family, tied, scaled, tmp_path)
         theirs = model.eval()(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target)).logits
     lm, given = t5.start(params, source)
     np.testing.assert_allclose(lm.apply(given, jnp.asarray(target))[0], theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bytes_", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("collapse", [True, False])
+def test_spiece_model_reads_as_sentencepiece_does(theirs, bytes_, prefix, collapse, tmp_path):
+    """Of random texts, with sentinels among the pieces as mT5 has them."""
+    import io
+
+    import sentencepiece
+
+    from jaxrl_llm.models import tokenizers
+
+    corpus = "The house stands on the hill, and the sun stands over the house.\nWhere does <0x41 go? 0 1 2 3 4 5 A B C"
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus.splitlines()), model_writer=trained, vocab_size=50 + 256 * bytes_,
+        byte_fallback=bytes_, add_dummy_prefix=prefix, remove_extra_whitespaces=collapse, hard_vocab_limit=False,
+        user_defined_symbols=["▁<extra_id_0>"], pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(trained.getvalue())
+    reader = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    tokenizer = tokenizers.from_spiece(tmp_path)
+    assert len(tokenizer) == reader.get_piece_size()
+    words = ["the", "house.", "<0x41>", "A", "<0x4", "数", "🤖", "é", " ", "  ", "\t", "<extra_id_0>", "Ä", "½"]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(f"{rng.choice(words)}{' ' * rng.integers(3)}" for _ in range(rng.integers(1, 7)))
+        ids = reader.encode(text)
+        assert tokenizer(text).input_ids == [*ids, 1], text
+        if reader.unk_id() not in ids:
+            assert tokenizer.decode(ids) == reader.decode(ids), text
