@@ -181,7 +181,7 @@ class Spiece(NamedTuple):
     charsmap: bytes = b""  # the normaliser's table
     prefix: bool = True  # text begins with ▁
     collapse: bool = True  # runs of spaces are one
-    bytes_: bool = False  # an unknown character becomes the pieces of its bytes in UTF-8
+    byte_fallback: bool = False  # an unknown character becomes the pieces of its bytes in UTF-8
 
 
 def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
@@ -201,8 +201,8 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
     count = _extra_ids(folder / "tokenizer_config.json", default)
     sentinels = [f"<extra_id_{index}>" for index in reversed(range(count))]
     special = [piece for (piece, _), kind in zip(model.pieces, model.kinds, strict=True) if kind in (UNKNOWN, CONTROL)]
-    # As in sentencepiece, an unused piece keeps its id and its text, but never results from tokenisation. A piece that a
-    # user defined always does: its log-probability is 0.
+    # As in sentencepiece, an unused piece keeps its id and its text, but never results from tokenisation. A piece that
+    # a user defined always does: its log-probability is 0.
     hidden = [
         kind == UNUSED and piece not in sentinels for (piece, _), kind in zip(model.pieces, model.kinds, strict=True)
     ]
@@ -222,11 +222,11 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
 
 def _backend(model: Spiece) -> Tokenizer:
     """Return the unigram tokenizer: words begin with ▁, and are read one by one unless their spaces matter."""
-    backend = Tokenizer(models.Unigram(model.pieces, unk_id=model.unknown, byte_fallback=model.bytes_))
+    backend = Tokenizer(models.Unigram(model.pieces, unk_id=model.unknown, byte_fallback=model.byte_fallback))
     normal = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-    to_text = [decoders.Replace(HIDDEN, ""), *[decoders.ByteFallback()] * model.bytes_]
+    to_text = [decoders.Replace(HIDDEN, ""), *[decoders.ByteFallback()] * model.byte_fallback]
     # A text such as "<0x41>" is not the piece of that byte.
-    splits = [pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")] * model.bytes_
+    splits = [pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")] * model.byte_fallback
     if model.prefix and model.collapse:
         spaces = {"replacement": "▁", "prepend_scheme": "always", "split": True}
         splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces), *splits]
@@ -287,7 +287,7 @@ def read_spiece(path: Path) -> Spiece:
     if trainer.get(24):
         raise ValueError(f"{path} must put ▁ before words, but puts it behind them.")
     prefix, collapse = (bool(normaliser.get(field, True)) for field in (3, 4))
-    return Spiece(pieces, kinds, unknown, charsmap, prefix, collapse, bytes_=bool(trainer.get(35)))
+    return Spiece(pieces, kinds, unknown, charsmap, prefix, collapse, byte_fallback=bool(trainer.get(35)))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

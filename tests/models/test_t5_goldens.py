@@ -1,7 +1,6 @@
 """T5 against what transformers + torch computed with the same files (tests/goldens/make_t5_goldens.py)."""
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,8 +12,8 @@ from jaxrl_llm.decoding import beam_search, generate
 from jaxrl_llm.decoding.beam import search
 from jaxrl_llm.decoding.generate import decode
 from jaxrl_llm.models.t5 import _given
+from tests.models.wild import GOLDENS, variant
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = ("t5-0", "t5-1")
 EOS, PENALTIES = (1, 3, 8), (0.0, 1.0, -0.5)
 
@@ -83,3 +82,19 @@ def test_greedy_generation_and_beams_are_the_same_token_for_token(golden):
         np.testing.assert_array_equal(found.tokens, tokens)
         np.testing.assert_allclose(found.score, scores, rtol=1e-5, atol=1e-4)
     assert decoded(expected["source"][::-1], expected["mask"][::-1])[2] == programs
+
+
+@pytest.mark.parametrize("model_type", ["mt5", "umt5"])
+def test_kin_with_the_weights_of_a_t5_agrees(tmp_path, model_type):
+    """mT5 is a T5 1.1, and umT5 one if its layers have equal tables."""
+
+    def tables(stored):
+        table = ".block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        names = [f"{side}{table.replace('0', layer, 1)}" for side in ("encoder", "decoder") for layer in "01"]
+        return stored | ({name: stored[name[:7] + table].copy() for name in names} if model_type == "umt5" else {})
+
+    loaded = models.load(variant(tmp_path, "t5-0", config={"model_type": model_type}, tensors=tables))
+    expected = load_file(GOLDENS / "t5-0" / "expected.safetensors")
+    logits = logits_of(loaded.model, loaded.params, *(expected[name] for name in ("source", "mask", "target")))
+    assert loaded.model.config.model_type == model_type
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)

@@ -201,10 +201,10 @@ def test_the_parts_of_the_file_are_read(tmp_path):
     trainer, rules = field(2, 2, UNIGRAM + flag(40, 0)), field(3, 2, field(2, 2, b"table"))
     expected = tokenizers.Spiece([("<unk>", 0.0), ("▁a", -1.5), ("b", -2.0)], [2, 1, 1], 0, b"table")
     found = tokenizers.read_spiece(written(tmp_path, WHOLE, trainer, rules, field(9, 2, b"x")) / "spiece.model")
-    assert found == expected and (found.prefix, found.collapse, found.bytes_) == (True, True, False)
+    assert found == expected and (found.prefix, found.collapse, found.byte_fallback) == (True, True, False)
     trainer, rules = field(2, 2, flag(35, 1)), field(3, 2, field(3, 0, 0) + field(4, 0, 0))
     found = tokenizers.read_spiece(written(tmp_path, WHOLE, trainer, rules) / "spiece.model")
-    assert (found.prefix, found.collapse, found.bytes_) == (False, False, True)
+    assert (found.prefix, found.collapse, found.byte_fallback) == (False, False, True)
 
 
 DAMAGED = (b"", b"no model at all", WHOLE[:-3], WHOLE + b"\xff", piece("a", 0, 1)[:4], b"\x0a\x02\x0a\x7f")
