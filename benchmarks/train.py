@@ -168,7 +168,7 @@ def grpo(config: Config) -> dict[str, float]:
 
     from jaxrl_llm.models import GPT2
     from jaxrl_llm.training import policy, steps
-    from jaxrl_llm.training.methods import METHODS
+    from jaxrl_llm.training.policy import METHODS
     from jaxrl_llm.training.rollout import Prompts, Sampler
 
     lm, optimizer = GPT2(), optax.adamw(LEARNING_RATE)

@@ -31,7 +31,7 @@ from jaxrl_llm.objectives import kl, rlhf
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
-from jaxrl_llm.training.methods import METHODS, Method
+from jaxrl_llm.training.policy import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
 

@@ -13,7 +13,7 @@ import numpy as np
 from experiments import ledger
 from jaxrl_llm import models, text
 from jaxrl_llm.analysis import landscape
-from jaxrl_llm.analysis.landscape.vectors import LossFn
+from jaxrl_llm.analysis.landscape.surface import LossFn
 from jaxrl_llm.language_model import Params
 
 EXERCISE = "I have a dream"

@@ -38,9 +38,9 @@ from jaxrl_llm.decoding.transforms import Chain, Temperature, TopP
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.scoring import bits_per_byte, stream_nats
-from jaxrl_llm.training import pretrain
+from jaxrl_llm.training import supervised
 from jaxrl_llm.training.loop import RunLog
-from jaxrl_llm.training.optimizers import muon
+from jaxrl_llm.training.steps import muon
 from tools import corpus
 
 NAME = "tiny-gpt2"
@@ -106,7 +106,7 @@ def train(config: Config, folder: Path) -> None:
     lm = GPT2(GPT2Config(**sizes))
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_TRAINING}
     fields = {"seed": config.training_seed} | fields
-    state = pretrain.fit(
+    state = supervised.pretrain(
         lm,
         muon(
             config.learning_rate,

@@ -22,8 +22,8 @@ from experiments.frame import experiment
 from experiments.passages import PASSAGES, chosen, first_tokens
 from experiments.statistics import share, student
 from jaxrl_llm import models, text
-from jaxrl_llm.analysis import tree as trees
 from jaxrl_llm.decoding import Tree, search_tree
+from jaxrl_llm.decoding import tree as trees
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.objectives.logprobs import token_log_probs
 

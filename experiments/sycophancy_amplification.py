@@ -33,10 +33,10 @@ from jaxrl_llm.objectives import preference, rlhf
 from jaxrl_llm.scoring import Sequences, log_probs, pad_completions
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
-from jaxrl_llm.training.methods import METHODS, Method
+from jaxrl_llm.training.policy import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.supervised import sft_loss
 
 NEAR = 0.02  # of probability: the largest deviation of a GPT-2 that counts as agreement
 EXPECTED = 5  # draws of either kind that a z needs

@@ -31,7 +31,7 @@ from jaxrl_llm.analysis.sycophancy.probes import AGREE, DISAGREE, Example, accur
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training import steps as train
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.supervised import sft_loss
 
 MANY, FEW = 0.9, 0.1  # shares: what counts as able, and as unable
 STAGES = {

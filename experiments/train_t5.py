@@ -22,12 +22,11 @@ import numpy as np
 from experiments import embedded, ledger, statistics
 from experiments.frame import experiment
 from jaxrl_llm import models, translation
-from jaxrl_llm.data import number_names, number_tokenizer
+from jaxrl_llm.data import number_names
 from jaxrl_llm.models import T5, T5Config
-from jaxrl_llm.training import loop, seq2seq
+from jaxrl_llm.training import loop, supervised
 from jaxrl_llm.training.loop import RunLog
-from jaxrl_llm.training.optimizers import muon
-from jaxrl_llm.training.steps import initial_state
+from jaxrl_llm.training.steps import initial_state, muon
 
 NAME = "tiny-t5"
 LEAST_EXACT = 0.99  # share of the names that are claimed to be translated without a mistake
@@ -65,7 +64,7 @@ class Config:
 
 
 NOT_OF_TRAINING = ("train", "replace_embedded", "every", "work_dir", "training_seed")
-TOKENIZER = number_tokenizer.build()
+TOKENIZER = number_names.build_tokenizer()
 
 
 def model_of(config: Config) -> T5:
@@ -85,12 +84,12 @@ def model_of(config: Config) -> T5:
     )
 
 
-def encoded(numbers: np.ndarray) -> seq2seq.Seq2SeqBatch:
+def encoded(numbers: np.ndarray) -> supervised.Seq2SeqBatch:
     """Return the English names and the German ones, as tokens."""
     pairs = [number_names.pair(number) for number in numbers]
     sides = ([pair.source_text for pair in pairs], [pair.target_text for pair in pairs])
     rows = ([each.ids for each in TOKENIZER.encode_batch(texts)] for texts in sides)
-    return seq2seq.pad_pairs(*rows, multiple=LONGEST)
+    return supervised.pad_pairs(*rows, multiple=LONGEST)
 
 
 class Names:
@@ -105,7 +104,7 @@ class Names:
         self._batch_size, self._seed = batch_size, seed
         self._counts: list[int] = []
 
-    def __call__(self, step: int) -> seq2seq.Seq2SeqBatch:
+    def __call__(self, step: int) -> supervised.Seq2SeqBatch:
         """Return the batch of a step, which depends on the seed and the step alone."""
         rng = np.random.default_rng([self._seed, step])
         return encoded(np.asarray([rng.choice(self._numbers[i]) for i in rng.integers(0, 9, self._batch_size)]))
@@ -121,10 +120,10 @@ def train(config: Config, folder: Path) -> None:
     model, split = model_of(config), number_names.split()
     schedule = {name: getattr(config, name) for name in ("steps", "warmup_steps", "decay_steps", "weight_decay")}
     optimizer = muon(config.learning_rate, **schedule)
-    step = seq2seq.make_pair_step(model, optimizer)
+    step = supervised.make_pair_step(model, optimizer)
     batches = Names(split.train, batch_size=config.batch_size, seed=config.training_seed)
     held_out = [encoded(part) for part in np.array_split(split.held_out[::2], BATCHES_OF_HELD_OUT)]
-    held_out_loss = seq2seq.held_out_loss(model, held_out)
+    held_out_loss = supervised.held_out_loss(model, held_out)
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_TRAINING}
     fields = {"seed": config.training_seed} | fields
     key = jax.random.key(config.training_seed)
@@ -138,9 +137,9 @@ def train(config: Config, folder: Path) -> None:
         evaluate_every=config.eval_every,
         config=fields,
     )
-    ids = {"eos_token_id": number_tokenizer.EOS_ID, "pad_token_id": number_tokenizer.PAD_ID}
+    ids = {"eos_token_id": number_names.EOS_ID, "pad_token_id": number_names.PAD_ID}
     models.save(folder, model, state.params, config=ids, dtype=jnp.float16)
-    number_tokenizer.save(TOKENIZER, folder)
+    number_names.save_tokenizer(TOKENIZER, folder)
     loaded = models.load(folder)  # from here on, what is measured is what is stored
     record = {
         "config": fields,
@@ -168,7 +167,7 @@ def exact_by_length(loaded: models.Loaded, numbers: np.ndarray) -> list[dict[str
 def nats_by_length(loaded: models.Loaded, numbers: np.ndarray) -> list[dict[str, Any]]:
     """Return, for each length in English words, the surprise of the gold German name: median and largest, in nats."""
     nats = jax.jit(lambda params, batch: -jnp.where(batch.target_mask, log_probs(params, batch), 0.0).sum(axis=1))
-    log_probs = functools.partial(seq2seq.target_log_probs, loaded.model)
+    log_probs = functools.partial(supervised.target_log_probs, loaded.model)
     surprise = np.asarray(nats(loaded.params, encoded(numbers)))
     lengths = number_names.english_lengths(numbers)
     return [

@@ -33,16 +33,15 @@ from tqdm import tqdm
 from experiments import embedded, ledger
 from experiments.frame import experiment
 from jaxrl_llm import models, translation
-from jaxrl_llm.analysis import bleu, score_intervals
+from jaxrl_llm.analysis import bleu, bootstrap
 from jaxrl_llm.analysis.bootstrap import Interval
 from jaxrl_llm.data import bpe, parallel, verses
 from jaxrl_llm.data.parallel import SentencePair
 from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded, T5Config
 from jaxrl_llm.models.decoder import Network
-from jaxrl_llm.training import loop, seq2seq
+from jaxrl_llm.training import loop, supervised
 from jaxrl_llm.training.loop import RunLog
-from jaxrl_llm.training.optimizers import muon
-from jaxrl_llm.training.steps import initial_state
+from jaxrl_llm.training.steps import initial_state, muon
 from jaxrl_llm.translation import Form
 
 FOLDERS = {"t5": "tiny-t5-verses", "gpt2": "tiny-gpt2-verses"}  # of the two models in the package
@@ -53,8 +52,8 @@ ENOUGH = 25  # sentences, below which a bootstrap interval is too narrow to be s
 SEED = 0  # of the bootstrap
 NAMES = {"t5": "T5", "gpt2": "decoder-only"}
 MEASURES = {
-    "BLEU": (score_intervals.bleu_interval, score_intervals.bleu_difference),
-    "chrF": (score_intervals.chrf_interval, score_intervals.chrf_difference),
+    "BLEU": (bootstrap.bleu_interval, bootstrap.bleu_difference),
+    "chrF": (bootstrap.chrf_interval, bootstrap.chrf_difference),
 }
 
 
@@ -257,14 +256,14 @@ def _trained(
     folder = config.work_dir / name
     schedule = {field: getattr(config, field) for field in ("steps", "warmup_steps", "decay_steps", "weight_decay")}
     optimizer = muon(config.learning_rate, **schedule)
-    step = seq2seq.make_pair_step(model, optimizer)
-    epochs = seq2seq.Epochs(*rows, batch_size=config.batch_size, seed=config.training_seed, multiple=12)
+    step = supervised.make_pair_step(model, optimizer)
+    epochs = supervised.Epochs(*rows, batch_size=config.batch_size, seed=config.training_seed, multiple=12)
     size = config.batch_size
     batches = [
-        seq2seq.pad_pairs(*(side[start : start + size] for side in held_out), multiple=12)
+        supervised.pad_pairs(*(side[start : start + size] for side in held_out), multiple=12)
         for start in range(0, min(len(held_out[0]), 4 * size), size)
     ]
-    held_out_loss = seq2seq.held_out_loss(model, batches)
+    held_out_loss = supervised.held_out_loss(model, batches)
     key = jax.random.key(config.training_seed)
     state = loop.run(
         initial_state(model.init(key), optimizer, key),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from jaxrl_llm.plots import attention as measures
 from jaxrl_llm.plots import style
 from jaxrl_llm.plots.attention import GAP, add_colour_bar, draw_grid, draw_map, label_room, name_axes, thumbnail_size
-from jaxrl_llm.plots.layout import Sheet
+from jaxrl_llm.plots.style import Sheet
 
 WIDTH, MARGIN = 720.0, 18.0
 CELL, SMALL_CELL = 17.0, 12.5

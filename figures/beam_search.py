@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.layout import signed
+from jaxrl_llm.plots.style import signed
 
 REPEATED, DISTINCT, RELEVANCE = style.PALETTE[1], style.PALETTE[0], style.PALETTE[2]
 LINE = 52  # letters of an example's line

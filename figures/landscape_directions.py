@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import landscape, style
-from jaxrl_llm.plots.loss_grid import FIRST
+from jaxrl_llm.plots.landscape import FIRST
 
 TITLES = {"parameter": "random, by tensor", "filter": "random, by filter", "hessian": "top Hessian eigenvectors"}
 

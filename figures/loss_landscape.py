@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import interactive as pages
 from jaxrl_llm.plots import landscape, style
-from jaxrl_llm.plots.layout import LITERAL
-from jaxrl_llm.plots.loss_grid import FIRST
+from jaxrl_llm.plots.landscape import FIRST
+from jaxrl_llm.plots.style import LITERAL
 
 
 @style.look()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from jaxrl_llm.plots import landscape, style
-from jaxrl_llm.plots.loss_grid import digits
+from jaxrl_llm.plots.landscape import digits
 
 PAIR = "loss (nats per pair)"
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.curves import draw_training_curve
+from jaxrl_llm.plots.charts import draw_training_curve
 
 
 @style.look()

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from jaxrl_llm.plots import bars, style
+from jaxrl_llm.plots import charts, style
 from jaxrl_llm.plots import tree as trees
-from jaxrl_llm.plots.layout import Sheet, sentence, text_width
+from jaxrl_llm.plots.style import Sheet, sentence, text_width
 from jaxrl_llm.plots.tree import place
 
 WIDTH, MARGIN, GAP, HEADING, TITLE, TOP = 619.0, 20.0, 14.0, 34.0, 40.0, 104.0
@@ -28,7 +28,7 @@ def draw(results: dict[str, Any]) -> Figure:
     column = max(WIDTH - 2 * MARGIN, *(place(tree).width for tree in ordered))
     panels = [panel | {"tokens": _shown(panel["tokens"])} for panel in data["bars"]]
     heights = [HEADING + place(tree).height for tree in ordered]
-    bottom = TITLE + TOP + sum(heights) + (len(heights) + 1) * GAP + bars.needed_height(panels) + MARGIN
+    bottom = TITLE + TOP + sum(heights) + (len(heights) + 1) * GAP + charts.needed_height(panels) + MARGIN
     sheet = Sheet(2 * MARGIN + column, bottom)
     _draw_title(sheet, results)
     norm, cmap = trees.score_norm(ordered), style.score_colours()
@@ -43,7 +43,7 @@ def draw(results: dict[str, Any]) -> Figure:
         trees.draw_tree(sheet.axes(MARGIN, y + HEADING, column, height - HEADING), tree, norm=norm, cmap=cmap)
         y += height + GAP
     letter = f"{_letter(len(ordered) + 1)} "
-    bars.draw_panels(sheet, MARGIN, y, panels, width=column, height=bars.needed_height(panels), prefix=letter)
+    charts.draw_panels(sheet, MARGIN, y, panels, width=column, height=charts.needed_height(panels), prefix=letter)
     return sheet.figure
 
 
@@ -122,8 +122,8 @@ def _draw_key(sheet: Sheet, x: float, y: float, width: float) -> None:
         Line2D([], [], color=style.ACCENT, linewidth=2.4, label="path of the best leaf"),
         Line2D([], [], color=style.EDGE, linewidth=1.4, label="wider if more probable"),
         Line2D([], [], color=style.INK, label="sequence ended", **end),
-        Patch(color=bars.KEPT, label="kept"),
-        Patch(color=bars.REMOVED, label="removed"),
+        Patch(color=charts.KEPT, label="kept"),
+        Patch(color=charts.REMOVED, label="removed"),
         Line2D([], [], color=style.ACCENT, label="drawn", **diamond),
     ]
     axes.legend(handles=marks, ncols=2, loc="center left", handlelength=1.4, borderpad=0, columnspacing=1.2)

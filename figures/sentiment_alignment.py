@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.layout import LITERAL, sentence, signed
+from jaxrl_llm.plots.style import LITERAL, sentence, signed
 
 LABELS = {
     "reference": "reference",

@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 
 from jaxrl_llm import decoding, models, scoring, strategies, text, translation
 from jaxrl_llm import sampling as options_of
-from jaxrl_llm.analysis import attention, landscape, tree
+from jaxrl_llm.analysis import attention, landscape
+from jaxrl_llm.decoding import tree
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
@@ -86,7 +87,7 @@ class TextTree:
 
     tree: decoding.Tree
     described: dict[str, Any]
-    """Nodes with text, probability and score, as plain data (`analysis.tree.describe`)."""
+    """Nodes with text, probability and score, as plain data (`decoding.tree.describe`)."""
     model: str
 
     @property

@@ -20,33 +20,84 @@ def encode(
     text: the tokenizer's BOS token. `lead` is the beginning of the completion.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or no BOS token to stand for an empty prompt.
+        ValueError: if there is no chat template, if it refuses the conversation, or if there is no BOS token
+            to stand for an empty prompt.
     """
     if chat:
-        if not tokenizer.chat_template:
-            raise ValueError("this model has no chat template: it is not an instruct model.")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(rendered + lead, add_special_tokens=False)["input_ids"]  # the template has written BOS itself
+        return rendered_tokens(tokenizer, render(tokenizer, messages, generation=True) + lead)
     tokens = tokenizer(prompt + lead)["input_ids"]
     if not tokens and tokenizer.bos_token_id is None:
         raise ValueError("the prompt is empty, and the tokenizer has no BOS token to start a text with.")
     return tokens or [tokenizer.bos_token_id]
 
 
-def eos_ids(tokenizer: Any, config: dict[str, Any]) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of the model's `config.json` (one or a list).
+QUOTE = ("\ue0f0", "\ue0f1")  # private characters, around a control token that stands in a message
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
+    """Return a conversation in the chat template, with control tokens inside of messages quoted.
+
+    Args:
+        generation: end with the beginning of the assistant's turn.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or its template refuses the conversation.
+    """
+    from jinja2.exceptions import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ValueError("this model has no chat template: it is not an instruct model.")
+    quoted = [
+        {name: _quoted(tokenizer, value) if isinstance(value, str) else value for name, value in message.items()}
+        for message in messages
+    ]
+    try:
+        return tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=generation)
+    except (TemplateError, TypeError) as error:  # TypeError: as of a field that is undefined and added to a string
+        raise ValueError(f"the chat template: {str(error).splitlines()[0]}") from error
+
+
+def rendered_tokens(tokenizer: Any, string: str) -> list[int]:
+    """Return the tokens of a text of `render`: control tokens are those of the template, not those of the messages."""
+    tokens = []
+    for index, part in enumerate(re.split("|".join(QUOTE), string)):  # every second part was quoted
+        options = {"split_special_tokens": True} if index % 2 else {}
+        tokens += tokenizer(part, add_special_tokens=False, **options)["input_ids"] if part else []
+    return tokens  # the template has written BOS itself
+
+
+def _quoted(tokenizer: Any, string: str) -> str:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    control = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    string = re.sub("|".join(QUOTE), "", string)
+    if not any(token in string for token in control):
+        return string
+    longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+    return re.sub(longest_first, lambda match: QUOTE[0] + match[0] + QUOTE[1], string)
+
+
+def eos_ids(tokenizer: Any, config: Mapping[str, Any]) -> list[int]:
+    """Return the tokens that end a text: those of the tokenizer, of `config.json` and of `generation_config.json`.
 
     Small models often declare the EOS token of a larger vocabulary than theirs: it is left out.
 
     Args:
         tokenizer: of Hugging Face's kind, or None.
-        config: with `vocab_size`.
+        config: with `vocab_size`; `generation_config` in it is the other file.
+
+    Raises:
+        ValueError: if an `eos_token_id` is not a token id or a list of them.
     """
-    declared = config.get("eos_token_id")
-    declared = declared if isinstance(declared, list) else [declared]
-    known = {token for token in (getattr(tokenizer, "eos_token_id", None), *declared) if token is not None}
-    return sorted(token for token in known if token < config["vocab_size"])
+    known = {getattr(tokenizer, "eos_token_id", None)}
+    for declared in (config.get("eos_token_id"), (config.get("generation_config") or {}).get("eos_token_id")):
+        ids = declared if isinstance(declared, list | tuple) else [declared]
+        if wrong := [
+            each for each in ids if each is not None and (isinstance(each, bool) or not isinstance(each, int))
+        ]:
+            raise ValueError(f"eos_token_id must be a token id or a list of them, but is {wrong[0]!r}.")
+        known |= set(ids)
+    return sorted(token for token in known if token is not None and 0 <= token < config["vocab_size"])
 
 
 def left_pad(
@@ -148,33 +199,47 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
-        self._tokenizer, self._stop = tokenizer, stop
-        self._tokens = [int(token) for token in prompt]
-        self._start, self._printed, self.stopped = len(self._text()), 0, False
+        self._tokenizer, self._stop, self.stopped = tokenizer, stop, False
+        # Decoded anew at each push: some tokens that were read, on which the text of the next ones depends, and those.
+        self._window = [int(token) for token in prompt]
+        self._read = len(self._window)  # tokens of the window whose characters are complete
+        self._seen = len(self._decoded())  # characters of the window's text that were taken
+        self._held = ""  # taken, but not given yet: perhaps the beginning of a stop string
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the text that the new tokens complete."""
-        self._tokens += [int(token) for token in tokens]
+        self._window += [int(token) for token in tokens]
+        text = self._decoded()
         # A character whose bytes are not all there yet decodes to U+FFFD at the end: it waits.
-        new = self._trimmed(self._text().rstrip("\ufffd"))
-        begun = [len(part) for part in self._beginnings() if new.endswith(part)]  # of a stop string: it waits too
-        return self._emit(new if self.stopped else new[: len(new) - max(begun, default=0)])
+        complete = text.rstrip("\ufffd")
+        self._take(complete)
+        if complete == text and len(self._window) > self._read:
+            self._window = self._window[self._read :]
+            self._read, self._seen = len(self._window), len(self._decoded())
+        begun = [len(part) for part in self._beginnings() if self._held.endswith(part)]  # it waits too
+        return self._give(0 if self.stopped else max(begun, default=0))
 
     def finish(self) -> str:
         """Return the rest, complete or not."""
-        return self._emit(self._trimmed(self._text()))
+        self._take(self._decoded())
+        return self._give(0)
 
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _trimmed(self, text: str) -> str:
-        new = trim_at_stop(text[self._start :], self._stop)
-        self.stopped = len(new) < len(text) - self._start
-        return new
+    def _take(self, text: str) -> None:
+        """Take the characters of the window's text that are new, up to a stop string."""
+        if self.stopped:
+            return
+        taken = self._held + text[self._seen :]
+        self._seen = max(self._seen, len(text))
+        self._held = trim_at_stop(taken, self._stop)
+        self.stopped = len(self._held) < len(taken)
+
+    def _give(self, waiting: int) -> str:
+        end = len(self._held) - waiting
+        given, self._held = self._held[:end], self._held[end:]
+        return given
 
     def _beginnings(self) -> list[str]:
         return [string[:length] for string in self._stop for length in range(1, len(string))]
-
-    def _emit(self, new: str) -> str:
-        piece, self._printed = new[self._printed :], max(self._printed, len(new))
-        return piece

@@ -42,13 +42,13 @@ from jaxrl_llm.training.config import (
     RewardConfig,
     SFTConfig,
 )
-from jaxrl_llm.training.methods import Method
+from jaxrl_llm.training.policy import Method
 from jaxrl_llm.training.preference import find_loss, preference_loss
 from jaxrl_llm.training.recipes import Objective, Trained
-from jaxrl_llm.training.reward import reward_loss
+from jaxrl_llm.training.reward_model import reward_loss
 from jaxrl_llm.training.rewards import function_at
-from jaxrl_llm.training.sft import sft_loss
 from jaxrl_llm.training.steps import Frozen, compute_in
+from jaxrl_llm.training.supervised import sft_loss
 
 __all__ = ["RewardModel", "dpo", "grpo", "ppo", "reward", "sft"]
 Model = Any  # a loaded model, its name or its path
@@ -252,7 +252,7 @@ def grpo(
 
     Options: listed here.
 
-    `method` may also be a `training.methods.Method`, whose hyperparameters are then the defaults.
+    `method` may also be a `training.policy.Method`, whose hyperparameters are then the defaults.
 
     Returns:
         The trained model. `lm` stays valid.

@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 import scipy.stats  # noqa: E402
 
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config  # noqa: E402
-from jaxrl_llm.models.llama import Llama, LlamaConfig, StableLM, StableLMConfig  # noqa: E402  # noqa: E402
+from jaxrl_llm.models import Llama, LlamaConfig, StableLM, StableLMConfig  # noqa: E402
 from jaxrl_llm.models.t5 import (  # noqa: E402
     T5,
     T5LM,
@@ -133,6 +133,16 @@ def tabular():
     """A table of 3 tokens and 4 steps: 81 sequences."""
     lm = TabularLM(vocab_size=3, horizon=4)
     return lm, random_params(lm, 1)
+
+
+ATTENTION = {model: jax.jit(model.attention, static_argnums=0) for model in (GPT2, T5)}
+
+
+@pytest.fixture
+def attention_in_one_program(monkeypatch):
+    """Compile `attention` as a whole, without its checks of values: else each of its operations would be a program."""
+    for model, compiled in ATTENTION.items():
+        monkeypatch.setattr(model, "attention", compiled)
 
 
 @pytest.fixture

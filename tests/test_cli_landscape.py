@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl_llm import interface, models, text
 from jaxrl_llm.analysis import landscape
+from tests.test_cli import write_model
 
 SMALL = ("--points", "3", "--radius", "0.5")
 
@@ -23,11 +24,16 @@ def run(run, monkeypatch, tmp_path):
     return functools.partial(run, "landscape")
 
 
-def test_it_prints_the_numbers_of_the_surface_and_draws_it(run, tmp_path):
-    status, out, _ = run("I have a dream", *SMALL)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def test_it_prints_the_numbers_of_the_surface_and_draws_it(run, model, tmp_path):
+    status, out, _ = run("the cat sat", "--model", model, *SMALL)
     assert status == 0
-    loaded = models.load("tiny-gpt2")
-    tokens = jnp.asarray([text.encode(loaded.tokenizer, "I have a dream")])
+    loaded = models.load(model)
+    tokens = jnp.asarray([text.encode(loaded.tokenizer, "the cat sat")])
     loss = landscape.next_token_loss(loaded.model, tokens)
     directions = landscape.random_directions(loaded.params, jax.random.key(0))
     axis = np.asarray([-0.5, 0, 0.5])
@@ -91,13 +97,13 @@ def test_holes_are_counted_and_nothing_else_is_said(run):
         (("hi", "--points", "1"), "points must be at least 2, but is 1"),
         (("hi", "--radius", "-1"), "radius must be positive and finite, but is -1.0"),
         (("hi", "--out", "x.docx"), "cannot write a figure to x.docx"),
-        (("", *SMALL), "nothing to predict"),
-        (("hi there", *SMALL, "--memory-budget", "5"), "memory_budget must be at least"),
+        (("",), "nothing to predict"),
+        (("hi there", "--memory-budget", "5"), "memory_budget must be at least"),
         (("hi", "--model", "no/such/folder"), "no folder or .gguf file"),
     ],
 )
-def test_bad_input_is_said_in_one_sentence_before_anything_is_drawn(run, tmp_path, arguments, message):
-    status, _, error = run(*arguments)
+def test_bad_input_is_said_in_one_sentence_before_anything_is_drawn(run, model, tmp_path, arguments, message):
+    status, _, error = run("--model", model, *SMALL, *arguments)
     assert status == 2 and message in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
 

@@ -60,17 +60,9 @@ def run_module(folder, gallery, seed):
         "for name in r.figure_names():\n    r.figure_module(name)\n"
         "assert 'jax' not in sys.modules and 'jaxlib' not in sys.modules\n"
     )
-    options = [
-        "search_trees",
-        "--results",
-        str(folder / "results"),
-        "--gallery",
-        str(folder / gallery),
-        "--also",
-        "svg",
-    ]
+    places = ["--results", folder / "results", "--gallery", folder / gallery]
     environment = {"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(folder.parent)}
-    command = [sys.executable, "-c", code, *options]
+    command = [sys.executable, "-c", code, "search_trees", *map(str, places), "--also", "svg"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout, {path.name: path.read_bytes() for path in (folder / gallery).iterdir()}

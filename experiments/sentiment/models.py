@@ -23,9 +23,9 @@ from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training import steps
-from jaxrl_llm.training.reward import RankedBatch, reward_loss
+from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.rollout import Prompts
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.supervised import sft_loss
 
 BUCKETS = 2**16
 """Places for pairs of adjacent tokens, which are hashed into them."""

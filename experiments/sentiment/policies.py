@@ -18,7 +18,7 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.scoring import Sequences, log_probs, measures
 from jaxrl_llm.training import policy, steps
-from jaxrl_llm.training.methods import METHODS, Method
+from jaxrl_llm.training.policy import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, Sums, UnpairedBatch, loss_of_sums, pair_sums, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 

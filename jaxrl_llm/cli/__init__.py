@@ -8,13 +8,11 @@ from typing import Annotated
 import tyro
 
 from jaxrl_llm.cli.attention import Attention
-from jaxrl_llm.cli.compare import Compare
-from jaxrl_llm.cli.generate import Generate
+from jaxrl_llm.cli.generate import Compare, Generate, SearchTree
 from jaxrl_llm.cli.landscape import Landscape
 from jaxrl_llm.cli.sycophancy import Sycophancy
 from jaxrl_llm.cli.train import Train
 from jaxrl_llm.cli.translate import Translate
-from jaxrl_llm.cli.tree import SearchTree
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]

@@ -1,17 +1,18 @@
-"""`jaxrl-llm generate`: continue prompts by any strategy."""
+"""`jaxrl-llm generate`, `decode-compare` and `tree`: prompts continued by one strategy, by all, or by a search tree."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxrl_llm import sampling as options_of
-from jaxrl_llm.sampling import Sampling, Search, Strategy
+from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
 
 NOTES: dict[Strategy, str] = {  # of a completion, before its text
     "speculative": "{accepted} drafts accepted in {rounds} rounds",
@@ -104,3 +105,81 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     if not lines:
         raise ValueError(f"no prompt in {'standard input' if file is None else file}.")
     return lines
+
+
+COMPARE_DEFAULTS = Sampling(max_new_tokens=40, top_p=0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Decode one prompt by many strategies, and show them side by side."""
+
+    prompt: tyro.conf.Positional[str]
+    """The text to continue."""
+    model: str = "tiny-gpt2"
+    """As in `generate`."""
+    strategies: tuple[Strategy, ...] = (
+        "greedy", "beam", "diverse-beam", "contrastive", "sample", "stochastic-beam", "lookup", "best-of-n", "mbr",
+    )  # fmt: skip
+    """The strategies; `speculative` needs --draft-model."""
+    width: int = 76
+    """Characters in a line."""
+    chat: bool = False
+    """Apply the model's chat template to the prompt."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: COMPARE_DEFAULTS)
+    search: Annotated[Search, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Search)
+
+    def run(self) -> None:
+        """Print each strategy's best completion under its name, with the options that it does not use."""
+        if self.width < 20:
+            raise ValueError(f"--width must be at least 20, but is {self.width}.")
+        if useless := set.intersection(*(options_of.unused(each, self.search) for each in self.strategies)):
+            raise ValueError(f"none of these strategies uses {', '.join(sorted(useless))}.")
+        used = [
+            (each, options_of.restricted(each, self.sampling), options_of.restricted(each, self.search))
+            for each in self.strategies
+        ]
+        for each in used:
+            options_of.check(*each)
+        import jaxrl_llm as jl
+
+        lm = jl.load(self.model, dtype=self.dtype)
+        for strategy, sampling, search in used:
+            options = {"chat": self.chat, **vars(sampling), **vars(search)}
+            for completion in lm.generate(self.prompt, strategy=strategy, **options):
+                print(f"{strategy:<16}{note(strategy, completion)}{self._left_out(strategy)}")
+                for line in whole(completion, chat=self.chat).splitlines() or [""]:
+                    print(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))
+                print()
+
+    def _left_out(self, strategy: Strategy) -> str:
+        names = options_of.unused(strategy, self.sampling)
+        names -= {name for name in names if getattr(self.sampling, name) == getattr(COMPARE_DEFAULTS, name)}
+        return f"   (without {', '.join(sorted(names))})" if names else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchTree:
+    """Draw the search tree of a prompt: every node continued by several distinct tokens."""
+
+    prompt: tyro.conf.Positional[str]
+    """The text at the root."""
+    model: str = "tiny-gpt2"
+    """As in `generate`."""
+    out: Path = Path("tree.png")
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
+    search: Annotated[TreeSearch, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TreeSearch)
+
+    def run(self) -> None:
+        """Grow the tree, draw it, print its best leaf."""
+        import jaxrl_llm as jl
+        from jaxrl_llm.plots import style
+
+        style.check_suffix(self.out)
+        tree = jl.load(self.model).search_tree(self.prompt, **vars(self.search))
+        style.save_as(tree.plot(), self.out)
+        print(f"best of {len(tree.tree.leaves())} leaves, {tree.score:.4f} nats per token:")
+        print(tree.best)
+        print(f"drawn: {self.out}")

@@ -5,6 +5,9 @@ Here its parts are joined by hyphens, "ein-und-zwanzig-tausend", so that every p
 German spelling. English has its usual spelling, without "and". The order of words is the same, except that tens and
 units of 21 to 99 are swapped: attention has to learn that.
 
+The tokenizer has one vocabulary for both languages. A token is a word, so that indices of the gold alignment are
+indices of tokens. Hyphens are not tokens, for they follow from the words; decoding restores them.
+
     >>> pair(21).source_text, pair(21).target_text, sorted(pair(21).sure)
     ('twenty-one', 'ein-und-zwanzig', [(0, 2), (1, 0)])
 """
@@ -14,9 +17,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from jaxrl_llm import runtime
 
 LIMIT = 1_000_000  # the first number without a name
 
@@ -223,3 +230,49 @@ def _checked(number: int) -> int:
     if not 0 <= whole < LIMIT:
         raise ValueError(f"a number must be a whole one from 0 to {LIMIT - 1:,}, but is {number!r}.")
     return whole
+
+
+# The tokenizer --------------------------------------------------------------------------------------------------------
+
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # 0, 1, 2, as in T5; its decoder starts from pad
+PAD_ID, EOS_ID, UNK_ID = range(3)
+
+
+def build_tokenizer() -> Tokenizer:
+    """Return the tokenizer; it ignores case and Unicode form, and appends `</s>`.
+
+    `decode(encode(text).ids)` restores every English and German name as this module writes it.
+    """
+    words = dict.fromkeys((PAD, EOS, UNK, *ENGLISH_WORDS, *GERMAN_WORDS))
+    tokenizer = Tokenizer(models.WordLevel({word: id_ for id_, word in enumerate(words)}, unk_token=UNK))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, UNK)])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s-]+"), "removed")
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, EOS_ID)])
+    tokenizer.decoder = _tokenizer_decoder()
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, as transformers loads them, also for a T5."""
+    runtime.quiet_transformers()
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNK}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special).save_pretrained(
+        folder
+    )
+
+
+def _tokenizer_decoder() -> decoders.Decoder:
+    """Return the decoder: words joined by spaces, some of which become hyphens."""
+    units = "|".join(ENGLISH_WORDS[1:10])
+    german = "|".join(GERMAN_WORDS)
+    return decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=False),  # no word has this prefix: it only inserts spaces
+            decoders.Fuse(),
+            decoders.Replace(Regex(rf"(?<=ty) (?=(?:{units})\b)"), "-"),
+            decoders.Replace(Regex(rf" (?=(?:{german})\b)"), "-"),
+        ]
+    )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.decoding import automata
 from jaxrl_llm.decoding.automata import MIN_STATES
-from jaxrl_llm.decoding.transforms.base import Transform, pytree, token_ids
+from jaxrl_llm.decoding.transforms import Transform, pytree, token_ids
 from jaxrl_llm.numerics import is_concrete
 
 UNREACHABLE = 2**30  # the distance of a state from which no accepting state can be reached

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.decoding import core, sampling
+from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.core import Generation, Request
-from jaxrl_llm.decoding.transforms.base import require
+from jaxrl_llm.decoding.transforms import require
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import wide
 
@@ -92,7 +92,7 @@ def decode(
         values, candidates = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k))
         hidden, cache = _try(lm, params, state, candidates)
         directions = _direction(hidden)
-        chosen = sampling.greedy(_scores(logits, values, directions, state, alpha))
+        chosen = core.greedy(_scores(logits, values, directions, state, alpha))
         emitted, done = core.emit(
             request, logits, candidates[rows, chosen], jnp.zeros_like(logits[:, 0]), state.done, state.time
         )

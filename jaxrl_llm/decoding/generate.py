@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxrl_llm.decoding import core, sampling
+from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.core import Generation, Guidance, Request
-from jaxrl_llm.decoding.transforms.base import Transform, update_alive
+from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import log_softmax, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
@@ -168,9 +168,9 @@ def _choose(request: Request, logits: Float[Array, "rows vocab"], state: State) 
     logits, guided = _guide(wide(logits), request.guidance_scale)
     warped = request.transform.apply(state.transform, guided)
     if request.keys is None:
-        token, logp_sampler = sampling.greedy(warped), sampling.greedy_log_prob(warped)
+        token, logp_sampler = core.greedy(warped), core.greedy_log_prob(warped)
     else:
-        token = sampling.sample(jax.vmap(lambda key: jax.random.fold_in(key, state.time))(request.keys), warped)
+        token = core.sample(jax.vmap(lambda key: jax.random.fold_in(key, state.time))(request.keys), warped)
         logp_sampler = token_log_probs(warped, token)
     emitted, done = core.emit(request, logits, token, logp_sampler, state.done, state.time)
     stop = state.stop

@@ -16,7 +16,7 @@ from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.core import Generation, Guidance
 from jaxrl_llm.decoding.generate import generate
-from jaxrl_llm.decoding.transforms.base import Transform
+from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.numerics import violated
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxrl_llm.decoding import core, sampling
+from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.core import Generation, Request
 from jaxrl_llm.decoding.generate import begin
-from jaxrl_llm.decoding.transforms.base import Transform, as_transform, update_alive
+from jaxrl_llm.decoding.transforms import Transform, as_transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import is_concrete, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
@@ -257,8 +257,8 @@ def _draw(
     """A token of each row, its distribution, and true if there was none."""
     broken = ~jnp.isfinite(warped.max(axis=-1))
     if keys is None:
-        return sampling.greedy(warped), None, broken
-    token = sampling.sample(jax.vmap(lambda key: jax.random.fold_in(key, index))(keys), warped)
+        return core.greedy(warped), None, broken
+    token = core.sample(jax.vmap(lambda key: jax.random.fold_in(key, index))(keys), warped)
     return token, jax.nn.softmax(warped, axis=-1), broken
 
 
@@ -371,7 +371,7 @@ def verify(
     accepted = jnp.cumprod(accepts, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # after the last draft nothing is subtracted
     p, q = (jnp.take_along_axis(probs, accepted[:, None, None], axis=1)[:, 0] for probs in (p, q))
-    return accepted, sampling.sample(pairs[:, 1], jnp.log(residual(p, q)))
+    return accepted, core.sample(pairs[:, 1], jnp.log(residual(p, q)))
 
 
 def verify_greedy(
@@ -527,7 +527,7 @@ def _judge(
 ) -> tuple[Int[Array, "batch"], Int[Array, "batch"]]:
     """The number of drafts of each row that the target accepts, and the token after them."""
     if keys is None:
-        return verify_greedy(drafts.tokens, drafts.exists, sampling.greedy(warped))
+        return verify_greedy(drafts.tokens, drafts.exists, core.greedy(warped))
     p = jax.nn.softmax(warped, axis=-1)
     q = jax.nn.one_hot(drafts.tokens, p.shape[-1], dtype=p.dtype) if drafts.probs is None else drafts.probs
     keys = jax.vmap(lambda key: jax.random.fold_in(key, drafts.tokens.shape[1]))(keys)  # those before drew the drafts
@@ -561,7 +561,7 @@ def _write(
 ) -> Generation:
     """The generation with the tokens of a round, each row's at its own place."""
     logp = token_log_probs(logits, tokens)
-    logp_sampler = sampling.greedy_log_prob(warped) if request.keys is None else token_log_probs(warped, tokens)
+    logp_sampler = core.greedy_log_prob(warped) if request.keys is None else token_log_probs(warped, tokens)
     found = state.result.generation
     rows, slots = jnp.arange(tokens.shape[0])[:, None], state.count[:, None] + jnp.arange(tokens.shape[1])
     slots = jnp.where(mask, slots, found.tokens.shape[1])  # tokens that are not emitted are dropped

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.core import Request
-from jaxrl_llm.decoding.transforms.base import Transform, update_alive
+from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import wide
 

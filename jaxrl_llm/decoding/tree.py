@@ -1,22 +1,27 @@
-"""The search tree: every node continued by several tokens, all nodes of a level in one batched call."""
+"""The search tree: every node continued by several tokens, all nodes of a level in one batched call.
+
+`describe` gives a tree as plain data, for results files and figures.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxrl_llm.decoding import core, sampling
+from jaxrl_llm.decoding import core
 from jaxrl_llm.decoding.core import Request
-from jaxrl_llm.decoding.transforms.base import Transform, update_alive
+from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import is_concrete, wide
+from jaxrl_llm.text import TextStream
 
 MAX_LEAVES = 4096
 
@@ -179,7 +184,50 @@ def _select(
         return tokens, values > -jnp.inf
     level_key = jax.random.fold_in(request.keys[0], level)
     keys = jax.vmap(lambda row: jax.random.fold_in(level_key, row))(jnp.arange(logits.shape[0]))
-    tokens = sampling.sample_distinct(keys, logits, branching)
+    tokens = core.sample_distinct(keys, logits, branching)
     values = jnp.take_along_axis(logits, tokens, axis=1)
     order = jnp.argsort(-values, axis=1)
     return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(values, order, axis=1) > -jnp.inf
+
+
+def describe(
+    tree: Tree, tokenizer: Any, *, name: str, title: str, prompt: str, prompt_tokens: Sequence[int]
+) -> dict[str, Any]:
+    """Return the tree as JSON: nodes with token text, probability and score, and the path to the best leaf.
+
+    Node 0 is the prompt. A score is Σ log p / length over the generated tokens, in nats per token.
+    """
+    best = max(tree.leaves(), key=lambda node: node.score)
+    path = tree.path(best)
+    continuation = TextStream(tokenizer, prompt_tokens)
+    root = {
+        "id": 0,
+        "parent": None,
+        "level": 0,
+        "text": prompt,
+        "prob": 1.0,
+        "log_prob": 0.0,
+        "score": None,
+        "ended": False,
+    }
+    nodes = [
+        {
+            "id": node.id,
+            "parent": node.parent,
+            "level": node.level,
+            "text": tokenizer.decode([node.token]),
+            "prob": math.exp(node.log_prob),
+            "log_prob": node.log_prob,
+            "score": node.score,
+            "ended": node.ended,
+        }
+        for node in tree.nodes()
+    ]
+    return {
+        "name": name,
+        "title": title,
+        "nodes": [root, *nodes],
+        "best": [0, *(node.id for node in path)],
+        "best_text": prompt + continuation.push([node.token for node in path]) + continuation.finish(),
+        "best_score": best.score,
+    }

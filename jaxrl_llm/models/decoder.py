@@ -33,15 +33,19 @@ KINDS = {  # of a configuration's fields; numpy's numbers are accepted, True is 
 }
 
 
+def check_value(name: str, value: Any, kind: str) -> None:
+    """Raise ValueError unless the value of a field is of a kind of `KINDS`."""
+    expected, fits = KINDS[kind]
+    if not fits(value) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name} must be {expected}, but is {value!r}.")
+
+
 def check_config(config: Any) -> None:
     """Raise ValueError for the first field of a configuration that does not fit its annotation."""
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type.removesuffix(" | None")
-        if kind not in KINDS or (value is None and kind != field.type):
-            continue
-        expected, fits = KINDS[kind]
-        if not fits(value) or (isinstance(value, bool) and kind != "bool"):
-            raise ValueError(f"{field.name} must be {expected}, but is {value!r}.")
+        if kind in KINDS and (value is not None or kind == field.type):
+            check_value(field.name, value, kind)
 
 
 @dataclasses.dataclass(frozen=True)

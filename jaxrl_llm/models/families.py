@@ -7,12 +7,13 @@ import functools
 import json
 import math
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxrl_llm.models import rotary
-from jaxrl_llm.models.decoder import KINDS, Network
+from jaxrl_llm.models.decoder import Network, check_value
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.t5 import T5, T5Config
 from jaxrl_llm.models.transformer import Decoder, Description, Experts, Layer, Norm, Norms, alibi_slopes
@@ -35,14 +36,18 @@ class Config(Mapping[str, Any]):
             raise ValueError(f"{model_type} has no field {', '.join(unknown)}.")
         values = {}
         for name, default in family.fields.items():
-            value = given.get(name)
-            required = isinstance(default, type)
-            if value is None and required:
-                raise ValueError(f"the configuration lacks {name}.")
-            optional = isinstance(default, types.UnionType)
-            values[name] = (None if optional else default) if value is None else value
-            if value is not None:
-                _check(name, value, default if required else default.__args__[0] if optional else type(default))
+            if isinstance(default, Maybe):
+                values[name], kind = given.get(name, default.absent), default.kind
+            elif isinstance(default, type):
+                values[name], kind = given.get(name), default
+            else:
+                values[name], kind = (default if given.get(name) is None else given[name]), type(default)
+            if values[name] is not None or isinstance(default, type):
+                check_value(name, values[name], kind.__name__)
+            if name in ACTIVATION_FIELDS:
+                values[name] = ACTIVATION_NAMES.get(values[name], values[name])
+        if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
         if "rope_parameters" in values:
             values["rope_parameters"] = family.rope(given)
         self.__dict__.update(model_type=model_type, _values=_frozen(values))
@@ -96,14 +101,19 @@ ROPE_FIELDS = (  # of the older forms, beside `rope_parameters`
 )
 
 
+ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+ACTIVATION_NAMES = {"swish": "silu"}  # two names of one
+
+
+class Maybe(NamedTuple):
+    """The kind of a field that may be null, and its value where it is absent."""
+
+    kind: type
+    absent: Any = None
+
+
 class Count(int):
     """The default of a field that may also be 0."""
-
-
-def _check(name: str, value: Any, kind: type) -> None:
-    expected, fits = KINDS[kind.__name__]
-    if not fits(value) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} must be {expected}, but is {value!r}.")
 
 
 def _frozen(value: Any) -> Any:
@@ -128,6 +138,7 @@ class Family:
     prefix: str = "model."  # of every tensor but the head; some files lack it
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the modules that are not named as Llama's
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the sizes that are not named as Llama's
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names of fields in some files
     rope: Callable[[Mapping[str, Any]], dict[str, Any]] = rotary.rope_parameters
     transposed: bool = True  # linear kernels are stored [out, in]
     buffers: re.Pattern[str] = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attention\.bias|masked_bias)")
@@ -136,36 +147,43 @@ class Family:
     embedding: str = "embed_tokens.weight"
     targets: tuple[str, ...] = ("q_proj", "v_proj")  # of adapters, by default
 
+    @property
+    def reward(self) -> str | None:
+        """The architecture of a reward model in transformers; None if there is none."""
+        if self.model is T5 or self.architecture in NO_REWARD:
+            return None
+        name = "Gemma3Text" if self.architecture == "Gemma3ForCausalLM" else self.architecture
+        return re.sub("(ForCausalLM|LMHeadModel)$", "", name) + "ForSequenceClassification"
 
-SIZES = {
-    "vocab_size": int,
-    "hidden_size": int,
-    "intermediate_size": int,
-    "num_hidden_layers": int,
-    "num_attention_heads": int,
-}
-COMMON = SIZES | {
-    "num_key_value_heads": int | None,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_parameters": dict | None,
-}
-RMS = COMMON | {"rms_norm_eps": 1e-6, "attention_bias": False}
-LAYER = COMMON | {"layer_norm_eps": 1e-5}
-WINDOW = {"sliding_window": int | None, "layer_types": tuple | None}
+
+NO_REWARD = ("CohereForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "OlmoeForCausalLM")
+SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), int)
+
+
+def fields(length: int, kv_heads: int | None = None, **others: Any) -> dict[str, Any]:
+    """Return the fields of most families, with the context length, key-value heads (as many as heads) and others."""
+    common = {
+        "intermediate_size": int,
+        "num_key_value_heads": Maybe(int, kv_heads),
+        "max_position_embeddings": length,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "rope_parameters": Maybe(dict),
+    }
+    if "hidden_activation" in others:
+        del common["hidden_act"]
+    return SIZES | common | others
+
+
+RMS = {"rms_norm_eps": 1e-6, "attention_bias": False}
+LAYER = {"layer_norm_eps": 1e-5}
+WINDOW = {"sliding_window": Maybe(int, 4096), "layer_types": Maybe(tuple)}
+QWEN = WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)}
 GPT = {  # GPT-2's names
-    "vocab_size": int,
-    "n_embd": int,
-    "n_layer": int,
-    "n_head": int,
-    "n_positions": 1024,
-    "n_inner": int | None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
+    **dict.fromkeys(("vocab_size", "n_embd", "n_layer", "n_head"), int),
+    **{"n_inner": Maybe(int), "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+    **{"initializer_range": 0.02},
 }
 GPT_ALIASES = {
     "hidden_size": "n_embd",
@@ -180,7 +198,7 @@ GPT_ALIASES = {
 
 def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, **others: Any) -> Description:
     """Return the description of a decoder with rotary positions in every layer, as far as `others` do not change it."""
-    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", c.num_attention_heads)
     if c.num_attention_heads % kv_heads:
         raise ValueError(
             "num_attention_heads must be a multiple of num_key_value_heads, "
@@ -197,7 +215,7 @@ def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, *
             "head_dim": head_dim(c),
             "layers": rotary_layers(c) if layers is None else layers,
             "norm": norm,
-            "activation": ACTIVATION_NAMES.get(c.hidden_act, c.hidden_act),
+            "activation": getattr(c, "hidden_act", "gelu_new"),
             "biases": biases("qkvo", getattr(c, "attention_bias", False))
             | biases(["mlp"], getattr(c, "mlp_bias", False)),
             "tied": c.tie_word_embeddings,
@@ -205,9 +223,6 @@ def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, *
         }
         | others
     )
-
-
-ACTIVATION_NAMES = {"swish": "silu"}
 
 
 def biases(places: Any, given: bool = True) -> frozenset[str]:
@@ -337,7 +352,7 @@ def qwen3_moe(c: Config) -> Description:
         Layer(turning(c), window, i not in c.mlp_only_layers and (i + 1) % c.decoder_sparse_step == 0)
         for i in range(c.num_hidden_layers)
     )
-    experts = Experts(c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob)
+    experts = Experts(c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob)
     return rms(c, layers=layers, head_norm="head", experts=experts)
 
 
@@ -399,6 +414,12 @@ def gpt_neox(c: Config) -> Description:
     return layer_norm(c, fused="groups", parallel=c.use_parallel_residual, biases=places)
 
 
+def phi(c: Config) -> Description:
+    """Return Phi (Li et al. 2023): parallel with one LayerNorm, biases everywhere, in the head too."""
+    places = biases(["q", "k", "v", "o", "mlp", "head"])
+    return layer_norm(c, norms=Norms(mlp_in=None), parallel=True, biases=places)
+
+
 def gptj(c: Config) -> Description:
     """Return GPT-J (Wang and Komatsuzaki 2021): parallel with one norm, interleaved rotary pairs, a head with bias."""
     if c.rotary_dim % 2 or c.rotary_dim > head_dim(c):
@@ -443,7 +464,7 @@ def opt(c: Config) -> Description:
 def bloom(c: Config) -> Description:
     """Return BLOOM (BigScience 2022): ALiBi, a norm of the embeddings, q, k and v fused head by head."""
     options = {"layers": (Layer(),) * c.n_layer, "max_length": NO_LIMIT, "alibi": alibi_slopes(c.n_head)}
-    return layer_norm(c, fused="groups", embedding_norm=True, activation="gelu_new", **options)
+    return layer_norm(c, fused="groups", embedding_norm=True, **options)
 
 
 NO_LIMIT = 1 << 20  # ALiBi has no longest position
@@ -463,31 +484,27 @@ def falcon(c: Config) -> Description:
     return layer_norm(c, fused="groups", **options | layers)
 
 
-TANH = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
-GEMMA2 = {
-    "query_pre_attn_scalar": 256.0,
-    "final_logit_softcapping": float | None,
-    "attn_logit_softcapping": float | None,
-}
-SPARSE = {"num_experts_per_tok": 2, "sliding_window": int | None}
 BLOCK = {  # of BLOOM and Falcon
-    "layers": "h",
-    "norm": "ln_f",
-    "embed_tokens": "word_embeddings",
-    "embed_norm": "word_embeddings_layernorm",
-    "self_attn.qkv_proj": "self_attention.query_key_value",
-    "self_attn.o_proj": "self_attention.dense",
-    "mlp.up_proj": "mlp.dense_h_to_4h",
-    "mlp.down_proj": "mlp.dense_4h_to_h",
+    **{"layers": "h", "norm": "ln_f", "embed_tokens": "word_embeddings", "embed_norm": "word_embeddings_layernorm"},
+    **{"self_attn.qkv_proj": "self_attention.query_key_value", "self_attn.o_proj": "self_attention.dense"},
+    **{"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"},
 }
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
+GEMMA2 = {name: value for name, value in GEMMA.items() if name != "hidden_act"} | {
+    **{"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+    **{"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping": Maybe(float, 50.0)},
+}
+UNCAPPED = dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), Maybe(float))
+SPARSE = {"num_experts_per_tok": 2, "sliding_window": Maybe(int)}
 FUSED = ("query_key_value",)
+rope = functools.partial(functools.partial, rotary.rope_parameters)
 
 
 def t5(architecture: str, **defaults: Any) -> Family:
     """Return the row of T5 or of its kin, with what differs in the defaults of the format."""
     return Family(
         architecture,
-        {name: int for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")} | defaults,
+        dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"), int) | defaults,
         model=T5,
         config=T5Config,
         prefix="",
@@ -502,7 +519,7 @@ def t5(architecture: str, **defaults: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
-        GPT | {name: int for name in ("vocab_size", "n_embd", "n_layer", "n_head")},
+        dict.fromkeys(("vocab_size", "n_embd", "n_layer", "n_head"), int),
         model=GPT2,
         config=GPT2Config,
         prefix="transformer.",
@@ -511,90 +528,88 @@ FAMILIES: dict[str, Family] = {
         embedding="wte.weight",
         targets=("c_attn",),
     ),
-    "llama": Family("LlamaForCausalLM", RMS | {"head_dim": int | None, "mlp_bias": False}, rms),
+    "llama": Family("LlamaForCausalLM", fields(2048, **RMS, head_dim=Maybe(int), mlp_bias=False), rms),
     "mistral": Family(
         "MistralForCausalLM",
-        RMS | {"head_dim": int | None, "sliding_window": int | None},
+        fields(131072, 8, rms_norm_eps=1e-6, head_dim=Maybe(int), sliding_window=Maybe(int, 4096)),
         rms,
     ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        RMS | WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)},
-        qwen2,
-    ),
+    "qwen2": Family("Qwen2ForCausalLM", fields(32768, 32, rms_norm_eps=1e-6, **QWEN), qwen2),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        RMS | WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28), "head_dim": 128},
+        fields(32768, 32, **RMS, **QWEN, head_dim=128),
         lambda c: qwen2(c, head_norm="head", biases=biases("qkvo", c.attention_bias)),
     ),
-    "gemma": Family("GemmaForCausalLM", RMS | TANH, gemma),
-    "gemma2": Family("Gemma2ForCausalLM", RMS | TANH | GEMMA2 | WINDOW, gemma2),
+    "gemma": Family("GemmaForCausalLM", fields(8192, 16, **RMS | GEMMA), gemma),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        fields(8192, 4, **RMS | GEMMA2 | WINDOW),
+        gemma2,
+        aliases={"hidden_act": "hidden_activation"},
+        refused={"use_bidirectional_attention": (None, False)},
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        RMS | TANH | GEMMA2 | WINDOW | {"sliding_window_pattern": 6},
+        fields(131072, 4, **RMS | GEMMA2 | WINDOW | UNCAPPED, sliding_window_pattern=6),
         lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
+        aliases={"hidden_act": "hidden_activation"},
         rope=functools.partial(rope_by_kind, theta=1000000.0, local=10000.0),
+        refused={"use_bidirectional_attention": (None, False)},
     ),
     "olmo": Family(
         "OlmoForCausalLM",
-        COMMON | {"attention_bias": False, "clip_qkv": float | None},
+        fields(2048, attention_bias=False, clip_qkv=Maybe(float)),
         lambda c: decoder(c, Norm("layer", 1e-5, scale=False), clip=c.clip_qkv),
     ),
-    "olmo2": Family("Olmo2ForCausalLM", RMS, lambda c: rms(c, norms=NORMS_AFTER, head_norm="all")),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        fields(2048, rms_norm_eps=1e-5, attention_bias=False),
+        lambda c: rms(c, norms=NORMS_AFTER, head_norm="all"),
+    ),
     "olmo3": Family(
         "Olmo3ForCausalLM",
-        RMS | WINDOW,
+        fields(2048, rms_norm_eps=1e-5, attention_bias=False, **WINDOW),
         lambda c: rms(c, layers=rotary_layers(c, kinds(c, 4)), norms=NORMS_AFTER, head_norm="all"),
         rope=functools.partial(rope_by_kind, theta=500000.0),
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
-        RMS
-        | WINDOW
-        | {
-            "use_sliding_window": False,
-            "no_rope_layers": tuple | None,
-            "no_rope_layer_interval": 4,
-            "mlp_bias": False,
-            "tie_word_embeddings": True,
-        },
+        fields(
+            *(32768, 4),
+            **RMS | {"layer_types": Maybe(tuple), "sliding_window": Maybe(int), "use_sliding_window": False},
+            **{"no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4, "mlp_bias": False},
+        )
+        | {"tie_word_embeddings": True},
         smollm3,
-        rope=functools.partial(rotary.rope_parameters, theta=2000000.0),
+        rope=rope(theta=2000000.0),
     ),
     "phi": Family(
         "PhiForCausalLM",
-        LAYER | {"hidden_act": "gelu_new"},
-        lambda c: layer_norm(
-            c, norms=Norms(mlp_in=None), parallel=True, biases=biases(["q", "k", "v", "o", "mlp", "head"])
-        ),
+        fields(2048, **LAYER) | {"hidden_act": "gelu_new"},
+        phi,
         names={
-            "norm": "final_layernorm",
-            "self_attn.o_proj": "self_attn.dense",
-            "mlp.up_proj": "mlp.fc1",
-            "mlp.down_proj": "mlp.fc2",
+            **{"norm": "final_layernorm", "self_attn.o_proj": "self_attn.dense"},
+            **{"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"},
         },
         refused={"qk_layernorm": (None, False)},
-        rope=functools.partial(rotary.rope_parameters, rotated=0.5),
+        rope=rope(rotated=0.5),
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        RMS | {"sliding_window": int | None, "original_max_position_embeddings": 4096},
+        fields(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096),
         lambda c: rms(c, fused="blocks", fused_gate=True),
+        rope=rope(rotated=1.0),
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
-        LAYER | {"hidden_act": "gelu", "attention_bias": True, "use_parallel_residual": True},
+        fields(2048, **LAYER, attention_bias=True, use_parallel_residual=True) | {"hidden_act": "gelu"},
         gpt_neox,
         prefix="gpt_neox.",
         names={
-            "embed_tokens": "embed_in",
-            "norm": "final_layer_norm",
-            "lm_head": "embed_out",
-            "self_attn.qkv_proj": "attention.query_key_value",
-            "self_attn.o_proj": "attention.dense",
-            "mlp.up_proj": "mlp.dense_h_to_4h",
-            "mlp.down_proj": "mlp.dense_4h_to_h",
+            **{"embed_tokens": "embed_in", "norm": "final_layer_norm", "lm_head": "embed_out"},
+            **{"self_attn.qkv_proj": "attention.query_key_value", "self_attn.o_proj": "attention.dense"},
+            **{"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"},
         },
         copies=("embed_out.weight",),
         embedding="embed_in.weight",
@@ -603,35 +618,31 @@ FAMILIES: dict[str, Family] = {
     ),
     "stablelm": Family(
         "StableLmForCausalLM",
-        LAYER | {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False},
+        fields(4096, **LAYER, use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False),
         stablelm,
-        names={
-            "self_attn.q_norm": "self_attn.q_layernorm.norms.{}",
-            "self_attn.k_norm": "self_attn.k_layernorm.norms.{}",
-        },
-        rope=functools.partial(rotary.rope_parameters, rotated=0.25),
+        names={f"self_attn.{each}_norm": f"self_attn.{each}_layernorm.norms.{{}}" for each in "qk"},
+        rope=rope(rotated=0.25),
     ),
     "gpt_neo": Family(
         "GPTNeoForCausalLM",
         {
-            **{"vocab_size": int, "hidden_size": int, "num_layers": int, "num_heads": int},
-            **{"max_position_embeddings": 2048, "intermediate_size": int | None, "activation_function": "gelu_new"},
+            **dict.fromkeys(("vocab_size", "hidden_size", "num_layers", "num_heads"), int),
+            **{"intermediate_size": Maybe(int), "max_position_embeddings": 2048, "activation_function": "gelu_new"},
             **{"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True},
-            **{"window_size": 256, "attention_layers": tuple | None},
+            **{"window_size": 256, "attention_layers": Maybe(tuple)},
             "attention_types": ((("global", "local"), 12),),
         },
         gpt_neo,
         prefix="transformer.",
         names={
             **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte", "embed_positions": "wpe"},
-            **{f"self_attn.{name}_proj": f"attn.attention.{name}_proj" for name in "qkv"},
-            "self_attn.o_proj": "attn.attention.out_proj",
-            "mlp.up_proj": "mlp.c_fc",
-            "mlp.down_proj": "mlp.c_proj",
+            **{f"self_attn.{each}_proj": f"attn.attention.{each}_proj" for each in "qkv"},
+            **{"self_attn.o_proj": "attn.attention.out_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
         },
-        aliases=GPT_ALIASES
-        | {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
-        | {name: name for name in ("hidden_size", "intermediate_size", "max_position_embeddings")},
+        aliases={
+            **{"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
+            **{"hidden_act": "activation_function", "layer_norm_eps": "layer_norm_epsilon"},
+        },
         embedding="wte.weight",
     ),
     "gptj": Family(
@@ -640,11 +651,9 @@ FAMILIES: dict[str, Family] = {
         gptj,
         prefix="transformer.",
         names={
-            **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte"},
-            **{f"self_attn.{name}_proj": f"attn.{name}_proj" for name in "qkv"},
-            "self_attn.o_proj": "attn.out_proj",
-            "mlp.up_proj": "mlp.fc_in",
-            "mlp.down_proj": "mlp.fc_out",
+            **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte", "self_attn.o_proj": "attn.out_proj"},
+            **{f"self_attn.{each}_proj": f"attn.{each}_proj" for each in "qkv"},
+            **{"mlp.up_proj": "mlp.fc_in", "mlp.down_proj": "mlp.fc_out"},
         },
         aliases=GPT_ALIASES,
         embedding="wte.weight",
@@ -652,33 +661,29 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         "OPTForCausalLM",
         {
-            **{"vocab_size": int, "hidden_size": int, "ffn_dim": int, "num_hidden_layers": int},
-            **{"num_attention_heads": int, "max_position_embeddings": 2048, "activation_function": "relu"},
-            **{"init_std": 0.02, "enable_bias": True, "layer_norm_elementwise_affine": True},
-            **{"tie_word_embeddings": True, "word_embed_proj_dim": int | None},
+            **dict.fromkeys((*SIZES, "ffn_dim"), int),
+            **{"max_position_embeddings": 2048, "activation_function": "relu", "init_std": 0.02, "enable_bias": True},
+            **{"layer_norm_elementwise_affine": True, "tie_word_embeddings": True},
         },
         opt,
         prefix="model.decoder.",
         names={
-            "norm": "final_layer_norm",
-            "self_attn.o_proj": "self_attn.out_proj",
-            "mlp.up_proj": "fc1",
-            "mlp.down_proj": "fc2",
+            **{"norm": "final_layer_norm", "self_attn.o_proj": "self_attn.out_proj"},
+            **{"mlp.up_proj": "fc1", "mlp.down_proj": "fc2"},
         },
         aliases={
-            "intermediate_size": "ffn_dim",
-            "hidden_act": "activation_function",
-            "initializer_range": "init_std",
+            **{"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+            **{"initializer_range": "init_std"},
         },
         refused={"do_layer_norm_before": (None, True), "_remove_final_layer_norm": (None, False)},
     ),
     "falcon": Family(
         "FalconForCausalLM",
-        {
-            **{"vocab_size": int, "hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int},
-            **{"num_kv_heads": int | None, "ffn_hidden_size": int | None, "num_ln_in_parallel_attn": int | None},
+        SIZES
+        | {
+            **{"num_kv_heads": Maybe(int), "ffn_hidden_size": Maybe(int), "num_ln_in_parallel_attn": Maybe(int)},
             **{"layer_norm_epsilon": 1e-5, "activation": "gelu", "initializer_range": 0.02},
-            **{"max_position_embeddings": 2048, "rope_parameters": dict | None, "tie_word_embeddings": True},
+            **{"max_position_embeddings": 2048, "rope_parameters": Maybe(dict), "tie_word_embeddings": True},
             **{"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
             "bias": False,
         },
@@ -686,9 +691,8 @@ FAMILIES: dict[str, Family] = {
         prefix="transformer.",
         names=BLOCK,
         aliases={
-            "intermediate_size": "ffn_hidden_size",
+            **{"intermediate_size": "ffn_hidden_size", "hidden_act": "activation"},
             "layer_norm_eps": "layer_norm_epsilon",
-            "hidden_act": "activation",
         },
         embedding="word_embeddings.weight",
         targets=FUSED,
@@ -696,39 +700,44 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(
         "BloomForCausalLM",
         {
-            **{"vocab_size": int, "hidden_size": int, "n_layer": int, "n_head": int},
+            **dict.fromkeys(("vocab_size", "hidden_size", "n_layer", "n_head"), int),
             **{"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True},
-            "activation_function": "gelu_new",
         },
         bloom,
         prefix="transformer.",
         names=BLOCK,
-        aliases=GPT_ALIASES | {"hidden_size": "hidden_size"},
+        aliases={
+            **{"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+            "layer_norm_eps": "layer_norm_epsilon",
+        },
         refused={"apply_residual_connection_post_layernorm": (None, False)},
         embedding="word_embeddings.weight",
         targets=FUSED,
     ),
     "cohere": Family(
         "CohereForCausalLM",
-        LAYER | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True, "use_qk_norm": False},
+        fields(8192, **LAYER, attention_bias=False, logit_scale=0.0625, use_qk_norm=False)
+        | {"tie_word_embeddings": True},
         lambda c: cohere(c, c.use_qk_norm),
-        rope=functools.partial(rotary.rope_parameters, theta=500000.0),
+        rope=rope(theta=500000.0),
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
-        LAYER | WINDOW | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True},
+        fields(8192, **LAYER, **WINDOW, attention_bias=False, logit_scale=0.0625) | {"tie_word_embeddings": True},
         cohere2,
     ),
     "granite": Family(
         "GraniteForCausalLM",
-        RMS
-        | {"mlp_bias": False}
-        | dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
+        fields(
+            *(2048, None),
+            **RMS | {"mlp_bias": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0},
+            **{"attention_multiplier": 1.0, "logits_scaling": 1.0},
+        ),
         granite,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
-        RMS | SPARSE | {"head_dim": int | None, "num_local_experts": 8},
+        fields(131072, 8, rms_norm_eps=1e-5, **SPARSE, head_dim=Maybe(int), num_local_experts=8),
         lambda c: sparse(c, c.num_local_experts, True),
         names={
             "mlp.gate": "block_sparse_moe.gate",
@@ -736,23 +745,27 @@ FAMILIES: dict[str, Family] = {
             "mlp.experts.up_proj": "block_sparse_moe.experts.{}.w3",
             "mlp.experts.down_proj": "block_sparse_moe.experts.{}.w2",
         },
-        rope=functools.partial(rotary.rope_parameters, theta=1000000.0),
+        rope=rope(theta=1000000.0),
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
-        RMS | {"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False, "clip_qkv": float | None},
+        fields(
+            *(4096, 16),
+            **{"rms_norm_eps": 1e-5, "attention_bias": False, "clip_qkv": Maybe(float)},
+            **{"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
+        ),
         lambda c: sparse(c, c.num_experts, c.norm_topk_prob, head_norm="all", clip=c.clip_qkv),
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        RMS
-        | SPARSE
-        | {
-            **{"head_dim": int | None, "num_experts_per_tok": 8, "num_local_experts": 128, "norm_topk_prob": False},
-            **{"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": ()},
-            "use_sliding_window": False,
-        },
+        fields(
+            *(32768, 4),
+            **RMS | {"sliding_window": Maybe(int, 4096), "use_sliding_window": False, "head_dim": Maybe(int)},
+            **{"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False, "moe_intermediate_size": 768},
+            **{"decoder_sparse_step": 1, "mlp_only_layers": ()},
+        ),
         qwen3_moe,
+        spellings={"num_local_experts": "num_experts"},
     ),
     "t5": t5("T5ForConditionalGeneration"),
     "mt5": t5("MT5ForConditionalGeneration", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
@@ -761,8 +774,8 @@ FAMILIES: dict[str, Family] = {
 EXPERTS = {f"mlp.experts.{name}": f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 
 
-def stored_names(family: Family, path: tuple[str | int, ...], count: int) -> list[str]:
-    """Return the names, without prefix, of the tensors that hold a parameter: one, or `count` of a stack.
+def stored_name(family: Family, path: tuple[str | int, ...]) -> str:
+    """Return the name, without prefix, of the tensor that holds a parameter; with {} for each of a stack of tensors.
 
     ("layers", 0, "mlp", "up_proj", "kernel") is layers.0.mlp.up_proj.weight, or what the family's table calls it.
     """
@@ -771,8 +784,7 @@ def stored_names(family: Family, path: tuple[str | int, ...], count: int) -> lis
     module = ".".join(modules[at:])
     module = family.names.get(module, EXPERTS.get(module, module))
     head = [family.names.get("layers", "layers"), modules[1]] if at else []
-    name = ".".join([*head, module, "bias" if leaf == "bias" else "weight"])
-    return [name.format(index) for index in range(count)] if "{}" in name else [name]
+    return ".".join([*head, module, "bias" if leaf == "bias" else "weight"])
 
 
 Llama = StableLM = Decoder
@@ -829,19 +841,76 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
     if family.config is None:
         known = (*family.fields, *ROPE_FIELDS)
-        values = {name: value for name, value in config.items() if name in known}
+        respelt = {family.spellings.get(name, name): value for name, value in config.items()}
+        values = {name: value for name, value in respelt.items() if name in known}
     else:
         known = {field.name for field in dataclasses.fields(family.config)}
-        config = {name: default for name, default in family.fields.items() if default is not int} | config
         values = {name: value for name, value in config.items() if name in known}
         if family.model is T5:
-            values |= _t5(config, source, tensor_names)
+            defaults = {name: default for name, default in family.fields.items() if default is not int}
+            values = defaults | values | _t5(defaults | config, source, tensor_names)
     if missing := [name for name, kind in family.fields.items() if kind is int and name not in config]:
         raise ValueError(f"{source}: the configuration lacks {', '.join(missing)}.")
     try:
         return Decoder(Config(model_type, **values)) if family.config is None else family.model(family.config(**values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def without_head(model: Network) -> Network:
+    """Return the model without a head of its own, as a reward model is stored: its unembedding is the embedding."""
+    if isinstance(model, Decoder) and not model.config.tie_word_embeddings:
+        return dataclasses.replace(model, config=model.config.replace(tie_word_embeddings=True))
+    return model
+
+
+def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+    """Raise ValueError if a size that `config.json` claims is larger than the files can hold.
+
+    A model of that size is not built, even as shapes alone.
+    """
+    largest = max(1 << 16, *map(math.prod, shapes.values()))
+    for name, value in config.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > len(shapes):
+            raise ValueError(f"{source}: {name} is {value}, but the files hold {len(shapes)} tensors.")
+        if name in CLAIMED and value > largest:
+            raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
+
+
+CLAIMED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("n_embd", "n_head", "n_inner", "num_heads", "ffn_dim", "num_kv_heads", "ffn_hidden_size", "d_model", "d_kv"),
+    *("d_ff", "moe_intermediate_size", "num_experts", "num_local_experts"),
+)
+
+# The language model of a multimodal checkpoint ------------------------------------------------------------------------
+
+OTHERS = re.compile(r"(model\.)?(vision_|visual|multi_modal_projector|image_newline|audio_|embed_vision|embed_audio)")
+
+
+def text_config(config: dict[str, Any], *, source: str) -> dict[str, Any]:
+    """Return the configuration of the language model of a multimodal checkpoint; that of a plain one is itself."""
+    inner = config.get("text_config")
+    if inner is None or config.get("model_type") in FAMILIES:
+        return config
+    if not isinstance(inner, dict):
+        raise ValueError(f"{source}: text_config must be an object, but is {inner!r}.")
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    return inner | ids | {"multimodal": config.get("model_type")}
+
+
+def text_tensors(
+    config: Mapping[str, Any], tensors: Iterator[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of the language model of a multimodal checkpoint, under the names of a plain one."""
+    for name, tensor in tensors:
+        if "multimodal" not in config:
+            yield name, tensor
+        elif not OTHERS.match(name):
+            name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
+            yield name.replace("model.lm_head.", "lm_head."), tensor
 
 
 def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]]) -> dict[str, Any]:

@@ -15,12 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models import families, huggingface, loading
 
-ARCHITECTURES = {
-    "gpt2": "GPT2ForSequenceClassification",
-    "llama": "LlamaForSequenceClassification",
-    "stablelm": "StableLmForSequenceClassification",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class ScalarHead:
@@ -86,12 +80,14 @@ def save_reward_model(
     """
     config = families.config_of(head.lm)
     family = config["model_type"]
-    if family not in ARCHITECTURES:
-        raise ValueError(f"a reward model to save must be on {', '.join(ARCHITECTURES)}, but is on {family}.")
+    architecture = families.FAMILIES[family].reward
+    if architecture is None:
+        known = [name for name, each in families.FAMILIES.items() if each.reward]
+        raise ValueError(f"a reward model to save must be on {', '.join(known)}, but is on {family}.")
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = getattr(tokenizer, "eos_token_id", None) if pad is None else pad
-    extra = {"architectures": [ARCHITECTURES[family]]} | labels | ({} if pad is None else {"pad_token_id": pad})
+    extra = {"architectures": [architecture]} | labels | ({} if pad is None else {"pad_token_id": pad})
     score = np.asarray(params["head"])[None].astype(np.float32 if dtype is None else dtype)
     loading.save(
         path, head.lm, params["model"], tokenizer, config=extra, dtype=dtype, further={huggingface.SCORE: score}

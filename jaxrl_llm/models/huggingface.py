@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.decoder import Network
-from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_names
+from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_name
 
 TensorPath = tuple[str | int, ...]
 SCORE = "score.weight"  # the head of a reward model, [1, width]
@@ -38,14 +38,14 @@ def named_params(model: Network) -> dict[str, Slot]:
     slots = {}
     for entries, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params):
         path = tuple(entry.key for entry in entries)
-        names = stored_names(family, path, leaf.shape[0])
-        stacked = len(names) > 1 or "{}" in family.names.get(".".join(map(str, path[2:-1])), "")
+        name = stored_name(family, path)
+        stacked = "{}" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
         # Always stored as [out, in]: an untied head, and the kernels of all families but GPT-2.
         transposed = path[-1] == "kernel" and (family.transposed or path[0] == "lm_head")
-        for index, name in enumerate(names):
-            stored = shape[::-1] if transposed else shape
-            slots[name] = Slot(path, index if stacked else None, stored, transposed)
+        stored = shape[::-1] if transposed else shape
+        for index in range(leaf.shape[0]) if stacked else [None]:
+            slots[name.format(index)] = Slot(path, index, stored, transposed)
     return slots
 
 
@@ -123,38 +123,46 @@ def _check_copies(params: Params, path: TensorPath, copies: dict[str, np.ndarray
     table = functools.reduce(lambda node, entry: node[entry], path, params)
     for name, copy in copies.items():
         if copy.shape != table.shape or not np.array_equal(np.asarray(copy).astype(table.dtype), np.asarray(table)):
-            reason = "tie_word_embeddings is set, but " if name == "lm_head.weight" else ""
-            raise ValueError(f"{source}: {reason}{name} is not the embedding.")
+            head = name in ("lm_head.weight", "embed_out.weight")
+            reason = "tie_word_embeddings is set, but " if head else ""
+            cure = " With tie_word_embeddings false in config.json the head is a parameter of its own." if head else ""
+            raise ValueError(f"{source}: {reason}{name} is not the embedding.{cure}")
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the `config.json` of a folder."""
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read the `config.json` of a folder, or another JSON file."""
+    path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} must be a folder in Hugging Face format, but has no config.json.")
+        raise FileNotFoundError(f"{folder} must be a folder in Hugging Face format, but has no {name}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(config).__name__}.")
     return config
 
 
-def tensor_names(folder: Path) -> set[str]:
-    """Return the names of the folder's tensors, without a head that repeats or replaces the embedding."""
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the folder's tensors, from the headers of its files."""
     from safetensors import SafetensorError, safe_open
 
-    names = set()
+    shapes = {}
     for path in _safetensors_files(folder):
         try:
             with safe_open(path, framework="np") as file:
-                names |= set(file.keys())
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
+    return shapes
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Return the names of the folder's tensors, without a head that repeats or replaces the embedding."""
+    names = set(stored_shapes(folder))
     return names if _has_own_head(folder, names) else names - {"lm_head.weight"}
 
 
@@ -170,22 +178,27 @@ def _has_own_head(folder: Path, names: set[str]) -> bool:
 
 def read_tensors(folder: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor (or those in `only`) of the folder's safetensors, single or sharded, one at a time."""
+    for path in _safetensors_files(folder):
+        yield from read_file(path, only=only)
+
+
+def read_file(path: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every tensor (or those in `only`) of a file, one at a time."""
     from safetensors import SafetensorError, safe_open
 
-    for path in _safetensors_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    if only is not None and name not in only:
-                        continue
-                    try:
-                        tensor = file.get_tensor(name)
-                    except (AttributeError, TypeError):  # a dtype that numpy does not have
-                        kind = file.get_slice(name).get_dtype()
-                        raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
-                    yield name, tensor
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if only is not None and name not in only:
+                    continue
+                try:
+                    tensor = file.get_tensor(name)
+                except (AttributeError, TypeError):  # a dtype that numpy does not have
+                    kind = file.get_slice(name).get_dtype()
+                    raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
+                yield name, tensor
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -195,9 +208,11 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name or name == ".."]:
+                raise ValueError(f"{outside[0]!r} is not a file of the folder")
             files = [folder / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a safetensors index: {error!r}.") from error
+            raise ValueError(f"{index} is not a safetensors index: {error}.") from error
         absent = [path.name for path in files if not path.is_file()]
         if absent:
             raise FileNotFoundError(f"{folder}: the index names {', '.join(absent)}, which is missing.")
@@ -206,6 +221,23 @@ def _safetensors_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(
         f"{folder} must have model.safetensors, but has {found}; pickled weights are never loaded, convert them first."
     )
+
+
+def check_params(model: Network, params: Params) -> None:
+    """Raise ValueError unless the parameters are those of the model, with their shapes."""
+    expected, found = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (model.abstract_params, params))
+    )
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"the parameter {name} must be {_shape(expected.get(name))}, but is {_shape(found.get(name))}."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
 
 
 def write_folder(
@@ -222,6 +254,7 @@ def write_folder(
 
     _, family = family_of(model)
     tensors = {}
+    check_params(model, params)
     for name, slot in named_params(model).items():
         leaf = functools.reduce(lambda node, entry: node[entry], slot.path, params)
         leaf = leaf if slot.index is None else leaf[slot.index]
@@ -235,6 +268,11 @@ def write_folder(
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "config.json")
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as a whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

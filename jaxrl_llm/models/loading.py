@@ -20,12 +20,14 @@ from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import families, gguf, huggingface, tokenizers
 from jaxrl_llm.models.decoder import Network
+from jaxrl_llm.models.t5 import T5
 
 EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")
 SMOLLM2 = "smollm2-135m-instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # follow from other fields
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_OTHERS = ("*/*", "consolidated*")  # other forms of the same weights
 HUB_SECONDS = 10  # timeout for an answer of the hub
 
 
@@ -37,9 +39,9 @@ class Loaded:
     """
 
     model: Network
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     tokenizer: Any
-    config: dict[str, Any]
+    config: dict[str, Any] = dataclasses.field(repr=False)
 
 
 def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
@@ -57,25 +59,50 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     """
     if not isinstance(path_or_name, str | os.PathLike) or not os.fspath(path_or_name):
         raise TypeError(f"path_or_name must be a path or the name of a model, but is {path_or_name!r}.")
-    try:
-        dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    except TypeError:
-        raise ValueError(f"dtype must be a floating type such as bfloat16, but is {dtype!r}.") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating type, but is {dtype}.")
-    if dtype.itemsize == 8 and not jax.config.jax_enable_x64:
-        raise ValueError(f"dtype {dtype} needs JAX_ENABLE_X64=1 in the environment, or jax.enable_x64.")
+    dtype = _floating(dtype)
     path = locate(path_or_name)
     if path.is_file():
         return _load_gguf(path, dtype)
-    config = huggingface.read_config(path)
+    config = _config(path)
+    shapes = huggingface.stored_shapes(path)
+    families.check_sizes(config, shapes, source=str(path))
+    is_reward = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
     tensor_names = functools.partial(huggingface.tensor_names, path)
     model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
-    tensors = huggingface.read_tensors(path)
-    if str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):  # without its head
+    if is_reward and "lm_head.weight" not in shapes:  # which a reward model does not need
+        model = families.without_head(model)
+    tokenizer = load_tokenizer(path)  # before the weights: a fault of it is found at once
+    tensors = families.text_tensors(config, huggingface.read_tensors(path))
+    if is_reward:
         tensors = ((name, tensor) for name, tensor in tensors if name != huggingface.SCORE)
     params = huggingface.params_from_tensors(model, tensors, dtype=dtype, source=str(path))
-    return Loaded(model, params, load_tokenizer(path), config)
+    return Loaded(model, params, tokenizer, config)
+
+
+def _floating(dtype: Any) -> jnp.dtype:
+    """Return the dtype of the parameters; float32 by default."""
+    names = ("float16", "bfloat16", "float32", "float64")
+    try:
+        found = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in names:
+        raise ValueError(f"dtype must be a floating type, one of {', '.join(names)}, but is {dtype!r}.")
+    if found.itemsize == 8 and not jax.config.jax_enable_x64:
+        raise ValueError(f"dtype {found} needs JAX_ENABLE_X64=1 in the environment, or jax.enable_x64.")
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return a folder's `config.json`, or that of its language model; its `generation_config.json` is a field of it."""
+    config = huggingface.read_config(folder)
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
+        raise ValueError(f"{folder} is quantised ({method}); only plain weights, and GGUF files, are read.")
+    config = families.text_config(config, source=str(folder))
+    if (folder / "generation_config.json").is_file():
+        config = config | {"generation_config": huggingface.read_config(folder, "generation_config.json")}
+    return config
 
 
 def save(
@@ -97,11 +124,16 @@ def save(
     """
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
+    generation = extra.pop("generation_config", {})
     own = families.config_of(model)
     extra = {name: value for name, value in extra.items() if name == "architectures" or name not in (*own, *DERIVED)}
     if "architectures" in extra and further is None:
         del extra["architectures"]  # of the folder that the model was loaded from
     huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra, further=further or {})
+    if not isinstance(model, T5):
+        generation = {name: extra[name] for name in ids if name in extra} | generation
+    if generation:
+        huggingface.write_json(Path(path) / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -145,7 +177,8 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the hub's, the network's or the HTTP library's
         refusal = error
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=refusal is not None))
+        files = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(HUB_OTHERS)}
+        return Path(snapshot_download(name, **files, local_files_only=refusal is not None))
     except Exception as error:
         refusal = refusal or error
     known = ", ".join((*EMBEDDED, SMOLLM2))

@@ -88,12 +88,12 @@ def rotary(settings: Mapping[str, Any], head_dim: int, *, max_length: int, inter
     if lacking := [name for name in FACTORS[kind] if settings.get(name) is None]:
         raise ValueError(f"rope_type {kind} needs {' and '.join(lacking)}.")
     share, theta = settings.get("partial_rotary_factor", 1.0), settings["rope_theta"]
-    for name in ("rope_theta", "partial_rotary_factor", "factor", *FACTORS[kind]):
+    for name in ("rope_theta", "factor", *FACTORS[kind]):
         value = settings.get(name, 1.0)
         values = value if name in ("short_factor", "long_factor") and isinstance(value, tuple | list) else [value]
         if not all(isinstance(each, int | float) and not isinstance(each, bool) and each > 0 for each in values):
             raise ValueError(f"{name} must be above 0, but is {value!r}.")
-    dim = int(head_dim * share)
+    dim = int(head_dim * share) if isinstance(share, int | float) else 0
     if dim % 2 or not 0 < dim <= head_dim:
         raise ValueError(
             f"partial_rotary_factor must leave an even number of a head's {head_dim} coordinates to turn, 2 or more, "
@@ -167,7 +167,9 @@ SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _lo
 # Settings of a config.json --------------------------------------------------------------------------------------------
 
 
-def rope_parameters(config: Mapping[str, Any], *, theta: float = 10000.0, rotated: float = 1.0) -> dict[str, Any]:
+def rope_parameters(
+    config: Mapping[str, Any], *, theta: float = 10000.0, rotated: float | None = None
+) -> dict[str, Any]:
     """Return the rotary settings of a `config.json` in one form: {"rope_type", "rope_theta", factors ...}.
 
     They have an old form (`rope_theta`, `rope_scaling` and `partial_rotary_factor` as separate fields) and a new one
@@ -175,10 +177,12 @@ def rope_parameters(config: Mapping[str, Any], *, theta: float = 10000.0, rotate
     fields, but `rope_scaling` and `rope_parameters` must not contradict each other.
 
     Args:
-        theta, rotated: the family's defaults of `rope_theta` and `partial_rotary_factor`.
+        theta: the family's default of `rope_theta`.
+        rotated: that of `partial_rotary_factor`; None if the family turns whole heads.
 
     Raises:
-        ValueError: if a form is not an object, or the forms contradict each other.
+        ValueError: if a form is not an object, the forms contradict each other, or a part of each head should turn in a
+            family that turns whole heads.
     """
     scaling, given = (_settings(config, form) for form in ("rope_scaling", "rope_parameters"))
     if nested := {name: value for name, value in given.items() if isinstance(value, Mapping)}:
@@ -202,8 +206,8 @@ def rope_parameters(config: Mapping[str, Any], *, theta: float = 10000.0, rotate
         settings |= {name: config[name] for name in fields[2:] if config.get(name) is not None}
     else:
         settings.pop("original_max_position_embeddings", None)
-    if settings["partial_rotary_factor"] == 1:
-        del settings["partial_rotary_factor"]
+    if rotated is None and (share := settings.pop("partial_rotary_factor")) not in (None, 1):
+        raise ValueError(f"partial_rotary_factor = {share!r} is not supported.")
     return settings
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.layout import LITERAL, Sheet, size_in_points, text_width, token_label
+from jaxrl_llm.plots.style import LITERAL, Sheet, size_in_points, text_width, token_label
 
 LABEL_SIZE, LABEL_WIDTH = 7.5, 64.0
 TITLE_SIZE, TITLE_WIDTH = 9.5, 440.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.loss_grid import (
+from jaxrl_llm.plots.landscape import (
     FIRST,
     SECOND,
     LossGrid,

@@ -17,7 +17,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.layout import LITERAL, Sheet, per_cent, sentence, signed, size_in_points, text_width, token_label
+from jaxrl_llm.plots.style import LITERAL, Sheet, per_cent, sentence, signed, size_in_points, text_width, token_label
 
 TOKEN_SIZE, NUMBER_SIZE = 7.5, 6.4
 ROW, BOX_HEIGHT, HEADER = 14.6, 11.8, 15.0

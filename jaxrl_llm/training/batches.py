@@ -16,7 +16,7 @@ from jaxrl_llm.data.records import Fields, Text, alike
 from jaxrl_llm.scoring import Sequences, pad_completions
 from jaxrl_llm.training.config import Cut
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch
-from jaxrl_llm.training.reward import RankedBatch
+from jaxrl_llm.training.reward_model import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
 
 Length = TypeVar("Length", int, Int[np.ndarray, "batch"])
@@ -117,7 +117,7 @@ class Encoder:
     def _prompt(self, asked: Text) -> list[int]:
         if isinstance(asked, str):
             return text.encode(self._tokenizer, asked)
-        return self._plain(self._rendered(asked, generation=True))
+        return text.rendered_tokens(self._tokenizer, self._rendered(asked, generation=True))
 
     def _completion(self, asked: Text, completion: Text) -> list[int]:
         eos = self._tokenizer.eos_token_id
@@ -128,7 +128,7 @@ class Encoder:
             whole = self._rendered((*asked, *completion), generation=False)
             if not whole.startswith(before):
                 raise ValueError("the chat template changes the prompt when a completion follows it.")
-            tokens = self._plain(whole.removeprefix(before).rstrip())
+            tokens = text.rendered_tokens(self._tokenizer, whole.removeprefix(before).rstrip())
         return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
 
     def _plain(self, string: str) -> list[int]:
@@ -137,7 +137,7 @@ class Encoder:
     def _rendered(self, messages: Sequence[records.Message], *, generation: bool) -> str:
         if not self._tokenizer.chat_template:
             raise ValueError("the data hold conversations, but the tokenizer has no chat template.")
-        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+        return text.render(self._tokenizer, messages, generation=generation)
 
 
 class Rows(NamedTuple):

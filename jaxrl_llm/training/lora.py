@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,50 +20,57 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import families, huggingface
-from jaxrl_llm.models.decoder import Network
+from jaxrl_llm.models.decoder import Network, check_value
 from jaxrl_llm.training.steps import View
 
 Adapter = dict[str, dict[str, Array]]  # the tensor's name: {"a": [in, rank], "b": [rank, out]}
 
 
-class Lora(NamedTuple):
-    """The weights that have adapters, and their scale."""
+class Module(NamedTuple):
+    """A linear layer that has an adapter."""
 
-    model: Network
+    name: str  # of its tensor, in Hugging Face's form
     rank: int
     alpha: float
-    targets: tuple[str, ...]
 
-    @property
-    def scale(self) -> float:
-        """α/r."""
-        return self.alpha / self.rank
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The weights that have adapters, with the rank and the scale of each."""
+
+    model: Network
+    modules: tuple[Module, ...]
+    rslora: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors that have adapters, in Hugging Face's form."""
-        return tuple(name for name in _kernels(self.model) if name.split(".")[-2] in self.targets)
+        return tuple(module.name for module in self.modules)
+
+    def scale(self, module: Module) -> float:
+        """Return α/r, or α/√r (Kalajdzievski 2023)."""
+        return module.alpha / (math.sqrt(module.rank) if self.rslora else module.rank)
 
     def init(self, key: Array) -> Adapter:
         """Draw A uniformly from ±√(1/in), as PEFT does; B is zero, so that the model is unchanged at the start."""
-        shapes = _kernels(self.model)
+        layers = _layers(self.model)
         adapter = {}
-        for name, each in zip(self.names, jax.random.split(key, len(self.names)), strict=True):
-            fan_in, fan_out = shapes[name]
+        for (name, rank, _), each in zip(self.modules, jax.random.split(key, len(self.modules)), strict=True):
+            fan_in, fan_out = layers[name].shape
             bound = 1 / math.sqrt(fan_in)
-            a = jax.random.uniform(each, (fan_in, self.rank), minval=-bound, maxval=bound)
-            adapter[name] = {"a": a, "b": jnp.zeros((self.rank, fan_out))}
+            a = jax.random.uniform(each, (fan_in, rank), minval=-bound, maxval=bound)
+            adapter[name] = {"a": a, "b": jnp.zeros((rank, fan_out))}
         return adapter
 
     def merge(self, params: Params, adapter: Adapter) -> Params:
         """Return the parameters with the adapters added; differentiable in both."""
         _check(self, adapter)
-        paths = {name: slot.path for name, slot in huggingface.named_params(self.model).items()}
-        changed = {paths[name]: pair for name, pair in adapter.items()}
+        layers = _layers(self.model)
+        changed = {layers[module.name].path: (self.scale(module), adapter[module.name]) for module in self.modules}
 
         def add(path: Any, leaf: Array) -> Array:
-            pair = changed.get(tuple(entry.key for entry in path))
-            return leaf if pair is None else leaf + (self.scale * pair["a"] @ pair["b"]).astype(leaf.dtype)
+            scale, pair = changed.get(tuple(entry.key for entry in path), (0, None))
+            return leaf if pair is None else leaf + (scale * pair["a"] @ pair["b"]).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(add, params)
 
@@ -68,25 +79,68 @@ class Lora(NamedTuple):
         return lambda adapter, frozen: self.merge(jax.lax.stop_gradient(frozen.base), adapter)
 
 
-def lora(model: Network, *, rank: int = 8, alpha: float = 16.0, targets: Sequence[str] | None = None) -> Lora:
-    """Return adapters for a model's linear layers of given names.
+def lora(
+    model: Network,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] | str | None = None,
+    rslora: bool = False,
+) -> Lora:
+    """Return adapters for linear layers of a model.
 
     Args:
         rank: r, columns of A.
         alpha: α; the product A B is scaled by α/r.
-        targets: names of modules, such as c_attn, c_proj, q_proj; by default those of attention queries and values.
+        targets: names of layers or their ends, such as c_attn, mlp.c_proj or model.layers.0.self_attn.q_proj; or one
+            string, a regular expression of whole names; or "all-linear" for every linear layer but the head (and in a
+            model with experts its MLPs). By default those of attention queries and values.
+        rslora: scale by α/√r instead.
 
     Raises:
-        ValueError: for a rank below 1, or a name that no linear layer has, listing the names.
+        ValueError: for a rank below 1, or a target that no linear layer has, listing the names.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, but is {rank}.")
-    targets = tuple(families.family_of(model)[1].targets if targets is None else targets)
-    known = {name.split(".")[-2] for name in _kernels(model)}
-    unknown = sorted(set(targets) - known)
-    if unknown or not targets:
-        raise ValueError(f"targets must be among {', '.join(sorted(known))}, but are {', '.join(unknown) or 'none'}.")
-    return Lora(model, rank, float(alpha), targets)
+    targets = families.family_of(model)[1].targets if targets is None else targets
+    return Lora(model, tuple(Module(name, rank, float(alpha)) for name in _targeted(model, targets)), rslora)
+
+
+def _targeted(model: Network, targets: Sequence[str] | str) -> list[str]:
+    """Return the names of the tensors that the targets select."""
+    layers = _layers(model)
+    if targets == "all-linear":
+        return list(layers)
+    if isinstance(targets, str):
+        pattern = _compiled("targets", targets)
+        found = {targets: {name for name, layer in layers.items() if pattern.fullmatch(layer.module)}}
+    else:
+        found = {
+            target: {name for name, layer in layers.items() if f".{layer.module}".endswith(f".{target}")}
+            for target in targets
+        }
+    unknown = [target for target, names in found.items() if not names]
+    if unknown or not found:
+        known = ", ".join(sorted({layer.last for layer in layers.values()}))
+        example = next(iter(layers.values())).module
+        raise ValueError(
+            f"targets must be among {known}, or match names such as {example}, but are {', '.join(unknown) or 'none'}."
+        )
+    chosen = set().union(*found.values())
+    return [name for name in layers if name in chosen]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # the base weights stay as they are
+KNOWN = {  # of PEFT's fields, those that are read, and those that say nothing beyond the tensors
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
+    *("runtime_config", "ensure_weight_tying"),
+}
 
 
 def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base: str = "") -> None:
@@ -100,88 +154,180 @@ def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base:
     _check(given, adapter)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _, family = families.family_of(given.model)
-    tensors = {}
-    for name, pair in adapter.items():
-        module = f"base_model.model.{family.prefix}{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(np.asarray(pair["a"]).T)
-        tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(np.asarray(pair["b"]).T)
+    layers = _layers(given.model)
+    modules = {layers[module.name].module: module for module in given.modules}
+    tensors = {
+        f"base_model.model.{name}.lora_{side.upper()}.weight": np.ascontiguousarray(np.asarray(leaf).T)
+        for name, module in modules.items()
+        for side, leaf in adapter[module.name].items()
+    }
+    rank = _commonest(module.rank for module in given.modules)
+    alpha = _commonest(module.alpha for module in given.modules)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if "is_encoder_decoder" in families.config_of(given.model) else "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": given.rank,
-        "lora_alpha": given.alpha,
-        "target_modules": list(given.targets),
-        "fan_in_fan_out": not family.transposed,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: module.rank for name, module in modules.items() if module.rank != rank},
+        "alpha_pattern": {name: module.alpha for name, module in modules.items() if module.alpha != alpha},
+        "use_rslora": given.rslora,
+        "target_modules": _target_modules(given),
+        "fan_in_fan_out": not families.family_of(given.model)[1].transposed,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(tensors, folder / "adapter_model.safetensors.partial", metadata={"format": "pt"})
-    os.replace(folder / "adapter_model.safetensors.partial", folder / "adapter_model.safetensors")
-    partial = folder / "adapter_config.json.partial"
+    save_file(tensors, folder / f"{TENSORS}.partial", metadata={"format": "pt"})
+    os.replace(folder / f"{TENSORS}.partial", folder / TENSORS)
+    partial = folder / f"{CONFIG}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "adapter_config.json")
+    os.replace(partial, folder / CONFIG)
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return collections.Counter(values).most_common(1)[0][0]
+
+
+def _target_modules(given: Lora) -> list[str]:
+    """Return the last components of the names if no other layer has them, else whole names."""
+    layers = _layers(given.model)
+    last = dict.fromkeys(layers[name].last for name in given.names)
+    others = {layer.last for name, layer in layers.items() if name not in given.names}
+    return [layers[name].module for name in given.names] if others & set(last) else list(last)
 
 
 def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]:
-    """Load an adapter that `save`, or PEFT, has written for this model.
+    """Load a LoRA adapter that `save`, or PEFT, has written for this model.
+
+    The layers are those of which the file holds A and B; each may have its own rank and α.
 
     Raises:
         FileNotFoundError: if there is no adapter.
-        ValueError: if it is of another kind or of another model, naming what does not fit.
+        ValueError: if it is of another kind or of another model, or damaged, naming what does not fit.
     """
-    from safetensors.numpy import load_file
-
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no adapter_config.json.")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        variants = [name for name in ("use_dora", "use_rslora") if config.get(name)]
-        raise ValueError(
-            f"{folder} is not a plain LoRA adapter: peft_type is {config.get('peft_type')}"
-            f"{''.join(f', {name} is set' for name in variants)}."
-        )
-    varied = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
-    if varied or config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{folder} must have one rank and one alpha for all layers, but sets {', '.join(varied) or 'bias'}."
-        )
-    given = lora(model, rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"])
+    config = huggingface.read_config(folder, CONFIG)
+    _check_plain(config, folder / CONFIG)
+    ranks = _by_pattern(config, "r", "rank_pattern", "int", folder / CONFIG)
+    alphas = _by_pattern(config, "lora_alpha", "alpha_pattern", "float", folder / CONFIG)
+    path = folder / TENSORS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} must have {TENSORS}, but has {', '.join(sorted(os.listdir(folder)))}.")
     _, family = families.family_of(model)
-    found: Adapter = {}
-    for full_name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        module, _, side = full_name.removesuffix(".weight").rpartition(".lora_")
-        name = module.removeprefix("base_model.model.").removeprefix(family.prefix) + ".weight"
-        found.setdefault(name, {})[side.lower()] = jnp.asarray(tensor.T)
-    _check(given, found)
-    return given, found
+    layers = _layers(model)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    modules, unknown = {}, []
+    for key, tensor in huggingface.read_file(path):
+        parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        name = f"{parts[1].removeprefix(family.prefix)}.weight" if parts else key
+        if not parts or name not in layers or not jnp.issubdtype(tensor.dtype, jnp.floating):
+            unknown.append(f"{key} of {tensor.dtype}")
+            continue
+        rank, alpha = (
+            next(value for pattern, value in rows if pattern.fullmatch(parts[1])) for rows in (ranks, alphas)
+        )
+        modules[name] = Module(name, rank, float(alpha))
+        pair = found.setdefault(name, {})
+        if parts[2].lower() in pair:
+            raise ValueError(f"{path} holds {key} twice, with and without {family.prefix!r}.")
+        pair[parts[2].lower()] = tensor.T.astype(np.float32)
+    if unknown or not found:
+        raise ValueError(
+            f"{path} must hold lora_A and lora_B of linear layers such as {next(iter(layers.values())).module} (not of "
+            f"heads, embeddings or experts), but holds {_few(unknown) or 'nothing'}."
+        )
+    given = Lora(model, tuple(modules[name] for name in layers if name in modules), bool(config.get("use_rslora")))
+    _check(given, found, source=f"{folder}: the adapter")
+    return given, jax.tree.map(jnp.asarray, {name: found[name] for name in given.names})
 
 
-def _kernels(model: Network) -> dict[str, tuple[int, int]]:
-    """Return the tensors of the linear layers with their shapes [in, out]."""
-    named = huggingface.named_params(model).items()
+def _check_plain(config: Mapping[str, Any], source: Path) -> None:
+    """Raise unless the configuration is one of plain LoRA; a field that is not known must be off."""
+    reasons = []
+    if config.get("peft_type") != "LORA":
+        reasons.append(f"peft_type is {config.get('peft_type')!r}")
+    if (start := config.get("init_lora_weights")) not in INITIALISATIONS:
+        reasons.append(f"init_lora_weights is {reprlib.repr(start)}, which changes the base weights")
+    for name, value in config.items():
+        if name not in KNOWN and value and (name, value) != ("bias", "none"):
+            reasons.append(f"{name} is {reprlib.repr(value)}")
+    if reasons:
+        raise ValueError(f"{source} is not that of a plain LoRA adapter: {_few(reasons)}.")
+    check_value(f"{source}: use_rslora", config.get("use_rslora") or False, "bool")
+
+
+def _by_pattern(
+    config: Mapping[str, Any], field: str, patterns: str, kind: str, source: Path
+) -> list[tuple[re.Pattern[str], Any]]:
+    """Return patterns of modules' names with the values of a field, the first that matches counts, as in PEFT."""
+    given = config.get(patterns) or {}
+    check_value(f"{source}: {patterns}", given, "dict")
+    rows = [(f"{source}: {patterns}", *row) for row in given.items()]
+    rows.append((f"{source}: {field}", ".*", config.get(field)))
+    for name, _, value in rows:
+        check_value(name, value, kind)
+    return [(_compiled(name, pattern, r"(.*\.)?({})"), value) for name, pattern, value in rows]
+
+
+def _compiled(field: str, pattern: str, form: str = "{}") -> re.Pattern[str]:
+    try:
+        return re.compile(form.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{field} must be a regular expression, but is {pattern!r}: {error}.") from error
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A linear layer that may have an adapter."""
+
+    module: str  # the whole name, as in PEFT
+    path: huggingface.TensorPath
+    shape: tuple[int, int]  # [in, out]
+
+    @property
+    def last(self) -> str:
+        """The last component of the name."""
+        return self.module.rpartition(".")[2]
+
+
+def _layers(model: Network) -> dict[str, Layer]:
+    """Return the linear layers by the name of their tensor: all but the head, and the MLPs of a model with experts.
+
+    PEFT takes the name of such an MLP's layer for that of the experts, also where the layer has none.
+    """
+    _, family = families.family_of(model)
+    slots = huggingface.named_params(model)
+    apart = {"lm_head", "mlp"} if any("experts" in slot.path for slot in slots.values()) else {"lm_head"}
     return {
-        name: slot.shape[::-1] if slot.transposed else slot.shape
-        for name, slot in named
-        if slot.path[-1] == "kernel" and slot.path[0] != "lm_head" and slot.index is None
+        name: Layer(
+            family.prefix + name.removesuffix(".weight"),
+            slot.path,
+            slot.shape[::-1] if slot.transposed else slot.shape,
+        )
+        for name, slot in slots.items()
+        if slot.path[-1] == "kernel" and not apart & set(slot.path)
     }
 
 
-def _check(given: Lora, adapter: PyTree) -> None:
-    """Raise unless the adapter is one of this model, of this rank."""
-    shapes = _kernels(given.model)
-    problems = [f"missing {name}" for name in given.names if name not in adapter]
-    for name, pair in adapter.items():
-        if name not in given.names:
-            problems.append(f"unknown {name}")
+def _check(given: Lora, adapter: PyTree, source: str = "the adapter") -> None:
+    """Raise unless the adapter is one of these layers and ranks."""
+    layers = _layers(given.model)
+    problems = [f"unknown {name}" for name in adapter if name not in given.names]
+    for name, rank, _ in given.modules:
+        if name not in adapter:
+            problems.append(f"missing {name}")
             continue
-        fan_in, fan_out = shapes[name]
-        expected = {"a": (fan_in, given.rank), "b": (given.rank, fan_out)}
-        found = {side: tuple(pair[side].shape) for side in pair}
+        fan_in, fan_out = layers[name].shape
+        expected = {"a": (fan_in, rank), "b": (rank, fan_out)}
+        found = {side: tuple(leaf.shape) for side, leaf in adapter[name].items()}
         if found != expected:
             problems.append(f"{name} is {found}, not {expected}")
     if problems:
-        raise ValueError(f"the adapter is of another model or rank: {'; '.join(problems[:4])}.")
+        raise ValueError(f"{source} is of another model or rank: {_few(problems)}.")
+
+
+def _few(items: Sequence[str]) -> str:
+    return "; ".join(items[:4]) + (f"; and {len(items) - 4} more" if len(items) > 4 else "")

@@ -1,10 +1,11 @@
-"""Online training: sample completions, compute their rewards, and update the policy by any of `METHODS`."""
+"""Online training by policy gradients: methods, experience (scored completions), the loss, and the trainer."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +16,231 @@ from jaxrl_llm.decoding.core import check_room
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.numerics import bounded_exp, is_concrete
-from jaxrl_llm.objectives import kl, policy_gradient, rlhf
-from jaxrl_llm.objectives.aggregate import aggregate
-from jaxrl_llm.scoring import Sequences, log_probs
+from jaxrl_llm.objectives import advantages, kl, policy_gradient, rlhf
+from jaxrl_llm.objectives.aggregate import Mode, aggregate
+from jaxrl_llm.options import STATIC, Range, number
+from jaxrl_llm.scoring import Measures, Sequences, log_probs, measures
 from jaxrl_llm.training import steps
-from jaxrl_llm.training.methods import Method
+from jaxrl_llm.training.config import CriticOptions, GRPOConfig, PolicyOptions, PPOConfig
 from jaxrl_llm.training.rewards import RewardFn, rewards_of
-from jaxrl_llm.training.rollout import (
-    Experience,
-    Prompts,
-    Rollout,
-    Sampler,
-    critic_values,
-    experience,
-    policy_of,
-    rollout,
-)
+from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, View
+
+Advantage = Literal["returns", "rloo", "grpo", "centered", "gae"]
+Surrogate = Literal["reinforce", "ppo_clip", "gspo", "cispo"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(PolicyOptions, CriticOptions):
+    """A policy-gradient method: an advantage estimator and a surrogate loss. `METHODS` has presets.
+
+    Numbers are leaves, so that another value never recompiles. Choices are static, and so are `value_clip` and
+    `dual_clip`, which may be None.
+
+    The penalty β KL(π‖π_ref) is in the reward of each token as −β k1, the estimator whose expectation and policy
+    gradient are both right. With `kl_loss` it is a term of the loss instead, by the estimator whose gradient is that of
+    the named divergence. "reverse" is KL(π‖ref) of whole completions, by k2 of their summed log-ratios, divided by what
+    `mode` divides the surrogate by, so that β weighs the same against the reward. "forward" is k3 token by token, as in
+    the GRPO paper: its gradient is E_π[Σ_t ∇KL_t(ref‖π)], not ∇KL(ref‖π) of whole completions. The two penalties have
+    different optima: see `objectives.kl`.
+
+    The presets differ from the papers: all have the KL in the reward. GRPO as published (Shao et al. 2024) has k3 in
+    the loss (`kl_loss="forward"`), whose fixed point is not the optimum of RLHF. DAPO (Yu et al. 2025), Dr. GRPO (Liu
+    et al. 2025) and CISPO (MiniMax 2025) have no KL (`beta=0`). "dapo" has two of DAPO's four techniques: clip-higher
+    and the mean over tokens.
+
+    The importance weight of a token is min(π_old/μ, `importance_cap`), where μ is the distribution it was sampled from
+    (after top-p, or in another precision); it is 1 if μ is the policy. The critic's loss is a mean over tokens with the
+    mode "token_mean", else a mean over completions of their means.
+    """
+
+    advantage: Advantage = dataclasses.field(default="rloo", metadata=STATIC)
+    """"returns": rewards to go without a baseline; "rloo", "grpo", "centered": within the group of completions of a
+    prompt; "gae": against a critic."""
+    surrogate: Surrogate = dataclasses.field(default="reinforce", metadata=STATIC)
+    """The loss of `objectives.policy_gradient`."""
+    mode: Mode = dataclasses.field(default="sequence_sum", metadata=STATIC)
+    """The aggregation of its values over tokens and rows, by `objectives.aggregate`."""
+    normaliser: float = number(1.0, 0, above=True)
+    """Tokens per row that the mode "constant" divides by."""
+
+    def __post_init__(self):
+        if self.kl_loss not in ("reverse", "forward", None):
+            raise ValueError(
+                f'kl_loss must name a divergence, "reverse" or "forward", or be None, but is {self.kl_loss!r}: '
+                "as a loss, k1 has the gradient 0 in expectation, and k3 that of the forward divergence."
+            )
+        super().__post_init__()
+        if self.advantage in ("rloo", "grpo", "centered") and self.group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2 for {self.advantage}, which compares the completions of a prompt, "
+                f"but is {self.group_size}."
+            )
+        if self.surrogate in ("ppo_clip", "gspo"):
+            Range(0, 1).check("clip_low", self.clip_low, integer=False)
+        if self.surrogate == "gspo" and self.mode != "sequence_mean":
+            raise ValueError(
+                f"mode must be sequence_mean for gspo, which has one ratio per completion, but is {self.mode}."
+            )
+        if self.dual_clip is not None and self.surrogate != "ppo_clip":
+            raise ValueError(f"dual_clip must be None for the surrogate {self.surrogate}, but is {self.dual_clip}.")
+
+    @property
+    def has_critic(self) -> bool:
+        """True if a critic is trained beside the policy."""
+        return self.advantage == "gae"
+
+
+METHODS: dict[str, Method] = {
+    "reinforce": Method(advantage="returns", group_size=1),
+    "rloo": Method(advantage="rloo"),
+    "ppo": Method(
+        advantage="gae",
+        surrogate="ppo_clip",
+        mode="token_mean",
+        group_size=PPOConfig.group_size,
+        epochs=PPOConfig.epochs,
+        whiten=PPOConfig.whiten,
+    ),
+    "grpo": Method(advantage="grpo", surrogate="ppo_clip", mode="sequence_mean"),
+    "dr_grpo": Method(advantage="centered", surrogate="ppo_clip", mode="constant", normaliser=32.0),
+    "dapo": Method(advantage="grpo", surrogate="ppo_clip", mode="token_mean", clip_high=0.28),
+    "gspo": Method(advantage="grpo", surrogate="gspo", mode="sequence_mean", clip_low=3e-4, clip_high=4e-4),
+    "cispo": Method(advantage="grpo", surrogate="cispo", mode="token_mean", clip_low=1.0, clip_high=4.0),
+}
+
+
+def method_of(config: GRPOConfig) -> Method:
+    """Return the preset that the configuration names, with the hyperparameters that it sets.
+
+    Raises:
+        ValueError: as `Method`, if they do not fit the preset.
+    """
+    names = {field.name for field in dataclasses.fields(Method)}
+    given: dict[str, Any] = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name in names and not (getattr(config, field.name) is None and field.default is None)
+    }
+    return dataclasses.replace(METHODS[config.method], **given)
+
+
+# Experience -----------------------------------------------------------------------------------------------------------
+
+
+class Experience(NamedTuple):
+    """A rollout batch: completions and the quantities held fixed during an update, all 0 outside completions."""
+
+    sequences: Sequences
+    logp_old: Float[Array, "batch time"]  # of the policy before the update, computed by the trainer
+    logp_sampler: Float[Array, "batch time"]  # under the sampling distribution
+    logp_ref: Float[Array, "batch time"]
+    advantages: Float[Array, "batch time"]
+    returns: Float[Array, "batch time"]  # targets of the critic; 0 without one
+    values_old: Float[Array, "batch time"]
+
+
+def policy_of(params: Params, method: Method) -> Params:
+    """Return the policy's parameters among the trained ones."""
+    return params["policy"] if method.has_critic else params
+
+
+def experience(
+    lm: LanguageModel,
+    method: Method,
+    params: Params,
+    ref_params: Params,
+    rollout: Rollout,
+    rewards: Float[Array, "batch"],
+    *,
+    critic: ScalarHead | None = None,
+    temperature: float | Array = 1.0,
+) -> tuple[Experience, Metrics]:
+    """Score completions by policy, reference and critic, and compute their advantages.
+
+    The metrics describe the policy that sampled them: `reward`, `reward_std`; `kl_k1`, `kl_k3` and `kl` (Rao-Blackwell)
+    against the reference, of whole completions in nats; `entropy` per token in nats; `length` in tokens; and `ended`,
+    the share of completions that ended with EOS.
+    """
+    sequences = rollout.sequences
+    found = measures(lm, policy_of(params, method), ref_params, sequences, temperature=temperature)
+    per_token = token_rewards(method, found, sequences, rewards)
+    values = jnp.zeros_like(per_token)
+    if method.has_critic:
+        values, after = critic_values(critic, params["critic"], sequences)
+        going_on = method.bootstrap & ~rollout.ended
+        end = jnp.where(going_on, after, 0)[:, None]
+        found_advantages = advantages.gae(
+            per_token,
+            jnp.concatenate([values, end], axis=1),
+            discount=method.discount,
+            lambda_=method.lambda_,
+            mask=sequences.completion_mask,
+        )
+    else:
+        found_advantages = _compared(method, per_token, sequences)
+    returns = jnp.where(sequences.completion_mask, found_advantages + values, 0) if method.has_critic else values
+    if method.whiten:
+        found_advantages = advantages.whiten(found_advantages, sequences.completion_mask)
+    batch = Experience(
+        sequences, found.logp_policy, rollout.logp_sampler, found.logp_ref, found_advantages, returns, values
+    )
+    return batch, _described(found, rollout, rewards)
+
+
+def token_rewards(
+    method: Method, found: Measures, sequences: Sequences, rewards: Float[Array, "batch"]
+) -> Float[Array, "batch time"]:
+    """Return the reward at the last token and −β k1 at each, unless the divergence is a term of the loss."""
+    place = jnp.arange(sequences.completion_mask.shape[1])
+    last = jnp.where(sequences.completion_mask, place, -1).max(axis=1, keepdims=True)
+    at_end = jnp.where(place == last, rewards[:, None], 0)
+    if method.kl_loss is not None:
+        return at_end
+    return at_end - jnp.where(sequences.completion_mask, method.beta * kl.k1(found.logp_policy, found.logp_ref), 0)
+
+
+def critic_values(
+    critic: ScalarHead, params: Params, sequences: Sequences
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch"]]:
+    """Return the value before each completion token, 0 elsewhere; and the value at each row's end."""
+    before = ((0, 0), (1, 0))  # padding has the state of the tokens before it
+    tokens, mask = (jnp.pad(each, before) for each in (sequences.tokens, sequences.mask))
+    values = critic.values(params, tokens, mask=mask)
+    last = jnp.where(mask, jnp.arange(mask.shape[1]), 0).max(axis=1)
+    end = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+    return jnp.where(sequences.completion_mask, values[:, :-1], 0), end
+
+
+def _compared(method: Method, per_token: Array, sequences: Sequences) -> Float[Array, "batch time"]:
+    """Return advantages without a critic: rewards to go, or a completion's reward compared within its group."""
+    if method.advantage == "returns":
+        return advantages.returns_to_go(per_token, mask=sequences.completion_mask)
+    compare = {"rloo": advantages.rloo, "grpo": advantages.grpo, "centered": advantages.centered}[method.advantage]
+    whole = compare(per_token.sum(axis=1).reshape(-1, method.group_size)).reshape(-1, 1)
+    return jnp.where(sequences.completion_mask, whole, 0)
+
+
+def _described(found: Measures, rollout: Rollout, rewards: Array) -> Metrics:
+    mask = rollout.sequences.completion_mask
+    tokens = jnp.maximum(mask.sum(), 1)
+    sums = {
+        "kl_k1": kl.k1(found.logp_policy, found.logp_ref),
+        "kl_k3": kl.k3(found.logp_policy, found.logp_ref),
+        "kl": found.kl,
+    }
+    return {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(),
+        **{name: jnp.where(mask, each, 0).sum(axis=1).mean() for name, each in sums.items()},
+        "entropy": jnp.where(mask, found.entropy, 0).sum() / tokens,
+        "length": mask.sum(axis=1).mean(),
+        "ended": rollout.ended.mean(),
+    }
+
+
+# The trainer and its loss ---------------------------------------------------------------------------------------------
 
 
 class Trainer(NamedTuple):

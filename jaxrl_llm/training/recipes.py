@@ -19,15 +19,24 @@ from jaxrl_llm.data import records
 from jaxrl_llm.decoding.transforms import TopP
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
-from jaxrl_llm.training import loop, optimizers, rewards
+from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import LOGGING, Config, Data, GRPOConfig, OfflineConfig
-from jaxrl_llm.training.methods import Method, method_of
-from jaxrl_llm.training.policy import online
+from jaxrl_llm.training.policy import Method, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
-from jaxrl_llm.training.steps import Frozen, LossFn, Metrics, TrainState, View, compute_in, initial_state, make_step
+from jaxrl_llm.training.steps import (
+    Frozen,
+    LossFn,
+    Metrics,
+    TrainState,
+    View,
+    adamw,
+    compute_in,
+    initial_state,
+    make_step,
+)
 
 SHOWN = 48  # tokens of a sample
 
@@ -123,7 +132,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     begun = _check_folder([name, getattr(config, "reward_model", None)], config, out)
     loaded = models.load(lm) if owned else _as_loaded(lm)
     if isinstance(loaded.model, models.T5):
-        raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.seq2seq trains it.")
+        raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
     if loaded.tokenizer is None:
         raise ValueError(f"the model must have a tokenizer, but {name} has none.")
     if out is not None and not owned:
@@ -354,7 +363,7 @@ def _start_of(run: Run, batches: Batches) -> tuple[Prompts, Sampler]:
 
 
 def _adamw(config: Config, updates: int) -> Any:
-    return optimizers.adamw(
+    return adamw(
         config.learning_rate,
         steps=updates,
         warmup=config.warmup,

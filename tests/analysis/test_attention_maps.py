@@ -9,17 +9,17 @@ import transformers
 
 from jaxrl_llm import models
 from jaxrl_llm.analysis.attention import START, attention_maps, strongest_links
-from jaxrl_llm.data import number_tokenizer
+from jaxrl_llm.data import number_names
 from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded, T5Config
 from tests.conftest import random_params
 
 pytestmark = pytest.mark.slow
 
 TOKENIZER = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=number_tokenizer.build(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    tokenizer_object=number_names.build_tokenizer(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
 )
 SIZE = TOKENIZER.vocab_size
-CONFIG = {"vocab_size": SIZE, "eos_token_id": number_tokenizer.EOS_ID}
+CONFIG = {"vocab_size": SIZE, "eos_token_id": number_names.EOS_ID}
 SOURCE, TARGET = ["forty", "two", "</s>"], ["zwei", "und", "vierzig", "</s>"]
 
 

@@ -1,10 +1,16 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm.analysis import bleu, chrf, score_intervals
+from jaxrl_llm.analysis import bleu, bootstrap, chrf
 from jaxrl_llm.analysis.bleu import corpus_bleu, corpus_chrf
-from jaxrl_llm.analysis.bootstrap import bootstrap_difference, bootstrap_interval
-from jaxrl_llm.analysis.score_intervals import bleu_difference, bleu_interval, chrf_difference, chrf_interval
+from jaxrl_llm.analysis.bootstrap import (
+    bleu_difference,
+    bleu_interval,
+    bootstrap_difference,
+    bootstrap_interval,
+    chrf_difference,
+    chrf_interval,
+)
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "it", "too", "dogs,", "not", "cats."]
 
@@ -111,4 +117,4 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="smoothing must be one of"):
         bleu_interval(["a"], ["a"], seed=0, smoothing="laplace")
     with pytest.raises(ValueError, match="each of 1 hypotheses, but there are 2"):
-        score_intervals.bleu_difference(["a", "b"], ["a"], ["a", "b"], seed=0)
+        bootstrap.bleu_difference(["a", "b"], ["a"], ["a", "b"], seed=0)

@@ -5,11 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from jaxrl_llm.data import number_names, number_tokenizer
-from jaxrl_llm.data.number_names import LIMIT, pair
-from jaxrl_llm.data.number_tokenizer import EOS_ID, PAD_ID, UNK_ID
+from jaxrl_llm.data import number_names
+from jaxrl_llm.data.number_names import EOS_ID, LIMIT, PAD_ID, UNK_ID, pair
 
-TOKENIZER = number_tokenizer.build()
+TOKENIZER = number_names.build_tokenizer()
 
 
 @given(st.integers(0, LIMIT - 1))
@@ -41,7 +40,7 @@ def test_what_is_written_otherwise_is_read_alike():
 def test_transformers_loads_it(tmp_path, config):
     from transformers import AutoTokenizer
 
-    number_tokenizer.save(TOKENIZER, tmp_path)
+    number_names.save_tokenizer(TOKENIZER, tmp_path)
     if config:
         (tmp_path / "config.json").write_text(config)
     loaded = AutoTokenizer.from_pretrained(tmp_path)

@@ -24,8 +24,8 @@ from jaxrl_llm.decoding import (
     stream,
 )
 from jaxrl_llm.decoding.generate import decode
-from jaxrl_llm.decoding.transforms import Temperature
-from tests.conftest import TINY, VOCAB, random_params
+from jaxrl_llm.decoding.transforms import ForcedTokens, RepetitionPenalty, Temperature
+from tests.conftest import CONTEXT, TINY, VOCAB, assert_follows, log_softmax, random_params
 
 ROWS, WIDTH, NEW = 5, 12, 16
 LENGTHS = np.asarray([12, 7, 1, 5, 9])
@@ -61,10 +61,12 @@ def streamed(*model, max_new_tokens, pad_id=0, **options):
     return joined(pieces, length=int(np.max(max_new_tokens)), pad_id=pad_id)
 
 
+near = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf * jnp.asarray(1.1, leaf.dtype), params))
+
+
 def speculated(lm, params, prompts, **options):
     """Drafts of a model near the target."""
-    near = jax.tree.map(lambda leaf: leaf * jnp.asarray(1.1, leaf.dtype), params)
-    return speculative_generate(lm, params, prompts, draft=DraftModel(lm, near), num_draft=3, **options)
+    return speculative_generate(lm, params, prompts, draft=DraftModel(lm, near(params)), num_draft=3, **options)
 
 
 def total(samples):
@@ -72,19 +74,24 @@ def total(samples):
     return samples.logp.sum(axis=-1)
 
 
-DRAWN = {"transform": [Temperature(1.5)]}
-DECODERS = {  # with a key
-    "greedy": lambda *model, key, **o: generate(*model, greedy=True, **o),
+def steered(t=1.0, r=1.0, forced=(-1, -1, -1)):
+    """A stateless transform, one that looks back and one with a state; by default they do nothing."""
+    return {"transform": [Temperature(t), RepetitionPenalty(r), ForcedTokens(np.asarray(forced))]}
+
+
+PLAIN, DRAWN = steered(), steered(1.5)
+DECODERS = {  # with a key; the same transforms, so that one program serves most tests
+    "greedy": lambda *model, key, **o: generate(*model, greedy=True, **PLAIN | o),
     "sampled": lambda *model, **o: generate(*model, **DRAWN | o),
     "stream": lambda *model, **o: streamed(*model, **DRAWN | o),
-    "beam": lambda *model, key, **o: beam_search(*model, num_beams=3, length_penalty=0.7, **o),
+    "beam": lambda *model, key, **o: beam_search(*model, num_beams=3, length_penalty=0.7, **PLAIN | o),
     "diverse beam": lambda *model, key, **o: beam_search(
-        *model, num_beams=4, num_groups=2, diversity_penalty=1.5, no_repeat_ngram=2, **o
+        *model, num_beams=4, num_groups=2, diversity_penalty=1.5, no_repeat_ngram=2, **PLAIN | o
     ),
-    "stochastic beam": lambda *model, **o: stochastic_beam_search(*model, num_beams=2, **o),
+    "stochastic beam": lambda *model, **o: stochastic_beam_search(*model, num_beams=2, **PLAIN | o),
     "contrastive": lambda *model, key, **o: contrastive_search(*model, top_k=2, alpha=0.6, **o),
     "speculative": lambda *model, **o: speculated(*model, **DRAWN | o),
-    "look-up": lambda *model, key, **o: speculative_generate(*model, draft=PromptLookup(2), greedy=True, **o),
+    "look-up": lambda *model, key, **o: speculative_generate(*model, draft=PromptLookup(2), greedy=True, **PLAIN | o),
     "best of n": lambda *model, **o: best_of_n(*model, n=2, score=total, **DRAWN | o),
 }
 NO_TRANSFORM = {"contrastive"}
@@ -135,6 +142,30 @@ def ends_of(name):
     return [int(tokens[0, 3]), int(tokens[1, 7])]
 
 
+apply = jax.jit(lambda lm, params, tokens, mask: lm.apply(params, tokens, mask=mask)[0], static_argnums=0)
+
+
+def uncached_logits(model, tokens, *, prompts=PROMPTS, lengths=LENGTHS):
+    """The logits that the new tokens [row, ..., time] were drawn from, by a pass without padding or cache."""
+    tokens = np.asarray(tokens)
+    new, each = tokens.shape[-1], tokens.reshape(ROWS, -1, tokens.shape[-1])
+    texts, lengths = np.zeros((*each.shape[:2], CONTEXT), int), np.asarray(lengths)
+    for row, length in enumerate(lengths):
+        texts[row, :, : length + new] = np.concatenate(
+            [np.tile(prompts[row, :length], (each.shape[1], 1)), each[row]], 1
+        )
+    lengths = np.repeat(lengths, each.shape[1])[:, None]
+    valid = np.arange(CONTEXT) < lengths + new
+    logits = np.asarray(apply(TINY[model], params_of(model), texts.reshape(-1, CONTEXT), valid))
+    place = (lengths - 1 + np.arange(new))[..., None]
+    return np.take_along_axis(logits, place, axis=1).reshape(*tokens.shape, -1)
+
+
+def log_probs_of(logits, tokens):
+    """The log-probability of each token."""
+    return np.take_along_axis(log_softmax(logits), np.asarray(tokens)[..., None], axis=-1)[..., 0]
+
+
 def rows_of(found, rows):
     """The same rows of every leaf."""
     return jax.tree.map(lambda leaf: leaf[rows], found)
@@ -173,6 +204,19 @@ def ended_distribution(lm, log_probs, eos):
         end = next((t + 1 for t, token in enumerate(row) if token in eos), length)
         distribution[row[:end]] = distribution.get(row[:end], 0) + probability
     return distribution
+
+
+def texts_of(generation):
+    """The tokens of each row up to its end."""
+    lengths = np.asarray(generation.mask).sum(axis=1)
+    return [tuple(row[:n]) for row, n in zip(np.asarray(generation.tokens).tolist(), lengths, strict=True)]
+
+
+def assert_texts_follow(generation, distribution):
+    """χ² of the texts; returns them."""
+    place, found = {text: i for i, text in enumerate(distribution)}, texts_of(generation)
+    assert_follows([place[text] for text in found], list(distribution.values()))
+    return found
 
 
 def tokens_and_mask(found):

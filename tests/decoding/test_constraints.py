@@ -1,5 +1,6 @@
 """Constraints against regular expressions that Python's `re` matches, and distributions against enumeration."""
 
+import collections
 import functools
 import itertools
 import re
@@ -18,8 +19,8 @@ from jaxrl_llm.decoding.constraints import Automaton, Constrained
 from jaxrl_llm.decoding.generate import decode
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.tabular import TabularLM
-from tests.conftest import assert_follows, kept_by_top_p, log_softmax, random_params
-from tests.decoding.decoders import DECODERS, NO_TRANSFORM, tokens_and_mask
+from tests.conftest import kept_by_top_p, log_softmax, random_params
+from tests.decoding.decoders import DECODERS, NO_TRANSFORM, assert_texts_follow, texts_of, tokens_and_mask
 
 LM = TabularLM(vocab_size=4, horizon=4)
 PARAMS = jax.tree.map(lambda leaf: leaf / 2, random_params(LM, 4))
@@ -104,23 +105,7 @@ def run(automaton, tokens):
 
 @pytest.mark.parametrize("pattern", ["(yes|no)", "[0-9]{2}(-[0-9])?", "é+", "(ab|a)*", "n?o.{0,2}"])
 def test_every_tokenisation_of_a_match_and_nothing_else_is_accepted(pattern):
-    pieces = [
-        b"",
-        b"y",
-        b"e",
-        b"es",
-        b"yes",
-        b"n",
-        b"o",
-        b"no",
-        b"\xc3",
-        b"\xa9",
-        b"\xa9\xc3",
-        b"1",
-        b"23-",
-        b"4",
-        b"ab",
-    ]
+    pieces = b"|y|e|es|yes|n|o|no|\xc3|\xa9|\xa9\xc3|1|23-|4|ab".split(b"|")
     automaton = constraints.from_regex(pattern, pieces)
     accepting, table = np.asarray(automaton.accepting), np.asarray(automaton.transitions).tolist()
     found = 0
@@ -129,11 +114,7 @@ def test_every_tokenisation_of_a_match_and_nothing_else_is_accepted(pattern):
             state = functools.reduce(lambda state, token: table[state][token] if state >= 0 else -1, tokens, 0)
             content = b"".join(pieces[token] for token in tokens)
             matches = re.fullmatch(pattern, content.decode(errors="surrogateescape")) is not None
-            expected = (
-                matches
-                and b"" not in [pieces[t] for t in tokens]
-                and content.decode(errors="ignore").encode() == content
-            )
+            expected = matches and 0 not in tokens and content.decode(errors="ignore").encode() == content
             assert (state >= 0 and accepting[state]) == expected, tokens
             found += expected
     assert found > 1
@@ -231,58 +212,46 @@ def conditional_distribution(pattern, limit, eos, warp=lambda row: row):
     prefixes = [p for length in range(4) for p in itertools.product(range(4), repeat=length)]
     rows = dict(zip(prefixes, table, strict=True))
     distributions = {}
+    allowed = collections.defaultdict(set)
     for row in ends(pattern, limit, eos):
-        for cut in range(len(row)):
-            prefix = row[:cut]
-            allowed = {other[cut] for other in ends(pattern, limit, eos) if other[:cut] == prefix and len(other) > cut}
-            masked = np.where([token in allowed for token in range(4)], rows[prefix], -np.inf)
-            distributions[prefix] = log_softmax(warp(masked))
+        for cut, token in enumerate(row):
+            allowed[row[:cut]].add(token)
+    for prefix, tokens in allowed.items():
+        masked = np.where([token in tokens for token in range(4)], rows[prefix], -np.inf)
+        distributions[prefix] = log_softmax(warp(masked))
     return distributions
-
-
-def rows_of(generation):
-    lengths = np.asarray(generation.mask).sum(axis=1)
-    return [tuple(row[:n]) for row, n in zip(np.asarray(generation.tokens).tolist(), lengths, strict=True)]
 
 
 def constrained(pattern, eos):
     return Constrained(constraints.from_regex(pattern, LETTERS), EOS if eos else None, max_tokens=4)
 
 
-def drawn(pattern, *, eos=True, rows=DRAWS, **options):
+def drawn(pattern, *, eos=True, t=1.0, p=1.0, params=PARAMS, **options):
     """Rows that are sampled, or greedy, under the constraint."""
+    transform = [constrained(pattern, eos), Temperature(t), TopP(p)]
     options = {"max_new_tokens": 4, "eos_id": EOS if eos else 99, "key": jax.random.key(0)} | options
-    return generate(LM, PARAMS, NOTHING[:rows], **{"transform": constrained(pattern, eos)} | options)
+    return generate(LM, params, NOTHING, transform=transform, **options)
 
 
-CASES = [
-    ("(ab|c)*", True),
-    ("a?b{1,3}", True),
-    ("[abc]{2,}", True),
-    (".*c", True),
-    ("(a[bc$])+", False),
-    ("a.*", False),
-]
+CASES = [(pattern, True) for pattern in ("(ab|c)*", "a?b{1,3}", "[abc]{2,}", ".*c")]
+CASES += [("(a[bc$])+", False), ("a.*", False)]
 
 
 @pytest.mark.parametrize(("pattern", "eos"), CASES)
 @pytest.mark.parametrize("warped", [False, True], ids=["alone", "in a chain"])
 def test_rows_follow_the_masked_distribution(pattern, eos, warped):
-    options, warp = {}, lambda row: row
-    if warped:
-        options = {"transform": [constrained(pattern, eos), Temperature(0.9), TopP(0.9)]}
-        warp = lambda row: np.where(kept_by_top_p(row / 0.9, 0.9), row / 0.9, -np.inf)  # noqa: E731
-    distribution = conditional_distribution(pattern, 4, eos, warp)
-    generation = drawn(pattern, eos=eos, **options)
-    found = rows_of(generation)
-    every = sorted(ends(pattern, 4, eos))
-    assert set(found) <= set(every)
+    number = 0.9 if warped else 1.0
+
+    def warp(row):
+        return np.where(kept_by_top_p(row / number, number), row / number, -np.inf)
+
+    distribution, every = conditional_distribution(pattern, 4, eos, warp), ends(pattern, 4, eos)
+    generation = drawn(pattern, eos=eos, t=number, p=number)
     exact = {row: [distribution[row[:t]][row[t]] for t in range(len(row))] for row in every}
-    place = {row: i for i, row in enumerate(every)}
     with np.errstate(invalid="ignore"):
-        assert_follows([place[row] for row in found], np.exp([sum(exact[row]) for row in every]))
-    for row, logp, mask in zip(found[:300], generation.logp_sampler, generation.mask, strict=False):
-        np.testing.assert_allclose(logp[mask], exact[row], atol=1e-5)
+        found = assert_texts_follow(generation, {row: np.exp(sum(exact[row])) for row in every})
+    for row, logp in zip(found[:300], np.asarray(generation.logp_sampler)[:300], strict=True):
+        np.testing.assert_allclose(logp[: len(row)], exact[row], atol=1e-5)
 
 
 @pytest.mark.parametrize(("pattern", "eos"), CASES)
@@ -290,13 +259,13 @@ def test_greedy_takes_the_most_probable_of_what_is_allowed(pattern, eos):
     distribution, row = conditional_distribution(pattern, 4, eos), ()
     while row not in ends(pattern, 4, eos):
         row += (int(np.argmax(distribution[row])),)
-    assert rows_of(drawn(pattern, eos=eos, rows=2, greedy=True)) == [row, row]
+    assert set(texts_of(drawn(pattern, eos=eos, greedy=True))) == {row}
 
 
 def test_a_row_ends_accepted_within_its_own_limit():
     """If few tokens remain, only those are kept from which an end can still be reached."""
     limits, pattern = np.arange(DRAWS) % 3 + 2, "a|(b|c)[abc]+b"
-    found = rows_of(drawn(pattern, max_new_tokens=limits))
+    found = texts_of(drawn(pattern, max_new_tokens=limits))
     for limit in (2, 3, 4):
         of_limit = {row for row, own in zip(found, limits, strict=True) if own == limit}
         assert of_limit <= ends(pattern, limit, True)
@@ -305,13 +274,13 @@ def test_a_row_ends_accepted_within_its_own_limit():
 
 
 def test_without_eos_a_row_has_exactly_its_limit():
-    found = rows_of(drawn("(a[bc$])+", eos=False, max_new_tokens=np.arange(DRAWS) % 2 * 2 + 2))
+    found = texts_of(drawn("(a[bc$])+", eos=False, max_new_tokens=np.arange(DRAWS) % 2 * 2 + 2))
     assert set(found) == ends("(a[bc$])+", 2, False) | ends("(a[bc$])+", 4, False)
 
 
 def test_after_eos_comes_nothing_but_eos():
     """If the decoder was not told of it."""
-    assert set(rows_of(drawn("a|bc", rows=7, eos_id=99))) == {(0, EOS, EOS, EOS), (1, 2, EOS, EOS)}
+    assert set(texts_of(drawn("a|bc", eos_id=99))) == {(0, EOS, EOS, EOS), (1, 2, EOS, EOS)}
 
 
 def test_padding_and_batch_mates_change_nothing():
@@ -355,15 +324,13 @@ def test_a_limit_within_which_no_text_ends_is_an_error_before_decoding(pattern, 
 
 
 def test_what_is_just_feasible_is_no_error():
-    assert rows_of(drawn("abc", rows=2, max_new_tokens=3, greedy=True)) == [(0, 1, 2)] * 2
+    assert set(texts_of(drawn("abc", max_new_tokens=3, greedy=True))) == {(0, 1, 2)}
     constrained("abc", False).check(np.asarray([3]))
 
 
 def test_a_model_that_excludes_all_that_is_allowed_is_an_error():
-    params = {"logits": PARAMS["logits"].at[0, 0].set(-jnp.inf)}
-    options = {"max_new_tokens": 4, "transform": constrained("ab", True), "key": jax.random.key(0), "eos_id": EOS}
     with pytest.raises(FloatingPointError, match="no token could be drawn in row 0 at new token 0"):
-        generate(LM, params, NOTHING[:7], **options)
+        drawn("ab", params={"logits": PARAMS["logits"].at[0, 0].set(-jnp.inf)})
 
 
 def test_an_automaton_of_another_vocabulary_is_an_error():
@@ -389,9 +356,9 @@ def test_rows_that_are_over_or_went_astray_are_left_alone():
 def test_an_automaton_of_the_same_shape_does_not_compile_again():
     patterns = "a[bc]c?", "b[ab]c?", "ab?b"
     assert len({constrained(pattern, True).automaton.transitions.shape for pattern in patterns}) == 1
-    drawn(patterns[0], rows=7)
+    drawn(patterns[0])
     before = decode._cache_size()
-    rows = [set(rows_of(drawn(pattern, rows=7))) for pattern in patterns]
+    rows = [set(texts_of(drawn(pattern))) for pattern in patterns]
     assert decode._cache_size() == before
     assert not rows[0] & rows[1]
 
@@ -405,43 +372,36 @@ def tiny():
     return loaded, text.token_bytes(loaded.tokenizer, loaded.model.vocab_size)
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "( yes| no)",
-        "[0-9]{4}-[0-9]{2}",
-        r"\w+@\w+\.(com|org)",
-        "(?i) the [a-zé]{3,12}!",
-        r"🙂{1,2}[ ½]*",
-        '{"n": "[^"]{2,9}"}',
-    ],
-)
-def test_what_a_model_writes_matches_the_pattern(pattern):
+def written_under(build, pattern, *, seed=0, t=1.3, p=0.95):
+    """The texts of 16 rows under the constraint."""
     loaded, pieces = tiny()
     eos = loaded.tokenizer.eos_token_id
     prompts = jnp.asarray([loaded.tokenizer("The answer is")["input_ids"]] * 16)
-    transform = Chain((Constrained(constraints.from_regex(pattern, pieces), eos), Temperature(1.3), TopP(0.95)))
-    written = set()
-    for seed in (0, 1):
-        options = {"max_new_tokens": 16, "transform": transform, "key": jax.random.key(seed), "eos_id": eos}
-        generation = generate(loaded.model, loaded.params, prompts, **options)
-        for row in rows_of(generation):
-            string = loaded.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            assert re.fullmatch(pattern, string), string
-            written.add(string)
+    constraint = Constrained(build(pattern, pieces), eos)
+    options = {"max_new_tokens": 16, "key": jax.random.key(seed), "eos_id": eos}
+    transform = [constraint, Temperature(t), TopP(p)]
+    generation = generate(loaded.model, loaded.params, prompts, transform=transform, **options)
+    decode_text = functools.partial(loaded.tokenizer.decode, skip_special_tokens=True)
+    return [decode_text(row, clean_up_tokenization_spaces=False) for row in texts_of(generation)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "( yes| no)", "[0-9]{4}-[0-9]{2}", r"(?a:\w+@\w+)\.(com|org)", "(?i) the [a-zé]{3,12}!", r"🙂{1,2}[ ½]*",
+        '{"n": "[^"]{2,9}"}',
+    ],
+)  # fmt: skip
+def test_what_a_model_writes_matches_the_pattern(pattern):
+    written = {text for seed in (0, 1) for text in written_under(constraints.from_regex, pattern, seed=seed)}
     assert len(written) > 1
+    for string in written:
+        assert re.fullmatch(pattern, string), string
 
 
 def test_choices_are_all_written():
-    loaded, pieces = tiny()
-    eos, choices = loaded.tokenizer.eos_token_id, [" red", " green", " greenish"]
-    prompts = jnp.asarray([loaded.tokenizer("The answer is")["input_ids"]] * 16)
-    generation = generate(
-        loaded.model, loaded.params, prompts, max_new_tokens=16, key=jax.random.key(0), eos_id=eos,
-        transform=Chain((Constrained(constraints.from_choices(choices, pieces), eos), Temperature(4.0))),
-    )  # fmt: skip
-    written = {loaded.tokenizer.decode(row, skip_special_tokens=True) for row in rows_of(generation)}
-    assert written == set(choices)
+    choices = [" red", " green", " greenish"]
+    assert set(written_under(constraints.from_choices, choices, t=4.0, p=1.0)) == set(choices)
 
 
 # In beam search -------------------------------------------------------------------------------------------------------
@@ -478,12 +438,13 @@ def test_every_decoder_refuses_what_no_row_can_finish(name):
 def test_greedy_says_when_nothing_is_left_and_takes_no_token_that_was_removed(name):
     """A filter before the constraint may keep only tokens that it forbids."""
     lm = TabularLM(vocab_size=3, horizon=4)
-    params = {"logits": jnp.zeros((lm.num_prefixes, 3)).at[:, 0].set(3.0)}
+    params = {"logits": np.float32([[3, 0, 0]] * lm.num_prefixes)}
     only_b = Constrained(constraints.from_regex("bbb", ["a", "b", "c"]))
 
-    def decoded(transform):
+    def decoded(before, after):
+        transform = [TopK(before), only_b, TopK(after)]
         return DECODERS[name](lm, params, [[]], max_new_tokens=3, transform=transform, key=None)
 
     with pytest.raises(FloatingPointError, match="no token could be drawn in row 0 at new token 0"):
-        decoded([TopK(1), only_b])
-    np.testing.assert_array_equal(tokens_and_mask(decoded([only_b, TopK(1)]))[0], [[1, 1, 1]])
+        decoded(1, 3)
+    np.testing.assert_array_equal(tokens_and_mask(decoded(3, 1))[0], [[1, 1, 1]])

@@ -8,23 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxrl_llm.decoding.transforms import (
-    Chain,
-    Epsilon,
-    Eta,
-    MinP,
-    Temperature,
-    TopK,
-    TopNSigma,
-    TopP,
-    Typical,
-    filters,
-)
-from jaxrl_llm.decoding.transforms.filters import HEAD
+from jaxrl_llm.decoding import transforms
+from jaxrl_llm.decoding.transforms import HEAD, Chain, Epsilon, Eta, MinP, Temperature, TopK, TopNSigma, TopP, Typical
 from tests.conftest import kept_by_top_k, kept_by_top_p, log_softmax
 
-top_k, top_p = jax.jit(filters.kth_largest), jax.jit(filters.nucleus_threshold)
-SHAPES = [(1,), (6,), (3, 5), (2, 2, 4), (2, HEAD + 2), (2, 300)]
+top_k, top_p = jax.jit(transforms.kth_largest), jax.jit(transforms.nucleus_threshold)
+SHAPES = [(1,), (2, 2, 5), (2, HEAD + 2), (2, 300)]
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 5.0, -50.0, -np.inf]),  # ties, both zeros, removed tokens
     st.floats(-30, 30, width=32, allow_subnormal=False),
@@ -205,34 +194,28 @@ def test_a_filter_removes_or_leaves_alone_and_keeps_at_least_the_most_probable(t
         assert row[~keeps & (row > -np.inf)].max(initial=-np.inf) < row[keeps].min()
 
 
-@pytest.mark.parametrize("logits", [LOGITS, WIDE, LOGITS[1]], ids=["few", "many", "one row"])
+def steep(vocab):
+    """Logits of which most underflow when exponentiated."""
+    logits = np.tile(np.linspace(0, -1e4, vocab, dtype=np.float32), (3, 1))
+    logits[:, 2] = -np.inf
+    return logits
+
+
+EXTREMES = {"few": LOGITS, "many": WIDE, "one row": LOGITS[1], "few, steep": steep(5), "many, steep": steep(1000)}
+
+
+@pytest.mark.parametrize("logits", EXTREMES.values(), ids=EXTREMES)
 @pytest.mark.parametrize("transform", IDENTITIES, ids=str)
 def test_at_the_end_of_its_range_a_filter_is_the_identity(transform, logits):
     np.testing.assert_array_equal(call(transform, logits), logits)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 10**6])
-def test_top_k_keeps_what_sorting_keeps(k):
-    expected = [np.where(kept_by_top_k(row, k), row, -np.inf) for row in LOGITS]
-    np.testing.assert_array_equal(call(TopK(k), LOGITS), expected)
-
-
-@pytest.mark.parametrize("p", [0.01, 0.2, 0.42, 0.6, 0.8, 0.96, 0.999, 1.0])
-def test_top_p_keeps_what_sorting_keeps(p):
-    expected = [np.where(kept_by_top_p(row, p), row, -np.inf) for row in LOGITS]
-    np.testing.assert_array_equal(call(TopP(p), LOGITS), expected)
-
-
-def test_top_p_keeps_the_token_that_crosses_p():
-    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
-    for p, count in [(0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.94, 3), (0.96, 4)]:
-        assert np.isfinite(call(TopP(p), logits)).sum() == count
-
-
-@pytest.mark.parametrize("vocab", [4, 1000])
-def test_top_p_of_one_keeps_every_token_of_positive_probability(vocab):
-    logits = jnp.linspace(0, -1e4, vocab).at[2].set(-jnp.inf)  # most underflow when exponentiated
-    np.testing.assert_array_equal(call(TopP(1.0), logits), logits)
+def test_top_k_and_top_p_keep_what_sorting_keeps():
+    numbers = {TopK: (1, 2, 3, 4, 5, 6, 10**6), TopP: (0.01, 0.2, 0.42, 0.6, 0.8, 0.96, 0.999, 1.0)}
+    for kind, by_sorting in [(TopK, kept_by_top_k), (TopP, kept_by_top_p)]:
+        for number in numbers[kind]:
+            expected = [np.where(by_sorting(row, number), row, -np.inf) for row in LOGITS]
+            np.testing.assert_array_equal(call(kind(number), LOGITS), expected)
 
 
 def threshold(transform, row):
@@ -314,22 +297,14 @@ def test_typical_on_both_sides_of_the_sorted_head(p):
 
 def test_typical_keeps_the_token_that_crosses_and_may_remove_the_most_probable():
     logits = jnp.log(jnp.asarray([0.5, 0.2, 0.2, 0.1]))  # H = 1.22: distances 0.53, 0.39, 0.39, 1.08
-    for p, kept in [
-        (0.1, [0, 1, 1, 0]),
-        (0.39, [0, 1, 1, 0]),
-        (0.41, [1, 1, 1, 0]),
-        (0.89, [1, 1, 1, 0]),
-        (0.91, [1] * 4),
-    ]:
-        np.testing.assert_array_equal(np.isfinite(call(Typical(p), logits)), np.asarray(kept, bool))
+    for p, kept in [(0.1, [1, 2]), (0.39, [1, 2]), (0.41, [0, 1, 2]), (0.89, [0, 1, 2]), (0.91, [0, 1, 2, 3])]:
+        assert np.flatnonzero(np.isfinite(call(Typical(p), logits))).tolist() == kept
 
 
 def test_by_mass_with_the_logits_for_scores_is_the_nucleus():
-    weights = np.exp(WIDE)
+    by_mass = jax.jit(transforms.mass_threshold)
     for p in (0.1, 0.5, 0.9, 1.0):
-        np.testing.assert_array_equal(
-            filters.mass_threshold(WIDE, weights, jnp.float32(p)), filters.nucleus_threshold(WIDE, jnp.float32(p))
-        )
+        np.testing.assert_array_equal(by_mass(WIDE, np.exp(WIDE), np.float32(p)), top_p(WIDE, np.float32(p)))
 
 
 def test_thresholds_by_hand():
@@ -339,6 +314,7 @@ def test_thresholds_by_hand():
     cases += [(Epsilon(0.19), 3), (Epsilon(0.21), 2), (Epsilon(0.41), 1), (Epsilon(1.0), 1)]
     root = 0.2 * np.exp(entropy)  # √ε from which on η = 0.2
     cases += [(Eta((root - 0.01) ** 2), 3), (Eta((root + 0.01) ** 2), 2), (Eta(0.01), 4), (Eta(1.0), 2)]
+    cases += [(TopP(0.39), 1), (TopP(0.41), 2), (TopP(0.69), 2), (TopP(0.71), 3), (TopP(0.89), 3), (TopP(0.91), 4)]
     cases += [(TopNSigma(2.7), 4), (TopNSigma(2.6), 3), (TopNSigma(0.5), 1), (TopNSigma(0.6), 2)]  # σ = 0.5205
     for transform, count in cases:
         assert np.isfinite(call(transform, logits)).sum() == count, transform
@@ -380,7 +356,7 @@ def test_float64_logits_are_cut_in_float64(transform):
 @pytest.mark.parametrize("transform", OTHERS, ids=str)
 def test_the_gradient_of_a_filter_is_that_of_what_it_keeps(transform):
     kept = np.isfinite(call(transform, LOGITS))
-    by_logits = jax.grad(lambda logits: jax.nn.logsumexp(call(transform, logits), axis=-1).sum())(jnp.asarray(LOGITS))
+    by_logits = jax.jit(jax.grad(lambda logits: jax.nn.logsumexp(transform(logits), axis=-1).sum()))(LOGITS)
     np.testing.assert_allclose(by_logits, np.exp(log_softmax(np.where(kept, LOGITS, -np.inf))), rtol=1e-5, atol=1e-7)
 
 

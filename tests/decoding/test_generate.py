@@ -17,34 +17,40 @@ from jaxrl_llm.language_model import Cache, LanguageModel
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, TINY, VOCAB, assert_follows, log_softmax, random_params
 from tests.decoding.decoders import (
+    DRAWN,
     KEYS,
-    LENGTHS,
     NEVER,
     NEW,
-    PROMPTS,
+    PLAIN,
     ROWS,
     assert_same,
+    assert_texts_follow,
     ended_distribution,
     exact_log_probs,
     expected,
     index_of,
     joined,
+    log_probs_of,
+    near,
     programs_of,
     rows_of,
     run,
     spread,
     token_log_probs,
+    uncached_logits,
 )
 
 DRAWS = 20_000
 NOTHING = jnp.zeros((DRAWS, 0), jnp.int32)  # the empty prompt, many times
-apply = jax.jit(lambda lm, params, tokens, mask: lm.apply(params, tokens, mask=mask)[0], static_argnums=0)
 
 
 # The exact distribution, on a table -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transform", [None, [Temperature(2.0), TopP(0.75)], [TopK(2), Temperature(0.6)]], ids=str)
+FILTERED = [[TopK(3), Temperature(2.0), TopP(0.75)], [TopK(2), Temperature(0.6), TopP(1.0)]]
+
+
+@pytest.mark.parametrize("transform", [None, *FILTERED], ids=str)
 def test_sequences_follow_the_exact_distribution(tabular, transform):
     lm, params = tabular
     options = {"max_new_tokens": 4, "key": jax.random.key(0), "eos_id": NEVER}
@@ -79,10 +85,7 @@ def test_ended_sequences_follow_their_distribution_and_count_the_end(tabular, eo
     lm, params = tabular
     generation = generate(lm, params, NOTHING, max_new_tokens=4, key=jax.random.key(1), eos_id=eos, pad_id=7)
     distribution = ended_distribution(lm, exact_log_probs(lm, params), eos)
-    place = {row: i for i, row in enumerate(distribution)}
-    lengths = np.asarray(generation.mask).sum(axis=1)
-    found = [tuple(row[:n]) for row, n in zip(np.asarray(generation.tokens).tolist(), lengths, strict=True)]
-    assert_follows([place[row] for row in found], list(distribution.values()))
+    found = assert_texts_follow(generation, distribution)
     np.testing.assert_allclose(generation.logp.sum(axis=1), np.log([distribution[row] for row in found]), atol=1e-5)
 
 
@@ -93,7 +96,8 @@ def test_greedy_follows_the_argmax_and_is_no_draw(tabular, transform):
     while len(path) < 4:
         token = int(np.argmax(params["logits"][first + number]))
         path, first, number = (*path, token), first + 3 ** len(path), 3 * number + token
-    generation = generate(lm, params, NOTHING[:2], max_new_tokens=4, greedy=True, transform=transform)
+    options = {"max_new_tokens": 4, "eos_id": NEVER, "transform": transform}
+    generation = generate(lm, params, NOTHING[:2], greedy=True, **options)
     np.testing.assert_array_equal(generation.tokens, [path, path])
     exact = token_log_probs(lm, params, generation.tokens)
     np.testing.assert_allclose(generation.logp, exact, atol=1e-5)
@@ -128,51 +132,41 @@ def test_log_probabilities_of_float64_parameters_are_exact_in_float64():
 # Neural models, against a pass without padding or cache ---------------------------------------------------------------
 
 
-def uncached_logits(lm, prompts, lengths, tokens):
-    """That the new tokens of each row were drawn from: prompt and tokens scored whole, without padding or cache."""
-    rows, new = np.zeros((ROWS, CONTEXT), int), np.asarray(tokens)
-    for row, length in enumerate(lengths):
-        rows[row, : length + new.shape[1]] = [*prompts[row, :length], *new[row]]
-    lengths = np.asarray(lengths)[:, None]
-    logits = apply(lm, random_params(lm), jnp.asarray(rows), np.arange(CONTEXT) < lengths + new.shape[1])
-    return np.take_along_axis(np.asarray(logits), (lengths - 1 + np.arange(new.shape[1]))[..., None], axis=1)
-
-
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_greedy_tokens_are_the_argmax_of_the_uncached_model(model):
     generation = expected("greedy", model)
-    logits = uncached_logits(TINY[model], PROMPTS, LENGTHS, generation.tokens)
+    logits = uncached_logits(model, generation.tokens)
     np.testing.assert_array_equal(generation.tokens, logits.argmax(axis=-1))
     assert len({tuple(row) for row in np.asarray(generation.tokens).tolist()}) >= 4
 
 
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_log_probabilities_are_those_of_the_uncached_model(model):
     generation = expected("sampled", model)
-    logits = uncached_logits(TINY[model], PROMPTS, LENGTHS, generation.tokens)
+    logits = uncached_logits(model, generation.tokens)
     for found, distribution in [(generation.logp, logits), (generation.logp_sampler, logits / 1.5)]:
-        exact = np.take_along_axis(log_softmax(distribution), np.asarray(generation.tokens)[..., None], axis=-1)[..., 0]
-        np.testing.assert_allclose(found, exact, atol=1e-4)
+        np.testing.assert_allclose(found, log_probs_of(distribution, generation.tokens), atol=1e-4)
     assert len({tuple(row) for row in np.asarray(generation.tokens).tolist()}) == ROWS
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 32])
-def test_prompts_without_padding_are_continued_as_the_uncached_model_would(neural, length):
+@pytest.mark.parametrize(
+    ("model", "length"), [*itertools.product(["gpt2"], [1, 15, 16, 17, 32]), ("llama", 1), ("llama", 16)]
+)
+def test_prompts_without_padding_are_continued_as_the_uncached_model_would(model, length):
     """On both sides of a bucket's edge, and up to the last place of the context."""
-    lm, params = neural
     prompts = np.random.default_rng(length).integers(0, VOCAB, (ROWS, length))
-    count = min(NEW, CONTEXT - length)
-    generation = generate(lm, params, prompts, max_new_tokens=count, greedy=True, eos_id=NEVER)
-    logits = uncached_logits(lm, prompts, [length] * ROWS, generation.tokens)
+    generation = run("greedy", model, prompts=prompts, prompt_mask=None, max_new_tokens=min(NEW, CONTEXT - length))
+    logits = uncached_logits(model, generation.tokens, prompts=prompts, lengths=[length] * ROWS)
     np.testing.assert_array_equal(generation.tokens, logits.argmax(axis=-1))
 
 
+@pytest.mark.slow
 def test_a_row_alone_is_the_row_in_its_batch():
     for row in range(ROWS):
         assert_same(run("sampled", rows=slice(row, row + 1)), rows_of(expected("sampled"), slice(row, row + 1)))
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 15, 20])
+@pytest.mark.parametrize("count", [1, 2, 5, 15, pytest.param(20, marks=pytest.mark.slow)])
 def test_fewer_or_more_new_tokens_share_what_both_have(count):
     generation = run("sampled", max_new_tokens=count)
     assert generation.tokens.shape == (ROWS, count)
@@ -180,11 +174,8 @@ def test_fewer_or_more_new_tokens_share_what_both_have(count):
     assert_same(rows_of(generation, shared), rows_of(expected("sampled"), shared))
 
 
-def test_equal_prompts_of_one_key_are_drawn_apart(gpt2):
-    lm, params = gpt2
-    prompts = jnp.broadcast_to(jnp.asarray([[3, 4]]), (ROWS, 2))
-    options = {"max_new_tokens": NEW, "key": jax.random.key(9), "transform": [Temperature(1.5)], "eos_id": NEVER}
-    tokens = generate(lm, params, prompts, **options).tokens
+def test_equal_prompts_of_one_key_are_drawn_apart():
+    tokens = run("sampled", prompts=np.asarray([[3, 4]] * ROWS), prompt_mask=None, key=jax.random.key(9)).tokens
     assert len({tuple(row) for row in np.asarray(tokens).tolist()}) == ROWS
 
 
@@ -287,11 +278,11 @@ def test_the_cache_counts_the_tokens_of_a_row_up_to_its_end_and_no_padding_after
 # Streams --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model", "name", "tokens_at_a_time"), [("gpt2", "greedy", 1), ("llama", "sampled", 3)])
+@pytest.mark.parametrize(("model", "name", "tokens_at_a_time"), [("gpt2", "greedy", 1), ("gpt2", "sampled", 3)])
 def test_a_stream_is_the_generation_in_pieces(model, name, tokens_at_a_time):
     lm, full = TINY[model], expected(name, model)
     last = [int(full.tokens[row, 12]) for row in (0, 1)]
-    options = {"greedy": True} if name == "greedy" else {"key": KEYS, "transform": [Temperature(1.5)]}
+    options = {"greedy": True} | PLAIN if name == "greedy" else {"key": KEYS} | DRAWN
     options |= spread() | {"pad_id": 5, "tokens_at_a_time": tokens_at_a_time}
     for count, eos in [(16, NEVER), (11, NEVER), (16, last)]:
         pieces = list(stream(lm, random_params(lm), **options, max_new_tokens=count, eos_id=eos))
@@ -313,10 +304,10 @@ def test_a_stream_stops_when_all_rows_have_ended(start, pieces, steps):
 
 def test_generate_under_vmap_over_keys_and_over_parameters(gpt2):
     lm, params = gpt2
-    other = jax.tree.map(lambda leaf: 1.1 * leaf, params)
-    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, other)
+    other = near(params)
+    both = jax.tree.map(lambda *leaves: np.stack(leaves), params, other)
     keys = jnp.stack([KEYS, jax.random.split(jax.random.key(77), ROWS)])
-    options = spread() | {"max_new_tokens": NEW, "transform": [Temperature(1.5)], "eos_id": NEVER}
+    options = spread() | DRAWN | {"max_new_tokens": NEW, "eos_id": NEVER}
     results = jax.jit(jax.vmap(lambda params, keys: generate(lm, params, **options, key=keys)))(both, keys)
     assert_same(rows_of(results, 0), expected("sampled"))
     assert_same(rows_of(results, 1), generate(lm, other, **options, key=keys[1]))
@@ -385,14 +376,16 @@ def test_a_stream_of_no_tokens_at_a_time_is_refused(gpt2, tokens_at_a_time):
 @pytest.mark.parametrize("kind", ["NaN", "all NaN", "+inf", "all -inf"])
 def test_broken_logits_are_named_by_row_and_token(tabular, decoder, kind):
     lm, params = tabular
+    options = {"max_new_tokens": 3, "eos_id": NEVER}
     values = {"NaN": [jnp.nan, 0, 0], "all NaN": [jnp.nan] * 3, "+inf": [0, jnp.inf, 0], "all -inf": [-jnp.inf] * 3}
+    drawn = {"key": KEYS[0], "transform": TopK(2)}
     begins = params["logits"].at[0].set(jnp.asarray([-jnp.inf, -jnp.inf, 0]))
     for row, time in [(0, 0), (1 + 2, 1)]:  # at the root; after token 2, which the table is made to begin with
         table = {"logits": begins.at[row].set(jnp.asarray(values[kind]))}
-        for options in ({"greedy": True}, {"key": KEYS[0], "transform": TopK(2)}):
+        for choice in ({"greedy": True}, drawn) if decoder is generate else (drawn,):
             with pytest.raises(FloatingPointError, match=f"row 0 at new token {time}: .* NaN, \\+inf, or all −inf"):
-                decoder(lm, table, NOTHING[:2], max_new_tokens=3, **options)
-    ended = generate(lm, table, NOTHING[:2], max_new_tokens=3, key=KEYS[0], eos_id=2)
+                decoder(lm, table, NOTHING[:2], **options | choice)
+    ended = generate(lm, table, NOTHING[:2], **options | drawn | {"eos_id": (2, 2)})
     assert (ended.tokens[:, 0] == 2).all() and np.isfinite(ended.logp).all(), "nothing is read after the end"
 
 
@@ -408,15 +401,14 @@ def test_under_an_outer_jit_broken_logits_show_as_nan_from_that_token_on(tabular
 
 def test_guidance_of_scale_one_is_generation_and_of_others_excludes_what_either_prompt_does():
     lm = TabularLM(vocab_size=3, horizon=3)
-    params = {"logits": jnp.asarray(np.random.default_rng(0).normal(size=(lm.num_prefixes, 3)), jnp.float32)}
-    params["logits"] = params["logits"].at[1, 2].set(-jnp.inf).at[2, 0].set(-jnp.inf)  # after "0" and after "1"
-    first, second = jnp.asarray([[0]]), jnp.asarray([[1]])
-    keys = jax.random.split(jax.random.key(0), 400)
-    rows = {"prompts": jnp.tile(first, (400, 1)), "max_new_tokens": 1, "key": keys}
-    guided = generate(lm, params, **rows, guidance=Guidance(jnp.tile(second, (400, 1)), 1.0))
+    params = {"logits": np.random.default_rng(0).normal(size=(lm.num_prefixes, 3)).astype(np.float32)}
+    params["logits"][1, 2] = params["logits"][2, 0] = -np.inf  # after "0" and after "1"
+    keys, second = jax.random.split(jax.random.key(0), 400), np.ones((400, 1), int)
+    rows = {"prompts": np.zeros((400, 1), int), "max_new_tokens": 1, "key": keys}
+    guided = generate(lm, params, **rows, guidance=Guidance(second, 1.0))
     np.testing.assert_array_equal(guided.tokens, generate(lm, params, **rows).tokens)
     assert set(np.unique(guided.tokens)) == {0, 1}
-    between = generate(lm, params, **rows, guidance=Guidance(jnp.tile(second, (400, 1)), 0.5))
+    between = generate(lm, params, **rows, guidance=Guidance(second, 0.5))
     assert set(np.unique(between.tokens)) == {1}
 
 
@@ -425,8 +417,9 @@ def test_guidance_mixes_the_two_distributions_whatever_the_padding():
     params = {"logits": jnp.asarray(np.random.default_rng(1).normal(size=(lm.num_prefixes, 3)), jnp.float32)}
     own, other = (log_softmax(params["logits"][row]) for row in (1, 2))  # after "0" and after "1"
     expected = log_softmax(other + 2.5 * (own - other))
-    padded = Guidance(jnp.asarray([[1, 0, 0]]), 2.5, jnp.asarray([[True, False, False]]))
-    found = generate(lm, params, jnp.asarray([[0]]), max_new_tokens=1, key=jax.random.key(3), guidance=padded)
+    padded = Guidance(np.asarray([[1, 0, 0]] * 400), 2.5, np.asarray([[True, False, False]] * 400))
+    keys = jax.random.split(jax.random.key(3), 400)
+    found = generate(lm, params, np.zeros((400, 1), int), max_new_tokens=1, key=keys, guidance=padded)
     np.testing.assert_allclose(found.logp_sampler[0, 0], expected[found.tokens[0, 0]], rtol=1e-5)
     np.testing.assert_allclose(found.logp[0, 0], own[found.tokens[0, 0]], rtol=1e-5)
 

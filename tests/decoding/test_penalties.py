@@ -126,9 +126,10 @@ def penalties(*, r=1.0, p=0.0, f=0.0, n=10**6):
 
 
 def banned(transform, text, mask=None, *, vocab=6):
-    text = jnp.asarray([text])
-    mask = jnp.ones(text.shape, bool) if mask is None else jnp.asarray([mask], bool)
-    return set(np.flatnonzero(np.isinf(call(transform, jnp.zeros((1, vocab)), text, mask)[0])).tolist())
+    """The tokens that are removed after this text, of which only what the mask keeps is real."""
+    mask, room = np.ones(len(text)) if mask is None else mask, (SLOTS - len(text), 0)
+    given = np.zeros((1, vocab), np.float32), np.pad(text, room)[None], np.pad(mask, room)[None].astype(bool)
+    return set(np.flatnonzero(np.isinf(call(transform, *given)[0])).tolist())
 
 
 def test_n_grams_by_hand():
@@ -175,17 +176,20 @@ def test_neither_padding_nor_the_other_rows_change_a_row(kind):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, SMALL)).astype(np.float32)
     texts = [list(rng.integers(0, 4, length)) for length in (8, 5, 2, 7)]
-    alone = [
-        call(transform, logits[row][None], np.asarray([text]), np.ones((1, len(text)), bool))
-        for row, text in enumerate(texts)
-    ]
+
+    @jax.jit
+    def each_alone(transform):
+        rows = zip(logits, map(np.asarray, texts), strict=True)
+        return jnp.stack([transform(row, text, np.ones(text.shape, bool)) for row, text in rows])
+
+    alone = each_alone(transform)
     for place in ("left", "right", "between"):
         tokens, mask = rng.integers(-9, 99, (4, 12)), np.zeros((4, 12), bool)
         for row, text in enumerate(texts):
             slots = {"left": range(12 - len(text), 12), "right": range(len(text))}.get(place)
             slots = np.sort(rng.permutation(12)[: len(text)]) if slots is None else np.asarray(slots)
             tokens[row, slots], mask[row, slots] = text, True
-        np.testing.assert_array_equal(call(transform, logits, tokens, mask), np.concatenate(alone))
+        np.testing.assert_array_equal(call(transform, logits, tokens, mask), alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,10 +198,15 @@ def test_leading_axes_vmap_and_single_rows_agree(kind):
     rng = np.random.default_rng(2)
     logits, tokens = rng.normal(size=(2, 3, SMALL)).astype(np.float32), rng.integers(0, 3, (2, 3, SLOTS))
     mask = rng.random((2, 3, SLOTS)) < 0.8
-    result = call(transform, logits, tokens, mask)
-    mapped = jax.jit(jax.vmap(call, in_axes=(None, 0, 0, 0)))(transform, logits, tokens, mask)
+
+    @jax.jit
+    def in_three_ways(transform, *given):
+        mapped = jax.vmap(transform)(*given)
+        return transform(*given), mapped, transform(*(each[1, 2] for each in given))
+
+    result, mapped, single = in_three_ways(transform, logits, tokens, mask)
     np.testing.assert_allclose(mapped, result, rtol=1e-6)
-    np.testing.assert_allclose(call(transform, logits[1, 2], tokens[1, 2], mask[1, 2]), result[1, 2], rtol=1e-6)
+    np.testing.assert_allclose(single, result[1, 2], rtol=1e-6)
 
 
 def test_gradients():

@@ -113,19 +113,14 @@ def rewards_of(tokens):
     return (tokens == 1).sum(axis=-1) + 0.5 * (tokens[..., 0] == 2)
 
 
+def best_on_table(lm, params, *, seed):
+    options = {"max_new_tokens": 4, "eos_id": NEVER, "transform": Temperature(1.5), "key": jax.random.key(seed)}
+    return best_of_n(lm, params, NOTHING, n=N, score=lambda samples: rewards_of(samples.tokens), **options)
+
+
 def test_its_distribution_is_that_of_the_objectives(tabular):
     lm, params = tabular
-    best = best_of_n(
-        lm,
-        params,
-        NOTHING,
-        n=N,
-        score=lambda samples: rewards_of(samples.tokens),
-        key=jax.random.key(0),
-        max_new_tokens=4,
-        eos_id=NEVER,
-        transform=Temperature(1.5),
-    )
+    best = best_on_table(lm, params, seed=0)
 
     @jax.jit
     def distributions(params):
@@ -140,18 +135,7 @@ def test_its_distribution_is_that_of_the_objectives(tabular):
 
 
 def test_winners_are_the_first_of_the_highest_scores(tabular):
-    lm, params = tabular
-    best = best_of_n(
-        lm,
-        params,
-        NOTHING,
-        n=N,
-        score=lambda samples: rewards_of(samples.tokens),
-        key=jax.random.key(1),
-        max_new_tokens=4,
-        eos_id=NEVER,
-        transform=Temperature(1.5),
-    )
+    best = best_on_table(*tabular, seed=1)
     scores = np.asarray(rewards_of(np.asarray(best.samples.tokens)))
     np.testing.assert_array_equal(best.scores, scores)
     np.testing.assert_array_equal(best.index, scores.argmax(axis=1))

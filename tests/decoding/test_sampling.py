@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -5,17 +6,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.decoding import sampling
+from jaxrl_llm.decoding import core
 from tests.conftest import assert_follows, log_softmax
 
 DRAWS = 20_000
 KEYS = jax.random.split(jax.random.key(0), DRAWS)
-sample, greedy = jax.jit(sampling.sample), jax.jit(sampling.greedy)
-sample_distinct = jax.jit(sampling.sample_distinct, static_argnums=2)
+greedy = jax.jit(core.greedy)
+
+
+@functools.partial(jax.jit, static_argnames="distinct")
+def sample(keys, logits, *, distinct=None):
+    """A draw of each key, or several distinct ones, from its row of logits or from the only one."""
+    logits = jnp.broadcast_to(logits, (len(keys), logits.shape[-1]))
+    return core.sample(keys, logits) if distinct is None else core.sample_distinct(keys, logits, distinct)
 
 
 def draws_of(logits, keys=KEYS):
-    return np.asarray(sample(keys, jnp.broadcast_to(jnp.asarray(logits), (len(keys), len(logits)))))
+    return np.asarray(sample(keys, logits))
 
 
 @pytest.mark.parametrize("vocab", [2, 3, 4, 10, 23])
@@ -52,7 +59,7 @@ def test_impossible_tokens_are_never_drawn(impossible):
 def test_the_ends_of_the_unit_interval_are_no_way_out(possible, uniform):
     weights = np.zeros((1, 10), np.float32)
     weights[0, possible] = [1e-7, 1.0][-len(possible) :]
-    token = sampling._invert(jnp.asarray(weights), jnp.asarray([uniform], jnp.float32))
+    token = core._invert(jnp.asarray(weights), jnp.asarray([uniform], jnp.float32))
     assert token[0] in possible
 
 
@@ -72,12 +79,10 @@ def test_rare_tokens_are_drawn_as_often_as_they_should():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_logits_are_drawn_from_as_finely_as_wide_ones(dtype):
-    logits = jnp.asarray(np.random.default_rng(2).normal(size=23) * 3, dtype)
-    tokens = draws_of(logits)
-    np.testing.assert_array_equal(tokens, draws_of(logits.astype(jnp.float32)))
-    distinct = sample_distinct(KEYS[:100], jnp.broadcast_to(logits, (100, 23)), 4)
-    wide = sample_distinct(KEYS[:100], jnp.broadcast_to(logits.astype(jnp.float32), (100, 23)), 4)
-    np.testing.assert_array_equal(distinct, wide)
+    logits = (np.random.default_rng(2).normal(size=23) * 3).astype(dtype)
+    np.testing.assert_array_equal(draws_of(logits), draws_of(logits.astype(np.float32)))
+    narrow, wide = (sample(KEYS[:100], each, distinct=4) for each in (logits, logits.astype(np.float32)))
+    np.testing.assert_array_equal(narrow, wide)
 
 
 def test_float64_logits():
@@ -119,7 +124,7 @@ def test_greedy_stays_in_the_vocabulary_where_the_logits_are_nan():
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_sample_distinct_follows_sequential_sampling_without_replacement(count):
     logits = np.float32([0.0, 1.0, -1.0, 0.5])
-    tokens = np.asarray(sample_distinct(KEYS, jnp.broadcast_to(logits, (DRAWS, 4)), count))
+    tokens = np.asarray(sample(KEYS, logits, distinct=count))
     orders = list(itertools.permutations(range(4), count))
     probabilities, distribution = np.exp(log_softmax(logits)), []
     for order in orders:
@@ -130,6 +135,5 @@ def test_sample_distinct_follows_sequential_sampling_without_replacement(count):
 
 
 def test_sample_distinct_puts_the_possible_tokens_first():
-    logits = jnp.broadcast_to(jnp.asarray([-jnp.inf, 0.0, -jnp.inf, 1.0]), (200, 4))
-    tokens = np.asarray(sample_distinct(KEYS[:200], logits, 3))
+    tokens = np.asarray(sample(KEYS[:200], np.float32([-np.inf, 0.0, -np.inf, 1.0]), distinct=3))
     assert (np.sort(tokens[:, :2], axis=1) == [1, 3]).all() and np.isin(tokens[:, 2], [0, 2]).all()

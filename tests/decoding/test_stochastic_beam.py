@@ -10,10 +10,10 @@ import scipy.stats
 from jaxrl_llm.decoding import inclusion_probability, stochastic_beam_search
 from jaxrl_llm.decoding.transforms import Temperature, TopK
 from jaxrl_llm.tabular import TabularLM
-from tests.conftest import CONTEXT, assert_follows, kept_by_top_k, log_softmax, random_params
-from tests.decoding.decoders import KEYS, LENGTHS, PROMPTS, ROWS, spread
+from tests.conftest import TINY, assert_follows, kept_by_top_k, log_softmax, random_params
+from tests.decoding.decoders import KEYS, log_probs_of, params_of, spread, uncached_logits
 
-DRAWS, WIDTH, NEW, EOS, NEURAL = 20_000, 3, 3, 2, 10
+DRAWS, WIDTH, NEW, EOS = 20_000, 3, 3, 2
 LM = TabularLM(3, 3)
 PARAMS = random_params(LM, 4)
 NOTHING = jnp.zeros((DRAWS, 0), jnp.int32)
@@ -109,7 +109,7 @@ def test_weights_by_inclusion_probability_are_unbiased():
     assert_unbiased((weights[..., None] * values[found]).sum(axis=1), np.exp(distribution(PARAMS)) @ values)
 
 
-@pytest.mark.parametrize("count", [len(EVERY), len(EVERY) + 5])
+@pytest.mark.parametrize("count", [pytest.param(len(EVERY), marks=pytest.mark.slow), len(EVERY) + 5])
 def test_as_many_beams_as_sequences_find_all_with_independent_noise(count):
     rows = 1000
     beams = stochastic_beam_search(
@@ -132,16 +132,8 @@ def test_as_many_beams_as_sequences_find_all_with_independent_noise(count):
 
 @pytest.mark.slow
 def test_a_transform_shapes_the_distribution():
-    beams = stochastic_beam_search(
-        LM,
-        PARAMS,
-        NOTHING[:1000],
-        num_beams=len(EVERY),
-        max_new_tokens=NEW,
-        eos_id=EOS,
-        key=jax.random.key(2),
-        transform=[TopK(2), Temperature(2.0)],
-    )
+    options = {"num_beams": len(EVERY), "max_new_tokens": NEW, "eos_id": EOS, "key": jax.random.key(2)}
+    beams = stochastic_beam_search(LM, PARAMS, NOTHING[:1000], **options, transform=[TopK(2), Temperature(2.0)])
     with np.errstate(invalid="ignore"):
         expected = distribution(PARAMS, lambda row: np.where(kept_by_top_k(row, 2), row, -np.inf) / 2)
     found, possible = indices(beams), (expected > -np.inf).sum()
@@ -161,19 +153,12 @@ def test_inclusion_probability_is_stable_where_probabilities_are_tiny():
 
 
 @pytest.mark.slow
-def test_log_prob_is_that_of_a_forward_pass(neural):
-    lm, params = neural
-    options = {"num_beams": 4, "max_new_tokens": NEURAL, "eos_id": 3, "key": KEYS}
-    beams = stochastic_beam_search(lm, params, **spread(), **options)
-    tokens, mask = np.asarray(beams.tokens), np.asarray(beams.mask)
-    text, valid = np.zeros((ROWS * 4, CONTEXT), int), np.zeros((ROWS * 4, CONTEXT), bool)
-    for i, (row, k) in enumerate(itertools.product(range(ROWS), range(4))):
-        real = [*PROMPTS[row, : LENGTHS[row]], *tokens[row, k][mask[row, k]]]
-        text[i, : len(real)], valid[i, : len(real)] = real, True
-    log_probs = log_softmax(lm.apply(params, jnp.asarray(text), mask=jnp.asarray(valid))[0])
-    place = np.repeat(LENGTHS, 4)[:, None] - 1 + np.arange(NEURAL)
-    of_tokens = log_probs[np.arange(ROWS * 4)[:, None], place, tokens.reshape(-1, NEURAL)].reshape(tokens.shape)
-    np.testing.assert_allclose(beams.log_prob, np.where(mask, of_tokens, 0).sum(axis=2), atol=2e-4)
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_log_prob_is_that_of_a_forward_pass(model):
+    options = {"num_beams": 4, "max_new_tokens": 10, "eos_id": 3, "key": KEYS}
+    beams = stochastic_beam_search(TINY[model], params_of(model), **spread(), **options)
+    of_tokens = log_probs_of(uncached_logits(model, beams.tokens), beams.tokens)
+    np.testing.assert_allclose(beams.log_prob, np.where(beams.mask, of_tokens, 0).sum(axis=2), atol=2e-4)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5])

@@ -135,7 +135,8 @@ def test_a_row_is_the_one_without_stop_strings_cut_where_its_own_text_contains_o
     expected = [cut(row, strings, LETTERS) for row in np.asarray(free.tokens).tolist()]
     lengths = np.asarray([len(row) for row in expected])
     np.testing.assert_array_equal(stopped.mask, np.arange(6) < lengths[:, None])
-    for row, tokens, logp, whole in zip(expected, stopped.tokens, stopped.logp, free.logp, strict=True):
+    leaves = map(np.asarray, (stopped.tokens, stopped.logp, free.logp))
+    for row, tokens, logp, whole in zip(expected, *leaves, strict=True):
         np.testing.assert_array_equal(tokens, row + [7] * (6 - len(row)))
         np.testing.assert_allclose(logp, np.where(np.arange(6) < len(row), whole, 0), atol=1e-6)
     assert (strings == ["zz"]) == (lengths == 6).all()

@@ -29,8 +29,8 @@ from jaxrl_llm.decoding.transforms import (
     Transform,
     Typical,
     bad_words,
+    update_alive,
 )
-from jaxrl_llm.decoding.transforms.base import update_alive
 from tests.conftest import kept_by_top_k, log_softmax
 from tests.goldens import make_transform_goldens as goldens
 
@@ -83,8 +83,8 @@ every_transform = pytest.mark.parametrize("name", PAIRS)
 
 
 @jax.jit
-def state_after(transform, tokens, mask, logits):
-    """The state after these new tokens, of which those outside the mask were not emitted."""
+def state_and_result(transform, tokens, mask, along, logits):
+    """The state after these new tokens, of which those outside the mask were not emitted, and the new logits."""
     rows, slots = tokens.shape
     nothing = jnp.zeros((rows, slots), jnp.int32)
     state = transform.init(nothing, nothing > 0, jnp.full(rows, slots))
@@ -93,18 +93,13 @@ def state_after(transform, tokens, mask, logits):
         token, mask, logits = column
         return update_alive(transform, state, token, logits, mask), None
 
-    return jax.lax.scan(step, state, (tokens.T, mask.T, logits))[0]
-
-
-@jax.jit
-def apply(transform, state, logits):
-    return transform.apply(state, logits)
+    state, _ = jax.lax.scan(step, state, (tokens.T, mask.T, along))
+    return state, transform.apply(state, logits)
 
 
 def applied(transform, logits, *, rows=slice(None)):
     """Return the transformed logits after the tokens above, or after those of some rows."""
-    state = state_after(transform, TOKENS[rows], MASK[rows], ALONG[:, rows])
-    return apply(transform, state, logits)
+    return np.asarray(state_and_result(transform, TOKENS[rows], MASK[rows], ALONG[:, rows], logits)[1])
 
 
 def test_every_transform_of_the_library_is_tested():
@@ -118,71 +113,71 @@ def test_every_transform_of_the_library_is_tested():
 @every_transform
 def test_tokens_are_removed_but_never_all_and_nothing_is_brought_back(name):
     for transform in PAIRS[name]:
-        result = np.asarray(applied(transform, LOGITS))
+        result = applied(transform, LOGITS)
         assert result.shape == LOGITS.shape and not np.isnan(result).any()
         assert (result > -np.inf).any(axis=1).all() and (result[-np.inf == LOGITS] == -np.inf).all()
         assert (result != LOGITS).any(), "it does something"
 
 
 @every_transform
-def test_a_row_without_possible_tokens_stays_so_and_disturbs_no_other(name):
-    one, empty = PAIRS[name][0], LOGITS.copy()
-    empty[1] = -np.inf
-    result = np.asarray(applied(one, empty))
-    assert (result[1] == -np.inf).all()
-    np.testing.assert_array_equal(np.delete(result, 1, axis=0), np.delete(applied(one, LOGITS), 1, axis=0))
-
-
-@every_transform
-def test_the_order_of_the_rows_does_not_matter(name):
+def test_a_row_without_possible_tokens_stays_so_and_the_order_of_rows_does_not_matter(name):
     order = np.asarray([2, 0, 3, 1])
     for transform in PAIRS[name]:
-        moved = applied(transform, LOGITS[order], rows=order)
-        np.testing.assert_array_equal(moved, np.asarray(applied(transform, LOGITS))[order])
+        whole, empty = applied(transform, LOGITS), LOGITS.copy()
+        np.testing.assert_array_equal(applied(transform, LOGITS[order], rows=order), whole[order])
+        empty[1] = -np.inf
+        result = applied(transform, empty)
+        assert (result[1] == -np.inf).all()
+        np.testing.assert_array_equal(np.delete(result, 1, axis=0), np.delete(whole, 1, axis=0))
 
 
 @every_transform
 def test_it_is_a_tree_of_its_numbers_and_other_numbers_do_not_compile_again(name):
     one, other = PAIRS[name]
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    rebuilt = jax.tree.map(lambda leaf: leaf, one)
-    np.testing.assert_array_equal(applied(rebuilt, LOGITS), applied(one, LOGITS))
-    counted = jax.jit(lambda transform, state, logits: transform.apply(state, logits))
-    for transform in (one, other):
-        counted(transform, state_after(transform, TOKENS, MASK, ALONG), LOGITS)
-    assert counted._cache_size() == 1
-    assert (applied(one, LOGITS) != applied(other, LOGITS)).any(), "and its numbers matter"
+    result, before = applied(one, LOGITS), state_and_result._cache_size()
+    np.testing.assert_array_equal(applied(jax.tree.map(lambda leaf: leaf, one), LOGITS), result)
+    assert (result != applied(other, LOGITS)).any(), "its numbers matter"
+    assert state_and_result._cache_size() == before
+
+
+@jax.jit
+def in_other_ways(transform, state, logits, kept, narrow, wide):
+    """The results for other dtypes, and the gradient with respect to the logits."""
+    gradient = jax.grad(lambda logits: jnp.where(kept, transform.apply(state, logits), 0).sum())(logits)
+    return [transform.apply(state, each) for each in (*narrow, wide)], gradient
 
 
 @every_transform
-def test_the_dtype_of_the_logits_is_kept(name):
-    transform = PAIRS[name][0]
-    state = state_after(transform, TOKENS, MASK, ALONG)
-    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
-        with jax.enable_x64(dtype == jnp.float64):
-            result = apply(transform, state, jnp.asarray(LOGITS, dtype))
-            assert result.dtype == dtype and not np.isnan(np.asarray(result, np.float64)).any()
+def test_the_dtype_of_the_logits_is_kept_and_the_gradient_is_finite(name):
+    one = PAIRS[name][0]
+    state, result = state_and_result(one, TOKENS, MASK, ALONG, LOGITS)
+    narrow, wide = [LOGITS.astype(dtype) for dtype in (jnp.bfloat16, jnp.float16)], LOGITS.astype(np.float64)
+    with jax.enable_x64(True):
+        results, gradient = in_other_ways(one, state, LOGITS, result > -np.inf, narrow, wide)
+    assert [each.dtype for each in (*results, result)] == [jnp.bfloat16, jnp.float16, jnp.float64, jnp.float32]
+    assert not any(np.isnan(np.asarray(each, np.float64)).any() for each in results)
+    assert gradient.dtype == jnp.float32 and np.isfinite(gradient).all()
 
 
 @every_transform
 def test_rows_that_are_over_keep_their_state(name):
-    one = PAIRS[name][0]
-    state = state_after(one, TOKENS, MASK, ALONG)
-    alive = jnp.asarray([True, False, True, False])
-    after = jax.jit(update_alive)(one, state, jnp.asarray([0, 1, 2, 3]), LOGITS, alive)
-    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+    """A row that is over emits nothing: its column of the mask is false."""
+    states = []
+    for alive in ([False] * 4, [True, False, True, False]):
+        mask = np.concatenate([MASK[:, :-1], np.asarray(alive)[:, None]], axis=1)
+        states.append(jax.tree.leaves(state_and_result(PAIRS[name][0], TOKENS, mask, ALONG, LOGITS)[0]))
+    for old, new in zip(*states, strict=True):
         np.testing.assert_array_equal(np.asarray(new)[1::2], np.asarray(old)[1::2])
-    assert all(leaf.shape[0] == 4 for leaf in jax.tree.leaves(state)), "a state is one for each row"
+        assert old.shape[0] == 4, "a state is one for each row"
 
 
-@every_transform
-def test_the_gradient_is_finite(name):
-    kept = np.asarray(applied(PAIRS[name][0], LOGITS)) > -np.inf
-
-    def total(logits):
-        return jnp.where(kept, applied(PAIRS[name][0], logits), 0).sum()
-
-    assert np.isfinite(jax.grad(total)(jnp.asarray(LOGITS))).all()
+@jax.jit
+def by_hand(transform, logits, tokens, mask):
+    """The result without a state; of one that does not look back also under vmap."""
+    if transform.looks_back:
+        return (transform(logits, tokens, mask),)
+    return transform(logits), jax.vmap(call, in_axes=(None, 0))(transform, jnp.stack([logits, logits[::-1]]))[0]
 
 
 @every_transform
@@ -192,26 +187,32 @@ def test_by_hand_it_is_what_it_is_in_a_decoder(name):
     if name in ("length", "forced", "mirostat", "constraint", "chain"):
         with pytest.raises((NotImplementedError, TypeError)):
             one(jnp.asarray(LOGITS))
-        eager = one.apply(state_after(one, TOKENS, MASK, ALONG), jnp.asarray(LOGITS))
-        np.testing.assert_allclose(eager, applied(one, LOGITS), rtol=1e-6)
+        if name == "chain":  # of one of each kind; without `jit` as well
+            state, result = state_and_result(one, TOKENS, MASK, ALONG, LOGITS)
+            np.testing.assert_allclose(one.apply(state, jnp.asarray(LOGITS)), result, rtol=1e-6)
         return
-    by_hand = one(jnp.asarray(LOGITS), TOKENS, MASK) if one.looks_back else one(jnp.asarray(LOGITS))
-    np.testing.assert_allclose(by_hand, applied(one, LOGITS), rtol=1e-6)
+    for result in by_hand(one, LOGITS, TOKENS, MASK):
+        np.testing.assert_allclose(result, applied(one, LOGITS), rtol=1e-6)
     if not one.looks_back:
-        assert not jax.tree.leaves(state_after(one, TOKENS, MASK, ALONG))
-        many = jnp.stack([LOGITS, LOGITS[::-1]])
-        np.testing.assert_allclose(jax.vmap(call, in_axes=(None, 0))(one, many)[0], by_hand, rtol=1e-6)
+        assert not jax.tree.leaves(state_and_result(one, TOKENS, MASK, ALONG, LOGITS)[0])
 
 
 @pytest.mark.parametrize("sees_prompt", [True, False])
 def test_what_looks_back_sees_the_prompt_or_does_not(sees_prompt):
     transform = (RepetitionPenalty if sees_prompt else PresencePenalty)(2.0)
     slots, mask = np.asarray([[3, 1, 0, 0, 0]]), np.asarray([[True, True, False, False, False]])
-    state = transform.init(jnp.asarray(slots), jnp.asarray(mask), jnp.asarray([3]))
-    for token, seen in [(2, {1, 3} if sees_prompt else set()), (4, {1, 2, 3} if sees_prompt else {2})]:
-        changed = np.flatnonzero(transform.apply(state, jnp.ones((1, VOCAB)))[0] != 1)
-        assert set(changed.tolist()) == seen
-        state = transform.update(state, jnp.asarray([token]), jnp.ones((1, VOCAB)))
+
+    @jax.jit
+    def changed():
+        state, logits = transform.init(jnp.asarray(slots), jnp.asarray(mask), np.asarray([3])), jnp.ones((1, VOCAB))
+        changes = []
+        for token in (2, 4):
+            changes.append(transform.apply(state, logits)[0] != 1)
+            state = transform.update(state, jnp.asarray([token]), logits)
+        return changes
+
+    found = [set(np.flatnonzero(each).tolist()) for each in changed()]
+    assert found == ([{1, 3}, {1, 2, 3}] if sees_prompt else [set(), {2}])
 
 
 @pytest.mark.parametrize("kind", ROWS_OF_NUMBERS, ids=str)
@@ -326,9 +327,10 @@ def test_transforms_are_trees_of_their_numbers():
 
 def test_gradients_with_respect_to_the_temperature_and_the_logits():
     logits = jnp.asarray(LOGITS[2])
-    by_transform = jax.grad(lambda transform: transform(logits)[2])(Temperature(0.5))
+    by_transform = jax.jit(jax.grad(lambda transform: transform(logits)[2]))(Temperature(0.5))
     np.testing.assert_allclose(by_transform.t, -4.0 / 0.5**2)  # a gradient need not be a valid temperature
-    by_logits = jax.grad(lambda logits: jax.nn.logsumexp(call(Chain((TopK(2), Temperature(0.5))), logits)))(logits)
+    chain = Chain((TopK(2), Temperature(0.5)))
+    by_logits = jax.jit(jax.grad(lambda logits: jax.nn.logsumexp(chain(logits))))(logits)
     expected = np.exp(log_softmax(np.where(kept_by_top_k(logits, 2), logits, -np.inf) / 0.5)) / 0.5
     np.testing.assert_allclose(by_logits, expected, rtol=1e-5)
 

@@ -242,8 +242,8 @@ def test_if_every_node_ends_the_tree_stops_there(tabular):
 
 def test_transforms_with_a_state_or_that_look_back_follow_their_branch(tabular):
     lm, params = tabular
-    select = [NoRepeatNgram(1), MinLength(3, 2), Constrained(from_regex("ab*|ba", "abc"), 2)]
-    for transforms in (select[:1], select[1:2], select[2:], select[:2]):
+    both = [[NoRepeatNgram(n), MinLength(least, 2)] for n, least in ((1, 0), (9, 3), (1, 3))]  # n of 9 does nothing
+    for transforms in (*both, [Constrained(from_regex("ab*|ba", "abc"), 2)]):
         tree = search_tree(lm, params, ROOT, branching=3, depth=4, select=transforms, key=jax.random.key(0), eos_id=2)
         with np.errstate(divide="ignore"):
             distribution = ended_distribution(lm, exact_log_probs(lm, params, transforms), [2])

@@ -10,8 +10,7 @@ import pytest
 
 from experiments import exact_alignment, ledger
 from jaxrl_llm import oracle
-from jaxrl_llm.training.methods import METHODS
-from jaxrl_llm.training.policy import Trainer
+from jaxrl_llm.training.policy import METHODS, Trainer
 from tests.conftest import random_params
 
 SMALL = exact_alignment.Config(vocab_size=2, horizon=2, tables=2, steps=3, answers=8)

@@ -17,7 +17,7 @@ from experiments.sentiment import policies as sentiment_policies
 from figures import sentiment_alignment as figure
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.plots.layout import text_width
+from jaxrl_llm.plots.style import text_width
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training.rollout import Prompts
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.models import Llama, LlamaConfig, StableLM, StableLMConfig
 from jaxrl_llm.models.gpt2 import ACTIVATIONS, GPT2, GPT2Config
-from jaxrl_llm.models.llama import Llama, LlamaConfig, RopeScaling, StableLM, StableLMConfig
 
 VOCAB, CONTEXT = 29, 16
 GPT2_SIZES = {"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 12, "n_layer": 2, "n_head": 3}
@@ -79,7 +79,7 @@ def model(request):
         (GPT2(), 124_439_808),  # GPT-2 small, as published; then medium
         (GPT2(GPT2Config(n_embd=1024, n_layer=24, n_head=16)), 354_823_168),
         (GPT2(GPT2Config(tie_word_embeddings=False)), 124_439_808 + 50257 * 768),
-        (Llama(), 134_515_008),  # SmolLM2-135M; then TinyLlama-1.1B
+        (Llama(LlamaConfig()), 134_515_008),  # SmolLM2-135M; then TinyLlama-1.1B
         (
             Llama(
                 LlamaConfig(
@@ -94,7 +94,7 @@ def model(request):
             ),
             1_100_048_384,
         ),
-        (StableLM(), 2_795_443_200),  # StableLM-Zephyr-3B
+        (StableLM(StableLMConfig()), 2_795_443_200),  # StableLM-Zephyr-3B
     ],
     ids=["gpt2", "gpt2-medium", "gpt2-untied", "smollm2-135m", "tinyllama-1.1b", "stablelm-zephyr-3b"],
 )
@@ -172,7 +172,7 @@ def test_gpt2_starts_as_published():
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llama", 1 + 2 * (2 + 7 * 2) + 1), ("stablelm", 1 + 2 * (4 + 7 + 3 + 8) + 2 + 1)]
+    ("name", "count"), [("llama", 1 + 2 * (2 + 7 * 2) + 1), ("stablelm", 1 + 2 * (4 + 7 + 3 + 2) + 2 + 1)]
 )
 def test_llama_and_stablelm_start_as_published(name, count):
     leaves = initial(name)
@@ -218,6 +218,11 @@ def test_parameters_are_a_plain_nested_dict_of_arrays(name):
 # Configurations -------------------------------------------------------------------------------------------------------
 
 
+def scaled(**settings):
+    """A Llama with these rotary settings."""
+    return LlamaConfig(rope_scaling=settings)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -243,10 +248,25 @@ def test_parameters_are_a_plain_nested_dict_of_arrays(name):
         (lambda: StableLMConfig(partial_rotary_factor=0.15, hidden_size=640), "20 coordinates to turn, 2 or more, but"),
         (lambda: StableLMConfig(layer_norm_eps=math.inf), "layer_norm_eps must be a finite number"),
         (lambda: StableLMConfig(qk_layernorm=1), "qk_layernorm must be true or false, but is 1"),
-        (lambda: RopeScaling("yarn", 2.0), "rope_type must be default, linear or llama3, but is 'yarn'"),
-        (lambda: RopeScaling("llama3", 8.0), "rope_type llama3 needs original_max_position_embeddings"),
-        (lambda: RopeScaling("linear", 0.0), "factor must be above 0"),
-        (lambda: RopeScaling("llama3", 8.0, 4.0, 4.0, 16), "low_freq_factor must be below high_freq_factor"),
+        (lambda: scaled(rope_type="dynamic"), "rope_type must be one of default, linear, llama3, yarn, longrope, but"),
+        (lambda: scaled(rope_type="llama3", factor=8.0), "needs low_freq_factor and high_freq_factor and original_max"),
+        (lambda: scaled(rope_type="linear", factor=0.0), "factor must be above 0"),
+        (lambda: scaled(rope_type="linear"), "rope_type linear needs factor"),
+        (
+            lambda: scaled(
+                **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+                original_max_position_embeddings=16,
+            ),
+            "low_freq_factor must be below high_freq_factor, but they are 4.0 and 4.0",
+        ),
+        (
+            lambda: scaled(
+                rope_type="longrope", short_factor=[1.0], long_factor=[1.0], original_max_position_embeddings=16
+            ),
+            "short_factor must be 32 numbers",
+        ),
+        (lambda: LlamaConfig(width=3), "llama has no field width"),
+        (lambda: LlamaConfig(vocab_size=None), "vocab_size must be a positive integer, but is None"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_an_error(make, said):
@@ -266,7 +286,8 @@ def test_models_are_equal_and_hash_by_their_configuration():
     )
     assert GPT2(GPT2Config(**GPT2_SIZES | {"n_head": 2})) != MODELS["gpt2"]
     scaled = [
-        Llama(LlamaConfig(**LLAMA_SIZES, rope_scaling=RopeScaling("linear", factor))) for factor in (2.0, 2.0, 4.0)
+        Llama(LlamaConfig(**LLAMA_SIZES, rope_scaling={"rope_type": "linear", "factor": factor}))
+        for factor in (2.0, 2.0, 4.0)
     ]
     assert scaled[0] == scaled[1] != scaled[2] and len(set(scaled)) == 2
     assert MODELS["gpt2"] != MODELS["llama"]
@@ -334,19 +355,19 @@ def gpt2_by_definition(config, params, tokens):
 
 
 def llama_by_definition(config, params, tokens):
-    half, time = config.head_size // 2, len(tokens)
+    half, time = config.description.head_dim // 2, len(tokens)
 
     def norm(params, x):
         return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + config.rms_norm_eps) * params["scale"]
 
     def rotate(x):
         """As complex numbers: coordinates i and i + half turn together."""
-        turn = np.exp(1j * np.arange(time)[:, None] * config.rope_theta ** (-np.arange(half) / half))
+        turn = np.exp(1j * np.arange(time)[:, None] * config.rope_parameters["rope_theta"] ** (-np.arange(half) / half))
         z = (x[..., :half] + 1j * x[..., half:]) * turn
         return np.concatenate([z.real, z.imag], axis=-1)
 
     def heads(params, x, repeat):
-        split = linear(params, x).reshape(time, -1, config.head_size).swapaxes(0, 1)
+        split = linear(params, x).reshape(time, -1, config.description.head_dim).swapaxes(0, 1)
         return np.repeat(split, repeat, axis=0)
 
     group = config.num_attention_heads // config.num_key_value_heads
@@ -355,7 +376,7 @@ def llama_by_definition(config, params, tokens):
         block = params["layers"][layer]
         attn, mlp, y = block["self_attn"], block["mlp"], norm(block["input_layernorm"], x)
         query, key = rotate(heads(attn["q_proj"], y, 1)), rotate(heads(attn["k_proj"], y, group))
-        mixed = attention(query, key, heads(attn["v_proj"], y, group), config.head_size**-0.5)
+        mixed = attention(query, key, heads(attn["v_proj"], y, group), config.description.head_dim**-0.5)
         x = x + linear(attn["o_proj"], mixed)
         y = norm(block["post_attention_layernorm"], x)
         gate = linear(mlp["gate_proj"], y)
@@ -364,8 +385,8 @@ def llama_by_definition(config, params, tokens):
 
 
 def stablelm_by_definition(config, params, tokens):
-    size, time = config.head_size, len(tokens)
-    turned = int(size * config.partial_rotary_factor)
+    size, time = config.description.head_dim, len(tokens)
+    turned = int(size * config.rope_parameters["partial_rotary_factor"])
 
     def norm(x, scale, bias=0):
         centred = x - x.mean(axis=-1, keepdims=True)
@@ -375,7 +396,7 @@ def stablelm_by_definition(config, params, tokens):
         """Coordinate pair by coordinate pair, among the first ones."""
         x, half = x.copy(), turned // 2
         for i in range(half):
-            angle = np.arange(time) * config.rope_theta ** (-2 * i / turned)
+            angle = np.arange(time) * config.rope_parameters["rope_theta"] ** (-2 * i / turned)
             first, second = x[..., i].copy(), x[..., i + half].copy()
             x[..., i] = first * np.cos(angle) - second * np.sin(angle)
             x[..., i + half] = first * np.sin(angle) + second * np.cos(angle)
@@ -385,8 +406,8 @@ def stablelm_by_definition(config, params, tokens):
         split = linear(attn[f"{name}_proj"], x).reshape(time, -1, size).swapaxes(0, 1)
         if name != "v":
             if config.qk_layernorm:
-                scales = attn[f"{name}_layernorm"]["norms"]
-                split = np.stack([norm(head, scales[i]["scale"]) for i, head in enumerate(split)])
+                scales = attn[f"{name}_norm"]["scale"]
+                split = np.stack([norm(head, scale) for head, scale in zip(split, scales, strict=True)])
             split = rotate(split)
         return np.repeat(split, config.num_attention_heads // len(split), axis=0)
 
@@ -407,7 +428,8 @@ def stablelm_by_definition(config, params, tokens):
 def test_logits_are_those_of_the_definition(model, dtype):
     """float64 parameters are computed with in float64 throughout; float32 ones in float32 also where x64 is on."""
     lm, _ = model
-    by_definition = {"GPT2": gpt2_by_definition, "Llama": llama_by_definition, "StableLM": stablelm_by_definition}
+    by_definition = {"llama": llama_by_definition, "stablelm": stablelm_by_definition}
+    by_definition = by_definition.get(getattr(lm.config, "model_type", None), gpt2_by_definition)
     with jax.enable_x64(True):
         params = random_params(lm, dtype)
         logits = logits_of(lm, params, TOKENS)
@@ -415,7 +437,7 @@ def test_logits_are_those_of_the_definition(model, dtype):
         hidden, _ = jax.eval_shape(lm.hidden, params, jnp.asarray(TOKENS))
         assert str(hidden.dtype) == dtype
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    expected = np.stack([by_definition[type(lm).__name__](lm.config, exact, row) for row in TOKENS])
+    expected = np.stack([by_definition(lm.config, exact, row) for row in TOKENS])
     assert expected.std() > 0.5
     np.testing.assert_allclose(logits, expected, rtol=0, atol={"float32": 2e-5, "float64": 1e-12}[dtype])
 

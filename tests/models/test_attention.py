@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.models import GPT2
 from tests.conftest import TINY, VOCAB, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 8))
@@ -32,7 +33,7 @@ def weights_of(lm, params, tokens, mask=None):
 def test_rows_sum_to_one_over_the_valid_past_and_are_zero_elsewhere(neural, mask):
     lm, params = neural
     weights = np.asarray(weights_of(lm, params, TOKENS, mask))
-    heads = {"GPT2": 2, "Llama": 4, "StableLM": 2}[type(lm).__name__]
+    heads = lm.config.n_head if isinstance(lm, GPT2) else lm.config.num_attention_heads
     assert weights.shape == (1, 3, heads, 8, 8) and weights.dtype == np.float32
     valid = np.ones(TOKENS.shape, bool) if mask is None else mask
     may = valid[:, :, None] & valid[:, None] & np.tril(np.ones((8, 8), bool))

@@ -11,17 +11,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.gpt2 import GPT2
-from jaxrl_llm.models.llama import Llama, StableLM
-from tests.conftest import CONTEXT, TINY, random_params
+from jaxrl_llm.models import GPT2, Config, Decoder, Llama, StableLM
+from tests.conftest import CONTEXT, TINY, VOCAB, random_params
 
+SIZES = {
+    **{"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT},
+}
+OPT = {
+    **{"vocab_size": VOCAB, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "max_position_embeddings": CONTEXT},
+}
 MODELS = {  # what a layer writes into its memory depends on what the layer below read from its own
     "gpt2": GPT2(dataclasses.replace(TINY["gpt2"].config, n_layer=2)),
-    "llama": Llama(dataclasses.replace(TINY["llama"].config, num_hidden_layers=2)),
-    "stablelm": StableLM(dataclasses.replace(TINY["stablelm"].config, num_hidden_layers=2)),
+    "llama": Llama(TINY["llama"].config.replace(num_hidden_layers=2)),
+    "stablelm": StableLM(TINY["stablelm"].config.replace(num_hidden_layers=2)),
     "stablelm in parallel": StableLM(
-        dataclasses.replace(TINY["stablelm"].config, use_parallel_residual=True, tie_word_embeddings=True)
+        TINY["stablelm"].config.replace(use_parallel_residual=True, tie_word_embeddings=True)
     ),
+    # Between them all parts of a `Description`:
+    "windows": Decoder(Config("gemma2", **SIZES, sliding_window=3, attn_logit_softcapping=5.0)),
+    "experts": Decoder(
+        Config(
+            "qwen3_moe", **SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1]
+        )
+    ),
+    "alibi": Decoder(
+        Config("bloom", vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4),
+    ),
+    "learned positions": Decoder(Config("opt", **OPT)),
     "t5": TINY["t5"],
     "tabular": TINY["tabular"],
 }

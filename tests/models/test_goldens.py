@@ -61,14 +61,16 @@ def test_the_goldens_try_what_they_should():
     assert all(len(set(row)) > 1 for each in expected for row in each["generated"].tolist()), "no row repeats one token"
     configs = [models.load(GOLDENS / name).model.config for name in NAMES]
     assert {config.tie_word_embeddings for config in configs} == {True, False}
-    assert {config.rope_scaling.rope_type for config in configs[2:4]} == {"linear", "llama3"}
+    assert {config.rope_parameters["rope_type"] for config in configs[2:4]} == {"linear", "llama3"}
     assert {config.attention_bias for config in configs[2:4]} == {True, False}
     assert any(config.num_key_value_heads < config.num_attention_heads for config in configs[2:4])
     plain, full = configs[4:]
-    options = ("use_qkv_bias", "qk_layernorm", "use_parallel_residual", "tie_word_embeddings", "rope_scaling")
+    options = ("use_qkv_bias", "qk_layernorm", "use_parallel_residual", "tie_word_embeddings")
     assert not any(getattr(plain, each) for each in options) and all(getattr(full, each) for each in options)
+    assert plain.rope_parameters["rope_type"] == "default" != full.rope_parameters["rope_type"]
     assert plain.num_key_value_heads == plain.num_attention_heads and full.num_key_value_heads == 2
-    assert [(config.rotary_dim, config.head_size) for config in (plain, full)] == [(4, 16), (12, 16)]
+    turned = [2 * len(config.description.layers[0].rotary.frequencies) for config in (plain, full)]
+    assert turned == [4, 12] and all(config.description.head_dim == 16 for config in (plain, full))
     assert {config.scale_attn_by_inverse_layer_idx for config in configs[:2]} == {True, False}
 
 

@@ -1,7 +1,6 @@
 """Models as they are found in the wild, whole and damaged: the goldens, rewritten."""
 
 import ast
-import dataclasses
 import fnmatch
 import functools
 import http.server
@@ -123,9 +122,11 @@ def test_float64_needs_x64():
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"float64"}
 
 
-@pytest.mark.parametrize("dtype", [int, "int8", "bool", "complex64"])
+@pytest.mark.parametrize("dtype", [int, "int8", "bool", "complex64", "float8_e4m3fn", np.longdouble])
 def test_a_dtype_that_is_not_floating_is_an_error(dtype):
-    with pytest.raises(ValueError, match="dtype must be a floating type, but is"):
+    with pytest.raises(
+        ValueError, match="dtype must be a floating type, one of float16, bfloat16, float32"
+    ):
         models.load(GOLDENS / "gpt2-1", dtype=dtype)
 
 
@@ -224,7 +225,7 @@ def test_old_and_new_rope_settings_are_one(tmp_path, name, settings):
 )
 def test_without_scaling_the_frequencies_are_plain(tmp_path, settings):
     loaded = models.load(variant(tmp_path, "llama-0", config={"rope_parameters": ABSENT} | settings))
-    assert loaded.model.config.rope_scaling is None and loaded.model.config.rope_theta == 500
+    assert loaded.model.config.rope_parameters == {"rope_type": "default", "rope_theta": 500}
     assert np.abs(logits(loaded) - logits(golden("llama-0"))).max() > 1e-2
 
 
@@ -240,7 +241,8 @@ def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
     loaded = models.load(variant(tmp_path, "llama-0", config=dict.fromkeys((*fields, "attention_bias"), ABSENT)))
     config = loaded.model.config
     assert (config.num_key_value_heads, config.rms_norm_eps, config.max_position_embeddings) == (4, 1e-6, 2048)
-    assert (config.rope_theta, config.tie_word_embeddings, config.attention_bias) == (10000.0, False, False)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert not config.tie_word_embeddings and not config.attention_bias
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
 def test_the_share_of_a_head_that_turns_is_read_in_every_form(tmp_path, settings):
     loaded = models.load(variant(tmp_path, "stablelm-0", config={"rope_parameters": ABSENT} | settings))
     config = golden("stablelm-0").model.config
-    assert loaded.model.config == dataclasses.replace(config, partial_rotary_factor=0.25)
+    assert loaded.model.config == config.replace(rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 0.25})
     np.testing.assert_array_equal(logits(loaded), logits(golden("stablelm-0")))  # 0.25 · 16 and 0.3 · 16 are both 4
 
 
@@ -266,9 +268,8 @@ def test_stablelms_absent_fields_have_the_defaults_of_the_format(tmp_path):
     fields = ("num_key_value_heads", "layer_norm_eps", "rope_parameters", "tie_word_embeddings", "use_qkv_bias")
     fields += ("qk_layernorm", "use_parallel_residual", "max_position_embeddings", "initializer_range", "hidden_act")
     loaded = models.load(variant(tmp_path, "stablelm-0", config=dict.fromkeys(fields, ABSENT)))
-    expected = dataclasses.replace(
-        golden("stablelm-0").model.config, partial_rotary_factor=0.25, max_position_embeddings=4096
-    )
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    expected = golden("stablelm-0").model.config.replace(rope_parameters=rope, max_position_embeddings=4096)
     assert loaded.model.config == expected
 
 
@@ -290,9 +291,9 @@ def test_other_spellings_of_a_configuration_are_the_same_model(tmp_path, name, c
 @pytest.mark.parametrize(
     ("name", "config", "said"),
     [
-        ("gpt2-1", {"model_type": ABSENT}, "model_type must be one of gpt2, llama, stablelm, t5, but is None"),
-        ("gpt2-1", {"model_type": "mamba"}, "model_type must be one of gpt2, llama, stablelm, t5, but is 'mamba'"),
-        ("gpt2-1", {"model_type": ["gpt2"]}, "model_type must be one of gpt2, llama, stablelm, t5, but is ['gpt2']"),
+        ("gpt2-1", {"model_type": ABSENT}, "t5, but is None"),
+        ("gpt2-1", {"model_type": "mamba"}, "t5, but is 'mamba'"),
+        ("gpt2-1", {"model_type": ["gpt2"]}, "t5, but is ['gpt2']"),
         ("gpt2-1", {"activation_function": "mish"}, "activation_function must be one of gelu_new,"),
         ("gpt2-1", {"activation_function": None}, "activation_function must be a name, but is None"),
         ("gpt2-1", {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
@@ -311,7 +312,7 @@ def test_other_spellings_of_a_configuration_are_the_same_model(tmp_path, name, c
         ("t5-1", {"dense_act_fn": "silu"}, "feed_forward_proj is 'relu', but dense_act_fn is 'silu'"),
         ("t5-1", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, but is 'yes'"),
         ("t5-1", {"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, but is 1"),
-        ("llama-0", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ("llama-0", {"hidden_act": "mish"}, "the activation must be one of gelu_new,"),
         ("llama-0", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ("llama-0", {"num_hidden_layers": ABSENT}, "the configuration lacks num_hidden_layers"),
         ("llama-0", {"hidden_size": -32}, "hidden_size must be a positive integer, but is -32"),
@@ -326,8 +327,8 @@ def test_other_spellings_of_a_configuration_are_the_same_model(tmp_path, name, c
         ("llama-0", {"rope_scaling": 0}, "rope_scaling must be an object, but is 0"),
         (
             "llama-0",
-            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "rope_parameters must be one for all layers, but has full_attention",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default"}}},
+            "rope_parameters must have settings for full_attention, but has sliding_attention",
         ),
         (
             "llama-1",
@@ -348,21 +349,20 @@ def test_other_spellings_of_a_configuration_are_the_same_model(tmp_path, name, c
         ),
         ("llama-0", {"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer, but is 0"),
         ("llama-0", {"num_key_value_heads": False}, "num_key_value_heads must be a positive integer, but is False"),
-        ("llama-0", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "but is 'yarn'"),
+        ("llama-0", {"rope_parameters": {"rope_type": "mrope", "factor": 2.0}}, "but is 'mrope'"),
         (
             "llama-0",
             {"rope_parameters": ABSENT, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "but is 'dynamic'",
         ),
-        ("llama-0", {"rope_parameters": {"rope_type": "linear"}}, "'factor'"),
+        ("llama-0", {"rope_parameters": {"rope_type": "linear"}}, "rope_type linear needs factor"),
         ("llama-0", {"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor must be above 0"),
-        ("llama-0", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "factor must be a finite number"),
-        ("llama-0", {"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a finite number"),
-        ("stablelm-0", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ("llama-0", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "factor must be above 0, but is '4'"),
+        ("llama-0", {"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be above 0, but is 'big'"),
         ("stablelm-0", {"hidden_size": ABSENT}, "the configuration lacks hidden_size"),
         ("stablelm-0", {"model_type": "stablelm_epoch"}, "but is 'stablelm_epoch'"),
         ("stablelm-0", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "16 coordinates to turn, 2 or more, but"),
-        ("stablelm-0", {"rope_parameters": {"partial_rotary_factor": "1"}}, "must be a finite number, 0 or above, but"),
+        ("stablelm-0", {"rope_parameters": {"partial_rotary_factor": "1"}}, "2 or more, but is '1'"),
         ("stablelm-0", {"qk_layernorm": "yes"}, "qk_layernorm must be true or false, but is 'yes'"),
         ("stablelm-0", {"use_qkv_bias": True}, "missing layers.0.self_attn.k_proj.bias"),
         ("stablelm-0", {"use_parallel_residual": True}, "unknown model.layers.0.post_attention_layernorm.bias"),

@@ -23,11 +23,7 @@ def against_another(**settings):
 def sequences(rng, n):
     shape = (n.batch, n.time)
     logp_policy = log_probs(rng, *shape)
-    constants = (
-        logp_policy + 0.2 * rng.normal(size=shape),
-        rng.normal(size=n.batch),
-        mask(rng, *shape, kept=n.kept),
-    )
+    constants = (logp_policy + 0.2 * rng.normal(size=shape), rng.normal(size=n.batch), mask(rng, *shape, kept=n.kept))
     return Case((logp_policy,), constants, {"clip_low": 0.1, "clip_high": 0.15})
 
 

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from jaxrl_llm.objectives.aggregate import aggregate
 
-X = jnp.asarray([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
-MASK = jnp.asarray([[True, True, False], [False, True, False], [False, False, False]])
+X = np.float32([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+MASK = np.asarray([[True, True, False], [False, True, False], [False, False, False]])
 SETTINGS = {"token_mean": {}, "sequence_mean": {}, "sequence_sum": {}, "constant": {"normaliser": 4.0}}
 compiled = jax.jit(aggregate, static_argnames=("mode", "normaliser"))
 
@@ -29,7 +28,6 @@ compiled = jax.jit(aggregate, static_argnames=("mode", "normaliser"))
     ],
 )
 def test_by_hand_on_a_ragged_mask_with_an_empty_row(mode, expected):
-    np.testing.assert_allclose(aggregate(X, MASK, mode, **SETTINGS[mode]), expected, rtol=1e-6)
     np.testing.assert_allclose(compiled(X, MASK, mode=mode, **SETTINGS[mode]), expected, rtol=1e-6)
 
 
@@ -61,13 +59,18 @@ def test_padding_on_either_side_changes_nothing(mode, mask, left):
 @pytest.mark.parametrize("mode", SETTINGS)
 def test_every_shard_returns_the_global_mean(mode):
     """Shards of unequal token counts: the mean of their own means would be another number."""
-    values = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
-    mask = jnp.arange(5) < jnp.asarray([5, 1, 2, 0])[:, None]
+    values = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    mask = np.arange(5) < np.asarray([5, 1, 2, 0])[:, None]
     function = functools.partial(aggregate, mode=mode, **SETTINGS[mode])
-    by_shard = jax.vmap(functools.partial(function, axis_name="shard"), axis_name="shard")
-    split = by_shard(values.reshape(2, 2, 5), mask.reshape(2, 2, 5))
-    np.testing.assert_allclose(split, jnp.repeat(function(values, mask), 2), rtol=1e-5)
-    own = jax.vmap(function)(values.reshape(2, 2, 5), mask.reshape(2, 2, 5)).mean()
+
+    @jax.jit
+    def found(values, mask):
+        shards = values.reshape(2, 2, 5), mask.reshape(2, 2, 5)
+        by_shard = jax.vmap(functools.partial(function, axis_name="shard"), axis_name="shard")
+        return function(values, mask), by_shard(*shards), jax.vmap(function)(*shards).mean()
+
+    whole, split, own = found(values, mask)
+    np.testing.assert_allclose(split, [whole] * 2, rtol=1e-5)
     assert (abs(own - split[0]) > 0.01) == (mode == "token_mean")
 
 
@@ -108,11 +111,6 @@ def test_eight_devices_give_the_global_mean():
     [
         ((X, MASK, "mean"), {}, "mode must be one of token_mean, sequence_mean, sequence_sum, constant, but is 'mean'"),
         ((X[0], MASK[0], "token_mean"), {}, r"must be \[batch, time\], but has the shape \[3\]"),
-        (
-            (X, MASK[:2], "token_mean"),
-            {},
-            r"mask must be \[batch, time\] = \[3, 3\] as in per_token, but has the shape \[2, 3\]",
-        ),
         ((X, X, "token_mean"), {}, "mask must be boolean, or 0 and 1"),
         ((X, MASK, "constant"), {}, "normaliser is for the mode constant and needed there, but is None"),
         ((X, MASK, "token_mean"), {"normaliser": 3.0}, "but is 3.0 for token_mean"),
@@ -125,4 +123,4 @@ def test_bad_input_is_named(arguments, settings, message):
 
 
 def test_a_mask_of_zeros_and_ones_is_taken():
-    assert aggregate(X, MASK.astype(jnp.int32), "token_mean") == aggregate(X, MASK, "token_mean")
+    assert aggregate(X, MASK.astype(np.int32), "token_mean") == aggregate(X, MASK, "token_mean")

@@ -47,17 +47,21 @@ def cast(arrays, dtype):
 
 
 def program(function, count, names):
-    """Gradients in closed form and by autodiff, of constants too, and values of narrow inputs and of these widened."""
+    """Gradients in closed form and by autodiff; in float32 of constants too, and values, of narrow inputs too."""
 
     def one(arrays, numbers, settings):
         given = dict(zip(names, numbers, strict=True)) | settings
+        is_double = arrays[0].dtype == jnp.float64
         floating = tuple(i for i, each in enumerate(arrays) if jnp.issubdtype(each.dtype, jnp.floating))
+        floating = floating[:count] if is_double else floating
         by_autodiff = jax.grad(lambda *arrays: function(*arrays, **given).sum(), argnums=floating)(*arrays)
+        found = {"closed form": function.grad(*arrays, **given), "autodiff": by_autodiff[:count]}
+        if is_double:
+            return found
         narrow = [a.astype(jnp.bfloat16) if i in floating else a for i, a in enumerate(arrays)]
         widened = [a.astype(jnp.float32) if i in floating else a for i, a in enumerate(narrow)]
-        return {
-            "closed form": function.grad(*arrays, **given),
-            "autodiff": by_autodiff[:count],
+        return found | {
+            "value": function(*arrays, **given),
             "of constants": by_autodiff[count:],
             "widened": (function(*narrow, **given), function(*widened, **given)),
         }
@@ -116,16 +120,31 @@ def test_the_closed_form_is_what_autodiff_finds(name, dtype, record_property):
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_closed_form_holds_without_jit_and_for_a_single_token(name):
+def test_value_and_closed_form_are_the_same_without_jit_and_vmap(name):
     function, build = CASES[name]
-    with jax.enable_x64(True):
-        case = build(np.random.default_rng(1), SMALLEST)
-        arrays, count = cast((*case.differentiable, *case.constants), np.float64), len(case.differentiable)
+    case = build(np.random.default_rng([7, 0]), DRAWS[jnp.float32][0])
+    arrays = cast((*case.differentiable, *case.constants), np.float32)
+    expected = found(name, jnp.float32)
+    np.testing.assert_allclose(function(*arrays, **case.settings), expected["value"][0], rtol=1e-5, atol=1e-6)
+    closed = [np.asarray(each)[None] for each in function.grad(*arrays, **case.settings)]
+    assert max(relative_errors(closed, [each[:1] for each in expected["autodiff"]])) < TOLERANCE[jnp.float32]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_closed_form_holds_for_a_single_token(name):
+    function, build = CASES[name]
+    case = build(np.random.default_rng(1), SMALLEST)
+    count = len(case.differentiable)
+
+    @jax.jit
+    def both(*arrays):
         total = lambda *given: function(*given, *arrays[count:], **case.settings).sum()  # noqa: E731
-        expected = jax.jit(jax.grad(total, argnums=tuple(range(count))))(*arrays[:count])
-        closed = function.grad(*arrays, **case.settings)
-        errors = relative_errors([each[None] for each in closed], [each[None] for each in expected])
-        assert max(errors) < TOLERANCE[jnp.float64]
+        return function.grad(*arrays, **case.settings), jax.grad(total, argnums=tuple(range(count)))(*arrays[:count])
+
+    with jax.enable_x64(True):
+        arrays = cast((*case.differentiable, *case.constants), np.float64)
+        closed, by_autodiff = jax.tree.map(lambda each: np.asarray(each)[None], both(*arrays))
+    assert max(relative_errors(closed, by_autodiff)) < TOLERANCE[jnp.float64]
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -141,14 +160,24 @@ def test_bfloat16_inputs_are_widened(name):
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
 
 
+KINDS = {"Float[": (np.int32, "floating"), "Int[": (np.float32, "integers"), "Bool[": (np.int32, "boolean")}
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_a_wrong_dtype_and_a_wrong_shape_are_refused(name):
+def test_an_array_of_a_wrong_dtype_or_shape_is_refused_by_its_name_under_jit_too(name):
     function, build = CASES[name]
     case = build(np.random.default_rng(3), Sizes())
     arrays = cast((*case.differentiable, *case.constants), np.float32)
-    for attempt in (function, function.grad):
-        with pytest.raises(ValueError, match="must be floating"):
-            attempt(arrays[0].astype(np.int32), *arrays[1:], **case.settings)
-        if len(arrays) > 1:
-            with pytest.raises(ValueError, match="must"):
-                attempt(*arrays[:-1], np.concatenate([arrays[-1]] * 2, axis=-1), **case.settings)
+    value, grad = (functools.partial(each, **case.settings) for each in (function, function.grad))
+    for place, parameter in enumerate(list(inspect.signature(function).parameters.values())[: len(arrays)]):
+        array, annotation = arrays[place], inspect.formatannotation(parameter.annotation)
+        changes = [(np.concatenate([array] * 2, axis=-1), r"(a number or )?\[.* but has the shape")] if place else []
+        for kind, (dtype, of_kind) in KINDS.items():
+            # A number may be whole, and a mask of numbers is read.
+            if kind in annotation and "float |" not in annotation and parameter.name != "mask":
+                changes.append((array.astype(dtype), f"{of_kind}, but (is|are) {np.dtype(dtype)}"))
+        for wrong, message in changes:
+            given = [*arrays[:place], wrong, *arrays[place + 1 :]]
+            for attempt in (value, grad, functools.partial(jax.eval_shape, value)):
+                with pytest.raises(ValueError, match=f"{parameter.name} must be {message}"):
+                    attempt(*given)

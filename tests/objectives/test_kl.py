@@ -132,27 +132,3 @@ def test_rao_blackwell_reads_nothing_behind_the_mask():
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         for slope in np.asarray(slopes):
             assert np.isfinite(slope).all() and (slope[~mask] == 0).all() and np.abs(slope[mask]).max() > 0.01
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: kl.k1(jnp.zeros((2, 3)), jnp.zeros(3)),
-            r"logp_ref must be \[\*batch\] = \[2, 3\] as in logp_policy, but has the shape \[3\]",
-        ),
-        (lambda: kl.k3(jnp.zeros(3, int), jnp.zeros(3)), "logp_policy must be floating, but is int32"),
-        (
-            lambda: kl.exact_kl(jnp.zeros(()), jnp.zeros(())),
-            r"logits_policy must be \[\*batch, vocab\], but has the shape \[\]",
-        ),
-        (
-            lambda: kl.rao_blackwell_kl(jnp.zeros((2, 3, 4)), jnp.zeros((2, 3, 4)), jnp.ones((2, 4), bool)),
-            r"mask must be \[\*batch, time\] = \[2, 3\] as in logits_policy, but has the shape \[2, 4\]",
-        ),
-    ],
-)
-def test_bad_input_is_named_also_under_jit(call, message):
-    for attempt in (call, jax.jit(call)):
-        with pytest.raises(ValueError, match=message):
-            attempt()

@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.extend.core import jaxprs_in_params
 
-from jaxrl_llm.objectives.logprobs import (
-    entropy,
-    fused_token_log_probs,
-    sequence_log_prob,
-    token_log_probs,
-)
+from jaxrl_llm.objectives.logprobs import entropy, fused_token_log_probs, sequence_log_prob, token_log_probs
 from tests.conftest import log_softmax
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 5, 7)) * 4
@@ -41,13 +36,6 @@ def test_any_finite_logits_give_finite_log_probabilities_that_are_never_positive
     result = compiled(logits, np.full((2, 3), token))
     np.testing.assert_allclose(result, taken(logits, np.full((2, 3), token)), rtol=1e-6, atol=2e-3)  # 1e4 · float32's ε
     assert np.isfinite(result).all() and (result <= 0).all()
-
-
-def test_eager_jit_and_vmap_agree():
-    logits, tokens = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(TOKENS)
-    eager = token_log_probs(logits, tokens)
-    np.testing.assert_allclose(compiled(logits, tokens), eager, rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(token_log_probs)(logits, tokens), eager, rtol=1e-6)
 
 
 def test_minus_infinity_is_probability_zero_and_leaves_the_others_their_distribution_and_a_finite_gradient():
@@ -78,21 +66,6 @@ def test_gradient_is_one_hot_minus_softmax():
     np.testing.assert_allclose(
         slope(np.float32(LOGITS), TOKENS), np.eye(7)[TOKENS] - np.exp(log_softmax(LOGITS)), atol=1e-6
     )
-
-
-@pytest.mark.parametrize(
-    ("logits", "tokens", "message"),
-    [
-        (jnp.zeros((2, 5, 7)), jnp.zeros((2, 4), int), r"\[2, 5\].*\[2, 4\]"),
-        (jnp.zeros((2, 5, 7)), jnp.zeros((5,), int), r"\[2, 5\].*\[5\]"),
-        (jnp.zeros(()), jnp.zeros((), int), "shape"),
-        (jnp.zeros((2, 5, 7)), jnp.zeros((2, 5)), "integer.*float32"),
-        (jnp.zeros((2, 5, 7), int), jnp.zeros((2, 5), int), "floating.*int32"),
-    ],
-)
-def test_wrong_shapes_and_dtypes_are_named(logits, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        token_log_probs(logits, tokens)
 
 
 # Entropy and sequences ------------------------------------------------------------------------------------------------
@@ -153,7 +126,7 @@ def plain(dtype):
         return jax.tree.map(np.asarray, weighted(plain_form)(HIDDEN.astype(dtype), UNEMBEDDING.astype(dtype)))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 10, 50, 103, 5000, None])
+@pytest.mark.parametrize("chunk_size", [1, 10, 103, 5000, None])
 def test_fused_equals_plain_in_values_and_gradients_for_any_chunk(chunk_size):
     fused = weighted(lambda h, w: fused_token_log_probs(h, w, WORDS.astype(np.int32), chunk_size=chunk_size))
     found = fused(np.float32(HIDDEN), np.float32(UNEMBEDDING))
@@ -183,14 +156,6 @@ def test_fused_accumulates_bfloat16_in_float32():
         np.testing.assert_allclose(gradient.astype(jnp.float32), other, atol=0.02 * np.abs(other).max())
 
 
-def test_fused_closed_form_is_the_gradient_of_the_plain_form():
-    hidden, unembedding = np.float32(HIDDEN), np.float32(UNEMBEDDING)
-    closed = jax.jit(lambda h, w: fused_token_log_probs.grad(h, w, WORDS.astype(np.int32), chunk_size=10))
-    expected = jax.jit(jax.grad(lambda h, w: plain_form(h, w).sum(), argnums=(0, 1)))(hidden, unembedding)
-    for one, other in zip(closed(hidden, unembedding), expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
-
-
 def test_fused_never_holds_the_logits_of_all_places():
     """No array in forward or backward is as large as [batch, time, vocab]."""
     hidden, unembedding = np.zeros((4, 64, 8), np.float32), np.zeros((5000, 8), np.float32)
@@ -208,35 +173,12 @@ def largest_array(jaxpr):
     return max([*sizes, *inner], default=0)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "unembedding", "tokens", "settings", "message"),
-    [
-        (
-            (2, 3, 4),
-            (9, 5),
-            (2, 3),
-            {},
-            r"unembedding must be \[vocab, width\] = \[vocab, 4\] as in hidden, but has the shape \[9, 5\]",
-        ),
-        (
-            (2, 3, 4),
-            (9, 4),
-            (3, 2),
-            {},
-            r"tokens must be \[\*places\] = \[2, 3\] as in hidden, but has the shape \[3, 2\]",
-        ),
-        ((2, 3, 4), (9, 4), (2, 3), {"chunk_size": 0}, "chunk_size must be at least 1, but is 0"),
-    ],
-)
-def test_fused_bad_input_is_named(hidden, unembedding, tokens, settings, message):
-    with pytest.raises(ValueError, match=message):
-        fused_token_log_probs(*map(np.float32, map(np.zeros, (hidden, unembedding))), np.zeros(tokens, int), **settings)
-
-
-def test_fused_tokens_outside_the_vocabulary():
-    hidden, unembedding = jnp.ones((2, 4)), jnp.ones((9, 4))
+def test_fused_chunks_of_no_token_and_tokens_outside_the_vocabulary():
+    hidden, unembedding = np.ones((2, 4), np.float32), np.ones((9, 4), np.float32)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, but is 0"):
+        fused_token_log_probs(hidden, unembedding, np.asarray([1, 2]), chunk_size=0)
     with pytest.raises(ValueError, match=r"tokens must lie in \[0, 9\), but one is 9"):
-        fused_token_log_probs(hidden, unembedding, jnp.asarray([1, 9]))
-    result = jax.jit(fused_token_log_probs)(hidden, unembedding, jnp.asarray([1, 9]))
+        fused_token_log_probs(hidden, unembedding, np.asarray([1, 9]))
+    result = jax.jit(fused_token_log_probs)(hidden, unembedding, np.asarray([1, 9]))
     np.testing.assert_allclose(result[0], -np.log(9), rtol=1e-6)
     assert np.isnan(result[1])

@@ -307,10 +307,9 @@ def test_infinite_and_missing_inputs_keep_gradients_finite_and_reach_only_their_
 
 
 def test_a_weight_of_zero_makes_zero_of_an_impossible_token():
-    impossible = f32([-np.inf])
-    assert pg.reinforce_loss(impossible, f32([0.0])) == 0
-    assert pg.cispo_loss(impossible, f32([-1.0]), f32([2.0])) == 0  # ρ = 0
-    assert pg.reinforce_loss(impossible, f32([2.0])) == jnp.inf
+    impossible = f32([-np.inf, -np.inf])
+    np.testing.assert_array_equal(compiled["reinforce_loss"](impossible, f32([0.0, 2.0])), [0, np.inf])
+    assert (compiled["cispo_loss"](impossible, f32([-1.0, -1.0]), f32([2.0, 2.0])) == 0).all()  # ρ = 0
 
 
 def test_the_critic_behind_a_mask_keeps_its_gradient_finite():
@@ -323,23 +322,6 @@ def test_the_critic_behind_a_mask_keeps_its_gradient_finite():
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(values), [0, 0, 0.5])
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-def test_eager_jit_and_vmap_agree(name):
-    arrays, settings = case_of(name)
-    function = getattr(pg, name)
-    eager = function(*arrays, **settings)
-    by_row = jax.jit(jax.vmap(lambda *given: function(*given, **settings)))(*arrays)
-    np.testing.assert_allclose(by_row, eager, rtol=1e-5, atol=1e-6)
-
-
-def test_hyperparameters_may_be_traced():
-    logp_policy, logp_old, advantages = (f32(RNG.normal(size=9)) for _ in range(3))
-    traced = jax.jit(
-        lambda low, high: pg.ppo_clip_loss(logp_policy, logp_old, advantages, clip_low=low, clip_high=high)
-    )
-    close(traced(0.1, 0.3), pg.ppo_clip_loss(logp_policy, logp_old, advantages, clip_low=0.1, clip_high=0.3))
-
-
 ONE = np.ones(2, np.float32)
 
 
@@ -349,12 +331,6 @@ ONE = np.ones(2, np.float32)
         (lambda: pg.ppo_clip_loss(ONE, ONE, ONE, clip_low=1.5), "clip_low must lie in"),
         (lambda: pg.ppo_clip_loss(ONE, ONE, ONE, clip_high=-0.1), "clip_high must lie in"),
         (lambda: pg.ppo_clip_loss(ONE, ONE, ONE, dual_clip=1.0), "dual_clip must lie in"),
-        (lambda: pg.ppo_clip_loss(ONE, jnp.ones(3), ONE), r"logp_old must be .* = \[2\] as in logp_policy.*\[3\]"),
-        (
-            lambda: pg.gspo_loss(ONE[None], ONE[None], ONE, ONE[None]),
-            r"advantages must be .* = \[1\] as in logp_policy.*\[2\]",
-        ),
-        (lambda: pg.gspo_loss(ONE[None], ONE[None], ONE[:1], ONE), r"mask must be \[\*batch, time\] = \[1, 2\].*\[2\]"),
         (lambda: pg.cispo_loss(ONE, ONE, ONE, clip_low=-1.0), "clip_low must lie in"),
         (lambda: pg.truncated_importance_weight(ONE, ONE, cap=0.0), "cap must lie in"),
         (lambda: pg.off_policy_reinforce_loss(ONE, ONE, ONE, mode="clip"), '"truncate" or "mask".*clip'),

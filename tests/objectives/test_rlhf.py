@@ -168,10 +168,6 @@ def test_without_a_price_what_the_reference_excludes_is_free_and_with_one_it_is_
     [
         (lambda: rlhf.gibbs_optimum(REF, REWARDS, beta=0.0), r"beta must lie in \(0, inf\), but is 0.0"),
         (lambda: rlhf.regularised_objective(REF, REF, REWARDS, beta=-1.0), r"beta must lie in \[0, inf\)"),
-        (
-            lambda: rlhf.optimal_value(REF, REWARDS[:3], beta=1.0),
-            r"rewards must be \[\*batch, outcome\] = \[4\] as in ref_log_probs, but has the shape \[3\]",
-        ),
         (lambda: rlhf.gibbs_optimum(REF, np.float32([0, np.nan, 1, 2]), beta=1.0), "rewards must be finite"),
         (lambda: rlhf.best_of_n(REF, REWARDS, n=0), r"n must lie in \[1, inf\), but is 0"),
         (lambda: rlhf.best_of_n(REF, REWARDS, n=1.5), "n must be an integer, but is 1.5"),

@@ -45,7 +45,7 @@ def test_objective_is_reward_less_beta_kl_plus_gamma_pretraining():
     found = objective(policy, ref, REWARDS, beta=0.3, gamma=2.0, pretraining=pretraining)
     np.testing.assert_allclose(found, expected + 2 * (pretraining * p).sum(), rtol=1e-12)
     with pytest.raises(ValueError, match=r"gamma is 2\.0: the pretraining distribution must be given too"):
-        oracle.objective(LM, policy, ref, jnp.asarray(REWARDS), beta=0.3, gamma=2.0)
+        jax.eval_shape(functools.partial(oracle.objective, LM, beta=0.3, gamma=2.0), policy, ref, REWARDS)
 
 
 def test_what_the_policy_excludes_from_other_texts_costs_nothing_there():
@@ -71,20 +71,24 @@ def test_an_infinite_divergence_has_no_gradient():
     [
         ({"beta": -1.0}, "beta must lie in"),
         ({"gamma": -1.0}, "gamma must lie in"),
-        ({"rewards": jnp.ones(1)}, r"rewards must be .* = \[8\] as in log_probs, but has the shape \[1\]"),
-        ({"rewards": jnp.ones(8, int)}, "rewards must be floating"),
-        ({"gamma": 1.0, "pretraining": jnp.ones(8)}, "probabilities that sum to 1, but they sum to 8"),
-        ({"gamma": 1.0, "pretraining": jnp.ones((8, 1)) / 8}, "pretraining must have the shape of log_probs"),
+        ({"rewards": np.ones(1)}, r"rewards must be .* = \[8\] as in log_probs, but has the shape \[1\]"),
+        ({"rewards": np.ones(8, int)}, "rewards must be floating"),
+        ({"gamma": 1.0, "pretraining": np.ones((8, 1)) / 8}, "pretraining must have the shape of log_probs"),
     ],
 )
 def test_value_and_gradient_refuse_the_same_things(change, message):
     policy, ref, *_ = distributions()
-    given = {"rewards": jnp.asarray(REWARDS), "beta": 0.3} | change
+    given = {"rewards": REWARDS, "beta": 0.3} | change
     for function in (oracle.objective, oracle.objective_grad):
         with pytest.raises(ValueError, match=message):
-            function(LM, policy, ref, **given)
+            jax.eval_shape(lambda: function(LM, policy, ref, **given))  # noqa: B023
+
+
+def test_probabilities_and_rewards_of_preferences_are_checked():
+    with pytest.raises(ValueError, match="probabilities that sum to 1, but they sum to 8"):
+        oracle._checked_pretraining(np.zeros(8), np.ones(8), 1.0)
     with pytest.raises(ValueError, match="rewards must"):
-        oracle.population_preferences(jnp.zeros(8), jnp.ones((8, 1)))
+        oracle.population_preferences(np.zeros(8), np.ones((8, 1)))
 
 
 def test_closed_form_gradients_are_those_of_autodiff():

@@ -32,34 +32,42 @@ def test_the_logits_after_a_prefix_are_its_row_of_the_table(vocab_size, horizon)
 
 def test_a_fully_masked_row_stands_at_the_root(tabular):
     lm, params = tabular
-    tokens = jnp.asarray([[2, 1, 0], [2, 1, 0]])
-    mask = jnp.asarray([[False, False, False], [False, True, False]])
-    logits, _ = lm.apply(params, tokens, mask=mask)
-    root, one = params["logits"][0], params["logits"][1 + 1]
-    np.testing.assert_array_equal(logits[0], jnp.stack([root, root, root]))
-    np.testing.assert_array_equal(logits[1], jnp.stack([root, one, one]))
+    tokens, mask = np.asarray([[2, 1, 0]] * 2), np.asarray([[False, False, False], [False, True, False]])
+    logits, _ = jax.jit(lm.apply)(params, tokens, mask=mask)
+    np.testing.assert_array_equal(logits, np.asarray(params["logits"])[[[0, 0, 0], [0, 1 + 1, 1 + 1]]])
 
 
 def test_no_tokens_give_no_logits_and_leave_the_cache_at_the_root(tabular):
     lm, params = tabular
-    logits, cache = lm.apply(params, jnp.zeros((2, 0), jnp.int32), lm.init_cache(2, 3))
-    assert logits.shape == (2, 0, 3) and int(cache.length) == 0
-    logits, _ = lm.apply(params, jnp.asarray([[2], [1]]), cache)
-    np.testing.assert_array_equal(logits[:, 0], params["logits"][jnp.asarray([1 + 2, 1 + 1])])
+
+    @jax.jit
+    def found(params):
+        logits, cache = lm.apply(params, jnp.zeros((2, 0), jnp.int32), lm.init_cache(2, 3))
+        return logits, cache.length, lm.apply(params, jnp.asarray([[2], [1]]), cache)[0]
+
+    nothing, length, logits = found(params)
+    assert nothing.shape == (2, 0, 3) and int(length) == 0
+    np.testing.assert_array_equal(logits[:, 0], np.asarray(params["logits"])[[1 + 2, 1 + 1]])
 
 
 def test_eager_jit_and_vmap_agree_exactly(tabular):
     lm, params = tabular
-    tokens = jnp.asarray([[0, 1, 2, 0], [2, 2, 1, 1], [1, 0, 0, 2]])
-    mask = jnp.asarray([[True, True, True, True], [False, True, False, True], [True, False, True, True]])
-    eager, _ = lm.apply(params, tokens, mask=mask)
-    compiled = jax.jit(lambda params, tokens, mask: lm.apply(params, tokens, mask=mask)[0])
-    np.testing.assert_array_equal(compiled(params, tokens, mask), eager)
-    rows = jax.vmap(lambda tokens, mask: lm.apply(params, tokens[None], mask=mask[None])[0][0])(tokens, mask)
+    tokens = np.asarray([[0, 1, 2, 0], [2, 2, 1, 1], [1, 0, 0, 2]])
+    mask = np.asarray([[True, True, True, True], [False, True, False, True], [True, False, True, True]])
+    eager, tables = np.asarray(lm.apply(params, tokens, mask=mask)[0]), np.asarray(params["logits"])
+
+    @jax.jit
+    def compiled(tables, tokens, mask):
+        def logits(table, tokens, mask):
+            return lm.apply({"logits": table}, tokens, mask=mask)[0]
+
+        rows = jax.vmap(lambda tokens, mask: logits(tables[0], tokens[None], mask[None])[0])(tokens, mask)
+        return logits(tables[0], tokens, mask), rows, jax.vmap(logits, in_axes=(0, None, None))(tables, tokens, mask)
+
+    plain, rows, both = compiled(np.stack([tables, -2 * tables]), tokens, mask)
+    np.testing.assert_array_equal(plain, eager)
     np.testing.assert_array_equal(rows, eager)
-    tables = {"logits": jnp.stack([params["logits"], -2 * params["logits"]])}
-    both = jax.vmap(lambda params: lm.apply(params, tokens, mask=mask)[0])(tables)
-    np.testing.assert_array_equal(both, jnp.stack([eager, -2 * eager]))
+    np.testing.assert_array_equal(both, np.stack([eager, -2 * eager]))
 
 
 def test_models_of_one_configuration_are_equal_and_of_two_are_not():

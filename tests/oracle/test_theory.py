@@ -18,17 +18,9 @@ from jaxrl_llm import oracle
 from jaxrl_llm.analysis.sycophancy import amplified_agreement
 from jaxrl_llm.objectives import advantages, kl, policy_gradient, preference, rlhf
 from jaxrl_llm.objectives.reward_model import k_choose_2_loss, pairwise_loss
-from jaxrl_llm.training.methods import METHODS
+from jaxrl_llm.training.policy import METHODS
 from tests.conftest import log_softmax
-from tests.oracle.samples import (
-    REWARDS,
-    distribution,
-    distributions,
-    gradients,
-    mean_gradients,
-    objective_grad,
-    params,
-)
+from tests.oracle.samples import REWARDS, distribution, distributions, gradients, mean_gradients, objective_grad, params
 
 BETA = 0.5
 ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
@@ -404,10 +396,7 @@ def test_sums_of_token_estimators_have_each_another_gradient():
             "reverse": lambda now: kl.exact_kl(now.logits, ref.logits).sum(axis=1),
             "forward": lambda now: kl.exact_forward_kl(now.logits, ref.logits).sum(axis=1),
             **{name: lambda now, k=k: k(now.tokens, ref.tokens).sum(axis=1) for name, k in ESTIMATORS.items()},
-            "at prefixes of ref": (
-                lambda now: kl.exact_forward_kl(now.logits, ref.logits).sum(axis=1),
-                ref.sequences,
-            ),
+            "at prefixes of ref": (lambda now: kl.exact_forward_kl(now.logits, ref.logits).sum(axis=1), ref.sequences),
         }
     )
     whole = gradients(

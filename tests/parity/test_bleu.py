@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.analysis import bleu, chrf
-from jaxrl_llm.analysis.score_intervals import bleu_interval, chrf_interval
+from jaxrl_llm.analysis.bootstrap import bleu_interval, chrf_interval
 from jaxrl_llm.data import verses
 from tests.goldens import make_bleu_goldens as goldens
 

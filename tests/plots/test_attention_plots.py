@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from figures import _results, attention_maps
 from jaxrl_llm.plots import attention, style
-from jaxrl_llm.plots.layout import token_label
+from jaxrl_llm.plots.style import token_label
 from tests.plots.test_tree import NASTY, assert_legible
 
 SOURCE, TARGET = ["twenty", "one", "</s>"], ["ein", "und", "zwanzig", "</s>"]

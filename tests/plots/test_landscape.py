@@ -9,7 +9,7 @@ from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from jaxrl_llm.plots import landscape, loss_grid, style
+from jaxrl_llm.plots import landscape, style
 from tests.plots.test_tree import assert_legible
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ def test_holes_are_left_open_and_counted():
     np.testing.assert_allclose(pixels(axes, mirrored), 255 * colours.cmap(colours.norm(losses))[:, :3], atol=12)
     spread = np.ptp(pixels(axes, at), axis=1)
     assert (spread < 20).all(), "hatching is grey on white"
-    faces = landscape._faces(loss_grid.read_grid(surface))
+    faces = landscape._faces(landscape.read_grid(surface))
     seen = {tuple(corner) for face in faces for corner in face[:, :2].tolist()}
     assert len(seen) == 23
     assert not seen & {(0.5, -1.0), (-0.5, 1.0)}
@@ -233,10 +233,10 @@ def test_a_flat_surface_can_be_drawn():
 
 
 def test_ticks_are_round_and_within_the_scale():
-    np.testing.assert_array_equal(loss_grid.ticks(loss_grid.loss_norm((4.0, 130.0))), [6, 10, 15, 25, 40, 50, 80])
+    np.testing.assert_array_equal(landscape.ticks(landscape.loss_norm((4.0, 130.0))), [6, 10, 15, 25, 40, 50, 80])
     for limits in [(0.01, 4000.0), (-3, 7), (4.0, 4.002), (1e-6, 1e6)]:
-        norm = loss_grid.loss_norm(limits)
-        values = loss_grid.ticks(norm)
+        norm = landscape.loss_norm(limits)
+        values = landscape.ticks(norm)
         assert len(values) >= 3
         assert (np.diff(values) > 0).all()
         assert limits[0] < values[0]
@@ -370,7 +370,7 @@ def test_labels_of_contour_lines_keep_apart_and_off_the_path():
     ],
 )
 def test_numbers_have_one_format(value, short, padded):
-    assert (loss_grid.digits(value), loss_grid.digits(value, padded=True)) == (short, padded)
+    assert (landscape.digits(value), landscape.digits(value, padded=True)) == (short, padded)
 
 
 def test_the_facts_stand_under_the_title():
@@ -392,7 +392,7 @@ def test_saving_again_gives_the_same_bytes(tmp_path):
 
 def test_a_grid_is_read_once_and_not_changed():
     surface = make_surface(5, 4, holes=1)
-    grid = loss_grid.read_grid(surface)
+    grid = landscape.read_grid(surface)
     assert grid.loss.shape == (5, 4)
     assert (grid.holes, grid.has_origin) == (1, False)
     assert surface["loss"][-1][-1] is None
@@ -403,5 +403,5 @@ def test_a_grid_is_read_once_and_not_changed():
 def test_faces_of_four_and_of_three_corners():
     surface = tilted(3, 3)
     surface["loss"][0][0] = None
-    sizes = sorted(len(face) for face in landscape._faces(loss_grid.read_grid(surface)))
+    sizes = sorted(len(face) for face in landscape._faces(landscape.read_grid(surface)))
     assert sizes == [3, 4, 4, 4]

@@ -11,26 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from figures import search_trees
-from jaxrl_llm.plots import bars, layout, style
+from jaxrl_llm.plots import charts, style
 from jaxrl_llm.plots import tree as trees
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = ["$", "$x_1^2$", "\n\n", " ", "", "\ufffd", " antidisestablishmentarianism", "中文", "🎉", "a\u0301", "\u200b"]
-NASTY += [
-    "\\frac{",
-    "_",
-    "^",
-    "\t",
-    "\x00",
-    "\ud800",
-    "ا",
-    " dream",
-    ".",
-    '"',
-    "<|endoftext|>",
-    "%s",
-    "WWWWWWWWWWWWWWWW",
-]
+NASTY += ["\\frac{", "_", "^", "\t", "\x00", "\ud800", "ا", " dream", ".", '"', "<|endoftext|>", "%s", "W" * 16]
 
 
 def make_tree(*, depth=5, branching=2, missing=0.0, ending=0.0, seed=0, prompt="I have a dream", name="full"):
@@ -131,9 +117,9 @@ def test_any_prompt_fits(prompt):
 
 def test_bars_do_not_overlap():
     panels = [make_bars(25), make_bars(5)]
-    sheet = layout.Sheet(420, bars.needed_height(panels) + 20)
+    sheet = style.Sheet(420, charts.needed_height(panels) + 20)
     with style.look():
-        bars.draw_panels(sheet, 10, 10, panels, width=400, height=bars.needed_height(panels))
+        charts.draw_panels(sheet, 10, 10, panels, width=400, height=charts.needed_height(panels))
     assert_legible(sheet.figure)
 
 
@@ -190,13 +176,13 @@ LABELS |= {"中": "\\u4e2d", "a\u0301": "a\\u0301", "\u200b": "\\u200b", "\ud800
 
 @pytest.mark.parametrize(("token", "label"), LABELS.items())
 def test_token_labels(token, label):
-    assert layout.token_label(token, size=7, width=100) == label
+    assert style.token_label(token, size=7, width=100) == label
 
 
 def test_long_text_is_cut_between_symbols():
-    assert layout.token_label("中" * 9, size=7, width=60) == "\\u4e2d\\u4e2d…"
-    assert layout.sentence("one two three", size=7, width=40, keep_end=True) == "…wo three"
-    assert layout.text_width(layout.sentence("x" * 10**6, size=7, width=50), 7) <= 50
+    assert style.token_label("中" * 9, size=7, width=60) == "\\u4e2d\\u4e2d…"
+    assert style.sentence("one two three", size=7, width=40, keep_end=True) == "…wo three"
+    assert style.text_width(style.sentence("x" * 10**6, size=7, width=50), 7) <= 50
 
 
 @pytest.mark.parametrize(
@@ -204,7 +190,7 @@ def test_long_text_is_cut_between_symbols():
     [(0.152, "15.2%"), (0.0286, "2.9%"), (0.003, "0.30%"), (1e-9, "<0.01%"), (0.0, "0.00%"), (1.0, "100%")],
 )
 def test_per_cent(probability, label):
-    assert layout.per_cent(probability) == label
+    assert style.per_cent(probability) == label
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

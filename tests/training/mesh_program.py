@@ -12,7 +12,7 @@ from jaxrl_llm import scoring
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.training import mesh as meshes
 from jaxrl_llm.training import policy, rewards, steps
-from jaxrl_llm.training.methods import METHODS
+from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
 

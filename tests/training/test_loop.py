@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import loop, policy, rewards, steps
-from jaxrl_llm.training.methods import METHODS
+from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.rollout import Prompts, Sampler
 
 folder, kill_at, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
@@ -117,16 +118,21 @@ def plain(params, batch, frozen, key):
     return Loss(jnp.square(params["w"] - 1).sum(), metrics={"done": batch})
 
 
+@functools.cache
+def step_of(loss):
+    return steps.make_step(loss, OPTIMIZER)
+
+
 def go(folder, loss=plain, *, at=None, error=None, donate=False, width=2, **options):
     """Six steps of which one may raise, before or after it has donated the state."""
-    step = steps.make_step(loss, OPTIMIZER)
+    step = step_of(loss)
 
     def advance(state, done):
         if done + 1 == at and donate:
-            step(state, jnp.asarray(float(done)))
+            step(state, np.float32(done))
         if done + 1 == at:
             raise error
-        return step(state, jnp.asarray(float(done)))
+        return step(state, np.float32(done))
 
     state = steps.initial_state({"w": jnp.zeros(width)}, OPTIMIZER, jax.random.key(0))
     return loop.run(state, advance, **({"steps": 6, "folder": folder, "evaluate_every": 2} | options))

@@ -2,15 +2,17 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from jaxrl_llm.models.families import Config, Decoder
 from jaxrl_llm.training import lora, steps
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.supervised import sft_loss
 from tests.conftest import TINY, random_params
 from tests.training.test_steps import answers
 
@@ -18,22 +20,20 @@ KEY = jax.random.key(0)
 close = functools.partial(np.testing.assert_allclose, atol=1e-5)
 
 
-def drawn(given, seed=1):
+def drawn(given):
     """An adapter with B of its own, as after training."""
-    leaves, tree = jax.tree.flatten(given.init(KEY))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(given.init, KEY)
+    return jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
 def test_merging_adds_the_scaled_product(name):
     lm, params = TINY[name], random_params(TINY[name])
     given = lora.lora(lm, rank=2, alpha=6)
-    jax.tree.map(np.testing.assert_array_equal, given.merge(params, given.init(KEY)), params)
-    adapter = drawn(given)
-    merged = jax.jit(given.merge)(params, adapter)
+    merge, adapter = jax.jit(given.merge), drawn(given)
+    jax.tree.map(np.testing.assert_array_equal, merge(params, jax.jit(given.init)(KEY)), params)
+    merged = merge(params, adapter)
     block = ("h", 0, "attn", "c_attn") if name == "gpt2" else ("layers", 0, "self_attn", "q_proj")
     tensor = ".".join(map(str, block)) + ".weight"
     before, after = (
@@ -51,10 +51,10 @@ def test_training_moves_the_adapter_alone(gpt2):
     optimizer = optax.adam(1e-2)
     step = steps.make_step(sft_loss(lm), optimizer, view=given.view(), microbatches=2)
     frozen = steps.Frozen(base=params)
-    before = jax.tree.map(np.asarray, params)
-    state, losses = steps.initial_state(given.init(KEY), optimizer, KEY), []
+    before, batch = jax.tree.map(np.array, params), answers(lm)
+    state, losses = steps.initial_state(jax.jit(given.init)(KEY), optimizer, KEY), []
     for _ in range(30):
-        state, metrics = step(state, answers(), frozen)
+        state, metrics = step(state, batch, frozen)
         losses.append(float(metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert losses[-1] < losses[0] - 0.3 and set(state.params) == set(given.names)
@@ -67,10 +67,11 @@ def test_the_files_are_pefts_and_come_back(name, tmp_path):
     adapter = drawn(given)
     lora.save(tmp_path, given, adapter, base="somewhere")
     again, found = lora.load(tmp_path, lm)
-    assert (again.rank, again.alpha, again.targets) == (3, 5.0, given.targets)
+    assert again == given
     jax.tree.map(np.testing.assert_array_equal, found, adapter)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 3 and config["base_model_name_or_path"] == "somewhere"
+    assert config["target_modules"] == (["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"])
     assert config["fan_in_fan_out"] == (name == "gpt2")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     module = "transformer.h.0.attn.c_attn" if name == "gpt2" else "model.layers.0.self_attn.q_proj"
@@ -78,24 +79,148 @@ def test_the_files_are_pefts_and_come_back(name, tmp_path):
     assert tensors[f"base_model.model.{module}.lora_B.weight"].shape == (48 if name == "gpt2" else 16, 3)
 
 
-def test_what_does_not_fit_is_named(gpt2, tmp_path):
+def test_each_layer_may_have_its_own_rank_and_scale(tmp_path):
+    lm = TINY["llama"]
+    modules = [("o_proj", 2, 4.0), ("q_proj", 4, 4.0), ("v_proj", 2, 3.0)]
+    modules = tuple(lora.Module(f"layers.0.self_attn.{name}.weight", *size) for name, *size in modules)
+    given = lora.Lora(lm, modules, rslora=True)
+    assert [given.scale(module) for module in modules] == [4 / 2**0.5, 2, 3 / 2**0.5]
+    adapter = drawn(given)
+    lora.save(tmp_path, given, adapter)
+    again, found = lora.load(tmp_path, lm)
+    assert again == given
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+
+
+MIXTRAL = Decoder(
+    Config(
+        "mixtral",
+        **{"vocab_size": 5, "hidden_size": 4, "intermediate_size": 4, "num_local_experts": 2, "head_dim": 4},
+        **{"num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1},
+    )
+)
+
+
+def test_targets_are_ends_of_names_or_one_pattern():
+    def chosen(targets):
+        return [name.removesuffix(".weight") for name in lora.lora(MIXTRAL, targets=targets).names]
+
+    both = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]
+    assert chosen(["q_proj"]) == chosen(["self_attn.q_proj"]) == chosen(r"model\.layers\.\d\.self_attn\.q_proj") == both
+    assert chosen(["model.layers.1.self_attn.q_proj"]) == chosen(["1.self_attn.q_proj"]) == both[1:]
+    everything = [f"layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "koqv"]
+    assert sorted(chosen("all-linear")) == everything, "neither head nor experts nor router"
+
+
+def test_a_layer_is_saved_by_its_whole_name_where_others_end_alike(gpt2, tmp_path):
+    lm, _ = gpt2
+    given = lora.lora(lm, rank=2, targets=["attn.c_proj"])
+    lora.save(tmp_path, given, given.init(KEY))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["transformer.h.0.attn.c_proj"]
+    assert lora.load(tmp_path, lm)[0] == given
+
+
+def test_half_precision_is_widened(gpt2, tmp_path):
+    lm, _ = gpt2
+    given = lora.lora(lm, rank=2)
+    adapter = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), drawn(given))
+    lora.save(tmp_path, given, adapter)
+    _, found = lora.load(tmp_path, lm)
+    jax.tree.map(
+        lambda new, old: np.testing.assert_array_equal(new, old.astype("float32"), strict=True), found, adapter
+    )
+
+
+def test_what_does_not_fit_is_named(gpt2):
     lm, _ = gpt2
     with pytest.raises(ValueError, match="rank must be at least 1, but is 0"):
         lora.lora(lm, rank=0)
-    with pytest.raises(ValueError, match="targets must be among c_attn, c_fc, c_proj, but are q_proj"):
-        lora.lora(lm, targets=["q_proj"])
+    for targets, named in ((["q_proj"], "q_proj"), ([], "none"), ("c_attn", "c_attn"), (["attn", "c_fc"], "attn")):
+        with pytest.raises(ValueError, match=rf"among c_attn, c_fc, c_proj, or match .*\.c_attn, but are {named}\."):
+            lora.lora(lm, targets=targets)
+    with pytest.raises(ValueError, match=r"targets must be a regular expression, but is '\(c'"):
+        lora.lora(lm, targets="(c")
     given = lora.lora(lm, rank=2)
     with pytest.raises(ValueError, match=r"missing h\.0\.attn\.c_attn\.weight"):
         given.merge(random_params(lm), {})
     with pytest.raises(ValueError, match="the adapter is of another model or rank"):
         given.merge(random_params(lm), lora.lora(lm, rank=3).init(KEY))
+
+
+REFUSED = {  # changes of adapter_config.json, or its text, and what the message names
+    "no plain LoRA": ({"peft_type": "LOHA"}, "is not that of a plain LoRA adapter: peft_type is 'LOHA'"),
+    "changed weights": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes"),
+    "bias": ({"bias": "lora_only"}, "bias is 'lora_only'"),
+    "parameters": ({"target_parameters": ["experts.down_proj"]}, "target_parameters is"),
+    "a later field": ({"use_zlora": True, "zlora_config": None}, "adapter: use_zlora is True[.]"),
+    "no rank": ({"r": None}, "json: r must be a positive integer, but is None"),
+    "no alpha": ({"lora_alpha": "16"}, "lora_alpha must be a finite number, 0 or above, but is '16'"),
+    "rslora": ({"use_rslora": "no"}, "use_rslora must be true or false, but is 'no'"),
+    "ranks": ({"rank_pattern": [2]}, r"rank_pattern must be an object, but is \[2\]"),
+    "a rank": ({"rank_pattern": {"c_attn": 3}}, r"another model or rank: h.0.attn.c_attn.weight is .*\(2, 48\).*, not"),
+    "a pattern": ({"alpha_pattern": {"(c": 3}}, r"alpha_pattern must be a regular expression, but is '\(c'"),
+    "too much": ({"rank_pattern": {"a{99999999999}": 3}}, "rank_pattern must be a regular expression"),
+    "no JSON": ("{", "adapter_config.json is not JSON"),
+    "no object": ("[]", "must hold a JSON object, but holds a list"),
+    "no text": (b"\xff", "adapter_config.json is not JSON"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of an adapter of GPT-2."""
+    folder, given = tmp_path_factory.mktemp("adapter"), lora.lora(TINY["gpt2"], rank=2)
+    lora.save(folder, given, given.init(KEY))
+    return folder
+
+
+@pytest.mark.parametrize(("change", "named"), REFUSED.values(), ids=REFUSED)
+def test_a_configuration_that_changes_the_function_or_is_damaged_is_refused(change, named, saved, tmp_path):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    text = json.dumps(config | change) if isinstance(change, dict) else change
+    (tmp_path / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    shutil.copy(saved / "adapter_model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match=named):
+        lora.load(tmp_path, TINY["gpt2"])
+
+
+C_ATTN = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+A, B = {f"{C_ATTN}A.weight": np.zeros((2, 16), "f")}, {f"{C_ATTN}B.weight": np.zeros((48, 2), "f")}
+HELD = {  # tensors, and what the message names
+    "nothing": ({}, "but holds nothing"),
+    "another module": (
+        {f"{C_ATTN}A.weight".replace("c_attn", "q"): A[f"{C_ATTN}A.weight"]},
+        "but holds .*attn.q.lora_A",
+    ),
+    "a magnitude": ({f"{C_ATTN}magnitude_vector": np.zeros(48, "f")}, "but holds .*magnitude_vector of float32"),
+    "integers": ({f"{C_ATTN}A.weight": np.zeros((2, 16), int)}, "A.weight of int64"),
+    "no B": (A, r"c_attn.weight is {'a': \(16, 2\)}, not {'a': \(16, 2\), 'b': \(2, 48\)}"),
+    "a vector": (B | {f"{C_ATTN}A.weight": np.zeros(32, "f")}, r"c_attn.weight is {'a': \(32,\)"),
+    "twice": (A | B | {name.replace("transformer.", ""): leaf for name, leaf in A.items()}, "lora_A.weight twice"),
+    "an expert": (
+        {"base_model.model.model.layers.0.mlp.experts.0.w1.lora_A.weight": np.zeros((2, 4), "f")},
+        r"or experts\), but holds .*experts\.0\.w1\.lora_A",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "named"), HELD.values(), ids=HELD)
+def test_tensors_that_are_no_adapters_of_the_model_are_named(tensors, named, saved, tmp_path):
+    shutil.copy(saved / "adapter_config.json", tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=named):
+        lora.load(tmp_path, MIXTRAL if "expert" in named else TINY["gpt2"])
+
+
+def test_absent_and_damaged_files_are_named(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no adapter_config"):
-        lora.load(tmp_path, lm)
-    lora.save(tmp_path, given, given.init(KEY))
-    with pytest.raises(ValueError, match="targets must be among"):
-        lora.load(tmp_path, TINY["llama"])
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change in ({"alpha_pattern": {"c_attn": 4}}, {"rank_pattern": {"c_attn": 1}}, {"bias": "all"}):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=f"one rank and one alpha for all layers, but sets {min(change)}"):
-            lora.load(tmp_path, lm)
+        lora.load(tmp_path, TINY["gpt2"])
+    shutil.copy(saved / "adapter_config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"must have adapter_model\.safetensors, but has adapter_config"):
+        lora.load(tmp_path, TINY["gpt2"])
+    (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged or incomplete"):
+        lora.load(tmp_path, TINY["gpt2"])
+    with pytest.raises(ValueError, match=r"must hold .* of linear layers such as model\.layers.*c_attn\.lora_A"):
+        lora.load(saved, TINY["llama"])

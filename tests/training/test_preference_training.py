@@ -1,6 +1,7 @@
 """Preference losses by name: their values at the reference, what they are given, and where they end."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -15,20 +16,13 @@ from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import steps
-from jaxrl_llm.training.preference import (
-    NAMES,
-    PairBatch,
-    UnpairedBatch,
-    pair_sums,
-    preference_loss,
-    with_reference,
-)
+from jaxrl_llm.training.preference import NAMES, PairBatch, UnpairedBatch, pair_sums, preference_loss, with_reference
 from jaxrl_llm.training.steps import Frozen
 from tests.conftest import random_params
-from tests.training.test_steps import KEY, LM, PAIRS, answers
+from tests.training.test_steps import KEY, PAIRS, POLICY, REFERENCE, answers
+from tests.training.test_steps import TABLE as LM
 
 BETA = 0.1
-POLICY, REFERENCE = random_params(LM), random_params(LM, 1)
 SUMS = jax.jit(functools.partial(pair_sums, LM))
 UNWEIGHTED = PAIRS._replace(weight=None)
 AT_REFERENCE = {  # the value of a loss whose log-ratios are all 0
@@ -41,7 +35,7 @@ AT_REFERENCE = {  # the value of a loss whose log-ratios are all 0
     "apo_zero": 1.0,
     "bco": 2 * math.log(2),
 }
-UNPAIRED = UnpairedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
+UNPAIRED = UnpairedBatch(answers(seed=0), np.arange(8) % 2 == 0, answers(seed=3))
 
 
 def batch_of(name):
@@ -56,27 +50,33 @@ def first_step(name, params, batch, frozen, **settings):
 
 @pytest.mark.parametrize("name", AT_REFERENCE)
 def test_the_first_step_at_the_reference_has_the_known_loss(name):
-    _, metrics = first_step(name, REFERENCE, batch_of(name), Frozen(ref=REFERENCE), beta=BETA)
+    batch = with_reference(LM, REFERENCE, batch_of(name))
+    _, metrics = first_step(name, REFERENCE, batch, None, beta=BETA)
     assert float(metrics["loss"]) == pytest.approx(AT_REFERENCE[name], rel=1e-5)
     assert float(metrics["margin"]) == pytest.approx(0, abs=1e-5) and float(metrics["grad_norm"]) > 0
 
 
-@pytest.mark.parametrize("name", objectives.PAIR_LOSSES)
-def test_a_loss_is_its_objective_of_sums_or_averages(name):
+@pytest.mark.parametrize(
+    ("name", "batch"), [*zip(objectives.PAIR_LOSSES, itertools.cycle([UNWEIGHTED, PAIRS]), strict=False)]
+)
+def test_a_loss_is_its_objective_of_sums_or_averages(name, batch):
+    """The mean over the pairs, with their weights if they have any."""
     policy, ref = SUMS(POLICY, UNWEIGHTED), SUMS(REFERENCE, UNWEIGHTED)
-    function = objectives.PAIR_LOSSES[name]
     if name in ("simpo", "orpo"):
-        expected = function(policy.chosen / policy.length_chosen, policy.rejected / policy.length_rejected)
+        sums = policy.chosen / policy.length_chosen, policy.rejected / policy.length_rejected
     elif name == "cpo":
-        expected = function(policy.chosen, policy.rejected)
+        sums = policy.chosen, policy.rejected
     else:
         lengths = (policy.length_chosen, policy.length_rejected) if name == "length_normalised_dpo" else ()
-        expected = function(policy.chosen, policy.rejected, ref.chosen, ref.rejected, *lengths)
-    loss = jax.jit(preference_loss(LM, name))
-    found = loss(POLICY, UNWEIGHTED, Frozen(ref=REFERENCE), KEY)
-    assert float(found.value) == pytest.approx(float(expected.mean()), rel=1e-4)
-    weighted = loss(POLICY, PAIRS, Frozen(ref=REFERENCE), KEY)
-    assert float(weighted.value) == pytest.approx(float(np.average(expected, weights=PAIRS.weight)), rel=1e-4)
+        sums = policy.chosen, policy.rejected, ref.chosen, ref.rejected, *lengths
+
+    @jax.jit
+    def both(params, reference, sums):
+        found = preference_loss(LM, name)(params, batch, Frozen(ref=reference), KEY).value
+        return found, objectives.PAIR_LOSSES[name](*sums)
+
+    found, expected = both(POLICY, REFERENCE, sums)
+    assert float(found) == pytest.approx(float(np.average(expected, weights=batch.weight)), rel=1e-4)
 
 
 def test_every_pair_loss_of_the_objectives_has_its_name():
@@ -100,17 +100,29 @@ def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_nam
     difference = BETA * ((policy.chosen - ref.chosen) - (policy.rejected - ref.rejected))
     batch = UNWEIGHTED._replace(fields=MARGINS)
 
-    def value(loss, batch=batch, **hyperparameters):
-        found = jax.jit(preference_loss(LM, loss, **hyperparameters))(POLICY, batch, Frozen(ref=REFERENCE), KEY)
-        return float(found.value)
+    @jax.jit
+    def values(params, reference):
+        def value(loss, batch=batch, **hyperparameters):
+            return preference_loss(LM, loss, **hyperparameters)(params, batch, Frozen(ref=reference), KEY).value
 
+        own = [own_loss, objectives.pair_loss(own_loss)]
+        return {
+            "of fields": [value(loss) for loss in own],
+            "of arguments": [value(loss, UNWEIGHTED, margin=2.0) for loss in own],
+            "of all fields": value(everything),
+            "dpo": [
+                value("dpo", batch._replace(fields={"beta": jnp.ones(8)})),
+                value(objectives.dpo_loss),
+                value("dpo", UNWEIGHTED),
+            ],
+        }
+
+    found = values(POLICY, REFERENCE)
     expected = jax.nn.relu(MARGINS["margin"] - difference).mean()
-    for loss in (own_loss, objectives.pair_loss(own_loss)):
-        assert value(loss) == pytest.approx(float(expected), rel=1e-4)
-        assert value(loss, UNWEIGHTED, margin=2.0) == pytest.approx(float(jax.nn.relu(2 - difference).mean()), rel=1e-4)
-    assert value(everything) == pytest.approx(float(difference.mean()) + 4.5, rel=1e-4)
-    assert value("dpo", batch._replace(fields={"beta": jnp.ones(8)})) == value("dpo", UNWEIGHTED)
-    assert value(objectives.dpo_loss) == value("dpo")
+    np.testing.assert_allclose(found["of fields"], expected, rtol=1e-4)
+    np.testing.assert_allclose(found["of arguments"], jax.nn.relu(2 - difference).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found["of all fields"], difference.mean() + 4.5, rtol=1e-4)
+    assert len({float(each) for each in found["dpo"]}) == 1
     split = steps.make_step(preference_loss(LM, own_loss), optax.sgd(0.01), microbatches=2)
     _, metrics = split(steps.initial_state(POLICY, optax.sgd(0.01), KEY), batch, Frozen(ref=REFERENCE))
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-4)
@@ -133,7 +145,7 @@ def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_nam
 def test_a_loss_of_ones_own_that_does_not_fit_is_refused(loss, hyperparameters, message):
     batch = UNWEIGHTED if loss is own_loss else UNWEIGHTED._replace(fields=MARGINS)
     with pytest.raises(ValueError, match=message):
-        preference_loss(LM, loss, **hyperparameters)(POLICY, batch, Frozen(ref=REFERENCE), KEY)
+        jax.eval_shape(preference_loss(LM, loss, **hyperparameters), POLICY, batch, Frozen(ref=REFERENCE), KEY)
 
 
 def test_kto_takes_its_reference_point_from_mismatched_answers():

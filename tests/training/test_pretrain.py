@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import scoring
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.training import pretrain
+from jaxrl_llm.training import supervised
 from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.steps import TrainState, initial_state
 
@@ -18,7 +18,7 @@ VOCAB, TIME, BATCH = 11, 8, 4
 LM = GPT2(GPT2Config(vocab_size=VOCAB, n_positions=TIME, n_embd=16, n_layer=1, n_head=2))
 OPTIMIZER = optax.adam(1e-2)
 REPEATING = np.tile(np.asarray([0, 3, 1, 4, 1, 5, 9, 2, 6, 7, 8], np.uint16), 20)
-STEP = pretrain.make_train_step(LM, OPTIMIZER, batch_size=BATCH, time=TIME)
+STEP = supervised.make_pretrain_step(LM, OPTIMIZER, batch_size=BATCH, time=TIME)
 KEY = jax.random.key(5)
 
 
@@ -62,7 +62,7 @@ def test_the_loss_is_the_mean_over_the_batch_of_its_key_and_step():
     """Whatever came before: the batch is drawn with the key folded with the step, from the whole of the data."""
     for step in (0, 7):
         state = fresh(step=step)
-        batch = pretrain.random_windows(jax.random.fold_in(KEY, step), jnp.asarray(REPEATING), BATCH, TIME + 1)
+        batch = supervised.random_windows(jax.random.fold_in(KEY, step), jnp.asarray(REPEATING), BATCH, TIME + 1)
         expected = -log_probs_by_hand(state.params, np.asarray(batch)).mean()
         _, metrics = STEP(state, jnp.asarray(REPEATING))
         assert float(metrics["loss"]) == pytest.approx(expected, abs=1e-5)
@@ -84,7 +84,7 @@ def test_batches_depend_on_key_and_step_only():
 
 def test_windows_are_consecutive_and_reach_both_ends():
     data = jnp.arange(100, 121)
-    windows = np.asarray(pretrain.random_windows(jax.random.key(0), data, 2000, 5))
+    windows = np.asarray(supervised.random_windows(jax.random.key(0), data, 2000, 5))
     assert windows.shape == (2000, 5) and windows.dtype == np.int32
     assert (np.diff(windows, axis=1) == 1).all()
     counts = np.bincount(windows[:, 0] - 100, minlength=17)
@@ -92,7 +92,7 @@ def test_windows_are_consecutive_and_reach_both_ends():
 
 
 def test_data_of_exactly_one_window_and_of_less():
-    np.testing.assert_array_equal(pretrain.random_windows(KEY, jnp.arange(5), 2, 5), [np.arange(5)] * 2)
+    np.testing.assert_array_equal(supervised.random_windows(KEY, jnp.arange(5), 2, 5), [np.arange(5)] * 2)
     with pytest.raises(ValueError, match="data must hold at least one window of 9 tokens, but holds 8"):
         STEP(fresh(), jnp.arange(8))
 
@@ -131,7 +131,7 @@ def test_stream_nats_are_the_direct_sum(length):
 
 def test_a_run_is_its_steps_and_a_resumed_one_has_the_same_bits_and_log(tmp_path):
     def fit(folder, steps):
-        return pretrain.fit(
+        return supervised.pretrain(
             LM,
             OPTIMIZER,
             REPEATING,

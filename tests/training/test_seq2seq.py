@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxrl_llm.models import GPT2, T5, GPT2Config, T5Config
-from jaxrl_llm.training import seq2seq
+from jaxrl_llm.training import supervised
 from jaxrl_llm.training.steps import initial_state
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def initial(model, seed=0, factor=1.0):
     return jax.tree.map(lambda leaf: factor * leaf, model.init(jax.random.key(seed)))
 
 
-loss_of = jax.jit(seq2seq.pair_loss, static_argnums=0)
+loss_of = jax.jit(supervised.pair_loss, static_argnums=0)
 FIVE = [4, 4, 4, 2, 2]  # lengths of the sources below: two shapes, so that little is compiled
 PAIRS = [[*RNG.integers(3, VOCAB, length).tolist(), 2] for length in FIVE], [[5, 6, EOS]] * 3 + [[7, EOS]] * 2
 
@@ -62,8 +62,8 @@ def alone(model):
 
 
 def test_log_probs_are_those_of_each_pair_alone(model):
-    batch = seq2seq.pad_pairs(*PAIRS, multiple=8)
-    log_probs = np.asarray(jax.jit(seq2seq.target_log_probs, static_argnums=0)(model, initial(model), batch))
+    batch = supervised.pad_pairs(*PAIRS, multiple=8)
+    log_probs = np.asarray(jax.jit(supervised.target_log_probs, static_argnums=0)(model, initial(model), batch))
     assert log_probs.shape == batch.target.shape == (5, 8)
     for row, expected in zip(log_probs, alone(model), strict=True):
         np.testing.assert_allclose(row[: len(expected)], expected, rtol=0, atol=1e-5)
@@ -72,46 +72,46 @@ def test_log_probs_are_those_of_each_pair_alone(model):
 def test_the_loss_is_the_mean_over_target_tokens_with_their_end(model):
     every = np.concatenate(alone(model))
     assert len(every) == 13
-    loss = float(loss_of(model, initial(model), seq2seq.pad_pairs(*PAIRS, multiple=8)))
+    loss = float(loss_of(model, initial(model), supervised.pad_pairs(*PAIRS, multiple=8)))
     assert loss == pytest.approx(-every.mean(), abs=1e-5)
 
 
 def test_what_stands_at_padding_changes_neither_loss_nor_gradient(model):
-    batch = seq2seq.pad_pairs(*PAIRS, multiple=8)
+    batch = supervised.pad_pairs(*PAIRS, multiple=8)
     other = batch._replace(
         source=np.where(batch.source_mask, batch.source, 7), target=np.where(batch.target_mask, batch.target, 9)
     )
     assert (other.source != batch.source).any() and (other.target != batch.target).any()
-    value = jax.jit(jax.value_and_grad(lambda params, batch: seq2seq.pair_loss(model, params, batch)))
+    value = jax.jit(jax.value_and_grad(lambda params, batch: supervised.pair_loss(model, params, batch)))
     (loss, grads), (same, same_grads) = value(initial(model), batch), value(initial(model), other)
     assert float(loss) == pytest.approx(float(same), abs=1e-6)
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=0, atol=1e-6), grads, same_grads)
 
 
 def test_sources_that_end_in_padding_are_refused_but_of_a_t5():
-    batch = seq2seq.pad_pairs(*PAIRS, multiple=8)
+    batch = supervised.pad_pairs(*PAIRS, multiple=8)
     turned = batch._replace(source=batch.source.copy(), source_mask=batch.source_mask.copy())
     for side in (turned.source, turned.source_mask):
         side[2] = np.roll(side[2], len(PAIRS[0][2]))  # from the right end to the left
     gpt2 = MODELS["gpt2"]
     said = "must be padded on the left, .* false at the end of row 2"
     with pytest.raises(ValueError, match=said):
-        seq2seq.target_log_probs(gpt2, initial(gpt2), turned)
+        supervised.target_log_probs(gpt2, initial(gpt2), turned)
     with pytest.raises(ValueError, match=said):
-        seq2seq.held_out_loss(gpt2, [batch, turned])
+        supervised.held_out_loss(gpt2, [batch, turned])
     with pytest.raises(ValueError, match=said):
-        seq2seq.make_pair_step(gpt2, OPTIMIZER)(initial_state(initial(gpt2), OPTIMIZER, jax.random.key(0)), turned)
+        supervised.make_pair_step(gpt2, OPTIMIZER)(initial_state(initial(gpt2), OPTIMIZER, jax.random.key(0)), turned)
     t5 = MODELS["t5"]
     assert float(loss_of(t5, initial(t5), turned)) == pytest.approx(float(loss_of(t5, initial(t5), batch)), abs=1e-5)
 
 
 def test_the_held_out_loss_weighs_tokens_and_not_batches(model):
     """One pair of 3 target tokens, repeated to the shape of four others with 10."""
-    first = seq2seq.pad_pairs(PAIRS[0][:1], PAIRS[1][:1], multiple=8)
-    others = seq2seq.pad_pairs(*(side[1:] for side in PAIRS), multiple=8)
+    first = supervised.pad_pairs(PAIRS[0][:1], PAIRS[1][:1], multiple=8)
+    others = supervised.pad_pairs(*(side[1:] for side in PAIRS), multiple=8)
     first = jax.tree.map(lambda leaf: np.repeat(leaf, 4, axis=0), first)
     first = first._replace(target_mask=first.target_mask & (np.arange(4) == 0)[:, None])
-    measured = seq2seq.held_out_loss(model, [first, others])(initial(model))
+    measured = supervised.held_out_loss(model, [first, others])(initial(model))
     assert measured == pytest.approx(-np.concatenate(alone(model)).mean(), abs=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_the_held_out_loss_weighs_tokens_and_not_batches(model):
 
 
 def test_sources_are_padded_on_the_left_and_targets_on_the_right():
-    batch = seq2seq.pad_pairs([[5], [6, 7]], [[8, 9, 1], [1]], multiple=4, pad_id=3)
+    batch = supervised.pad_pairs([[5], [6, 7]], [[8, 9, 1], [1]], multiple=4, pad_id=3)
     np.testing.assert_array_equal(batch.source, [[3, 3, 3, 5], [3, 3, 6, 7]])
     np.testing.assert_array_equal(batch.target, [[8, 9, 1, 3], [1, 3, 3, 3]])
     np.testing.assert_array_equal(batch.source_mask, [[0, 0, 0, 1], [0, 0, 1, 1]])
@@ -137,33 +137,33 @@ def test_sources_are_padded_on_the_left_and_targets_on_the_right():
 )
 def test_pairs_that_are_none_are_refused(sources, targets, said):
     with pytest.raises(ValueError, match=said):
-        seq2seq.pad_pairs(sources, targets)
+        supervised.pad_pairs(sources, targets)
 
 
 def test_a_batch_is_a_function_of_its_step():
-    epochs, again = (seq2seq.Epochs(SOURCES, TARGETS, batch_size=6, seed=3) for _ in range(2))
+    epochs, again = (supervised.Epochs(SOURCES, TARGETS, batch_size=6, seed=3) for _ in range(2))
     assert epochs.steps_per_epoch == 6
     with pytest.raises(ValueError, match="batch_size must be from 1 to the 40 pairs, but is 41"):
-        seq2seq.Epochs(SOURCES, TARGETS, batch_size=41, seed=0)
+        supervised.Epochs(SOURCES, TARGETS, batch_size=41, seed=0)
     for step in (9, 0, 14, 3):
         jax.tree.map(np.testing.assert_array_equal, epochs(step), again(step))
     rows = epochs.rows(3)
     jax.tree.map(
         np.testing.assert_array_equal,
         epochs(3),
-        seq2seq.pad_pairs([SOURCES[row] for row in rows], [TARGETS[row] for row in rows], multiple=8),
+        supervised.pad_pairs([SOURCES[row] for row in rows], [TARGETS[row] for row in rows], multiple=8),
     )
 
 
 def test_target_tokens_are_counted():
-    epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=6, seed=3)
+    epochs = supervised.Epochs(SOURCES, TARGETS, batch_size=6, seed=3)
     assert epochs.tokens(0) == 0
     assert epochs.tokens(9) == sum(int(epochs(step).target_mask.sum()) for step in range(9))
 
 
 def test_it_learns(model):
-    epochs = seq2seq.Epochs(SOURCES, TARGETS, batch_size=8, seed=0, multiple=8)
-    step, losses = seq2seq.make_pair_step(model, OPTIMIZER), []
+    epochs = supervised.Epochs(SOURCES, TARGETS, batch_size=8, seed=0, multiple=8)
+    step, losses = supervised.make_pair_step(model, OPTIMIZER), []
     state = initial_state(initial(model), OPTIMIZER, jax.random.key(0))
     for done in range(60):
         state, metrics = step(state, epochs(done))

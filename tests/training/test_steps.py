@@ -12,55 +12,51 @@ from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
-from jaxrl_llm.training.reward import RankedBatch, reward_loss
-from jaxrl_llm.training.sft import sft_loss
+from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
-from tests.conftest import TINY, VOCAB, random_params
+from jaxrl_llm.training.supervised import sft_loss
+from tests.conftest import TINY, random_params
 
-LM = TINY["gpt2"]
+GPT2, TABLE = TINY["gpt2"], TINY["tabular"]
 OPTIMIZER = optax.sgd(0.1)
 KEY = jax.random.key(0)
-RNG = np.random.default_rng(0)
 
 
-def answers(count=8, length=12, seed=0):
+def answers(lm=TABLE, count=8, seed=0):
     """Rows of very different lengths."""
-    rng = np.random.default_rng(seed)
-    prompts = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(1, 4, count)]
-    given = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(1, 9, count)]
-    return jax.tree.map(jnp.asarray, scoring.pad_completions(prompts, given, length=length))
+    rng, length = np.random.default_rng(seed), min(12, lm.max_length)
+    prompts = [rng.integers(0, lm.vocab_size, size).tolist() for size in rng.integers(1, 4, count)]
+    given = [rng.integers(0, lm.vocab_size, size).tolist() for size in rng.integers(1, length - 2, count)]
+    return jax.tree.map(np.asarray, scoring.pad_completions(prompts, given, length=length))
 
 
-PAIRS = PairBatch(answers(seed=0), answers(seed=1), weight=jnp.asarray(RNG.uniform(0.1, 2, 8), jnp.float32))
+PAIRS = PairBatch(
+    answers(seed=0), answers(seed=1), weight=np.random.default_rng(0).uniform(0.1, 2, 8).astype(np.float32)
+)
 RANKED = RankedBatch(
     jax.tree.map(lambda leaf: leaf.reshape(4, 3, -1), answers(count=12, seed=2)),
-    jnp.asarray([[0, 1, 2], [1, 0, 0], [0, 1, 1], [2, 0, 1]]),
-    jnp.asarray([[True, True, True], [True, True, False], [True, True, True], [True, False, True]]),
+    np.asarray([[0, 1, 2], [1, 0, 0], [0, 1, 1], [2, 0, 1]]),
+    np.asarray([[True, True, True], [True, True, False], [True, True, True], [True, False, True]]),
 )
-HEAD = ScalarHead(LM)
+POLICY, REFERENCE = random_params(TABLE), random_params(TABLE, 1)
+HEAD = ScalarHead(TABLE)
 CASES = {
-    "sft": (sft_loss(LM), answers(), None),
-    "sft by sequence": (sft_loss(LM, mode="sequence_mean"), answers(), None),
-    "reward": (reward_loss(HEAD, centering=0.1), RANKED, "head"),
-    "dpo": (preference_loss(LM, "dpo"), PAIRS, None),
-    "orpo": (preference_loss(LM, "orpo"), PAIRS, None),
+    "sft": (sft_loss(TABLE), answers(), POLICY),
+    "sft by sequence": (sft_loss(TABLE, mode="sequence_mean"), answers(), POLICY),
+    "reward": (reward_loss(HEAD, centering=0.1), RANKED, HEAD.init(KEY, POLICY)),
+    "dpo": (preference_loss(TABLE, "dpo"), PAIRS, POLICY),
+    "orpo": (preference_loss(TABLE, "orpo"), PAIRS, POLICY),
 }
-
-
-def start(kind):
-    params = random_params(LM)
-    return HEAD.init(KEY, params) if kind == "head" else params
 
 
 @pytest.mark.parametrize(("name", "microbatches"), [(name, 2 if place % 2 else 4) for place, name in enumerate(CASES)])
 def test_parts_of_a_batch_add_up_to_the_whole(name, microbatches):
     """Though they hold different numbers of tokens."""
-    loss, batch, kind = CASES[name]
-    frozen = Frozen(ref=random_params(LM, 1))
+    loss, batch, params = CASES[name]
     found = []
     for parts in (1, microbatches):
-        state = steps.initial_state(start(kind), OPTIMIZER, KEY)
-        found.append(steps.make_step(loss, OPTIMIZER, microbatches=parts)(state, batch, frozen))
+        state = steps.initial_state(params, OPTIMIZER, KEY)
+        found.append(steps.make_step(loss, OPTIMIZER, microbatches=parts)(state, batch, Frozen(ref=REFERENCE)))
     (whole, metrics), (added, added_metrics) = found
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), added.params, whole.params)
     for metric in ("loss", "grad_norm"):
@@ -68,19 +64,17 @@ def test_parts_of_a_batch_add_up_to_the_whole(name, microbatches):
 
 
 def test_rows_that_the_parts_do_not_divide_are_refused():
-    step = steps.make_step(sft_loss(LM), OPTIMIZER, microbatches=3)
+    step = steps.make_step(sft_loss(TABLE), OPTIMIZER, microbatches=3)
     with pytest.raises(ValueError, match="a number of rows that 3 microbatches divide"):
-        step(steps.initial_state(start(None), OPTIMIZER, KEY), answers())
+        step(steps.initial_state(POLICY, OPTIMIZER, KEY), answers())
 
 
 def test_the_state_is_donated_and_nothing_else():
-    params, batch = random_params(LM), answers()
-    frozen = Frozen(ref=random_params(LM, 1))
-    state = steps.initial_state(params, optax.adam(1e-2), KEY)
-    loss = preference_loss(LM, "dpo")
-    new, _ = steps.make_step(loss, optax.adam(1e-2))(state, PAIRS, frozen)
+    pairs, frozen = jax.tree.map(jnp.asarray, PAIRS), Frozen(ref=REFERENCE)
+    state = steps.initial_state(POLICY, optax.adam(1e-2), KEY)
+    new, _ = steps.make_step(preference_loss(TABLE, "dpo"), optax.adam(1e-2))(state, pairs, frozen)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
-    for kept in (params, frozen, PAIRS, batch):
+    for kept in (POLICY, frozen, pairs):
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
     assert not KEY.is_deleted() and int(new.step) == 1
 
@@ -123,22 +117,23 @@ def test_a_whole_run_is_a_function_of_its_key_and_maps_over_seeds():
         np.testing.assert_allclose(metrics["loss"][place], alone["loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_bfloat16_computes_and_float32_remembers(microbatches):
-    loss, batch, _ = CASES["sft"]
+@pytest.mark.parametrize(("lm", "microbatches"), [(TABLE, 1), (GPT2, 2)])
+def test_bfloat16_computes_and_float32_remembers(lm, microbatches):
+    """And of a GPT-2, parts of a batch add up to the whole."""
+    loss, batch, begun = sft_loss(lm), answers(lm), random_params(lm)
     optimizer = optax.sgd(1e-4)  # steps far below bfloat16's spacing of 2⁻⁸
-    plain, narrow = (
-        steps.make_step(loss, optimizer, microbatches=microbatches, view=view)
-        for view in (None, compute_in(jnp.bfloat16))
-    )
-    states = [steps.initial_state(start(None), optimizer, KEY) for _ in range(2)]
-    begun = start(None)
+    plain = steps.make_step(loss, optimizer)
+    narrow = steps.make_step(loss, optimizer, microbatches=microbatches, view=compute_in(jnp.bfloat16))
+    states = [steps.initial_state(begun, optimizer, KEY) for _ in range(2)]
     for _ in range(3):
         (states[0], wide), (states[1], low) = plain(states[0], batch), narrow(states[1], batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(states[1].params)} == {jnp.dtype(jnp.float32)}
     assert float(low["loss"]) == pytest.approx(float(wide["loss"]), rel=0.02)
-    moved = [jax.tree.map(lambda new, old: new - old, state.params, begun) for state in states]
-    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)]) for each in moved]
+    flat = [
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)])
+        for each in (begun, *(state.params for state in states))
+    ]
+    flat = [each - flat[0] for each in flat[1:]]
     cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
     assert cosine > 0.97, "small steps add up, and in the same direction"
     with pytest.raises(ValueError, match="dtype must be a floating type, but is int32"):
@@ -147,7 +142,7 @@ def test_bfloat16_computes_and_float32_remembers(microbatches):
 
 def test_parts_of_a_batch_of_kto_are_refused():
     """Its reference point is that of the whole batch."""
-    batch = UnpairedBatch(answers(seed=0), jnp.arange(8) % 2 == 0, answers(seed=3))
-    step = steps.make_step(preference_loss(LM, "kto"), OPTIMIZER, microbatches=2)
+    batch = UnpairedBatch(answers(seed=0), np.arange(8) % 2 == 0, answers(seed=3))
+    step = steps.make_step(preference_loss(TABLE, "kto"), OPTIMIZER, microbatches=2)
     with pytest.raises(ValueError, match="microbatches must be 1 for a loss that compares with all rows"):
-        step(steps.initial_state(start(None), OPTIMIZER, KEY), batch, Frozen(ref=random_params(LM, 1)))
+        step(steps.initial_state(POLICY, OPTIMIZER, KEY), batch, Frozen(ref=REFERENCE))

@@ -1,6 +1,7 @@
 """The loss around a point of parameter space: directions, the surface over two of them, and curvature.
 
-Every function takes `loss_fn(params) -> scalar`, any function of the parameters; `losses` makes such functions.
+Every function takes `loss_fn(params) -> scalar`, any function of the parameters; `next_token_loss`, `preference_loss`
+and `reward_model_loss` make such functions.
 """
 
 from jaxrl_llm.analysis.landscape.curvature import (
@@ -14,14 +15,25 @@ from jaxrl_llm.analysis.landscape.curvature import (
 from jaxrl_llm.analysis.landscape.directions import (
     PrincipalDirections,
     coordinates,
+    cosine,
+    inner,
     interpolation_directions,
+    norm,
     principal_directions,
     random_directions,
     rescaled,
 )
-from jaxrl_llm.analysis.landscape.losses import next_token_loss, preference_loss, reward_model_loss
-from jaxrl_llm.analysis.landscape.surface import LossHole, Surface, axis, loss_section, loss_surface, surface_of
-from jaxrl_llm.analysis.landscape.vectors import cosine, inner, norm
+from jaxrl_llm.analysis.landscape.surface import (
+    LossHole,
+    Surface,
+    axis,
+    loss_section,
+    loss_surface,
+    next_token_loss,
+    preference_loss,
+    reward_model_loss,
+    surface_of,
+)
 
 __all__ = [
     "Eigenpairs",

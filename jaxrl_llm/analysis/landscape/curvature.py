@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from jaxrl_llm.analysis.landscape.vectors import LossFn, accurate_sum, check_like, check_params, inner, orthonormal
+from jaxrl_llm.analysis.landscape.directions import accurate_sum, check_like, check_params, inner, orthonormal
+from jaxrl_llm.analysis.landscape.surface import LossFn
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.numerics import wide
 

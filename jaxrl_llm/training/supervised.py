@@ -1,9 +1,14 @@
-"""Training on pairs of source and target: the loss of targets given their sources, of a T5 or a decoder-only model."""
+"""Supervised training by cross-entropy: of completions (SFT), of whole texts (pretraining), of targets given sources.
+
+`pretrain` is a run that can be resumed. The loss of targets given their sources, for translation, is of a T5 or a
+decoder-only model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +17,95 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import text
-from jaxrl_llm.language_model import Params
+from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.models.conditional import given
 from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.numerics import is_concrete
-from jaxrl_llm.objectives.aggregate import aggregate
+from jaxrl_llm.objectives.aggregate import Mode, aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.scoring import Sequences, hidden_before
+from jaxrl_llm.scoring import Sequences, hidden_before, log_probs, next_token_log_probs
+from jaxrl_llm.training import loop
 from jaxrl_llm.training.batches import EpochOrder, rounded
-from jaxrl_llm.training.steps import Loss, Metrics, TrainState, make_step
+from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, initial_state, make_step
+
+
+def sft_loss(lm: LanguageModel, *, mode: Mode = "token_mean") -> LossFn:
+    """Return the cross-entropy −log π of completion tokens, by default the mean over a batch, in nats per token.
+
+    The batch is `Sequences`; the loss needs no reference.
+
+    Args:
+        mode: of `aggregate`: "token_mean", "sequence_mean" or "sequence_sum".
+    """
+
+    def loss(params: Params, batch: Sequences, frozen: Frozen | None, key: Array) -> Loss:
+        per_token = -log_probs(lm, params, batch)
+        value = aggregate(per_token, batch.completion_mask, mode)
+        tokens = batch.completion_mask.sum()
+        return Loss(value, tokens if mode == "token_mean" else batch.tokens.shape[0])
+
+    return loss
+
+
+# Pretraining: whole texts ---------------------------------------------------------------------------------------------
+
+
+def random_windows(key: Array, data: Int[Array, "total"], batch_size: int, time: int) -> Int[Array, "batch time"]:
+    """Draw `batch_size` windows of `time` consecutive tokens, at uniform places of `data`."""
+    if data.shape[0] < time:
+        raise ValueError(f"data must hold at least one window of {time} tokens, but holds {data.shape[0]}.")
+    starts = jax.random.randint(key, (batch_size,), 0, data.shape[0] - time + 1)
+    return data[starts[:, None] + jnp.arange(time)].astype(jnp.int32)
+
+
+def make_pretrain_step(
+    lm: LanguageModel, optimizer: optax.GradientTransformation, *, batch_size: int, time: int
+) -> Callable[[TrainState, Int[Array, "total"]], tuple[TrainState, Metrics]]:
+    """Return one jitted step `(state, data) -> (state, metrics)`, whose batch follows from key and step."""
+
+    def loss(params: Params, data: Array, frozen: None, key: Array) -> Loss:
+        tokens = random_windows(key, data, batch_size, time + 1)
+        return Loss(-next_token_log_probs(lm, params, tokens).mean())
+
+    return make_step(loss, optimizer)
+
+
+def pretrain(
+    lm: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    data: np.ndarray,
+    *,
+    key: Array,
+    steps: int,
+    batch_size: int,
+    time: int,
+    folder: Path,
+    evaluate: Callable[[Params], float],
+    evaluate_every: int,
+    config: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """Train for `steps` steps in `folder`, or continue from the last checkpoint there, as `loop.run` does.
+
+    Raises:
+        FloatingPointError, ValueError: as `loop.run`.
+    """
+    params_key, batch_key = jax.random.split(key)
+    train_step = make_pretrain_step(lm, optimizer, batch_size=batch_size, time=time)
+    data = jnp.asarray(data)
+    return loop.run(
+        initial_state(lm.init(params_key), optimizer, batch_key),
+        lambda state, step: train_step(state, data),
+        steps=steps,
+        folder=folder,
+        tokens=lambda step: step * batch_size * time,
+        evaluate=lambda params: {"held_out_loss": evaluate(params)},
+        evaluate_every=evaluate_every,
+        config=config,
+    )
+
+
+# Sequence to sequence: targets given sources --------------------------------------------------------------------------
 
 Rows = Sequence[Sequence[int]]
 

@@ -1,14 +1,15 @@
-"""Bars of token probabilities: kept tokens in colour, removed ones in grey, sampled ones marked."""
+"""Charts: training curves, and bars of token probabilities with kept tokens in colour and sampled ones marked."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.transforms import blended_transform_factory
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.layout import LITERAL, Sheet, per_cent, size_in_points, text_width, token_label
+from jaxrl_llm.plots.style import LITERAL, Sheet, per_cent, size_in_points, text_width, token_label
 
 KEPT, REMOVED = style.PALETTE[0], "#cfd4d9"
 LABEL_SIZE, LABEL_WIDTH, VALUE_WIDTH = 7.0, 58.0, 44.0
@@ -80,3 +81,27 @@ def draw_panels(
         sheet.line(left, y + 23, kept, size=8, width=room, color=style.MUTED)
         axes = sheet.axes(left + labels, y + HEADING, room - labels, height - HEADING)
         draw_bars(axes, panel, largest=largest)
+
+
+def draw_training_curve(
+    axes: Axes, log: Sequence[dict[str, Any]], *, baseline: tuple[str, float] | None = None
+) -> None:
+    """Draw the training and held-out loss (nats per token) of a run's log against tokens seen, with a baseline."""
+    millions = [row["tokens"] / 1e6 for row in log]
+    axes.plot(millions, [row["loss"] for row in log], color=style.PALETTE[0], label="training text")
+    held_out = [row["held_out_loss"] for row in log]
+    axes.plot(millions, held_out, color=style.PALETTE[1], marker="o", label="held-out text")
+    if baseline is not None:
+        name, value = baseline
+        axes.axhline(value, color=style.MUTED, linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"{name}, held-out text: {value:.2f}",
+            (0, value),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",  # a falling curve is above the line here
+            color=style.MUTED,
+            fontsize=7.5,
+        )
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", xlim=(0, None))
+    axes.legend(loc="upper right")
