@@ -150,7 +150,7 @@ class Family:
     @property
     def reward(self) -> str | None:
         """The architecture of a reward model in transformers; None if there is none."""
-        if self.architecture in ("T5ForConditionalGeneration", *NO_REWARD):
+        if self.model is T5 or self.architecture in NO_REWARD:
             return None
         name = "Gemma3Text" if self.architecture == "Gemma3ForCausalLM" else self.architecture
         return re.sub("(ForCausalLM|LMHeadModel)$", "", name) + "ForSequenceClassification"
@@ -499,6 +499,23 @@ SPARSE = {"num_experts_per_tok": 2, "sliding_window": Maybe(int)}
 FUSED = ("query_key_value",)
 rope = functools.partial(functools.partial, rotary.rope_parameters)
 
+
+def t5(architecture: str, **defaults: Any) -> Family:
+    """Return the row of T5 or of its kin, with what differs in the defaults of the format."""
+    return Family(
+        architecture,
+        dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"), int) | defaults,
+        model=T5,
+        config=T5Config,
+        prefix="",
+        buffers=re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
+        refused={"is_encoder_decoder": (None, True), "is_decoder": (None, False)},
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+        embedding="shared.weight",
+        targets=("q", "v"),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -750,18 +767,9 @@ FAMILIES: dict[str, Family] = {
         qwen3_moe,
         spellings={"num_local_experts": "num_experts"},
     ),
-    "t5": Family(
-        "T5ForConditionalGeneration",
-        dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"), int),
-        model=T5,
-        config=T5Config,
-        prefix="",
-        buffers=re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
-        refused={"is_encoder_decoder": (None, True), "is_decoder": (None, False)},
-        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
-        embedding="shared.weight",
-        targets=("q", "v"),
-    ),
+    "t5": t5("T5ForConditionalGeneration"),
+    "mt5": t5("MT5ForConditionalGeneration", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
+    "umt5": t5("UMT5ForConditionalGeneration", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
 }
 EXPERTS = {f"mlp.experts.{name}": f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 
@@ -806,7 +814,7 @@ def StableLMConfig(**fields: Any) -> Config:
 
 def family_of(model: Network) -> tuple[str, Family]:
     """Return `model_type` and family of a model."""
-    if isinstance(model, Decoder):
+    if isinstance(model, Decoder | T5):
         return model.config.model_type, FAMILIES[model.config.model_type]
     for model_type, family in FAMILIES.items():
         if family.config is not None and isinstance(model, family.model):
@@ -838,8 +846,9 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
     else:
         known = {field.name for field in dataclasses.fields(family.config)}
         values = {name: value for name, value in config.items() if name in known}
-        if model_type == "t5":
-            values |= _t5(config, source, tensor_names)
+        if family.model is T5:
+            defaults = {name: default for name, default in family.fields.items() if default is not int}
+            values = defaults | values | _t5(defaults | config, source, tensor_names)
     if missing := [name for name, kind in family.fields.items() if kind is int and name not in config]:
         raise ValueError(f"{source}: the configuration lacks {', '.join(missing)}.")
     try:
@@ -908,13 +917,17 @@ def _t5(config: dict[str, Any], source: str, tensor_names: Callable[[], set[str]
     """Return T5's fields that have more than one spelling.
 
     Before transformers 5, `tie_word_embeddings` decided over the head and its scale. Since then it is always true,
-    `scale_decoder_outputs` decides over the scale, and the head is tied unless the files have a head that differs from
-    the embedding.
+    `scale_decoder_outputs` decides over the scale of a T5, and the head is tied unless the files have a head that
+    differs from the embedding. An mT5 has no scale. A umT5 has one, by its original, where it is said to be tied;
+    transformers 5.23 scales every umT5 that it loads.
     """
-    tied, scaled = config.get("tie_word_embeddings"), config.get("scale_decoder_outputs")
+    model_type, tied = config["model_type"], config.get("tie_word_embeddings")
+    scaled = config.get("scale_decoder_outputs")
     tied = True if tied is None else tied
-    values = {"scale_decoder_outputs": tied if scaled is None else scaled, "tie_word_embeddings": tied}
-    if tied is True and isinstance(scaled, bool) and "lm_head.weight" in tensor_names():
+    values = {"tie_word_embeddings": tied, "scale_decoder_outputs": scaled}
+    if scaled is None:
+        values["scale_decoder_outputs"] = False if model_type == "mt5" else tied
+    if tied is True and (model_type != "t5" or isinstance(scaled, bool)) and "lm_head.weight" in tensor_names():
         values["tie_word_embeddings"] = False
     if config.get("decoder_start_token_id") is None:
         values["decoder_start_token_id"] = config.get("pad_token_id") or 0
@@ -929,7 +942,7 @@ def config_of(model: Network) -> dict[str, Any]:
     """Return the `config.json` of a model."""
     model_type, family = family_of(model)
     config = model.config.to_dict() if family.config is None else dataclasses.asdict(model.config)
-    if model_type == "t5":
+    if family.model is T5:
         config["num_decoder_layers"] = model.config.decoder_layers
         config["scale_decoder_outputs"] = model.config.output_scale != 1
         config["is_encoder_decoder"] = True

@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020) and its successors (v1.1, flan), from scratch: an encoder, and a decoder that reads from it.
+"""T5 (Raffel et al. 2020) and its kin (v1.1, flan, mT5, umT5), from scratch: an encoder, and a decoder that reads it.
 
 A source makes it a language model: `lm, params = t5.start(weights, source, source_mask)` encodes the source once. Every
 decoder and objective of the library accepts the result like any other model and its parameters.
@@ -34,13 +34,19 @@ from jaxrl_llm.models.layers import (
 )
 from jaxrl_llm.numerics import is_concrete
 
+MODEL_TYPES = ("t5", "mt5", "umt5")
 UNBOUNDED = 2**30  # tokens: positions are relative and far ones share a bucket, so that only memory limits the context
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The fields of a T5 `config.json` that change the function; the defaults are those of t5-small."""
+    """The fields of a T5 `config.json` that change the function; the defaults are those of t5-small.
 
+    mT5 (Xue et al. 2021) is T5 1.1 and never scales its outputs. umT5 (Chung et al. 2023) also has position biases of
+    its own in every layer.
+    """
+
+    model_type: str = "t5"  # or mt5, umt5
     vocab_size: int = 32128
     d_model: int = 512
     d_kv: int = 64
@@ -54,11 +60,17 @@ class T5Config:
     initializer_factor: float = 1.0
     feed_forward_proj: str = "relu"  # an activation, or "gated-" and one; "gated-gelu" means gelu_new
     tie_word_embeddings: bool = True
-    scale_decoder_outputs: bool | None = None  # by d_model^(−1/2) before the unembedding; as tie_word_embeddings
+    scale_decoder_outputs: bool | None = (
+        None  # by d_model^(−1/2), before the unembedding; as tie_word_embeddings, in mt5 never
+    )
     decoder_start_token_id: TokenId = 0
 
     def __post_init__(self):
         check_config(self)
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, but is {self.model_type!r}.")
+        if self.model_type == "mt5" and self.scale_decoder_outputs:
+            raise ValueError("scale_decoder_outputs must be false in mt5, but is true.")
         if self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(
@@ -99,7 +111,7 @@ class T5Config:
     def output_scale(self) -> float:
         """Return the factor of the decoder's last states before the unembedding."""
         scaled = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
-        return self.d_model**-0.5 if scaled else 1.0
+        return self.d_model**-0.5 if scaled and self.model_type != "mt5" else 1.0
 
 
 @functools.cache
@@ -128,7 +140,7 @@ def relative_buckets(*, num_buckets: int, max_distance: int, bidirectional: bool
 class Attention(nnx.Module):
     """Multi-head attention without scaling of the logits: the initial weights of the queries do that."""
 
-    def __init__(self, config: T5Config, *, relative: bool, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, relative: bool, rngs: nnx.Rngs | None):
         inner, factor = config.num_heads * config.d_kv, config.initializer_factor
         options = {"use_bias": False, "rngs": rngs}
         self.q = Linear(config.d_model, inner, std=factor * (config.d_model * config.d_kv) ** -0.5, **options)
@@ -166,7 +178,7 @@ class Attention(nnx.Module):
 class SelfAttentionLayer(nnx.Module):
     """x + attention(norm(x))."""
 
-    def __init__(self, config: T5Config, *, relative: bool, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, relative: bool, rngs: nnx.Rngs | None):
         self.SelfAttention = Attention(config, relative=relative, rngs=rngs)
         self.layer_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon)
 
@@ -188,7 +200,7 @@ class SelfAttentionLayer(nnx.Module):
 class CrossAttentionLayer(nnx.Module):
     """x + attention(norm(x)) over the source."""
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs | None):
         self.EncDecAttention = Attention(config, relative=False, rngs=rngs)
         self.layer_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon)
 
@@ -199,7 +211,7 @@ class CrossAttentionLayer(nnx.Module):
 class DenseReluDense(nnx.Module):
     """wo(activation(wi x)), or gated (Shazeer 2020): wo(activation(wi_0 x) · wi_1 x)."""
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs | None):
         factor = config.initializer_factor
         for name in ("wi_0", "wi_1") if config.gated else ("wi",):
             std = factor * config.d_model**-0.5
@@ -215,7 +227,7 @@ class DenseReluDense(nnx.Module):
 class FeedForwardLayer(nnx.Module):
     """x + feed_forward(norm(x))."""
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs | None):
         self.DenseReluDense = DenseReluDense(config, rngs=rngs)
         self.layer_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon)
 
@@ -226,39 +238,42 @@ class FeedForwardLayer(nnx.Module):
 class Block(nnx.Module):
     """Self-attention, in the decoder cross-attention, feed-forward."""
 
-    def __init__(self, config: T5Config, *, relative: bool, decoder: bool, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, relative: bool, decoder: bool, rngs: nnx.Rngs | None):
         cross = [CrossAttentionLayer(config, rngs=rngs)] if decoder else []
         first = SelfAttentionLayer(config, relative=relative, rngs=rngs)
         self.layer = nnx.List([first, *cross, FeedForwardLayer(config, rngs=rngs)])
 
 
 class Stack(nnx.Module):
-    """The encoder or the decoder: blocks and a final norm. All blocks use the first block's position biases."""
+    """The encoder or the decoder: blocks and a final norm. Except in umT5, all use the first one's position biases."""
 
-    def __init__(self, config: T5Config, *, decoder: bool, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, decoder: bool, rngs: nnx.Rngs | None):
         layers = config.decoder_layers if decoder else config.num_layers
-        blocks = [Block(config, relative=layer == 0, decoder=decoder, rngs=rngs) for layer in range(layers)]
-        self.block = nnx.List(blocks)
+        relative = [layer == 0 or config.model_type == "umt5" for layer in range(layers)]
+        self.block = nnx.List(Block(config, relative=each, decoder=decoder, rngs=rngs) for each in relative)
         self.final_layer_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon)
         self.max_distance = config.relative_attention_max_distance
         self.num_buckets, self.bidirectional = config.relative_attention_num_buckets, not decoder
 
-    def bias(
+    def biases(
         self, queries: Int[Array, "batch time"], keys: Int[Array, "batch slot"]
-    ) -> Float[Array, "batch head time slot"]:
-        """Return the bias of the attention logits by the positions of query and key."""
+    ) -> list[Float[Array, "batch head time slot"]]:
+        """Return the bias of each layer's attention logits by the positions of query and key."""
         buckets = relative_buckets(
             num_buckets=self.num_buckets, max_distance=self.max_distance, bidirectional=self.bidirectional
         )
-        by_distance = self.block[0].layer[0].SelfAttention.relative_attention_bias(jnp.asarray(buckets))
         relative = jnp.clip(keys[:, None, :] - queries[:, :, None], -self.max_distance, self.max_distance)
-        return jnp.moveaxis(by_distance[relative + self.max_distance], -1, 1)
+        places = jnp.asarray(buckets)[relative + self.max_distance]
+        attentions = [block.layer[0].SelfAttention for block in self.block]
+        tables = [each.relative_attention_bias for each in attentions if hasattr(each, "relative_attention_bias")]
+        biases = [jnp.moveaxis(table(places), -1, 1) for table in tables]
+        return biases * (len(attentions) // len(tables))
 
     def __call__(
         self,
         x: Float[Array, "batch time width"],
         mask: Bool[Array, "batch #time slot"],
-        bias: Float[Array, "#batch head time slot"],
+        biases: list[Float[Array, "#batch head time slot"]],
         cache: list[KeyValue] | None = None,
         index: Int[Array, ""] | None = None,
         source: tuple[list[KeyValue], Bool[Array, "batch 1 source"]] | None = None,
@@ -267,7 +282,7 @@ class Stack(nnx.Module):
         written = []
         for layer, block in enumerate(self.block):
             own = None if cache is None else cache[layer]
-            x, key_value = block.layer[0](x, mask, bias, own, index, intermediates)
+            x, key_value = block.layer[0](x, mask, biases[layer], own, index, intermediates)
             if source is not None:
                 x = block.layer[1](x, source[0][layer], source[1], intermediates)
             x = block.layer[-1](x)
@@ -278,7 +293,7 @@ class Stack(nnx.Module):
 class T5Decoder(nnx.Module):
     """The part that decoding needs after the source is encoded: embeddings, decoder, unembedding (tied or not)."""
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs | None):
         self.shared = Embedding(config.vocab_size, config.d_model, std=config.initializer_factor, rngs=rngs)
         self.decoder = Stack(config, decoder=True, rngs=rngs)
         if not config.tie_word_embeddings:
@@ -297,7 +312,7 @@ class T5Decoder(nnx.Module):
 class T5Module(T5Decoder):
     """The whole model: the decoder's part and the encoder."""
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs | None):
         super().__init__(config, rngs=rngs)
         self.encoder = Stack(config, decoder=False, rngs=rngs)
 
@@ -338,7 +353,7 @@ class T5(Network):
 
     config: T5Config = dataclasses.field(default_factory=T5Config)
 
-    def build(self, rngs: nnx.Rngs) -> T5Module:
+    def build(self, rngs: nnx.Rngs | None) -> T5Module:
         return T5Module(self.config, rngs=rngs)
 
     def encode(
@@ -413,11 +428,11 @@ class T5(Network):
     ) -> Float[Array, "source time width"]:
         self._check(source, mask)
         module = self.merge(params)
-        # Without padding all rows have the same positions, and share one bias.
+        # Without padding all rows have the same positions, and share their biases.
         valid = jnp.ones((1, source.shape[1]), bool) if mask is None else mask
         positions = jnp.cumsum(valid, axis=1) - 1
-        bias = module.encoder.bias(positions, positions)
-        return module.encoder(module.shared(source), valid[:, None], bias, intermediates=intermediates)[0]
+        biases = module.encoder.biases(positions, positions)
+        return module.encoder(module.shared(source), valid[:, None], biases, intermediates=intermediates)[0]
 
     def _started(self, params: Params, states: Array, mask: Array | None) -> EncoderState:
         mask = jnp.ones(states.shape[:2], bool) if mask is None else mask
@@ -448,7 +463,7 @@ class T5LM(Network, language_model.LanguageModel):
     min_prompt_length = 1
     max_length = UNBOUNDED
 
-    def build(self, rngs: nnx.Rngs) -> T5Decoder:
+    def build(self, rngs: nnx.Rngs | None) -> T5Decoder:
         return T5Decoder(self.config, rngs=rngs)
 
     def init(self, key: Array) -> Params:
@@ -489,14 +504,14 @@ class T5LM(Network, language_model.LanguageModel):
         """Return `hidden`; append the attention weights, self and cross in turn, to `intermediates` if it is a list."""
         language_model.check_tokens(self, tokens, mask, cache)
         source = self._source_of(params, tokens.shape[0], cache)
-        # Without padding and cache all rows have the same positions, and share one bias.
+        # Without padding and cache all rows have the same positions, and share their biases.
         shared = mask is None and cache is None
         mask = jnp.ones((1 if shared else tokens.shape[0], tokens.shape[1]), bool) if mask is None else mask
         at = place(mask, cache)
         module, kv_cache = self.merge(params.weights), None if cache is None else cache.memory
-        bias = module.decoder.bias(at.positions, at.slots)
+        biases = module.decoder.biases(at.positions, at.slots)
         hidden, kv_cache = module.decoder(
-            module.shared(tokens), at.attention_mask, bias, kv_cache, at.cache_index, source, intermediates
+            module.shared(tokens), at.attention_mask, biases, kv_cache, at.cache_index, source, intermediates
         )
         return hidden * module.scale, None if cache is None else dataclasses.replace(at.cache, memory=kv_cache)
 

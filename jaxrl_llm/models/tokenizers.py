@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -185,15 +185,30 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tu
 #
 # transformers converts such a file too, but only where the package sentencepiece is installed, which it does not use.
 # The file is a protocol buffer (layout: sentencepiece's src/sentencepiece_model.proto); three of its parts are needed.
+# transformers 5.23 also ignores byte fallback, which mT5 and umT5 have.
 
 UNIGRAM = 1  # kind of model
 ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-EXTRA_IDS = 100  # sentinels at the end of the vocabulary, in descending order, if tokenizer_config.json gives no number
+EXTRA_IDS = 100  # sentinels after the vocabulary, in descending order, if none are in it and no file gives a number
 HIDDEN = "\u2028unused\u2028"  # prefix of unused pieces: words contain no white space, so that it never matches
 
 
+class Spiece(NamedTuple):
+    """The parts of a `spiece.model` that are needed."""
+
+    pieces: list[tuple[str, float]]  # with their log-probabilities
+    kinds: list[int]
+    unknown: int  # index of the unknown piece
+    charsmap: bytes = b""  # the normaliser's table
+    prefix: bool = True  # text begins with ▁
+    collapse: bool = True  # runs of spaces are one
+    byte_fallback: bool = False  # an unknown character becomes the pieces of its bytes in UTF-8
+
+
 def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
-    """Return the T5 tokenizer of the folder's `spiece.model`: `</s>` after each text, sentinels after the vocabulary.
+    """Return the tokenizer of the `spiece.model` of T5 or its kin: `</s>` after each text, sentinels after the pieces.
+
+    mT5's sentinels are pieces themselves.
 
     Raises:
         ValueError: if the file is damaged or not a unigram model, or the folder's `tokenizer_config.json` is malformed.
@@ -201,17 +216,21 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
     runtime.quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 
-    pieces, kinds, unknown, charsmap = read_spiece(folder / "spiece.model")
-    sentinels = [f"<extra_id_{index}>" for index in reversed(range(_extra_ids(folder / "tokenizer_config.json")))]
-    known = {piece for piece, _ in pieces}
-    special = [piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind in (UNKNOWN, CONTROL)]
-    own = [piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind == USER_DEFINED]
-    # As in sentencepiece, an unused piece keeps its id and its text, but never results from tokenisation.
-    hidden = [kind == UNUSED and piece not in sentinels for (piece, _), kind in zip(pieces, kinds, strict=True)]
-    pieces = [(HIDDEN + each[0], 0.0) if hide else each for each, hide in zip(pieces, hidden, strict=True)]
-    backend = _backend([*pieces, *((each, 0.0) for each in sentinels if each not in known)], unknown, charsmap)
+    model = read_spiece(folder / "spiece.model")
+    known = {piece for piece, _ in model.pieces}
+    default = 0 if {"<extra_id_0>", "▁<extra_id_0>"} & known else EXTRA_IDS
+    count = _extra_ids(folder / "tokenizer_config.json", default)
+    sentinels = [f"<extra_id_{index}>" for index in reversed(range(count))]
+    special = [piece for (piece, _), kind in zip(model.pieces, model.kinds, strict=True) if kind in (UNKNOWN, CONTROL)]
+    # As in sentencepiece, an unused piece keeps its id and its text, but never results from tokenisation. A piece that
+    # a user defined always does: its log-probability is 0.
+    hidden = [
+        kind == UNUSED and piece not in sentinels for (piece, _), kind in zip(model.pieces, model.kinds, strict=True)
+    ]
+    pieces = [(HIDDEN + each[0], 0.0) if hide else each for each, hide in zip(model.pieces, hidden, strict=True)]
+    further = [(each, 0.0) for each in sentinels if each not in known]
+    backend = _backend(model._replace(pieces=pieces + further))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*special, *sentinels)])
-    backend.add_tokens([AddedToken(token, normalized=False) for token in own])
     roles = {role: token for role, token in ROLES.items() if backend.token_to_id(token) is not None}
     if "eos_token" in roles:
         backend.post_processor = processors.TemplateProcessing(
@@ -222,20 +241,29 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _backend(vocabulary: list[tuple[str, float]], unknown: int, charsmap: bytes) -> Tokenizer:
-    """Return the unigram tokenizer: words are split at white space and begin with ▁."""
-    backend = Tokenizer(models.Unigram(vocabulary, unk_id=unknown, byte_fallback=False))
-    if charsmap:
-        backend.normalizer = normalizers.Precompiled(charsmap)
-    spaces = {"replacement": "▁", "prepend_scheme": "always", "split": True}
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
-    )
-    backend.decoder = decoders.Sequence([decoders.Replace(HIDDEN, ""), decoders.Metaspace(**spaces)])
+def _backend(model: Spiece) -> Tokenizer:
+    """Return the unigram tokenizer: words begin with ▁, and are read one by one unless their spaces matter."""
+    backend = Tokenizer(models.Unigram(model.pieces, unk_id=model.unknown, byte_fallback=model.byte_fallback))
+    normal = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    to_text = [decoders.Replace(HIDDEN, ""), *[decoders.ByteFallback()] * model.byte_fallback]
+    # A text such as "<0x41>" is not the piece of that byte.
+    splits = [pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")] * model.byte_fallback
+    if model.prefix and model.collapse:
+        spaces = {"replacement": "▁", "prepend_scheme": "always", "split": True}
+        splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces), *splits]
+        to_text += [decoders.Metaspace(**spaces)]
+    else:
+        if model.collapse:
+            normal += [normalizers.Strip(), normalizers.Replace(Regex(" +"), " ")]
+        normal += [normalizers.Prepend("▁")] * model.prefix + [normalizers.Replace(" ", "▁")]
+        to_text += [decoders.Replace("▁", " "), decoders.Fuse(), *[decoders.Strip(" ", 1, 0)] * model.prefix]
+    backend.normalizer = normalizers.Sequence(normal)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    backend.decoder = decoders.Sequence(to_text)
     return backend
 
 
-def _extra_ids(path: Path) -> int:
+def _extra_ids(path: Path, default: int) -> int:
     """Return the number of sentinels of the `tokenizer_config.json` at this path."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -243,20 +271,22 @@ def _extra_ids(path: Path) -> int:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(settings).__name__}.")
+    listed = settings.get("additional_special_tokens")
+    listed = [token for token in (listed if isinstance(listed, list) else []) if "<extra_id_" in str(token)]
     count = settings.get("extra_ids")
-    count = EXTRA_IDS if count is None else count
+    count = (len(listed) or default) if count is None else count
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"{path}: extra_ids must be a whole number from 0 on, but is {count!r}.")
     return count
 
 
-def read_spiece(path: Path) -> tuple[list[tuple[str, float]], list[int], int, bytes]:
-    """Return pieces with their log-probabilities, their kinds, the unknown piece's id, and the normaliser's table.
+def read_spiece(path: Path) -> Spiece:
+    """Return the parts of a `spiece.model`.
 
     Raises:
         ValueError: if the file is damaged or not a unigram model.
     """
-    pieces, kinds, model_kind, unknown, charsmap = [], [], UNIGRAM, 0, b""
+    pieces, kinds, trainer, normaliser = [], [], {}, {}
     try:
         for field, value in _fields(path.read_bytes()):
             if field == 1:
@@ -265,16 +295,20 @@ def read_spiece(path: Path) -> tuple[list[tuple[str, float]], list[int], int, by
                 kinds.append(piece[3])
             elif field == 2:
                 trainer = dict(_fields(value))
-                model_kind, unknown = trainer.get(3, UNIGRAM), trainer.get(40, 0)
             elif field == 3:
-                charsmap = dict(_fields(value)).get(2, b"")
+                normaliser = dict(_fields(value))
+        unknown, charsmap = int(trainer.get(40, 0)), bytes(normaliser.get(2, b""))
     except (IndexError, KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no SentencePiece model.") from error
     if not pieces or unknown >= len(pieces):
         raise ValueError(f"{path} is damaged, or no SentencePiece model.")
-    if model_kind != UNIGRAM:
-        raise ValueError(f"{path} must hold a unigram model (kind {UNIGRAM}), but its kind is {model_kind}.")
-    return pieces, kinds, unknown, charsmap
+    kind = trainer.get(3, UNIGRAM)
+    if kind != UNIGRAM:
+        raise ValueError(f"{path} must hold a unigram model (kind {UNIGRAM}), but its kind is {kind}.")
+    if trainer.get(24):
+        raise ValueError(f"{path} must put ▁ before words, but puts it behind them.")
+    prefix, collapse = (bool(normaliser.get(field, True)) for field in (3, 4))
+    return Spiece(pieces, kinds, unknown, charsmap, prefix, collapse, byte_fallback=bool(trainer.get(35)))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

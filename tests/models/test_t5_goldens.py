@@ -1,18 +1,19 @@
 """T5 against what transformers + torch computed with the same files (tests/goldens/make_t5_goldens.py)."""
 
 import functools
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from jaxrl_llm import models
 from jaxrl_llm.decoding import beam_search, generate
+from jaxrl_llm.decoding.beam import search
+from jaxrl_llm.decoding.generate import decode
+from jaxrl_llm.models.t5 import _given
+from tests.models.wild import GOLDENS, variant
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = ("t5-0", "t5-1")
 EOS, PENALTIES = (1, 3, 8), (0.0, 1.0, -0.5)
 
@@ -40,52 +41,60 @@ def test_the_goldens_try_what_they_should():
         assert expected["target"].shape[1] > configs[0].relative_attention_max_distance + 1
         assert all(len(set(row)) > 1 for row in expected["generated"].tolist()), "no row repeats one token"
         assert (expected["generated"][:, -1] == 0).any() and (expected["beams"][..., -1] == 0).any(), "some end"
+        assert expected["logits"].std(axis=-1).mean() > 0.2
 
 
-def test_logits_agree(golden):
+def test_logits_and_attention_weights_agree(golden):
+    """Of all rows together, and of each without the others and without padding."""
     loaded, expected = golden
-    logits = logits_of(loaded.model, loaded.params, expected["source"], expected["mask"], expected["target"])
+    source, mask, target = (expected[name] for name in ("source", "mask", "target"))
+    logits = logits_of(loaded.model, loaded.params, source, mask, target)
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
-    assert expected["logits"].std(axis=-1).mean() > 0.2
-
-
-def test_logits_agree_for_each_row_without_the_others_and_without_padding(golden):
-    loaded, expected = golden
+    maps = jax.jit(loaded.model.attention)(loaded.params, source, target, source_mask=mask)
+    encoder = np.where(mask[None, :, None, :, None], expected["encoder"], 0)  # of padding ours has zeros
+    for found, name in zip(maps, (encoder, expected["decoder"], expected["cross"]), strict=True):
+        np.testing.assert_allclose(found, name, rtol=0, atol=1e-4)
     for row in range(4):
-        copies = {name: np.repeat(expected[name][row : row + 1], 4, axis=0) for name in ("source", "mask", "target")}
-        logits = logits_of(loaded.model, loaded.params, *copies.values())
+        copies = (np.repeat(each[row : row + 1], 4, axis=0) for each in (source, mask, target))
+        logits = logits_of(loaded.model, loaded.params, *copies)
         np.testing.assert_allclose(logits, np.repeat(expected["logits"][row : row + 1], 4, axis=0), rtol=0, atol=1e-4)
-    source, target = expected["source"][2, expected["mask"][2]], expected["target"][2]
-    logits = logits_of(loaded.model, loaded.params, source[None], None, target[None])
+    logits = logits_of(loaded.model, loaded.params, source[2, mask[2]][None], None, target[2:3])
     np.testing.assert_allclose(logits[0], expected["logits"][2], rtol=0, atol=1e-4)
 
 
-def test_attention_weights_agree(golden):
+def test_greedy_generation_and_beams_are_the_same_token_for_token(golden):
+    """And another source of the same shape compiles nothing new."""
     loaded, expected = golden
-    source, mask, target = (jnp.asarray(expected[name]) for name in ("source", "mask", "target"))
-    maps = jax.jit(loaded.model.attention)(loaded.params, source, target, source_mask=mask)
-    encoder = np.where(expected["mask"][None, :, None, :, None], expected["encoder"], 0)  # of padding ours has zeros
-    np.testing.assert_allclose(maps.encoder, encoder, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(maps.decoder, expected["decoder"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(maps.cross, expected["cross"], rtol=0, atol=1e-4)
+
+    def decoded(source, mask):
+        given = *loaded.model.start(loaded.params, source, mask), loaded.model.decoder_prompts(4)
+        options = {"max_new_tokens": 12, "eos_id": EOS}
+        beams = [beam_search(*given, num_beams=4, length_penalty=penalty, **options) for penalty in PENALTIES]
+        return (
+            generate(*given, greedy=True, **options),
+            beams,
+            [each._cache_size() for each in (decode, search, _given)],
+        )
+
+    greedy, beams, programs = decoded(expected["source"], expected["mask"])
+    np.testing.assert_array_equal(greedy.tokens, expected["generated"])
+    for found, tokens, scores in zip(beams, expected["beams"], expected["scores"], strict=True):
+        np.testing.assert_array_equal(found.tokens, tokens)
+        np.testing.assert_allclose(found.score, scores, rtol=1e-5, atol=1e-4)
+    assert decoded(expected["source"][::-1], expected["mask"][::-1])[2] == programs
 
 
-@pytest.fixture(scope="module")
-def started(golden):
-    """The language model that the sources make of it, its parameters, and the prompts."""
-    loaded, expected = golden
-    lm, given = loaded.model.start(loaded.params, expected["source"], expected["mask"])
-    return lm, given, loaded.model.decoder_prompts(4)
+@pytest.mark.parametrize("model_type", ["mt5", "umt5"])
+def test_kin_with_the_weights_of_a_t5_agrees(tmp_path, model_type):
+    """mT5 is a T5 1.1, and umT5 one if its layers have equal tables."""
 
+    def tables(stored):
+        table = ".block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        names = [f"{side}{table.replace('0', layer, 1)}" for side in ("encoder", "decoder") for layer in "01"]
+        return stored | ({name: stored[name[:7] + table].copy() for name in names} if model_type == "umt5" else {})
 
-def test_greedy_generation_is_the_same_token_for_token(started, golden):
-    found = generate(*started, max_new_tokens=12, greedy=True, eos_id=EOS)
-    np.testing.assert_array_equal(found.tokens, golden[1]["generated"])
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_beams_are_the_same_token_for_token(started, golden, index):
-    options = {"num_beams": 4, "max_new_tokens": 12, "eos_id": EOS, "length_penalty": PENALTIES[index]}
-    found = beam_search(*started, **options)
-    np.testing.assert_array_equal(found.tokens, golden[1]["beams"][index])
-    np.testing.assert_allclose(found.score, golden[1]["scores"][index], rtol=1e-5, atol=1e-4)
+    loaded = models.load(variant(tmp_path, "t5-0", config={"model_type": model_type}, tensors=tables))
+    expected = load_file(GOLDENS / "t5-0" / "expected.safetensors")
+    logits = logits_of(loaded.model, loaded.params, *(expected[name] for name in ("source", "mask", "target")))
+    assert loaded.model.config.model_type == model_type
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)

@@ -1,5 +1,6 @@
 """T5s as they are found in the wild: the goldens, rewritten; saving; and the tokenizers beside them."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -9,34 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file
 
 from jaxrl_llm import models
 from jaxrl_llm.models import tokenizers
-from jaxrl_llm.models.t5 import T5, T5Config
+from jaxrl_llm.models.t5 import T5
 from tests.conftest import TINY_T5, random_params
 from tests.models.wild import ABSENT, GOLDENS, variant
 
 # Configurations -------------------------------------------------------------------------------------------------------
-
-
-def test_a_tied_head_without_scale_is_what_it_says(tmp_path):
-    loaded = models.load(variant(tmp_path, "t5-1", config={"scale_decoder_outputs": False}))
-    assert loaded.model.config.tie_word_embeddings and loaded.model.config.output_scale == 1
-
-
-@pytest.mark.parametrize("name", ["scaled and untied", "untied", "tied", "tied, not scaled"])
-def test_a_model_that_transformers_5_has_saved_again_is_the_same(tmp_path, name):
-    """It says that every head is tied, and reads one with other values than the embedding's as a head of its own."""
-    t5 = SAVED[name]
-    params = random_params(t5)
-    models.save(tmp_path, t5, params)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": True}))
-    loaded = models.load(tmp_path)
-    kept = (loaded.model.config.tie_word_embeddings, loaded.model.config.output_scale)
-    assert kept == (t5.config.tie_word_embeddings, t5.config.output_scale)
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -72,42 +53,51 @@ def test_fields_that_are_absent_have_the_defaults_of_the_format(tmp_path):
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 SAVED = {
-    "untied": TINY_T5,
-    "tied": T5(T5Config(**vars(TINY_T5.config) | {"tie_word_embeddings": True, "feed_forward_proj": "silu"})),
-    "scaled and untied": T5(T5Config(**vars(TINY_T5.config) | {"scale_decoder_outputs": True})),
-    "tied, not scaled": T5(
-        T5Config(**vars(TINY_T5.config) | {"tie_word_embeddings": True, "scale_decoder_outputs": False})
-    ),
+    name: T5(dataclasses.replace(TINY_T5.config, **changes))
+    for name, changes in {
+        "untied": {},
+        "tied": {"tie_word_embeddings": True, "feed_forward_proj": "silu"},
+        "scaled and untied": {"scale_decoder_outputs": True},
+        "tied, not scaled": {"tie_word_embeddings": True, "scale_decoder_outputs": False},
+        "mt5": {"model_type": "mt5"},
+        "tied mt5": {"model_type": "mt5", "tie_word_embeddings": True},
+        "umt5": {"model_type": "umt5"},
+        "tied umt5": {"model_type": "umt5", "tie_word_embeddings": True},
+    }.items()
 }
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_the_same_model_and_parameters_come_back(tmp_path, name):
-    t5 = SAVED[name]
-    params = random_params(t5)
+def test_the_same_model_and_parameters_come_back_also_after_transformers_5_has_saved_it_again(tmp_path, name):
+    """It says that every head is tied, and reads one with other values than the embedding's as a head of its own."""
+    t5, params = SAVED[name], random_params(SAVED[name])
     models.save(tmp_path, t5, params, config={"eos_token_id": 1, "dense_act_fn": "tanh"})
-    loaded = models.load(tmp_path)
     written = {"num_decoder_layers": t5.config.decoder_layers, "scale_decoder_outputs": t5.config.output_scale != 1}
-    assert loaded.model.config == T5Config(**vars(t5.config) | written)
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    for says in ({}, {"tie_word_embeddings": True}):
+        saved = json.loads((tmp_path / "config.json").read_text()) | says
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        loaded = models.load(tmp_path)
+        assert loaded.model.config == dataclasses.replace(t5.config, **written)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     assert loaded.config["eos_token_id"] == 1 and "dense_act_fn" not in loaded.config
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert (config.model_type, config.architectures) == ("t5", ["T5ForConditionalGeneration"])
+    family = t5.config.model_type
+    assert (config.model_type, config.architectures) == (family, [f"{family.upper()}ForConditionalGeneration"])
     ours = vars(loaded.model.config) | {"tie_word_embeddings": True}  # which is all that transformers 5 says there
     assert {field: getattr(config, field) for field in ours} == ours
 
 
-def test_tensors_have_the_names_and_shapes_of_published_checkpoints(tmp_path):
-    models.save(tmp_path, TINY_T5, random_params(TINY_T5))
-    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    assert len(shapes) == 2 + 2 * 9 + 1 + 2 * 14 + 1 + 2
-    assert shapes["shared.weight"] == shapes["lm_head.weight"] == (23, 16)
-    assert shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == (8, 2)
-    assert shapes["decoder.block.1.layer.1.EncDecAttention.o.weight"] == (16, 12)  # [out, in]
-    assert shapes["decoder.block.1.layer.2.DenseReluDense.wi_1.weight"] == (24, 16)
-    assert shapes["encoder.block.1.layer.1.layer_norm.weight"] == (16,)
-    models.save(tmp_path, SAVED["tied"], random_params(SAVED["tied"]))
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("model_type", ["mt5", "umt5"])
+def test_kin_of_t5_have_defaults_of_their_own(tmp_path, model_type):
+    """A umT5 that is silent about its head is scaled, as in transformers; a mT5 never is."""
+    t5 = SAVED[model_type]
+    models.save(tmp_path, t5, random_params(t5))
+    saved = json.loads((tmp_path / "config.json").read_text()) | {"pad_token_id": 3}
+    silent = ("feed_forward_proj", "decoder_start_token_id", "scale_decoder_outputs", "tie_word_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps({name: saved[name] for name in saved if name not in silent}))
+    config = models.load(tmp_path).model.config
+    assert (config.feed_forward_proj, config.decoder_start_token_id) == ("gated-gelu", 0)
+    assert (config.tie_word_embeddings, config.output_scale == 1) == (False, model_type == "mt5")
 
 
 def test_a_model_that_is_given_its_source_is_not_saved(tmp_path):
@@ -141,10 +131,17 @@ def test_spiece_model_reads_as_sentencepiece_does(spiece):
     assert len(tokenizer) == 160 and tokenizer("<extra_id_0> <extra_id_99>").input_ids == [159, 60, 1]
 
 
-@pytest.mark.parametrize(("configured", "tokens"), [("3", 63), ("null", 160)])
-def test_the_number_of_sentinels_is_the_configured_one_or_a_hundred(spiece, configured, tokens):
-    (spiece / "tokenizer_config.json").write_text(f'{{"extra_ids": {configured}}}')
-    tokenizer = models.load(spiece).tokenizer
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ('{"extra_ids": 3}', 63),
+        ('{"extra_ids": null}', 160),
+        ('{"additional_special_tokens": ["<extra_id_0>", "<extra_id_1>", "<sep>"]}', 62),
+    ],
+)
+def test_the_number_of_sentinels_is_the_configured_one_or_a_hundred(spiece, settings, tokens):
+    (spiece / "tokenizer_config.json").write_text(settings)
+    tokenizer = tokenizers.from_spiece(spiece)
     assert len(tokenizer) == tokens and tokenizer.convert_tokens_to_ids("<extra_id_0>") == tokens - 1
 
 
@@ -153,9 +150,10 @@ def test_the_number_of_sentinels_is_the_configured_one_or_a_hundred(spiece, conf
     [
         ("{", "is not JSON"),
         ("[3]", "must hold a JSON object, but holds a list"),
-        ('{"extra_ids": "3"}', "extra_ids must be a whole number from 0 on, but is '3'"),
-        ('{"extra_ids": -1}', "extra_ids must be a whole number from 0 on, but is -1"),
-        ('{"extra_ids": true}', "extra_ids must be a whole number from 0 on, but is True"),
+        *(
+            (f'{{"extra_ids": {written}}}', f"extra_ids must be a whole number from 0 on, but is {read}")
+            for written, read in (('"3"', "'3'"), ("-1", "-1"), ("true", "True"))
+        ),
     ],
 )
 def test_a_wrong_tokenizer_config_is_named(spiece, text, said):
@@ -168,7 +166,6 @@ def test_a_wrong_tokenizer_config_is_named(spiece, text, said):
 def test_it_is_saved_as_tokenizer_json_and_goes_before_spiece_model(spiece, tmp_path):
     loaded = models.load(spiece)
     models.save(tmp_path / "saved", loaded.model, loaded.params, loaded.tokenizer)
-    shutil.copy(spiece / "spiece.model", tmp_path / "saved" / "spiece.model")
     (tmp_path / "saved" / "spiece.model").write_bytes(b"never read")
     again = models.load(tmp_path / "saved")
     for case in EXPECTED:
@@ -186,31 +183,44 @@ def piece(text, score, kind):
     return field(1, 2, field(1, 2, text.encode()) + field(2, 5, struct.pack("<f", score)) + field(3, 0, kind))
 
 
+def flag(number, value):
+    """A field of a number above 15."""
+    return bytes([number << 3 & 127 | 128, number >> 4, value])
+
+
+def written(folder, *parts):
+    (folder / "spiece.model").write_bytes(b"".join(parts))
+    return folder
+
+
 WHOLE = piece("<unk>", 0, 2) + piece("▁a", -1.5, 1) + piece("b", -2, 1)
-TRAINER_OF_2 = bytes([3 << 3, 1, 40 << 3 & 127 | 128, 40 >> 4, 2])  # unigram; the unknown piece is number 2
-TRAINER = bytes([2 << 3 | 2, 5, 3 << 3, 1]) + bytes([40 << 3 & 127 | 128, 40 >> 4, 0])
+UNIGRAM = bytes([3 << 3, 1])
 
 
 def test_the_parts_of_the_file_are_read(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(WHOLE + TRAINER + field(3, 2, field(2, 2, b"table")) + field(9, 2, b"x"))
-    pieces, kinds, unknown, charsmap = tokenizers.read_spiece(tmp_path / "spiece.model")
-    assert pieces == [("<unk>", 0.0), ("▁a", -1.5), ("b", -2.0)]
-    assert (kinds, unknown, charsmap) == ([2, 1, 1], 0, b"table")
+    trainer, rules = field(2, 2, UNIGRAM + flag(40, 0)), field(3, 2, field(2, 2, b"table"))
+    expected = tokenizers.Spiece([("<unk>", 0.0), ("▁a", -1.5), ("b", -2.0)], [2, 1, 1], 0, b"table")
+    found = tokenizers.read_spiece(written(tmp_path, WHOLE, trainer, rules, field(9, 2, b"x")) / "spiece.model")
+    assert found == expected and (found.prefix, found.collapse, found.byte_fallback) == (True, True, False)
+    trainer, rules = field(2, 2, flag(35, 1)), field(3, 2, field(3, 0, 0) + field(4, 0, 0))
+    found = tokenizers.read_spiece(written(tmp_path, WHOLE, trainer, rules) / "spiece.model")
+    assert (found.prefix, found.collapse, found.byte_fallback) == (False, False, True)
+
+
+DAMAGED = (b"", b"no model at all", WHOLE[:-3], WHOLE + b"\xff", piece("a", 0, 1)[:4], b"\x0a\x02\x0a\x7f")
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no model at all", WHOLE[:-3], WHOLE + b"\xff", piece("a", 0, 1)[:4], b"\x0a\x02\x0a\x7f"]
+    ("content", "said"),
+    [
+        *((content, r"spiece\.model is damaged, or no SentencePiece model") for content in DAMAGED),
+        (WHOLE + field(2, 2, field(3, 0, 2)), r"must hold a unigram model \(kind 1\), but its kind is 2"),
+        (WHOLE + field(2, 2, flag(24, 1)), "must put ▁ before words, but puts it behind them"),
+    ],
 )
-def test_a_damaged_file_is_an_error(tmp_path, content):
-    (tmp_path / "spiece.model").write_bytes(content)
-    with pytest.raises(ValueError, match=r"spiece\.model is damaged, or no SentencePiece model"):
-        tokenizers.from_spiece(tmp_path)
-
-
-def test_another_kind_of_model_is_an_error(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(WHOLE + field(2, 2, field(3, 0, 2)))
-    with pytest.raises(ValueError, match=r"must hold a unigram model \(kind 1\), but its kind is 2"):
-        tokenizers.from_spiece(tmp_path)
+def test_a_damaged_file_or_another_kind_of_model_is_an_error(tmp_path, content, said):
+    with pytest.raises(ValueError, match=said):
+        tokenizers.from_spiece(written(tmp_path, content))
 
 
 UNUSED = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁ab", -1, 5), ("▁a", -2, 1), ("b", -3, 1), ("c", -1, 5)]
@@ -218,10 +228,49 @@ UNUSED = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁ab", -1, 5), ("
 
 def test_no_text_is_cut_into_a_piece_that_is_not_used(tmp_path):
     """As sentencepiece 0.2.3 cuts it. Such a piece still has its text; "c", which no other piece has, is unknown."""
-    (tmp_path / "spiece.model").write_bytes(b"".join(piece(*each) for each in UNUSED) + field(2, 2, TRAINER_OF_2))
-    tokenizer = tokenizers.from_spiece(tmp_path)
+    trainer = field(2, 2, UNIGRAM + flag(40, 2))  # the unknown piece is number 2
+    tokenizer = tokenizers.from_spiece(written(tmp_path, *(piece(*each) for each in UNUSED), trainer))
     assert [tokenizer(text).input_ids for text in ("ab", "ab a", "abc")] == [[4, 5, 1], [4, 5, 4, 1], [4, 5, 2, 1]]
     assert tokenizer.decode([4, 3, 6]) == "a abc" and tokenizer.decode([3]) == "ab"
     tokenizer.save_pretrained(tmp_path / "saved")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again("abc").input_ids == [4, 5, 2, 1] and again.decode([4, 3, 6]) == "a abc"
+
+
+BYTES = [*UNUSED[:3], *((f"<0x{byte:02X}>", 0, 6) for byte in range(256))]
+MT5 = [*BYTES, ("▁", -2, 1), *((letter, -3, 1) for letter in "<0x41>"), ("▁<extra_id_0>", 0, 4)]
+
+
+@pytest.mark.parametrize("model_type", ["mt5", "umt5"])
+def test_unknown_characters_become_their_bytes_and_sentinels_among_the_pieces_are_the_only_ones(tmp_path, model_type):
+    """As sentencepiece does; a text that looks like the piece of a byte is not one."""
+    trainer = field(2, 2, UNIGRAM + flag(35, 1) + flag(40, 2))
+    t5 = SAVED[model_type]
+    models.save(
+        tmp_path,
+        t5,
+        random_params(t5),
+        tokenizers.from_spiece(written(tmp_path, *(piece(*each) for each in MT5), trainer)),
+    )
+    for tokenizer in (tokenizers.from_spiece(tmp_path), models.load(tmp_path).tokenizer):
+        assert len(tokenizer) == len(MT5) == tokenizer.convert_tokens_to_ids("▁<extra_id_0>") + 1
+        assert tokenizer("é <0x41> <extra_id_0>").input_ids == [259, 3 + 0xC3, 3 + 0xA9, 259, *range(260, 266), 266, 1]
+        assert tokenizer.decode([259, 3 + 0xC3, 3 + 0xA9, 260]) == "é<"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "collapse", "text", "pieces"),
+    [
+        (True, False, " a  b", "▁ ▁ a ▁ ▁ b"),
+        (False, True, " a  b ", "a ▁ b"),
+        (False, False, " a  b ", "▁ a ▁ ▁ b ▁"),
+    ],
+)
+def test_spaces_are_kept_where_the_file_says_so(tmp_path, prefix, collapse, text, pieces):
+    rules = field(3, 2, field(3, 0, prefix) + field(4, 0, collapse))
+    trainer = field(2, 2, UNIGRAM + flag(40, 2))
+    known = [*UNUSED[:3], ("▁", -1, 1), ("a", -1, 1), ("b", -1, 1)]
+    tokenizer = tokenizers.from_spiece(written(tmp_path, *(piece(*each) for each in known), trainer, rules))
+    found = tokenizer(text).input_ids[:-1]
+    assert tokenizer.convert_ids_to_tokens(found) == pieces.split()
+    assert tokenizer.decode(found) == ("a b" if collapse else text)

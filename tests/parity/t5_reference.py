@@ -1,4 +1,4 @@
-"""Random small T5s of transformers + torch, and what they compute: the reference of goldens and parity tests."""
+"""Random small T5s and their kin of transformers + torch, and what they compute, for goldens and parity tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ PENALTIES = (0.0, 1.0, -0.5)
 STDS = {"norm": 0.2, "relative": 1.0, "shared": 0.3, "lm_head": 0.3, ".q.": 0.25, ".k.": 0.25}
 
 
-def random_config(rng: np.random.Generator, **fields) -> transformers.T5Config:
+FAMILIES = {
+    "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+    "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
+    "umt5": (transformers.UMT5Config, transformers.UMT5ForConditionalGeneration),
+}
+
+
+def random_config(rng: np.random.Generator, family: str = "t5", **fields) -> transformers.PretrainedConfig:
     """A random small configuration; more layers in the encoder, in the decoder, or as many."""
     buckets = int(rng.choice([4, 8, 11]))
     sizes = {
@@ -31,17 +38,19 @@ def random_config(rng: np.random.Generator, **fields) -> transformers.T5Config:
         "tie_word_embeddings": bool(rng.integers(2)),
         "decoder_start_token_id": int(rng.integers(3)),
     }
-    return transformers.T5Config(**sizes | fields, attn_implementation="eager")  # the one that returns its weights
+    return FAMILIES[family][0](**sizes | fields, attn_implementation="eager")  # the one that returns its weights
 
 
-def random_model(config: transformers.T5Config, seed: int) -> transformers.T5ForConditionalGeneration:
+def random_model(
+    config: transformers.PretrainedConfig, seed: int, *, tied: bool | None = None
+) -> transformers.PreTrainedModel:
     """A model with every parameter random, norms too, and logits far from uniform.
 
-    Whether it is tied stands in `scale_decoder_outputs`: transformers 5 ties every T5 that it makes anew.
+    Whether it is tied stands in `scale_decoder_outputs` by default: transformers 5 ties every T5 that it makes anew.
     """
     torch.manual_seed(seed)
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    if not config.scale_decoder_outputs:
+    model = FAMILIES[config.model_type][1](config).eval()
+    if not (config.scale_decoder_outputs if tied is None else tied):
         model.lm_head.weight = torch.nn.Parameter(torch.zeros(config.vocab_size, config.d_model))
         model.config.tie_word_embeddings = False
     with torch.no_grad():
@@ -61,7 +70,7 @@ def random_sources(rng: np.random.Generator, vocab_size: int, *, length: int = 9
 
 
 def compute(
-    model: transformers.T5ForConditionalGeneration, source: np.ndarray, mask: np.ndarray, target: np.ndarray
+    model: transformers.PreTrainedModel, source: np.ndarray, mask: np.ndarray, target: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Logits and attention weights of the targets [layer, batch, head, query, key], and what is generated.
 
@@ -92,7 +101,7 @@ def compute(
     }
 
 
-def _generate(model: transformers.T5ForConditionalGeneration, inputs: dict[str, torch.Tensor], **options):
+def _generate(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], **options):
     """Without transformers' cache, which counts the encoder's layers where there are more in the decoder."""
     return model.generate(
         **inputs,

@@ -1,4 +1,4 @@
-"""T5 against transformers + torch, live, over random configurations; run by `make parity`."""
+"""T5, mT5 and umT5 against transformers + torch, live, over random configurations; run by `make parity`."""
 
 import functools
 
@@ -28,18 +28,20 @@ def logits_and_maps(t5, params, source, mask, target):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_logits_attention_greedy_and_beams_agree(theirs, seed, tmp_path):
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
+def test_logits_attention_greedy_and_beams_agree(theirs, family, seed, tmp_path):
     reference, t5_reference = theirs
     rng = np.random.default_rng([seed, 13])
-    config = t5_reference.random_config(rng)
-    model = t5_reference.random_model(config, seed)
+    config = t5_reference.random_config(rng, family)
+    tied = config.scale_decoder_outputs if family == "t5" else seed % 3 == 0
+    model = t5_reference.random_model(config, seed, tied=tied)
     reference.save(model, tmp_path)
     source, mask = t5_reference.random_sources(rng, config.vocab_size)
     target = rng.integers(0, config.vocab_size, (4, 14))
     expected = t5_reference.compute(model, source, mask, target)
     loaded = models.load(tmp_path)
     t5, params = loaded.model, loaded.params
-    assert t5.config.tie_word_embeddings == config.scale_decoder_outputs
+    assert (t5.config.model_type, t5.config.tie_word_embeddings) == (family, tied)
 
     logits, maps = logits_and_maps(t5, params, source, mask, target)
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
@@ -80,8 +82,14 @@ def test_attention_weights_of_decoders_agree(theirs, family, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("tied", "scaled"), [(True, None), (False, None), (True, False), (False, True)])
-def test_transformers_loads_what_we_save(theirs, tied, scaled, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "tied", "scaled"),
+    [
+        *(("t5", tied, scaled) for tied, scaled in ((True, None), (False, None), (True, False), (False, True))),
+        *((family, tied, None) for family in ("mt5", "umt5") for tied in (True, False)),
+    ],
+)
+def test_transformers_loads_what_we_save(theirs, family, tied, scaled, tmp_path):
     import torch
     import transformers
 
@@ -89,13 +97,49 @@ def test_transformers_loads_what_we_save(theirs, tied, scaled, tmp_path):
     from tests.conftest import random_params
 
     sizes = {"vocab_size": 31, "d_model": 12, "d_kv": 5, "d_ff": 20, "num_layers": 2, "num_heads": 3}
-    t5 = T5(T5Config(**sizes, tie_word_embeddings=tied, scale_decoder_outputs=scaled, feed_forward_proj="gated-silu"))
+    kind = {"model_type": family, "tie_word_embeddings": tied, "scale_decoder_outputs": scaled}
+    t5 = T5(T5Config(**sizes, **kind, feed_forward_proj="gated-silu"))
     params = random_params(t5)
     models.save(tmp_path, t5, params, config={"eos_token_id": 1, "pad_token_id": 0})
-    model, info = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model) is theirs[1].FAMILIES[family][1]
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    if family == "umt5":
+        model.config.tie_word_embeddings = tied  # transformers 5 takes every umT5 for tied, and scales its outputs
     source, target = np.asarray([[5, 3, 9, 4], [2, 2, 8, 1]]), np.asarray([[0, 7, 30], [0, 1, 1]])
     with torch.no_grad():
         theirs = model.eval()(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target)).logits
     lm, given = t5.start(params, source)
     np.testing.assert_allclose(lm.apply(given, jnp.asarray(target))[0], theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bytes_", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("collapse", [True, False])
+def test_spiece_model_reads_as_sentencepiece_does(theirs, bytes_, prefix, collapse, tmp_path):
+    """Of random texts, with sentinels among the pieces as mT5 has them."""
+    import io
+
+    import sentencepiece
+
+    from jaxrl_llm.models import tokenizers
+
+    corpus = "The house stands on the hill, and the sun stands over the house.\nWhere does <0x41 go? 0 1 2 3 4 5 A B C"
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus.splitlines()), model_writer=trained, vocab_size=50 + 256 * bytes_,
+        byte_fallback=bytes_, add_dummy_prefix=prefix, remove_extra_whitespaces=collapse, hard_vocab_limit=False,
+        user_defined_symbols=["▁<extra_id_0>"], pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(trained.getvalue())
+    reader = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    tokenizer = tokenizers.from_spiece(tmp_path)
+    assert len(tokenizer) == reader.get_piece_size()
+    words = ["the", "house.", "<0x41>", "A", "<0x4", "数", "🤖", "é", " ", "  ", "\t", "<extra_id_0>", "Ä", "½"]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(f"{rng.choice(words)}{' ' * rng.integers(3)}" for _ in range(rng.integers(1, 7)))
+        ids = reader.encode(text)
+        assert tokenizer(text).input_ids == [*ids, 1], text
+        if reader.unk_id() not in ids:
+            assert tokenizer.decode(ids) == reader.decode(ids), text
