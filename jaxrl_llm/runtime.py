@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 
+def cache() -> Path:
+    """Return the user's folder for files that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm"
+
+
 def set_up() -> None:
     """Set defaults of environment variables that the user has not set; call before jax is imported."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm" / "xla"
     defaults = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(cache() / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes about the CPU
         "TOKENIZERS_PARALLELISM": "false",  # tokenizers' warning after a fork

@@ -32,7 +32,7 @@ class Generate:
     prompts: Path | None = None
     """A file of prompts, one a line."""
     model: str = "tiny-gpt2"
-    """A folder, a .gguf file, tiny-gpt2, smollm2-135m-instruct, or a name on the Hugging Face hub."""
+    """A folder, a .gguf file, tiny-gpt2, smollm2-135m-instruct, gemma-3-270m, or a name on the Hugging Face hub."""
     strategy: Strategy = "sample"
     """The decoding strategy."""
     greedy: bool = False

