@@ -1,7 +1,7 @@
 """Four ways to continue a prompt, as search trees, and how often the best leaf of a tree is not greedy decoding's.
 
     python -m experiments.search_trees --preset quick
-    python -m experiments.search_trees --preset full --model smollm2-135m-instruct
+    python -m experiments.search_trees --preset full --model gemma-3-270m   # or smollm2-135m-instruct
 
 The trees after "I have a dream" are drawn: greedy, every branch, top-k and nucleus. The full tree is grown after the
 beginnings of known works too (`experiments.passages`).
