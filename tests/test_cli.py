@@ -433,7 +433,6 @@ def printed_links(out):
 LINK = r"^  (\S+) +→ (\S+) +(\d\.\d+)  layer (\d+), head (\d+)$"
 
 
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_attention_prints_entropy_and_links_of_one_head(run, tmp_path):
     out = tmp_path / "new" / "map.png"
     command = (
@@ -515,7 +514,6 @@ def test_attention_of_a_decoder_only_model(run, model, tmp_path):
         (["--target", "hello"], "the target, 'hello': the model's tokenizer does not know 'hello'"),
     ],
 )
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_a_wrong_option_of_attention_is_one_line(run, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     assert_one_line(run("attention", "twenty-one", "--target", "ein-und-zwanzig", *arguments), said)

@@ -357,7 +357,6 @@ def surface(lm):
     return lm.landscape("the cat sat", points=3, radius=0.5, seed=2, progress=False)
 
 
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_figures_are_those_of_the_functions_below_and_show_themselves_once(lm, t5, surface):
     maps = t5.attention("twenty-one", kind="encoder", target="ein-und-zwanzig")
     expected = attention.attention_maps(t5.loaded, "twenty-one", kind="encoder", target="ein-und-zwanzig")
@@ -383,7 +382,6 @@ def test_a_landscape_of_several_texts_is_that_of_their_tokens(lm):
     assert surface.centre == pytest.approx(-logp.mean(), rel=1e-5) and surface.title == "Loss of 2 texts"
 
 
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_results_print_shortly(lm, t5, bare, surface):
     results = [
         lm, t5, bare, surface,
@@ -513,7 +511,6 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "kind must be one of self for this model", lambda lm: lm.attention("the cat", kind="cross")),
     ],
 )  # fmt: skip
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_refusals(lm, error, said, use):
     with pytest.raises(error, match=said):
         use(lm)
