@@ -873,7 +873,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     for name, value in config.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
-        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > len(shapes):
+        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > max(64, len(shapes)):
             raise ValueError(f"{source}: {name} is {value}, but the files hold {len(shapes)} tensors.")
         if name in CLAIMED and value > largest:
             raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
