@@ -190,8 +190,8 @@ def batches_of(
     Raises:
         TypeError, ValueError: naming the data, as `records.read` and `Batches`.
     """
-    found = records.read(data, KINDS[kind].parse, on_bad=run.config.on_bad, name=name)
     encoder = run.encoder()
+    found = records.read(data, encoder.checked(KINDS[kind].parse), on_bad=run.config.on_bad, name=name)
     try:
         batches = Batches(
             found,
