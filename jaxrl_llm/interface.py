@@ -205,7 +205,7 @@ class LM:
     @functools.cached_property
     def eos_ids(self) -> list[int]:
         """The tokens that end a text: the tokenizer's and the configuration's."""
-        return text.eos_ids(self.tokenizer, {"vocab_size": self.model.vocab_size, **self.config})
+        return text.eos_ids(self.tokenizer, self.config | {"vocab_size": self.model.vocab_size})
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:

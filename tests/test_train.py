@@ -254,9 +254,10 @@ def test_a_run_is_its_options_and_the_contents_of_its_data(folder, model):
     json.dumps(before)
 
 
-def test_the_keys_of_a_run_are_all_different(folder):
-    keys = recipes.begin(folder / "model", SFTConfig(), verbose=False).keys
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
+def test_the_keys_of_a_run_are_all_different_and_its_vocabulary_is_the_models(model):
+    run = recipes.begin(dataclasses.replace(model, config={"eos_token_id": [7, 50256]}), SFTConfig(), verbose=False)
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in run.keys}) == 3
+    assert run.eos == (0, 7)
 
 
 @pytest.mark.parametrize(("batch_size", "microbatches"), [(4, 2), (5, 1), (16, 1)])

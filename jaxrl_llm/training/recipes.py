@@ -74,7 +74,8 @@ class Run:
     @property
     def eos(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
-        return tuple(text.eos_ids(self.loaded.tokenizer, self.loaded.config))
+        config = self.loaded.config | {"vocab_size": self.lm.vocab_size}
+        return tuple(text.eos_ids(self.loaded.tokenizer, config))
 
     @property
     def reports(self) -> bool:
