@@ -177,10 +177,11 @@ class LM:
     Args:
         loaded: the model (also a `TabularLM`), its parameters, its tokenizer or None, and its `config.json`.
         name: for messages and figures.
+        path: the name or path that it can be loaded from, if any, which an adapter of it records.
     """
 
-    def __init__(self, loaded: models.Loaded, name: str = "model"):
-        self.loaded, self.name = loaded, name
+    def __init__(self, loaded: models.Loaded, name: str = "model", *, path: str = ""):
+        self.loaded, self.name, self.path = loaded, name, path
 
     @property
     def model(self) -> LanguageModel | models.T5:
@@ -734,7 +735,8 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
     loaded = models.load(path_or_name, dtype=dtype)
     if str((loaded.config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
         raise ValueError(f"{path_or_name} is a reward model: load it with jl.train.RewardModel.load.")
-    return LM(loaded, os.fspath(path_or_name))
+    name = os.fspath(path_or_name)
+    return LM(loaded, name, path=name)
 
 
 def _texts(texts: text.TextStream, pieces: Iterator[decoding.Generation]) -> Iterator[str]:

@@ -175,11 +175,12 @@ def test_a_preference_loss_of_ones_own_receives_the_numbers_of_its_rows_and_bflo
 def test_adapters_are_saved_beside_the_merged_model(folder, model):
     out = folder / "lora"
     options = OPTIONS | {"loss": "ipo", "lora_rank": 2, "checkpoint_blocks": True}
-    tuned = train.dpo(folder / "model", folder / "pairs.jsonl", out=out, verbose=False, **options)
+    tuned = train.dpo(jl.load(folder / "model"), folder / "pairs.jsonl", out=out, verbose=False, **options)
     assert_saved(out, tuned.params)
     changed = [not np.array_equal(*pair) for pair in zip(leaves(tuned.params), leaves(model.params), strict=True)]
     assert sum(changed) == 1, "the attention's kernel alone"
-    assert (out / "adapter" / "adapter_config.json").is_file()
+    saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(folder / "model")
 
 
 @pytest.mark.slow
@@ -252,6 +253,13 @@ def test_a_run_is_its_options_and_the_contents_of_its_data(folder, model):
     other = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf + 1, model.params))
     assert identity(model) == identity(dataclasses.replace(model)) != identity(other)
     json.dumps(before)
+
+
+def test_an_adapter_records_the_name_or_path_of_its_model(folder, model):
+    """The name alone, as PEFT reads it, and nothing for a model that is in memory alone."""
+    path, trained = str(folder / "model"), train._model(model, recipes.begin(model, SFTConfig(), verbose=False))
+    for lm, expected in ((path, path), (jl.load(path), path), (model, ""), (trained, "")):
+        assert recipes.begin(lm, SFTConfig(), folder / "nowhere", verbose=False).path == expected
 
 
 def test_the_keys_of_a_run_are_all_different_and_its_vocabulary_is_the_models(model):

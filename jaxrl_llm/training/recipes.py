@@ -56,6 +56,7 @@ class Run:
     config: Config
     loaded: models.Loaded
     name: str  # of the model, in `run.json`
+    path: str  # the name or path that the model can be loaded from, or ""
     owned: bool  # nothing else reads the parameters: the first step may donate them
     out: Path | None
     verbose: bool
@@ -130,6 +131,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     out = None if out is None else Path(out)
     owned = isinstance(lm, str | os.PathLike)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
+    path = name if owned else getattr(lm, "path", "")
     begun = _check_folder([name, getattr(config, "reward_model", None)], config, out)
     loaded = models.load(lm) if owned else _as_loaded(lm)
     if isinstance(loaded.model, models.T5):
@@ -142,7 +144,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     if jnp.finfo(narrow).bits < 32:  # updates of usual size would be rounded away
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
         loaded, owned = dataclasses.replace(loaded, params=params), True
-    run = Run(config, loaded, name, owned, out, verbose)
+    run = Run(config, loaded, name, path, owned, out, verbose)
     if jnp.finfo(narrow).bits < 32:
         run.say(f"the weights are widened from {narrow} to float32 for training.")
     if config.resume and not begun:
@@ -273,7 +275,7 @@ def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
     if run.out is not None:
         models.save(run.out, loaded.model, loaded.params, loaded.tokenizer, config=loaded.config)
         if trained.lora is not None:
-            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.name)
+            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.path)
         run.say(f"The model is in {run.out}.")
     return loaded
 
