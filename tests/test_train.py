@@ -268,9 +268,11 @@ def test_the_keys_of_a_run_are_all_different_and_its_vocabulary_is_the_models(mo
     assert run.eos == (0, 7)
 
 
-@pytest.mark.parametrize(("batch_size", "microbatches"), [(4, 2), (5, 1), (16, 1)])
-def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches):
-    """Though the batch does not divide them, or is larger than the data."""
+@pytest.mark.parametrize(
+    ("batch_size", "microbatches", "whole"), [(4, 2, False), (5, 1, False), (16, 1, False), (2, 1, True)]
+)
+def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches, whole):
+    """Though the batch does not divide them, or is larger than the data; a loss that compares rows sees two or more."""
     options = SFTConfig(batch_size=batch_size, microbatches=microbatches, eval_data=LINES["sft"][:7])
     run, sizes = recipes.begin(model, options, verbose=False), []
 
@@ -278,10 +280,13 @@ def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches):
         sizes.append(batch.tokens.shape[0])
         return Loss(batch.completion_mask.sum() / batch.tokens.shape[0], batch.tokens.shape[0])
 
-    found = recipes.held_out(run, Objective("sft", loss, "prompt-completion", ()), Trained({}, Frozen()))({})
+    loss.needs_whole_batch = whole
+    objective = Objective("sft", loss, "prompt-completion", ())
+    found = recipes.held_out(run, objective, Trained({}, Frozen()))({})
     encode = run.encoder()
     counts = [len(encode(line["prompt"], [line["answer"]]).completions[0]) for line in LINES["sft"][:7]]
-    assert found == pytest.approx(np.mean(counts)) and max(sizes) <= batch_size // microbatches
+    assert found == pytest.approx(np.mean(counts)) and max(sizes) <= batch_size // microbatches + whole
+    assert min(sizes) > whole
 
 
 @pytest.mark.parametrize("context", [8, 48, 64])
@@ -498,6 +503,8 @@ def test_what_contradicts_is_refused(model):
         train.dpo(model, pairs, beta=0.1, loss_kwargs={"beta": 0.2}, **OPTIONS)
     with pytest.raises(ValueError, match="batch_size must be at least 2 for kto"):
         train.dpo(model, LINES["unpaired"], loss=kto_loss, steps=1, batch_size=1)
+    with pytest.raises(ValueError, match="eval_data must have at least 2 records for a loss that compares rows, but"):
+        train.dpo(model, LINES["unpaired"], loss="kto", eval_data=LINES["unpaired"][:1], **OPTIONS, verbose=False)
     with pytest.raises(ValueError, match="a Method must be given without config"):
         train.grpo(model, LINES["prompts"], config=GRPOConfig(reward=vowels), method=method)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, but is"):

@@ -324,15 +324,22 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
 
 
 def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], float]:
-    """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows."""
-    config = run.config
+    """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows.
+
+    Raises:
+        ValueError: for a single row, if the loss compares rows.
+    """
+    config, least = run.config, 2 if getattr(objective.loss, "needs_whole_batch", False) else 1
     batches, _ = batches_of(
         run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
     )
     count, size = batches.order.steps_per_epoch, config.batch_size // config.microbatches
+    if count < least:
+        raise ValueError(f"eval_data must have at least 2 records for a loss that compares rows, but has {count}.")
     order = sorted(range(count), key=lambda place: batches.rows(place).length)
-    # As few parts as possible, of sizes at most 1 apart.
-    parts = [batches.collate(places) for places in np.array_split(np.asarray(order), -(-count // size))]
+    # As few parts as possible, of sizes at most 1 apart; one row more than `size` where a part would have too few.
+    split = np.array_split(np.asarray(order), min(-(-count // size), count // least))
+    parts = [batches.collate(places) for places in split]
 
     @jax.jit
     def of_part(params: Params, part: Any, frozen: Frozen) -> tuple[Array, Array]:
