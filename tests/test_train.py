@@ -319,7 +319,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
         ("sft", ("tiny-t5", "sft"), {}, ValueError, "must be decoder-only, but tiny-t5 is a T5"),
         ("sft", ("model", 5), {}, TypeError, "data must be a path or an iterable of dicts, but is a int"),
         ("sft", ("model", [{"prompt": "a"}]), {}, ValueError, "data has 1 bad row: row 0: completion is missing"),
-        ("sft", ("model", LINES["sft"]), {"batch_size": 9}, ValueError, "batch_size must be from 1 to the 8 records"),
+        ("sft", ("model", LINES["sft"]), {}, ValueError, "data has 8 records: batch_size must be at most 8, but is 16"),
         ("sft", ("model", "sft"), {"resume": True}, ValueError, "resume needs an output folder"),
         (
             "sft",
@@ -351,6 +351,13 @@ def test_what_data_leave_out_is_reported(model, capsys):
             "microbatches must be 1 for kto",
         ),
         ("grpo", ("model", "prompts"), {}, ValueError, "one of reward and reward_model must be given, but neither is"),
+        (
+            "grpo",
+            ("model", LINES["prompts"][:2]),
+            {"reward": vowels},
+            ValueError,
+            "prompts has 2 records of 4 completions: batch_size must be at most 8, but is 16",
+        ),
         ("grpo", ("model", "prompts"), {"reward": 3}, TypeError, "reward must be a function or a reward model, but is"),
         ("grpo", ("model", "prompts"), {"reward": vowels, "method": "x"}, ValueError, "method must be one of grpo"),
         (
