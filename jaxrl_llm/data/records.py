@@ -96,7 +96,8 @@ def prompt_completion(line: Fields) -> PromptCompletion:
         if not isinstance(line["text"], str):
             raise ValueError(f"text must be a string, but is {str(line['text'])[:60]!r}")
         return PromptCompletion("", _text(line, "text"))
-    asked, (completion,) = alike(_text(line, "prompt"), (_text(line, answer),))
+    completion = _text(line, answer)
+    asked, (completion,) = alike(_text(line, "prompt"), (completion,))
     return PromptCompletion(asked, completion)
 
 
