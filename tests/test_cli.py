@@ -383,9 +383,12 @@ def test_sentences_come_from_a_file_or_standard_input_and_keep_their_lines(run, 
 def test_a_decoder_only_model_continues_the_prompt_form_to_the_end_of_the_line(run, model):
     """Prefix, sentence and suffix, by default a line break; of the continuation the first line is printed."""
     options = ("--model", model, "--max-new-tokens", LENGTH)
-    for given, form in (((), "the cat\n"), (("--prefix", "mat: ", "--suffix", " ="), "mat: the cat =")):
+    plain = f"jaxrl-llm: {model} does not say that it translates: it continues each sentence after a line break. "
+    plain += "--prefix and --suffix ask it in other words.\n"
+    asked = ("--prefix", "mat: ", "--suffix", " =")
+    for given, form, said in (((), "the cat\n", plain), (asked, "mat: the cat =", "")):
         line = continuation(model, form, length=LENGTH, greedy=True).strip().split("\n")[0].strip()
-        assert run("translate", "the cat", *options, *given) == (0, f"{line}\n", "")
+        assert run("translate", "the cat", *options, *given) == (0, f"{line}\n", said)
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,8 @@ def test_a_name_that_means_nothing_has_no_hint():
 )
 def test_so_does_the_command_line(run, words, said):
     assert run(*words.split()) == (2, "", f"jaxrl-llm: {said}\n")
+
+
+def test_help_names_what_is_given_by_place_and_shows_none_without_braces(run):
+    status, out, _ = run("tree", "--help")
+    assert status == 0 and "[TREE OPTIONS] PROMPT" in out and "--top-k None|INT" in out and "{None" not in out

@@ -28,6 +28,23 @@ Command = (
     | Annotated[Sycophancy, tyro.conf.subcommand("sycophancy")]
 )
 
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _none(given: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Parse None as tyro does, but show it without braces: --top-k None|INT."""
+    if given.type is not type(None):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="None",
+        instance_from_str=lambda words: None,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda value: ["None"],
+        choices=("None",),
+    )
+
 
 def main() -> None:
     """Entry point of `jaxrl-llm`."""
@@ -36,7 +53,12 @@ def main() -> None:
             Command,
             prog="jaxrl-llm",
             description="Train language models, decode from them, and analyse both.",
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            config=(
+                tyro.conf.OmitSubcommandPrefixes,
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.PositionalMetavarFromFieldName,
+            ),
+            registry=REGISTRY,
             return_unknown_args=True,
         )
         _refuse(unknown, command)

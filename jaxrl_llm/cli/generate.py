@@ -169,7 +169,8 @@ class SearchTree:
     model: str = "tiny-gpt2"
     """As in `generate`."""
     out: Path = Path("tree.png")
-    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf). A missing folder is
+    made."""
     search: Annotated[TreeSearch, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TreeSearch)
 
     def run(self) -> None:
