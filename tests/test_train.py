@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -502,6 +503,28 @@ def test_the_folder_of_a_loaded_model_is_not_overwritten(folder):
     with pytest.raises(ValueError, match="out must be another folder than that of the model"):
         train.grpo(lm, LINES["prompts"], reward_model=folder / "prize", out=folder / "prize", **OPTIONS)
     assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["config.json", "log.jsonl", "model.safetensors", "run.json"], "has config.json, model.safetensors: choose"),
+        (["log.jsonl"], "has log.jsonl: choose"),
+        (list("abcdefg"), "has a, b, c, d, e, ...: choose"),
+        (["checkpoints", "run.json", "log.jsonl", ".hidden"], None),
+        (["checkpoints"], None),
+    ],
+)
+def test_no_run_begins_in_a_folder_that_has_other_files(model, tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).touch()
+    if said is None:
+        assert recipes.begin(model, SFTConfig(), tmp_path, verbose=False).out == tmp_path
+        return
+    with pytest.raises(ValueError, match=f"out must be a new or empty folder, but .* {re.escape(said)}"):
+        recipes.begin(model, SFTConfig(resume=True), tmp_path, verbose=False)
+    with pytest.raises(ValueError, match=r"out must be a folder, but .* is a file"):
+        recipes.begin(model, SFTConfig(), tmp_path / files[0], verbose=False)
 
 
 def test_what_contradicts_is_refused(model):

@@ -39,6 +39,8 @@ from jaxrl_llm.training.steps import (
 )
 
 SHOWN = 48  # tokens of a sample
+NAMED = 5  # files that an error names
+OF_A_RUN = ("checkpoints", "run.json", "log.jsonl", "tensorboard")  # before its first checkpoint, in this order
 
 
 class Keys(NamedTuple):
@@ -124,7 +126,8 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     Raises:
         TypeError: if `lm` is not a model, its name or its path.
         ValueError, FileNotFoundError: as `models.load`; for an encoder-decoder model or one without a tokenizer; for an
-            output folder that is the model's, or has a run that is not to be resumed; or in one of several processes.
+            output folder that is the model's, has a run that is not to be resumed, or files that are not of a run; or
+            in one of several processes.
     """
     if jax.process_count() > 1:
         raise ValueError("trainers run in one process; with several, call the steps as docs/training.md shows.")
@@ -153,7 +156,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
 
 
 def _check_folder(read: list[str | Path | None], config: Config, out: Path | None) -> bool:
-    """Return True if the folder has a run to be resumed; refuse one that a model is read from."""
+    """Return True if the folder has a run to be resumed; refuse one that a model is read from, or of other files."""
     if out is None:
         wanted = [name for name in ("resume", "tensorboard") if getattr(config, name)]
         if wanted:
@@ -165,6 +168,15 @@ def _check_folder(read: list[str | Path | None], config: Config, out: Path | Non
     begun = folder.is_dir() and Checkpoints(folder).latest_step() is not None
     if begun and not config.resume:
         raise ValueError(f"{out} already has a run: resume it, or choose another folder.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, but {out} is a file.")
+    if out.is_dir() and not begun:  # a run that ended before its first checkpoint begins anew
+        names = sorted(each.name for each in out.iterdir() if not each.name.startswith("."))
+        own = OF_A_RUN if "run.json" in names else OF_A_RUN[:1]
+        others = [name for name in names if name not in own]
+        if others:
+            shown = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
+            raise ValueError(f"out must be a new or empty folder, but {out} has {shown}: choose another one.")
     return begun
 
 
