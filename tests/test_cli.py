@@ -269,6 +269,7 @@ def assert_one_line(result, said):
         (["--strategy", "mbr", "--stop", "x"], "the strategy mbr does not use stop"),
         (["--regex", "("], "is not a regular expression"),
         (["--num-samples", "0"], "n must be an integer of at least 1, but is 0"),
+        (["--num-samples", "2", "--batch-size", "0"], "batch_size must be an integer of at least 1, but is 0"),
         (["--chat"], "this model has no chat template"),
         (["--prompts", "nowhere.txt"], "give either a prompt or --prompts, not both"),
     ],
