@@ -239,7 +239,8 @@ class LM:
 
         Args:
             prompts: one or several, as the module says; with `chat` also conversations, lists of messages.
-            strategy: a decoding strategy; all of them share the options, and refuse those that they do not use.
+            strategy: a decoding strategy; all of them share the options, and refuse those that they do not use (one
+                that is given with its default value counts as not given).
             greedy: the same as `strategy="greedy"`.
             n: completions of each prompt; of a beam search its best hypotheses.
             chat: put each prompt into the model's chat template, a string as a user's message.
