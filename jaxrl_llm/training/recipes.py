@@ -207,9 +207,9 @@ def batches_of(
     """
     found = records.read(data, KINDS[kind].parse, on_bad=run.config.on_bad, name=name)
     if batch_size > len(found):
-        each = run.config.batch_size // batch_size  # completions of a prompt
-        have = f"{found.source} has {len(found)} records{f' of {each} completions' if each > 1 else ''}"
-        raise ValueError(f"{have}: batch_size must be at most {len(found) * each}, but is {run.config.batch_size}.")
+        whole, each = run.config.batch_size, run.config.batch_size // batch_size  # completions of a prompt
+        have = f"{len(found)} record{'s' * (len(found) > 1)}{f' of {each} completions' if each > 1 else ''}"
+        raise ValueError(f"{found.source} has {have}: batch_size must be at most {len(found) * each}, but is {whole}.")
     encoder = run.encoder()
     try:
         batches = Batches(
