@@ -65,7 +65,7 @@ def main() -> None:
             sum(each[1] for each in found),
             max(e[2] for e in found),
         )
-        print(f"| {family} | {logits:.0e} | {greedy} of {SEEDS} | {saved:.0e} | {'yes' if family in read else ''} |")
+        print(f"| {family} | {logits:.0e} | {greedy} of {SEEDS} | {saved:g} | {'yes' if family in read else ''} |")
 
 
 if __name__ == "__main__":
