@@ -194,7 +194,7 @@ def test_a_configuration_of_the_old_form_is_written_in_the_new(tmp_path):
 
 def test_a_model_without_a_published_form_is_an_error(tmp_path):
     lm = TabularLM(vocab_size=2, horizon=2)
-    with pytest.raises(ValueError, match=r"TabularLM has no Hugging Face form; gpt2, llama, .* t5 have one"):
+    with pytest.raises(ValueError, match=r"TabularLM has no Hugging Face form; gpt2, llama, .* umt5 have one"):
         models.save(tmp_path, lm, lm.init(jax.random.key(0)))
     assert not list(tmp_path.iterdir())
 
