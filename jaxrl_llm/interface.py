@@ -215,7 +215,8 @@ class LM:
     def __repr__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         context = getattr(self.model, "max_length", None)  # a T5 has none
-        parts = [type(self.model).__name__, f"{_rounded(size)} parameters", f"vocabulary {self.model.vocab_size}"]
+        kind = self.model.config.name if isinstance(self.model, models.Decoder) else type(self.model).__name__
+        parts = [kind, f"{_rounded(size)} parameters", f"vocabulary {self.model.vocab_size}"]
         parts += [] if context is None else [f"context {context}"]
         return f"LM({self.name}: {', '.join(parts)}, {params_dtype(self.params)})"
 

@@ -58,6 +58,11 @@ class Config(Mapping[str, Any]):
         """The model as data."""
         return FAMILIES[self.model_type].describe(self)
 
+    @property
+    def name(self) -> str:
+        """The family's name, such as Llama."""
+        return FAMILIES[self.model_type].architecture.removesuffix("ForCausalLM")
+
     def replace(self, **changes: Any) -> Config:
         """Return the configuration with other values of these fields."""
         return Config(self.model_type, **self._values | changes)
@@ -873,12 +878,15 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     for name, value in config.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
-        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > len(shapes):
+        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > max(
+            64, len(shapes)
+        ):
             raise ValueError(f"{source}: {name} is {value}, but the files hold {len(shapes)} tensors.")
         if name in CLAIMED and value > largest:
             raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
 
 
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 CLAIMED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("n_embd", "n_head", "n_inner", "num_heads", "ffn_dim", "num_kv_heads", "ffn_hidden_size", "d_model", "d_kv"),
