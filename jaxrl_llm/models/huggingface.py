@@ -23,7 +23,7 @@ from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, st
 
 TensorPath = tuple[str | int, ...]
 SCORE = "score.weight"  # the head of a reward model, [1, width]
-BLOCK = 1 << 22  # bytes that are read or written at once
+BLOCK = 1 << 20  # bytes that are read or written at once
 KINDS = {  # the types of safetensors that numpy has
     **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
     **{
@@ -179,8 +179,8 @@ def _copy(tensor: Tensor, target: np.ndarray, spans: Sequence[slice], *, transpo
     target = target.T if transposed else target
     at = 0
     for block in _blocks(rows, tensor):
-        values = tensor[block][(slice(None), *others)]
-        step = 16 if transposed else len(values)  # numpy is twice as fast with few rows of a transpose at once
+        values = tensor[block][(slice(None), *others)].astype(target.dtype, copy=False)
+        step = 16 if transposed else len(values)  # numpy transposes few rows at once twice as fast
         for start in range(0, len(values), step):
             part = values[start : start + step]
             target[at : at + len(part)] = part
