@@ -372,7 +372,7 @@ class Part(NamedTuple):
     def rows(self) -> Iterator[np.ndarray]:
         """Yield the tensor in blocks of rows."""
         value = _on_host(self.leaf if self.slot.index is None else self.leaf[self.slot.index])
-        value = value.T if self.slot.transposed else value
+        value = np.atleast_1d(value.T if self.slot.transposed else value)
         for block in _blocks(slice(0, value.shape[0]), value):
             yield np.ascontiguousarray(value[block], self.dtype)
 
@@ -392,6 +392,8 @@ def write_file(path: Path, tensors: Mapping[str, Part]) -> None:
     start = 0
     ordered = sorted(tensors.items(), key=lambda each: -each[1].dtype.itemsize)  # so that all are aligned
     for name, part in ordered:
+        if part.dtype not in kinds:
+            raise ValueError(f"the dtype of {name} must be one of {', '.join(map(str, kinds))}, but is {part.dtype}.")
         end = start + math.prod(part.slot.shape) * part.dtype.itemsize
         header[name] = {"dtype": kinds[part.dtype], "shape": part.slot.shape, "data_offsets": [start, end]}
         start = end
