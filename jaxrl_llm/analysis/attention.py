@@ -277,7 +277,7 @@ def _attention(loaded: Loaded, *tokens: Array) -> Any:
 def _greedy(loaded: Loaded, source: Any, limit: int) -> list[int]:
     """Return the tokens of the model's greedy translation, EOS included."""
     task = given(loaded.model, loaded.params, source, jnp.ones(source.shape, bool))
-    eos = text.eos_ids(loaded.tokenizer, loaded.config)
+    eos = text.eos_ids(loaded.tokenizer, loaded.config | {"vocab_size": loaded.model.vocab_size})
     return translation.decoded(task, num_beams=1, length_penalty=1.0, limit=limit, eos=eos)[0]
 
 

@@ -18,10 +18,13 @@ from jaxtyping import PyTree
 
 Tree = TypeVar("Tree", bound=PyTree)
 
+OUTER = "c_attn|c_fc|q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj"  # their outputs are split
 # A parameter's path, such as h/0/attn/c_attn/kernel: the first rule that its end matches. Kernels are [in, out].
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(c_attn|c_fc|q_proj|k_proj|v_proj|gate_proj|up_proj|q|k|v|wi|wi_0|wi_1)/kernel", P(None, "model")),
-    (r"(c_attn|c_fc|q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", P("model")),
+    (r"experts/(gate_proj|up_proj)/kernel", P(None, None, "model")),  # [expert, in, out]
+    (r"experts/down_proj/kernel", P(None, "model", None)),
+    (rf"({OUTER}|q|k|v|wi|wi_0|wi_1)/kernel", P(None, "model")),
+    (rf"({OUTER})/bias", P("model")),
     (r"(c_proj|o_proj|down_proj|o|wo)/kernel", P("model", None)),
     (r"(wte|embed_tokens|shared)/embedding", P("model", None)),  # by tokens, as the unembedding's rows
     (r"lm_head/kernel", P(None, "model")),
