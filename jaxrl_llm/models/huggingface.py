@@ -22,6 +22,7 @@ from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_name
 
 TensorPath = tuple[str | int, ...]
+ShardingRule = Callable[[str, tuple[int, ...]], Sharding]  # of a parameter by its path and shape
 SCORE = "score.weight"  # the head of a reward model, [1, width]
 BLOCK = 1 << 20  # bytes that are read or written at once
 KINDS = {  # the types of safetensors that numpy has
@@ -80,7 +81,7 @@ def params_from_tensors(
     *,
     dtype: Any,
     source: str,
-    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    sharding: ShardingRule | None = None,
 ) -> Params:
     """Place a checkpoint's tensors, one at a time, in the parameter tree of `model`.
 
@@ -88,8 +89,8 @@ def params_from_tensors(
     the parameters there is never more than one tensor in memory.
 
     Args:
-        sharding: returns the sharding of a parameter by its path, such as layers/0/mlp/up_proj/kernel, and its shape.
-            Each device then receives its part alone. By default all are on the default device.
+        sharding: of each parameter, by a path such as layers/0/mlp/up_proj/kernel; each device receives its part alone.
+            By default all are on the default device.
 
     Raises:
         ValueError: naming tensors that are missing, unknown, repeated or of another shape.
@@ -236,16 +237,13 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
-def tensor_names(folder: Path) -> set[str]:
-    """Return the names of the folder's tensors, without a head that repeats or replaces the embedding."""
-    tensors = dict(stored_tensors(folder))
+def tensor_names(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of a folder's tensors, without a head that repeats or replaces the embedding."""
     family = FAMILIES["t5"]  # in the other families `config.json` decides
     embeddings = [name for name in (family.embedding, *family.copies) if name in tensors and name != "lm_head.weight"]
-    head = tensors.pop("lm_head.weight", None)
-    if head is None or not embeddings:
-        return set(tensors)
-    table = tensors[embeddings[0]]
-    return set(tensors) | (set() if _equal(head, table, table.dtype) else {"lm_head.weight"})
+    head = tensors.get("lm_head.weight")
+    own = head is not None and embeddings and not _equal(head, tensors[embeddings[0]], np.float64)
+    return set(tensors) if own else set(tensors) - {"lm_head.weight"}
 
 
 @dataclasses.dataclass(frozen=True)

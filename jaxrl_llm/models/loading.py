@@ -8,14 +8,13 @@ import importlib.resources
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
@@ -49,7 +48,7 @@ def load(
     path_or_name: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    sharding: huggingface.ShardingRule | None = None,
 ) -> Loaded:
     """Load a model with its parameters in `dtype` (default float32).
 
@@ -72,11 +71,11 @@ def load(
     if path.is_file():
         return _load_gguf(path, dtype, sharding)
     config = _config(path)
-    stored = list(huggingface.stored_tensors(path))
+    stored = list(huggingface.stored_tensors(path))  # a list, as two files may hold a tensor of one name
     shapes = {name: tensor.shape for name, tensor in stored}
     families.check_sizes(config, shapes, source=str(path))
     is_reward = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
-    tensor_names = functools.partial(huggingface.tensor_names, path)
+    tensor_names = functools.partial(huggingface.tensor_names, dict(stored))
     model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
     if is_reward and "lm_head.weight" not in shapes:  # which a reward model does not need
         model = families.without_head(model)
@@ -199,7 +198,7 @@ def _from_hub(name: str) -> Path:
     ) from refusal
 
 
-def _load_gguf(path: Path, dtype: Any, sharding: Callable[[str, tuple[int, ...]], Sharding] | None) -> Loaded:
+def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
     file = gguf.read(path)
     tokenizer = file.tokenizer()  # an unknown kind is refused before the weights are read
     model = families.model_from_config(file.config, source=str(path))
