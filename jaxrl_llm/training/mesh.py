@@ -7,6 +7,7 @@ axis "data", inner dimensions of the layers over "model", as in Megatron (Shoeyb
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -61,12 +62,18 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     raise AssertionError("the last rule matches everything")
 
 
+def sharding_on(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Return the sharding of a parameter by its path and shape, for `models.load(path, sharding=...)`."""
+    return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh))
+
+
 def shard_state(tree: Tree, mesh: Mesh) -> Tree:
     """Shard parameters or a whole training state: optimiser moments as their parameters, the rest replicated."""
+    sharding = sharding_on(mesh)
 
     def place(path: Any, leaf: Any) -> Any:
         name = "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path)
-        return _put(leaf, NamedSharding(mesh, spec_of(name, np.shape(leaf), mesh)))
+        return _put(leaf, sharding(name, np.shape(leaf)))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

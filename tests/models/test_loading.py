@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from jaxrl_llm import models, text
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import loading
+from jaxrl_llm.models import families, loading
 from tests.models.wild import ABSENT, GOLDENS, assert_is_golden, beside, copy_of, golden, variant, without
 
 PACKAGE = Path(models.__file__).parents[1]
@@ -242,11 +242,52 @@ def test_a_reward_model_needs_no_head(tmp_path):
     ],
 )
 def test_what_the_files_cannot_hold_is_refused_at_once(tmp_path, config, said):
-    folder = variant(tmp_path, "llama-0", config=config)
+    assert_refused_at_once(variant(tmp_path, "llama-0", config=config), said)
+
+
+def assert_refused_at_once(folder, said):
     start = time.perf_counter()
     with pytest.raises(ValueError, match=said):
         models.load(folder)
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("gpt2-1", "n_layer"),
+        ("stablelm-0", "num_hidden_layers"),
+        ("t5-1", "num_layers"),
+        ("t5-1", "num_decoder_layers"),
+    ],
+)
+def test_layers_that_the_files_cannot_hold_are_refused_at_once(tmp_path, name, field):
+    folder = variant(tmp_path, name, config={field: 2000})
+    assert_refused_at_once(folder, rf"{field} is 2000, but the files hold \d+ tensors")
+
+
+@pytest.mark.parametrize("name", ["gpt2-1", "llama-0", "t5-1"])
+def test_the_shapes_of_a_model_cost_time_linear_in_its_layers(name):
+    """The calls of Python's functions are counted, of 8 and of 24 layers."""
+
+    def calls(layers):
+        config = golden(name).config | dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers"), layers)
+        model = families.model_from_config(config | {"num_decoder_layers": layers}, source="")
+        count = 0
+
+        def counted(frame, event, argument):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(counted)
+        try:
+            model.abstract_params  # noqa: B018
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(2)
+    assert calls(24) < 3.3 * calls(8)
 
 
 def test_nested_json_is_refused(tmp_path):
