@@ -172,7 +172,7 @@ def _documented(function: Callable[..., Array], needs: tuple[str, ...]) -> str:
         shared += "    beta: β, the price of a nat of KL, in units of the reward.\n"
     found = "Returns:\n    One value per pair; no mean is taken.\n"
     if "Δ" in text and "reference" in needs:
-        text = f"{text.rstrip()}\n\nΔ is the log-ratio to the reference of the chosen minus that of the rejected completion."
+        text = f"{text.rstrip()}\n\nΔ is the log-ratio to the reference of the chosen, minus that of the rejected one."
     return f"{text.rstrip()}\n\nArgs:\n{shared}{own.rstrip()}\n\n{found}{source}{rest}"
 
 
