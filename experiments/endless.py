@@ -54,5 +54,6 @@ class Endless:
 
 def endless(loaded: models.Loaded) -> Endless:
     """Return the loaded model without its special tokens."""
-    special = {*loaded.tokenizer.all_special_ids, *text.eos_ids(loaded.tokenizer, loaded.config)}
+    config = loaded.config | {"vocab_size": loaded.model.vocab_size}
+    special = {*loaded.tokenizer.all_special_ids, *text.eos_ids(loaded.tokenizer, config)}
     return Endless(loaded.model, tuple(sorted(token for token in special if token < loaded.model.vocab_size)))

@@ -177,10 +177,11 @@ class LM:
     Args:
         loaded: the model (also a `TabularLM`), its parameters, its tokenizer or None, and its `config.json`.
         name: for messages and figures.
+        path: the name or path that it can be loaded from, if any, which an adapter of it records.
     """
 
-    def __init__(self, loaded: models.Loaded, name: str = "model"):
-        self.loaded, self.name = loaded, name
+    def __init__(self, loaded: models.Loaded, name: str = "model", *, path: str = ""):
+        self.loaded, self.name, self.path = loaded, name, path
 
     @property
     def model(self) -> LanguageModel | models.T5:
@@ -205,7 +206,7 @@ class LM:
     @functools.cached_property
     def eos_ids(self) -> list[int]:
         """The tokens that end a text: the tokenizer's and the configuration's."""
-        return text.eos_ids(self.tokenizer, {"vocab_size": self.model.vocab_size, **self.config})
+        return text.eos_ids(self.tokenizer, self.config | {"vocab_size": self.model.vocab_size})
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
@@ -215,7 +216,8 @@ class LM:
     def __repr__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         context = getattr(self.model, "max_length", None)  # a T5 has none
-        parts = [type(self.model).__name__, f"{_rounded(size)} parameters", f"vocabulary {self.model.vocab_size}"]
+        kind = self.model.config.name if isinstance(self.model, models.Decoder) else type(self.model).__name__
+        parts = [kind, f"{_rounded(size)} parameters", f"vocabulary {self.model.vocab_size}"]
         parts += [] if context is None else [f"context {context}"]
         return f"LM({self.name}: {', '.join(parts)}, {params_dtype(self.params)})"
 
@@ -231,17 +233,21 @@ class LM:
         n: int = 1,
         chat: bool = False,
         transforms: Sequence[Transform] = (),
+        batch_size: int | None = None,
         **options: Any,
     ) -> list[Completion]:
         """Continue each prompt, or translate it with an encoder-decoder.
 
         Args:
             prompts: one or several, as the module says; with `chat` also conversations, lists of messages.
-            strategy: a decoding strategy; all of them share the options, and refuse those that they do not use.
+            strategy: a decoding strategy; all of them share the options, and refuse those that they do not use (one
+                that is given with its default value counts as not given).
             greedy: the same as `strategy="greedy"`.
             n: completions of each prompt; of a beam search its best hypotheses.
             chat: put each prompt into the model's chat template, a string as a user's message.
             transforms: further logits transforms (`jl.decoding.transforms`), applied after those of the options.
+            batch_size: completions (of beams, prompts) that are decoded together; by default all. The texts do not
+                depend on it, as far as rounding lets them: each completion draws by its own index.
 
         Options: listed here.
 
@@ -261,11 +267,15 @@ class LM:
         given, rows = self._encoded(prompts, chat=chat)
         beam = options_of.is_beam(strategy)
         indices = [index for index in range(len(rows)) for _ in range(1 if beam else n)]
-        request = self._request(strategy, [rows[i] for i in indices], sampling, search, transforms, chat=chat)
+        parts = _parts([rows[i] for i in indices], len(indices) if batch_size is None else batch_size)
+        request = self._request(strategy, parts[0], sampling, search, transforms, chat=chat)
         found = strategies.run(strategy, request)
+        for part in parts[1:]:
+            request = dataclasses.replace(request, task=self._task(part), first=request.first + len(part))
+            found += strategies.run(strategy, request)
         return [
             self._completion(hypothesis, given[index], index, self._before(rows[index], chat=chat), sampling.stop)
-            for index, hypotheses in zip(indices, found, strict=True)
+            for index, hypotheses in zip(indices, found, strict=False)  # the last batch may be filled up
             for hypothesis in hypotheses[: n if beam else 1]
         ]
 
@@ -336,6 +346,7 @@ class LM:
         num_groups: int = 1,
         chat: bool = False,
         transforms: Sequence[Transform] = (),
+        batch_size: int | None = None,
         **options: Any,
     ) -> list[Completion]:
         """Return the hypotheses of beam search, best first: `generate` by the strategies beam and diverse-beam.
@@ -344,7 +355,7 @@ class LM:
             prompts: one or several.
             n: hypotheses of each prompt; by default all `num_beams`.
             num_groups: more than one makes it diverse beam search.
-            chat, transforms: as in `generate`.
+            chat, transforms, batch_size: as in `generate`.
 
         Options, as far as these strategies use them, as in `generate`.
 
@@ -357,7 +368,8 @@ class LM:
         """
         n = options.get("num_beams", Search.num_beams) if n is None else n
         how = {"strategy": "beam"} if num_groups == 1 else {"strategy": "diverse-beam", "num_groups": num_groups}
-        return self.generate(prompts, n=n, chat=chat, transforms=transforms, **how, **options)
+        how |= {"chat": chat, "transforms": transforms, "batch_size": batch_size}
+        return self.generate(prompts, n=n, **how, **options)
 
     @takes(TreeSearch)
     def search_tree(self, prompt: Prompt, **options: Any) -> TextTree:
@@ -447,7 +459,7 @@ class LM:
     # Scoring ----------------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, texts: Prompts, completions: Prompts | None = None
+        self, texts: Prompts, completions: Prompts | None = None, *, batch_size: int = 16
     ) -> Float[np.ndarray, "time"] | list[Float[np.ndarray, "time"]]:
         """Return the log-probability of each token of a text given those before it, in nats.
 
@@ -457,6 +469,7 @@ class LM:
             completions: then `texts` are the prompts before them (of an encoder-decoder the sources), and the values
                 are those of the completions' tokens. One prompt may have several completions. A completion is encoded
                 by itself, without an EOS token that the tokenizer does not add.
+            batch_size: texts of one forward pass. The values do not depend on it, up to rounding.
 
         Raises:
             TypeError: for texts of another type.
@@ -474,12 +487,14 @@ class LM:
         else:
             scored = [self._completion_ids(each, i) for i, each in enumerate(_listed(completions, "completions"))]
             prompts = prompts * len(scored) if len(prompts) == 1 else prompts
-        found = self._scored(prompts, scored)
+        found = self._scored(prompts, scored, batch_size)
         return found[0] if _is_single(texts) and (completions is None or _is_single(completions)) else found
 
-    def perplexity(self, texts: Prompts, completions: Prompts | None = None) -> float | list[float]:
+    def perplexity(
+        self, texts: Prompts, completions: Prompts | None = None, *, batch_size: int = 16
+    ) -> float | list[float]:
         """Return exp(−mean log p) over the scored tokens of a text, or of each of several; see `log_probs`."""
-        found = self.log_probs(texts, completions)
+        found = self.log_probs(texts, completions, batch_size=batch_size)
         if isinstance(found, list):
             return [math.exp(-each.mean()) for each in found]
         return math.exp(-found.mean())
@@ -642,6 +657,8 @@ class LM:
             raise ValueError("the strategy contrastive does not use transforms.")
         if strategy == "mbr":
             self._require_tokenizer()
+        if strategy == "speculative":
+            search = strategies.with_draft(search, self.params)
         warps = [*strategies.transforms_of(sampling, self.eos_ids, lambda: self.token_bytes), *further]
         return strategies.Request(
             self._task(rows),
@@ -688,15 +705,20 @@ class LM:
         )
 
     def _scored(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
     ) -> list[Float[np.ndarray, "time"]]:
         if not self._translates:
-            return scoring.completion_log_probs(self.model, self.params, prompts, completions)
-        task = self._task(prompts)
-        rows = scoring.pad_completions(np.asarray(task.prompts).tolist(), completions)
-        scoring.check_sequences(task.lm, rows)
-        values = np.asarray(_log_probs(task.lm, task.params, jax.tree.map(jnp.asarray, rows)))
-        return [row[mask] for row, mask in zip(values, rows.completion_mask, strict=True)]
+            return scoring.completion_log_probs(self.model, self.params, prompts, completions, batch_size=batch_size)
+        start = self.model.decoder_prompts(1).tolist()
+        rows = scoring.pad_completions(start * len(prompts), completions, multiple=translation.SOURCE_BUCKET)
+        tasks = translation.conditionals(self.loaded, prompts, batch_size=batch_size)
+        found = []
+        for task, places in zip(tasks, _parts(list(range(len(prompts))), batch_size), strict=True):
+            part = scoring.Sequences(*(leaf[places] for leaf in rows))
+            scoring.check_sequences(task.lm, part)
+            values = np.asarray(_log_probs(task.lm, task.params, jax.tree.map(jnp.asarray, part)))
+            found += [row[mask] for row, mask in zip(values, part.completion_mask, strict=True)]
+        return found[: len(prompts)]
 
     def _plane(
         self, loss: Callable[[Params], Array], directions: str, key: Array, iterations: int
@@ -720,7 +742,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
         path_or_name: a folder in Hugging Face format (safetensors); a `.gguf` file; an embedded model such as
             "tiny-gpt2" or "tiny-t5"; "smollm2-135m-instruct" or "gemma-3-270m", from Python packages (the error that
             says they are not installed names them); or the name of a repository on the Hugging Face hub, which is
-            downloaded once.
+            downloaded once. docs/models.md lists the families.
         dtype: type of the parameters, such as "bfloat16"; float32 by default.
 
     Returns:
@@ -735,7 +757,8 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
     loaded = models.load(path_or_name, dtype=dtype)
     if str((loaded.config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
         raise ValueError(f"{path_or_name} is a reward model: load it with jl.train.RewardModel.load.")
-    return LM(loaded, os.fspath(path_or_name))
+    name = os.fspath(path_or_name)
+    return LM(loaded, name, path=name)
 
 
 def _texts(texts: text.TextStream, pieces: Iterator[decoding.Generation]) -> Iterator[str]:
@@ -767,6 +790,14 @@ def _listed(prompts: Prompts, name: str) -> list[Prompt]:
         if not isinstance(row, str) and not (isinstance(row, list | tuple) and _is_single(row)):
             raise TypeError(f"{expected} a list that holds {row!r}.")
     return rows
+
+
+def _parts(rows: list[Any], batch_size: int) -> list[list[Any]]:
+    """Return rows in batches of one size; the last is filled up with the last row."""
+    options_of.COMPLETIONS.check("batch_size", batch_size, integer=True)
+    size = min(batch_size, len(rows))
+    filled = rows + rows[-1:] * (-len(rows) % size)
+    return [filled[start : start + size] for start in range(0, len(filled), size)]
 
 
 def _short(content: Any) -> str:

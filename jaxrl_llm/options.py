@@ -12,11 +12,76 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LISTED = "Options: listed here."
+ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transformers and other libraries
+    "batch_size": "per_device_train_batch_size train_batch_size",
+    "beta": "kl_coef init_kl_coef kl_coeff kl_penalty",
+    "alpha": "penalty_alpha",
+    "chat": "apply_chat_template",
+    "checkpoint_blocks": "gradient_checkpointing",
+    "clip_high": "epsilon_high cliprange",
+    "clip_low": "epsilon",
+    "clip_norm": "max_grad_norm grad_clip",
+    "cut": "truncation truncation_mode truncation_side",
+    "data": "train_dataset dataset",
+    "discount": "gae_gamma",
+    "draft_model": "assistant_model speculative_model",
+    "dtype": "bf16 fp16 torch_dtype",
+    "epochs": "num_iterations num_ppo_epochs",
+    "epsilon": "epsilon_cutoff",
+    "eta": "eta_cutoff",
+    "eval_data": "eval_dataset",
+    "greedy": "do_sample",
+    "group_size": "num_generations num_return_sequences",
+    "guidance_prompt": "negative_prompt negative_prompt_ids",
+    "keep": "save_total_limit",
+    "lambda_": "lam gae_lambda",
+    "learning_rate": "lr",
+    "lm": "model",
+    "log_every": "logging_steps",
+    "lora_rank": "rank peft_config use_peft",
+    "loss": "loss_type",
+    "loss_kwargs": "label_smoothing",
+    "max_length": "max_seq_length max_prompt_length",
+    "max_new_tokens": "max_length max_tokens max_completion_length response_length",
+    "microbatches": "gradient_accumulation_steps",
+    "min_new_tokens": "min_length min_tokens",
+    "minibatches": "num_mini_batches",
+    "mirostat": "mirostat_tau",
+    "n": "num_return_sequences num_samples num_generations",
+    "no_repeat_ngram": "no_repeat_ngram_size",
+    "num_beams": "beam_width beam_size",
+    "num_candidates": "best_of",
+    "num_draft": "num_assistant_tokens num_speculative_tokens prompt_lookup_num_tokens",
+    "num_groups": "num_beam_groups",
+    "num_samples": "n num_return_sequences num_generations",
+    "out": "output_dir",
+    "prompts": "train_dataset dataset",
+    "resume": "resume_from_checkpoint",
+    "reward": "reward_funcs reward_function",
+    "save_every": "save_steps eval_steps",
+    "seed": "random_seed random_state",
+    "steps": "max_steps num_train_epochs num_epochs epochs",
+    "stop": "stop_strings stop_sequences",
+    "tensorboard": "report_to",
+    "value_clip": "cliprange_value",
+    "value_coefficient": "vf_coef",
+    "warmup": "warmup_ratio warmup_steps",
+    "whiten": "whiten_rewards whiten_advantages",
+    **{"dpo": "sigmoid", "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "robust_dpo": "robust"},
+    **{"sppo": "sppo_hard", "length_normalised_dpo": "sigmoid_norm"},
+}
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the option that an unknown name means, by what other libraries call it or by its spelling; or None."""
+    names = list(names)
+    known = [ours for ours in names if name in ELSEWHERE.get(ours, "").split()]
+    return next(iter(known or difflib.get_close_matches(name, names, n=1)), None)
 
 
 def takes(*groups: type) -> Callable[[Function], Function]:
@@ -41,9 +106,7 @@ def takes(*groups: type) -> Callable[[Function], Function]:
         def checked(*args: Any, **keywords: Any) -> Any:
             for name in keywords:
                 if name not in names:
-                    near = difflib.get_close_matches(name, names, n=1)
-                    hint = f": did you mean {near[0]!r}?" if near else ""
-                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{hint}")
+                    raise _unexpected(function.__name__, name, names)
             return function(*args, **keywords)
 
         checked.__signature__ = signature.replace(parameters=[*own, *further])
@@ -96,7 +159,15 @@ STATIC = {"static": True}  # metadata of a field that JAX compiles a program for
 
 
 class Checked:
-    """A dataclass whose fields are checked by their types and ranges when it is made."""
+    """A dataclass whose fields are checked by their names, types and ranges when it is made."""
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Any:
+        """Refuse a keyword that is no field, with the nearest one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in names:
+                raise _unexpected(cls.__name__, name, names)
+        return super().__new__(cls)
 
     def __post_init__(self):
         hints = _hints(type(self))
@@ -119,6 +190,12 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
         raise TypeError(f"{field.name} must be a string, but is {value!r}.")
     if "range" in field.metadata:
         field.metadata["range"].check(field.name, value, integer=int in kinds)
+
+
+def _unexpected(called: str, name: str, names: Iterable[str]) -> TypeError:
+    near = nearest(name, names)
+    hint = f": did you mean {near!r}?" if near else ""
+    return TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
 from jaxrl_llm import decoding, language_model, models
 from jaxrl_llm.analysis.chrf import sentence_chrf
@@ -49,6 +49,8 @@ class Request:
     guidance: decoding.Guidance | None = None
     decode: Callable[[list[int]], str] | None = None
     """Text of tokens, for mbr."""
+    first: int = 0
+    """Index of its first row among those of all batches: rows draw by their index, however they are batched."""
 
     @property
     def model(self) -> tuple[Any, Any, Any]:
@@ -64,7 +66,14 @@ class Request:
     @property
     def drawing(self) -> dict[str, Any]:
         """The common arguments, the transform, and a key."""
-        return self.common | {"transform": self.transform, "key": jax.random.key(self.sampling.seed)}
+        return self.common | {"transform": self.transform, "key": self.keys()}
+
+    def keys(self, copies: int = 1) -> Key[Array, "*#rows"]:
+        """Return the key of all rows, or one for each of a later batch; copies of a row have indices of their own."""
+        key, count = jax.random.key(self.sampling.seed), copies * len(self.task.prompts)
+        if not self.first:
+            return key
+        return jax.vmap(lambda row: jax.random.fold_in(key, row))(copies * self.first + jnp.arange(count))
 
     @property
     def token_by_token(self) -> dict[str, Any]:
@@ -109,6 +118,20 @@ def transforms_of(
     }
     given = {name: getattr(sampling, name) for name in kinds}
     return [kinds[name](value) for name, value in given.items() if value != getattr(Sampling, name)]
+
+
+def with_draft(search: Search, params: language_model.Params) -> Search:
+    """Return the options with the draft model loaded, in the dtype of the model's parameters.
+
+    Raises:
+        TypeError: if `draft_model` is not a model, its path or its name.
+    """
+    draft = search.draft_model
+    if isinstance(draft, str | os.PathLike):
+        draft = models.load(draft, dtype=language_model.params_dtype(params))
+    if not (hasattr(draft, "model") and hasattr(draft, "params")):
+        raise TypeError(f"draft_model must be a loaded model, its path or its name, but is {draft!r}.")
+    return dataclasses.replace(search, draft_model=draft)
 
 
 def _rows(generation: decoding.Generation, details: Callable[[int], dict[str, float]] = lambda row: {}) -> list:
@@ -166,10 +189,6 @@ def _contrastive(request: Request) -> list[list[Hypothesis]]:
 
 def _speculative(request: Request) -> list[list[Hypothesis]]:
     draft = request.search.draft_model
-    if isinstance(draft, str | os.PathLike):
-        draft = models.load(draft, dtype=language_model.params_dtype(request.task.params))
-    if not (hasattr(draft, "model") and hasattr(draft, "params")):
-        raise TypeError(f"draft_model must be a loaded model, its path or its name, but is {draft!r}.")
     return _speculate(request, decoding.DraftModel(draft.model, draft.params))
 
 
@@ -194,7 +213,7 @@ def _best_of_n(request: Request) -> list[list[Hypothesis]]:
 
 def _mbr(request: Request) -> list[list[Hypothesis]]:
     n, (lm, params, prompts) = request.search.num_candidates, request.model
-    repeated = {"prompt_mask": jnp.repeat(request.task.mask, n, axis=0)}
+    repeated = {"prompt_mask": jnp.repeat(request.task.mask, n, axis=0), "key": request.keys(n)}
     samples = _rows(decoding.generate(lm, params, jnp.repeat(prompts, n, axis=0), **request.drawing | repeated))
     chosen = []
     for start in range(0, len(samples), n):

@@ -1,4 +1,4 @@
-"""Between text and tokens: ragged batches of prompts, and text that is printed while it is generated."""
+"""Between text and tokens: prompts and chat templates, padding of ragged batches, and text printed while generated."""
 
 from __future__ import annotations
 

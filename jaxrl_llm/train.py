@@ -64,7 +64,7 @@ def _configured(cls: type[Config], config: Config | None, options: dict[str, Any
 
 
 def _model(loaded: models.Loaded, run: recipes.Run) -> LM:
-    return LM(loaded, name=f"{run.name}, trained" if run.out is None else str(run.out))
+    return LM(loaded, f"{run.name}, trained") if run.out is None else LM(loaded, str(run.out), path=str(run.out))
 
 
 @takes(SFTConfig)

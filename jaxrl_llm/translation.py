@@ -71,7 +71,7 @@ def translate(
         known_tokens(loaded.tokenizer, sentence, form=form, name=f"sentence {number}")
         for number, sentence in enumerate(sentences, 1)
     ]
-    eos = text.eos_ids(loaded.tokenizer, loaded.config)
+    eos = text.eos_ids(loaded.tokenizer, loaded.config | {"vocab_size": loaded.model.vocab_size})
     translations = []
     for task in conditionals(loaded, rows, batch_size=batch_size):
         tokens = decoded(task, num_beams=num_beams, length_penalty=length_penalty, limit=max_new_tokens, eos=eos)

@@ -1,5 +1,6 @@
 """Shared by the tests: tiny models with large random parameters, and naive references to hold results against."""
 
+import gc
 import io
 import os
 import sys
@@ -32,6 +33,10 @@ from jaxrl_llm.models.t5 import (  # noqa: E402
     T5Config,
 )
 from jaxrl_llm.tabular import TabularLM  # noqa: E402
+
+# The collector of cycles would walk through all imported modules every few tests.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
@@ -103,14 +108,14 @@ def random_params(lm, seed=0, *, dtype=jnp.float32):
         return t5.start(random_params(t5, seed, dtype=dtype), jnp.asarray(source)).params
     if isinstance(lm, TabularLM):
         logits = np.random.default_rng(seed).normal(size=(lm.num_prefixes, lm.vocab_size))
-        return {"logits": jnp.asarray(1.5 * logits, dtype)}
+        return {"logits": jnp.asarray((1.5 * logits).astype(dtype))}
 
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         noise = np.random.default_rng([seed, *name.encode()]).normal(size=leaf.shape)
         std = 0.3 if isinstance(lm, T5) else 0.5  # its attention logits are not scaled down
         values = 1 + 0.2 * noise if "scale" in name else 0.2 * noise if "'bias'" in name else std * noise
-        return jnp.asarray(values, dtype)
+        return jnp.asarray(values.astype(dtype))
 
     return jax.tree_util.tree_map_with_path(draw, lm.abstract_params)
 
@@ -133,16 +138,6 @@ def tabular():
     """A table of 3 tokens and 4 steps: 81 sequences."""
     lm = TabularLM(vocab_size=3, horizon=4)
     return lm, random_params(lm, 1)
-
-
-ATTENTION = {model: jax.jit(model.attention, static_argnums=0) for model in (GPT2, T5)}
-
-
-@pytest.fixture
-def attention_in_one_program(monkeypatch):
-    """Compile `attention` as a whole, without its checks of values: else each of its operations would be a program."""
-    for model, compiled in ATTENTION.items():
-        monkeypatch.setattr(model, "attention", compiled)
 
 
 @pytest.fixture

@@ -269,6 +269,7 @@ def assert_one_line(result, said):
         (["--strategy", "mbr", "--stop", "x"], "the strategy mbr does not use stop"),
         (["--regex", "("], "is not a regular expression"),
         (["--num-samples", "0"], "n must be an integer of at least 1, but is 0"),
+        (["--num-samples", "2", "--batch-size", "0"], "batch_size must be an integer of at least 1, but is 0"),
         (["--chat"], "this model has no chat template"),
         (["--prompts", "nowhere.txt"], "give either a prompt or --prompts, not both"),
     ],
@@ -383,9 +384,12 @@ def test_sentences_come_from_a_file_or_standard_input_and_keep_their_lines(run, 
 def test_a_decoder_only_model_continues_the_prompt_form_to_the_end_of_the_line(run, model):
     """Prefix, sentence and suffix, by default a line break; of the continuation the first line is printed."""
     options = ("--model", model, "--max-new-tokens", LENGTH)
-    for given, form in (((), "the cat\n"), (("--prefix", "mat: ", "--suffix", " ="), "mat: the cat =")):
+    plain = f"jaxrl-llm: {model} does not say that it translates: it continues each sentence after a line break. "
+    plain += "--prefix and --suffix ask it in other words.\n"
+    asked = ("--prefix", "mat: ", "--suffix", " =")
+    for given, form, said in (((), "the cat\n", plain), (asked, "mat: the cat =", "")):
         line = continuation(model, form, length=LENGTH, greedy=True).strip().split("\n")[0].strip()
-        assert run("translate", "the cat", *options, *given) == (0, f"{line}\n", "")
+        assert run("translate", "the cat", *options, *given) == (0, f"{line}\n", said)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +437,6 @@ def printed_links(out):
 LINK = r"^  (\S+) +→ (\S+) +(\d\.\d+)  layer (\d+), head (\d+)$"
 
 
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_attention_prints_entropy_and_links_of_one_head(run, tmp_path):
     out = tmp_path / "new" / "map.png"
     command = (
@@ -515,7 +518,6 @@ def test_attention_of_a_decoder_only_model(run, model, tmp_path):
         (["--target", "hello"], "the target, 'hello': the model's tokenizer does not know 'hello'"),
     ],
 )
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_a_wrong_option_of_attention_is_one_line(run, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     assert_one_line(run("attention", "twenty-one", "--target", "ein-und-zwanzig", *arguments), said)

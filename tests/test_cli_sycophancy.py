@@ -15,6 +15,7 @@ from jaxrl_llm.analysis.sycophancy import generate, published_sample, read_items
 from jaxrl_llm.analysis.sycophancy.effects import interval
 from jaxrl_llm.analysis.sycophancy.questions import parse_item
 from jaxrl_llm.cli.sycophancy import print_asked, print_report
+from jaxrl_llm.models import loading
 from tests.analysis.sycophancy.conftest import make_model, tokenizer
 
 OPTIONS = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
@@ -114,6 +115,7 @@ def test_probabilities_of_the_whole_file_or_of_the_sample(run, tmp_path):
 
 def test_several_models_are_measured_one_after_the_other(run, items, monkeypatch, tmp_path):
     found = sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(read_items(items)), resamples=5)
+    monkeypatch.setattr(loading, "locate", lambda name: name)
     monkeypatch.setattr(models, "load", lambda name, dtype: name)
     monkeypatch.setattr(sycophancy, "ModelSource", lambda loaded, **options: loaded)
     monkeypatch.setattr(sycophancy, "measure", lambda source, asked, seed: found | {"source": source})
@@ -213,13 +215,15 @@ def test_bad_items_are_named(run, items, changes, message):
         ("--items generated --count 50", r"multiple of 40"),
         ("--figure bars.doc", r"suffix must be one of"),
         ("--out .", r"\. must be a file, but is a folder"),
+        ("--model tiny-gpt2 --model ./nowhere", r"there is no folder or \.gguf file \./nowhere"),
     ],
 )
 def test_other_refusals(run, items, tmp_path, arguments, message):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "short.json").write_text(json.dumps({"GPT": [{"A": 1.0}]}))
-    status, _, err = run(*([] if "--items" in arguments else ["--items", items.name]), *arguments.split())
+    status, out, err = run(*([] if "--items" in arguments else ["--items", items.name]), *arguments.split())
     assert status == 2 and re.search(message, err), err
+    assert not out, "nothing is measured before it is known to be right"
     assert len(err.splitlines()) == 1
 
 

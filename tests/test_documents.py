@@ -22,7 +22,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = {"training.md"}  # four trainers, which the quickstart and tests/test_train.py run too
 CODE = re.compile(r"```.*?```|(?m:^    [^\n]*$)|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
 QUOTE = re.compile(r"\[([^\]]+)\]\((?:\.\./)?((?:benchmarks/)?results/[\w.-]+\.json)\)")
 TABLE = re.compile(QUOTE.pattern + r"\S*\n\n((?:\|.*\n)+)")  # quotes the results that the line before it links to
@@ -52,7 +51,7 @@ DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
 
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(each, marks=pytest.mark.slow if each.name in LONG else ()) for each in DOCUMENTS],
+    [pytest.param(each, marks=pytest.mark.slow if each.parent.name == "docs" else ()) for each in DOCUMENTS],
     ids=lambda path: path.name,
 )
 def test_python_runs_and_gives_the_output_that_is_shown(document, tmp_path, monkeypatch):

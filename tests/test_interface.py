@@ -209,6 +209,17 @@ def test_beam_search_gives_the_hypotheses_best_first(lm):
     np.testing.assert_allclose([each.log_prob for each in found], np.asarray(diverse.log_prob).reshape(-1), rtol=1e-6)
 
 
+def test_texts_do_not_depend_on_how_many_are_decoded_together(lm):
+    """Rows draw by their own index, and mbr's samples too; the last batch is filled up."""
+    for how in ({"n": 2}, {"strategy": "mbr", "num_candidates": 2}):
+        whole, parts = (
+            lm.generate(PROMPTS, seed=3, max_new_tokens=LENGTH, batch_size=size, **how)
+            for size in (None, 4 if "n" in how else 2)
+        )
+        assert [each.tokens for each in whole] == [each.tokens for each in parts]
+        assert [each.index for each in whole] == [each.index for each in parts]
+
+
 def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     whole = lm.generate("the cat", greedy=True, max_new_tokens=LENGTH)[0]
     assert whole.finish_reason == "length" and len(whole.tokens) == LENGTH
@@ -335,7 +346,8 @@ def test_an_encoder_decoder_translates(t5):
     found = t5.generate(SOURCES, greedy=True)
     assert [each.text for each in found] == expected
     assert {each.finish_reason for each in found} == {"stop"}
-    for logp, completion in zip(t5.log_probs(SOURCES, expected), found, strict=True):
+    scored = t5.log_probs([*SOURCES, SOURCES[0]], [*expected, expected[0]], batch_size=2)
+    for logp, completion in zip(scored, [*found, found[0]], strict=True):
         np.testing.assert_allclose(logp, completion.logp, atol=1e-4)
 
 
@@ -357,7 +369,6 @@ def surface(lm):
     return lm.landscape("the cat sat", points=3, radius=0.5, seed=2, progress=False)
 
 
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_figures_are_those_of_the_functions_below_and_show_themselves_once(lm, t5, surface):
     maps = t5.attention("twenty-one", kind="encoder", target="ein-und-zwanzig")
     expected = attention.attention_maps(t5.loaded, "twenty-one", kind="encoder", target="ein-und-zwanzig")
@@ -383,7 +394,6 @@ def test_a_landscape_of_several_texts_is_that_of_their_tokens(lm):
     assert surface.centre == pytest.approx(-logp.mean(), rel=1e-5) and surface.title == "Loss of 2 texts"
 
 
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_results_print_shortly(lm, t5, bare, surface):
     results = [
         lm, t5, bare, surface,
@@ -488,6 +498,8 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (TypeError, "regex must be a string, but is 5", lambda lm: lm.generate("the", regex=5)),
         (TypeError, "draft_model must be", lambda lm: lm.generate("x", strategy="speculative", draft_model=3)),
         (ValueError, "n must be an integer of at least 1, but is 0", lambda lm: lm.generate("x", n=0)),
+        (ValueError, "batch_size must be an integer of at least 1, but is 0", lambda lm: lm.generate(
+            "x", batch_size=0)),
         (ValueError, "num_beams must be an integer of at least 1, but is 0", lambda lm: lm.generate(
             "x", strategy="beam", num_beams=0)),
         (ValueError, "top_p must be a number in .0, 1., but is 0.0", lambda lm: lm.generate("x", top_p=0.0)),
@@ -513,7 +525,6 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "kind must be one of self for this model", lambda lm: lm.attention("the cat", kind="cross")),
     ],
 )  # fmt: skip
-@pytest.mark.usefixtures("attention_in_one_program")
 def test_refusals(lm, error, said, use):
     with pytest.raises(error, match=said):
         use(lm)

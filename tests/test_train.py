@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -175,11 +176,12 @@ def test_a_preference_loss_of_ones_own_receives_the_numbers_of_its_rows_and_bflo
 def test_adapters_are_saved_beside_the_merged_model(folder, model):
     out = folder / "lora"
     options = OPTIONS | {"loss": "ipo", "lora_rank": 2, "checkpoint_blocks": True}
-    tuned = train.dpo(folder / "model", folder / "pairs.jsonl", out=out, verbose=False, **options)
+    tuned = train.dpo(jl.load(folder / "model"), folder / "pairs.jsonl", out=out, verbose=False, **options)
     assert_saved(out, tuned.params)
     changed = [not np.array_equal(*pair) for pair in zip(leaves(tuned.params), leaves(model.params), strict=True)]
     assert sum(changed) == 1, "the attention's kernel alone"
-    assert (out / "adapter" / "adapter_config.json").is_file()
+    saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(folder / "model")
 
 
 @pytest.mark.slow
@@ -254,14 +256,24 @@ def test_a_run_is_its_options_and_the_contents_of_its_data(folder, model):
     json.dumps(before)
 
 
-def test_the_keys_of_a_run_are_all_different(folder):
-    keys = recipes.begin(folder / "model", SFTConfig(), verbose=False).keys
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
+def test_an_adapter_records_the_name_or_path_of_its_model(folder, model):
+    """The name alone, as PEFT reads it, and nothing for a model that is in memory alone."""
+    path, trained = str(folder / "model"), train._model(model, recipes.begin(model, SFTConfig(), verbose=False))
+    for lm, expected in ((path, path), (jl.load(path), path), (model, ""), (trained, "")):
+        assert recipes.begin(lm, SFTConfig(), folder / "nowhere", verbose=False).path == expected
 
 
-@pytest.mark.parametrize(("batch_size", "microbatches"), [(4, 2), (5, 1), (16, 1)])
-def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches):
-    """Though the batch does not divide them, or is larger than the data."""
+def test_the_keys_of_a_run_are_all_different_and_its_vocabulary_is_the_models(model):
+    run = recipes.begin(dataclasses.replace(model, config={"eos_token_id": [7, 50256]}), SFTConfig(), verbose=False)
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in run.keys}) == 3
+    assert run.eos == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "microbatches", "whole"), [(4, 2, False), (5, 1, False), (16, 1, False), (2, 1, True)]
+)
+def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches, whole):
+    """Though the batch does not divide them, or is larger than the data; a loss that compares rows sees two or more."""
     options = SFTConfig(batch_size=batch_size, microbatches=microbatches, eval_data=LINES["sft"][:7])
     run, sizes = recipes.begin(model, options, verbose=False), []
 
@@ -269,10 +281,13 @@ def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches):
         sizes.append(batch.tokens.shape[0])
         return Loss(batch.completion_mask.sum() / batch.tokens.shape[0], batch.tokens.shape[0])
 
-    found = recipes.held_out(run, Objective("sft", loss, "prompt-completion", ()), Trained({}, Frozen()))({})
+    loss.needs_whole_batch = whole
+    objective = Objective("sft", loss, "prompt-completion", ())
+    found = recipes.held_out(run, objective, Trained({}, Frozen()))({})
     encode = run.encoder()
     counts = [len(encode(line["prompt"], [line["answer"]]).completions[0]) for line in LINES["sft"][:7]]
-    assert found == pytest.approx(np.mean(counts)) and max(sizes) <= batch_size // microbatches
+    assert found == pytest.approx(np.mean(counts)) and max(sizes) <= batch_size // microbatches + whole
+    assert min(sizes) > whole
 
 
 @pytest.mark.parametrize("context", [8, 48, 64])
@@ -305,7 +320,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
         ("sft", ("tiny-t5", "sft"), {}, ValueError, "must be decoder-only, but tiny-t5 is a T5"),
         ("sft", ("model", 5), {}, TypeError, "data must be a path or an iterable of dicts, but is a int"),
         ("sft", ("model", [{"prompt": "a"}]), {}, ValueError, "data has 1 bad row: row 0: completion is missing"),
-        ("sft", ("model", LINES["sft"]), {"batch_size": 9}, ValueError, "batch_size must be from 1 to the 8 records"),
+        ("sft", ("model", LINES["sft"]), {}, ValueError, "data has 8 records: batch_size must be at most 8, but is 16"),
         ("sft", ("model", "sft"), {"resume": True}, ValueError, "resume needs an output folder"),
         (
             "sft",
@@ -337,6 +352,13 @@ def test_what_data_leave_out_is_reported(model, capsys):
             "microbatches must be 1 for kto",
         ),
         ("grpo", ("model", "prompts"), {}, ValueError, "one of reward and reward_model must be given, but neither is"),
+        (
+            "grpo",
+            ("model", LINES["prompts"][:2]),
+            {"reward": vowels},
+            ValueError,
+            "prompts has 2 records of 4 completions: batch_size must be at most 8, but is 16",
+        ),
         ("grpo", ("model", "prompts"), {"reward": 3}, TypeError, "reward must be a function or a reward model, but is"),
         ("grpo", ("model", "prompts"), {"reward": vowels, "method": "x"}, ValueError, "method must be one of grpo"),
         (
@@ -483,12 +505,36 @@ def test_the_folder_of_a_loaded_model_is_not_overwritten(folder):
     assert (folder / "model" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["config.json", "log.jsonl", "model.safetensors", "run.json"], "has config.json, model.safetensors: choose"),
+        (["log.jsonl"], "has log.jsonl: choose"),
+        (list("abcdefg"), "has a, b, c, d, e, ...: choose"),
+        (["checkpoints", "run.json", "log.jsonl", ".hidden"], None),
+        (["checkpoints"], None),
+    ],
+)
+def test_no_run_begins_in_a_folder_that_has_other_files(model, tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).touch()
+    if said is None:
+        assert recipes.begin(model, SFTConfig(), tmp_path, verbose=False).out == tmp_path
+        return
+    with pytest.raises(ValueError, match=f"out must be a new or empty folder, but .* {re.escape(said)}"):
+        recipes.begin(model, SFTConfig(resume=True), tmp_path, verbose=False)
+    with pytest.raises(ValueError, match=r"out must be a folder, but .* is a file"):
+        recipes.begin(model, SFTConfig(), tmp_path / files[0], verbose=False)
+
+
 def test_what_contradicts_is_refused(model):
     pairs, method = LINES["pairs"], METHODS["grpo"]
     with pytest.raises(ValueError, match="beta must be given once"):
         train.dpo(model, pairs, beta=0.1, loss_kwargs={"beta": 0.2}, **OPTIONS)
     with pytest.raises(ValueError, match="batch_size must be at least 2 for kto"):
         train.dpo(model, LINES["unpaired"], loss=kto_loss, steps=1, batch_size=1)
+    with pytest.raises(ValueError, match="eval_data must have at least 2 records for a loss that compares rows, but"):
+        train.dpo(model, LINES["unpaired"], loss="kto", eval_data=LINES["unpaired"][:1], **OPTIONS, verbose=False)
     with pytest.raises(ValueError, match="a Method must be given without config"):
         train.grpo(model, LINES["prompts"], config=GRPOConfig(reward=vowels), method=method)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, but is"):

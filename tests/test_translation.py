@@ -137,7 +137,7 @@ def writer(tokenizer, sentence, written):
         return jnp.broadcast_to(jnp.asarray(value, jnp.float32), shape.shape)
 
     params = jax.tree_util.tree_map_with_path(leaf, lm.abstract_params)
-    return Loaded(lm, params, tokenizer, {"vocab_size": SIZE})
+    return Loaded(lm, params, tokenizer, {})
 
 
 def test_a_decoder_only_model_translates_to_the_end_of_its_line():

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm import text, translation
+from jaxrl_llm.language_model import check_tokens
 from jaxrl_llm.models import T5, Loaded
 from jaxrl_llm.models.conditional import given
+from jaxrl_llm.models.t5 import T5LM
 
 ROUNDING = 1e-3  # of a row's sum, also in bfloat16
 
@@ -231,7 +234,7 @@ def attention_maps(
         return _translated(loaded, source, tokens, kind, target, max_new_tokens)
     if target is not None:
         raise ValueError("a target must be left out for a decoder-only model: it has no text but its own.")
-    weights = loaded.model.attention(loaded.params, jnp.asarray([tokens], jnp.int32))
+    weights = _attention(loaded, jnp.asarray([tokens], jnp.int32))
     names = _names(loaded.tokenizer, tokens)
     return AttentionMaps(kind, np.asarray(weights)[:, 0], _allowed(tokens, causal=True), names, names, source, None)
 
@@ -248,7 +251,7 @@ def _translated(
     )
     shown = tokenizer.decode(written, skip_special_tokens=True) if target is None else target
     read = [loaded.model.config.decoder_start_token_id, *written[:-1]]
-    maps = loaded.model.attention(loaded.params, batch, jnp.asarray([read], jnp.int32))
+    maps = _attention(loaded, batch, jnp.asarray([read], jnp.int32))
     weights = np.asarray(getattr(maps, kind))[:, 0]
     words, predicted = _names(tokenizer, tokens), _names(tokenizer, written)
     before = [START, *predicted[:-1]]
@@ -260,10 +263,21 @@ def _translated(
     return AttentionMaps(kind, weights, allowed, queries, keys, source, shown)
 
 
+_compiled = jax.jit(lambda model, params, *tokens: model.attention(params, *tokens), static_argnums=0)
+
+
+def _attention(loaded: Loaded, *tokens: Array) -> Any:
+    """Return `attention` of the model as one program; inside of it the ids could not be checked."""
+    lm = T5LM(loaded.model.config, 1) if isinstance(loaded.model, T5) else loaded.model
+    for each in tokens:
+        check_tokens(lm, each, None)
+    return _compiled(loaded.model, loaded.params, *tokens)
+
+
 def _greedy(loaded: Loaded, source: Any, limit: int) -> list[int]:
     """Return the tokens of the model's greedy translation, EOS included."""
     task = given(loaded.model, loaded.params, source, jnp.ones(source.shape, bool))
-    eos = text.eos_ids(loaded.tokenizer, loaded.config)
+    eos = text.eos_ids(loaded.tokenizer, loaded.config | {"vocab_size": loaded.model.vocab_size})
     return translation.decoded(task, num_beams=1, length_penalty=1.0, limit=limit, eos=eos)[0]
 
 

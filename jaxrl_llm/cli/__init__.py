@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,6 +15,7 @@ from jaxrl_llm.cli.landscape import Landscape
 from jaxrl_llm.cli.sycophancy import Sycophancy
 from jaxrl_llm.cli.train import Train
 from jaxrl_llm.cli.translate import Translate
+from jaxrl_llm.options import nearest
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -25,16 +28,40 @@ Command = (
     | Annotated[Sycophancy, tyro.conf.subcommand("sycophancy")]
 )
 
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _none(given: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Parse None as tyro does, but show it without braces: --top-k None|INT."""
+    if given.type is not type(None):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="None",
+        instance_from_str=lambda words: None,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda value: ["None"],
+        choices=("None",),
+    )
+
 
 def main() -> None:
     """Entry point of `jaxrl-llm`."""
     try:
-        command = tyro.cli(
+        command, unknown = tyro.cli(
             Command,
             prog="jaxrl-llm",
             description="Train language models, decode from them, and analyse both.",
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            config=(
+                tyro.conf.OmitSubcommandPrefixes,
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.PositionalMetavarFromFieldName,
+            ),
+            registry=REGISTRY,
+            return_unknown_args=True,
         )
+        _refuse(unknown, command)
         from jaxrl_llm import runtime
 
         runtime.set_up()
@@ -54,3 +81,24 @@ def main() -> None:
         if str(interrupt):
             print(f"jaxrl-llm: {interrupt}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _refuse(unknown: Sequence[str], command: Any) -> None:
+    """Raise ValueError for the first option or word that the command does not know."""
+    if not unknown:
+        return
+    word = next((each for each in unknown if each.startswith("--")), unknown[0])
+    option = word.split("=")[0]
+    near = nearest(option.removeprefix("--").replace("-", "_"), _names(command)) if option.startswith("--") else None
+    hint = f": did you mean --{near.strip('_').replace('_', '-')}?" if near else "."
+    raise ValueError(f"there is no {'option' if word.startswith('-') else 'further argument'} {option}{hint}")
+
+
+def _names(command: Any) -> Iterator[str]:
+    """Yield the names of a command's options."""
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _names(value)
+        else:
+            yield field.name

@@ -28,7 +28,8 @@ class Attention:
     links: int = 20
     """Tokens whose strongest link is printed, those of most weight first; of several heads, of their mean."""
     out: Path = Path("attention.png")
-    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf). A missing folder is
+    made."""
 
     def run(self) -> None:
         """Compute the maps, draw them, print entropy and the strongest links."""

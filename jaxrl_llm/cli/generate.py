@@ -41,6 +41,8 @@ class Generate:
     """Completions of each prompt; of beams, hypotheses that are printed."""
     chat: bool = False
     """Apply the model's chat template to the prompt."""
+    batch_size: int | None = None
+    """Completions that are decoded together; by default all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
@@ -57,8 +59,8 @@ class Generate:
         if len(prompts) == self.num_samples == 1 and strategy in ("sample", "greedy"):
             self._print_stream(lm, prompts[0], greedy=strategy == "greedy")
             return
-        options = {"n": self.num_samples, "chat": self.chat, **vars(self.sampling), **vars(self.search)}
-        completions = lm.generate(prompts, strategy=strategy, **options)
+        how = {"strategy": strategy, "n": self.num_samples, "chat": self.chat, "batch_size": self.batch_size}
+        completions = lm.generate(prompts, **how, **vars(self.sampling), **vars(self.search))
         numbers = itertools.count(1)
         for _, of_prompt in itertools.groupby(completions, key=lambda completion: completion.index):
             for rank, completion in enumerate(of_prompt, 1):
@@ -169,7 +171,8 @@ class SearchTree:
     model: str = "tiny-gpt2"
     """As in `generate`."""
     out: Path = Path("tree.png")
-    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf). A missing folder is
+    made."""
     search: Annotated[TreeSearch, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TreeSearch)
 
     def run(self) -> None:

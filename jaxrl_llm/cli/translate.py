@@ -44,11 +44,20 @@ class Translate:
         if self.num_beams == 1 and self.length_penalty != 1:
             raise ValueError("--length-penalty ranks beams: it needs --num-beams of 2 or more.")
         import jaxrl_llm as jl
+        from jaxrl_llm import models
 
         names = ("num_beams", "length_penalty", "max_new_tokens", "batch_size", "prefix", "suffix")
         sentences = [line for line in lines if line.strip()]
         options = {name: getattr(self, name) for name in names}
-        found = iter(jl.load(self.model, dtype=self.dtype).translate(sentences, **options))
+        lm = jl.load(self.model, dtype=self.dtype)
+        plain = not isinstance(lm.model, models.T5) and "translation" not in lm.config
+        if plain and self.prefix is None and self.suffix is None:
+            print(
+                f"jaxrl-llm: {self.model} does not say that it translates: it continues each sentence after a line "
+                "break. --prefix and --suffix ask it in other words.",
+                file=sys.stderr,
+            )
+        found = iter(lm.translate(sentences, **options))
         for line in lines:
             print(next(found).replace("\n", " ") if line.strip() else "")
 

@@ -76,7 +76,15 @@ def prompt(line: Fields) -> Prompt:
 
 
 def prompt_completion(line: Fields) -> PromptCompletion:
-    """Parse {"prompt", "completion"} ("answer" is a synonym), {"messages"} that end in the assistant's, or {"text"}."""
+    """Parse {"prompt", "completion"} ("answer" is a synonym), {"messages"} that end in the assistant's, or {"text"}.
+
+    A line of two formats is refused. A prompt may stand beside messages, which begin with it.
+    """
+    answer = "answer" if "answer" in line and "completion" not in line else "completion"
+    formats = [name for name in ("messages", "text", answer) if name in line]
+    formats += ["prompt"] if formats == ["text"] and "prompt" in line else []
+    if len(formats) > 1:
+        raise ValueError(f"it must have one format, but has {' and '.join(formats)}: leave all but one out")
     if "messages" in line:
         messages = _text(line, "messages")
         if isinstance(messages, str) or messages[-1]["role"] != "assistant":
@@ -88,7 +96,7 @@ def prompt_completion(line: Fields) -> PromptCompletion:
         if not isinstance(line["text"], str):
             raise ValueError(f"text must be a string, but is {str(line['text'])[:60]!r}")
         return PromptCompletion("", _text(line, "text"))
-    completion = _text(line, "answer" if "answer" in line and "completion" not in line else "completion")
+    completion = _text(line, answer)
     asked, (completion,) = alike(_text(line, "prompt"), (completion,))
     return PromptCompletion(asked, completion)
 

@@ -58,6 +58,11 @@ class Config(Mapping[str, Any]):
         """The model as data."""
         return FAMILIES[self.model_type].describe(self)
 
+    @property
+    def name(self) -> str:
+        """The family's name, such as Llama."""
+        return FAMILIES[self.model_type].architecture.removesuffix("ForCausalLM")
+
     def replace(self, **changes: Any) -> Config:
         """Return the configuration with other values of these fields."""
         return Config(self.model_type, **self._values | changes)
@@ -185,15 +190,17 @@ GPT = {  # GPT-2's names
     **{"n_inner": Maybe(int), "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
     **{"initializer_range": 0.02},
 }
-GPT_ALIASES = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-    "hidden_act": "activation_function",
-    "layer_norm_eps": "layer_norm_epsilon",
-}
+
+
+def names(table: str) -> dict[str, str]:
+    """Return a table of names, Llama's and the family's: "norm ln_f, layers h" is {"norm": "ln_f", "layers": "h"}."""
+    return dict(pair.split() for pair in table.split(", "))
+
+
+GPT_ALIASES = names(
+    "hidden_size n_embd, intermediate_size n_inner, num_hidden_layers n_layer, num_attention_heads n_head, "
+    "max_position_embeddings n_positions, hidden_act activation_function, layer_norm_eps layer_norm_epsilon"
+)
 
 
 def decoder(c: Config, norm: Norm, *, layers: tuple[Layer, ...] | None = None, **others: Any) -> Description:
@@ -484,11 +491,12 @@ def falcon(c: Config) -> Description:
     return layer_norm(c, fused="groups", **options | layers)
 
 
-BLOCK = {  # of BLOOM and Falcon
-    **{"layers": "h", "norm": "ln_f", "embed_tokens": "word_embeddings", "embed_norm": "word_embeddings_layernorm"},
-    **{"self_attn.qkv_proj": "self_attention.query_key_value", "self_attn.o_proj": "self_attention.dense"},
-    **{"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"},
-}
+# The modules of a family by Llama's names and by its own. BLOOM's and Falcon's:
+BLOCK = names(
+    "layers h, norm ln_f, embed_tokens word_embeddings, embed_norm word_embeddings_layernorm, "
+    "self_attn.qkv_proj self_attention.query_key_value, self_attn.o_proj self_attention.dense, "
+    "mlp.up_proj mlp.dense_h_to_4h, mlp.down_proj mlp.dense_4h_to_h"
+)
 GEMMA = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
 GEMMA2 = {name: value for name, value in GEMMA.items() if name != "hidden_act"} | {
     **{"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
@@ -587,10 +595,9 @@ FAMILIES: dict[str, Family] = {
         "PhiForCausalLM",
         fields(2048, **LAYER) | {"hidden_act": "gelu_new"},
         phi,
-        names={
-            **{"norm": "final_layernorm", "self_attn.o_proj": "self_attn.dense"},
-            **{"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"},
-        },
+        names=names(
+            "norm final_layernorm, self_attn.o_proj self_attn.dense, mlp.up_proj mlp.fc1, mlp.down_proj mlp.fc2"
+        ),
         refused={"qk_layernorm": (None, False)},
         rope=rope(rotated=0.5),
     ),
@@ -606,11 +613,11 @@ FAMILIES: dict[str, Family] = {
         fields(2048, **LAYER, attention_bias=True, use_parallel_residual=True) | {"hidden_act": "gelu"},
         gpt_neox,
         prefix="gpt_neox.",
-        names={
-            **{"embed_tokens": "embed_in", "norm": "final_layer_norm", "lm_head": "embed_out"},
-            **{"self_attn.qkv_proj": "attention.query_key_value", "self_attn.o_proj": "attention.dense"},
-            **{"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"},
-        },
+        names=names(
+            "embed_tokens embed_in, norm final_layer_norm, lm_head embed_out, "
+            "self_attn.qkv_proj attention.query_key_value, self_attn.o_proj attention.dense, "
+            "mlp.up_proj mlp.dense_h_to_4h, mlp.down_proj mlp.dense_4h_to_h"
+        ),
         copies=("embed_out.weight",),
         embedding="embed_in.weight",
         rope=neox_rope,
@@ -620,7 +627,7 @@ FAMILIES: dict[str, Family] = {
         "StableLmForCausalLM",
         fields(4096, **LAYER, use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False),
         stablelm,
-        names={f"self_attn.{each}_norm": f"self_attn.{each}_layernorm.norms.{{}}" for each in "qk"},
+        names=names("self_attn.q_norm self_attn.q_layernorm.norms.{}, self_attn.k_norm self_attn.k_layernorm.norms.{}"),
         rope=rope(rotated=0.25),
     ),
     "gpt_neo": Family(
@@ -634,15 +641,15 @@ FAMILIES: dict[str, Family] = {
         },
         gpt_neo,
         prefix="transformer.",
-        names={
-            **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte", "embed_positions": "wpe"},
-            **{f"self_attn.{each}_proj": f"attn.attention.{each}_proj" for each in "qkv"},
-            **{"self_attn.o_proj": "attn.attention.out_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
-        },
-        aliases={
-            **{"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
-            **{"hidden_act": "activation_function", "layer_norm_eps": "layer_norm_epsilon"},
-        },
+        names=names(
+            "layers h, norm ln_f, embed_tokens wte, embed_positions wpe, self_attn.q_proj attn.attention.q_proj, "
+            "self_attn.k_proj attn.attention.k_proj, self_attn.v_proj attn.attention.v_proj, "
+            "self_attn.o_proj attn.attention.out_proj, mlp.up_proj mlp.c_fc, mlp.down_proj mlp.c_proj"
+        ),
+        aliases=names(
+            "num_hidden_layers num_layers, num_attention_heads num_heads, hidden_act activation_function, "
+            "layer_norm_eps layer_norm_epsilon"
+        ),
         embedding="wte.weight",
     ),
     "gptj": Family(
@@ -650,11 +657,11 @@ FAMILIES: dict[str, Family] = {
         GPT | {"n_positions": 2048, "rotary_dim": 64, "tie_word_embeddings": False},
         gptj,
         prefix="transformer.",
-        names={
-            **{"layers": "h", "norm": "ln_f", "embed_tokens": "wte", "self_attn.o_proj": "attn.out_proj"},
-            **{f"self_attn.{each}_proj": f"attn.{each}_proj" for each in "qkv"},
-            **{"mlp.up_proj": "mlp.fc_in", "mlp.down_proj": "mlp.fc_out"},
-        },
+        names=names(
+            "layers h, norm ln_f, embed_tokens wte, self_attn.q_proj attn.q_proj, self_attn.k_proj attn.k_proj, "
+            "self_attn.v_proj attn.v_proj, self_attn.o_proj attn.out_proj, mlp.up_proj mlp.fc_in, "
+            "mlp.down_proj mlp.fc_out"
+        ),
         aliases=GPT_ALIASES,
         embedding="wte.weight",
     ),
@@ -667,14 +674,8 @@ FAMILIES: dict[str, Family] = {
         },
         opt,
         prefix="model.decoder.",
-        names={
-            **{"norm": "final_layer_norm", "self_attn.o_proj": "self_attn.out_proj"},
-            **{"mlp.up_proj": "fc1", "mlp.down_proj": "fc2"},
-        },
-        aliases={
-            **{"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
-            **{"initializer_range": "init_std"},
-        },
+        names=names("norm final_layer_norm, self_attn.o_proj self_attn.out_proj, mlp.up_proj fc1, mlp.down_proj fc2"),
+        aliases=names("intermediate_size ffn_dim, hidden_act activation_function, initializer_range init_std"),
         refused={"do_layer_norm_before": (None, True), "_remove_final_layer_norm": (None, False)},
     ),
     "falcon": Family(
@@ -690,10 +691,7 @@ FAMILIES: dict[str, Family] = {
         falcon,
         prefix="transformer.",
         names=BLOCK,
-        aliases={
-            **{"intermediate_size": "ffn_hidden_size", "hidden_act": "activation"},
-            "layer_norm_eps": "layer_norm_epsilon",
-        },
+        aliases=names("intermediate_size ffn_hidden_size, hidden_act activation, layer_norm_eps layer_norm_epsilon"),
         embedding="word_embeddings.weight",
         targets=FUSED,
     ),
@@ -706,10 +704,7 @@ FAMILIES: dict[str, Family] = {
         bloom,
         prefix="transformer.",
         names=BLOCK,
-        aliases={
-            **{"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
-            "layer_norm_eps": "layer_norm_epsilon",
-        },
+        aliases=names("num_hidden_layers n_layer, num_attention_heads n_head, layer_norm_eps layer_norm_epsilon"),
         refused={"apply_residual_connection_post_layernorm": (None, False)},
         embedding="word_embeddings.weight",
         targets=FUSED,
@@ -739,12 +734,10 @@ FAMILIES: dict[str, Family] = {
         "MixtralForCausalLM",
         fields(131072, 8, rms_norm_eps=1e-5, **SPARSE, head_dim=Maybe(int), num_local_experts=8),
         lambda c: sparse(c, c.num_local_experts, True),
-        names={
-            "mlp.gate": "block_sparse_moe.gate",
-            "mlp.experts.gate_proj": "block_sparse_moe.experts.{}.w1",
-            "mlp.experts.up_proj": "block_sparse_moe.experts.{}.w3",
-            "mlp.experts.down_proj": "block_sparse_moe.experts.{}.w2",
-        },
+        names=names(
+            "mlp.gate block_sparse_moe.gate, mlp.experts.gate_proj block_sparse_moe.experts.{}.w1, "
+            "mlp.experts.up_proj block_sparse_moe.experts.{}.w3, mlp.experts.down_proj block_sparse_moe.experts.{}.w2"
+        ),
         rope=rope(theta=1000000.0),
     ),
     "olmoe": Family(
@@ -873,12 +866,15 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     for name, value in config.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
-        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > len(shapes):
+        if name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers") and value > max(
+            64, len(shapes)
+        ):
             raise ValueError(f"{source}: {name} is {value}, but the files hold {len(shapes)} tensors.")
         if name in CLAIMED and value > largest:
             raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
 
 
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 CLAIMED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("n_embd", "n_head", "n_inner", "num_heads", "ffn_dim", "num_kv_heads", "ffn_hidden_size", "d_model", "d_kv"),

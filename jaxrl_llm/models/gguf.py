@@ -161,16 +161,13 @@ class GGUFModel:
     names: dict[str, str]  # the Hugging Face names
     norm_offset: float  # added to the stored scales of norms
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each Hugging Face name with its float32 weights, one tensor in memory at a time."""
+    def tensors(self) -> Iterator[tuple[str, Weights]]:
+        """Yield each Hugging Face name with its weights, which are read as they are indexed."""
         permuted = ARCHITECTURES[self.fields["general.architecture"]].permuted
         for name, tensor in self.stored.items():
-            weights = _weights(self.path, tensor)
-            if permuted and (".attn_q." in name or ".attn_k." in name):
-                weights = _rotary_halves(weights, self.config["head_dim"])
-            if self.norm_offset and name.endswith("norm.weight"):
-                weights = weights - np.float32(self.norm_offset)
-            yield self.names[name], weights
+            head_dim = self.config["head_dim"] if permuted and (".attn_q." in name or ".attn_k." in name) else None
+            offset = self.norm_offset if name.endswith("norm.weight") else 0.0
+            yield self.names[name], Weights(self.path, tensor, head_dim, offset)
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """Return the tokenizer of the file's metadata, with its chat template; None if it has none.
@@ -256,17 +253,40 @@ class _Metadata:
         if name not in self.stored or self.stored[name].shape != (count,):
             found = f"of shape {self.stored[name].shape}" if name in self.stored else "missing"
             raise ValueError(f"{self.path}: {name} must be of shape {(count,)}, but is {found}.")
-        values = [_shortest(each) for each in _weights(self.path, self.stored[name])]
+        values = [_shortest(each) for each in Weights(self.path, self.stored[name])[:]]
         if bad := [each for each in values if not 0 < each < math.inf]:
             raise ValueError(f"{self.path}: {name} must be numbers above 0, but has {bad[0]}.")
         return values
 
 
-def _weights(path: Path, tensor: Tensor) -> np.ndarray:
-    from gguf import GGMLQuantizationType, quants
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The weights of a tensor as the Hugging Face tensor has them, of which an index reads and dequantises rows."""
 
-    raw = np.fromfile(path, np.uint8, math.prod(tensor.stored_shape), offset=tensor.start)
-    return quants.dequantize(raw.reshape(tensor.stored_shape), GGMLQuantizationType(tensor.type))
+    path: Path
+    tensor: Tensor
+    head_dim: int | None = None  # if rows are in the order of llama.cpp's rotary pairs, head by head
+    offset: float = 0.0  # is subtracted
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        from gguf import GGMLQuantizationType, quants
+
+        length, size, group = self.shape[0], math.prod(self.tensor.stored_shape), self.head_dim or 1
+        start, stop, _ = rows.indices(length)
+        first, last = start // group * group, -(-stop // group) * group
+        if len(self.shape) == 1:  # a vector is one row of blocks
+            first, last = 0, length
+        at, end = (self.tensor.start + size * row // length for row in (first, last))
+        raw = np.fromfile(self.path, np.uint8, end - at, offset=at).reshape(-1, self.tensor.stored_shape[-1])
+        weights = quants.dequantize(raw, GGMLQuantizationType(self.tensor.type)).reshape(-1, *self.shape[1:])
+        weights = _rotary_halves(weights, self.head_dim) if self.head_dim else weights
+        weights = weights - np.float32(self.offset) if self.offset else weights
+        return weights[start - first : stop - first]
 
 
 def _shortest(value: float) -> float:

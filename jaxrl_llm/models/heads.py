@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -101,12 +100,11 @@ def load_reward_model(path: str | os.PathLike[str], *, dtype: Any = None) -> Loa
         FileNotFoundError, ValueError: as `models.load`, or if the folder has no head of one label.
     """
     loaded = loading.load(path, dtype=dtype)
-    found = dict(huggingface.read_tensors(Path(loading.locate(path)), only=(huggingface.SCORE,)))
-    score = found.get(huggingface.SCORE)
+    score = dict(huggingface.stored_tensors(loading.locate(path))).get(huggingface.SCORE)
     if score is None or score.shape[0] != 1:
         raise ValueError(
             f"{path} is not a reward model: {huggingface.SCORE} must be [1, width], "
             f"but {'is missing' if score is None else f'is {list(score.shape)}'}."
         )
-    params = {"model": loaded.params, "head": jnp.asarray(score[0], jnp.float32 if dtype is None else dtype)}
+    params = {"model": loaded.params, "head": jnp.asarray(score[:][0], jnp.float32 if dtype is None else dtype)}
     return LoadedReward(ScalarHead(loaded.model), params, loaded.tokenizer, loaded.config)

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import ml_dtypes
 import numpy as np
+from jax import Array
+from jax.sharding import Sharding
 
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_name
 
 TensorPath = tuple[str | int, ...]
+ShardingRule = Callable[[str, tuple[int, ...]], Sharding]  # of a parameter by its path and shape
 SCORE = "score.weight"  # the head of a reward model, [1, width]
+BLOCK = 1 << 20  # bytes that are read or written at once
+KINDS = {  # the types of safetensors that numpy has
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{
+        f"{name}{bits}": f"{kind}{bits}" for name, kind in {"I": "int", "U": "uint"}.items() for bits in (8, 16, 32, 64)
+    },
+    **{"BF16": ml_dtypes.bfloat16, "BOOL": bool},
+}
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------
+
+
+class Tensor(Protocol):
+    """An array, or a tensor in a file, of which an index reads rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, rows: slice) -> np.ndarray: ...
 
 
 class Slot(NamedTuple):
@@ -50,50 +76,65 @@ def named_params(model: Network) -> dict[str, Slot]:
 
 
 def params_from_tensors(
-    model: Network, tensors: Iterator[tuple[str, np.ndarray]], *, dtype: Any, source: str
+    model: Network,
+    tensors: Iterator[tuple[str, Tensor]],
+    *,
+    dtype: Any,
+    source: str,
+    sharding: ShardingRule | None = None,
 ) -> Params:
     """Place a checkpoint's tensors, one at a time, in the parameter tree of `model`.
+
+    All names, shapes and types are checked before a tensor is read, and each is read into its place in blocks: beside
+    the parameters there is never more than one tensor in memory.
+
+    Args:
+        sharding: of each parameter, by a path such as layers/0/mlp/up_proj/kernel; each device receives its part alone.
+            By default all are on the default device.
 
     Raises:
         ValueError: naming tensors that are missing, unknown, repeated or of another shape.
     """
     _, family = family_of(model)
     wanted = named_params(model)
-    params: Params = {}
-    placed, problems, copies, stacks = set(), [], {}, {}
+    found, problems, copies = {}, [], {}
     for name, full_name, tensor in _without_copies(family, wanted, tensors, copies):
         if name not in wanted:
             if not family.buffers.fullmatch(name):
                 problems.append(f"unknown {full_name}")
-            continue
-        slot = wanted[name]
-        if tensor.shape != slot.shape:
-            problems.append(f"{full_name} is {list(tensor.shape)}, expected {list(slot.shape)}")
+        elif tensor.shape != wanted[name].shape:
+            problems.append(f"{full_name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}")
         elif not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
             problems.append(f"{full_name} is stored as {tensor.dtype}")
-        elif name in placed:
+        elif name in found:
             problems.append(f"{full_name} occurs twice")
-        else:
-            tensor = tensor.T if slot.transposed else tensor
-            if slot.index is None:
-                _place(params, slot.path, jax.numpy.asarray(tensor, dtype))
-            else:
-                stacks.setdefault(slot.path, {})[slot.index] = tensor.astype(dtype)
-        placed.add(name)
-    problems += [f"missing {name}" for name in wanted if name not in placed]
+        if name in wanted:
+            found[name] = tensor
+    problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{source} does not fit its configuration: {', '.join(problems[:8])}{more}.")
-    for path in list(stacks):
-        parts = stacks.pop(path)
-        _place(params, path, jax.numpy.asarray(np.stack([parts[index] for index in range(len(parts))])))
-    _check_copies(params, wanted[family.embedding].path, copies, source)
+    _check_copies(found[family.embedding], copies, dtype, source)
+    parts: dict[TensorPath, list[str]] = {}
+    for name, slot in wanted.items():
+        parts.setdefault(slot.path, []).append(name)
+    params: Params = {}
+    for path, names in parts.items():
+        slot = wanted[names[0]]
+        part_shape = slot.shape[::-1] if slot.transposed else slot.shape
+        shape = part_shape if slot.index is None else (len(names), *part_shape)
+        read = functools.partial(_read, [found[name] for name in names], slot, shape, jax.numpy.dtype(dtype))
+        if sharding is None:
+            value = jax.device_put(read(tuple(slice(size) for size in shape)))
+        else:
+            value = jax.make_array_from_callback(shape, sharding("/".join(map(str, path)), shape), read)
+        _place(params, path, value.block_until_ready())  # a host copy goes before the next one comes
     return params
 
 
 def _without_copies(
-    family: Family, wanted: dict[str, Any], tensors: Iterator[tuple[str, np.ndarray]], copies: dict[str, np.ndarray]
-) -> Iterator[tuple[str, str, np.ndarray]]:
+    family: Family, wanted: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], copies: dict[str, Tensor]
+) -> Iterator[tuple[str, str, Tensor]]:
     """Yield each tensor with its name without and with prefix; copies of the embedding are put into `copies`.
 
     If the embedding itself is not in the file, a copy replaces it.
@@ -111,6 +152,49 @@ def _without_copies(
         yield family.embedding, name, tensor
 
 
+def _read(
+    tensors: Sequence[Tensor], slot: Slot, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """Return the part `index` of a parameter of this shape that is one tensor or a stack of them."""
+    spans = [slice(*span.indices(size)) for span, size in zip(index, shape, strict=True)]
+    found = _empty([span.stop - span.start for span in spans], dtype)
+    if slot.index is None:
+        _copy(tensors[0], found, spans, transposed=slot.transposed)
+    else:
+        for tensor, place in zip(tensors[spans[0]], found, strict=True):
+            _copy(tensor, place, spans[1:], transposed=slot.transposed)
+    return found
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Return an array that JAX takes on a CPU as it is, without a copy: its address is a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(tensor: Tensor, target: np.ndarray, spans: Sequence[slice], *, transposed: bool) -> None:
+    """Fill `target` with a part of the tensor, or of its transpose."""
+    rows, *others = spans[::-1] if transposed else spans
+    target = target.T if transposed else target
+    at = 0
+    for block in _blocks(rows, tensor):
+        values = tensor[block][(slice(None), *others)].astype(target.dtype, copy=False)
+        step = 16 if transposed else len(values)  # numpy transposes few rows at once twice as fast
+        for start in range(0, len(values), step):
+            part = values[start : start + step]
+            target[at : at + len(part)] = part
+            at += len(part)
+
+
+def _blocks(rows: slice, tensor: Tensor) -> Iterator[slice]:
+    """Yield the rows in blocks of about `BLOCK` bytes."""
+    step = max(1, BLOCK // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
 def _place(params: Params, path: TensorPath, value: jax.Array) -> None:
     *modules, leaf = path
     for module in modules:
@@ -118,11 +202,18 @@ def _place(params: Params, path: TensorPath, value: jax.Array) -> None:
     params[leaf] = value
 
 
-def _check_copies(params: Params, path: TensorPath, copies: dict[str, np.ndarray], source: str) -> None:
+def _equal(one: Tensor, other: Tensor, dtype: Any) -> bool:
+    """Return True if two tensors have the same shape, and in `dtype` the same values."""
+    return one.shape == other.shape and all(
+        np.array_equal(one[block].astype(dtype), other[block].astype(dtype))
+        for block in _blocks(slice(0, one.shape[0]), one)
+    )
+
+
+def _check_copies(table: Tensor, copies: dict[str, Tensor], dtype: Any, source: str) -> None:
     """Raise ValueError if a copy of the embedding differs from it."""
-    table = functools.reduce(lambda node, entry: node[entry], path, params)
     for name, copy in copies.items():
-        if copy.shape != table.shape or not np.array_equal(np.asarray(copy).astype(table.dtype), np.asarray(table)):
+        if copy is not table and not _equal(copy, table, dtype):
             head = name in ("lm_head.weight", "embed_out.weight")
             reason = "tie_word_embeddings is set, but " if head else ""
             cure = " With tie_word_embeddings false in config.json the head is a parameter of its own." if head else ""
@@ -146,59 +237,62 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of the folder's tensors, from the headers of its files."""
-    from safetensors import SafetensorError, safe_open
-
-    shapes = {}
-    for path in _safetensors_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
-    return shapes
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """Return the names of the folder's tensors, without a head that repeats or replaces the embedding."""
-    names = set(stored_shapes(folder))
-    return names if _has_own_head(folder, names) else names - {"lm_head.weight"}
-
-
-def _has_own_head(folder: Path, names: set[str]) -> bool:
-    """Return True if there is a head whose values differ from the embedding's."""
+def tensor_names(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of a folder's tensors, without a head that repeats or replaces the embedding."""
     family = FAMILIES["t5"]  # in the other families `config.json` decides
-    embeddings = [name for name in (family.embedding, *family.copies) if name in names and name != "lm_head.weight"]
-    if "lm_head.weight" not in names or not embeddings:
-        return False
-    tables = dict(read_tensors(folder, only=("lm_head.weight", embeddings[0])))
-    return not np.array_equal(tables["lm_head.weight"], tables[embeddings[0]])
+    embeddings = [name for name in (family.embedding, *family.copies) if name in tensors and name != "lm_head.weight"]
+    head = tensors.get("lm_head.weight")
+    own = head is not None and embeddings and not _equal(head, tensors[embeddings[0]], np.float64)
+    return set(tensors) if own else set(tensors) - {"lm_head.weight"}
 
 
-def read_tensors(folder: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every tensor (or those in `only`) of the folder's safetensors, single or sharded, one at a time."""
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, of which an index reads the rows."""
+
+    path: Path
+    name: str
+    kind: str  # a key of `KINDS`, or one that is not supported
+    shape: tuple[int, ...]
+    start: int  # in the file, in bytes
+
+    @property
+    def dtype(self) -> np.dtype:
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.path}: {self.name} is stored as {self.kind}, which is not supported.")
+        return np.dtype(KINDS[self.kind])
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        length, *others = self.shape or (1,)
+        start, stop, _ = rows.indices(length)
+        row = math.prod(others)
+        offset = self.start + start * row * self.dtype.itemsize
+        values = np.fromfile(self.path, self.dtype, (stop - start) * row, offset=offset)
+        return values.reshape(stop - start, *others)
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield every tensor of the folder's safetensors, single or sharded, by its name."""
     for path in _safetensors_files(folder):
-        yield from read_file(path, only=only)
+        yield from read_file(path)
 
 
-def read_file(path: Path, *, only: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every tensor (or those in `only`) of a file, one at a time."""
+def read_file(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield every tensor of a file by its name; only the header is read."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                if only is not None and name not in only:
-                    continue
-                try:
-                    tensor = file.get_tensor(name)
-                except (AttributeError, TypeError):  # a dtype that numpy does not have
-                    kind = file.get_slice(name).get_dtype()
-                    raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported.") from None
-                yield name, tensor
+        with safe_open(path, framework="np"):
+            pass  # it has checked the header, and that all tensors are in the file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete: {error}.") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start = 8 + size + entry["data_offsets"][0]
+            yield name, StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), start)
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -250,25 +344,66 @@ def write_folder(
     further: Mapping[str, np.ndarray],
 ) -> None:
     """Write `config.json` and `model.safetensors` atomically; `further` tensors are added to the model's."""
-    from safetensors.numpy import save_file
-
     _, family = family_of(model)
-    tensors = {}
     check_params(model, params)
+    tensors = {}
     for name, slot in named_params(model).items():
         leaf = functools.reduce(lambda node, entry: node[entry], slot.path, params)
-        leaf = leaf if slot.index is None else leaf[slot.index]
-        value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
         full_name = name if slot.path[0] == "lm_head" else family.prefix + name
-        tensors[full_name] = np.ascontiguousarray(value.T if slot.transposed else value)
-    tensors |= further
+        tensors[full_name] = Part(leaf, slot, np.dtype(leaf.dtype if dtype is None else dtype))
     dtype_name = str(next(iter(tensors.values())).dtype)
+    for name, tensor in further.items():
+        tensors[name] = Part(tensor, Slot((), None, tensor.shape, transposed=False), tensor.dtype)
     config = config_of(model) | {"dtype": dtype_name} | extra
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
+    write_file(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config)
+
+
+class Part(NamedTuple):
+    """A parameter, or a part of one, as the tensor that is written for it."""
+
+    leaf: Array | np.ndarray
+    slot: Slot
+    dtype: np.dtype
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """Yield the tensor in blocks of rows."""
+        value = _on_host(self.leaf if self.slot.index is None else self.leaf[self.slot.index])
+        value = np.atleast_1d(value.T if self.slot.transposed else value)
+        for block in _blocks(slice(0, value.shape[0]), value):
+            yield np.ascontiguousarray(value[block], self.dtype)
+
+
+def _on_host(leaf: Array | np.ndarray) -> np.ndarray:
+    """Return the values as an array of numpy, which a device's array would keep if it were asked for it itself."""
+    if isinstance(leaf, Array):
+        parts = [shard.data for shard in leaf.addressable_shards]
+        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+    return np.asarray(leaf)
+
+
+def write_file(path: Path, tensors: Mapping[str, Part]) -> None:
+    """Write a safetensors file, tensor by tensor, as a whole or not at all."""
+    kinds = {np.dtype(dtype): kind for kind, dtype in KINDS.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    ordered = sorted(tensors.items(), key=lambda each: -each[1].dtype.itemsize)  # so that all are aligned
+    for name, part in ordered:
+        if part.dtype not in kinds:
+            raise ValueError(f"the dtype of {name} must be one of {', '.join(map(str, kinds))}, but is {part.dtype}.")
+        end = start + math.prod(part.slot.shape) * part.dtype.itemsize
+        header[name] = {"dtype": kinds[part.dtype], "shape": part.slot.shape, "data_offsets": [start, end]}
+        start = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for _, part in ordered:
+            for rows in part.rows():
+                file.write(rows.reshape(-1).view(np.uint8).data)
+    os.replace(partial, path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

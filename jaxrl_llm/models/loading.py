@@ -66,7 +66,12 @@ class Loaded:
     config: dict[str, Any] = dataclasses.field(repr=False)
 
 
-def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
+def load(
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    sharding: huggingface.ShardingRule | None = None,
+) -> Loaded:
     """Load a model with its parameters in `dtype` (default float32).
 
     Args:
@@ -74,6 +79,8 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
             such as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; one of `PACKAGED`, which other
             Python packages hold, such as `"smollm2-135m-instruct"` and `"gemma-3-270m"`; or the name of a repository of
             the Hugging Face hub, which is downloaded or taken from the local cache.
+        sharding: returns the sharding of a parameter by its path and shape, such as `training.mesh.sharding_on(mesh)`.
+            Each device receives its part alone, so that a model may be larger than the memory of one.
 
     Raises:
         FileNotFoundError: if the path or name does not exist, or has no safetensors.
@@ -84,20 +91,21 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> Loaded:
     dtype = _floating(dtype)
     path = locate(path_or_name)
     if path.is_file():
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, dtype, sharding)
     config = _config(path)
-    shapes = huggingface.stored_shapes(path)
+    stored = list(huggingface.stored_tensors(path))  # a list, as two files may hold a tensor of one name
+    shapes = {name: tensor.shape for name, tensor in stored}
     families.check_sizes(config, shapes, source=str(path))
     is_reward = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
-    tensor_names = functools.partial(huggingface.tensor_names, path)
+    tensor_names = functools.partial(huggingface.tensor_names, dict(stored))
     model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
     if is_reward and "lm_head.weight" not in shapes:  # which a reward model does not need
         model = families.without_head(model)
     tokenizer = load_tokenizer(path)  # before the weights: a fault of it is found at once
-    tensors = families.text_tensors(config, huggingface.read_tensors(path))
+    tensors = families.text_tensors(config, iter(stored))
     if is_reward:
         tensors = ((name, tensor) for name, tensor in tensors if name != huggingface.SCORE)
-    params = huggingface.params_from_tensors(model, tensors, dtype=dtype, source=str(path))
+    params = huggingface.params_from_tensors(model, tensors, dtype=dtype, source=str(path), sharding=sharding)
     return Loaded(model, params, tokenizer, config)
 
 
@@ -243,11 +251,11 @@ def _from_hub(name: str) -> Path:
     ) from refusal
 
 
-def _load_gguf(path: Path, dtype: Any) -> Loaded:
+def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
     file = gguf.read(path)
     tokenizer = file.tokenizer()  # an unknown kind is refused before the weights are read
     model = families.model_from_config(file.config, source=str(path))
-    params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path))
+    params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path), sharding=sharding)
     return Loaded(model, params, tokenizer, file.config)
 
 

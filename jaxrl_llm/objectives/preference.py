@@ -7,9 +7,10 @@ averaged. The arguments of a loss are the two log-ratios to the reference, of th
 
 or, without a reference, the two log-probabilities w = log π(y_w) and l = log π(y_l). `@pair_loss` makes of such a
 function one of the log-probabilities, all of them differentiable. A loss of Δ alone has the gradient
-dL/dΔ · (1, −1, −1, 1). Each loss is that of the same name in TRL, with these differences: `ipo_loss` takes sums where
-TRL's divides by the lengths of the completions, and the likelihood terms of ORPO and CPO are one value per pair where
-TRL's are means over the tokens of a batch. A hyperparameter is one number; under `jit` its range cannot be checked.
+dL/dΔ · (1, −1, −1, 1). TRL has these losses too, some by other names (its `sigmoid` is `dpo`; docs/training.md lists
+them), with these differences: `ipo_loss` takes sums where TRL's divides by the lengths of the completions, and the
+likelihood terms of ORPO and CPO are one value per pair where TRL's are means over the tokens of a batch. A
+hyperparameter is one number; under `jit` its range cannot be checked.
 
 | loss | of one pair | at policy = reference | minimum at |
 |---|---|---|---|
@@ -76,7 +77,7 @@ def pair_loss(
 
         @pair_loss
         def my_loss(a, b, *, beta=0.1, margin=0.0):
-            return jax.nn.relu(margin - beta * (a - b))
+            return jax.nn.relu(margin - beta * log_ratio(a, b))
 
     `@my_loss.gradient` registers the closed form, a function of the same arguments that returns ∂L/∂Δ or the pair
     (∂L/∂a, ∂L/∂b); then `my_loss.grad` returns the derivatives with respect to the log-probabilities.
@@ -169,7 +170,10 @@ def _documented(function: Callable[..., Array], needs: tuple[str, ...]) -> str:
         shared += "    length_chosen, length_rejected: numbers of tokens of the completions, at least 1; constants.\n"
     if "beta" in inspect.signature(function).parameters and "    beta: " not in own:
         shared += "    beta: β, the price of a nat of KL, in units of the reward.\n"
-    return f"{text.rstrip()}\n\nArgs:\n{shared}{own}{source}{rest}"
+    found = "Returns:\n    One value per pair; no mean is taken.\n"
+    if "Δ" in text and "reference" in needs:
+        text = f"{text.rstrip()}\n\nΔ is the log-ratio to the reference of the chosen, minus that of the rejected one."
+    return f"{text.rstrip()}\n\nArgs:\n{shared}{own.rstrip()}\n\n{found}{source}{rest}"
 
 
 # Losses of the margin Δ alone -----------------------------------------------------------------------------------------

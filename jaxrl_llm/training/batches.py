@@ -59,6 +59,17 @@ class Encoder:
         self._tokenizer, self.max_length, self._cut = tokenizer, max_length, cut
         self.cut_prompts = self.cut_completions = 0
 
+    def checked(self, parse: Callable[[Fields], Any]) -> Callable[[Fields], Any]:
+        """Return the parser with one more refusal, a prompt that the chat template refuses: as any bad line."""
+
+        def parsed(fields: Fields) -> Any:
+            record = parse(fields)
+            if not isinstance(record.prompt, str):
+                self._rendered(record.prompt, generation=True)
+            return record
+
+        return parsed
+
     def prompt(self, asked: Text, *, room: int) -> list[int]:
         """Return a prompt's tokens, cut so that `room` more fit.
 

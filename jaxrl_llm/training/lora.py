@@ -231,7 +231,7 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
         pair = found.setdefault(name, {})
         if parts[2].lower() in pair:
             raise ValueError(f"{path} holds {key} twice, with and without {family.prefix!r}.")
-        pair[parts[2].lower()] = tensor.T.astype(np.float32)
+        pair[parts[2].lower()] = tensor[:].T.astype(np.float32)
     if unknown or not found:
         raise ValueError(
             f"{path} must hold lora_A and lora_B of linear layers such as {next(iter(layers.values())).module} (not of "

@@ -7,6 +7,7 @@ axis "data", inner dimensions of the layers over "model", as in Megatron (Shoeyb
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -17,10 +18,13 @@ from jaxtyping import PyTree
 
 Tree = TypeVar("Tree", bound=PyTree)
 
+OUTER = "c_attn|c_fc|q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj"  # their outputs are split
 # A parameter's path, such as h/0/attn/c_attn/kernel: the first rule that its end matches. Kernels are [in, out].
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(c_attn|c_fc|q_proj|k_proj|v_proj|gate_proj|up_proj|q|k|v|wi|wi_0|wi_1)/kernel", P(None, "model")),
-    (r"(c_attn|c_fc|q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", P("model")),
+    (r"experts/(gate_proj|up_proj)/kernel", P(None, None, "model")),  # [expert, in, out]
+    (r"experts/down_proj/kernel", P(None, "model", None)),
+    (rf"({OUTER}|q|k|v|wi|wi_0|wi_1)/kernel", P(None, "model")),
+    (rf"({OUTER})/bias", P("model")),
     (r"(c_proj|o_proj|down_proj|o|wo)/kernel", P("model", None)),
     (r"(wte|embed_tokens|shared)/embedding", P("model", None)),  # by tokens, as the unembedding's rows
     (r"lm_head/kernel", P(None, "model")),
@@ -58,12 +62,18 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     raise AssertionError("the last rule matches everything")
 
 
+def sharding_on(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Return the sharding of a parameter by its path and shape, for `models.load(path, sharding=...)`."""
+    return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh))
+
+
 def shard_state(tree: Tree, mesh: Mesh) -> Tree:
     """Shard parameters or a whole training state: optimiser moments as their parameters, the rest replicated."""
+    sharding = sharding_on(mesh)
 
     def place(path: Any, leaf: Any) -> Any:
         name = "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path)
-        return _put(leaf, NamedSharding(mesh, spec_of(name, np.shape(leaf), mesh)))
+        return _put(leaf, sharding(name, np.shape(leaf)))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

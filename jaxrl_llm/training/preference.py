@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives import preference
+from jaxrl_llm.options import nearest
 from jaxrl_llm.scoring import Sequences, log_probs, stacked
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
@@ -99,7 +100,9 @@ def find_loss(loss: str | Callable[..., Array], hyperparameters: Mapping[str, An
     """Return the loss of a name, or a user's function as a `pair_loss`; ValueError for an unknown name or keyword."""
     if isinstance(loss, str):
         if loss not in LOSSES:
-            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}.")
+            near = nearest(loss, LOSSES)
+            hint = f": did you mean {near!r}?" if near else "."
+            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}{hint}")
         loss = LOSSES[loss]
     function = loss if loss is preference.kto_loss or hasattr(loss, "needs") else preference.pair_loss(loss)
     unknown = sorted(set(hyperparameters) - set(function.hyperparameters))

@@ -39,6 +39,8 @@ from jaxrl_llm.training.steps import (
 )
 
 SHOWN = 48  # tokens of a sample
+NAMED = 5  # files that an error names
+OF_A_RUN = ("checkpoints", "run.json", "log.jsonl", "tensorboard")  # before its first checkpoint, in this order
 
 
 class Keys(NamedTuple):
@@ -56,6 +58,7 @@ class Run:
     config: Config
     loaded: models.Loaded
     name: str  # of the model, in `run.json`
+    path: str  # the name or path that the model can be loaded from, or ""
     owned: bool  # nothing else reads the parameters: the first step may donate them
     out: Path | None
     verbose: bool
@@ -74,7 +77,8 @@ class Run:
     @property
     def eos(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
-        return tuple(text.eos_ids(self.loaded.tokenizer, self.loaded.config))
+        config = self.loaded.config | {"vocab_size": self.lm.vocab_size}
+        return tuple(text.eos_ids(self.loaded.tokenizer, config))
 
     @property
     def reports(self) -> bool:
@@ -122,13 +126,15 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     Raises:
         TypeError: if `lm` is not a model, its name or its path.
         ValueError, FileNotFoundError: as `models.load`; for an encoder-decoder model or one without a tokenizer; for an
-            output folder that is the model's, or has a run that is not to be resumed; or in one of several processes.
+            output folder that is the model's, has a run that is not to be resumed, or files that are not of a run; or
+            in one of several processes.
     """
     if jax.process_count() > 1:
         raise ValueError("trainers run in one process; with several, call the steps as docs/training.md shows.")
     out = None if out is None else Path(out)
     owned = isinstance(lm, str | os.PathLike)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
+    path = name if owned else getattr(lm, "path", "")
     begun = _check_folder([name, getattr(config, "reward_model", None)], config, out)
     loaded = models.load(lm) if owned else _as_loaded(lm)
     if isinstance(loaded.model, models.T5):
@@ -141,7 +147,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     if jnp.finfo(narrow).bits < 32:  # updates of usual size would be rounded away
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
         loaded, owned = dataclasses.replace(loaded, params=params), True
-    run = Run(config, loaded, name, owned, out, verbose)
+    run = Run(config, loaded, name, path, owned, out, verbose)
     if jnp.finfo(narrow).bits < 32:
         run.say(f"the weights are widened from {narrow} to float32 for training.")
     if config.resume and not begun:
@@ -150,7 +156,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
 
 
 def _check_folder(read: list[str | Path | None], config: Config, out: Path | None) -> bool:
-    """Return True if the folder has a run to be resumed; refuse one that a model is read from."""
+    """Return True if the folder has a run to be resumed; refuse one that a model is read from, or of other files."""
     if out is None:
         wanted = [name for name in ("resume", "tensorboard") if getattr(config, name)]
         if wanted:
@@ -162,6 +168,15 @@ def _check_folder(read: list[str | Path | None], config: Config, out: Path | Non
     begun = folder.is_dir() and Checkpoints(folder).latest_step() is not None
     if begun and not config.resume:
         raise ValueError(f"{out} already has a run: resume it, or choose another folder.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, but {out} is a file.")
+    if out.is_dir() and not begun:  # a run that ended before its first checkpoint begins anew
+        names = sorted(each.name for each in out.iterdir() if not each.name.startswith("."))
+        own = OF_A_RUN if "run.json" in names else OF_A_RUN[:1]
+        others = [name for name in names if name not in own]
+        if others:
+            shown = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
+            raise ValueError(f"out must be a new or empty folder, but {out} has {shown}: choose another one.")
     return begun
 
 
@@ -190,8 +205,12 @@ def batches_of(
     Raises:
         TypeError, ValueError: naming the data, as `records.read` and `Batches`.
     """
-    found = records.read(data, KINDS[kind].parse, on_bad=run.config.on_bad, name=name)
     encoder = run.encoder()
+    found = records.read(data, encoder.checked(KINDS[kind].parse), on_bad=run.config.on_bad, name=name)
+    if batch_size > len(found):
+        whole, each = run.config.batch_size, run.config.batch_size // batch_size  # completions of a prompt
+        have = f"{len(found)} record{'s' * (len(found) > 1)}{f' of {each} completions' if each > 1 else ''}"
+        raise ValueError(f"{found.source} has {have}: batch_size must be at most {len(found) * each}, but is {whole}.")
     try:
         batches = Batches(
             found,
@@ -272,7 +291,7 @@ def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
     if run.out is not None:
         models.save(run.out, loaded.model, loaded.params, loaded.tokenizer, config=loaded.config)
         if trained.lora is not None:
-            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.name)
+            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.path)
         run.say(f"The model is in {run.out}.")
     return loaded
 
@@ -321,15 +340,22 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
 
 
 def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], float]:
-    """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows."""
-    config = run.config
+    """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows.
+
+    Raises:
+        ValueError: for a single row, if the loss compares rows.
+    """
+    config, least = run.config, 2 if getattr(objective.loss, "needs_whole_batch", False) else 1
     batches, _ = batches_of(
         run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
     )
     count, size = batches.order.steps_per_epoch, config.batch_size // config.microbatches
+    if count < least:
+        raise ValueError(f"eval_data must have at least 2 records for a loss that compares rows, but has {count}.")
     order = sorted(range(count), key=lambda place: batches.rows(place).length)
-    # As few parts as possible, of sizes at most 1 apart.
-    parts = [batches.collate(places) for places in np.array_split(np.asarray(order), -(-count // size))]
+    # As few parts as possible, of sizes at most 1 apart; one row more than `size` where a part would have too few.
+    split = np.array_split(np.asarray(order), min(-(-count // size), count // least))
+    parts = [batches.collate(places) for places in split]
 
     @jax.jit
     def of_part(params: Params, part: Any, frozen: Frozen) -> tuple[Array, Array]:

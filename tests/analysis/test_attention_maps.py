@@ -19,7 +19,7 @@ TOKENIZER = transformers.PreTrainedTokenizerFast(
     tokenizer_object=number_names.build_tokenizer(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
 )
 SIZE = TOKENIZER.vocab_size
-CONFIG = {"vocab_size": SIZE, "eos_token_id": number_names.EOS_ID}
+CONFIG = {"eos_token_id": number_names.EOS_ID}  # the size of the vocabulary is the model's
 SOURCE, TARGET = ["forty", "two", "</s>"], ["zwei", "und", "vierzig", "</s>"]
 
 

@@ -1,6 +1,7 @@
 """Make the goldens: small random models as transformers writes them, and what transformers + torch computes with them.
 
     make goldens
+    python tests/goldens/make_goldens.py qwen2 qwen3  # these families alone; needs torch
 
 Each folder holds `config.json`, `model.safetensors` and `expected.safetensors` (tokens, mask, logits, generated).
 """
@@ -19,13 +20,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
 import reference
 
 HERE = Path(__file__).parent
-SEEDS = {"gpt2": (0, 1), "llama": (0, 1), "stablelm": (318, 111)}  # StableLM's: every option off, and every one on
+SEEDS = {
+    **{"gpt2": (0, 1), "llama": (0, 1), "stablelm": (318, 111)},  # StableLM's: every option off, and every one on
+    # With a window (but for Olmo 2), two layers or more, and rows that do not repeat one token:
+    **{"mistral": (4,), "qwen2": (42,), "qwen3": (42,), "gemma2": (159,), "gemma3_text": (10,)},
+    **{"olmo2": (9,), "smollm3": (35,), "phi3": (2,)},
+}
 
 
 def main() -> None:
-    """Write two goldens of each family."""
-    for family, seeds in SEEDS.items():
-        for number, seed in enumerate(seeds):
+    """Write the goldens."""
+    for family in sys.argv[1:] or SEEDS:
+        for number, seed in enumerate(SEEDS[family]):
             folder = HERE / f"{family}-{number}"
             shutil.rmtree(folder, ignore_errors=True)
             rng = np.random.default_rng([seed, len(family)])

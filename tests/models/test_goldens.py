@@ -1,4 +1,4 @@
-"""GPT-2, Llama and StableLM against what transformers + torch computed of the same files (goldens/make_goldens.py)."""
+"""Decoders against what transformers + torch computed of the same files (goldens/make_goldens.py)."""
 
 import functools
 from pathlib import Path
@@ -14,6 +14,7 @@ from jaxrl_llm.decoding import generate
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = ("gpt2-0", "gpt2-1", "llama-0", "llama-1", "stablelm-0", "stablelm-1")
+OTHERS = ("mistral-0", "qwen2-0", "qwen3-0", "gemma2-0", "gemma3_text-0", "olmo2-0", "smollm3-0", "phi3-0")
 EOS, PAD = 1, 0
 
 
@@ -104,6 +105,22 @@ def test_greedy_generation_is_the_same_token_for_token(golden):
     other = np.where(mask[0], 2 + (tokens[0] + 5) % 10, PAD)  # a neighbour that the rows have never met
     found = greedy(loaded, np.stack([other, tokens[2], tokens[1]]), mask[[0, 2, 1]])
     np.testing.assert_array_equal(found[1:], generated[[2, 1]])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_families_agree_on_logits_and_greedy_tokens_and_come_back_from_a_folder(name, tmp_path):
+    loaded, expected = models.load(GOLDENS / name), load_file(GOLDENS / name / "expected.safetensors")
+    assert loaded.model.config.model_type == name.removesuffix("-0")
+    tokens, mask = expected["tokens"], expected["mask"]
+    assert not mask.all() and mask[:, -1].all() and all(len(set(row)) > 1 for row in expected["generated"].tolist())
+    np.testing.assert_allclose(apply(loaded, tokens, mask)[mask], expected["logits"][mask], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(greedy(loaded, tokens, mask), expected["generated"])
+    models.save(tmp_path, loaded.model, loaded.params, config=loaded.config)
+    again = models.load(tmp_path)
+    assert again.model == loaded.model
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+    stored, written = (load_file(folder / "model.safetensors") for folder in (GOLDENS / name, tmp_path))
+    assert stored.keys() == written.keys(), "the names of the tensors are those of the family"
 
 
 @pytest.mark.parametrize("name", NAMES)

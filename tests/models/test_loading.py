@@ -24,9 +24,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save, save_file
 
-from jaxrl_llm import models
+from jaxrl_llm import models, text
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import loading
+from jaxrl_llm.models import families, loading
 from tests.models.wild import ABSENT, GOLDENS, assert_is_golden, beside, copy_of, golden, variant, without
 
 PACKAGE = Path(models.__file__).parents[1]
@@ -180,6 +180,129 @@ def test_a_broken_index_is_an_error(tmp_path, content):
     (sharded(tmp_path, "llama-0") / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not a safetensors index"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "a/model.safetensors", ".."])
+def test_a_shard_outside_of_the_folder_is_an_error(tmp_path, name):
+    (sharded(tmp_path, "llama-0") / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match=r"is not a safetensors index: .* is not a file of the folder"):
+        models.load(tmp_path)
+
+
+# Files of the wild ----------------------------------------------------------------------------------------------------
+
+
+def test_ends_of_text_come_from_generation_config_too_and_are_written(tmp_path):
+    folder = variant(tmp_path, "llama-0", config={"eos_token_id": 5})
+    given = {"eos_token_id": [6, 7], "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    loaded = models.load(folder)
+    assert text.eos_ids(None, {"vocab_size": loaded.model.vocab_size, **loaded.config}) == [5, 6, 7]
+    models.save(tmp_path / "saved", loaded.model, loaded.params, config=loaded.config)
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert given.items() <= written.items()
+    assert "generation_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    with pytest.raises(ValueError, match="eos_token_id must be a token id or a list of them, but is '</s>'"):
+        text.eos_ids(None, {"vocab_size": 9, "eos_token_id": "</s>"})
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_multimodal_folder_is_loaded(tmp_path, prefix):
+    config = json.loads((GOLDENS / "gemma3_text-0" / "config.json").read_text())
+    stored = load_file(GOLDENS / "gemma3_text-0" / "model.safetensors")
+    tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in stored.items()}
+    save_file(tensors | {"vision_tower.patch.weight": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    whole = {"model_type": "gemma3", "text_config": config, "vision_config": {}, "eos_token_id": 9}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    loaded, plain = models.load(tmp_path), models.load(GOLDENS / "gemma3_text-0")
+    assert loaded.model == plain.model and loaded.config["eos_token_id"] == 9
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, plain.params)
+
+
+def test_a_reward_model_needs_no_head(tmp_path):
+    folder = variant(
+        tmp_path,
+        "llama-0",
+        tensors=lambda stored: without("lm_head.weight")(stored) | {"score.weight": np.ones((1, 32), np.float32)},
+        config={"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": False},
+    )
+    loaded = models.load_reward_model(folder)
+    tokens = jnp.asarray([[3, 1, 4]])
+    hidden, _ = golden("llama-0").model.hidden(golden("llama-0").params, tokens)
+    np.testing.assert_allclose(loaded.head.values(loaded.params, tokens), hidden.sum(axis=-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\); only plain weights"),
+        ({"num_hidden_layers": 2000}, "num_hidden_layers is 2000, but the files hold 21 tensors"),
+        ({"hidden_size": 10**15}, "hidden_size is 1000000000000000, but no tensor has more than 65536 numbers"),
+        ({"num_attention_heads": 10**12}, "num_attention_heads is 1000000000000, but no tensor"),
+        ({"text_config": [], "model_type": "gemma3"}, r"text_config must be an object, but is \[\]"),
+    ],
+)
+def test_what_the_files_cannot_hold_is_refused_at_once(tmp_path, config, said):
+    assert_refused_at_once(variant(tmp_path, "llama-0", config=config), said)
+
+
+def assert_refused_at_once(folder, said):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=said):
+        models.load(folder)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("gpt2-1", "n_layer"),
+        ("stablelm-0", "num_hidden_layers"),
+        ("t5-1", "num_layers"),
+        ("t5-1", "num_decoder_layers"),
+    ],
+)
+def test_layers_that_the_files_cannot_hold_are_refused_at_once(tmp_path, name, field):
+    folder = variant(tmp_path, name, config={field: 2000})
+    assert_refused_at_once(folder, rf"{field} is 2000, but the files hold \d+ tensors")
+
+
+@pytest.mark.parametrize("name", ["gpt2-1", "llama-0", "t5-1"])
+def test_the_shapes_of_a_model_cost_time_linear_in_its_layers(name):
+    """The calls of Python's functions are counted, of 8 and of 24 layers."""
+
+    def calls(layers):
+        config = golden(name).config | dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers"), layers)
+        model = families.model_from_config(config | {"num_decoder_layers": layers}, source="")
+        count = 0
+
+        def counted(frame, event, argument):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(counted)
+        try:
+            model.abstract_params  # noqa: B018
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(2)
+    assert calls(24) < 3.3 * calls(8)
+
+
+def test_nested_json_is_refused(tmp_path):
+    (variant(tmp_path, "llama-0") / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"norm": {"scale": jnp.ones(5)}}, {"norm": {}}, {"more": {"scale": jnp.ones(5)}}])
+def test_parameters_that_are_not_the_models_are_not_saved(tmp_path, change):
+    loaded = golden("llama-0")
+    with pytest.raises(ValueError, match=r"the parameter (norm|more)\.scale must be (of shape|absent).*, but is"):
+        models.save(tmp_path, loaded.model, loaded.params | change)
+    assert not list(tmp_path.iterdir())
 
 
 # Settings that vary ---------------------------------------------------------------------------------------------------

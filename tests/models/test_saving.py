@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import transformers
 from safetensors.numpy import load_file
 
 from jaxrl_llm import models
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import Llama, LlamaConfig, StableLM, StableLMConfig
+from jaxrl_llm.models import Llama, LlamaConfig, StableLM, StableLMConfig, huggingface
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.tabular import TabularLM
 
@@ -147,6 +146,29 @@ def test_without_a_choice_the_stored_type_is_that_of_the_parameters(tmp_path):
     assert_equal_bits(models.load(tmp_path, dtype="bfloat16").params, params)
 
 
+def test_types_may_be_mixed_and_every_tensor_is_aligned(tmp_path):
+    further = {"score.weight": np.ones((1, 12)), "half": np.ones(3, np.float16), "count": np.ones((), np.int64)}
+    params = random_params(LMS["gpt2"])
+    params["ln_f"]["bias"] = params["ln_f"]["bias"].astype(jnp.bfloat16)
+    models.save(tmp_path, LMS["gpt2"], params, further=further)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, tensor in further.items():
+        assert stored[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(stored[name], tensor)
+    assert stored["transformer.ln_f.bias"].dtype == jnp.bfloat16
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    assert size % 8 == 0
+    entries = {name: entry for name, entry in json.loads(raw[8 : 8 + size]).items() if name != "__metadata__"}
+    assert all(e["data_offsets"][0] % stored[name].itemsize == 0 for name, e in entries.items())
+
+
+def test_a_type_that_safetensors_does_not_have_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"the dtype of odd must be one of .*bfloat16, bool, but is complex64\."):
+        models.save(tmp_path, LMS["gpt2"], random_params(LMS["gpt2"]), further={"odd": np.ones(3, np.complex64)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_float64_parameters_come_back_in_full(tmp_path):
     with jax.enable_x64(True):
         params = random_params(LMS["gpt2"], jnp.float64)
@@ -194,14 +216,13 @@ def test_a_configuration_of_the_old_form_is_written_in_the_new(tmp_path):
 
 def test_a_model_without_a_published_form_is_an_error(tmp_path):
     lm = TabularLM(vocab_size=2, horizon=2)
-    with pytest.raises(ValueError, match=r"TabularLM has no Hugging Face form; gpt2, llama, .* t5 have one"):
+    with pytest.raises(ValueError, match=r"TabularLM has no Hugging Face form; gpt2, llama, .* umt5 have one"):
         models.save(tmp_path, lm, lm.init(jax.random.key(0)))
     assert not list(tmp_path.iterdir())
 
 
-def half_written(tensors, path, metadata=None):
-    with open(path, "wb") as file:
-        file.write(safetensors.numpy.save(tensors)[:50])
+def half_written(part):
+    yield np.ones(5, np.float32)
     raise OSError("No space left on device")
 
 
@@ -211,7 +232,7 @@ def never_replaced(*_):
 
 @pytest.mark.parametrize(
     "broken",
-    [(safetensors.numpy, "save_file", half_written), (os, "replace", never_replaced)],
+    [(huggingface.Part, "rows", half_written), (os, "replace", never_replaced)],
     ids=["weights", "rename"],
 )
 def test_an_interrupted_save_leaves_nothing_half_written_and_the_model_that_was_there(tmp_path, monkeypatch, broken):

@@ -36,6 +36,18 @@ def user(content):
     return {"role": "user", "content": content}
 
 
+def test_a_conversation_that_the_template_refuses_is_a_bad_line(chat):
+    refusing = copy.deepcopy(chat)
+    refusing.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    parse = Encoder(refusing, max_length=64).checked(records.prompt_completion)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    lines = [{"messages": [{"role": "system", "content": "Be brief."}, *turns]}, {"messages": turns}]
+    found = records.read(lines, parse, on_bad="skip")
+    assert len(found) == 1 and [bad.reason for bad in found.bad_lines] == ["the chat template: no system"]
+    with pytest.raises(ValueError, match="the chat template: no system"):
+        records.read(lines, parse)
+
+
 def test_the_completion_follows_the_prompt_and_ends_once(tokenizer):
     prompt, (completion, other) = Encoder(tokenizer, max_length=64)("The sea", [" is wide.", " is deep.<|endoftext|>"])
     assert tokenizer.decode(prompt) == "The sea"

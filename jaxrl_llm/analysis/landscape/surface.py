@@ -387,6 +387,8 @@ def next_token_loss(
 ) -> LossFn:
     """Return the mean −log p of the real tokens after the first of each row, in nats per token.
 
+    Two of the same model, tokens and mask are equal, so that JAX compiles what is computed from them once.
+
     Raises:
         ValueError: if the tokens are not ids of the model, or leave nothing to predict.
     """
@@ -396,12 +398,21 @@ def next_token_loss(
     predicted = mask & (jnp.cumsum(mask, axis=1) > 1)
     if not predicted.any():
         raise ValueError("no row has two real tokens, so that there is nothing to predict.")
-    sequences = Sequences(tokens, mask, predicted)
+    contents = tuple((each.shape, each.dtype.str, each.tobytes()) for each in map(np.asarray, (tokens, mask)))
+    return _NextTokenLoss(lm, contents, Sequences(tokens, mask, predicted))
 
-    def loss(params: Params) -> Float[Array, ""]:
-        return -aggregate(log_probs(lm, params, sequences), predicted, "token_mean")
 
-    return loss
+@dataclasses.dataclass(frozen=True)
+class _NextTokenLoss:
+    """The loss of `next_token_loss`, a value: JAX finds the programs of an equal one."""
+
+    lm: LanguageModel
+    contents: tuple[tuple[tuple[int, ...], str, bytes], ...]  # shape, type and bytes of tokens and mask
+    sequences: Sequences = dataclasses.field(compare=False)
+
+    def __call__(self, params: Params) -> Float[Array, ""]:
+        logp = log_probs(self.lm, params, self.sequences)
+        return -aggregate(logp, self.sequences.completion_mask, "token_mean")
 
 
 def preference_loss(

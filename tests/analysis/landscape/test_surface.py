@@ -166,6 +166,19 @@ def test_the_parameters_are_untouched_and_the_loss_compiled_once(small):
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
+def test_next_token_losses_of_the_same_tokens_share_a_program(small):
+    loss, params, directions = small
+    lm, (tokens, mask, _) = loss.lm, loss.sequences
+    surface_of(loss, params, directions, [0.5], landscape.axis(1, 9))
+    programs, equal = surface_module._line._cache_size(), landscape.next_token_loss(lm, np.array(tokens))
+    assert equal == loss and hash(equal) == hash(loss)
+    surface_of(equal, params, directions, [-0.5], landscape.axis(2, 9))
+    assert surface_module._line._cache_size() == programs
+    assert loss != landscape.next_token_loss(lm, tokens, mask.at[0, -1].set(False))
+    assert loss != landscape.next_token_loss(lm, tokens.at[0, -1].add(1) % lm.vocab_size)
+    assert loss != landscape.next_token_loss(TINY["llama"], tokens)
+
+
 def test_bfloat16_parameters_stay_bfloat16():
     lm = TINY["gpt2"]
     params = random_params(lm, dtype=jnp.bfloat16)
