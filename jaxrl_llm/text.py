@@ -25,7 +25,7 @@ def encode(
     """
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return rendered_tokens(tokenizer, render(tokenizer, messages, generation=True) + lead)
+        return rendered_tokens(tokenizer, render(tokenizer, messages, generation=True) + _plain(lead))
     tokens = tokenizer(prompt + lead)["input_ids"]
     if not tokens and tokenizer.bos_token_id is None:
         raise ValueError("the prompt is empty, and the tokenizer has no BOS token to start a text with.")
@@ -48,10 +48,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation:
 
     if not tokenizer.chat_template:
         raise ValueError("this model has no chat template: it is not an instruct model.")
-    quoted = [
-        {name: _quoted(tokenizer, value) if isinstance(value, str) else value for name, value in message.items()}
-        for message in messages
-    ]
+    quoted = [_quoted(tokenizer, dict(message)) for message in messages]
     try:
         return tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=generation)
     except (TemplateError, TypeError) as error:  # TypeError: as of a field that is undefined and added to a string
@@ -67,10 +64,24 @@ def rendered_tokens(tokenizer: Any, string: str) -> list[int]:
     return tokens  # the template has written BOS itself
 
 
-def _quoted(tokenizer: Any, string: str) -> str:
+def _quoted(tokenizer: Any, value: Any) -> Any:
+    """Return a part of a message with its texts quoted, those in lists and objects too."""
+    if isinstance(value, Mapping):
+        return {name: _quoted(tokenizer, each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_quoted(tokenizer, each) for each in value]
+    return _quoted_text(tokenizer, value) if isinstance(value, str) else value
+
+
+def _plain(string: str) -> str:
+    """Return a string without the private characters of `QUOTE`."""
+    return re.sub("|".join(QUOTE), "", string)
+
+
+def _quoted_text(tokenizer: Any, string: str) -> str:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     control = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    string = re.sub("|".join(QUOTE), "", string)
+    string = _plain(string)
     if not any(token in string for token in control):
         return string
     longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
@@ -203,7 +214,7 @@ class TextStream:
         # Decoded anew at each push: some tokens that were read, on which the text of the next ones depends, and those.
         self._window = [int(token) for token in prompt]
         self._read = len(self._window)  # tokens of the window whose characters are complete
-        self._seen = len(self._decoded())  # characters of the window's text that were taken
+        self._seen = len(self._decoded().rstrip("\ufffd"))  # characters of the window's text that were taken
         self._held = ""  # taken, but not given yet: perhaps the beginning of a stop string
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -213,9 +224,9 @@ class TextStream:
         # A character whose bytes are not all there yet decodes to U+FFFD at the end: it waits.
         complete = text.rstrip("\ufffd")
         self._take(complete)
-        if complete == text and len(self._window) > self._read:
+        if complete == text and (context := self._decoded(self._window[self._read :])):  # "": special tokens alone
             self._window = self._window[self._read :]
-            self._read, self._seen = len(self._window), len(self._decoded())
+            self._read, self._seen = len(self._window), len(context)
         begun = [len(part) for part in self._beginnings() if self._held.endswith(part)]  # it waits too
         return self._give(0 if self.stopped else max(begun, default=0))
 
@@ -224,8 +235,9 @@ class TextStream:
         self._take(self._decoded())
         return self._give(0)
 
-    def _decoded(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decoded(self, tokens: Sequence[int] | None = None) -> str:
+        tokens = self._window if tokens is None else tokens
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _take(self, text: str) -> None:
         """Take the characters of the window's text that are new, up to a stop string."""

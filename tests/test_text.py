@@ -344,7 +344,7 @@ def test_an_empty_stop_string_is_an_error(stops):
 
 # Chats ----------------------------------------------------------------------------------------------------------------
 
-TEMPLATE = (
+REFUSING = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}<|endoftext|>{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
 )
@@ -354,7 +354,7 @@ TEMPLATE = (
 def chatty():
     """A tokenizer with a chat template that knows no system role."""
     tokenizer = copy.deepcopy(models.load("tiny-gpt2").tokenizer)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = REFUSING
     return tokenizer
 
 
@@ -366,6 +366,14 @@ def test_control_tokens_of_a_user_are_words(chatty):
     assert chatty.decode(tokens) == "<|endoftext|>user: " + forged
     plain = text.encode(chatty, "Hello you", chat=True)
     assert plain == chatty("<|endoftext|>user: Hello you", add_special_tokens=False)["input_ids"]
+
+
+def test_control_tokens_in_parts_of_a_message_are_words(chatty):
+    parts = copy.deepcopy(chatty)
+    parts.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    content = [{"type": "text", "text": "a<|endoftext|>\ue0f0b"}]
+    tokens = text.encode(parts, [{"role": "user", "content": content}], chat=True, lead="c\ue0f0")
+    assert chatty.eos_token_id not in tokens and parts.decode(tokens) == "a<|endoftext|>bc"
 
 
 def test_a_template_that_refuses_is_one_sentence(chatty):

@@ -49,7 +49,8 @@ class Config(Mapping[str, Any]):
         if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if "rope_parameters" in values:
-            values["rope_parameters"] = family.rope(given)
+            said = {name: value for name, value in given.items() if value is not None}
+            values["rope_parameters"] = family.rope(family.rope_defaults | said)
         self.__dict__.update(model_type=model_type, _values=_frozen(values))
         self.description  # noqa: B018 (what does not fit together raises now)
 
@@ -92,7 +93,7 @@ class Config(Mapping[str, Any]):
         return len(self._values)
 
     def __hash__(self) -> int:
-        return hash((self.model_type, json.dumps(self._values, sort_keys=True)))
+        return hash((self.model_type, len(self._values), self.vocab_size, self.description))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and (self.model_type, self._values) == (other.model_type, other._values)
@@ -103,6 +104,7 @@ class Config(Mapping[str, Any]):
 
 ROPE_FIELDS = (  # of the older forms, beside `rope_parameters`
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "rotary_pct", "rotary_emb_base"),
+    "original_max_position_embeddings",
 )
 
 
@@ -125,6 +127,8 @@ def _frozen(value: Any) -> Any:
     """Return a copy with tuples for lists."""
     if isinstance(value, Mapping):
         return {name: _frozen(each) for name, each in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
@@ -145,6 +149,7 @@ class Family:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the sizes that are not named as Llama's
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names of fields in some files
     rope: Callable[[Mapping[str, Any]], dict[str, Any]] = rotary.rope_parameters
+    rope_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields beside `rope_parameters`
     transposed: bool = True  # linear kernels are stored [out, in]
     buffers: re.Pattern[str] = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attention\.bias|masked_bias)")
     refused: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields, with values that have no effect
@@ -295,7 +300,7 @@ def neox_rope(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return GPT-NeoX's rotary settings, which have names of their own in older files."""
     older = {"rope_theta": given.get("rotary_emb_base"), "partial_rotary_factor": given.get("rotary_pct")}
     return rotary.rope_parameters(
-        {name: value for name, value in older.items() if value is not None} | given, rotated=0.25
+        {**given, **{name: value for name, value in older.items() if value is not None}}, rotated=0.25
     )
 
 
@@ -312,9 +317,9 @@ NORMS_AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_la
 
 def gemma(c: Config, **others: Any) -> Description:
     """Return Gemma (Gemma Team 2024): scales are 1 + w, embeddings are multiplied by √width, the gate is a GELU."""
-    activation = "gelu_pytorch_tanh" if c.hidden_act == "gelu" else c.hidden_act  # a legacy value of its files
-    scale = math.sqrt(c.hidden_size)
-    options = {"activation": activation, "embedding_scale": scale} | others
+    legacy = c.model_type == "gemma" and c.hidden_act == "gelu"  # a value of its first files
+    options = {"activation": "gelu_pytorch_tanh"} if legacy else {}
+    options |= {"embedding_scale": math.sqrt(c.hidden_size)} | others
     return decoder(c, Norm("rms", c.rms_norm_eps, offset=1.0), **options)
 
 
@@ -334,12 +339,15 @@ def gemma2(c: Config, every: int = 2, **others: Any) -> Description:
 def smollm3(c: Config) -> Description:
     """Return SmolLM3: no rotary positions in every fourth layer."""
     every, given = c.no_rope_layer_interval, c.no_rope_layers
-    turns = [(i + 1) % every != 0 for i in range(c.num_hidden_layers)] if given is None else given
-    window = c.sliding_window if c.use_sliding_window else None
-    given = c.layer_types or ["full_attention" if turn else "sliding_attention" for turn in turns]
+    turns = [(i + 1) % every != 0 for i in range(c.num_hidden_layers)]
+    turns = turns if given is None else given[: c.num_hidden_layers]
+    if len(turns) != c.num_hidden_layers:
+        raise ValueError(f"no_rope_layers must have {c.num_hidden_layers} values, but has {len(turns)}.")
+    used = c.use_sliding_window or c.layer_types is not None  # types that are given hold whether it is "used" or not
+    types = kinds(c) if c.layer_types else ["full_attention" if turn else "sliding_attention" for turn in turns]
     layers = [
-        Layer(turning(c) if turn else None, window if kind == "sliding_attention" else None)
-        for turn, kind in zip(turns, given, strict=True)
+        Layer(turning(c) if turn else None, c.sliding_window if used and kind == "sliding_attention" else None)
+        for turn, kind in zip(turns, types, strict=True)
     ]
     return rms(c, layers=tuple(layers))
 
@@ -398,7 +406,7 @@ def cohere(c: Config, head_norm: bool = False, **others: Any) -> Description:
 
 def cohere2(c: Config) -> Description:
     """Return Command R7B: rotary positions in the layers with a window alone."""
-    types = kinds(c, 4)
+    types = kinds(c, c.sliding_window_pattern)
     layers = rotary_layers(c, types, interleaved=True)
     full = [layer if kind == "sliding_attention" else Layer() for layer, kind in zip(layers, types, strict=True)]
     return cohere(c, layers=tuple(full))
@@ -431,8 +439,7 @@ def gptj(c: Config) -> Description:
     """Return GPT-J (Wang and Komatsuzaki 2021): parallel with one norm, interleaved rotary pairs, a head with bias."""
     if c.rotary_dim % 2 or c.rotary_dim > head_dim(c):
         raise ValueError(f"rotary_dim must be even and at most the heads' {head_dim(c)}, but is {c.rotary_dim}.")
-    settings = {"rope_theta": 10000.0, "partial_rotary_factor": c.rotary_dim / head_dim(c)}
-    turn = rotary.rotary(settings, head_dim(c), max_length=c.n_positions, interleaved=True)
+    turn = rotary.rotary({"rope_theta": 10000.0}, c.rotary_dim, max_length=c.n_positions, interleaved=True)
     return layer_norm(
         c,
         layers=(Layer(turn),) * c.n_layer,
@@ -539,7 +546,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", fields(2048, **RMS, head_dim=Maybe(int), mlp_bias=False), rms),
     "mistral": Family(
         "MistralForCausalLM",
-        fields(131072, 8, rms_norm_eps=1e-6, head_dim=Maybe(int), sliding_window=Maybe(int, 4096)),
+        fields(131072, 8, rms_norm_eps=1e-6, head_dim=Maybe(int), **WINDOW),
         rms,
     ),
     "qwen2": Family("Qwen2ForCausalLM", fields(32768, 32, rms_norm_eps=1e-6, **QWEN), qwen2),
@@ -548,7 +555,12 @@ FAMILIES: dict[str, Family] = {
         fields(32768, 32, **RMS, **QWEN, head_dim=128),
         lambda c: qwen2(c, head_norm="head", biases=biases("qkvo", c.attention_bias)),
     ),
-    "gemma": Family("GemmaForCausalLM", fields(8192, 16, **RMS | GEMMA), gemma),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        fields(8192, 16, **RMS | GEMMA),
+        gemma,
+        refused={"use_bidirectional_attention": (None, False)},
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         fields(8192, 4, **RMS | GEMMA2 | WINDOW),
@@ -606,6 +618,7 @@ FAMILIES: dict[str, Family] = {
         fields(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096),
         lambda c: rms(c, fused="blocks", fused_gate=True),
         rope=rope(rotated=1.0),
+        rope_defaults={"original_max_position_embeddings": 4096},
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(
@@ -689,6 +702,7 @@ FAMILIES: dict[str, Family] = {
             "bias": False,
         },
         falcon,
+        spellings={"n_embed": "hidden_size"},
         prefix="transformer.",
         names=BLOCK,
         aliases=names("intermediate_size ffn_hidden_size, hidden_act activation, layer_norm_eps layer_norm_epsilon"),
@@ -706,6 +720,7 @@ FAMILIES: dict[str, Family] = {
         names=BLOCK,
         aliases=names("num_hidden_layers n_layer, num_attention_heads n_head, layer_norm_eps layer_norm_epsilon"),
         refused={"apply_residual_connection_post_layernorm": (None, False)},
+        spellings=names("n_embed hidden_size, num_hidden_layers n_layer, num_attention_heads n_head"),
         embedding="word_embeddings.weight",
         targets=FUSED,
     ),
@@ -718,7 +733,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
-        fields(8192, **LAYER, **WINDOW, attention_bias=False, logit_scale=0.0625) | {"tie_word_embeddings": True},
+        fields(8192, **LAYER, **WINDOW, attention_bias=False, logit_scale=0.0625, sliding_window_pattern=4)
+        | {"tie_word_embeddings": True},
         cohere2,
     ),
     "granite": Family(
@@ -743,11 +759,12 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(
         "OlmoeForCausalLM",
         fields(
-            *(4096, 16),
+            *(4096, None),
             **{"rms_norm_eps": 1e-5, "attention_bias": False, "clip_qkv": Maybe(float)},
             **{"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
         ),
         lambda c: sparse(c, c.num_experts, c.norm_topk_prob, head_norm="all", clip=c.clip_qkv),
+        spellings={"num_local_experts": "num_experts"},
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -834,15 +851,15 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
     if family.config is None:
         known = (*family.fields, *ROPE_FIELDS)
-        respelt = {family.spellings.get(name, name): value for name, value in config.items()}
-        values = {name: value for name, value in respelt.items() if name in known}
+        config = config | {family.spellings[name]: value for name, value in config.items() if name in family.spellings}
+        values = {name: value for name, value in config.items() if name in known}
     else:
         known = {field.name for field in dataclasses.fields(family.config)}
         values = {name: value for name, value in config.items() if name in known}
         if family.model is T5:
             defaults = {name: default for name, default in family.fields.items() if default is not int}
             values = defaults | values | _t5(defaults | config, source, tensor_names)
-    if missing := [name for name, kind in family.fields.items() if kind is int and name not in config]:
+    if missing := [name for name, kind in family.fields.items() if kind is int and config.get(name) is None]:
         raise ValueError(f"{source}: the configuration lacks {', '.join(missing)}.")
     try:
         return Decoder(Config(model_type, **values)) if family.config is None else family.model(family.config(**values))
@@ -862,7 +879,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
     A model of that size is not built, even as shapes alone.
     """
-    largest = max(1 << 16, *map(math.prod, shapes.values()))
+    largest = max([1 << 16, *map(math.prod, shapes.values())])
     for name, value in config.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
@@ -883,6 +900,14 @@ CLAIMED = (
 
 # The language model of a multimodal checkpoint ------------------------------------------------------------------------
 
+TEXT_SIZES = {  # that a `text_config` may leave out: transformers' defaults
+    "gemma3_text": {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+    | {"num_attention_heads": 8},
+    "llama": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32},
+    "mistral": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32},
+}
 OTHERS = re.compile(r"(model\.)?(vision_|visual|multi_modal_projector|image_newline|audio_|embed_vision|embed_audio)")
 
 
@@ -893,8 +918,9 @@ def text_config(config: dict[str, Any], *, source: str) -> dict[str, Any]:
         return config
     if not isinstance(inner, dict):
         raise ValueError(f"{source}: text_config must be an object, but is {inner!r}.")
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-    return inner | ids | {"multimodal": config.get("model_type")}
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")  # these decide
+    found = {name: config[name] for name in outer if config.get(name) is not None}
+    return TEXT_SIZES.get(inner.get("model_type"), {}) | inner | found | {"multimodal": config.get("model_type")}
 
 
 def text_tensors(
@@ -942,4 +968,7 @@ def config_of(model: Network) -> dict[str, Any]:
         config["num_decoder_layers"] = model.config.decoder_layers
         config["scale_decoder_outputs"] = model.config.output_scale != 1
         config["is_encoder_decoder"] = True
+    absent = {name: default.absent for name, default in family.fields.items() if isinstance(default, Maybe)}
+    # transformers reads some fields that are null, such as `head_dim`, otherwise than those that are absent.
+    config = {name: value for name, value in config.items() if value is not None or absent.get(name) is not None}
     return {"architectures": [family.architecture], "model_type": model_type, **config}

@@ -154,7 +154,7 @@ def save(
     """
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
-    generation = extra.pop("generation_config", {})
+    generation = extra.pop("generation_config", None) or {}
     own = families.config_of(model)
     extra = {name: value for name, value in extra.items() if name == "architectures" or name not in (*own, *DERIVED)}
     if "architectures" in extra and further is None:

@@ -118,6 +118,8 @@ class Description:
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads must be a multiple of the {self.kv_heads} key-value heads.")
+        if self.experts and self.experts.chosen > self.experts.count:
+            raise ValueError(f"{self.experts.chosen} experts for each token must be at most {self.experts.count}.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"the activation must be one of {', '.join(ACTIVATIONS)}, but is {self.activation!r}.")
 

@@ -1,5 +1,6 @@
 """GPT-2, Llama and StableLM as functions: sizes, initial parameters, and what may and may not change their logits."""
 
+import copy
 import functools
 import math
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models import Llama, LlamaConfig, StableLM, StableLMConfig
+from jaxrl_llm.models import Config, Llama, LlamaConfig, StableLM, StableLMConfig, rotary
 from jaxrl_llm.models.gpt2 import ACTIVATIONS, GPT2, GPT2Config
 
 VOCAB, CONTEXT = 29, 16
@@ -272,6 +273,73 @@ def scaled(**settings):
 def test_a_configuration_that_cannot_be_is_an_error(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+SMALL = {
+    **{"vocab_size": 29, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def windows(description):
+    """The window of each layer."""
+    return [layer.window for layer in description.layers]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "found", "expected"),
+    [
+        ("cohere2", {"sliding_window_pattern": 2, "sliding_window": 5}, windows, [5, None, 5, None]),
+        ("cohere2", {"sliding_window": 5}, windows, [5, 5, 5, None]),
+        ("mistral", {"sliding_window": 5}, windows, [5] * 4),
+        ("mistral", {"sliding_window": 5, "layer_types": ["full_attention"] * 4}, windows, [None] * 4),
+        (
+            "smollm3",
+            {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5},
+            windows,
+            [5, None, 5, None],
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": [0, 1, 1, 1, 0]},
+            lambda d: [bool(each.rotary) for each in d.layers][:2],
+            [0, 1],
+        ),
+        ("gemma2", {"hidden_activation": "gelu"}, lambda d: d.activation, "gelu"),
+        ("gemma", {"hidden_act": "gelu"}, lambda d: d.activation, "gelu_pytorch_tanh"),
+        (
+            "llama",
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            lambda d: d.layers,
+            Config("llama", **SMALL, rope_scaling=YARN | {"original_max_position_embeddings": 32}).description.layers,
+        ),
+        (
+            "gpt_neox",
+            {"rope_theta": 5.0, "rotary_emb_base": 77.0, "rotary_pct": 1},
+            lambda d: d.layers[0].rotary,
+            None,
+        ),
+    ],
+)
+def test_fields_that_change_the_function_are_heeded(model_type, fields, found, expected):
+    sizes = {name: value for name, value in SMALL.items() if model_type != "gpt_neox" or "key_value" not in name}
+    description = Config(model_type, **sizes, **fields).description
+    if expected is None:
+        expected = rotary.rotary({"rope_theta": 77.0}, 4, max_length=1)
+    assert found(description) == expected
+
+
+def test_a_configuration_hashes_and_comes_back_from_plain_json():
+    config = Config("qwen3_moe", **SMALL, num_experts=np.int64(9), rope_theta=np.float32(10000))
+    same = Config("qwen3_moe", **SMALL, num_experts=9, rope_theta=10000)
+    assert config == same and hash(config) == hash(same)
+    assert copy.deepcopy(config) == config and Config("qwen3_moe", **config.to_dict()) == config
+    assert config.replace(num_experts=8) != config
+    with pytest.raises(ValueError, match="10 experts for each token must be at most 9"):
+        config.replace(num_experts_per_tok=10)
+    with pytest.raises(AttributeError, match="frozen"):
+        config.hidden_size = 3
 
 
 def test_numbers_of_numpy_are_numbers():
