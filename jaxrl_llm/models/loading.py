@@ -262,12 +262,14 @@ def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None
 def load_tokenizer(folder: Path) -> Any:
     """Load the folder's tokenizer by transformers, without network access; None if it has no tokenizer files.
 
-    A `spiece.model` without `tokenizer.json` is read by `tokenizers.from_spiece`.
+    A `spiece.model` or a `tokenizer.model` without `tokenizer.json` is read by `models.tokenizers`.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
         return tokenizers.from_spiece(folder)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return tokenizers.from_sentencepiece_bpe(folder)
     runtime.quiet_transformers()
     from transformers import AutoTokenizer
 

@@ -187,7 +187,8 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tu
 # The file is a protocol buffer (layout: sentencepiece's src/sentencepiece_model.proto); three of its parts are needed.
 # transformers 5.23 also ignores byte fallback, which mT5 and umT5 have.
 
-UNIGRAM = 1  # kind of model
+UNIGRAM, BPE = 1, 2  # kinds of models
+BPE_ROLES = {"bos": "<s>", "eos": "</s>", "unknown": "<unk>"}
 ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 EXTRA_IDS = 100  # sentinels after the vocabulary, in descending order, if none are in it and no file gives a number
 HIDDEN = "\u2028unused\u2028"  # prefix of unused pieces: words contain no white space, so that it never matches
@@ -263,14 +264,20 @@ def _backend(model: Spiece) -> Tokenizer:
     return backend
 
 
-def _extra_ids(path: Path, default: int) -> int:
-    """Return the number of sentinels of the `tokenizer_config.json` at this path."""
+def _settings(path: Path) -> dict[str, Any]:
+    """Return the fields of a `tokenizer_config.json`; none if there is no such file."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(settings).__name__}.")
+    return settings
+
+
+def _extra_ids(path: Path, default: int) -> int:
+    """Return the number of sentinels of the `tokenizer_config.json` at this path."""
+    settings = _settings(path)
     listed = settings.get("additional_special_tokens")
     listed = [token for token in (listed if isinstance(listed, list) else []) if "<extra_id_" in str(token)]
     count = settings.get("extra_ids")
@@ -280,11 +287,38 @@ def _extra_ids(path: Path, default: int) -> int:
     return count
 
 
-def read_spiece(path: Path) -> Spiece:
-    """Return the parts of a `spiece.model`.
+def from_sentencepiece_bpe(folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a `tokenizer.model` alone, as Llama 2's and Mistral's first folders have it.
+
+    Its chat template and whether it adds BOS and EOS are those of `tokenizer_config.json`, if there is one.
 
     Raises:
-        ValueError: if the file is damaged or not a unigram model.
+        ValueError: if the file is damaged or not a SentencePiece model of merges.
+    """
+    path = folder / "tokenizer.model"
+    model = read_spiece(path, kind=BPE)
+    tokens = [piece for piece, _ in model.pieces]
+    settings = _settings(folder / "tokenizer_config.json")
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": model.kinds,
+        "scores": [score for _, score in model.pieces],
+        "add_space_prefix": model.prefix,
+        "chat_template": settings.get("chat_template"),
+        **{name: settings[name] for name in ("add_bos_token", "add_eos_token") if name in settings},
+        **{f"{name}_token_id": tokens.index(token) for name, token in BPE_ROLES.items() if token in tokens},
+    }
+    fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    fields["tokenizer.chat_template"] = fields.pop("tokenizer.ggml.chat_template")
+    return from_gguf(fields, str(path))
+
+
+def read_spiece(path: Path, *, kind: int = UNIGRAM) -> Spiece:
+    """Return the parts of a `spiece.model` or `tokenizer.model`.
+
+    Raises:
+        ValueError: if the file is damaged or of another kind.
     """
     pieces, kinds, trainer, normaliser = [], [], {}, {}
     try:
@@ -302,9 +336,9 @@ def read_spiece(path: Path) -> Spiece:
         raise ValueError(f"{path} is damaged, or no SentencePiece model.") from error
     if not pieces or unknown >= len(pieces):
         raise ValueError(f"{path} is damaged, or no SentencePiece model.")
-    kind = trainer.get(3, UNIGRAM)
-    if kind != UNIGRAM:
-        raise ValueError(f"{path} must hold a unigram model (kind {UNIGRAM}), but its kind is {kind}.")
+    if (found := trainer.get(3, UNIGRAM)) != kind:
+        name = {UNIGRAM: "unigram model", BPE: "model of merges"}[kind]
+        raise ValueError(f"{path} must hold a {name} (kind {kind}), but its kind is {found}.")
     if trainer.get(24):
         raise ValueError(f"{path} must put ▁ before words, but puts it behind them.")
     prefix, collapse = (bool(normaliser.get(field, True)) for field in (3, 4))

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from jaxrl_llm import models
-from jaxrl_llm.models import tokenizers
+from jaxrl_llm.models import loading, tokenizers
 from jaxrl_llm.models.t5 import T5
 from tests.conftest import TINY_T5, random_params
 from tests.models.wild import ABSENT, GOLDENS, variant
@@ -205,6 +205,23 @@ def test_the_parts_of_the_file_are_read(tmp_path):
     trainer, rules = field(2, 2, flag(35, 1)), field(3, 2, field(3, 0, 0) + field(4, 0, 0))
     found = tokenizers.read_spiece(written(tmp_path, WHOLE, trainer, rules) / "spiece.model")
     assert (found.prefix, found.collapse, found.byte_fallback) == (False, False, True)
+
+
+def test_a_tokenizer_model_of_merges_alone_is_read(tmp_path):
+    """As Llama 2's: the same tokens as the GGUF form of the same pieces."""
+    words = ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "é"]
+    pieces = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), *((f"<0x{byte:02X}>", 0, 6) for byte in range(256))]
+    pieces += [(word, -float(rank), 1) for rank, word in enumerate(words)]
+    content = b"".join(piece(*each) for each in pieces) + field(2, 2, bytes([3 << 3, 2]))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    tokenizer = loading.load_tokenizer(tmp_path)
+    ids = {text: index for index, (text, _, _) in enumerate(pieces)}
+    assert tokenizer("ab a é\n").input_ids == [1, ids["▁ab"], ids["▁a"], ids["▁"], ids["é"], ids["<0x0A>"]]
+    assert (tokenizer.eos_token_id, tokenizer.chat_template) == (2, "x")
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's form, tiktoken's
+    with pytest.raises(ValueError, match=r"tokenizer\.model is damaged, or no SentencePiece model"):
+        loading.load_tokenizer(tmp_path)
 
 
 DAMAGED = (b"", b"no model at all", WHOLE[:-3], WHOLE + b"\xff", piece("a", 0, 1)[:4], b"\x0a\x02\x0a\x7f")
