@@ -180,7 +180,11 @@ def _copy(tensor: Tensor, target: np.ndarray, spans: Sequence[slice], *, transpo
     target = target.T if transposed else target
     at = 0
     for block in _blocks(rows, tensor):
-        values = tensor[block][(slice(None), *others)].astype(target.dtype, copy=False)
+        stored = tensor[block][(slice(None), *others)]
+        with np.errstate(over="ignore"):
+            values = stored.astype(target.dtype, copy=False)
+        if values.dtype == np.float16 != stored.dtype and (np.isinf(values) & np.isfinite(stored)).any():
+            raise ValueError("float16 holds numbers up to 65504, and a weight is larger: load the model in bfloat16.")
         step = 16 if transposed else len(values)  # numpy transposes few rows at once twice as fast
         for start in range(0, len(values), step):
             part = values[start : start + step]

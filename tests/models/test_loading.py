@@ -115,6 +115,14 @@ def test_the_dtype_is_that_of_every_parameter(dtype):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
 
 
+def test_float16_is_refused_for_weights_beyond_its_range(tmp_path):
+    large = beside(model__norm__weight=np.full(32, 7e4, np.float32))
+    folder = variant(tmp_path, "llama-0", tensors=large)
+    with pytest.raises(ValueError, match="float16 holds numbers up to 65504, and a weight is larger"):
+        models.load(folder, dtype="float16")
+    assert np.isfinite(models.load(folder, dtype="bfloat16").params["norm"]["scale"]).all()
+
+
 def test_float64_needs_x64():
     with pytest.raises(ValueError, match="float64 needs JAX_ENABLE_X64"):
         models.load(GOLDENS / "gpt2-1", dtype="float64")
