@@ -101,7 +101,7 @@ def test_every_parameter_gets_the_sharding_of_its_path_and_shape():
 
 
 def run(code, *arguments, devices=1):
-    """What a program prints as JSON."""
+    """Return what a program prints as JSON."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from experiments.passages import PASSAGES
@@ -51,6 +50,8 @@ def read_once():
 @pytest.fixture(scope="module")
 def theirs(file):
     """The model of transformers in double precision, in the rotary angles too: in float32 they move logits by 3e-4."""
+    import torch
+
     folder, name = str(file.parent), file.name
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).double()
     settings, dim = model.config.rope_parameters, model.config.head_dim
@@ -74,6 +75,8 @@ def test_gemma_is_the_published_model(ours):
 
 
 def test_logits_are_those_of_transformers_beyond_the_window(ours, theirs):
+    import torch
+
     text = "\n\n".join(passage.text for passage in PASSAGES)
     tokens = np.asarray([ours.tokenizer(text).input_ids[:LENGTH]])
     assert tokens.shape[1] == LENGTH > ours.config["sliding_window"]
@@ -87,6 +90,8 @@ def test_logits_are_those_of_transformers_beyond_the_window(ours, theirs):
 
 
 def test_greedy_tokens_are_those_of_transformers(ours, theirs):
+    import torch
+
     prompt = ours.tokenizer("The capital of France is").input_ids
     found = generate(
         ours.model, ours.params, jnp.asarray([prompt]), max_new_tokens=NEW_TOKENS, greedy=True, eos_id=1, pad_id=0
