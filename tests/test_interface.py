@@ -180,7 +180,13 @@ def expected_of(strategy, lm, arguments, common):
     return [np.asarray(beams.tokens[row, 0])[np.asarray(beams.mask[row, 0])].tolist() for row in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize("strategy", sorted(sampling.USED))
+COMMON = ("sample", "beam", "speculative", "contrastive", "stochastic-beam")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in COMMON)) for name in sorted(sampling.USED)],
+)
 def test_every_strategy_is_its_decoder(lm, strategy):
     arguments, common = padded(lm, PROMPTS)
     expected = expected_of(strategy, lm, arguments, common | {"max_new_tokens": LENGTH})
@@ -232,7 +238,7 @@ def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     assert lm.generate("the cat", choices="on", max_new_tokens=8)[0].text == "on", "a single string is one choice"
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [PROMPTS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in PROMPTS[1:])])
 def test_a_stream_is_the_text_of_generate_in_pieces(lm, prompt):
     options = {"max_new_tokens": 20, "seed": 3, "temperature": 0.7}
     whole = lm.generate(prompt, **options)[0].text

@@ -65,6 +65,7 @@ def test_the_picture_is_of_these_results(path):
         assert picture.text["Source"] == ledger.digest(path), f"run python -m figures {path.stem}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_text_can_be_read_at_the_width_of_a_page(path):
     figure = _results.figure_module(path.stem).draw(load(path))

@@ -388,8 +388,11 @@ def written_under(build, pattern, *, seed=0, t=1.3, p=0.95):
 @pytest.mark.parametrize(
     "pattern",
     [
-        "( yes| no)", "[0-9]{4}-[0-9]{2}", r"(?a:\w+@\w+)\.(com|org)", "(?i) the [a-zé]{3,12}!", r"🙂{1,2}[ ½]*",
-        '{"n": "[^"]{2,9}"}',
+        *("( yes| no)", r"(?a:\w+@\w+)\.(com|org)", r"🙂{1,2}[ ½]*"),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("[0-9]{4}-[0-9]{2}", "(?i) the [a-zé]{3,12}!", '{"n": "[^"]{2,9}"}')
+        ),
     ],
 )  # fmt: skip
 def test_what_a_model_writes_matches_the_pattern(pattern):

@@ -33,7 +33,11 @@ from tests.decoding.decoders import (
 )
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
-MODELS = [*(("gpt2", name) for name in DECODERS), ("llama", "greedy")]
+SHARING = ("diverse beam", "look-up", "best of n", "stream")  # the prefill of another decoder
+MODELS = [
+    *(pytest.param("gpt2", name, marks=[pytest.mark.slow] * (name in SHARING)) for name in DECODERS),
+    ("llama", "greedy"),
+]
 FAST = ("greedy", "sampled", "beam")
 TABLE = TabularLM(vocab_size=3, horizon=6)
 PARAMS = random_params(TABLE, 1)

@@ -63,6 +63,7 @@ def test_a_word_may_be_off_the_distribution_where_the_whole_answer_is_on_it():
     plt.close(drawn)
 
 
+@pytest.mark.slow
 def test_a_run_gives_every_seed_at_every_beta(monkeypatch):
     monkeypatch.setattr(sycophancy_amplification, "fine_tuned", lambda given, aim, key, config: given.lm.init(key))
     monkeypatch.setattr(sycophancy_amplification, "trained_by_dpo", lambda given, config, ref, *lane: ref)

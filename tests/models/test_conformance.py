@@ -43,6 +43,8 @@ MODELS = {  # what a layer writes into its memory depends on what the layer belo
     "tabular": TINY["tabular"],
 }
 
+FIRST = ("gpt2", "windows", "t5", "tabular")
+QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in MODELS]
 LENGTH, SLOTS = 6, 9  # tokens of a row, and slots that hold them among padding
 BEFORE = CONTEXT  # slots of padding before them, as many as the context has places
 PADDING = {
@@ -124,7 +126,7 @@ def test_cached_is_uncached_whatever_the_padding_and_the_chunks(any_model, slots
     np.testing.assert_array_equal(cache.valid, mask)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", QUICK)
 def test_cached_is_uncached_to_float64(name):
     lm = MODELS[name]
     with jax.enable_x64(True):
@@ -199,8 +201,9 @@ def test_a_vmap_over_parameters_is_each_of_them():
     np.testing.assert_allclose(results[1], apply(lm, other, jnp.asarray(tokens), None, None)[0], atol=1e-5)
 
 
-def test_eager_is_jit_apply_the_logits_of_hidden_and_one_state_can_be_unembedded(any_model):
-    lm, params = any_model
+@pytest.mark.parametrize("name", QUICK)
+def test_eager_is_jit_apply_the_logits_of_hidden_and_one_state_can_be_unembedded(name):
+    lm, params = MODELS[name], random_params(MODELS[name])
     tokens, expected = dense(lm)
     hidden, cache = lm.hidden(params, jnp.asarray(tokens))
     assert cache is None and hidden.shape[:2] == tokens.shape

@@ -119,6 +119,7 @@ def test_the_closed_form_is_what_autodiff_finds(name, dtype, record_property):
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_value_and_closed_form_are_the_same_without_jit_and_vmap(name):
     function, build = CASES[name]
@@ -130,6 +131,7 @@ def test_value_and_closed_form_are_the_same_without_jit_and_vmap(name):
     assert max(relative_errors(closed, [each[:1] for each in expected["autodiff"]])) < TOLERANCE[jnp.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_the_closed_form_holds_for_a_single_token(name):
     function, build = CASES[name]
