@@ -43,7 +43,6 @@ SIZES = {
 }
 OTHERS = {  # what a small model of the family needs beside SIZES
     **{name: {"head_dim": 8} for name in ("qwen3", "gemma", "gemma2", "gemma3_text")},
-    # Tiny too: at their default width the random scores are so large that float32 rounding moves logits by 7e-4.
     **{name: {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2} for name in ("t5", "mt5", "umt5")},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "gptj": {"rotary_dim": 4},
@@ -69,7 +68,8 @@ class Pair:
         self.base = getattr(transformers, kind).from_config(config).eval()
         with torch.no_grad():
             for parameter in self.base.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.25)
+                # T5 does not scale its scores: much noise would make one attention as good as discrete.
+                parameter.add_(torch.randn_like(parameter) * (0.05 if config.is_encoder_decoder else 0.25))
         self.base.save_pretrained(folder)
         self.loaded = models.load(folder)
         self.given = {"decoder_input_ids": torch.as_tensor(TOKENS)} if config.is_encoder_decoder else {}
