@@ -437,6 +437,7 @@ def printed_links(out):
 LINK = r"^  (\S+) +→ (\S+) +(\d\.\d+)  layer (\d+), head (\d+)$"
 
 
+@pytest.mark.slow
 def test_attention_prints_entropy_and_links_of_one_head(run, tmp_path):
     out = tmp_path / "new" / "map.png"
     command = (

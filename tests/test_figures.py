@@ -68,6 +68,7 @@ def run_module(folder, gallery, seed):
     return done.stdout, {path.name: path.read_bytes() for path in (folder / gallery).iterdir()}
 
 
+@pytest.mark.slow
 def test_the_command_draws_without_jax_and_the_same_bytes_again(folder):
     said, first = run_module(folder, "first", "1")
     _, again = run_module(folder, "again", "2")

@@ -215,6 +215,7 @@ def test_beam_search_gives_the_hypotheses_best_first(lm):
     np.testing.assert_allclose([each.log_prob for each in found], np.asarray(diverse.log_prob).reshape(-1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_how_many_are_decoded_together(lm):
     """Rows draw by their own index, and mbr's samples too; the last batch is filled up."""
     for how in ({"n": 2}, {"strategy": "mbr", "num_candidates": 2}):

@@ -68,6 +68,7 @@ def test_neither_padding_nor_batch_mates_change_a_row(model, name):
 
 
 @pytest.mark.parametrize("name", slow_but("sampled", "beam"))
+@pytest.mark.slow
 def test_the_bucket_changes_no_row(name):
     assert_same(run(name, **spread("left", 20)), expected(name))
 
@@ -94,6 +95,7 @@ def test_a_row_ends_with_its_end_which_counts_or_at_its_limit(name):
             assert not np.asarray(leaf)[~mask].any()
 
 
+@pytest.mark.slow
 def test_no_end_may_be_given_in_any_way():
     for none in (None, []):
         assert_same(on_table("beam", eos_id=none), on_table("beam"))

@@ -285,6 +285,7 @@ def test_drafts_of_the_target_itself_are_accepted_also_with_states():
 
 
 @pytest.mark.parametrize("kind", ["model", pytest.param("look-up", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_float64_parameters_give_float64_log_probabilities(x64, kind):
     draft = PromptLookup(2) if kind == "look-up" else DraftModel(LM, random_params(LM, 2, dtype=jnp.float64))
     params = random_params(LM, 1, dtype=jnp.float64)

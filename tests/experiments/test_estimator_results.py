@@ -66,6 +66,7 @@ def test_on_policy_gradients_are_what_the_table_says_to_ten_digits(name):
     assert_promised(number("kl_gradients", f"{name}: distance"), 0, within=0, at_most=1e-10)
 
 
+@pytest.mark.slow
 def test_the_minimum_over_independent_tokens_is_the_librarys():
     best = kl_gradients.lowest_divergence()
     with jax.enable_x64(True):

@@ -161,6 +161,7 @@ def world():
     return tools, world, pairs
 
 
+@pytest.mark.slow
 def test_pairs_are_judged_by_the_distribution_of_bradley_and_terry(world):
     """The expected share of pairs whose chosen answer scores higher, and the probabilities of the labels: to z < 4."""
     tools, world, pairs = world

@@ -45,6 +45,7 @@ def table():
         return experiment.on_table(config, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_exact_optima_of_dpo_and_rlhf_lie_on_the_distribution(table):
     assert (table["reference"][10], table["share"][10], table["beta"][10]) == (0.5, 0.9, 1)
     assert table["prediction"][10] == pytest.approx(1 / (1 + 9.0**-1)) and len(table["prediction"]) == 12

@@ -124,6 +124,7 @@ def test_the_other_families_agree_on_logits_and_greedy_tokens_and_come_back_from
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_bfloat16_parameters_give_float32_logits_nearby(name):
     """Measured in standard deviations of the logits: at most 0.083 at the worst place, 0.017 in root mean square.
 

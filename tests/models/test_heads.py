@@ -71,6 +71,7 @@ def test_what_is_no_reward_model_is_refused(gpt2, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])
+@pytest.mark.slow
 def test_checkpointed_blocks_change_no_value_and_keep_less_for_the_gradient(name):
     lm = TINY[name]
     saving = dataclasses.replace(lm, checkpoint_blocks=True)

@@ -720,6 +720,7 @@ def test_the_code_that_a_tokenizer_brings_never_runs_and_nobody_is_asked(with_to
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_loading_says_nothing(with_tokenizer):
     """transformers tells, when it is imported, that PyTorch was not found."""
     code = f"from jaxrl_llm import models; print(models.load({str(with_tokenizer)!r}).tokenizer.eos_token)"

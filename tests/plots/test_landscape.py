@@ -334,6 +334,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_the_figure_is_legible(name):
     assert_legible(landscape.landscape_figure(CASES[name], model="tiny_gpt$2$", paths=[PATH]))
 

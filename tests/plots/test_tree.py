@@ -101,6 +101,7 @@ def assert_legible(figure: Figure):
 
 
 @pytest.mark.parametrize("shape", [{}, {"branching": 1}, {"missing": 0.5, "ending": 0.2}, {"branching": 3, "depth": 3}])
+@pytest.mark.slow
 def test_labels_of_a_tree_figure_do_not_overlap(shape):
     assert_legible(trees.tree_figure(make_tree(**shape), model="gpt_2 $"))
 

@@ -65,6 +65,7 @@ def test_in_float32_too(quadratic):
 
 
 @pytest.mark.parametrize("time", [4, 16])
+@pytest.mark.slow
 def test_the_centre_is_the_loss_bit_for_bit(small, time):
     """Of a surface, however large its blocks, and of a section."""
     lm, (_, params, directions), axis = TINY["gpt2"], small, landscape.axis(1, 3)
