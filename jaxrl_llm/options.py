@@ -162,7 +162,7 @@ class Checked:
     """A dataclass whose fields are checked by their names, types and ranges when it is made."""
 
     def __new__(cls, *args: Any, **keywords: Any) -> Any:
-        """Refuse a keyword that is no field, with the nearest one."""
+        """Refuse a keyword that is not a field, and name the nearest one."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:
             if name not in names:

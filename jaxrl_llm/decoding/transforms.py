@@ -785,7 +785,7 @@ def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
     """Return the transform that forbids sequences of one token or more, as a table on the device.
 
     Raises:
-        ValueError: if there is no sequence, one is empty, or a token is not in the vocabulary.
+        ValueError: if no sequence is given, one is empty, or a token is not in the vocabulary.
     """
     sequences = [[sequence] if isinstance(sequence, int | np.integer) else list(sequence) for sequence in sequences]
     if not sequences or not all(sequences):

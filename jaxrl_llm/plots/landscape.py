@@ -129,7 +129,7 @@ BEYOND = "#dfe3e7"  # colour of losses beyond the limits, and of the colour bar'
 def loss_limits(surfaces: Sequence[Any]) -> tuple[float, float]:
     """Return the lowest and the highest loss of these surfaces, for panels that share one scale.
 
-    If losses are not all positive there is no log scale, and a few huge losses would leave one colour for all others.
+    A log scale needs positive losses. Without one, a few huge losses would leave a single colour for all others.
     Then the scale ends at the 90th percentile if the highest loss is more than `TAIL` times as far from the lowest.
     """
     grids = [read_grid(surface) for surface in surfaces]

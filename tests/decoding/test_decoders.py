@@ -148,7 +148,7 @@ def test_a_sequence_of_transforms_is_a_chain_and_is_heeded(name):
     + [(name, jnp.float64) for name in ("stochastic beam", "contrastive", "look-up", "best of n")],
 )
 def test_log_probabilities_are_float32_or_wider_and_a_result_prints_shortly(name, dtype):
-    """Of an empty batch."""
+    """The result of a decoder for an empty batch."""
     with jax.enable_x64(dtype == jnp.float64):
         params = random_params(TABLE, 1, dtype=dtype)
         found = jax.eval_shape(lambda params: on_table(name, np.zeros((0, 3), int), params=params), params)

@@ -45,7 +45,7 @@ def test_the_goldens_try_what_they_should():
 
 
 def test_logits_and_attention_weights_agree(golden):
-    """Of all rows together, and of each without the others and without padding."""
+    """All rows together agree, and each without the others and without padding."""
     loaded, expected = golden
     source, mask, target = (expected[name] for name in ("source", "mask", "target"))
     logits = logits_of(loaded.model, loaded.params, source, mask, target)

@@ -117,7 +117,7 @@ def test_transformers_loads_what_we_save(theirs, family, tied, scaled, tmp_path)
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("collapse", [True, False])
 def test_spiece_model_reads_as_sentencepiece_does(theirs, bytes_, prefix, collapse, tmp_path):
-    """Of random texts, with sentinels among the pieces as mT5 has them."""
+    """The tokens of random texts, with sentinels among the pieces as mT5 has them, are SentencePiece's."""
     import io
 
     import sentencepiece
