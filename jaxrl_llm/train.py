@@ -17,22 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_llm import models
-from jaxrl_llm.data.records import Text
 from jaxrl_llm.interface import LM
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
 from jaxrl_llm.objectives.preference import kto_loss
 from jaxrl_llm.options import takes
-from jaxrl_llm.scoring import pad_completions
 from jaxrl_llm.training import recipes
-from jaxrl_llm.training.batches import Encoder, rounded
 from jaxrl_llm.training.config import (
     Config,
     Data,
@@ -340,7 +334,7 @@ def _online(
 class RewardModel(LoadedReward):
     """A reward model, as `reward` returns it and `RewardModel.load` reads it from a folder.
 
-    It has the attributes `head`, `params`, `tokenizer` and `config`.
+    It has the attributes `head`, `params`, `tokenizer` and `config`, and scores texts by `score`.
     """
 
     @classmethod
@@ -357,56 +351,10 @@ class RewardModel(LoadedReward):
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"RewardModel({type(self.head.lm).__name__}, {size / 1e6:.3g}M parameters)"
 
-    def score(
-        self, prompts: str | Sequence[Text], completions: str | Sequence[Text], *, batch_size: int = 16
-    ) -> float | list[float]:
-        """Return the score of each completion after its prompt, at the completion's last token.
-
-        Args:
-            prompts, completions: one completion for each prompt, strings or lists of messages; a single prompt may have
-                several completions. Two strings give a number.
-            batch_size: rows of one forward pass. Scores do not depend on it, up to rounding.
-
-        Raises:
-            ValueError: unless there is one completion for each prompt, or if a row does not fit the model's context.
-        """
-        if _is_one(completions):
-            return self.score(prompts, [completions], batch_size=batch_size)[0]
-        prompts = [prompts] * len(completions) if _is_one(prompts) else prompts
-        if len(prompts) != len(completions):
-            raise ValueError(
-                f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
-            )
-        encode = Encoder(self.tokenizer, max_length=self.head.lm.max_length, cut="raise")
-        rows = [
-            encode(asked if isinstance(asked, str) else tuple(asked), [each if isinstance(each, str) else tuple(each)])
-            for asked, each in zip(prompts, completions, strict=True)
-        ]
-        found: list[float] = []
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            longest = max(len(row.prompt) + len(row.completions[0]) for row in part)
-            batch = pad_completions(
-                [row.prompt for row in part],
-                [row.completions[0] for row in part],
-                length=min(rounded(longest, 32), self.head.lm.max_length),
-            )
-            scores = _scores(self.head, self.params, jnp.asarray(batch.tokens), jnp.asarray(batch.mask))
-            found += np.asarray(scores, float).tolist()
-        return found
-
     def save(self, folder: Folder) -> None:
         """Write a folder that `load` and transformers load, as `...ForSequenceClassification` with one label."""
-        save_reward_model(folder, self.head, self.params, self.tokenizer)
-
-
-def _is_one(texts: Any) -> bool:
-    """Return whether this is one string or one conversation."""
-    return isinstance(texts, str) or (len(texts) > 0 and all(isinstance(each, Mapping) for each in texts))
+        save_reward_model(folder, self.head, self.params, self.tokenizer, config=self.config)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-_scores = jax.jit(lambda head, params, tokens, mask: head.scores(params, tokens, mask=mask), static_argnums=0)

@@ -236,7 +236,7 @@ def test_a_reward_model_scores_completions_and_is_saved(model, tmp_path):
     assert len(repr(scorer)) < 60
     with pytest.raises(ValueError, match="one completion for each prompt, but there are 1 for 2"):
         scorer.score(["a", "b"], ["c"])
-    with pytest.raises(ValueError, match="are longer than 64"):
+    with pytest.raises(ValueError, match="a text of 66 tokens is longer than the context, 64"):
         scorer.score(["a"], [" word" * 64])
 
 

@@ -453,7 +453,7 @@ def _reward(run: Run) -> tuple[Callable[[list[records.Prompt]], rewards.RewardFn
     config: GRPOConfig = run.config
     if config.reward_model is not None or isinstance(config.reward, LoadedReward):
         found = config.reward or load_reward_model(config.reward_model)
-        if found.head.lm.vocab_size != run.lm.vocab_size:
+        if found.head.lm.vocab_size < run.lm.vocab_size:  # a saved one may have a padding token more
             raise ValueError(
                 f"the reward model must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
                 f"but has {found.head.lm.vocab_size}."

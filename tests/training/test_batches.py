@@ -67,6 +67,22 @@ def test_conversations_go_through_the_template_and_completions_are_what_they_add
     assert all(each.count(EOS) == 1 for each in completions)
 
 
+def test_a_reward_model_reads_each_ranked_text_as_one_to_the_end_of_the_template(chat):
+    """Tokens may span the boundary to the prompt; after the end of turn comes the template's newline."""
+    encode = Encoder(chat, max_length=64)
+    said = [({"role": "assistant", "content": each},) for each in ("Hello", "\n\nHe")]
+    prompt, completions = encode((user("Hi"),), said, whole=True)
+    assert [chat.decode(each) for each in completions] == [" Hello<|endoftext|>\n", " \n\nHe<|endoftext|>\n"]
+    for each, turn in zip(completions, said, strict=True):
+        assert prompt + each == chat.apply_chat_template([user("Hi"), *turn])["input_ids"]
+    prompt, completions = encode("The se", ["a", " is"], whole=True)
+    assert chat("The sea")["input_ids"] + [EOS] == prompt + completions[0]
+    assert chat("The se is")["input_ids"] + [EOS] == prompt + completions[1]
+    assert encode("", ["Once"], whole=True) == ([], [[*chat("Once")["input_ids"], EOS]])
+    cut, (yes, no) = Encoder(chat, max_length=16)("word " * 30, ["yes", "no, by no means"], whole=True)
+    assert chat.decode(cut + yes).endswith("word yes<|endoftext|>") and len(cut + no) == 16
+
+
 def test_a_string_among_conversations_is_encoded_as_one_of_them(chat):
     encode = Encoder(chat, max_length=64)
     said = {"role": "assistant", "content": "Hello"}
