@@ -175,7 +175,7 @@ def reward(
 ) -> RewardModel:
     """Train a reward model on preferences or rankings.
 
-        loss = −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts
+        loss = −log σ(r_better − r_worse − margin), the mean over a prompt's pairs, then over prompts
 
         scorer = jl.train.reward("tiny-gpt2", "pairs.jsonl", steps=100)
         scorer.score(["The king"], [" is wise."])
@@ -183,7 +183,8 @@ def reward(
     Args:
         lm: a model (`jl.load`), its name or its path; its weights are trained too.
         data: a path or dicts, in one of two formats: {"prompt", "chosen", "rejected"}, or {"prompt", "answers"}, best
-            first or with "ranks", 0 for the best.
+            first or with "ranks", 0 for the best. A pair may have a "margin", the lead in score that it asks for (0
+            otherwise); or the margin comes from scores in the data, see `score_margin`.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -205,7 +206,9 @@ def reward(
     config = _configured(RewardConfig, config, options)
     run = recipes.begin(lm, config, out, verbose=verbose)
     head = ScalarHead(run.lm)
-    objective = Objective("reward", reward_loss(head, centering=config.centering), "ranked", ("loss", "accuracy"))
+    kind, scale = ("rated", config.score_margin) if config.score_margin else ("ranked", 1.0)
+    loss = reward_loss(head, centering=config.centering, margin_scale=scale)
+    objective = Objective("reward", loss, kind, ("loss", "accuracy"))
     view = compute_in(config.dtype) if config.dtype == "bfloat16" else None
     trained = Trained(head.init(run.keys.head, run.loaded.params), Frozen(), view)
     params = recipes.fit(run, data, objective, trained, samples=False)

@@ -173,6 +173,7 @@ class Rows(NamedTuple):
     label: Any = None
     mismatched: int | None = None  # of unpaired preferences: most tokens of the prompt with another's completion
     fields: Mapping[str, float] = {}  # numbers of the line beside its text
+    margins: Sequence[float] = ()  # of the completions of a ranking
 
     @property
     def lengths(self) -> list[int]:
@@ -243,7 +244,10 @@ def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
     completions = Sequences(*(leaf.reshape(len(rows), most, -1) for leaf in flat))
     ranks = np.asarray([[*row.label, *[0] * (most - len(row.label))] for row in rows], np.int32)
     real = np.asarray([[place < len(row.completions) for place in range(most)] for row in rows])
-    return RankedBatch(completions, ranks, real)
+    margins = np.zeros((len(rows), most), np.float32)
+    for place, row in enumerate(rows):
+        margins[place, : len(row.margins)] = row.margins
+    return RankedBatch(completions, ranks, real, margins)
 
 
 def _of_one_length(rows: list[Rows], *sides: list[list[int]], multiple: int) -> list[Sequences]:
@@ -260,7 +264,7 @@ def rounded(length: Length, multiple: int) -> Length:
 
 def _ranked_rows(encoder: Encoder, record: records.Ranked) -> Rows:
     """Return a ranking as tokens, in which completions of different ranks are still different."""
-    rows = Rows(*encoder(record.prompt, record.completions, whole=True), record.ranks)
+    rows = Rows(*encoder(record.prompt, record.completions, whole=True), record.ranks, margins=record.margins)
     return _all_different(encoder, rows, record.ranks)
 
 
@@ -300,6 +304,7 @@ KINDS: dict[str, Kind] = {  # by the names of TRL, where it has them
         records.unpaired_preference, lambda encoder, record, room: _unpaired_rows(encoder, record), unpaired_preferences
     ),
     "ranked": Kind(records.ranked, lambda encoder, record, room: _ranked_rows(encoder, record), ranked),
+    "rated": Kind(records.rated, lambda encoder, record, room: _ranked_rows(encoder, record), ranked),
 }
 
 

@@ -101,6 +101,9 @@ class RewardConfig(OfflineConfig):
 
     centering: float = number(0.0, 0)
     """Weight of the squared sum of two scores, which holds the scores around 0."""
+    score_margin: float = number(0.0, 0)
+    """Margin of a pair per unit of the difference between "score_chosen" and "score_rejected", or between the "scores"
+    of answers, which every line must then have; at 0 they do not count. The "margin" of a line always counts."""
 
     def __post_init__(self):
         super().__post_init__()

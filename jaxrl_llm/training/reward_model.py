@@ -20,10 +20,13 @@ class RankedBatch(NamedTuple):
     completions: Sequences  # leaves [prompts, K, time]
     ranks: Int[Array, "prompts K"]  # 0 is best, equal ranks are ties
     real: Bool[Array, "prompts K"]  # false where a prompt has fewer completions
+    margins: Float[Array, "prompts K"] | None = None  # completion i should lead j by margins[i] − margins[j]
 
 
-def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
-    """Return the K-choose-2 loss: −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts.
+def reward_loss(head: ScalarHead, *, centering: float = 0.0, margin_scale: float = 1.0) -> LossFn:
+    """Return the K-choose-2 loss, the mean over a prompt's pairs, then over prompts.
+
+        L = −log σ(r_i − r_j − c (m_i − m_j)),   i better than j, m the batch's margins, c their scale
 
     The batch is a `RankedBatch`; the parameters are the head's. Metrics: `accuracy`, the share of pairs in the right
     order (a tie of scores counts half), `margin`, their mean difference in score, and `score`, the mean.
@@ -31,13 +34,15 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
     Args:
         centering: weight of (r_i + r_j)², averaged as the loss is. It holds the scores around 0, as comparisons leave
             their level free.
+        margin_scale: c.
 
-    Source: Ouyang et al. 2022, eq. 1; centering: Eisenstein et al. 2023.
+    Source: Ouyang et al. 2022, eq. 1; margins: Touvron et al. 2023, eq. 2; centering: Eisenstein et al. 2023.
     """
 
     def loss(params: Params, batch: RankedBatch, frozen: Frozen | None, key: Array) -> Loss:
         scores = _scores(head, params, batch.completions)
-        per_prompt = reward_model.k_choose_2_loss(scores, batch.ranks, batch.real)
+        led = scores if batch.margins is None else scores - margin_scale * batch.margins
+        per_prompt = reward_model.k_choose_2_loss(led, batch.ranks, batch.real)
         pairs = _ordered_pairs(batch)
         value = per_prompt.mean()
         if centering:

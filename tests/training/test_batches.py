@@ -239,6 +239,7 @@ def ragged(kind, count=7):
                 "preference": Preference(asked, *answers[:2]),
                 "unpaired-preference": UnpairedPreference(asked, answers[0], i % 2 == 0),
                 "ranked": Ranked(asked, answers, tuple(range(len(answers)))),
+                "rated": Ranked(asked, answers, tuple(range(len(answers))), tuple(map(float, range(len(answers))))),
             }[kind]
         )
     return found
@@ -246,7 +247,7 @@ def ragged(kind, count=7):
 
 def counted(kind, batch):
     """Real tokens and places of a batch, from its arrays."""
-    if kind == "ranked":
+    if kind in ("ranked", "rated"):
         return int((batch.completions.mask & batch.real[..., None]).sum()), batch.completions.mask.size
     sides = [batch[side] for side in {"preference": (0, 1), "unpaired-preference": (0, 2)}.get(kind, ())] or [batch]
     return sum(int(side.mask.sum()) for side in sides), sum(side.mask.size for side in sides)
@@ -282,11 +283,12 @@ def test_batches_hold_the_texts_of_their_records(kind):
             np.testing.assert_array_equal(batch.desirable, [record.label for record in found])
             others = [found[place - 1].completion for place in range(3)]
             assert rows_as_text(batch.mismatched) == [f"{a}{b}`" for a, b in zip(prompts, others, strict=True)]
-        case "ranked":
+        case "ranked" | "rated":
             for row, record in enumerate(found):
                 there = rows_as_text([leaf[row][batch.real[row]] for leaf in batch.completions])
                 assert there == [f"{record.prompt}{each}`" for each in record.completions]
                 np.testing.assert_array_equal(batch.ranks[row][batch.real[row]], record.ranks)
+                np.testing.assert_array_equal(batch.margins[row].sum(), sum(record.margins))
     assert batches.describe(1).startswith("rows ")
 
 
