@@ -38,10 +38,9 @@ from jaxrl_llm.training.config import (
 )
 from jaxrl_llm.training.policy import Method
 from jaxrl_llm.training.preference import find_loss, preference_loss
-from jaxrl_llm.training.recipes import Objective, Trained
+from jaxrl_llm.training.recipes import Objective
 from jaxrl_llm.training.reward_model import reward_loss
 from jaxrl_llm.training.rewards import function_at
-from jaxrl_llm.training.steps import Frozen, compute_in
 from jaxrl_llm.training.supervised import sft_loss
 
 __all__ = ["RewardModel", "dpo", "grpo", "ppo", "reward", "sft"]
@@ -209,12 +208,13 @@ def reward(
     kind, scale = ("rated", config.score_margin) if config.score_margin else ("ranked", 1.0)
     loss = reward_loss(head, centering=config.centering, margin_scale=scale)
     objective = Objective("reward", loss, kind, ("loss", "accuracy"))
-    view = compute_in(config.dtype) if config.dtype == "bfloat16" else None
-    trained = Trained(head.init(run.keys.head, run.loaded.params), Frozen(), view)
+    trained = recipes.trained_of(run, head=head)
     params = recipes.fit(run, data, objective, trained, samples=False)
-    found = RewardModel(ScalarHead(run.loaded.model), params, run.loaded.tokenizer, run.loaded.config)
+    whole = params | {"model": trained.merged(params["model"])}
+    found = RewardModel(ScalarHead(run.loaded.model), whole, run.loaded.tokenizer, run.loaded.config)
     if run.out is not None:
         found.save(run.out)
+        recipes.save_adapters(run, trained, params["model"], head=params["head"])
         run.say(f"The reward model is in {run.out}.")
     return found
 

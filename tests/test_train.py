@@ -1,6 +1,7 @@
 """Whole runs: from files to folders by the command line, and from Python with data in memory."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -184,6 +185,54 @@ def test_adapters_are_saved_beside_the_merged_model(folder, model):
     assert saved["base_model_name_or_path"] == str(folder / "model")
 
 
+def test_a_reward_model_is_trained_by_adapters_and_an_adapter_is_trained_on(folder, model):
+    """Its adapter holds the head; training goes on from it, and the whole is a model anywhere."""
+    first, again = folder / "reward_lora", folder / "sft_lora"
+    options = OPTIONS | {"verbose": False, "lora_rank": 2, "lora_targets": "all-linear", "lora_dropout": 0.25}
+    scorer = train.reward(folder / "model", folder / "ranked.jsonl", out=first, **options)
+    changed = [
+        not np.array_equal(*pair) for pair in zip(leaves(scorer.params["model"]), leaves(model.params), strict=True)
+    ]
+    assert sum(changed) == 4, "the kernels of the one layer"
+    from_adapter, whole = train.RewardModel.load(first / "adapter"), train.RewardModel.load(first)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), from_adapter.params, scorer.params)
+    scores = scorer.score(["Say 1:", "Say 2:"], [" a", " b"])
+    for each in (from_adapter, whole):
+        assert each.score(["Say 1:", "Say 2:"], [" a", " b"]) == pytest.approx(scores, abs=1e-5)
+    config = json.loads((first / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.25 and config["base_model_name_or_path"] == str(folder / "model")
+    with pytest.raises(
+        ValueError, match=r"lora_from must be an adapter of the model, but .*adapter is the model, with"
+    ):
+        train.sft(first / "adapter", LINES["sft"], lora_from=first / "adapter", **OPTIONS, verbose=False)
+    still = OPTIONS | {"steps": 1, "learning_rate": 0.0, "verbose": False, "lora_from": first / "adapter"}
+    kept = train.dpo(folder / "model", LINES["pairs"], out=again, **still)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), kept.params, scorer.params["model"])
+    assert RunLog(again / "log.jsonl").rows()[0]["loss"] == pytest.approx(np.log(2), abs=1e-6), (
+        "the start is the reference"
+    )
+    saved = json.loads((again / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["task_type"], saved["lora_dropout"]) == (2, "CAUSAL_LM", 0.0)
+    assert_saved(again / "adapter", jl.load(again / "adapter").params)
+    assert jl.load(again / "adapter").generate("Say", max_new_tokens=2, greedy=True)[0].tokens
+
+
+@pytest.mark.slow
+def test_a_critic_is_trained_by_adapters_too(folder, model):
+    """It starts at 0 as one that is trained whole, and its base is that of the policy."""
+    online = OPTIONS | {"max_new_tokens": 6, "verbose": False, "lora_rank": 2, "lora_rslora": True}
+    run = recipes.begin(model, PPOConfig(reward=vowels, lora_rank=2), verbose=False)
+    trained = recipes.trained_of(run, reference=True, critic=models.ScalarHead(model.model))
+    assert sum(leaf.size for leaf in leaves(trained.params)) < 0.02 * sum(leaf.size for leaf in leaves(model.params))
+    seen = jax.jit(trained.view)(trained.params, trained.frozen)
+    assert_same(seen["policy"], model.params)
+    assert_same(seen["critic"], {"model": model.params, "head": np.zeros(16)})
+    train.ppo(model, LINES["prompts"], reward=vowels, out=folder / "ppo_lora", **online)
+    rows = RunLog(folder / "ppo_lora" / "log.jsonl").rows()
+    assert rows[0]["value_loss"] > 0 and rows[1]["explained_variance"] != rows[0]["explained_variance"]
+    assert json.loads((folder / "ppo_lora" / "adapter" / "adapter_config.json").read_text())["use_rslora"]
+
+
 @pytest.mark.slow
 def test_online_runs_use_a_reward_model_or_a_function(folder, model):
     scorer = train.reward(model, LINES["ranked"], out=folder / "reward", **OPTIONS | {"steps": 4}, verbose=False)
@@ -340,7 +389,30 @@ def test_what_data_leave_out_is_reported(model, capsys):
         ("sft", ("model", "sft"), {"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number"),
         ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, but is 'mid"),
         ("sft", ("model", "sft"), {"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16"),
-        ("reward", ("model", "ranked"), {"lora_rank": 2}, ValueError, "lora_rank must be 0, as a reward model"),
+        ("reward", ("model", "ranked"), {"lora_dropout": 0.1}, ValueError, "lora_dropout is of adapters, which"),
+        (
+            "sft",
+            ("model", "sft"),
+            {"lora_targets": "c_attn"},
+            ValueError,
+            "lora_targets is of adapters, which lora_rank",
+        ),
+        ("dpo", ("model", "pairs"), {"lora_rank": 2, "lora_dropout": 1.0}, ValueError, "lora_dropout must be below 1"),
+        (
+            "dpo",
+            ("model", "pairs"),
+            {"lora_rank": 2, "lora_targets": ["q"]},
+            ValueError,
+            "targets must be among c_attn",
+        ),
+        ("sft", ("model", "sft"), {"lora_rank": 2, "lora_from": "a"}, ValueError, "must be left out with lora_from"),
+        (
+            "sft",
+            ("model", "sft"),
+            {"lora_from": "nowhere"},
+            FileNotFoundError,
+            "nowhere must be a folder .* has no adap",
+        ),
         ("dpo", ("model", "pairs"), {"loss": "ppo"}, ValueError, "the loss must be one of dpo, .*kto, but is 'ppo'"),
         ("dpo", ("model", "pairs"), {"loss_kwargs": {"gamma": 1}}, ValueError, "the loss dpo has no gamma"),
         ("dpo", ("model", "pairs"), {"loss": "math:pi"}, ValueError, "loss must be a function, but math:pi is a float"),

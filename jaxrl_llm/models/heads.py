@@ -9,6 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm import text
 from jaxrl_llm.data.records import Message, Text, alike
 from jaxrl_llm.language_model import LanguageModel, Params
-from jaxrl_llm.models import families, huggingface, loading
+from jaxrl_llm.models import families, huggingface, loading, lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +242,13 @@ def _widened(lm: LanguageModel, params: Params, vocab_size: int) -> tuple[Langua
 
 
 def load_reward_model(path: str | os.PathLike[str], *, dtype: Any = None) -> LoadedReward:
-    """Load a reward model that `save_reward_model` or transformers has written.
+    """Load a reward model that `save_reward_model` or transformers has written, or an adapter of one.
 
     Raises:
         FileNotFoundError, ValueError: as `models.load`, or if the folder has no head of one label.
     """
     loaded = loading.load(path, dtype=dtype)
-    score = dict(huggingface.stored_tensors(loading.locate(path))).get(huggingface.SCORE)
+    score = _score(loading.locate(path))
     if score is None or score.shape[0] != 1:
         raise ValueError(
             f"{path} is not a reward model: {huggingface.SCORE} must be [1, width], "
@@ -255,3 +256,11 @@ def load_reward_model(path: str | os.PathLike[str], *, dtype: Any = None) -> Loa
         )
     params = {"model": loaded.params, "head": jnp.asarray(score[:][0], jnp.float32 if dtype is None else dtype)}
     return LoadedReward(ScalarHead(loaded.model), params, loaded.tokenizer, loaded.config)
+
+
+def _score(folder: Path) -> Any:
+    """Return the head that a folder holds, or None; an adapter without one has its base's."""
+    if not lora.is_adapter(folder):
+        return dict(huggingface.stored_tensors(folder)).get(huggingface.SCORE) if folder.is_dir() else None
+    found = lora.head_of(folder)
+    return _score(loading.locate(lora.base_of(folder))) if found is None else found

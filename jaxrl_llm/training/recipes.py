@@ -18,9 +18,9 @@ from jaxrl_llm import models, text
 from jaxrl_llm.data import records
 from jaxrl_llm.decoding.transforms import TopP
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
+from jaxrl_llm.models import lora as adapters
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
 from jaxrl_llm.training import loop, rewards
-from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import LOGGING, Config, Data, GRPOConfig, OfflineConfig
@@ -135,7 +135,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     owned = isinstance(lm, str | os.PathLike)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
     path = name if owned else getattr(lm, "path", "")
-    begun = _check_folder([name, getattr(config, "reward_model", None)], config, out)
+    begun = _check_folder([name, getattr(config, "reward_model", None), config.lora_from], config, out)
     loaded = models.load(lm) if owned else _as_loaded(lm)
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
@@ -257,32 +257,86 @@ class Trained(NamedTuple):
 
     def model(self, params: Params) -> Params:
         """Return the model's parameters, with the adapters merged."""
-        policy = self.policy(params)
-        return policy if self.lora is None else self.lora.merge(self.frozen.base, policy)
+        return self.merged(self.policy(params))
+
+    def merged(self, trained: Params) -> Params:
+        """Return the parameters of a model of which these are trained: all, or adapters."""
+        return trained if self.lora is None else self.lora.merge(self.frozen.base, trained)
 
 
-def trained_of(run: Run, *, reference: bool = False, critic: ScalarHead | None = None) -> Trained:
-    """Return all weights or adapters to be trained, and a critic's.
+def trained_of(
+    run: Run, *, reference: bool = False, critic: ScalarHead | None = None, head: ScalarHead | None = None
+) -> Trained:
+    """Return all weights or adapters to be trained, and a critic's, or with `head` those of a reward model.
 
-    The reference is the model as it was given, in the type that the policy computes in: at first they are equal.
+    The reference is the model that training starts from, in the type that the policy computes in: at first they are
+    equal. A critic computes in float32.
     """
     config, params = run.config, run.loaded.params
     narrow = compute_in(config.dtype) if config.dtype == "bfloat16" else None
-    view, trained, base, lora = narrow, params, None, None
-    if config.lora_rank:
-        lora = adapters.lora(run.loaded.model, rank=config.lora_rank, alpha=config.lora_alpha)
-        merged = lora.view()
-        view = merged if narrow is None else lambda trained, frozen: narrow(merged(trained, frozen), frozen)
-        trained, base = lora.init(run.keys.adapters), params
+    trained, base, view = params, None, None
+    lora, adapter = _adapters(run)
+    if lora is not None:
+        trained, base, view = adapter, params, lora.view()
+    whole = view
+    if head is not None:
+        trained, view = head.init(run.keys.head, params) | {"model": trained}, _within("model", view)
+    view = _then(view, narrow)
     ref = None
     if reference:
-        ref = params if narrow is None else narrow(params, None)
+        ref = params if config.lora_from is None else lora.merge(params, adapter)
+        ref = ref if narrow is None else narrow(ref, None)
     if critic is not None:
-        of_policy = view
-        trained = {"policy": trained, "critic": critic.init(run.keys.head, params, zero=True)}
-        if of_policy is not None:
-            view = lambda params, frozen: params | {"policy": of_policy(params["policy"], frozen)}  # noqa: E731
+        values = critic.init(run.keys.head, params, zero=True)
+        if lora is not None:
+            values["model"] = lora.init(jax.random.fold_in(run.keys.adapters, 1))
+        trained = {"policy": trained, "critic": values}
+        view = _then(_within("policy", view), _within("critic", _within("model", whole)))
     return Trained(trained, Frozen(ref, base), view, lora, critic)
+
+
+def _adapters(run: Run) -> tuple[adapters.Lora | None, adapters.Adapter | None]:
+    """Return the layers that have adapters, with adapters to start from; None if all weights are trained.
+
+    Raises:
+        ValueError, FileNotFoundError: as `lora.lora` and `lora.load`, or if the adapter to start from is merged
+            already.
+    """
+    config, model = run.config, run.loaded.model
+    dropout = getattr(config, "lora_dropout", 0.0)
+    if config.lora_from is not None:
+        if run.path and Path(run.path).expanduser().resolve() == Path(config.lora_from).expanduser().resolve():
+            raise ValueError(
+                f"lora_from must be an adapter of the model, but {run.path} is the model, with the adapter merged: "
+                f"give its base model, {adapters.base_of(Path(config.lora_from))}."
+            )
+        lora, adapter = adapters.load(config.lora_from, model)
+        return dataclasses.replace(lora, dropout=dropout), adapter
+    if not config.lora_rank:
+        return None, None
+    lora = adapters.lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        rslora=config.lora_rslora,
+        dropout=dropout,
+    )
+    return lora, lora.init(run.keys.adapters)
+
+
+def _within(name: str, view: View | None) -> View | None:
+    """Return the view that applies another one to one entry of the parameters."""
+    if view is None:
+        return None
+    return lambda params, frozen, key=None: params | {name: view(params[name], frozen, key)}
+
+
+def _then(first: View | None, second: View | None) -> View | None:
+    """Return the view that applies two, one after the other."""
+    if first is None or second is None:
+        return second if first is None else first
+    return lambda params, frozen, key=None: second(first(params, frozen, key), frozen, key)
 
 
 def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
@@ -290,10 +344,16 @@ def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
     loaded = dataclasses.replace(run.loaded, params=trained.model(params))
     if run.out is not None:
         models.save(run.out, loaded.model, loaded.params, loaded.tokenizer, config=loaded.config)
-        if trained.lora is not None:
-            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.path)
+        save_adapters(run, trained, trained.policy(params))
         run.say(f"The model is in {run.out}.")
     return loaded
+
+
+def save_adapters(run: Run, trained: Trained, adapter: adapters.Adapter, *, head: Array | None = None) -> None:
+    """Save trained adapters, if there are any, in the run's folder `adapter`; with the head of a reward model."""
+    if trained.lora is not None:
+        base = os.path.abspath(run.path) if run.path and Path(run.path).expanduser().exists() else run.path
+        adapters.save(run.out / "adapter", trained.lora, adapter, base=base, head=head)
 
 
 # Offline runs ---------------------------------------------------------------------------------------------------------

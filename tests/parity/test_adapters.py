@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import models
-from jaxrl_llm.models import ScalarHead, families
-from jaxrl_llm.training import lora
+from jaxrl_llm.models import ScalarHead, families, lora
 from tests.conftest import TINY, random_params
 
 pytestmark = pytest.mark.parity
