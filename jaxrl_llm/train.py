@@ -180,7 +180,8 @@ def reward(
         scorer.score(["The king"], [" is wise."])
 
     Args:
-        lm: a model (`jl.load`), its name or its path; its weights are trained too.
+        lm: a model (`jl.load`), its name or its path; its weights are trained too. Or a `RewardModel` or its path,
+            whose head is trained further.
         data: a path or dicts, in one of two formats: {"prompt", "chosen", "rejected"}, or {"prompt", "answers"}, best
             first or with "ranks", 0 for the best. A pair may have a "margin", the lead in score that it asks for (0
             otherwise); or the margin comes from scores in the data, see `score_margin`.

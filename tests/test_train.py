@@ -204,9 +204,17 @@ def test_a_reward_model_is_trained_by_adapters_and_an_adapter_is_trained_on(fold
     with pytest.raises(
         ValueError, match=r"lora_from must be an adapter of the model, but .*adapter is the model, with"
     ):
-        train.sft(first / "adapter", LINES["sft"], lora_from=first / "adapter", **OPTIONS, verbose=False)
-    still = OPTIONS | {"steps": 1, "learning_rate": 0.0, "verbose": False, "lora_from": first / "adapter"}
-    kept = train.dpo(folder / "model", LINES["pairs"], out=again, **still)
+        train.reward(first / "adapter", LINES["ranked"], lora_from=first / "adapter", **OPTIONS, verbose=False)
+    still = OPTIONS | {"steps": 1, "learning_rate": 0.0}
+    for start in (scorer, first, first / "adapter"):
+        run = recipes.begin(start, RewardConfig(), verbose=False)
+        np.testing.assert_array_equal(recipes.trained_of(run, head=scorer.head).params["head"], scorer.params["head"])
+        with pytest.raises(ValueError, match=r"must be a language model, but .* is a reward model"):
+            recipes.trained_of(run)
+    still |= {"lora_from": first / "adapter"}
+    run = recipes.begin(folder / "model", RewardConfig(**still), out=folder / "none", verbose=False)
+    np.testing.assert_array_equal(recipes.trained_of(run, head=scorer.head).params["head"], scorer.params["head"])
+    kept = train.dpo(folder / "model", LINES["pairs"], out=again, verbose=False, **still)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), kept.params, scorer.params["model"])
     assert RunLog(again / "log.jsonl").rows()[0]["loss"] == pytest.approx(np.log(2), abs=1e-6), (
         "the start is the reference"

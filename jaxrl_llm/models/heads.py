@@ -248,7 +248,7 @@ def load_reward_model(path: str | os.PathLike[str], *, dtype: Any = None) -> Loa
         FileNotFoundError, ValueError: as `models.load`, or if the folder has no head of one label.
     """
     loaded = loading.load(path, dtype=dtype)
-    score = _score(loading.locate(path))
+    score = _stored_head(loading.locate(path))
     if score is None or score.shape[0] != 1:
         raise ValueError(
             f"{path} is not a reward model: {huggingface.SCORE} must be [1, width], "
@@ -258,9 +258,22 @@ def load_reward_model(path: str | os.PathLike[str], *, dtype: Any = None) -> Loa
     return LoadedReward(ScalarHead(loaded.model), params, loaded.tokenizer, loaded.config)
 
 
-def _score(folder: Path) -> Any:
-    """Return the head that a folder holds, or None; an adapter without one has its base's."""
+def stored_head(loaded: loading.Loaded, path: str | os.PathLike[str]) -> Float[Array, "width"] | None:
+    """Return the head of a reward model that `models.load(path)` has read without it; None of a language model."""
+    if not is_reward(loaded.config):
+        return None
+    score = _stored_head(loading.locate(path))
+    return None if score is None or score.shape[0] != 1 else jnp.asarray(score[:][0], jnp.float32)
+
+
+def is_reward(config: Mapping[str, Any]) -> bool:
+    """Return True if a `config.json` is that of a sequence classifier."""
+    return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+
+
+def _stored_head(folder: Path) -> Any:
+    """Return the tensor of the head that a folder holds, or None; an adapter without one has its base's."""
     if not lora.is_adapter(folder):
         return dict(huggingface.stored_tensors(folder)).get(huggingface.SCORE) if folder.is_dir() else None
     found = lora.head_of(folder)
-    return _score(loading.locate(lora.base_of(folder))) if found is None else found
+    return _stored_head(loading.locate(lora.base_of(folder))) if found is None else found

@@ -19,7 +19,7 @@ from jaxrl_llm.data import records
 from jaxrl_llm.decoding.transforms import TopP
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models import lora as adapters
-from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, stored_head
 from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
@@ -62,6 +62,7 @@ class Run:
     owned: bool  # nothing else reads the parameters: the first step may donate them
     out: Path | None
     verbose: bool
+    head: Array | None = None  # [width], if the model is a reward model
 
     @property
     def lm(self) -> LanguageModel:
@@ -135,19 +136,23 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     owned = isinstance(lm, str | os.PathLike)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
     path = name if owned else getattr(lm, "path", "")
+    head = None
+    if isinstance(lm, LoadedReward):
+        head, lm = lm.params["head"], models.Loaded(lm.head.lm, lm.params["model"], lm.tokenizer, lm.config)
     begun = _check_folder([name, getattr(config, "reward_model", None), config.lora_from], config, out)
     loaded = models.load(lm) if owned else _as_loaded(lm)
+    head = stored_head(loaded, lm) if owned else head
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
     if loaded.tokenizer is None:
         raise ValueError(f"the model must have a tokenizer, but {name} has none.")
     if out is not None and not owned:
-        name = f"{name}, sha256 {_digest(loaded.params)}"
+        name = f"{name}, sha256 {_digest(loaded.params if head is None else (loaded.params, head))}"
     narrow = params_dtype(loaded.params)
     if jnp.finfo(narrow).bits < 32:  # updates of usual size would be rounded away
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
         loaded, owned = dataclasses.replace(loaded, params=params), True
-    run = Run(config, loaded, name, path, owned, out, verbose)
+    run = Run(config, loaded, name, path, owned, out, verbose, head)
     if jnp.finfo(narrow).bits < 32:
         run.say(f"the weights are widened from {narrow} to float32 for training.")
     if config.resume and not begun:
@@ -270,9 +275,15 @@ def trained_of(
     """Return all weights or adapters to be trained, and a critic's, or with `head` those of a reward model.
 
     The reference is the model that training starts from, in the type that the policy computes in: at first they are
-    equal. A critic computes in float32.
+    equal. A critic computes in float32. A reward model starts from its head, if the model or the adapter that training
+    goes on from has one, else from a random one.
+
+    Raises:
+        ValueError: if a reward model is to be trained as a language model.
     """
     config, params = run.config, run.loaded.params
+    if head is None and run.head is not None:
+        raise ValueError(f"the model must be a language model, but {run.name} is a reward model.")
     narrow = compute_in(config.dtype) if config.dtype == "bfloat16" else None
     trained, base, view = params, None, None
     lora, adapter = _adapters(run)
@@ -280,7 +291,10 @@ def trained_of(
         trained, base, view = adapter, params, lora.view()
     whole = view
     if head is not None:
-        trained, view = head.init(run.keys.head, params) | {"model": trained}, _within("model", view)
+        stored = None if config.lora_from is None else adapters.head_of(Path(config.lora_from))
+        start = run.head if stored is None else jnp.asarray(stored[0])
+        own = {"model": trained} | ({} if start is None else {"head": start})
+        trained, view = head.init(run.keys.head, params) | own, _within("model", view)
     view = _then(view, narrow)
     ref = None
     if reference:
