@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.data import records
+from jaxrl_llm.data.records import Fields, Text
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.objectives import reward_model
 from jaxrl_llm.scoring import Sequences, rows_of
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
@@ -73,3 +77,46 @@ def _ordered_pairs(batch: RankedBatch) -> Bool[Array, "prompts K K"]:
 
 def _mean(values: Array, counted: Bool[Array, "..."]) -> Float[Array, ""]:
     return jnp.where(counted, values, 0).sum() / jnp.maximum(counted.sum(), 1)
+
+
+# Scores of data -------------------------------------------------------------------------------------------------------
+
+READ = 64  # batches whose lines are read at once
+
+
+def scored_lines(
+    reward: LoadedReward, data: Any, *, batch_size: int = 16, on_bad: records.OnBad = "raise"
+) -> Iterator[dict[str, Any]]:
+    """Yield each line of a file, or each dict, with the scores of its completions.
+
+    They are its "score"; of a preference "score_chosen" and "score_rejected"; of answers "scores", a list.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: as `records.read`; or for a text that does not fit the context, naming
+            its line.
+    """
+    found = records.read(data, _with_texts, on_bad=on_bad)
+    numbered = zip(found.numbers, found, strict=True)
+    while part := list(itertools.islice(numbered, READ * batch_size)):
+        rows = []
+        for number, (_, texts) in part:
+            try:
+                rows += [reward.tokens(*text) for text in texts]
+            except ValueError as error:
+                raise ValueError(f"{found.source}, {found.unit} {number}: {error}") from error
+        scores = iter(reward.score_tokens(rows, batch_size=batch_size))
+        for _, (line, texts) in part:
+            given = [next(scores) for _ in texts]
+            if "chosen" in line:
+                yield line | dict(zip(("score_chosen", "score_rejected"), given, strict=True))
+            else:
+                yield line | ({"scores": given} if "answers" in line else {"score": given[0]})
+
+
+def _with_texts(line: Fields) -> tuple[dict[str, Any], list[tuple[Text, Text]]]:
+    """Parse a line, and return it with its prompt and each of its completions."""
+    if "chosen" in line or "answers" in line:
+        ranking = records.ranked(line)
+        return dict(line), [(ranking.prompt, each) for each in ranking.completions]
+    shown = records.prompt_completion(line)
+    return dict(line), [(shown.prompt, shown.completion)]

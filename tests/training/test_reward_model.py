@@ -1,18 +1,23 @@
 """Reward models: margins of the data enter the loss."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import train
+from jaxrl_llm import models, train
 from jaxrl_llm.data import records
 from jaxrl_llm.models import ScalarHead
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.objectives.reward_model import k_choose_2_loss, pairwise_loss
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training.batches import KINDS, Rows
 from jaxrl_llm.training.reward_model import reward_loss
 from tests.conftest import TINY, random_params
+from tests.models.test_heads import tokenizer_with
 
 KEY = jax.random.key(0)
 HEAD = ScalarHead(TINY["tabular"])
@@ -82,3 +87,61 @@ def test_the_option_decides_whether_scores_of_the_data_count(monkeypatch):
     for options, kind in (({}, "ranked"), ({"score_margin": 0.5}, "rated")):
         train.reward("tiny-gpt2", [PAIR], **options, verbose=False)
         assert taken["kind"] == kind
+
+
+# Scores of data -------------------------------------------------------------------------------------------------------
+
+LINES = [
+    {"prompt": "the cat", "completion": " sat", "id": 7},
+    {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "mat"}]},
+    {"text": "the cat sat"},
+    PAIR,
+    {"prompt": "the", "answers": [" cat", " mat", " cat sat"]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A reward model with a chat template."""
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = tokenizer_with("own", folder / "tokenizer")
+    lm = GPT2(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    head = ScalarHead(lm)
+    models.save_reward_model(folder, head, head.init(KEY, random_params(lm)), tokenizer)
+    return folder
+
+
+def test_the_command_line_scores_lines(folder, tmp_path, run):
+    """As `score` does, with all entries of a line; a summary is written to standard error."""
+    data, reward = tmp_path / "lines.jsonl", train.RewardModel.load(folder)
+    data.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    status, out, err = run("score", folder, "--data", data, "--batch-size", 2)
+    assert status == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    one, chat, text = (reward.score(*each) for each in (("the cat", " sat"), (LINES[1]["messages"],), ("the cat sat",)))
+    better, worse, *three = reward.score(["a"] * 2 + ["the"] * 3, ["b", "c", " cat", " mat", " cat sat"])
+    close = functools.partial(pytest.approx, abs=1e-5)
+    assert found[:3] == [
+        LINES[0] | {"score": close(one)},
+        LINES[1] | {"score": close(chat)},
+        LINES[2] | {"score": close(text)},
+    ]
+    assert found[3:] == [
+        PAIR | {"score_chosen": close(better), "score_rejected": close(worse)},
+        LINES[4] | {"scores": close(three)},
+    ]
+    assert one == close(text)
+    share = "100.0%" if better > worse else "0.0%"
+    assert err.splitlines() == [
+        f"6 completions, mean score {np.mean([one, chat, text, *three]):.4g}",
+        f"1 pair, {share} in the right order",
+    ]
+
+
+def test_lines_that_cannot_be_scored_are_named(folder, tmp_path, run):
+    data = tmp_path / "lines.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in [LINES[0], {"prompt": "a", "completion": "cat" * 64}]))
+    status, _, err = run("score", folder, "--data", data)
+    assert status == 2 and "lines.jsonl, line 2: a text of" in err and "longer than the context, 64" in err
+    status, _, err = run("score", "tiny-gpt2", "--data", data)
+    assert status == 2 and "tiny-gpt2 is not a reward model" in err
