@@ -45,7 +45,16 @@ class Loss(NamedTuple):
 
     value: Float[Array, ""]
     weight: Float[Array, ""] | float = 1.0  # tokens, rows or pairs: what `value` is the mean over
-    metrics: Mapping[str, Float[Array, ""]] = {}  # means over the same
+    metrics: Mapping[str, Float[Array, ""]] = {}  # means, over the same unless `weights` has what they are over
+    weights: Mapping[str, Float[Array, ""] | float] = {}  # by the names of metrics
+
+    def totals(self) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
+        """Return the loss and each metric times its weight, and the weight: those of the parts of a batch add up."""
+        if unknown := sorted(set(self.weights) - set(self.metrics)):
+            raise ValueError(f"weights must be of metrics, {', '.join(self.metrics)}, but has {', '.join(unknown)}.")
+        means = {"loss": self.value, **self.metrics}
+        weights = {name: jnp.asarray(self.weights.get(name, self.weight), self.value.dtype) for name in means}
+        return {name: (weights[name] * mean, weights[name]) for name, mean in means.items()}
 
 
 LossFn = Callable[[Params, PyTree, Frozen | None, Array], Loss]  # (params, batch, frozen, key) -> Loss
@@ -120,15 +129,13 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """Return the gradient of the mean loss of a batch, and the mean metrics, one microbatch after the other."""
 
-    def weighted(params: Params, part: PyTree, key: Array) -> tuple[Array, tuple[Array, Metrics]]:
+    def weighted(params: Params, part: PyTree, key: Array) -> tuple[Array, dict[str, tuple[Array, Array]]]:
         found = loss(params, part, key)
         weight = jax.lax.stop_gradient(jnp.asarray(found.weight, found.value.dtype))
-        means = {"loss": found.value, **found.metrics}
-        return weight * found.value, (weight, {name: weight * mean for name, mean in means.items()})
+        return weight * found.value, found.totals()
 
-    def of_part(part: PyTree, key: Array) -> tuple[Params, Array, Metrics]:
-        grads, (weight, sums) = jax.grad(weighted, has_aux=True)(params, part, key)
-        return grads, weight, sums
+    def of_part(part: PyTree, key: Array) -> tuple[Params, dict[str, tuple[Array, Array]]]:
+        return jax.grad(weighted, has_aux=True)(params, part, key)
 
     if microbatches == 1:
         total = of_part(batch, key)
@@ -142,12 +149,16 @@ def gradients(
             return jax.tree.map(jnp.add, total, of_part(part, jax.random.fold_in(key, index))), None
 
         total, _ = jax.lax.scan(add, nothing, (jnp.arange(microbatches), parts))
-    grads, weight, sums = total
+    grads, totals = total
+    _, weight = totals["loss"]
     share = 1 / jnp.where(weight == 0, 1, weight)
-    # A metric may be unbounded where the weight is tiny; gradients keep the dtype of their parameters.
-    return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads), {
-        name: total * share for name, total in sums.items()
-    }
+    # Gradients keep the dtype of their parameters.
+    return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads), means(totals)
+
+
+def means(totals: Mapping[str, tuple[Array, Array]]) -> Metrics:
+    """Return the means of sums and their weights, as `Loss.totals` has them; 0 where the weight is."""
+    return {name: total / jnp.where(weight == 0, 1, weight) for name, (total, weight) in totals.items()}
 
 
 def _parts(batch: PyTree, count: int) -> PyTree:

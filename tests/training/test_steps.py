@@ -59,8 +59,28 @@ def test_parts_of_a_batch_add_up_to_the_whole(name, microbatches):
         found.append(steps.make_step(loss, OPTIMIZER, microbatches=parts)(state, batch, Frozen(ref=REFERENCE)))
     (whole, metrics), (added, added_metrics) = found
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), added.params, whole.params)
-    for metric in ("loss", "grad_norm"):
-        assert float(added_metrics[metric]) == pytest.approx(float(metrics[metric]), rel=1e-4)
+    assert added_metrics.keys() == metrics.keys()
+    for metric, value in metrics.items():
+        assert float(added_metrics[metric]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), metric
+
+
+def test_a_metric_is_a_mean_over_what_its_weight_counts():
+    """Tokens, though the loss is a mean over rows; a metric over nothing is 0."""
+
+    def loss(params, rows, frozen, key):
+        counts, tokens = rows
+        metrics = {"token": (counts * tokens).sum() / counts.sum(), "row": tokens.mean(), "none": tokens.sum()}
+        return Loss(params["w"] * tokens.mean(), tokens.shape[0], metrics, {"token": counts.sum(), "none": 0})
+
+    rows, params = (np.asarray([1.0, 2, 3, 10]), np.asarray([1.0, 2, 3, 4])), {"w": jnp.ones(())}
+    for parts in (1, 2, 4):
+        step = steps.make_step(loss, OPTIMIZER, microbatches=parts)
+        _, found = step(steps.initial_state(params, OPTIMIZER, KEY), rows)
+        assert {name: float(value) for name, value in found.items()} == pytest.approx(
+            {"loss": 2.5, "token": 54 / 16, "row": 2.5, "none": 0, "grad_norm": 2.5}
+        )
+    with pytest.raises(ValueError, match="weights must be of metrics, , but has kl"):
+        Loss(jnp.ones(()), weights={"kl": 1}).totals()
 
 
 def test_rows_that_the_parts_do_not_divide_are_refused():
