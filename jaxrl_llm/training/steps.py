@@ -106,19 +106,31 @@ def update(
     batch: PyTree,
     frozen: Frozen | None = None,
     *,
+    further: tuple[LossFn, PyTree] | None = None,
     microbatches: int = 1,
     view: View | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Do one step: the body of `make_step`, to be part of a larger program."""
+    """Do one step: the body of `make_step`, to be part of a larger program.
+
+    Args:
+        further: a loss that is added, with a batch of its own, which is split into as many parts.
+    """
     if microbatches > 1 and getattr(loss, "needs_whole_batch", False):
         raise ValueError(
             f"microbatches must be 1 for a loss that compares with all rows of a batch, but is {microbatches}."
         )
 
-    def seen(params: Params, part: PyTree, key: Array) -> Loss:
-        return loss(params if view is None else view(params, frozen), part, frozen, key)
+    def found(loss: LossFn, batch: PyTree) -> tuple[Params, Metrics]:
+        def seen(params: Params, part: PyTree, key: Array) -> Loss:
+            return loss(params if view is None else view(params, frozen), part, frozen, key)
 
-    grads, metrics = gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
+        return gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
+
+    grads, metrics = found(loss, batch)
+    if further is not None:
+        added, described = found(*further)
+        grads = jax.tree.map(jnp.add, grads, added)
+        metrics = described | metrics | {"loss": metrics["loss"] + described["loss"]}
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1, state.key), metrics
