@@ -351,7 +351,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
             ValueError,
             "microbatches must be 1 for kto",
         ),
-        ("grpo", ("model", "prompts"), {}, ValueError, "one of reward and reward_model must be given, but neither is"),
+        ("grpo", ("model", "prompts"), {}, ValueError, "reward or reward_model must be given, or both, but neither is"),
         (
             "grpo",
             ("model", LINES["prompts"][:2]),

@@ -22,7 +22,7 @@ from jaxrl_llm.options import STATIC, Range, number
 from jaxrl_llm.scoring import Measures, Sequences, log_probs, measures
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.config import CriticOptions, GRPOConfig, PolicyOptions, PPOConfig
-from jaxrl_llm.training.rewards import RewardFn, rewards_of
+from jaxrl_llm.training.rewards import RewardFn, only_judged, rewards_of
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, View
 
@@ -218,25 +218,34 @@ def _compared(method: Method, per_token: Array, sequences: Sequences) -> Float[A
     if method.advantage == "returns":
         return advantages.returns_to_go(per_token, mask=sequences.completion_mask)
     compare = {"rloo": advantages.rloo, "grpo": advantages.grpo, "centered": advantages.centered}[method.advantage]
-    whole = compare(per_token.sum(axis=1).reshape(-1, method.group_size)).reshape(-1, 1)
+    judged = sequences.completion_mask.any(axis=1).reshape(-1, method.group_size)
+    whole = compare(per_token.sum(axis=1).reshape(-1, method.group_size), mask=judged).reshape(-1, 1)
     return jnp.where(sequences.completion_mask, whole, 0)
+
+
+DESCRIBED = ("reward", "reward_std", "kl_k1", "kl_k3", "kl", "entropy", "length", "ended")
 
 
 def _described(found: Measures, rollout: Rollout, rewards: Array) -> Metrics:
     mask = rollout.sequences.completion_mask
-    tokens = jnp.maximum(mask.sum(), 1)
+    tokens, judged = jnp.maximum(mask.sum(), 1), mask.any(axis=1)  # others have no reward
+
+    def mean(of_rows: Array) -> Array:
+        return jnp.where(judged, of_rows, 0).sum() / jnp.maximum(judged.sum(), 1)
+
+    reward = mean(rewards)
     sums = {
         "kl_k1": kl.k1(found.logp_policy, found.logp_ref),
         "kl_k3": kl.k3(found.logp_policy, found.logp_ref),
         "kl": found.kl,
     }
     return {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        **{name: jnp.where(mask, each, 0).sum(axis=1).mean() for name, each in sums.items()},
+        "reward": reward,
+        "reward_std": jnp.sqrt(mean(jnp.square(rewards - reward))),
+        **{name: mean(jnp.where(mask, each, 0).sum(axis=1)) for name, each in sums.items()},
         "entropy": jnp.where(mask, found.entropy, 0).sum() / tokens,
-        "length": mask.sum(axis=1).mean(),
-        "ended": rollout.ended.mean(),
+        "length": mean(mask.sum(axis=1)),
+        "ended": mean(rollout.ended),
     }
 
 
@@ -246,7 +255,7 @@ def _described(found: Measures, rollout: Rollout, rewards: Array) -> Metrics:
 class Trainer(NamedTuple):
     """The three jitted parts of an online step; the reward is computed between the first two."""
 
-    draw: Callable[[TrainState, Prompts, Sampler, Frozen], Rollout]
+    draw: Callable[..., Rollout]  # (state, prompts, sampler, frozen, again), `again` of draws for the same step
     score: Callable[..., tuple[Experience, Metrics]]  # (state, rollout, rewards, method, frozen, temperature)
     update: Callable[..., tuple[TrainState, Metrics]]  # (state, experience, method, frozen, text), donates the state
 
@@ -276,6 +285,24 @@ class Trainer(NamedTuple):
         """
         drawn = self.draw(state, prompts, sampler, frozen, group_size=method.group_size, critic=method.has_critic)
         rewards = rewards_of(reward, drawn)
+        return self.learn(state, drawn, rewards, method=method, sampler=sampler, frozen=frozen, text=text)
+
+    def learn(
+        self,
+        state: TrainState,
+        drawn: Rollout,
+        rewards: Float[Array, "batch"],
+        *,
+        method: Method,
+        sampler: Sampler,
+        frozen: Frozen,
+        text: Sequences | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        """Do the rest of a step, with completions that `draw` has sampled and their rewards, NaN where there is none.
+
+        Completions without a reward count neither in the loss, nor in the mean of their group, nor in the metrics.
+        """
+        drawn, rewards = only_judged(drawn, rewards)
         batch, described = self.score(state, drawn, rewards, method, frozen, sampler.temperature)
         state, metrics = self.update(state, batch, method, frozen, text, sampler.temperature)
         return state, described | metrics
@@ -303,17 +330,17 @@ def online(
         return state.params if view is None else view(state.params, frozen)
 
     @functools.partial(jax.jit, static_argnames=("group_size", "critic"))
-    def drawn(state, prompts, sampler, frozen, *, group_size, critic):
+    def drawn(state, prompts, sampler, frozen, again, *, group_size, critic):
         params = seen(state, frozen)
         policy = params["policy"] if critic else params
-        key = jax.random.fold_in(state.step_key, 0)
+        key = jax.random.fold_in(state.step_key, jnp.where(again > 0, again + 1, 0))  # 1 is of the minibatches
         return rollout(lm, policy, prompts, key, sampler, group_size=group_size)
 
-    def draw(state, prompts, sampler, frozen, *, group_size, critic):
+    def draw(state, prompts, sampler, frozen, again=0, *, group_size, critic):
         # Unknown to this process: a traced mask, which does not even say where it lies, or another process's part.
         if is_concrete(prompts.mask) and getattr(prompts.mask, "is_fully_addressable", True):
             check_room(lm, prompts.mask, sampler.max_new_tokens)
-        return drawn(state, prompts, sampler, frozen, group_size=group_size, critic=critic)
+        return drawn(state, prompts, sampler, frozen, again, group_size=group_size, critic=critic)
 
     @jax.jit
     def score(state, drawn, rewards, method, frozen, temperature=1.0):
