@@ -632,7 +632,9 @@ def held_out_rewards(
     )
     judges.check(found, longest=asked.longest)
     order = sorted(range(len(found)), key=lambda place: asked.rows(place).length)
-    parts = np.array_split(np.asarray(order), -(-len(found) // config.batch_size))
+    count = -(-len(found) // config.batch_size)  # as few parts as possible, of one size: of one program
+    size = -(-len(found) // count)
+    parts = [order[start : start + size] for start in range(0, len(found), size)]
 
     @jax.jit
     def drawn_of(params: Params, part: Prompts, number: Array, sampler: Sampler, frozen: Frozen) -> Any:
@@ -644,13 +646,15 @@ def held_out_rewards(
     def of(params: Params) -> dict[str, float | str]:
         judged, rows, samples = [], [], {}
         for number, places in enumerate(parts):
-            drawn, kl = drawn_of(params, asked.collate(places), number, sampler, trained.frozen)
-            judged.append(judges([found[int(place)] for place in places], drawn))
+            filled = [*places, *places[-1:] * (size - len(places))]
+            filled_out = drawn_of(params, asked.collate(filled), number, sampler, trained.frozen)
+            drawn, kl = jax.tree.map(lambda leaf, places=places: np.asarray(leaf)[: len(places)], filled_out)
+            judged.append(judges([found[place] for place in places], drawn))
             rows.append(np.stack([kl, drawn.sequences.completion_mask.sum(axis=1), drawn.ended]))
             whole = [
                 "".join(sides) for sides in zip(*rewards.texts(drawn.sequences, run.loaded.tokenizer), strict=True)
             ]
-            samples |= {int(place): written for place, written in zip(places, whole, strict=True) if place < 2}
+            samples |= {place: written for place, written in zip(places, whole, strict=True) if place < 2}
         reward = _mean_of_judged(np.concatenate([each.total for each in judged]))
         names = {name: mean for name, mean in described(judged).items() if name.startswith("reward/")}
         names |= dict(zip(("kl", "length", "ended"), np.concatenate(rows, axis=1).mean(axis=1).tolist(), strict=True))

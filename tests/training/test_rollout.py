@@ -117,10 +117,10 @@ def test_further_draws_of_a_step_are_others_and_depend_on_it_alone():
 # Completions that no reward judged ------------------------------------------------------------------------------------
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "dr_grpo", "gspo")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "rloo", "dr_grpo", "gspo", "ppo")]
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "ppo", *SLOW])
+@pytest.mark.parametrize("name", ["dapo", *SLOW])
 def test_completions_without_a_reward_count_for_nothing(name):
     """Of groups of three without the last one it is the update of groups of two, but for the number of rows."""
     method = dataclasses.replace(METHODS[name], group_size=3)
