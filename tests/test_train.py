@@ -135,6 +135,14 @@ def test_preferences_move_the_policy_from_the_reference(folder, model, preferred
             train.dpo(folder / "model", file, out=out, **options | changes | {"resume": True})
 
 
+@pytest.mark.slow
+def test_a_step_of_kto_without_a_bad_answer_logs_no_numbers_of_bad_answers(folder):
+    lines = [line | {"label": True} for line in LINES["unpaired"]]
+    train.dpo(folder / "model", lines, loss="kto", out=folder / "kto_good", **OPTIONS, verbose=False)
+    for row in RunLog(folder / "kto_good" / "log.jsonl").rows():
+        assert {"chosen_logp", "kl_chosen"} <= set(row) and not {"rejected_logp", "kl_rejected", "margin"} & set(row)
+
+
 def test_a_run_in_memory_is_that_of_the_files_writes_nothing_and_leaves_the_model(
     model, preferred, tmp_path, monkeypatch, capsys
 ):

@@ -198,13 +198,24 @@ def _kto_loss(lm: LanguageModel, hyperparameters: Mapping[str, Any]) -> LossFn:
             logp_ref, ref_mismatched = batch.logp_ref, batch.logp_ref_mismatched
         reference_point = preference.kto_reference_point(mismatched, ref_mismatched)
         per_answer = preference.kto_loss(logp, logp_ref, batch.desirable, reference_point, **hyperparameters)
-        good = batch.desirable / jnp.maximum(batch.desirable.mean(), 1e-9)  # means over each kind
-        bad = ~batch.desirable / jnp.maximum((~batch.desirable).mean(), 1e-9)
-        means = {"chosen_logp": good * logp, "rejected_logp": bad * logp, "reference_point": reference_point + 0 * logp}
-        means |= {"kl_chosen": good * (logp - logp_ref), "kl_rejected": bad * (logp - logp_ref)}
-        means |= {"margin": (good - bad) * (logp - logp_ref)}
-        return _mean(per_answer, _weights(batch.weight, per_answer), means)
+        weights = _weights(batch.weight, per_answer)
+        found = _mean(per_answer, weights, {"reference_point": reference_point + 0 * logp})
+        means, counts, both = {}, {}, []
+        for side, there in (("chosen", batch.desirable), ("rejected", ~batch.desirable)):
+            of_side = _mean(0 * logp, weights * there, {"logp": logp, "kl": logp - logp_ref})
+            means |= {f"{side}_logp": of_side.metrics["logp"], f"kl_{side}": of_side.metrics["kl"]}
+            counts |= {f"{side}_logp": of_side.weight, f"kl_{side}": of_side.weight}
+            both.append(of_side.weight > 0)
+        means["margin"] = means["kl_chosen"] - means["kl_rejected"]
+        counts["margin"] = jnp.where(both[0] & both[1], found.weight, 0)
+        return found._replace(metrics=found.metrics | means, weights=counts)
 
+    def absent(batch: UnpairedBatch) -> set[str]:
+        """Return the metrics that a batch without completions of one side does not have."""
+        missing = [side for side, there in (("chosen", True), ("rejected", False)) if there not in batch.desirable]
+        return {name for side in missing for name in (f"{side}_logp", f"kl_{side}", "margin")}
+
+    loss.absent = absent
     loss.needs_whole_batch = True
     return loss
 

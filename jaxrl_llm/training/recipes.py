@@ -461,9 +461,17 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         sample = sampler_of(run, *_start_of(run, batches))
         measures.append(lambda params: {"sample": sample(trained.model(params))})
     copy = trained.frozen.ref is not None or not run.owned
+    absent = getattr(objective.loss, "absent", lambda batch: ())  # metrics that are means over nothing
+
+    def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
+        batch = batches(done)
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), trained.frozen)
+        missing = absent(batch)
+        return state, {name: value for name, value in metrics.items() if name not in missing}
+
     state = run.loop(
         initial_state(trained.params, optimizer, run.keys.state, copy=copy),
-        lambda state, done: step(state, jax.tree.map(jnp.asarray, batches(done)), trained.frozen),
+        advance,
         tokens=batches.tokens,
         numbers=progress(rate, batches),
         evaluate=lambda params: dict(item for measure in measures for item in measure(params).items()),
