@@ -33,6 +33,8 @@ FUNCTIONS = [LM.generate, train.sft, train.dpo, train.grpo, train.ppo]
         (train.ppo, "kl_coef", "beta"),
         (SFTConfig, "num_train_epochs", "num_epochs"),
         (GRPOConfig, "reward_funcs", "reward"),
+        (train.reward, "center_rewards_coefficient", "centering"),
+        (train.reward, "target_modules", "lora_targets"),
         (Sampling, "temprature", "temperature"),
     ],
 )

@@ -223,6 +223,7 @@ def test_a_reward_model_is_trained_by_adapters_and_an_adapter_is_trained_on(fold
     still |= {"lora_from": first / "adapter"}
     run = recipes.begin(folder / "model", RewardConfig(**still), out=folder / "none", verbose=False)
     np.testing.assert_array_equal(recipes.trained_of(run, head=scorer.head).params["head"], scorer.params["head"])
+    assert len(run.identity("reward")["lora_sha256"]) == 64 and "lora_from" in run.free, "by contents, wherever it lies"
     kept = train.dpo(folder / "model", LINES["pairs"], out=again, verbose=False, **still)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), kept.params, scorer.params["model"])
     assert RunLog(again / "log.jsonl").rows()[0]["loss"] == pytest.approx(np.log(2), abs=1e-6), (

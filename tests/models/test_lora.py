@@ -177,6 +177,7 @@ def test_dropout_follows_its_key_and_is_off_without_one():
         lora.lora(lm, dropout=1)
 
 
+@pytest.mark.slow
 def test_every_step_and_every_part_of_a_batch_draws_its_own_dropout(gpt2):
     lm, params = gpt2
     given = lora.lora(lm, rank=2, dropout=0.5)
