@@ -14,12 +14,13 @@ import tyro
 
 from jaxrl_llm.options import STATIC, Checked, number
 
-Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dicts
+Data = str | Path | Iterable[Mapping[str, Any]]  # a file, or dicts
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
 else:  # on the command line
     DataOption, Function = Path | None, str
-Cut = Literal["left", "right", "raise"]
+Cut = Literal["left", "right", "raise", "skip"]
+TrainOn = Literal["all", "last", "completion"]
 OnBad = Literal["raise", "skip"]
 Divergence = Literal["reverse", "forward"]
 
@@ -49,9 +50,16 @@ class Config(Checked):
     """Most tokens of prompt and completion together; by default the model's context."""
     cut: Cut = "left"
     """The part that longer examples lose: "left", the beginning of the prompt; "right", the end of the completion;
-    "raise" refuses them."""
+    "skip" leaves them out and reports them; "raise" refuses them."""
+    train_on: TrainOn = "all"
+    """The tokens of a conversation that count: "all", every turn of the assistant after the prompt; "last", the last
+    turn; "completion", all that follows the prompt, also others' words. A string counts as a whole."""
     on_bad: OnBad = "raise"
-    """Malformed examples stop the run, or are skipped and reported."""
+    """Malformed examples, and those that cannot be cut to max_length, stop the run, or are skipped and reported."""
+    cache: bool = True
+    """Keep the tokens of data that take long in the user's cache folder, for the next run on the same data."""
+    show_mask: bool = False
+    """Print the first example, with the tokens that count between ⟦ and ⟧."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; the weights stay in float32."""
     lora_rank: int = number(0, 0)
@@ -87,12 +95,24 @@ class OfflineConfig(Config):
     """Held-out data of the same format, for the held-out loss."""
 
 
-LOGGING = ("eval_data", "log_every", "save_every", "keep", "resume", "tensorboard")  # they do not identify a run
+LOGGING = (
+    "eval_data",
+    "log_every",
+    "save_every",
+    "keep",
+    "resume",
+    "tensorboard",
+    "cache",
+    "show_mask",
+)  # they do not identify a run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(OfflineConfig):
     """Fine-tune on completions: examples of prompt and completion, of messages, or of text."""
+
+    chunk: bool = False
+    """Train on texts longer than max_length in parts that share a token, so that every token is predicted once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def test_a_line_is_parsed(kind, line, record):
         ("completion", {"messages": [USER, GOOD], "answer": "b"}, "one format, but has messages and answer"),
         ("unpaired", {"prompt": "a", "text": "b", "label": True}, "one format, but has text and prompt"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same completion"),
-        ("preference", {"chosen": "b", "rejected": "c"}, "prompt is missing: there are chosen, rejected"),
+        ("preference", {"chosen": "b", "rejected": "c"}, "the two strings do not begin alike"),
         ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "do not begin alike"),
         ("preference", {"prompt": "a", "chosen": "b"}, "rejected is missing"),
         ("preference", {"prompt": "Hi", "chosen": "No", "rejected": [USER, BAD]}, "are the same completion"),
@@ -104,7 +104,7 @@ def write(path, *lines):
 
 def test_records_are_read_in_any_order_and_blank_lines_are_skipped(tmp_path):
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"prompt": "\xc3\xa4"}', b"", {"prompt": "b", "answer": 7}, b"  ")
-    found = JsonLines(path, records.prompt)
+    found = JsonLines(path, records.prompt).check()
     assert len(found) == 2
     assert found[1] == Prompt("b", {"answer": 7}) and found[0] == Prompt("ä")
     assert found.numbers == [1, 3]
@@ -144,13 +144,13 @@ def test_records_are_read_in_any_order_and_blank_lines_are_skipped(tmp_path):
 def test_bad_lines_are_named_by_number_with_their_reason(tmp_path, lines, said):
     path = write(tmp_path / "a.jsonl", *lines)
     with pytest.raises(ValueError) as error:
-        JsonLines(path, records.prompt)
+        JsonLines(path, records.prompt).check()
     assert all(part in str(error.value) for part in said), str(error.value)
 
 
 def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     path = write(tmp_path / "good.jsonl", b'{"prompt": "\\ud83d\\ude00"}')
-    assert JsonLines(path, records.prompt)[0].prompt == "\U0001f600"
+    assert JsonLines(path, records.prompt).check()[0].prompt == "\U0001f600"
 
 
 def test_bad_lines_can_be_skipped_and_are_kept_for_the_report(tmp_path):
@@ -159,7 +159,7 @@ def test_bad_lines_can_be_skipped_and_are_kept_for_the_report(tmp_path):
     assert [each.prompt for each in found] == ["0", "1", "2"]
     assert [bad.number for bad in found.bad_lines] == [1, 5]
     with pytest.raises(ValueError, match=r"has no records: .* has 1 bad line: line 1: it is not JSON"):
-        JsonLines(write(path, b"x"), records.prompt, on_bad="skip")
+        JsonLines(write(path, b"x"), records.prompt, on_bad="skip").check()
 
 
 # Lists and what is neither --------------------------------------------------------------------------------------------
