@@ -71,12 +71,15 @@ def ids(tokenizer: Any, strings: Sequence[str], **options: Any) -> list[list[int
     Args:
         options: of the tokenizer's call.
     """
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(tokenizer, "is_fast", False) or options.keys() - {"add_special_tokens"}:
         return [tokenizer(each, **options)["input_ids"] for each in strings]
-    if not strings:
-        return []
-    alone = {"return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(list(strings), **alone, **options)["input_ids"]
+    return [each.ids for each in _backend(tokenizer).encode_batch_fast(list(strings), **options)]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return the tokenizer's own implementation, which is without transformers' work on each text."""
+    tokenizer("")  # sets truncation, padding and special tokens as for any call
+    return tokenizer.backend_tokenizer
 
 
 def _puts_space(tokenizer: Any) -> bool:
@@ -105,10 +108,10 @@ def encode_parts(tokenizer: Any, texts: Sequence[Sequence[str]]) -> list[list[li
             simple.append(place)
     wholes = ["".join(texts[place]) for place in simple]
     if wholes and getattr(tokenizer, "is_fast", False):
-        alone = {"return_attention_mask": False, "return_token_type_ids": False}
-        encoded = tokenizer(wholes, add_special_tokens=False, **alone)
-        for place, ids, each in zip(simple, encoded["input_ids"], encoded.encodings, strict=True):
-            found[place] = _divided(tokenizer, texts[place], ids, each.offsets)
+        for place, encoding in zip(
+            simple, _backend(tokenizer).encode_batch(wholes, add_special_tokens=False), strict=True
+        ):
+            found[place] = _divided(tokenizer, texts[place], encoding)
     else:
         for place, whole in zip(simple, wholes, strict=True):
             ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
@@ -134,16 +137,25 @@ def _quoted_parts(tokenizer: Any, parts: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _divided(
-    tokenizer: Any, parts: Sequence[str], ids: list[int], offsets: Sequence[tuple[int, int]]
-) -> list[list[int]]:
-    bounds = np.cumsum([len(part) for part in parts])[:-1]
-    starts, ends = np.asarray(offsets).reshape(-1, 2).T
-    for count, bound in enumerate(bounds, 1):
-        if ((starts < bound) & (bound < ends)).any():
+def _divided(tokenizer: Any, parts: Sequence[str], encoding: Any) -> list[list[int]]:
+    ids, cuts = encoding.ids, [0]
+    for count, bound in enumerate(itertools.accumulate(map(len, parts[:-1])), 1):
+        if not parts[count - 1]:
+            cuts.append(cuts[-1])
+            continue
+        place = encoding.char_to_token(bound) if any(parts[count:]) else len(ids)
+        if place is None or (place < len(ids) and _begin(encoding, place) != bound) or _spans(encoding, place, bound):
             return _separated(tokenizer, parts, count)
-    cuts = [0, *np.searchsorted(starts, bounds, side="left"), len(ids)]
-    return [ids[start:end] for start, end in itertools.pairwise(cuts)]
+        cuts.append(place)
+    return [ids[start:end] for start, end in itertools.pairwise([*cuts, len(ids)])]
+
+
+def _begin(encoding: Any, place: int) -> int:
+    return encoding.token_to_chars(place)[0]
+
+
+def _spans(encoding: Any, place: int, bound: int) -> bool:
+    return place > 0 and encoding.token_to_chars(place - 1)[1] > bound
 
 
 def _divided_by_prefixes(tokenizer: Any, parts: Sequence[str], ids: list[int]) -> list[list[int]]:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import models
+from jaxrl_llm import models, text
 from jaxrl_llm.data.records import Text
 from jaxrl_llm.interface import LM
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
@@ -377,7 +377,8 @@ class RewardModel(LoadedReward):
             raise ValueError(
                 f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
             )
-        encode = Encoder(self.tokenizer, max_length=self.head.lm.max_length, cut="raise")
+        ends = text.eos_ids(self.tokenizer, {**(self.config or {}), "vocab_size": self.head.lm.vocab_size})
+        encode = Encoder(self.tokenizer, max_length=self.head.lm.max_length, cut="raise", ends=ends)
         rows = [
             encode(asked if isinstance(asked, str) else tuple(asked), [each if isinstance(each, str) else tuple(each)])
             for asked, each in zip(prompts, completions, strict=True)

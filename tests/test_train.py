@@ -338,7 +338,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
         ("sft", ("model", "sft"), {"microbatches": 3}, ValueError, "microbatches must divide batch_size, 16, but is 3"),
         ("sft", ("model", "sft"), {"warmup": 2.0}, ValueError, r"warmup must be a number in \[0, 1\], but is 2.0"),
         ("sft", ("model", "sft"), {"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number"),
-        ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, but is 'mid"),
+        ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, skip, but"),
         ("sft", ("model", "sft"), {"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16"),
         ("reward", ("model", "ranked"), {"lora_rank": 2}, ValueError, "lora_rank must be 0, as a reward model"),
         ("dpo", ("model", "pairs"), {"loss": "ppo"}, ValueError, "the loss must be one of dpo, .*kto, but is 'ppo'"),
@@ -355,7 +355,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
         (
             "grpo",
             ("model", LINES["prompts"][:2]),
-            {"reward": vowels},
+            {"reward": vowels, "max_new_tokens": 8},
             ValueError,
             "prompts has 2 records of 4 completions: batch_size must be at most 8, but is 16",
         ),

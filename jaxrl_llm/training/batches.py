@@ -236,6 +236,11 @@ class Batches:
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def lengths(self) -> Int[np.ndarray, "rows"]:
+        """Tokens of the longest sequence of each row."""
+        return self._longest
+
     def __call__(self, step: int) -> PyTree:
         """Return the batch of a step."""
         return self.collate(self.order(step))

@@ -5,13 +5,17 @@ records  ->  Encoder (text to tokens that fit)  ->  Tokenised (all rows in a few
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -457,7 +461,6 @@ ARRAYS = {  # of `Tokenised`, with the types that they are kept in
     "records": np.int64, "numbers": np.int64, "places": np.int64, "fields": np.float64,
 }  # fmt: skip
 PART = 2048  # lines or rows that are encoded together
-LONG = 20_000  # rows from which on there is a progress bar
 
 
 class Job(NamedTuple):
@@ -476,16 +479,16 @@ class Job(NamedTuple):
             try:
                 found.append((number, place, raw if self.parse is None else records.record_of(raw, self.parse)))
             except ValueError as error:
-                bad.append(BadLine(number, str(error)))
+                bad.append(BadLine(number, _reason(error)))
         rows, kept, others = [], [], Counter()
         for (number, place, record), encoded in zip(found, self._encoded([each[2] for each in found]), strict=True):
             try:
                 made = self._checked(record, encoded)
             except TooLong as error:
-                (too_long if self.encoder.cut == "skip" else bad).append(BadLine(number, str(error)))
+                (too_long if self.encoder.cut == "skip" else bad).append(BadLine(number, _reason(error)))
                 continue
             except ValueError as error:
-                bad.append(BadLine(number, str(error)))
+                bad.append(BadLine(number, _reason(error)))
                 continue
             others.update(record.fields.keys())
             rows += [(len(kept), each, record) for each in made]
@@ -504,8 +507,8 @@ class Job(NamedTuple):
     def _alone(self, row: tuple[Text, Sequence[Text], Fields]) -> Encoded | ValueError:
         try:
             return self.encoder.each([row], room=self.room, fit=False)[0]
-        except (ValueError, TypeError) as error:
-            return ValueError(f"the tokenizer: {error}")
+        except (ValueError, TypeError):
+            return ValueError("its text must be Unicode that the tokenizer takes, which half a surrogate pair is not")
 
     def _checked(self, record: Any, encoded: Encoded | ValueError) -> list[Encoded]:
         """Return a record as rows that fit, or raise ValueError."""
@@ -534,6 +537,10 @@ class Job(NamedTuple):
         return [fitting]
 
 
+def _reason(error: ValueError) -> str:
+    return str(error).removesuffix(".")
+
+
 def _of_assistant(completion: Text) -> bool:
     return isinstance(completion, str) or all(each["role"] == "assistant" for each in completion)
 
@@ -549,19 +556,24 @@ def _packed(
 ) -> Tokenised:
     """Return rows, each with the place of its record and the record, as arrays."""
     segments = [each for _, row, _ in rows for each in (row.prompt, *row.completions)]
-    masks = [each for _, row, _ in rows for each in ([False] * len(row.prompt), *row.masks)]
-    labels = [label for _, _, record in rows for label in (0, *record.labels)]
+    masks = [each for _, row, _ in rows for each in (None, *row.masks)]
+    lengths = np.fromiter(map(len, segments), np.int64, len(segments))
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    mask = np.repeat(np.asarray([each is not None for each in masks], bool), lengths)
+    for place, each in enumerate(masks):
+        if each is not None and not all(each):
+            mask[bounds[place] : bounds[place + 1]] = each
     numbers = [
         {name: float(value) for name, value in record.fields.items() if isinstance(value, int | float)}
         for _, _, record in rows
     ]
     columns = sorted({name for each in numbers for name in each})
     arrays = {
-        "tokens": [token for each in segments for token in each],
-        "mask": [trained for each in masks for trained in each],
-        "segments": np.cumsum([0, *map(len, segments)]),
+        "tokens": np.fromiter(itertools.chain.from_iterable(segments), np.int32, int(bounds[-1])),
+        "mask": mask,
+        "segments": bounds,
         "rows": np.cumsum([0, *(1 + len(row.completions) for _, row, _ in rows)]),
-        "labels": labels,
+        "labels": [label for _, _, record in rows for label in (0, *record.labels)],
         "records": [place for place, _, _ in rows],
         "numbers": [number for number, _ in kept],
         "places": [place for _, place in kept],
@@ -570,8 +582,8 @@ def _packed(
         ),
     }
     typed = {name: np.asarray(value, ARRAYS[name]) for name, value in arrays.items()}
-    return Tokenised(**typed, columns=columns, bad=bad, too_long=too_long, cut_prompts=cut_prompts,
-                     cut_completions=cut_completions, others=dict(others))  # fmt: skip
+    rest = {"cut_prompts": cut_prompts, "cut_completions": cut_completions, "others": dict(others)}
+    return Tokenised(**typed, columns=columns, bad=bad, too_long=too_long, **rest)
 
 
 def _joined(parts: list[Tokenised]) -> Tokenised:
@@ -614,23 +626,86 @@ def _joined(parts: list[Tokenised]) -> Tokenised:
 
 
 def tokenise(found: Sequence[Any], job: Job, *, say: Callable[[str], None] | None = None) -> Tokenised:
-    """Return all rows of records as tokens.
+    """Return all rows of records as tokens, in parallel processes if it takes longer than a few seconds.
 
     Args:
         found: `Records`, or a list of records, whose numbers are their places.
         say: print how fast it went, if it took long.
     """
     raws = found.raw() if isinstance(found, records.Records) else ((i, i, each) for i, each in enumerate(found))
-    start, parts = time.perf_counter(), []
+    start, made, parts = time.perf_counter(), [], _parts(raws)
     with tqdm(unit=" rows", disable=None, delay=2, desc="tokenising") as progress:
-        for raw in _parts(raws):
-            parts.append(job.part(raw))
-            progress.update(len(raw))
-        count = progress.n
+
+        def take(part: Tokenised, count: int) -> None:
+            made.append(part)
+            progress.update(count)
+
+        for raw in parts:
+            take(job.part(raw), len(raw))
+            if time.perf_counter() - start > ALONE and _cores() > 1:
+                break
+        for part, count in _in_parallel(job, parts):
+            take(part, count)
+        count = progress.n if not progress.disable else sum(len(each.numbers) for each in made)
     seconds = time.perf_counter() - start
     if say is not None and seconds > SLOW:
-        say(f"tokenised {count} rows in {seconds:.0f} s, {count / seconds:.0f} a second.")
-    return _joined(parts or [job.part([])])
+        say(f"tokenised {count} rows in {seconds:.0f} s.")
+    return _joined(made or [job.part([])])
+
+
+ALONE = 2.0  # seconds until other processes are asked to help, which take about as long to start
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_parallel(job: Job, parts: Iterator[list[Any]]) -> Iterator[tuple[Tokenised, int]]:
+    """Yield the parts that remain as tokens, in order, made by other processes."""
+    first = next(parts, None)
+    if first is None:
+        return
+    with _without_main():
+        pool = multiprocessing.get_context("spawn").Pool(min(_cores(), MOST_PROCESSES), _begin_process, (job,))
+    with pool:
+        waiting: collections.deque = collections.deque()
+        for part in itertools.chain([first], parts):
+            waiting.append((pool.apply_async(_part_of_process, (part,)), len(part)))
+            if len(waiting) > 2 * MOST_PROCESSES:
+                result, count = waiting.popleft()
+                yield result.get(), count
+        while waiting:
+            result, count = waiting.popleft()
+            yield result.get(), count
+
+
+MOST_PROCESSES = 16
+_of_process: list[Job] = []  # the job of a process that `_in_parallel` has started
+
+
+def _begin_process(job: Job) -> None:
+    runtime.set_up()
+    _of_process[:] = [job]
+
+
+def _part_of_process(part: list[Any]) -> Tokenised:
+    return _of_process[0].part(part)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep new processes from running the user's program again, which nothing here needs."""
+    main = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _parts(raws: Iterable[Any]) -> Iterator[list[Any]]:
