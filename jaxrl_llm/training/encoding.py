@@ -415,6 +415,11 @@ class Rows(NamedTuple):
     mismatched: int | None = None  # of unpaired preferences: most tokens of the prompt with another's completion
     fields: Mapping[str, float] = {}  # numbers of the line beside its text
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest of its sequences: the prompt with a completion, or the prompt alone."""
+        return len(self.prompt) + max(map(len, self.completions), default=0)
+
 
 class Tokenised(NamedTuple):
     """Rows of tokens, one after another: segment s holds `tokens[segments[s]:segments[s + 1]]`.
