@@ -100,13 +100,13 @@ def encode_parts(tokenizer: Any, texts: Sequence[Sequence[str]]) -> list[list[li
         texts: of `render`, each in one or more parts.
     """
     found: list[list[list[int]]] = [[]] * len(texts)
-    simple = []
+    simple, wholes = [], []
     for place, parts in enumerate(texts):
-        if len(parts) == 1 or any(mark in part for part in parts for mark in QUOTE):
+        if QUOTE[0] in (whole := "".join(parts)):
             found[place] = _quoted_parts(tokenizer, parts)
         else:
             simple.append(place)
-    wholes = ["".join(texts[place]) for place in simple]
+            wholes.append(whole)
     if wholes and getattr(tokenizer, "is_fast", False):
         for place, encoding in zip(
             simple, _backend(tokenizer).encode_batch(wholes, add_special_tokens=False), strict=True
