@@ -199,7 +199,7 @@ class Encoder:
         for place in places:
             completions = [self._ended(next(after if prompts[place] else begun)) for _ in turns[place]]
             if place in asked:
-                prompt = asked[place]
+                prompt = self._open(asked[place], prompts[place])
                 if not prompts[place]:  # a text that is given with its BOS has one
                     completions = [each[1:] if each[0] in prompt and len(each) > 1 else each for each in completions]
             elif len(completions) == 1 and len(completions[0]) > 1:  # nothing can predict the first token of a text
@@ -208,6 +208,12 @@ class Encoder:
                 yield place, ValueError("the prompt is empty, and the tokenizer has no BOS token to start a text with.")
                 continue
             yield place, Encoded(prompt, completions, [[True] * len(each) for each in completions])
+
+    def _open(self, tokens: list[int], prompt: str) -> list[int]:
+        """Return a prompt's tokens without an EOS token that the tokenizer puts after every text."""
+        eos = self._tokenizer.eos_token_id
+        added = len(tokens) > 1 and tokens[-1] == eos and not prompt.endswith(self._tokenizer.eos_token)
+        return tokens[:-1] if added else tokens
 
     def _ended(self, tokens: list[int]) -> list[int]:
         return tokens if tokens and tokens[-1] in self._ends else [*tokens, self._tokenizer.eos_token_id]

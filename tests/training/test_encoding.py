@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxrl_llm.data import records
 from jaxrl_llm.training import encoding
@@ -208,6 +209,14 @@ def test_a_prompt_or_text_that_holds_bos_has_one(form):
     whole = encode("", [bos + "The king"])
     assert [*whole.prompt, *whole.completions[0]].count(tokenizer.bos_token_id) == 1
     assert encode("", ["The king"]).prompt == [tokenizer.bos_token_id]
+
+
+def test_an_eos_that_the_tokenizer_puts_after_every_text_does_not_end_a_prompt():
+    tokenizer = copy.deepcopy(chats.llama2())
+    template = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer("The king")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encoder(tokenizer)("The king", [" was"]) == encoder(chats.llama2())("The king", [" was"])
 
 
 def test_without_bos_a_text_is_predicted_from_its_second_token():
