@@ -140,7 +140,7 @@ def prompt_completion(line: Fields) -> PromptCompletion:
         first = next(i for i, each in enumerate(messages) if each["role"] == "assistant" and i > 0)
         asked, completion = messages[:first], messages[first:]
         if "prompt" in line:
-            _check_prompt(line["prompt"], messages)
+            _check_prompt(_text(line, "prompt"), _text(line, "messages"))
     elif "text" in line:
         if not isinstance(line["text"], str):
             raise ValueError(f"text must be a string, but is {str(line['text'])[:60]!r}")
@@ -264,9 +264,9 @@ def _shared(chosen: Text, rejected: Text) -> int:
     return shared
 
 
-def _check_prompt(asked: Any, messages: tuple[Message, ...]) -> None:
-    begins = next((each["content"] for each in messages if each["role"] == "user"), None)
-    if begins != asked if isinstance(asked, str) and asked else tuple(asked) != messages[: len(asked)]:
+def _check_prompt(asked: Text, messages: tuple[Message, ...]) -> None:
+    begins = next((each.get("content") for each in messages if each["role"] == "user"), None)
+    if asked not in (begins, "") if isinstance(asked, str) else asked != messages[: len(asked)]:
         raise ValueError("messages must begin with the prompt, but do not: leave the prompt out")
 
 
@@ -447,11 +447,14 @@ class Records(Sequence[Record], Generic[Record]):
         """Return the line or row at a place."""
         raise NotImplementedError
 
-    def digest(self) -> str:
+    def digest(self, *, exact: bool = False) -> str:
         """Return the SHA-256 of the contents.
 
+        Args:
+            exact: refuse contents that JSON cannot hold, which otherwise count by their representation.
+
         Raises:
-            TypeError: for contents that JSON cannot hold.
+            TypeError: for such contents.
         """
         raise NotImplementedError
 
@@ -567,13 +570,13 @@ class RecordList(Records[Record]):
         """Return a row."""
         return self._rows[place]
 
-    def digest(self) -> str:
+    def digest(self, *, exact: bool = False) -> str:
         """Return the SHA-256 of the file, or of the rows as JSON."""
         if self._path is not None:
             return _file_digest(self._path)
         found = hashlib.sha256()
         for _, _, row in self.raw():
-            found.update(json.dumps(row, sort_keys=True, default=_plain_number).encode() + b"\n")
+            found.update(json.dumps(row, default=_plain_number if exact else repr).encode() + b"\n")
         return found.hexdigest()
 
 
@@ -619,7 +622,7 @@ class JsonLines(Records[Record]):
             file.seek(place)
             return file.readline()
 
-    def digest(self) -> str:
+    def digest(self, *, exact: bool = False) -> str:
         """Return the SHA-256 of the file."""
         return _file_digest(self.path)
 

@@ -316,7 +316,7 @@ class Batches:
 def show_mask(tokenizer: Any, row: Rows | Encoded) -> str:
     """Return the text of an example, each sequence from a line of its own, the tokens that count between ⟦ and ⟧."""
     shown = []
-    for completion, mask in zip(row.completions, row.masks, strict=True):
+    for completion, mask in zip(row.completions or [[]], row.masks or [[]], strict=True):
         tokens, marks = [*row.prompt, *completion], [False] * len(row.prompt) + mask
         cuts = [0, *(i for i in range(1, len(tokens)) if marks[i] != marks[i - 1]), len(tokens)]
         decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -114,7 +114,7 @@ class Config(Checked):
     cache: bool = True
     """Keep the tokens of data that take long in the user's cache folder, for the next run on the same data."""
     show_mask: bool = False
-    """Print the first example, with the tokens that count between ⟦ and ⟧."""
+    """Print the first example as the model reads it, with the tokens that count between ⟦ and ⟧."""
     dtype: Dtype = "float32"
     """Type of the computation."""
     param_dtype: Dtype = "float32"

@@ -755,7 +755,7 @@ def cached(found: records.Records, job: Job, *, say: Callable[[str], None] | Non
         return known
     start = time.perf_counter()
     made = tokenise(found, job, say=say)
-    if time.perf_counter() - start > SLOW:
+    if time.perf_counter() - start > SLOW and _key(found, job) == key:  # nothing was changed meanwhile
         try:
             _save(folder, made)
         except OSError as error:  # such as a full disk: the run goes on
@@ -769,7 +769,7 @@ def _key(found: records.Records, job: Job) -> str:
     parsed = [parse.__module__, parse.__qualname__, job.encoder.identity(), job.room, job.vocab_size]
     code = [Path(module.__file__).read_text(encoding="utf-8") for module in (records, text)]
     code.append(Path(__file__).read_text(encoding="utf-8"))
-    whole = json.dumps([found.digest(), found.unit, parsed, code], sort_keys=True)
+    whole = json.dumps([found.digest(exact=True), found.unit, parsed, code], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
 
 

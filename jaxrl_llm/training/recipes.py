@@ -323,7 +323,7 @@ def batches_of(
         hint = f" Did you mean {near}?" if near else ""
         run.say(f"{found.source}: {entry} is in {count} {found.unit}{'s' * (count > 1)}, but nothing reads it.{hint}")
     _report_skipped(run, found, [*found.bad_lines, *made.too_long])
-    if config.show_mask and batches.rows(0).completions:
+    if config.show_mask and name in ("data", "prompts"):
         run.say(show_mask(run.loaded.tokenizer, batches.rows(0)))
     return batches, found
 

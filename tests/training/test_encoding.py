@@ -342,6 +342,7 @@ def test_show_mask_marks_exactly_what_is_trained_on():
     first, second = shown.split("\n\n")
     assert first == "<s> [INST] The king [/INST]⟦ was good. </s>⟧<s> [INST] thank you [/INST]⟦ You are welcome. </s>⟧"
     assert "that is wrong" in second.replace("⟦", "|").split("⟧")[1]
+    assert show_mask(tokenizer, batches_of([{"prompt": "The king"}], "prompt-only").rows(0)) != ""
 
 
 # Kept and shared ------------------------------------------------------------------------------------------------------
