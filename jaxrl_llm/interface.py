@@ -631,7 +631,7 @@ class LM:
             return list(completion)
         if self._translates:
             return translation.known_tokens(self._require_tokenizer(), completion, name=f"completion {index}")
-        return self._require_tokenizer()(completion, add_special_tokens=False)["input_ids"]
+        return text.continuations(self._require_tokenizer(), [completion])[0]
 
     def _task(self, rows: Sequence[Sequence[int]]) -> Conditional:
         """The model with the prompts; of an encoder-decoder, with the encoded sources."""

@@ -85,6 +85,7 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "steps": "max_steps num_steps",
     "stop": "stop_strings stop_sequences",
     "tensorboard": "report_to",
+    "train_on": "assistant_only_loss completion_only_loss train_on_inputs mask_prompt train_on_responses_only",
     "value_clip": "cliprange_value",
     "value_coefficient": "vf_coef",
     "warmup": "warmup_ratio warmup_steps",

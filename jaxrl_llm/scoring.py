@@ -31,17 +31,24 @@ class Sequences(NamedTuple):
 
 
 def pad_completions(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, multiple: int = 1, length: int = 0
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    masks: Sequence[Sequence[bool]] | None = None,
+    multiple: int = 1,
+    length: int = 0,
 ) -> Sequences:
     """Return prompts with their completions as one batch, padded on the right.
 
     Args:
         prompts, completions: ragged rows of token ids, one completion a prompt.
+        masks: of each completion, the tokens that count, such as the assistant's; None: all of them.
         multiple: the padded length is a multiple of it, so that few shapes are compiled.
         length: the padded length is at least this.
 
     Raises:
-        ValueError: if there are none, prompts and completions differ in number, or a completion is empty.
+        ValueError: if there are none, prompts and completions differ in number, a completion is empty, or a mask has
+            another length.
     """
     if not completions or len(prompts) != len(completions):
         raise ValueError(
@@ -53,7 +60,12 @@ def pad_completions(
     length = -(-max(length, *map(len, rows), 1) // multiple) * multiple
     tokens, mask = text.right_pad(rows, length=length)
     starts = np.asarray([*map(len, prompts)])[:, None]
-    return Sequences(tokens, mask, mask & (np.arange(length) >= starts))
+    completion_mask = mask & (np.arange(length) >= starts)
+    if masks is not None:
+        if [*map(len, masks)] != [*map(len, completions)]:
+            raise ValueError("masks must have one value for each token of the completions, but have other lengths.")
+        completion_mask[completion_mask] = [each for row in masks for each in row]
+    return Sequences(tokens, mask, completion_mask)
 
 
 def check_sequences(lm: LanguageModel, sequences: Sequences, *, name: str = "sequences") -> None:

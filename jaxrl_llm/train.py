@@ -6,7 +6,7 @@
 Every trainer takes
 
 * a model: an `LM` (`jl.load`), its name or its path;
-* data: the path of a file of JSON lines, or any iterable of dicts;
+* data: the path of a file (JSON lines, JSON, CSV or Parquet), any iterable of dicts, or a `datasets.Dataset`;
 * options by keyword, or all of them as `config`, a dataclass of `jaxrl_llm.training.config`.
 
 Without `out` nothing is written. With `out`, a folder, a trainer does what `jaxrl-llm train` does: it writes
@@ -79,7 +79,8 @@ def sft(
     Args:
         lm: a model (`jl.load`), its name or its path.
         data: a path or dicts, in one of three formats: {"prompt", "completion"} ("answer" is a synonym), {"messages"}
-            that end with the assistant's, or {"text"}. Prompts and completions are strings or lists of messages.
+            that end with the assistant's, or {"text"}. Prompts and completions are strings or lists of messages, of
+            which the assistant's count. ShareGPT's and Alpaca's forms are read too.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -117,8 +118,8 @@ def dpo(
 
     Args:
         lm: a model (`jl.load`), its name or its path.
-        data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Two
-            conversations need no "prompt": it is what they share. For "kto": {"prompt", "completion", "label"}.
+        data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Without
+            "prompt" it is what the two share. For "kto": {"prompt", "completion", "label"}.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.

@@ -26,6 +26,7 @@ from jaxrl_llm.training.policy import METHODS, method_of
 from jaxrl_llm.training.preference import NAMES
 from jaxrl_llm.training.recipes import Objective, Trained
 from jaxrl_llm.training.steps import Frozen, Loss
+from tests.training import chats
 
 LINES = {
     "sft": [{"prompt": f"Say {i}:", "answer": " it is " * (i % 3 + 1)} for i in range(8)],
@@ -569,6 +570,45 @@ def test_what_data_leave_out_is_reported(model, capsys):
     assert batches.order.left_over == 2
 
 
+HI, BYE = {"role": "user", "content": "The king"}, {"role": "user", "content": "thank you"}
+WISE, WELCOME = {"role": "assistant", "content": "was wise."}, {"role": "assistant", "content": "Farewell."}
+FOOL, SORRY = {"role": "assistant", "content": "was"}, {"role": "assistant", "content": "Sorry."}
+TWO_TURNS = {"chosen": [HI, WISE, BYE, WELCOME], "rejected": [HI, FOOL, {"role": "user", "content": "no"}, SORRY]}
+SHOWN = {
+    "llama2": "<s> [INST] The king [/INST]⟦ was wise. </s>⟧<s> [INST] thank you [/INST]⟦ Farewell. </s>⟧",
+    "qwen2": "<|im_start|>user\nThe king<|im_end|>\n<|im_start|>assistant\n⟦was wise.<|im_end|>⟧\n"
+    "<|im_start|>user\nthank you<|im_end|>\n<|im_start|>assistant\n⟦Farewell.<|im_end|>⟧",
+    "gemma": "<bos><start_of_turn>user\nThe king<end_of_turn>\n<start_of_turn>model\n⟦was wise.<end_of_turn>⟧\n"
+    "<start_of_turn>user\nthank you<end_of_turn>\n<start_of_turn>model\n⟦Farewell.<end_of_turn>⟧",
+}
+
+
+@pytest.mark.parametrize("form", SHOWN)
+def test_two_turn_preferences_train_chat_models_on_the_assistants_words(form, tmp_path, capsys):
+    """As one printed example shows; what nothing reads of a line is counted."""
+    tokenizer = chats.FORMS[form]()
+    lm = GPT2(GPT2Config(vocab_size=4200, n_positions=256, n_embd=8, n_layer=1, n_head=1))
+    config = {"eos_token_id": [tokenizer.eos_token_id, *chats.ends(tokenizer)]}
+    loaded = models.Loaded(lm, lm.init(jax.random.key(0)), tokenizer, config)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(TWO_TURNS) + "\n" + json.dumps(TWO_TURNS | {"prompt_id": "x"}))
+    tuned = train.dpo(loaded, path, steps=1, batch_size=1, show_mask=True, learning_rate=1e-2)
+    said = capsys.readouterr().out
+    assert f"{SHOWN[form]}\n\n" in said and "prompt_id is in 1 line, but nothing reads it." in said
+    assert any((new != old).any() for new, old in zip(leaves(tuned.params), leaves(loaded.params), strict=True))
+
+
+def test_a_file_with_a_completion_and_a_prompt_that_are_too_long_trains_and_names_them(folder, call):
+    lines = [{"prompt": "a", "completion": " b" * 99}, {"prompt": "a" * 200, "completion": " b"}, *LINES["sft"]]
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    status, out, _ = call("sft", "long", "long", "--cut", "skip")
+    assert status == 0 and "8 records, 0 bad lines skipped, 2 too long lines skipped" in out
+    skipped = [json.loads(line) for line in (folder / "long" / "skipped.jsonl").read_text().splitlines()]
+    assert [each["line"] for each in skipped] == [1, 2] and "longer than 64" in skipped[0]["reason"]
+    status, out, _ = call("sft", "long", "long2", "--cut", "left", "--on-bad", "skip", "--train-on", "last")
+    assert status == 0 and "9 records, 1 bad lines skipped, 1 prompts and 0 completions truncated" in out
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -603,7 +643,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
             "warmup must be a finite number of at least 0, but is -1",
         ),
         ("sft", ("model", "sft"), {"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number"),
-        ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, but is 'mid"),
+        ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, skip, but"),
         ("sft", ("model", "sft"), {"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16"),
         ("reward", ("model", "ranked"), {"lora_dropout": 0.1}, ValueError, "lora_dropout is of adapters, which"),
         (
@@ -643,7 +683,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
         (
             "grpo",
             ("model", LINES["prompts"][:2]),
-            {"reward": vowels},
+            {"reward": vowels, "max_new_tokens": 8},
             ValueError,
             "prompts has 2 records of 4 completions: batch_size must be at most 8, but is 16",
         ),

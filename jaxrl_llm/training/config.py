@@ -15,7 +15,7 @@ import tyro
 
 from jaxrl_llm.options import STATIC, Checked, number
 
-Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dicts
+Data = str | Path | Iterable[Mapping[str, Any]]  # a file, or dicts
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
     Functions, Strings, Numbers = Function | Sequence[Any], str | Sequence[str], Sequence[float]
@@ -24,7 +24,8 @@ else:  # on the command line
     DataOption, Function = Path | None, str
     Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
     Targets = Strings | None
-Cut = Literal["left", "right", "raise"]
+Cut = Literal["left", "right", "raise", "skip"]
+TrainOn = Literal["all", "last", "completion"]
 OnBad = Literal["raise", "skip"]
 KL = Literal["reward", "reverse", "forward"]
 Scale = Literal["group", "batch", "none"]
@@ -106,9 +107,16 @@ class Config(Checked):
     """Most tokens of prompt and completion together; by default the model's context."""
     cut: Cut = "left"
     """The part that longer examples lose: "left", the beginning of the prompt; "right", the end of the completion;
-    "raise" refuses them."""
+    "skip" leaves them out and reports them; "raise" refuses them."""
+    train_on: TrainOn = "all"
+    """The tokens of a conversation that count: "all", every turn of the assistant after the prompt; "last", the last
+    turn; "completion", all that follows the prompt, also others' words. A string counts as a whole."""
     on_bad: OnBad = "raise"
-    """Malformed examples stop the run, or are skipped and reported."""
+    """Malformed examples, and those that cannot be cut to max_length, stop the run, or are skipped and reported."""
+    cache: bool = True
+    """Keep the tokens of data that take long in the user's cache folder, for the next run on the same data."""
+    show_mask: bool = False
+    """Print the first example as the model reads it, with the tokens that count between ⟦ and ⟧."""
     dtype: Dtype = "float32"
     """Type of the computation."""
     param_dtype: Dtype = "float32"
@@ -199,7 +207,18 @@ class OfflineConfig(Config):
             raise ValueError("keep_best needs held-out data: eval_data must be given, but is None.")
 
 
-LOGGING = ("eval_data", "log_every", "save_every", "keep", "keep_best", "resume", "tensorboard", "wandb")
+LOGGING = (
+    "eval_data",
+    "log_every",
+    "save_every",
+    "keep",
+    "keep_best",
+    "resume",
+    "tensorboard",
+    "wandb",
+    "cache",
+    "show_mask",
+)
 FREE = (
     *LOGGING,
     "microbatches",
@@ -212,6 +231,9 @@ FREE = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(OfflineConfig):
     """Fine-tune on completions: examples of prompt and completion, of messages, or of text."""
+
+    chunk: bool = False
+    """Train on texts longer than max_length in parts that share a token, so that every token is predicted once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

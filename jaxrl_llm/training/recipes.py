@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,10 @@ from jaxrl_llm.decoding.transforms import Chain, MinP, TopK, TopP
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models import lora as adapters
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, stored_head
+from jaxrl_llm.options import nearest
 from jaxrl_llm.scoring import measures
 from jaxrl_llm.training import loop, rewards
-from jaxrl_llm.training.batches import KINDS, Batches, Encoder
+from jaxrl_llm.training.batches import KINDS, Batches, Encoder, TooFew, show_mask
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
 from jaxrl_llm.training.policy import DESCRIBED, Method, method_of, online
@@ -45,6 +47,23 @@ from jaxrl_llm.training.steps import (
 
 SHOWN = 48  # tokens of a sample
 NAMED = 5  # files that an error names
+PRINTED = 20  # skipped lines or rows that are printed; all are written to the run's folder
+SKIPPED = "skipped.jsonl"
+KNOWN = (
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "messages",
+    "text",
+    "answers",
+    "ranks",
+    "margin",
+    "scores",
+    "label",
+    "system",
+    "tools",
+)
 OF_A_RUN = (
     "checkpoints",
     "run.json",
@@ -107,7 +126,14 @@ class Run:
     def encoder(self) -> Encoder:
         """Return an encoder for rows that fit the model."""
         most = min(self.config.max_length or self.lm.max_length, self.lm.max_length)
-        return Encoder(self.loaded.tokenizer, max_length=most, cut=self.config.cut)
+        return Encoder(
+            self.loaded.tokenizer,
+            max_length=most,
+            cut=self.config.cut,
+            train_on=self.config.train_on,
+            chunk=getattr(self.config, "chunk", False),
+            ends=self.eos,
+        )
 
     def loop(
         self, state: TrainState, advance: Callable[[TrainState, int], tuple[TrainState, Metrics]], **further: Any
@@ -217,7 +243,7 @@ def _check_folder(read: list[str | Path], config: Config, out: Path | None) -> b
         raise ValueError(f"out must be a folder, but {out} is a file.")
     if out.is_dir() and not begun:  # a run that ended before its first checkpoint begins anew
         names = sorted(each.name for each in out.iterdir() if not each.name.startswith("."))
-        own = OF_A_RUN if "run.json" in names else OF_A_RUN[:1]
+        own = (*(OF_A_RUN if "run.json" in names else OF_A_RUN[:1]), SKIPPED)
         others = [name for name in names if name not in own]
         if others:
             shown = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
@@ -269,38 +295,63 @@ def batches_of(
     Raises:
         TypeError, ValueError: naming the data, as `records.read` and `Batches`.
     """
-    encoder = run.encoder()
-    found = records.read(data, encoder.checked(KINDS[kind].parse), on_bad=run.config.on_bad, name=name)
-    if batch_size > len(found):
-        whole, each = run.config.batch_size, run.config.batch_size // batch_size  # completions of a prompt
-        have = f"{len(found)} record{'s' * (len(found) > 1)}{f' of {each} completions' if each > 1 else ''}"
-        raise ValueError(f"{found.source} has {have}: batch_size must be at most {len(found) * each}, but is {whole}.")
+    encoder, config = run.encoder(), run.config
+    found = records.read(data, KINDS[kind].parse, on_bad=config.on_bad, name=name, check=False)
     try:
         batches = Batches(
             found,
             KINDS[kind],
             encoder,
             batch_size=batch_size,
-            seed=run.config.seed,
+            seed=config.seed,
             room=room,
             vocab_size=run.lm.vocab_size,
             fields=fields,
+            cache=config.cache,
+            say=run.say,
         )
-    except ValueError as error:
-        raise ValueError(f"{found.source}: {error}") from error
-    left = batches.order.left_over
+    except TooFew as error:
+        each = config.batch_size // batch_size  # completions of a prompt
+        have = f"{error.count} record{'s' * (error.count > 1)}{f' of {each} completions' if each > 1 else ''}"
+        raise ValueError(
+            f"{found.source} has {have}: batch_size must be at most {error.count * each}, but is {config.batch_size}."
+        ) from error
+    left, made = batches.order.left_over, batches.data
     run.say(
-        f"{found.source}: {len(found)} records, {len(found.bad_lines)} bad {found.unit}s skipped, "
-        f"{encoder.cut_prompts} prompts and {encoder.cut_completions} completions truncated"
+        f"{found.source}: {len(batches)} records, {len(found.bad_lines)} bad {found.unit}s skipped, "
+        + (f"{len(made.too_long)} too long {found.unit}s skipped, " if config.cut == "skip" else "")
+        + f"{made.cut_prompts} prompts and {made.cut_completions} completions truncated"
         + (f", {batches.pad_waste:.0%} padding" if batch_size > 1 else "")
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
     for column in sorted(batches.left_out):
         run.say(f"{found.source}: {column} is not a number in every {found.unit}, so the loss does not receive it.")
-    for bad in found.bad_lines:
-        run.say(f"{found.source}, {found.unit} {bad.number}: {bad.reason}")
+    for entry, count in batches.unread.items():
+        near = nearest(entry, KNOWN)
+        hint = f" Did you mean {near}?" if near else ""
+        run.say(f"{found.source}: {entry} is in {count} {found.unit}{'s' * (count > 1)}, but nothing reads it.{hint}")
+    _report_skipped(run, found, [*found.bad_lines, *made.too_long])
+    if config.show_mask and name in ("data", "prompts"):
+        run.say(show_mask(run.loaded.tokenizer, batches.rows(0)))
     return batches, found
+
+
+def _report_skipped(run: Run, found: records.Records, skipped: list[records.BadLine]) -> None:
+    """Print the lines or rows that were skipped, and write all of them to the run's folder."""
+    for bad in skipped[:PRINTED]:
+        run.say(f"{found.source}, {found.unit} {bad.number}: {bad.reason}")
+    if run.out is None or not skipped:
+        if len(skipped) > PRINTED:
+            run.say(f"{found.source}: and {len(skipped) - PRINTED} more.")
+        return
+    run.out.mkdir(parents=True, exist_ok=True)
+    path = run.out / SKIPPED
+    lines = [{"data": found.source, found.unit: bad.number, "reason": bad.reason} for bad in skipped]
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    others = [line for line in before if json.loads(line).get("data") != found.source]
+    path.write_text("".join(f"{line}\n" for line in [*others, *map(json.dumps, lines)]), encoding="utf-8")
+    run.say(f"{found.source}: all {len(skipped)} that were skipped are in {path}.")
 
 
 # Parameters -----------------------------------------------------------------------------------------------------------
@@ -512,12 +563,12 @@ def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Para
     batches, _ = batches_of(
         run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
     )
-    count, size = batches.order.steps_per_epoch, config.batch_size // config.microbatches
+    count, size = len(batches), config.batch_size // config.microbatches
     if count < least:
         raise ValueError(f"eval_data must have at least 2 records for a loss that compares rows, but has {count}.")
-    order = sorted(range(count), key=lambda place: batches.rows(place).length)
+    order = np.argsort(batches.lengths, kind="stable")
     # As few parts as possible, of sizes at most 1 apart; one row more than `size` where a part would have too few.
-    split = np.array_split(np.asarray(order), min(-(-count // size), count // least))
+    split = np.array_split(order, min(-(-count // size), count // least))
     parts = [batches.collate(places) for places in split]
 
     @jax.jit

@@ -53,10 +53,14 @@ def test_margins_that_are_no_numbers_are_refused(parse, line, said):
 def test_the_loss_is_that_of_pairs_with_their_margins():
     """Of pairs `pairwise_loss` with its margin; of K completions the mean over their pairs; metrics are of scores."""
     params = HEAD.init(KEY, random_params(TINY["tabular"]))
+    given = [
+        ([[0, 1], [2, 0, 1]], [0, 1], (1.5, 0.0)),
+        ([[1], [0, 2]], [0, 1], ()),
+        ([[1, 1], [2, 2], [0]], [1, 2, 0], (4.0, 1.0, 9.0)),
+    ]
     rows = [
-        Rows([], [[0, 1], [2, 0, 1]], [0, 1], margins=(1.5, 0.0)),
-        Rows([], [[1], [0, 2]], [0, 1]),
-        Rows([], [[1, 1], [2, 2], [0]], [1, 2, 0], margins=(4.0, 1.0, 9.0)),
+        Rows([], tokens, [[True] * len(each) for each in tokens], ranks, margins=margins)
+        for tokens, ranks, margins in given
     ]
     batch = jax.tree.map(jnp.asarray, KINDS["ranked"].collate(rows, 4))
     values = jax.jit(HEAD.scores)(params, *(leaf.reshape(9, 4) for leaf in batch.completions[:2])).reshape(3, 3)
