@@ -24,7 +24,9 @@ else:  # on the command line
     Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
-Divergence = Literal["reverse", "forward"]
+KL = Literal["reward", "reverse", "forward"]
+Scale = Literal["group", "batch", "none"]
+Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Dtype = Literal["float32", "bfloat16"]
 Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt"]
 Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
@@ -227,11 +229,16 @@ class PolicyOptions(Checked):
     group_size: int = number(4, 1, static=True)
     """Completions of each prompt."""
     beta: float = number(0.05, 0)
-    """Weight of KL(policy‖reference), in units of reward per nat."""
-    kl_loss: Divergence | None = dataclasses.field(default=None, metadata=STATIC)
-    """Add this divergence to the loss as a term; by default the KL penalty is part of the reward."""
+    """Weight of KL(policy‖reference), in units of reward per nat. A group's spread never divides it."""
+    kl: KL = dataclasses.field(default="reward", metadata=STATIC)
+    """Place of the KL penalty: "reward", k1 of each token is subtracted from its reward; "reverse" or "forward", a term
+    of the loss whose gradient is that of KL(policy‖reference) or of KL(reference‖policy)."""
+    scale_rewards: Scale = dataclasses.field(default="none", metadata=STATIC)
+    """Rewards less the mean of their group are divided by the standard deviation of the group or of the batch."""
     gamma: float = number(0.0, 0)
     """Weight of the pretraining term gamma E[log policy], in units of reward per nat of a token."""
+    entropy_coefficient: float = number(0.0, 0, static=True)
+    """Weight of the entropy bonus, in units of reward per nat of a token."""
     epochs: int = number(1, 1, static=True)
     """Passes over each batch of completions."""
     minibatches: int = number(1, 1, static=True)
@@ -240,8 +247,20 @@ class PolicyOptions(Checked):
     """Probability ratios are clipped below 1 - clip_low."""
     clip_high: float = number(0.2, 0)
     """Probability ratios are clipped above 1 + clip_high."""
+    importance_mode: Importance = dataclasses.field(default="token_truncate", metadata=STATIC)
+    """Importance weights for what was not sampled from the policy itself, such as by top-p: of tokens or of whole
+    completions ("sequence"), which beyond importance_floor and importance_cap are truncated to them or are 0 ("mask").
+    """
     importance_cap: float = number(2.0, 0, above=True)
-    """Largest importance weight of a token that was not sampled from the policy itself, such as by top-p."""
+    """Largest importance weight."""
+    importance_floor: float = number(0.0, 0)
+    """Smallest importance weight."""
+    overlong_buffer: float = number(0.0, 0, 1)
+    """Share of max_new_tokens, at its end, over which a completion's reward falls by up to 1, linearly."""
+    mask_truncated: bool = dataclasses.field(default=False, metadata=STATIC)
+    """Leave completions that did not end within max_new_tokens out of the loss."""
+    normaliser: float | None = number(None, 0, above=True)
+    """Tokens that the sum over a completion is divided by, of dr_grpo; by default max_new_tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,6 +315,19 @@ class GRPOConfig(PolicyOptions, Config):
     """Strings that end a completion; they belong to it."""
     eval_data: DataOption = None
     """Held-out prompts: their mean rewards, KL and lengths, and samples, at every checkpoint."""
+    beta: float | None = number(None, 0)
+    """Weight of KL(policy‖reference), in units of reward per nat; by default 0.05, of grpo 0.04, of dr_grpo, dapo, gspo
+    and cispo 0. A group's spread never divides it."""
+    kl: KL | None = dataclasses.field(default=None, metadata=STATIC)
+    """Place of the KL penalty: "reward", k1 of each token is subtracted from its reward; "reverse" or "forward", a term
+    of the loss whose gradient is that of KL(policy‖reference) or of KL(reference‖policy). By default "reward", of grpo
+    "forward", as published."""
+    scale_rewards: Scale | None = dataclasses.field(default=None, metadata=STATIC)
+    """Rewards less the mean of their group are divided by the standard deviation of the group or of the batch; by
+    default "none", of grpo, dapo, gspo and cispo "group"."""
+    overlong_buffer: float | None = number(None, 0, 1)
+    """Share of max_new_tokens, at its end, over which a completion's reward falls by up to 1, linearly; by default 0,
+    of dapo 0.2."""
     clip_low: float | None = number(None, 0)
     """Probability ratios are clipped below 1 - clip_low; by default 0.2, of gspo 3e-4, of cispo 1."""
     clip_high: float | None = number(None, 0)
@@ -329,6 +361,17 @@ class GRPOConfig(PolicyOptions, Config):
         if (self.gamma > 0) != (self.text is not None):
             raise ValueError(
                 f"gamma and text must be given together, but gamma is {self.gamma} and text is {self.text}."
+            )
+        filtered = self.top_p < 1 or self.top_k is not None or self.min_p
+        if self.importance_mode.startswith("sequence") and filtered:
+            raise ValueError(
+                "importance_mode must be token_truncate or token_mask with top_p, top_k or min_p, as weights of whole "
+                f"completions vanish with their length, but is {self.importance_mode}."
+            )
+        if self.importance_floor > self.importance_cap:
+            raise ValueError(
+                f"importance_floor must be at most importance_cap, {self.importance_cap}, "
+                f"but is {self.importance_floor}."
             )
         if self.batch_size % self.group_size:
             raise ValueError(f"group_size must divide batch_size, {self.batch_size}, but is {self.group_size}.")

@@ -28,7 +28,7 @@ from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
-from jaxrl_llm.training.policy import DESCRIBED, Method, method_of, online
+from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import (
     Frozen,
@@ -500,6 +500,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     config: GRPOConfig = run.config
     method = method_of(config) if method is None else method
     judges, sampler = judges_of(run), _sampler(run)
+    check_ends(method, sampler)
     size = config.batch_size // method.group_size
     asked, found = batches_of(run, prompts, "prompt-only", batch_size=size, room=sampler.max_new_tokens, name="prompts")
     judges.check(found, longest=asked.longest)

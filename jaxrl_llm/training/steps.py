@@ -110,6 +110,7 @@ def update(
     batch: PyTree,
     frozen: Frozen | None = None,
     *,
+    further: tuple[LossFn, PyTree] | None = None,
     microbatches: int = 1,
     view: View | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -117,16 +118,26 @@ def update(
 
     Parameters in bfloat16 are updated in float32 and rounded at random, up or down with the probabilities that keep the
     mean, so that steps far below their spacing add up.
+
+    Args:
+        further: a loss that is added, with a batch of its own, which is split into as many parts.
     """
     if microbatches > 1 and getattr(loss, "needs_whole_batch", False):
         raise ValueError(
             f"microbatches must be 1 for a loss that compares with all rows of a batch, but is {microbatches}."
         )
 
-    def seen(params: Params, part: PyTree, key: Array) -> Loss:
-        return loss(params if view is None else view(params, frozen), part, frozen, key)
+    def found(loss: LossFn, batch: PyTree) -> tuple[Params, Metrics]:
+        def seen(params: Params, part: PyTree, key: Array) -> Loss:
+            return loss(params if view is None else view(params, frozen), part, frozen, key)
 
-    grads, metrics = gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
+        return gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
+
+    grads, metrics = found(loss, batch)
+    if further is not None:
+        added, described = found(*further)
+        grads = jax.tree.map(jnp.add, grads, added)
+        metrics = described | metrics | {"loss": metrics["loss"] + described["loss"]}
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, _wide(state.params))
     params = _added(state.params, updates, jax.random.fold_in(state.step_key, ROUNDING))
