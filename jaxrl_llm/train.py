@@ -246,9 +246,11 @@ def grpo(
         config: all options in one object.
         verbose: print what is done, with a progress bar.
 
-    `reward` is a function(prompts, completions, **fields) that returns one number for each completion; `fields` are the
-    other entries of the prompts, as lists with a value for each completion, and only those that it has parameters for
-    are given. It may also be a `RewardModel`; `reward_model` is the folder of one.
+    `reward` is a function(prompts, completions, **fields) that returns one number for each completion, or None for one
+    that it does not judge. `prompts` are strings or lists of messages as they were given, `completions` are strings;
+    `fields` are the other entries of the prompts, as lists with a value for each completion, and only those that it has
+    parameters for are given. It may also be a `RewardModel` (`reward_model` is the folder of one), or a list of
+    rewards, which are added with `reward_weights`. `jaxrl_llm.rewards` has rewards that check the right answer.
 
     Options: listed here.
 
@@ -260,12 +262,16 @@ def grpo(
     Metrics: `reward`; `reward_std`, the mean of the groups' standard deviations, and `frac_reward_zero_std`, the share
     of groups without a difference; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions in
     nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
-    `clip_fraction` over the updates of a step; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`.
+    `clip_fraction` over the updates of a step; `judged`, the share of completions with a reward; of several rewards
+    each, as `reward/name`; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`; with dynamic sampling
+    `redraws`, the further draws of a step; and with `eval_data` `held_out_reward`, of several rewards each by its name,
+    `held_out_kl`, `held_out_length` and `held_out_ended`.
 
     Raises:
         TypeError: if an argument is of the wrong type, or an option is unknown.
         ValueError: for an option out of range or options that do not fit together, malformed prompts (rows and lines
-            are named), rewards that are not one finite number for each completion, or a model that cannot be trained.
+            are named), rewards that are not one finite number or None for each completion, a reward that cannot judge
+            the prompts, or a model that cannot be trained.
         RuntimeError: if the reward function raises.
         FloatingPointError: if a metric becomes infinite or NaN.
     """

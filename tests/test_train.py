@@ -605,6 +605,21 @@ def test_what_data_leave_out_is_reported(model, capsys):
             "eval_data has 1 bad row: row 0: prompt is missing",
         ),
         (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "keep_best": "reward"},
+            ValueError,
+            "keep_best needs held-out",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": [vowels, vowels], "eval_data": LINES["prompts"], "keep_best": "held_out_reward/x"}
+            | {"batch_size": 4, "max_new_tokens": 4},
+            ValueError,
+            "keep_best must be one of held_out_reward, held_out_reward/vowels, held_out_reward/vowels_2, held_out_kl,",
+        ),
+        (
             "ppo",
             ("model", "prompts"),
             {"reward": vowels, "dynamic_sampling": 1},
