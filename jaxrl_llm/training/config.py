@@ -19,9 +19,11 @@ Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dict
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
     Functions, Strings, Numbers = Function | Sequence[Any], str | Sequence[str], Sequence[float]
+    Targets = str | Sequence[str] | None
 else:  # on the command line
     DataOption, Function = Path | None, str
     Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
+    Targets = tuple[str, ...] | None
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
 KL = Literal["reward", "reverse", "forward"]
@@ -116,6 +118,13 @@ class Config(Checked):
     """Train LoRA adapters of this rank instead of all weights; 0 trains all weights."""
     lora_alpha: float = number(16.0, 0, above=True)
     """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: Targets = None
+    """Layers that have adapters: names or their ends, such as c_attn or mlp.up_proj, regular expressions of whole
+    names, or all-linear; by default those of attention queries and values."""
+    lora_rslora: bool = False
+    """Scale adapters by lora_alpha / √lora_rank instead."""
+    lora_from: Path | None = None
+    """Folder of an adapter of this model, whose training is continued with its rank, scale and layers."""
     checkpoint_blocks: bool = False
     """Recompute the inside of the layers for the gradient: less memory, more time."""
     log_every: int = number(10, 1)
@@ -140,6 +149,15 @@ class Config(Checked):
         super().__post_init__()
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size, {self.batch_size}, but is {self.microbatches}.")
+        if isinstance(self.lora_targets, str):
+            object.__setattr__(self, "lora_targets", (self.lora_targets,))
+        if self.lora_from is not None and (self.lora_rank or self.lora_targets or self.lora_rslora):
+            raise ValueError(
+                "lora_rank, lora_targets and lora_rslora must be left out with lora_from, which has its own."
+            )
+        for name in ("lora_targets", "lora_rslora"):
+            if getattr(self, name) and not self.lora_rank:
+                raise ValueError(f"{name} is of adapters, which lora_rank asks for, but lora_rank is 0.")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup must be a share below 1 or a whole number of steps, but is {self.warmup}.")
         if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
@@ -147,6 +165,11 @@ class Config(Checked):
         check_optimizer(self.optimizer, self.optimizer_kwargs)
         if self.keep_best is not None:
             direction(self.keep_best)
+
+    @property
+    def has_adapters(self) -> bool:
+        """True if adapters are trained, not all weights."""
+        return self.lora_rank > 0 or self.lora_from is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,9 +180,17 @@ class OfflineConfig(Config):
     """Passes over the data, instead of a number of steps."""
     eval_data: DataOption = None
     """Held-out data of the same format, for the held-out loss."""
+    lora_dropout: float = number(0.0, 0, 1)
+    """Share of the inputs of adapters that training drops, for each token anew."""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lora_dropout and not self.has_adapters:
+            raise ValueError(
+                "lora_dropout is of adapters, which lora_rank or lora_from asks for, but neither is given."
+            )
+        if self.lora_dropout == 1:
+            raise ValueError("lora_dropout must be below 1, but is 1.")
         if self.num_epochs is not None and self.steps != Config.steps:
             raise ValueError(
                 f"one of steps and num_epochs must be given, but both are, {self.steps} and {self.num_epochs:g}."
@@ -175,6 +206,7 @@ FREE = (
     "checkpoint_blocks",
     "model",
     "reward_model",
+    "lora_from",
 )  # a run can be resumed with others: its steps are the same
 
 
@@ -189,11 +221,9 @@ class RewardConfig(OfflineConfig):
 
     centering: float = number(0.0, 0)
     """Weight of the squared sum of two scores, which holds the scores around 0."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lora_rank:
-            raise ValueError(f"lora_rank must be 0, as a reward model is trained whole, but is {self.lora_rank}.")
+    score_margin: float = number(0.0, 0)
+    """Margin of a pair per unit of the difference between "score_chosen" and "score_rejected", or between the "scores"
+    of answers, which every line must then have; at 0 they do not count. The "margin" of a line always counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
