@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -791,6 +792,12 @@ def test_the_options_reach_the_method(call, monkeypatch, tmp_path):
     )  # fmt: skip
     assert method_of(taken["config"]) == expected and str(taken["config"].text) == "c"
     assert str(taken["out"]).endswith("x") and type(taken["config"]) is PPOConfig
+    words = "--reward a:b c:d --reward-model r --reward-weights 1 0.5 -2 --stop x y --dynamic-sampling 3 --top-k 5"
+    call("grpo", "prompts", "x", *words.split(), "--eval-data", "h")
+    config = taken["config"]
+    assert config.rewards == ("a:b", "c:d", Path("r")) and config.reward_weights == (1, 0.5, -2)
+    assert config.stop == ("x", "y") and config.redraws == 3 and config.top_k == 5 and config.eval_data == Path("h")
+    assert GRPOConfig(reward="a:b", method="dapo").redraws == 9 and GRPOConfig(reward="a:b").redraws == 0
     for name in ("gspo", "dapo", "cispo"):  # whose clips are their own
         call("grpo", "prompts", "x", "--method", name, "--reward", "a:b")
         assert method_of(taken["config"]) == METHODS[name] and taken["config"].text is None
