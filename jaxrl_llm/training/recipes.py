@@ -28,7 +28,7 @@ from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
-from jaxrl_llm.training.policy import DESCRIBED, Method, method_of, online
+from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import (
     Frozen,
@@ -494,11 +494,12 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     """Train on rewards of the model's own completions, by the method of the configuration or the given one.
 
     Raises:
-        ValueError: for a reward that cannot judge the prompts' completions: see `judges_of`.
+        ValueError: for a reward that cannot judge the prompts' completions: see `judges_of`; or as `check_ends`.
     """
     config: GRPOConfig = run.config
     method = method_of(config) if method is None else method
     judges, sampler = judges_of(run), _sampler(run)
+    check_ends(method, sampler)
     size = config.batch_size // method.group_size
     asked, found = batches_of(run, prompts, "prompt-only", batch_size=size, room=sampler.max_new_tokens, name="prompts")
     judges.check(found, longest=asked.longest)
