@@ -36,7 +36,7 @@ from jaxrl_llm.training.config import (
     RewardConfig,
     SFTConfig,
 )
-from jaxrl_llm.training.policy import Method
+from jaxrl_llm.training.policy import Method, method_of
 from jaxrl_llm.training.preference import find_loss, preference_loss
 from jaxrl_llm.training.recipes import Objective
 from jaxrl_llm.training.reward_model import reward_loss
@@ -245,9 +245,11 @@ def grpo(
         config: all options in one object.
         verbose: print what is done, with a progress bar.
 
-    `reward` is a function(prompts, completions, **fields) that returns one number for each completion; `fields` are the
-    other entries of the prompts, as lists with a value for each completion, and only those that it has parameters for
-    are given. It may also be a `RewardModel`; `reward_model` is the folder of one.
+    `reward` is a function(prompts, completions, **fields) that returns one number for each completion, or None for one
+    that it does not judge. `prompts` are strings or lists of messages as they were given, `completions` are strings;
+    `fields` are the other entries of the prompts, as lists with a value for each completion, and only those that it has
+    parameters for are given. It may also be a `RewardModel` (`reward_model` is the folder of one), or a list of
+    rewards, which are added with `reward_weights`. `jaxrl_llm.rewards` has rewards that check the right answer.
 
     Options: listed here.
 
@@ -259,12 +261,16 @@ def grpo(
     Metrics: `reward`; `reward_std`, the mean of the groups' standard deviations, and `frac_reward_zero_std`, the share
     of groups without a difference; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions in
     nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
-    `clip_fraction` over the updates of a step; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`.
+    `clip_fraction` over the updates of a step; `judged`, the share of completions with a reward; of several rewards
+    each, as `reward/name`; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`; with dynamic sampling
+    `redraws`, the further draws of a step; and with `eval_data` `held_out_reward`, of several rewards each by its name,
+    `held_out_kl`, `held_out_length` and `held_out_ended`.
 
     Raises:
         TypeError: if an argument is of the wrong type, or an option is unknown.
         ValueError: for an option out of range or options that do not fit together, malformed prompts (rows and lines
-            are named), rewards that are not one finite number for each completion, or a model that cannot be trained.
+            are named), rewards that are not one finite number or None for each completion, a reward that cannot judge
+            the prompts, or a model that cannot be trained.
         RuntimeError: if the reward function raises.
         FloatingPointError: if a metric becomes infinite or NaN.
     """
@@ -333,7 +339,9 @@ def _online(
         )
         shared = [field.name for field in dataclasses.fields(cls) if field.name in names]
         options |= {name: getattr(method, name) for name in shared}
-    run = recipes.begin(lm, _configured(cls, config, options), out, verbose=verbose)
+    configured = _configured(cls, config, options)
+    method = method_of(configured) if method is None else method
+    run = recipes.begin(lm, configured, out, verbose=verbose)
     return _model(recipes.optimise_rewards(run, prompts, kind, method=method), run)
 
 

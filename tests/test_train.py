@@ -1,5 +1,6 @@
 """Whole runs: from files to folders by the command line, and from Python with data in memory."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -8,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -343,7 +345,7 @@ def test_online_runs_log_each_reward_and_measure_held_out_prompts(folder):
     drawn = sum(len(completions) for _, completions in seen)
     assert drawn == 2 * 5 + sum(4 * (1 + row["redraws"]) for row in rows)
     assert all(len(set(prompts)) == 2 for prompts, _ in seen if len(prompts) == 4), "two prompts of two completions"
-    assert json.loads((out / "run.json").read_text())["reward"].endswith(f"letters, {__name__}:lengths")
+    assert json.loads((out / "run.json").read_text())["reward"][1] == f"{__name__}:lengths"
 
 
 @pytest.mark.slow
@@ -381,11 +383,8 @@ def test_reward_models_that_cannot_read_the_completions_are_refused(folder, mode
     short = GPT2(GPT2Config(vocab_size=4096, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     scorer = ScalarHead(short)
     for tokenizer, said in (
-        (model.tokenizer, "context of the reward model must hold the longest prompt, 5 tokens, and .* 14, but is 16"),
-        (
-            other,
-            "the reward model reads texts by its own tokenizer: a prompt of . tokens leaves no room for 14 more in 16",
-        ),
+        (model.tokenizer, "context of the reward model must hold its longest prompt, 5 tokens, and .* 14, but is 16"),
+        (other, "context of the reward model must hold its longest prompt, [4-6] tokens, and .* 14, but is 16"),
     ):
         found = LoadedReward(scorer, scorer.init(jax.random.key(0)), tokenizer, {})
         with pytest.raises(ValueError, match=said):
@@ -397,10 +396,12 @@ def test_reward_models_that_cannot_read_the_completions_are_refused(folder, mode
     run = recipes.begin(model, GRPOConfig(reward=[vowels, vowels, "jaxrl_llm.rewards:number"]), verbose=False)
     judges = recipes.judges_of(run)
     assert list(judges.each) == ["vowels", "vowels_2", "number"]
-    assert [recipes._reads_tokens_of(run, LoadedReward(scorer, {}, each, {})) for each in (model.tokenizer, other)] == [
-        True,
-        False,
-    ]
+    talk = [{"prompt": [{"role": "user", "content": "a"}]}]
+    found = LoadedReward(scorer, scorer.init(jax.random.key(0)), other, {})
+    chats = dataclasses.replace(model, tokenizer=copy.deepcopy(model.tokenizer))
+    chats.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"the reward model cannot read the prompts: .* no chat template"):
+        train.grpo(chats, talk, reward=found, max_new_tokens=4, batch_size=4)
 
 
 # What identifies a run, what it measures ------------------------------------------------------------------------------
@@ -740,6 +741,21 @@ def test_a_file_with_a_completion_and_a_prompt_that_are_too_long_trains_and_name
             "eval_data has 1 bad row: row 0: prompt is missing",
         ),
         (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "keep_best": "reward"},
+            ValueError,
+            "keep_best needs held-out",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": [vowels, vowels], "eval_data": LINES["prompts"], "keep_best": "held_out_reward/x"}
+            | {"batch_size": 4, "max_new_tokens": 4},
+            ValueError,
+            "keep_best must be one of held_out_reward, held_out_reward/vowels, held_out_reward/vowels_2, held_out_kl,",
+        ),
+        (
             "ppo",
             ("model", "prompts"),
             {"reward": vowels, "dynamic_sampling": 1},
@@ -825,9 +841,43 @@ def test_the_options_reach_the_method(call, monkeypatch, tmp_path):
     )  # fmt: skip
     assert method_of(taken["config"]) == expected and str(taken["config"].text) == "c"
     assert str(taken["out"]).endswith("x") and type(taken["config"]) is PPOConfig
-    for name in ("gspo", "dapo", "cispo"):  # whose clips are their own
+    words = "--reward a:b c:d --reward-model r --reward-weights 1 0.5 -2 --stop x y --dynamic-sampling 3 --top-k 5"
+    call("grpo", "prompts", "x", *words.split(), "--eval-data", "h")
+    config = taken["config"]
+    assert config.rewards == ("a:b", "c:d", Path("r")) and config.reward_weights == (1, 0.5, -2)
+    assert config.stop == ("x", "y") and config.redraws == 3 and config.top_k == 5 and config.eval_data == Path("h")
+    assert GRPOConfig(reward="a:b", method="dapo").redraws == 9 and GRPOConfig(reward="a:b").redraws == 0
+    for name in ("grpo", "rloo", "dr_grpo", "gspo", "dapo", "cispo"):  # whose defaults are their own
         call("grpo", "prompts", "x", "--method", name, "--reward", "a:b")
         assert method_of(taken["config"]) == METHODS[name] and taken["config"].text is None
+    words = "--method dr_grpo --beta 0.1 --kl reverse --scale-rewards batch --entropy-coefficient 0.01 --normaliser 9"
+    words = f"{words} --importance-mode sequence_mask --importance-floor 0.5 --overlong-buffer 0.3 --mask-truncated"
+    call("grpo", "prompts", "x", *words.split(), "--reward", "a:b")
+    assert method_of(taken["config"]) == dataclasses.replace(
+        METHODS["dr_grpo"], beta=0.1, kl="reverse", scale_rewards="batch", entropy_coefficient=0.01, normaliser=9.0,
+        importance_mode="sequence_mask", importance_floor=0.5, overlong_buffer=0.3, mask_truncated=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "dapo", "kl": "forward"}, "beta must be above 0 with kl forward, but is 0 for dapo"),
+        ({"method": "reinforce", "clip_high": 0.3}, "clip_low and clip_high must be None for reinforce"),
+        ({"method": "reinforce", "epochs": 2}, "epochs × minibatches must be 1 for the surrogate reinforce"),
+        ({"method": "grpo", "normaliser": 9.0}, "normaliser must be None for the mode sequence_mean, but is 9"),
+        ({"method": "rloo", "scale_rewards": "group"}, "scale_rewards must be none for rloo, but is group"),
+        (
+            {"importance_mode": "sequence_truncate", "top_p": 0.9},
+            "importance_mode must be token_truncate or token_mask",
+        ),
+        ({"importance_floor": 3.0}, "importance_floor must be at most importance_cap, 2.0, but is 3.0"),
+        ({"overlong_buffer": 1.5}, r"overlong_buffer must be a number in \[0, 1\], but is 1.5"),
+    ],
+)
+def test_online_options_without_effect_or_out_of_range_are_refused_before_the_model_is_loaded(options, said):
+    with pytest.raises(ValueError, match=said):
+        train.grpo("no such model", [], reward=len, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

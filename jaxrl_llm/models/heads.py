@@ -86,15 +86,6 @@ class LoadedReward:
         """Return True if the tokens of this tokenizer are those of the reward model, so that it can score them."""
         return text.same_tokens(self.tokenizer, tokenizer)
 
-    def ends_turns_in(self, eos_ids: Sequence[int]) -> bool:
-        """Return True if conversations are scored at one of these tokens, or not at all for want of a template."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return True
-        try:
-            return text.whole(self.tokenizer, PROBE[:1], PROBE[1:])[-1] in eos_ids
-        except ValueError:  # a template that refuses this conversation
-            return False
-
     def tokens(self, prompt: Text, completion: Text | None = None) -> list[int]:
         """Return the tokens that are scored: of a prompt with its completion, or of a whole text or conversation.
 

@@ -66,7 +66,7 @@ def direction(metric: str) -> tuple[str, int]:
     """
     if metric.startswith(("max:", "min:")):
         return metric[4:], 1 if metric.startswith("max:") else -1
-    sign = BETTER.get(metric.split("_")[-1])
+    sign = BETTER.get(metric.split("/")[0].split("_")[-1])
     if sign is None:
         raise ValueError(
             f'keep_best must be a metric that ends in {", ".join(BETTER)}, or have "max:" or "min:" before it, '
@@ -224,6 +224,7 @@ FREE = (
     "microbatches",
     "checkpoint_blocks",
     "model",
+    "reward_model",
     "lora_from",
 )  # a run can be resumed with others: its steps are the same
 
@@ -357,6 +358,15 @@ class GRPOConfig(PolicyOptions, Config):
     """Temperature of the policy, in sampling and in all log-probabilities."""
     top_p: float = number(1.0, 0, 1, above=True)
     """Sample from the smallest set of tokens of this probability; importance weights correct for it."""
+    top_k: int | None = number(None, 1)
+    """Sample from the k most probable tokens; importance weights correct for it."""
+    min_p: float | None = number(None, 0, 1)
+    """Sample from the tokens of at least this share of the most probable one's probability; importance weights correct
+    for it."""
+    stop: Strings = ()
+    """Strings that end a completion; they belong to it."""
+    eval_data: DataOption = None
+    """Held-out prompts: their mean rewards, KL and lengths, and samples, at every checkpoint."""
     beta: float | None = number(None, 0)
     """Weight of KL(policy‖reference), in units of reward per nat; by default 0.05, of grpo 0.04, of dr_grpo, dapo, gspo
     and cispo 0. A group's spread never divides it."""
@@ -370,15 +380,6 @@ class GRPOConfig(PolicyOptions, Config):
     overlong_buffer: float | None = number(None, 0, 1)
     """Share of max_new_tokens, at its end, over which a completion's reward falls by up to 1, linearly; by default 0,
     of dapo 0.2."""
-    top_k: int | None = number(None, 1)
-    """Sample from the k most probable tokens; importance weights correct for it."""
-    min_p: float | None = number(None, 0, 1)
-    """Sample from the tokens of at least this share of the most probable one's probability; importance weights correct
-    for it."""
-    stop: Strings = ()
-    """Strings that end a completion; they belong to it."""
-    eval_data: DataOption = None
-    """Held-out prompts: their mean rewards, KL and lengths, and samples, at every checkpoint."""
     clip_low: float | None = number(None, 0)
     """Probability ratios are clipped below 1 - clip_low; by default 0.2, of gspo 3e-4, of cispo 1."""
     clip_high: float | None = number(None, 0)
@@ -402,6 +403,8 @@ class GRPOConfig(PolicyOptions, Config):
         if not all(isinstance(each, str) and each for each in stop):
             raise ValueError(f"stop must be strings that are not empty, but is {list(stop)}.")
         object.__setattr__(self, "stop", stop)
+        if self.keep_best is not None and self.eval_data is None:
+            raise ValueError("keep_best needs held-out data: eval_data must be given, but is None.")
         if self.dynamic_sampling and self.group_size < 2:
             raise ValueError(
                 f"dynamic_sampling must be 0 for a group_size of {self.group_size}, in which no completions differ, "
@@ -411,9 +414,9 @@ class GRPOConfig(PolicyOptions, Config):
             raise ValueError(
                 f"gamma and text must be given together, but gamma is {self.gamma} and text is {self.text}."
             )
-        if self.importance_mode.startswith("sequence") and self.top_p < 1:
+        if self.importance_mode.startswith("sequence") and (self.top_p < 1 or self.top_k or self.min_p):
             raise ValueError(
-                "importance_mode must be token_truncate or token_mask with top_p below 1, as weights of whole "
+                "importance_mode must be token_truncate or token_mask with top_p, top_k or min_p, as weights of whole "
                 f"completions vanish with their length, but is {self.importance_mode}."
             )
         if self.importance_floor > self.importance_cap:

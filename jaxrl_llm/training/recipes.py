@@ -30,7 +30,7 @@ from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder, TooFew, show_mask
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
-from jaxrl_llm.training.policy import DESCRIBED, Method, method_of, online
+from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import (
     Frozen,
@@ -217,9 +217,10 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
 
 
 def _folders_of(config: Config) -> list[Any]:
-    """Return what a configuration reads from: the options that are paths."""
+    """Return what a configuration reads from: the options that are paths, and rewards, which can be folders."""
     named = [each.name for each in dataclasses.fields(config) if "Path" in str(each.type)]
-    return [value for value in (getattr(config, name) for name in named) if isinstance(value, str | Path)]
+    values = [getattr(config, name) for name in named] + list(getattr(config, "rewards", ()))
+    return [value for value in values if isinstance(value, str | Path)]
 
 
 def _in(dtype: Any, params: Params) -> Params:
@@ -629,11 +630,12 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     """Train on rewards of the model's own completions, by the method of the configuration or the given one.
 
     Raises:
-        ValueError: for a reward that cannot judge the prompts' completions: see `judges_of`.
+        ValueError: for a reward that cannot judge the prompts' completions: see `judges_of`; or as `check_ends`.
     """
     config: GRPOConfig = run.config
     method = method_of(config) if method is None else method
     judges, sampler = judges_of(run), _sampler(run)
+    check_ends(method, sampler)
     size = config.batch_size // method.group_size
     asked, found = batches_of(run, prompts, "prompt-only", batch_size=size, room=sampler.max_new_tokens, name="prompts")
     judges.check(found, longest=asked.longest)
@@ -720,9 +722,9 @@ class Judges(NamedTuple):
     weights: tuple[float, ...]
 
     @property
-    def places(self) -> str:
+    def places(self) -> list[str]:
         """All places, for `run.json`."""
-        return ", ".join(each.place for each in self.each.values())
+        return [each.place for each in self.each.values()]
 
     def __call__(self, asked: list[records.Prompt], drawn: Rollout) -> rewards.Judged:
         """Return the rewards of completions of these records."""
@@ -772,56 +774,41 @@ def _judge(run: Run, given: Any) -> tuple[str, Judge]:
 
 
 def _model_judge(run: Run, found: LoadedReward, name: str = "") -> Judge:
-    """Return the judge of a reward model.
+    """Return the judge of a reward model, which reads the policy's tokens if it has its tokenizer, else its texts.
 
-    It reads the policy's tokens if it has its tokenizer, and ends conversations where the policy does; else their text.
-    """
-    context, room = found.max_length, run.config.max_new_tokens
-    same = _reads_tokens_of(run, found)
-    of_tokens = rewards.of_model(found.head, found.params) if same else None
-    alike = same and found.ends_turns_in(run.eos)
-    of_text = None if alike else rewards.of_text_model(found, run.loaded.tokenizer, eos_ids=run.eos)
-
-    def reads_tokens(asked: Sequence[records.Prompt]) -> bool:
-        return alike or (same and all(isinstance(each.prompt, str) for each in asked))
-
-    def check(asked: Sequence[records.Prompt], longest: int) -> None:
-        if reads_tokens(asked):
-            if longest + room > context:
-                raise ValueError(
-                    f"the context of the reward model{name} must hold the longest prompt, {longest} tokens, and "
-                    f"max_new_tokens, {room}, but is {context}."
-                )
-            return
-        encode = Encoder(found.tokenizer, max_length=context, cut="raise")
-        try:
-            for each in asked:
-                encode.prompt(each.prompt, room=room)
-        except ValueError as error:
-            raise ValueError(f"the reward model{name} reads texts by its own tokenizer: {error}") from error
-
-    def of(asked: list[records.Prompt]) -> rewards.RewardFn:
-        return of_tokens if reads_tokens(asked) else of_text(asked)
-
-    return Judge(f"sha256 {_digest(found.params)}", of, check)
-
-
-def _reads_tokens_of(run: Run, found: LoadedReward) -> bool:
-    """Return True if a reward model has the policy's tokens.
+    Conversations are always read as texts, for the last token that the chat template writes is the one that is scored.
 
     Raises:
         ValueError: if it has no tokenizer and another vocabulary.
     """
-    ours, theirs, size = run.loaded.tokenizer, found.tokenizer, found.head.lm.vocab_size
-    if theirs is None:
-        if size != run.lm.vocab_size:
+    ours, theirs, size, context = run.loaded.tokenizer, found.tokenizer, found.head.lm.vocab_size, found.max_length
+    if theirs is None and size != run.lm.vocab_size:
+        raise ValueError(
+            f"a reward model without a tokenizer must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
+            f"but has {size}."
+        )
+    alike = theirs is None or (found.has_tokens_of(ours) and size >= run.lm.vocab_size)
+
+    def check(asked: Sequence[records.Prompt], longest: int) -> None:
+        longest = longest if alike else 0
+        try:
+            if not alike or getattr(theirs, "chat_template", None):
+                texts = [each.prompt for each in asked if not alike or not isinstance(each.prompt, str)]
+                lengths = [len(text.encode(theirs, each, chat=not isinstance(each, str))) for each in texts]
+                longest = max([longest, *lengths])
+        except ValueError as error:
+            raise ValueError(f"the reward model{name} cannot read the prompts: {error}") from error
+        if longest + run.config.max_new_tokens > context:
             raise ValueError(
-                f"a reward model without a tokenizer must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
-                f"but has {size}."
+                f"the context of the reward model{name} must hold its longest prompt, {longest} tokens, and "
+                f"max_new_tokens, {run.config.max_new_tokens}, but is {context}."
             )
-        return True
-    alike = theirs.chat_template in (None, ours.chat_template) and size >= run.lm.vocab_size
-    return alike and found.has_tokens_of(ours)
+
+    return Judge(
+        f"sha256 {_digest(found.params)}",
+        lambda asked: rewards.of_loaded(found, ours, records=asked, same_tokens=alike),
+        check,
+    )
 
 
 def _plain_name(function: Callable[..., Any]) -> str:
@@ -852,12 +839,20 @@ def held_out_rewards(
     They are `held_out_reward`, of several rewards each by its name, `held_out_kl`, the KL(policy‖reference) of a
     completion in nats, `held_out_length` in tokens, `held_out_ended`, and the completions of the first two prompts. The
     key is always the same, so that differences are those of the parameters.
+
+    Raises:
+        ValueError: if `keep_best` is not one of the numbers, or as the check of `Judges`.
     """
     config: GRPOConfig = run.config
     asked, found = batches_of(
         run, config.eval_data, "prompt-only", batch_size=1, room=sampler.max_new_tokens, name="eval_data"
     )
     judges.check(found, longest=asked.longest)
+    if config.keep_best is not None:  # a wrong name is an error now, not after the first steps
+        several = [f"reward/{name}" for name in judges.each] if len(judges.each) > 1 else []
+        names = [f"held_out_{name}" for name in ("reward", *several, "kl", "length", "ended")]
+        if (name := direction(config.keep_best)[0]) not in names:
+            raise ValueError(f"keep_best must be one of {', '.join(names)}, but is {name}.")
     order = sorted(range(len(found)), key=lambda place: asked.rows(place).length)
     count = -(-len(found) // config.batch_size)  # as few parts as possible, of one size: of one program
     size = -(-len(found) // count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -221,38 +220,35 @@ def of_model(head: ScalarHead, params: Params) -> RewardFn:
     return lambda rollout: scores(params, rollout.sequences)
 
 
-def of_text_model(
-    found: LoadedReward, tokenizer: Any, *, eos_ids: Sequence[int] = ()
-) -> Callable[[Sequence[Prompt]], RewardFn]:
-    """Return the score that a reward model gives to texts, as a function of the records of a batch.
+def of_loaded(found: LoadedReward, tokenizer: Any, *, records: Sequence[Prompt], same_tokens: bool) -> RewardFn:
+    """Return the score of a reward model with its own tokenizer, which runs on the host.
 
-    Completions are decoded, and encoded again with their prompts as the reward model was trained to read them
-    (`text.whole`): conversations in its own chat template, to the end of the template. A completion that was cut off by
-    its limit ends where it was cut, without EOS. A text that is too long for the model's context loses its beginning,
-    but not its BOS token.
+    With the same tokens as the policy's it scores those that were drawn, after prompts that are strings. Otherwise, and
+    for conversations, completions are decoded and read with their prompts as `LoadedReward.score` does, in the reward
+    model's own chat template, with the end that completions have there even if their limit cut them off. A text that is
+    too long for the model's context loses its beginning.
 
     Args:
-        found: the reward model, with its tokenizer.
+        found: the reward model.
         tokenizer: of the policy, decodes the tokens.
-        eos_ids: tokens that end a completion of the policy.
+        records: the prompts of the batch.
+        same_tokens: the tokens of the policy are those of the reward model.
     """
-    theirs = found.tokenizer
 
-    def of_records(records: Sequence[Prompt], rollout: Rollout) -> list[float]:
+    def reward(rollout: Rollout) -> Float[Array, "batch"]:
         _, completions = texts(rollout.sequences, tokenizer)
+        tokens, mask, _ = _on_host(rollout.sequences)
         each, rows = len(completions) // len(records), []
-        for place, (written, ids) in enumerate(zip(completions, completion_ids(rollout.sequences), strict=True)):
+        for place, written in enumerate(completions):
             asked = records[place // each].prompt
-            chat = not isinstance(asked, str)
-            if not ids or ids[-1] in eos_ids:
-                row = text.whole(theirs, asked, ({"role": "assistant", "content": written},) if chat else written)
-            else:
-                row = text.encode(theirs, asked, chat=chat, lead=written)
-            begins = int(row[:1] == [theirs.bos_token_id])
-            rows.append(row[:begins] + row[begins:][begins - found.max_length :])
-        return found.score_tokens(rows, batch_size=len(rows))
+            if found.tokenizer is None or (same_tokens and isinstance(asked, str)):
+                rows.append(tokens[place][mask[place]].tolist())
+                continue
+            said = written if isinstance(asked, str) else [{"role": "assistant", "content": written}]
+            rows.append(text.whole(found.tokenizer, asked, said)[-found.max_length :])
+        return jnp.asarray(found.score_tokens(rows, batch_size=len(rows)))
 
-    return lambda records: functools.partial(of_records, records)
+    return reward
 
 
 # Rewards of a batch ---------------------------------------------------------------------------------------------------
