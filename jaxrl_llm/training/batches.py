@@ -32,6 +32,7 @@ class Kind:
 
     parse: Callable[[Fields], Any]
     collate: Callable[[list[Rows], int], PyTree]  # (rows, multiple of the padded length)
+    whole: bool = False  # prompt and completion are encoded as one text, as a reward model reads them
 
 
 def prompts(rows: list[Rows], multiple: int) -> Prompts:
@@ -77,7 +78,10 @@ def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
     completions = Sequences(*(leaf.reshape(len(rows), most, -1) for leaf in flat))
     ranks = np.asarray([[*row.label, *[0] * (most - len(row.label))] for row in rows], np.int32)
     real = np.asarray([[place < len(row.completions) for place in range(most)] for row in rows])
-    return RankedBatch(completions, ranks, real)
+    margins = np.zeros((len(rows), most), np.float32)
+    for place, row in enumerate(rows):
+        margins[place, : len(row.margins)] = row.margins
+    return RankedBatch(completions, ranks, real, margins)
 
 
 Completion = tuple[list[int], list[bool]]  # tokens, and which of them are trained on
@@ -104,7 +108,8 @@ KINDS: dict[str, Kind] = {  # by the names of TRL, where it has them
     "prompt-completion": Kind(records.prompt_completion, prompt_completions),
     "preference": Kind(records.preference, preferences),
     "unpaired-preference": Kind(records.unpaired_preference, unpaired_preferences),
-    "ranked": Kind(records.ranked, ranked),
+    "ranked": Kind(records.ranked, ranked, whole=True),
+    "rated": Kind(records.rated, ranked, whole=True),
 }
 
 
@@ -206,7 +211,7 @@ class Batches:
         self._records, self._kind, self._encoder, self._multiple = records, kind, encoder, multiple
         self._unit = getattr(records, "unit", "row")
         whole = isinstance(records, Records)
-        job = Job(encoder, encoder.checked(kind.parse) if whole else None, room, vocab_size)
+        job = Job(encoder, encoder.checked(kind.parse) if whole else None, room, vocab_size, kind.whole)
         self.data = cached(records, job, say=say) if cache and whole else tokenise(records, job, say=say)
         self.bad, self.too_long = self.data.bad, self.data.too_long
         if self.too_long and not (len(self.data) or self.bad):
@@ -306,11 +311,11 @@ class Batches:
 
     def rows(self, place: Int[np.ndarray, ""] | int) -> Rows:
         """Return a row as tokens."""
-        (prompt, completions, masks), labels = self.data.row(int(place))
+        (prompt, completions, masks), labels, margins = self.data.row(int(place))
         numbers = {name: float(self.data.fields[place, i]) for i, name in enumerate(self.data.columns)}
         label = labels[0] if self._mismatched is not None else labels
         known = {name: value for name, value in numbers.items() if not np.isnan(value)}
-        return Rows(prompt, completions, masks, label, self._mismatched, known)
+        return Rows(prompt, completions, masks, label, self._mismatched, known, margins)
 
 
 def show_mask(tokenizer: Any, row: Rows | Encoded) -> str:

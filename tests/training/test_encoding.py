@@ -307,7 +307,7 @@ def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tmp_path)
     assert batches_of(path, tokenizer=tokenizer, on_bad="skip").data.numbers.tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("kind", ["preference", "unpaired-preference", "ranked"])
+@pytest.mark.parametrize("kind", ["preference", "unpaired-preference"])
 def test_others_words_are_never_trained_on_in_preferences(kind):
     pair = {"prompt": [ASKED], "chosen": CHOSEN[1:], "rejected": REJECTED[1:]}
     line = {"prompt": [ASKED], "completion": CHOSEN[1:], "label": True} if kind == "unpaired-preference" else pair
@@ -318,7 +318,7 @@ def test_others_words_are_never_trained_on_in_preferences(kind):
         batches_of([line], kind, tokenizer=tokenizer, train_on="completion")
 
 
-@pytest.mark.parametrize("kind", ["prompt-completion", "preference", "unpaired-preference", "ranked"])
+@pytest.mark.parametrize("kind", ["prompt-completion", "preference", "unpaired-preference"])
 def test_batches_mark_the_assistants_tokens(kind):
     tokenizer = chats.FORMS["llama3"]()
     lines = {
@@ -327,7 +327,7 @@ def test_batches_mark_the_assistants_tokens(kind):
     }.get(kind, {"chosen": CHOSEN, "rejected": REJECTED})
     other = {name: value if name == "label" else [ASKED, *value[1:2]] for name, value in lines.items()}
     batches = batches_of([lines, other], kind, tokenizer=tokenizer, batch_size=2)
-    batch, place = batches.collate([0, 1]), {"preference": 0, "unpaired-preference": 0, "ranked": 0}.get(kind)
+    batch, place = batches.collate([0, 1]), {"preference": 0, "unpaired-preference": 0}.get(kind)
     found = batch if place is None else batch[place]
     tokens, marked = (np.asarray(leaf).reshape(-1, leaf.shape[-1])[0] for leaf in (found.tokens, found.completion_mask))
     assert tokenizer.decode(tokens[marked]) == "".join(TURNS["llama3"])
