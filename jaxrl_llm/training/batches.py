@@ -43,12 +43,12 @@ def prompts(rows: list[Rows], multiple: int) -> Prompts:
 
 def prompt_completions(rows: list[Rows], multiple: int) -> Sequences:
     """Return prompts with the one completion of each."""
-    return _padded(rows, [(row.completions[0], row.masks[0]) for row in rows], multiple=multiple)
+    return _padded(rows, [_completions(row)[0] for row in rows], multiple=multiple)
 
 
 def preferences(rows: list[Rows], multiple: int) -> PairBatch:
     """Return chosen and rejected completions."""
-    sides = ([(row.completions[side], row.masks[side]) for row in rows] for side in (0, 1))
+    sides = ([_completions(row)[side] for row in rows] for side in (0, 1))
     return PairBatch(*_of_one_length(rows, *sides, multiple=multiple))
 
 
@@ -57,7 +57,7 @@ def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
 
     The latter ends at the maximal length if it does not fit, independently of the padding of the other rows.
     """
-    completions = [(row.completions[0], row.masks[0]) for row in rows]
+    completions = [_completions(row)[0] for row in rows]
     room = [None if row.mismatched is None else row.mismatched - len(row.prompt) for row in rows]
     others = [
         (other[:most], mask[:most])
@@ -70,7 +70,7 @@ def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
 def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
     """Return K completions of each prompt, K that of the longest ranking; free places repeat the first completion."""
     most = max(len(row.completions) for row in rows)
-    pairs = [list(zip(row.completions, row.masks, strict=True)) for row in rows]
+    pairs = [_completions(row) for row in rows]
     filled = [[*each, *[each[0]] * (most - len(each))] for each in pairs]
     flat = _padded(
         [row for row in rows for _ in range(most)], [each for row in filled for each in row], multiple=multiple
@@ -85,6 +85,11 @@ def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
 
 
 Completion = tuple[list[int], list[bool]]  # tokens, and which of them are trained on
+
+
+def _completions(row: Rows) -> list[Completion]:
+    masks = row.masks or [[True] * len(each) for each in row.completions]
+    return list(zip(row.completions, masks, strict=True))
 
 
 def _padded(rows: list[Rows], completions: list[Completion], *, multiple: int, length: int = 0) -> Sequences:
@@ -315,7 +320,7 @@ class Batches:
         numbers = {name: float(self.data.fields[place, i]) for i, name in enumerate(self.data.columns)}
         label = labels[0] if self._mismatched is not None else labels
         known = {name: value for name, value in numbers.items() if not np.isnan(value)}
-        return Rows(prompt, completions, masks, label, self._mismatched, known, margins)
+        return Rows(prompt, completions, label, self._mismatched, known, margins, masks)
 
 
 def show_mask(tokenizer: Any, row: Rows | Encoded) -> str:

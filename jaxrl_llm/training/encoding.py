@@ -440,11 +440,11 @@ class Rows(NamedTuple):
 
     prompt: list[int]
     completions: list[list[int]]
-    masks: list[list[bool]]
     label: Any = None
     mismatched: int | None = None  # of unpaired preferences: most tokens of the prompt with another's completion
     fields: Mapping[str, float] = {}  # numbers of the line beside its text
     margins: Sequence[float] = ()  # of the completions of a ranking
+    masks: Sequence[list[bool]] = ()  # of each completion, the tokens that are trained on; empty: all
 
     @property
     def length(self) -> int:
