@@ -27,7 +27,9 @@ class Sequences(NamedTuple):
 
     tokens: Int[Array, "*batch time"]
     mask: Bool[Array, "*batch time"]  # real tokens
-    completion_mask: Bool[Array, "*batch time"]  # tokens that are scored and trained on: the completion's, with EOS
+    completion_mask: Bool[
+        Array, "*batch time"
+    ]  # scored and trained on: those of the completion, with EOS; not always one run
 
 
 def pad_completions(

@@ -226,32 +226,19 @@ def whole(
     template writes, with what follows the end of the last turn, such as a newline, and nothing more.
 
     Args:
-        options: further variables of the template, such as `tools`.
+        options: variables of the chat template, such as `tools`.
 
     Raises:
         ValueError: if the chat template refuses the conversation, or there is none; if strings need an EOS token and
             there is none.
     """
     if not isinstance(completion, str):
-        rendered = render(tokenizer, [*prompt, *completion], generation=False, **options)
-        return rendered_tokens(tokenizer, rendered)
-    return wholes(tokenizer, [prompt + completion])[0]
-
-
-def wholes(tokenizer: Any, strings: Sequence[str]) -> list[list[int]]:
-    """Return `whole` of many strings in one call of the tokenizer, which is much faster.
-
-    Raises:
-        ValueError: if there is no EOS token.
-    """
+        return rendered_tokens(tokenizer, render(tokenizer, [*prompt, *completion], generation=False, **options))
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer must have an EOS token, which ends texts, but has none.")
-    rows = [
-        _begun(tokenizer, string, tokens) if tokens else []
-        for string, tokens in zip(strings, ids(tokenizer, strings), strict=True)
-    ]
-    return [tokens if tokens[-1:] == [eos] else [*tokens, eos] for tokens in rows]
+    tokens = _begun(tokenizer, prompt + completion, list(tokenizer(prompt + completion)["input_ids"]))
+    return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
 
 
 def same_tokens(one: Any, other: Any) -> bool:
@@ -273,10 +260,10 @@ def same_tokens(one: Any, other: Any) -> bool:
 
 
 def _rules(tokenizer: Any) -> dict[str, Any]:
-    """Return the rules of a tokenizer beside its vocabulary, as data; of slow ones, how it encodes some texts."""
+    """Return what a tokenizer does before and beside its vocabulary, as data; nothing is known of slow ones."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return {"encoded": [list(tokenizer(each)["input_ids"]) for each in ("The king's 2 words,", "\n über  x")]}
+        return {}
     found = json.loads(backend.to_str())
     found["model"].pop("vocab", None)
     return {name: found.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")}

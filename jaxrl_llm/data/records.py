@@ -62,9 +62,9 @@ class Ranked:
     prompt: Text
     completions: tuple[Text, ...]
     ranks: tuple[int, ...]
+    margins: tuple[float, ...] = ()  # of each completion; empty: all 0
     fields: Fields = dataclasses.field(default_factory=dict)
     template: Fields = dataclasses.field(default_factory=dict)
-    margins: tuple[float, ...] = ()  # of each completion; empty: all 0
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ class Preference:
 
     def ranked(self) -> Ranked:
         """Return it as a ranking of two."""
-        return Ranked(self.prompt, self.completions, self.labels, self.fields, self.template)
+        return Ranked(self.prompt, self.completions, self.labels, fields=self.fields, template=self.template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,8 @@ def ranked(line: Fields) -> Ranked:
     line = canonical(line)
     if "answers" not in line:
         margins = (_number(line, "margin"), 0.0) if "margin" in line else ()
-        return dataclasses.replace(preference(_others(line, "margin")).ranked(), margins=margins)
+        found = preference(line).ranked()
+        return dataclasses.replace(found, margins=margins, fields=_others(found.fields, "margin"))
     if "margin" in line:
         raise ValueError("margin must be that of a pair, chosen and rejected, but there are answers")
     answers = line["answers"]
@@ -218,7 +219,7 @@ def ranked(line: Fields) -> Ranked:
         if any(found[first] == found[other] and ranks[first] != ranks[other] for other in range(first)):
             raise ValueError(f"answer {first + 1} occurs twice with different ranks")
     others = _others(line, "prompt", "answers", "ranks", *OF_TEMPLATE)
-    return Ranked(asked, found, tuple(ranks), others, _template(line))
+    return Ranked(asked, found, tuple(ranks), fields=others, template=_template(line))
 
 
 def rated(line: Fields) -> Ranked:
@@ -237,8 +238,8 @@ def rated(line: Fields) -> Ranked:
         if not isinstance(given, list) or len(given) != len(found.completions):
             raise ValueError(f"scores must be a number for each of {len(found.completions)} answers, but are {given!r}")
         scores = tuple(_number({"scores": each}, "scores") for each in given)
-    others = _others(found.fields, "score_chosen", "score_rejected", "scores")
-    return dataclasses.replace(found, margins=scores, fields=others)
+    fields = _others(found.fields, "score_chosen", "score_rejected", "scores")
+    return dataclasses.replace(found, margins=scores, fields=fields)
 
 
 def alike(asked: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:

@@ -32,6 +32,7 @@ class Kind:
 
     parse: Callable[[Fields], Any]
     collate: Callable[[list[Rows], int], PyTree]  # (rows, multiple of the padded length)
+    whole: bool = False  # prompt and completion are encoded as one text, as a reward model reads them
 
 
 def prompts(rows: list[Rows], multiple: int) -> Prompts:
@@ -42,12 +43,12 @@ def prompts(rows: list[Rows], multiple: int) -> Prompts:
 
 def prompt_completions(rows: list[Rows], multiple: int) -> Sequences:
     """Return prompts with the one completion of each."""
-    return _padded(rows, [(row.completions[0], row.masks[0]) for row in rows], multiple=multiple)
+    return _padded(rows, [_completions(row)[0] for row in rows], multiple=multiple)
 
 
 def preferences(rows: list[Rows], multiple: int) -> PairBatch:
     """Return chosen and rejected completions."""
-    sides = ([(row.completions[side], row.masks[side]) for row in rows] for side in (0, 1))
+    sides = ([_completions(row)[side] for row in rows] for side in (0, 1))
     return PairBatch(*_of_one_length(rows, *sides, multiple=multiple))
 
 
@@ -56,7 +57,7 @@ def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
 
     The latter ends at the maximal length if it does not fit, independently of the padding of the other rows.
     """
-    completions = [(row.completions[0], row.masks[0]) for row in rows]
+    completions = [_completions(row)[0] for row in rows]
     room = [None if row.mismatched is None else row.mismatched - len(row.prompt) for row in rows]
     others = [
         (other[:most], mask[:most])
@@ -69,7 +70,7 @@ def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
 def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
     """Return K completions of each prompt, K that of the longest ranking; free places repeat the first completion."""
     most = max(len(row.completions) for row in rows)
-    pairs = [list(zip(row.completions, row.masks, strict=True)) for row in rows]
+    pairs = [_completions(row) for row in rows]
     filled = [[*each, *[each[0]] * (most - len(each))] for each in pairs]
     flat = _padded(
         [row for row in rows for _ in range(most)], [each for row in filled for each in row], multiple=multiple
@@ -84,6 +85,11 @@ def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
 
 
 Completion = tuple[list[int], list[bool]]  # tokens, and which of them are trained on
+
+
+def _completions(row: Rows) -> list[Completion]:
+    masks = row.masks or [[True] * len(each) for each in row.completions]
+    return list(zip(row.completions, masks, strict=True))
 
 
 def _padded(rows: list[Rows], completions: list[Completion], *, multiple: int, length: int = 0) -> Sequences:
@@ -107,8 +113,8 @@ KINDS: dict[str, Kind] = {  # by the names of TRL, where it has them
     "prompt-completion": Kind(records.prompt_completion, prompt_completions),
     "preference": Kind(records.preference, preferences),
     "unpaired-preference": Kind(records.unpaired_preference, unpaired_preferences),
-    "ranked": Kind(records.ranked, ranked),
-    "rated": Kind(records.rated, ranked),
+    "ranked": Kind(records.ranked, ranked, whole=True),
+    "rated": Kind(records.rated, ranked, whole=True),
 }
 
 
@@ -210,7 +216,7 @@ class Batches:
         self._records, self._kind, self._encoder, self._multiple = records, kind, encoder, multiple
         self._unit = getattr(records, "unit", "row")
         whole = isinstance(records, Records)
-        job = Job(encoder, encoder.checked(kind.parse) if whole else None, room, vocab_size)
+        job = Job(encoder, encoder.checked(kind.parse) if whole else None, room, vocab_size, kind.whole)
         self.data = cached(records, job, say=say) if cache and whole else tokenise(records, job, say=say)
         self.bad, self.too_long = self.data.bad, self.data.too_long
         if self.too_long and not (len(self.data) or self.bad):
@@ -310,11 +316,11 @@ class Batches:
 
     def rows(self, place: Int[np.ndarray, ""] | int) -> Rows:
         """Return a row as tokens."""
-        (prompt, completions, masks), labels = self.data.row(int(place))
+        (prompt, completions, masks), labels, margins = self.data.row(int(place))
         numbers = {name: float(self.data.fields[place, i]) for i, name in enumerate(self.data.columns)}
         label = labels[0] if self._mismatched is not None else labels
         known = {name: value for name, value in numbers.items() if not np.isnan(value)}
-        return Rows(prompt, completions, masks, label, self._mismatched, known, self.data.margins_of(int(place)))
+        return Rows(prompt, completions, label, self._mismatched, known, margins, masks)
 
 
 def show_mask(tokenizer: Any, row: Rows | Encoded) -> str:

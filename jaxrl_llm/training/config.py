@@ -19,11 +19,11 @@ Data = str | Path | Iterable[Mapping[str, Any]]  # a file, or dicts
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
     Functions, Strings, Numbers = Function | Sequence[Any], str | Sequence[str], Sequence[float]
-    Targets = Strings | None
+    Targets = str | Sequence[str] | None
 else:  # on the command line
     DataOption, Function = Path | None, str
     Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
-    Targets = Strings | None
+    Targets = tuple[str, ...] | None
 Cut = Literal["left", "right", "raise", "skip"]
 TrainOn = Literal["all", "last", "completion"]
 OnBad = Literal["raise", "skip"]
@@ -246,6 +246,11 @@ class RewardConfig(OfflineConfig):
     score_margin: float = number(0.0, 0)
     """Margin of a pair per unit of the difference between "score_chosen" and "score_rejected", or between the "scores"
     of answers, which every line must then have; at 0 they do not count. The "margin" of a line always counts."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_on != "all":
+            raise ValueError(f'train_on must be "all", as a reward model scores whole texts, but is "{self.train_on}".')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

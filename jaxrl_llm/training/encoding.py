@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -124,21 +123,30 @@ class Encoder:
         """
         return _one(self.each([(asked, (), template or {})], room=room)).prompt
 
-    def __call__(self, asked: Text, completions: Sequence[Text], *, template: Fields | None = None) -> Encoded:
+    def __call__(
+        self, asked: Text, completions: Sequence[Text], *, template: Fields | None = None, whole: bool = False
+    ) -> Encoded:
         """Return a prompt with its completions, which all follow the same tokens of the prompt.
 
         Args:
             template: variables of the chat template, such as `tools`.
+            whole: encode each as one text, as a reward model reads it (`text.whole`). The prompt is then what all
+                begin with.
 
         Raises:
             ValueError: for a row that does not fit and cannot be cut, or a chat template that changes the prompt when
                 the completion follows.
         """
         asked, completions = records.alike(asked, completions)
-        return _one(self.each([(asked, completions, template or {})]))
+        return _one(self.each([(asked, completions, template or {})], whole=whole))
 
     def each(
-        self, rows: Sequence[tuple[Text, Sequence[Text], Fields]], *, room: int = 0, fit: bool = True
+        self,
+        rows: Sequence[tuple[Text, Sequence[Text], Fields]],
+        *,
+        room: int = 0,
+        fit: bool = True,
+        whole: bool = False,
     ) -> list[Encoded | ValueError]:
         """Return each of many prompts with its completions and template's variables as tokens, or why it cannot be.
 
@@ -147,7 +155,10 @@ class Encoder:
         Args:
             room: tokens that a prompt without completions leaves for one.
             fit: cut what is too long.
+            whole: as `__call__`.
         """
+        if whole:
+            return [self._whole(*row, fit=fit) for row in rows]
         found: list[Encoded | ValueError] = [ValueError("")] * len(rows)
         prompts: dict[int, str] = {}
         turns: dict[int, list[Turns]] = {}
@@ -173,28 +184,17 @@ class Encoder:
                     found[place] = error
         return found
 
-    def wholes(self, rows: Sequence[tuple[Text, Sequence[Text], Fields]]) -> list[Encoded | ValueError]:
-        """Return completions that are each read with their prompt as one text, as a reward model does: `text.whole`.
-
-        The prompt of a row is what all its completions begin with.
-        """
-        strings = [row for row in rows if isinstance(row[0], str)]
-        tokens = iter(text.wholes(self._tokenizer, [asked + each for asked, found, _ in strings for each in found]))
-        encoded: list[Encoded | ValueError] = []
-        for asked, completions, template in rows:
-            try:
-                if isinstance(asked, str):
-                    found = [next(tokens) for _ in completions]
-                else:
-                    found = [text.whole(self._tokenizer, asked, each, **template) for each in completions]
-            except ValueError as error:
-                encoded.append(error)
-                continue
-            columns = enumerate(zip(*(each[:-1] for each in found), strict=False))
-            shared = next((place for place, column in columns if len(set(column)) > 1), min(map(len, found)) - 1)
-            masks = [[True] * (len(each) - shared) for each in found]
-            encoded.append(Encoded(found[0][:shared], [each[shared:] for each in found], masks))
-        return encoded
+    def _whole(self, asked: Text, completions: Sequence[Text], template: Fields, *, fit: bool) -> Encoded | ValueError:
+        try:
+            rows = [text.whole(self._tokenizer, asked, each, **template) for each in completions]
+            alone = _one(self.each([(asked, (), template)], fit=False)).prompt if asked else []
+            unlike = (place for place, column in enumerate(zip(alone, *rows, strict=False)) if len(set(column)) > 1)
+            shared = next(unlike, min(len(alone), *(len(row) - 1 for row in rows)))
+            behind = [row[shared:] for row in rows]
+            found = Encoded(rows[0][:shared], behind, [[True] * len(each) for each in behind])
+            return self._fitting(found, 0) if fit else found
+        except ValueError as error:
+            return error
 
     def chunks(self, whole: Encoded) -> Iterator[Encoded]:
         """Yield a text in parts of `max_length` tokens that share one, so that each is predicted once."""
@@ -440,11 +440,11 @@ class Rows(NamedTuple):
 
     prompt: list[int]
     completions: list[list[int]]
-    masks: list[list[bool]]
     label: Any = None
     mismatched: int | None = None  # of unpaired preferences: most tokens of the prompt with another's completion
     fields: Mapping[str, float] = {}  # numbers of the line beside its text
     margins: Sequence[float] = ()  # of the completions of a ranking
+    masks: Sequence[list[bool]] = ()  # of each completion, the tokens that are trained on; empty: all
 
     @property
     def length(self) -> int:
@@ -463,7 +463,7 @@ class Tokenised(NamedTuple):
     segments: Int[np.ndarray, "segments+1"]
     rows: Int[np.ndarray, "rows+1"]
     labels: Int[np.ndarray, "segments"]  # of a completion its rank or label, of a prompt 0
-    margins: Float[np.ndarray, "segments"]  # of a completion of a ranking; else 0
+    margins: Float[np.ndarray, "segments"]  # of a completion of a ranking
     records: Int[np.ndarray, "rows"]  # the record that each row is of
     numbers: Int[np.ndarray, "records"]  # of its line or row in the data
     places: Int[np.ndarray, "records"]
@@ -483,23 +483,20 @@ class Tokenised(NamedTuple):
         """Tokens of every segment."""
         return np.diff(self.segments)
 
-    def row(self, place: int) -> tuple[Encoded, list[int]]:
-        """Return a row and the labels of its completions."""
+    def row(self, place: int) -> tuple[Encoded, list[int], list[float]]:
+        """Return a row, and the labels and margins of its completions."""
         first, last = int(self.rows[place]), int(self.rows[place + 1])
         bounds = self.segments[first : last + 1].tolist()
         tokens, mask = (
             [leaf[start:end].tolist() for start, end in itertools.pairwise(bounds)] for leaf in (self.tokens, self.mask)
         )
-        return Encoded(tokens[0], tokens[1:], mask[1:]), self.labels[first + 1 : last].tolist()
-
-    def margins_of(self, place: int) -> list[float]:
-        """Return the margins of a row's completions."""
-        return self.margins[int(self.rows[place]) + 1 : int(self.rows[place + 1])].tolist()
+        labels, margins = self.labels[first + 1 : last].tolist(), self.margins[first + 1 : last].tolist()
+        return Encoded(tokens[0], tokens[1:], mask[1:]), labels, margins
 
 
 ARRAYS = {  # of `Tokenised`, with the types that they are kept in
-    "tokens": np.int32, "mask": bool, "segments": np.int64, "rows": np.int64, "labels": np.int32,
-    "margins": np.float64, "records": np.int64, "numbers": np.int64, "places": np.int64, "fields": np.float64,
+    "tokens": np.int32, "mask": bool, "segments": np.int64, "rows": np.int64, "labels": np.int32, "margins": np.float32,
+    "records": np.int64, "numbers": np.int64, "places": np.int64, "fields": np.float64,
 }  # fmt: skip
 PART = 2048  # lines or rows that are encoded together
 
@@ -511,6 +508,7 @@ class Job(NamedTuple):
     parse: Callable[[Fields], Any] | None  # None: they are records already
     room: int
     vocab_size: int | None
+    whole: bool = False  # prompt and completion are encoded as one text
 
     def part(self, raws: Sequence[tuple[int, int, Any]]) -> Tokenised:
         """Encode some lines or rows."""
@@ -540,14 +538,16 @@ class Job(NamedTuple):
 
     def _encoded(self, found: list[Any]) -> list[Encoded | ValueError]:
         rows = [(record.prompt, record.completions, record.template) for record in found]
-        if found and isinstance(found[0], records.Ranked):
-            encode = self.encoder.wholes
-        else:
-            encode = functools.partial(self.encoder.each, room=self.room, fit=False)
         try:
-            return encode(rows)
+            return self.encoder.each(rows, room=self.room, fit=False, whole=self.whole)
         except (ValueError, TypeError):  # such as half a surrogate pair, which no tokenizer takes: each by itself
-            return [_alone(encode, row) for row in rows]
+            return [self._alone(row) for row in rows]
+
+    def _alone(self, row: tuple[Text, Sequence[Text], Fields]) -> Encoded | ValueError:
+        try:
+            return self.encoder.each([row], room=self.room, fit=False, whole=self.whole)[0]
+        except (ValueError, TypeError):
+            return ValueError("its text must be Unicode that the tokenizer takes, which half a surrogate pair is not")
 
     def _checked(self, record: Any, encoded: Encoded | ValueError) -> list[Encoded]:
         """Return a record as rows that fit, or raise ValueError."""
@@ -555,7 +555,12 @@ class Job(NamedTuple):
         if isinstance(encoded, ValueError):
             raise encoded
         judged = not isinstance(record, records.PromptCompletion | records.Prompt)
-        if judged and encoder.train_on == "completion" and not all(map(_of_assistant, record.completions)):
+        if (
+            judged
+            and not self.whole
+            and encoder.train_on == "completion"
+            and not all(map(_of_assistant, record.completions))
+        ):
             raise ValueError('train_on must be "all" or "last" here, as a completion holds others\' words.')
         highest = max(max(each, default=0) for each in (encoded.prompt, *encoded.completions))
         if self.vocab_size is not None and highest >= self.vocab_size:
@@ -574,15 +579,6 @@ class Job(NamedTuple):
                     f"{encoder.max_length} tokens."
                 )
         return [fitting]
-
-
-def _alone(
-    encode: Callable[[list[Any]], list[Encoded | ValueError]], row: tuple[Text, Sequence[Text], Fields]
-) -> Encoded | ValueError:
-    try:
-        return encode([row])[0]
-    except (ValueError, TypeError):
-        return ValueError("its text must be Unicode that the tokenizer takes, which half a surrogate pair is not")
 
 
 def _reason(error: ValueError) -> str:
@@ -622,7 +618,7 @@ def _packed(
         "segments": bounds,
         "rows": np.cumsum([0, *(1 + len(row.completions) for _, row, _ in rows)]),
         "labels": [label for _, _, record in rows for label in (0, *record.labels)],
-        "margins": [margin for _, _, record in rows for margin in (0.0, *_margins(record))],
+        "margins": [margin for _, _, record in rows for margin in _margins(record)],
         "records": [place for place, _, _ in rows],
         "numbers": [number for number, _ in kept],
         "places": [place for _, place in kept],
@@ -635,8 +631,10 @@ def _packed(
     return Tokenised(**typed, columns=columns, bad=bad, too_long=too_long, **rest)
 
 
-def _margins(record: Any) -> Sequence[float]:
-    return getattr(record, "margins", ()) or [0.0] * len(record.labels)
+def _margins(record: Any) -> list[float]:
+    """Return a margin for the prompt and each completion."""
+    given = getattr(record, "margins", ())
+    return [0.0, *(given or [0.0] * len(record.labels))]
 
 
 def _joined(parts: list[Tokenised]) -> Tokenised:
@@ -808,7 +806,7 @@ def cached(found: records.Records, job: Job, *, say: Callable[[str], None] | Non
 
 def _key(found: records.Records, job: Job) -> str:
     parse = job.parse.parse if isinstance(job.parse, Parser) else job.parse
-    parsed = [parse.__module__, parse.__qualname__, job.encoder.identity(), job.room, job.vocab_size]
+    parsed = [parse.__module__, parse.__qualname__, job.encoder.identity(), job.room, job.vocab_size, job.whole]
     code = [Path(module.__file__).read_text(encoding="utf-8") for module in (records, text)]
     code.append(Path(__file__).read_text(encoding="utf-8"))
     whole = json.dumps([found.digest(exact=True), found.unit, parsed, code], sort_keys=True)

@@ -71,23 +71,17 @@ def test_conversations_go_through_the_template_and_completions_are_what_they_add
 
 def test_a_reward_model_reads_each_ranked_text_as_one_to_the_end_of_the_template(chat):
     """Tokens may span the boundary to the prompt; after the end of turn comes the template's newline."""
-    encode = Encoder(chat, max_length=64).wholes
+    encode = Encoder(chat, max_length=64)
     said = [({"role": "assistant", "content": each},) for each in ("Hello", "\n\nHe")]
-    turns, strings, alone = encode(
-        [((user("Hi"),), said, {}), ("The se", ["a", " is"], {}), ("", ["Once"], {})],
-    )
-    assert [chat.decode(each) for each in turns.completions] == [
-        " Hello<|endoftext|>\n",
-        " \n\nHe<|endoftext|>\n",
-    ]
-    for each, turn in zip(turns.completions, said, strict=True):
-        assert turns.prompt + each == chat.apply_chat_template([user("Hi"), *turn])["input_ids"]
-    assert chat("The sea")["input_ids"] + [EOS] == strings.prompt + strings.completions[0]
-    assert chat("The se is")["input_ids"] + [EOS] == strings.prompt + strings.completions[1]
-    assert alone.prompt + alone.completions[0] == [*chat("Once")["input_ids"], EOS]
-    line = {"prompt": "word " * 30, "chosen": "yes", "rejected": "no, by no means"}
-    found = Batches([records.ranked(line)], KINDS["ranked"], Encoder(chat, max_length=16), batch_size=1, seed=0)
-    cut, (yes, no), *_ = found.rows(0)
+    prompt, completions, _ = encode((user("Hi"),), said, whole=True)
+    assert [chat.decode(each) for each in completions] == [" Hello<|endoftext|>\n", " \n\nHe<|endoftext|>\n"]
+    for each, turn in zip(completions, said, strict=True):
+        assert prompt + each == chat.apply_chat_template([user("Hi"), *turn])["input_ids"]
+    prompt, completions, _ = encode("The se", ["a", " is"], whole=True)
+    assert chat("The sea")["input_ids"] + [EOS] == prompt + completions[0]
+    assert chat("The se is")["input_ids"] + [EOS] == prompt + completions[1]
+    assert encode("", ["Once"], whole=True)[:2] == ([], [[*chat("Once")["input_ids"], EOS]])
+    cut, (yes, no), _ = Encoder(chat, max_length=16)("word " * 30, ["yes", "no, by no means"], whole=True)
     assert chat.decode(cut + yes).endswith("word yes<|endoftext|>") and len(cut + no) == 16
 
 
@@ -247,9 +241,7 @@ def ragged(kind, count=7):
                 "preference": Preference(asked, *answers[:2]),
                 "unpaired-preference": UnpairedPreference(asked, answers[0], i % 2 == 0),
                 "ranked": Ranked(asked, answers, tuple(range(len(answers)))),
-                "rated": Ranked(
-                    asked, answers, tuple(range(len(answers))), margins=tuple(map(float, range(len(answers))))
-                ),
+                "rated": Ranked(asked, answers, tuple(range(len(answers))), tuple(map(float, range(len(answers))))),
             }[kind]
         )
     return found

@@ -58,10 +58,7 @@ def test_the_loss_is_that_of_pairs_with_their_margins():
         ([[1], [0, 2]], [0, 1], ()),
         ([[1, 1], [2, 2], [0]], [1, 2, 0], (4.0, 1.0, 9.0)),
     ]
-    rows = [
-        Rows([], tokens, [[True] * len(each) for each in tokens], ranks, margins=margins)
-        for tokens, ranks, margins in given
-    ]
+    rows = [Rows([], tokens, ranks, margins=margins) for tokens, ranks, margins in given]
     batch = jax.tree.map(jnp.asarray, KINDS["ranked"].collate(rows, 4))
     values = jax.jit(HEAD.scores)(params, *(leaf.reshape(9, 4) for leaf in batch.completions[:2])).reshape(3, 3)
     found = reward_loss(HEAD, margin_scale=0.5)(params, batch, None, KEY)
