@@ -441,8 +441,12 @@ class RunLog:
         """Add a row; ValueError for a number that JSON cannot hold."""
         if not self._writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(f"the log {self.path} could not be written: {error.strerror}") from error
         for sink in self._sinks:
             sink.append(row)
 
