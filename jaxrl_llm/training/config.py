@@ -16,9 +16,9 @@ from jaxrl_llm.options import STATIC, Checked, number
 
 Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dicts
 if TYPE_CHECKING:
-    DataOption, Function = Data | None, str | Callable[..., Any]
+    DataOption, Function, ModelOption = Data | None, str | Callable[..., Any], Any
 else:  # on the command line
-    DataOption, Function = Path | None, str
+    DataOption, Function, ModelOption = Path | None, str, str | None
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
 KL = Literal["reward", "reverse", "forward"]
@@ -353,3 +353,34 @@ class PPOConfig(CriticOptions, GRPOConfig):
     group_size: int = number(1, 1, static=True)
     epochs: int = number(4, 1, static=True)
     whiten: bool = dataclasses.field(default=True, metadata=STATIC)
+
+
+# A finished model -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Checked):
+    """Options of the evaluation of a model."""
+
+    reference: ModelOption = None
+    """A model: the accuracy of preferences is also that of the log-ratios to it, DPO's implicit rewards."""
+    reward: Function | None = None
+    """Complete the prompts, and judge the completions: a function as in `train grpo`, at "file.py:function"."""
+    reward_model: Path | None = None
+    """A folder of a reward model that judges the completions."""
+    against: ModelOption = None
+    """Another model: the win rate is the share of prompts whose completion has a larger reward than its."""
+    max_new_tokens: int = number(64, 1)
+    """Most tokens of a completion."""
+    temperature: float = number(1.0, 0, above=True)
+    """Temperature of the completions."""
+    batch_size: int = number(16, 1)
+    """Rows of one forward pass."""
+    max_length: int | None = number(None, 1)
+    """Most tokens of prompt and completion together; by default the model's context."""
+    cut: Cut = "left"
+    """The part that longer examples lose, as in `train`."""
+    on_bad: OnBad = "raise"
+    """Malformed examples stop the evaluation, or are skipped and reported."""
+    seed: int = number(0, 0, 2**32 - 1)
+    """Random seed of the completions."""
