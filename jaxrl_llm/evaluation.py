@@ -56,9 +56,10 @@ def evaluate(
         `accuracy_per_token` by the mean log-probability of a token, `chosen_logp` and `rejected_logp`; with a reference
         `implicit_accuracy` and `implicit_margin` of the log-ratios log p − log p_ref, DPO's implicit rewards. Of a
         reward model `accuracy`, `margin` and `score` over all pairs, and its `loss`.
-        With a reward `reward`, the mean over one completion of each prompt, `reward_stderr`, its standard error, and
-        `length` in tokens; with `against` its `against_reward`, `win_rate`, the share of prompts where the model's
-        reward is larger (a tie counts half), and Wilson's 95% interval from `win_rate_low` to `win_rate_high`.
+        With a reward `reward`, the mean over one completion of each prompt (of those that it judges), `reward_stderr`,
+        its standard error, and `length` in tokens; with `against` its `against_reward`, `win_rate`, the share of
+        prompts where the model's reward is larger (a tie counts half), and Wilson's 95% interval from `win_rate_low` to
+        `win_rate_high`.
         Everywhere `rows`, their number.
 
     Raises:
@@ -203,18 +204,24 @@ def _completed(lm: LM, against: LM | None, data: Data, judged: Judged, config: E
     """Return the rewards of one completion of each prompt, and of another model's."""
     asked = list(records.read(data, records.prompt, on_bad=config.on_bad))
     rewards, length = _rewards(lm, asked, judged, config)
+    known = rewards[~np.isnan(rewards)]
+    if not known.size:
+        raise ValueError(f"the reward must judge one of the {len(asked)} completions, but is None for all.")
     found = {
-        "reward": float(rewards.mean()),
-        "reward_stderr": float(rewards.std(ddof=1) / math.sqrt(len(rewards))) if len(rewards) > 1 else 0.0,
+        "reward": float(known.mean()),
+        "reward_stderr": float(known.std(ddof=1) / math.sqrt(known.size)) if known.size > 1 else 0.0,
         "length": length,
     }
     if against is None:
         return found
     others, _ = _rewards(against, asked, judged, config)
-    rate = float(((rewards > others) + (rewards == others) / 2).mean())
-    low, high = wilson(rate, len(asked))
+    both = ~np.isnan(rewards) & ~np.isnan(others)
+    if not both.any():
+        raise ValueError("the reward must judge completions of both models for one prompt, but does for none.")
+    rate = float(((rewards > others) + (rewards == others) / 2)[both].mean())
+    low, high = wilson(rate, int(both.sum()))
     return found | {
-        "against_reward": float(others.mean()),
+        "against_reward": float(np.nanmean(others)),
         "win_rate": rate,
         "win_rate_low": low,
         "win_rate_high": high,
@@ -235,11 +242,10 @@ def _rewards(
         for part in _alike(asked)
     ]
     written = [each for part in written for each in part]
-    rewards = np.asarray(judged(asked, [each.text for each in written]), np.float64)
-    if rewards.shape != (len(asked),) or not np.isfinite(rewards).all():
-        raise ValueError(
-            f"the reward must be one finite number for each of {len(asked)} completions, but is {rewards}."
-        )
+    given = judged(asked, [each.text for each in written])
+    rewards = np.asarray(given, np.float64)  # None, not judged, is NaN
+    if rewards.shape != (len(asked),) or not all(one is None or np.isfinite(one) for one in given):
+        raise ValueError(f"the reward must be one finite number for each of {len(asked)} completions, but is {given}.")
     return rewards, float(np.mean([len(each.tokens) for each in written]))
 
 

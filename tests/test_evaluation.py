@@ -109,6 +109,8 @@ def test_completions_are_judged_and_compared(folder, lm):
     assert same["win_rate"] == 0.5 and same["win_rate_low"] < 0.5 < same["win_rate_high"]
     both = jl.evaluate(lm, PAIRS, reward=lambda prompts, completions: [1.0] * len(prompts), max_new_tokens=2)
     assert both["reward"] == 1 and 0 <= both["accuracy"] <= 1
+    few = jl.evaluate(lm, PAIRS, reward=lambda prompts, completions: [None, 2.0, None, None, 4.0], max_new_tokens=2)
+    assert few["reward"] == 3.0 and few["reward_stderr"] == pytest.approx(1.0)
 
 
 def test_wilsons_interval_is_that_of_scipy():

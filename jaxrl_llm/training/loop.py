@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from jaxrl_llm import runtime
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.config import direction
+from jaxrl_llm.training.config import direction, kind_of
 from jaxrl_llm.training.steps import Metrics, TrainState
 
 Advance = Callable[[TrainState, int], tuple[TrainState, Metrics]]
@@ -158,8 +159,8 @@ SUMMED = ("loss", "perplexity", "accuracy", "margin", "reward", "kl")  # last wo
 
 def summary(rows: Sequence[Mapping[str, float | str]]) -> str:
     """Return the first and the last value in a log of each metric that tells what was reached, in one line."""
-    found = dict.fromkeys(name for row in rows for name in row if name.split("_")[-1] in SUMMED)
-    names = sorted(found, key=lambda name: (name.startswith("held_out"), SUMMED.index(name.split("_")[-1])))
+    found = dict.fromkeys(name for row in rows for name in row if kind_of(name) in SUMMED)
+    names = sorted(found, key=lambda name: (name.startswith("held_out"), SUMMED.index(kind_of(name))))
     ends = [(name, [row[name] for row in rows if name in row]) for name in names]
     told = [f"{name} {values[0]:.4g}" + f" → {values[-1]:.4g}" * (len(values) > 1) for name, values in ends]
     steps = rows[-1]["step"] if rows else 0
@@ -207,6 +208,8 @@ class _Best:
     def offer(self, found: Mapping[str, float | str], state: TrainState) -> None:
         """Keep the parameters of a state if the number is better than before; the first of equals stays."""
         known = [name for name, value in found.items() if not isinstance(value, str)]
+        if self.name not in known and self.step is not None:  # a mean over nothing this time
+            return
         if self.name not in known:
             listed = f"one of {', '.join(known)}" if known else "a number of the evaluation, which has none"
             raise ValueError(f"keep_best must be {listed}, but is {self.name}.")
@@ -236,9 +239,16 @@ class _Window:
         self._rows.append(metrics)
 
     def row(self, step: int) -> dict[str, float]:
-        """Return the means of the metrics, the tokens predicted so far, the seconds, and the tokens per second."""
+        """Return the means of the metrics, the tokens predicted so far, the seconds, and the tokens per second.
+
+        A metric that a step does not have, such as a reward that judged none of its completions, is not in the mean.
+        """
         seconds = clock.perf_counter() - self._started
-        row = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in self._rows[-1]}
+        columns = {
+            name: [row[name] for row in self._rows if name in row]
+            for name in dict.fromkeys(itertools.chain(*self._rows))
+        }
+        row = {name: math.fsum(column) / len(column) for name, column in columns.items()}
         row["seconds"] = round(seconds, 1)
         if self._tokens is None:
             return row
