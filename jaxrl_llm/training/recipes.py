@@ -166,7 +166,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
     path = name if owned else getattr(lm, "path", "")
     begun = _check_folder([name, *_folders_of(config)], config, out)
-    loaded = models.load(lm) if owned else _as_loaded(lm)
+    loaded = models.load(lm, dtype=config.param_dtype) if owned else _as_loaded(lm)
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
     if loaded.tokenizer is None:
