@@ -13,6 +13,7 @@ from jaxrl_llm.cli.attention import Attention
 from jaxrl_llm.cli.evaluate import Evaluate, Plot
 from jaxrl_llm.cli.generate import Compare, Generate, SearchTree
 from jaxrl_llm.cli.landscape import Landscape
+from jaxrl_llm.cli.score import Score
 from jaxrl_llm.cli.sycophancy import Sycophancy
 from jaxrl_llm.cli.train import Train
 from jaxrl_llm.cli.translate import Translate
@@ -28,6 +29,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Sycophancy, tyro.conf.subcommand("sycophancy")]
 )
 
