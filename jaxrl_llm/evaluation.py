@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,9 @@ def evaluate(
     judged = _reward_of(config)
     if config.against is not None and judged is None:
         raise ValueError("against compares rewards: reward or reward_model must be given, but neither is.")
+    for name in ("max_new_tokens", "temperature"):
+        if judged is None and getattr(config, name) != getattr(EvaluateConfig, name):
+            raise ValueError(f"{name} is of completions, which a reward asks for: give reward or reward_model too.")
     scorer = _scorer(lm)
     if scorer is not None:
         lm = models.Loaded(scorer.head.lm, scorer.params["model"], scorer.tokenizer, scorer.config)
@@ -177,7 +181,8 @@ def _reward_of(config: EvaluateConfig) -> Judged | None:
         raise ValueError("one of reward and reward_model must be given, but both are.")
     if given is None:
         return None
-    if isinstance(given, LoadedReward) or config.reward_model is not None:
+    is_folder = isinstance(given, str) and Path(given).expanduser().is_dir()
+    if isinstance(given, LoadedReward) or config.reward_model is not None or is_folder:
         found = given if isinstance(given, LoadedReward) else RewardModel.load(given)
         scorer = RewardModel(found.head, found.params, found.tokenizer, found.config)
         return lambda asked, written: scorer.score(

@@ -106,6 +106,7 @@ def test_completions_are_judged_and_compared(folder, lm):
     assert found["reward_stderr"] == pytest.approx(scipy.stats.sem(ours))
     assert found["win_rate"] == (ours > theirs).mean() + (ours == theirs).mean() / 2
     same = jl.evaluate(lm, PROMPTS, reward_model=folder / "reward", against=lm, **options)
+    assert same == jl.evaluate(lm, PROMPTS, reward=str(folder / "reward"), against=lm, **options)
     assert same["win_rate"] == 0.5 and same["win_rate_low"] < 0.5 < same["win_rate_high"]
     both = jl.evaluate(lm, PAIRS, reward=lambda prompts, completions: [1.0] * len(prompts), max_new_tokens=2)
     assert both["reward"] == 1 and 0 <= both["accuracy"] <= 1
@@ -126,10 +127,12 @@ def test_what_cannot_be_evaluated_is_refused(folder, lm):
         (ROWS, {"against": lm}, "against compares rewards: reward or reward_model must be given"),
         (PROMPTS, {"reward": lengths, "reward_model": folder / "reward"}, "one of reward and reward_model must be"),
         (PROMPTS, {"reward": lambda prompts, completions: [np.nan]}, "must be one finite number for each of 5"),
+        (ROWS, {"temperature": 2.0, "max_new_tokens": 64}, "temperature is of completions, which a reward asks for"),
         (PROMPTS, {"temperature": 0}, "temperature must be a finite number above 0, but is 0"),
     ):
+        few = {"max_new_tokens": 2} if "reward" in options else {}
         with pytest.raises(ValueError, match=said):
-            jl.evaluate(lm, data, **{"max_new_tokens": 2} | options)
+            jl.evaluate(lm, data, **few | options)
     with pytest.raises(ValueError, match="a reward model needs preferences, rows with chosen and rejected"):
         jl.evaluate(folder / "reward", ROWS)
     with pytest.raises(ValueError, match="reference must be left out for a reward model"):
