@@ -22,7 +22,9 @@ _MODULES = (
     "analysis", "data", "decoding", "language_model", "models", "objectives", "oracle", "plots", "rewards", "scoring",
     "tabular", "text", "train", "training", "translation",
 )  # fmt: skip
-_NAMES = {"LM": "interface", "Completion": "interface", "load": "interface", "TabularLM": "tabular"}
+_NAMES = {
+    "LM": "interface", "Completion": "interface", "load": "interface", "TabularLM": "tabular", "evaluate": "evaluation",
+}  # fmt: skip
 
 __all__ = ["__version__", *_MODULES, *_NAMES]
 

@@ -13,12 +13,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which then takes the place of `path`; if writing fails, nothing of it is left.
 
     A missing folder is made.
+
+    Raises:
+        OSError: naming the file, for example on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.strerror:
+            raise OSError(f"{path} could not be written: {error.strerror}") from error
         raise

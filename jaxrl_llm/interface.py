@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import math
 import numbers
 import os
@@ -103,7 +102,7 @@ class TextTree:
 
     def plot(self) -> Figure:
         """Draw the tree; a notebook shows the figure."""
-        return _shown(tree_figure(self.described, model=self.model))
+        return style.shown(tree_figure(self.described, model=self.model))
 
     def __repr__(self) -> str:
         leaves = len(self.tree.leaves())
@@ -128,7 +127,7 @@ class TextAttention:
         Args:
             layer, head: counted from 0, or from −1 backwards.
         """
-        return _shown(attention_figure(self.maps, layer=layer, head=head, model=self.model))
+        return style.shown(attention_figure(self.maps, layer=layer, head=head, model=self.model))
 
     def __repr__(self) -> str:
         layers, heads, queries, keys = self.weights.shape
@@ -147,7 +146,7 @@ class TextLandscape:
 
     def plot(self) -> Figure:
         """Draw the surface; a notebook shows the figure."""
-        return _shown(landscape_figure(self.surface, model=self.model))
+        return style.shown(landscape_figure(self.surface, model=self.model))
 
     def html(self) -> str:
         """Return a self-contained page with an interactive 3-D plot (needs the extra `interactive`)."""
@@ -811,17 +810,3 @@ def _rounded(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return str(count)
-
-
-def _shown(figure: Figure) -> Figure:
-    """Make a figure without pyplot show itself in a notebook, once."""
-
-    def png() -> tuple[bytes, dict[str, int]]:
-        buffer = io.BytesIO()
-        with style.look():
-            figure.savefig(buffer, format="png", dpi=style.DPI)
-        width, height = (round(100 * inches) for inches in figure.get_size_inches())  # on the screen; dpi make it crisp
-        return buffer.getvalue(), {"width": width, "height": height}
-
-    figure._repr_png_ = png
-    return figure

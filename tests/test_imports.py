@@ -28,6 +28,7 @@ FLOORS = [
     {"plots", "strategies"},
     {"interface"},
     {"train"},
+    {"evaluation"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(FLOORS) for part in parts}

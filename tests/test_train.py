@@ -507,6 +507,29 @@ def assert_saved_reward(folder, params):
 
 
 @pytest.mark.slow
+def test_the_best_checkpoint_of_an_online_run_is_by_its_held_out_reward(model, tmp_path, capsys):
+    options = OPTIONS | {
+        "num_epochs": 0.75,
+        "learning_rate": 0.1,
+        "reward": vowels,
+        "max_new_tokens": 4,
+        "group_size": 2,
+    }
+    del options["steps"]  # 3 of the 4 batches of an epoch
+    held = {"eval_data": LINES["prompts"][:4], "keep_best": "held_out_reward"}
+    tuned = train.grpo(model, LINES["prompts"], out=tmp_path, **options, **held)
+    rows = RunLog(tmp_path / "log.jsonl").rows()
+    best = max(rows, key=lambda row: row["held_out_reward"])
+    assert [row["epoch"] for row in rows] == [0.25, 0.5, 0.75]
+    assert f"The best held_out_reward is that of step {best['step']}, " in capsys.readouterr().out
+    assert_saved(tmp_path, tuned.params)
+    short = train.grpo(model, LINES["prompts"], **options | {"schedule": "constant", "warmup": 0}, verbose=False)
+    assert any((one != two).any() for one, two in zip(leaves(short.params), leaves(tuned.params), strict=True))
+    with pytest.raises(ValueError, match="keep_best needs held-out data"):
+        GRPOConfig(reward=vowels, keep_best="held_out_reward")
+
+
+@pytest.mark.slow
 def test_weights_in_bfloat16_are_trained_and_saved_so(folder, model, tmp_path):
     options = OPTIONS | {"dtype": "bfloat16", "param_dtype": "bfloat16", "verbose": False, "learning_rate": 1e-3}
     tuned = train.sft(model, LINES["sft"], out=tmp_path, eval_data=LINES["sft"], **options)
@@ -787,11 +810,13 @@ def test_a_run_that_is_to_be_resumed_but_has_no_checkpoint_begins_anew(folder, c
 
 
 def test_the_command_line_trains(call, folder):
-    status, out, _ = call("dpo", "pairs", "cli", "--beta", 0.2, "--loss-kwargs", "label_smoothing", 0.1)
+    words = ["--beta", 0.2, "--loss-kwargs", "label_smoothing", 0.1, "--optimizer-kwargs", "b2", 0.95, "eps", 1e-6]
+    status, out, _ = call("dpo", "pairs", "cli", *words)
     assert status == 0 and f"The model is in {folder / 'cli'}." in out
     assert models.load(folder / "cli").tokenizer is not None
     identity = json.loads((folder / "cli" / "run.json").read_text())
     assert identity["loss_kwargs"] == {"beta": 0.2, "label_smoothing": 0.1} and identity["steps"] == 1
+    assert identity["optimizer_kwargs"] == {"b2": 0.95, "eps": 1e-6}
 
 
 @pytest.mark.parametrize(

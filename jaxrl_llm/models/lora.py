@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import families, huggingface
 from jaxrl_llm.models.decoder import Network, check_value
@@ -207,11 +208,10 @@ def save(
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(tensors, folder / f"{TENSORS}.partial", metadata={"format": "pt"})
-    os.replace(folder / f"{TENSORS}.partial", folder / TENSORS)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG)
+    with replacing(folder / TENSORS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _commonest(values: Iterable[Any]) -> Any:

@@ -117,6 +117,20 @@ def save_as(figure: Figure, path: str | Path, *, source: str | None = None) -> P
     return write_atomically(path, buffer.getvalue())
 
 
+def shown(figure: Figure) -> Figure:
+    """Make a figure without pyplot show itself in a notebook, once."""
+
+    def png() -> tuple[bytes, dict[str, int]]:
+        buffer = io.BytesIO()
+        with look():
+            figure.savefig(buffer, format="png", dpi=DPI)
+        width, height = (round(100 * inches) for inches in figure.get_size_inches())  # on the screen; dpi make it crisp
+        return buffer.getvalue(), {"width": width, "height": height}
+
+    figure._repr_png_ = png
+    return figure
+
+
 def check_suffix(path: Path) -> str:
     """Return the format of a file's suffix; call it before a long computation whose result is a figure.
 

@@ -17,11 +17,11 @@ from jaxrl_llm.options import STATIC, Checked, number
 
 Data = str | Path | Iterable[Mapping[str, Any]]  # a file, or dicts
 if TYPE_CHECKING:
-    DataOption, Function = Data | None, str | Callable[..., Any]
+    DataOption, Function, ModelOption = Data | None, str | Callable[..., Any], Any
     Functions, Strings, Numbers = Function | Sequence[Any], str | Sequence[str], Sequence[float]
     Targets = str | Sequence[str] | None
 else:  # on the command line
-    DataOption, Function = Path | None, str
+    DataOption, Function, ModelOption = Path | None, str, str | None
     Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
     Targets = tuple[str, ...] | None
 Cut = Literal["left", "right", "raise", "skip"]
@@ -58,6 +58,11 @@ BETTER = {  # by the last word of a metric: 1 if larger values are better, -1 if
 }
 
 
+def kind_of(metric: str) -> str:
+    """Return the last word of a metric's name: that of held_out_reward and of reward/exact_match is reward."""
+    return metric.partition("/")[0].split("_")[-1]
+
+
 def direction(metric: str) -> tuple[str, int]:
     """Return the name of the metric of `keep_best`, and 1 if larger values are better or -1 if smaller ones are.
 
@@ -66,7 +71,7 @@ def direction(metric: str) -> tuple[str, int]:
     """
     if metric.startswith(("max:", "min:")):
         return metric[4:], 1 if metric.startswith("max:") else -1
-    sign = BETTER.get(metric.split("/")[0].split("_")[-1])
+    sign = BETTER.get(kind_of(metric))
     if sign is None:
         raise ValueError(
             f'keep_best must be a metric that ends in {", ".join(BETTER)}, or have "max:" or "min:" before it, '
@@ -84,6 +89,8 @@ class Config(Checked):
 
     steps: int = number(1000, 1)
     """Optimiser steps; of grpo and ppo, batches of completions."""
+    num_epochs: float | None = number(None, 0, above=True)
+    """Passes over the data, instead of a number of steps."""
     batch_size: int = number(16, 1)
     """Examples of a step; of grpo and ppo, completions."""
     microbatches: int = number(1, 1)
@@ -155,6 +162,10 @@ class Config(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_epochs is not None and self.steps != Config.steps:
+            raise ValueError(
+                f"one of steps and num_epochs must be given, but both are, {self.steps} and {self.num_epochs:g}."
+            )
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size, {self.batch_size}, but is {self.microbatches}.")
         if isinstance(self.lora_targets, str):
@@ -173,6 +184,8 @@ class Config(Checked):
         check_optimizer(self.optimizer, self.optimizer_kwargs)
         if self.keep_best is not None:
             direction(self.keep_best)
+            if getattr(self, "eval_data", None) is None:
+                raise ValueError("keep_best needs held-out data: eval_data must be given, but is None.")
 
     @property
     def has_adapters(self) -> bool:
@@ -184,8 +197,6 @@ class Config(Checked):
 class OfflineConfig(Config):
     """Options of every run on given completions."""
 
-    num_epochs: float | None = number(None, 0, above=True)
-    """Passes over the data, instead of a number of steps."""
     eval_data: DataOption = None
     """Held-out data of the same format, for the held-out loss."""
     lora_dropout: float = number(0.0, 0, 1)
@@ -199,12 +210,6 @@ class OfflineConfig(Config):
             )
         if self.lora_dropout == 1:
             raise ValueError("lora_dropout must be below 1, but is 1.")
-        if self.num_epochs is not None and self.steps != Config.steps:
-            raise ValueError(
-                f"one of steps and num_epochs must be given, but both are, {self.steps} and {self.num_epochs:g}."
-            )
-        if self.keep_best is not None and self.eval_data is None:
-            raise ValueError("keep_best needs held-out data: eval_data must be given, but is None.")
 
 
 LOGGING = (
@@ -463,3 +468,34 @@ class PPOConfig(CriticOptions, GRPOConfig):
     group_size: int = number(1, 1, static=True)
     epochs: int = number(4, 1, static=True)
     whiten: bool = dataclasses.field(default=True, metadata=STATIC)
+
+
+# A finished model -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Checked):
+    """Options of the evaluation of a model."""
+
+    reference: ModelOption = None
+    """A model: the accuracy of preferences is also that of the log-ratios to it, DPO's implicit rewards."""
+    reward: Function | None = None
+    """Complete the prompts, and judge the completions: a function as in `train grpo`, at "file.py:function"."""
+    reward_model: Path | None = None
+    """A folder of a reward model that judges the completions."""
+    against: ModelOption = None
+    """Another model: the win rate is the share of prompts whose completion has a larger reward than its."""
+    max_new_tokens: int = number(64, 1)
+    """Most tokens of a completion."""
+    temperature: float = number(1.0, 0, above=True)
+    """Temperature of the completions."""
+    batch_size: int = number(16, 1)
+    """Rows of one forward pass."""
+    max_length: int | None = number(None, 1)
+    """Most tokens of prompt and completion together; by default the model's context."""
+    cut: Cut = "left"
+    """The part that longer examples lose, as in `train`."""
+    on_bad: OnBad = "raise"
+    """Malformed examples stop the evaluation, or are skipped and reported."""
+    seed: int = number(0, 0, 2**32 - 1)
+    """Random seed of the completions."""

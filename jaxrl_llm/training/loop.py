@@ -24,7 +24,7 @@ from jaxrl_llm import runtime
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.config import direction
+from jaxrl_llm.training.config import direction, kind_of
 from jaxrl_llm.training.steps import Metrics, TrainState
 
 Advance = Callable[[TrainState, int], tuple[TrainState, Metrics]]
@@ -159,8 +159,8 @@ SUMMED = ("loss", "perplexity", "accuracy", "margin", "reward", "kl")  # last wo
 
 def summary(rows: Sequence[Mapping[str, float | str]]) -> str:
     """Return the first and the last value in a log of each metric that tells what was reached, in one line."""
-    found = dict.fromkeys(name for row in rows for name in row if name.split("_")[-1] in SUMMED)
-    names = sorted(found, key=lambda name: (name.startswith("held_out"), SUMMED.index(name.split("_")[-1])))
+    found = dict.fromkeys(name for row in rows for name in row if kind_of(name) in SUMMED)
+    names = sorted(found, key=lambda name: (name.startswith("held_out"), SUMMED.index(kind_of(name))))
     ends = [(name, [row[name] for row in rows if name in row]) for name in names]
     told = [f"{name} {values[0]:.4g}" + f" → {values[-1]:.4g}" * (len(values) > 1) for name, values in ends]
     steps = rows[-1]["step"] if rows else 0
@@ -208,6 +208,8 @@ class _Best:
     def offer(self, found: Mapping[str, float | str], state: TrainState) -> None:
         """Keep the parameters of a state if the number is better than before; the first of equals stays."""
         known = [name for name, value in found.items() if not isinstance(value, str)]
+        if self.name not in known and self.step is not None:  # a mean over nothing this time
+            return
         if self.name not in known:
             listed = f"one of {', '.join(known)}" if known else "a number of the evaluation, which has none"
             raise ValueError(f"keep_best must be {listed}, but is {self.name}.")
@@ -449,8 +451,12 @@ class RunLog:
         """Add a row; ValueError for a number that JSON cannot hold."""
         if not self._writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(f"the log {self.path} could not be written: {error.strerror}") from error
         for sink in self._sinks:
             sink.append(row)
 

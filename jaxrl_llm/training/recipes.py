@@ -198,7 +198,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     if isinstance(lm, LoadedReward):
         head, lm = lm.params["head"], models.Loaded(lm.head.lm, lm.params["model"], lm.tokenizer, lm.config)
     begun = _check_folder([name, *_folders_of(config)], config, out)
-    loaded = models.load(lm) if owned else _as_loaded(lm)
+    loaded = models.load(lm, dtype=config.param_dtype) if owned else _as_loaded(lm)
     head = stored_head(loaded, lm) if owned else head
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
@@ -639,6 +639,8 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     size = config.batch_size // method.group_size
     asked, found = batches_of(run, prompts, "prompt-only", batch_size=size, room=sampler.max_new_tokens, name="prompts")
     judges.check(found, longest=asked.longest)
+    run = _counted(run, asked)
+    config = run.config
     texts = None
     if config.text is not None:
         texts = batches_of(run, config.text, "prompt-completion", batch_size=config.batch_size, name="text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -140,6 +141,7 @@ def update(
         added, described = found(*further)
         grads = jax.tree.map(jnp.add, grads, added)
         metrics = described | metrics | {"loss": metrics["loss"] + described["loss"]}
+    grads = _wide(grads)
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, _wide(state.params))
     params = _added(state.params, updates, jax.random.fold_in(state.step_key, ROUNDING))
@@ -161,7 +163,7 @@ def gradients(
 
     def of_part(part: PyTree, key: Array) -> tuple[Params, dict[str, tuple[Array, Array]]]:
         grads, totals = jax.grad(weighted, has_aux=True)(params, part, key)
-        return _wide(grads), totals
+        return grads if microbatches == 1 else _wide(grads), totals
 
     if microbatches == 1:
         total = of_part(batch, key)
@@ -217,18 +219,29 @@ def _added(params: Params, updates: Params, key: Array) -> Params:
     if not _is_narrow(params):
         return optax.apply_updates(params, updates)
     leaves, treedef = jax.tree.flatten(params)
-    keys = jax.tree.unflatten(treedef, jax.random.split(key, len(leaves)))
+    seeds = jax.tree.unflatten(treedef, list(jax.random.bits(key, (len(leaves),), jnp.uint32)))
 
-    def rounded(leaf: Array, update: Array, key: Array) -> Array:
+    def rounded(leaf: Array, update: Array, seed: Array) -> Array:
         whole = leaf + update
         if leaf.dtype != jnp.bfloat16:
             return whole.astype(leaf.dtype)
         bits = jax.lax.bitcast_convert_type(whole, jnp.uint32)  # the upper half is the bfloat16 next to it towards 0
-        up = (bits + (jax.random.bits(key, whole.shape, jnp.uint32) & 0xFFFF)) & jnp.uint32(0xFFFF0000)
+        up = (bits + _noise(seed, whole.shape)) & jnp.uint32(0xFFFF0000)
         chosen = jax.lax.bitcast_convert_type(up, jnp.float32)
         return jnp.where(jnp.isfinite(whole), chosen, whole).astype(leaf.dtype)
 
-    return jax.tree.map(rounded, params, updates, keys)
+    return jax.tree.map(rounded, params, updates, seeds)
+
+
+def _noise(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Return 16 random bits for each place, by hashing it: unlike `jax.random.bits` this needs no memory of its own.
+
+    Source: the finaliser of MurmurHash3 (Appleby 2011).
+    """
+    bits = jax.lax.iota(jnp.uint32, math.prod(shape)) * jnp.uint32(0x9E3779B9) + seed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return ((bits ^ (bits >> 16)) & 0xFFFF).reshape(shape)
 
 
 def whole_run(

@@ -294,6 +294,32 @@ def test_a_full_disk_is_named_with_the_checkpoint_that_remains(tmp_path, whole, 
     np.testing.assert_array_equal(go(tmp_path).params["w"], whole[1])
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """Of a process that can write no file of more than 100 kB, as on a disk that is full."""
+    program = """
+import resource, sys
+from pathlib import Path
+import jax, optax
+from jaxrl_llm.training import loop, steps
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+step = steps.make_step(lambda params, *_: steps.Loss((params["w"] ** 2).sum()), optax.sgd(0.1))
+state = steps.initial_state({"w": jax.random.normal(jax.random.key(0), (100_000,))}, optax.sgd(0.1), jax.random.key(1))
+try:
+    loop.run(state, lambda state, done: step(state, None), steps=2, folder=Path(sys.argv[1]), evaluate_every=2)
+except OSError as error:
+    print(error, file=sys.stderr)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""}
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    folder = tmp_path / "checkpoints"
+    assert done.stderr == (
+        f"the checkpoint of step 2 could not be written to {folder}: File too large; and there is none yet.\n"
+    )
+    assert not list(tmp_path.rglob("*.partial")) and Checkpoints(folder).latest_step() is None
+
+
 # What is resumed ------------------------------------------------------------------------------------------------------
 
 
@@ -565,3 +591,5 @@ def test_a_write_that_fails_leaves_the_file_before_and_nothing_beside_it(tmp_pat
         partial.write_text("{")
         raise Crash
     assert [each.name for each in path.parent.iterdir()] == ["run.json"] and json.loads(path.read_text()) == {"seed": 0}
+    with pytest.raises(OSError, match=r"run\.json could not be written: No space left on device"), replacing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
