@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxrl_llm.models.layers import (
 class GPT2Config:
     """The fields of a GPT-2 `config.json` that change the function; the defaults are GPT-2 small's."""
 
+    model_type: ClassVar[str] = "gpt2"
     vocab_size: int = 50257
     n_positions: int = 1024
     n_embd: int = 768

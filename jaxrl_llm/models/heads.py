@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.language_model import LanguageModel, Params
-from jaxrl_llm.models import families, huggingface, loading
+from jaxrl_llm.models import configuration, families, huggingface, loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def save_reward_model(
     Raises:
         ValueError: if transformers has no such format of the model.
     """
-    config = families.config_of(head.lm)
+    config = configuration.config_of(head.lm)
     family = config["model_type"]
     architecture = families.FAMILIES[family].reward
     if architecture is None:

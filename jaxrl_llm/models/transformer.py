@@ -65,7 +65,7 @@ class Layer(NamedTuple):
 
     rotary: Rotary | None = None  # rotary positions of queries and keys
     window: int | None = None  # a query attends to the last `window` positions, itself included
-    sparse: bool = False  # a mixture of experts for the MLP
+    dense: bool = False  # one MLP also in a model with experts
 
 
 class Experts(NamedTuple):
@@ -117,7 +117,10 @@ class Description:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads must be a multiple of the {self.kv_heads} key-value heads.")
+            raise ValueError(
+                "num_attention_heads must be a multiple of num_key_value_heads, "
+                f"but they are {self.heads} and {self.kv_heads}."
+            )
         if self.experts and self.experts.chosen > self.experts.count:
             raise ValueError(f"{self.experts.chosen} experts for each token must be at most {self.experts.count}.")
         if self.activation not in ACTIVATIONS:
@@ -290,7 +293,7 @@ class Block(nnx.Module):
             if name:
                 setattr(self, name, config.norm.over(config.width))
         self.self_attn = Attention(config, layer, rngs=rngs)
-        self.mlp = (MixtureOfExperts if layer.sparse else MLP)(config, rngs=rngs)
+        self.mlp = (MixtureOfExperts if config.experts and not layer.dense else MLP)(config, rngs=rngs)
         self.config = config
 
     def norm(self, place: str, x: Array) -> Array:

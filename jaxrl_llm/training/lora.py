@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, huggingface
+from jaxrl_llm.models import configuration, huggingface
 from jaxrl_llm.models.decoder import Network, check_value
 from jaxrl_llm.training.steps import View
 
@@ -102,7 +102,7 @@ def lora(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, but is {rank}.")
-    targets = families.family_of(model)[1].targets if targets is None else targets
+    targets = configuration.family_of(model)[1].targets if targets is None else targets
     return Lora(model, tuple(Module(name, rank, float(alpha)) for name in _targeted(model, targets)), rslora)
 
 
@@ -165,7 +165,7 @@ def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base:
     alpha = _commonest(module.alpha for module in given.modules)
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if "is_encoder_decoder" in families.config_of(given.model) else "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if "is_encoder_decoder" in configuration.config_of(given.model) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
@@ -173,7 +173,7 @@ def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base:
         "alpha_pattern": {name: module.alpha for name, module in modules.items() if module.alpha != alpha},
         "use_rslora": given.rslora,
         "target_modules": _target_modules(given),
-        "fan_in_fan_out": not families.family_of(given.model)[1].transposed,
+        "fan_in_fan_out": not configuration.family_of(given.model)[1].transposed,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -214,7 +214,7 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     path = folder / TENSORS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must have {TENSORS}, but has {', '.join(sorted(os.listdir(folder)))}.")
-    _, family = families.family_of(model)
+    _, family = configuration.family_of(model)
     layers = _layers(model)
     found: dict[str, dict[str, np.ndarray]] = {}
     modules, unknown = {}, []
@@ -298,7 +298,7 @@ def _layers(model: Network) -> dict[str, Layer]:
 
     PEFT takes the name of such an MLP's layer for that of the experts, also where the layer has none.
     """
-    _, family = families.family_of(model)
+    _, family = configuration.family_of(model)
     slots = huggingface.named_params(model)
     apart = {"lm_head", "mlp"} if any("experts" in slot.path for slot in slots.values()) else {"lm_head"}
     return {

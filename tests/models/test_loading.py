@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from jaxrl_llm import models, text
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import families, loading
+from jaxrl_llm.models import configuration, loading
 from tests.models.wild import ABSENT, GOLDENS, assert_is_golden, beside, copy_of, golden, variant, without
 
 PACKAGE = Path(models.__file__).parents[1]
@@ -281,7 +281,7 @@ def test_the_shapes_of_a_model_cost_time_linear_in_its_layers(name):
 
     def calls(layers):
         config = golden(name).config | dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers"), layers)
-        model = families.model_from_config(config | {"num_decoder_layers": layers}, source="")
+        model = configuration.model_from_config(config | {"num_decoder_layers": layers}, source="")
         count = 0
 
         def counted(frame, event, argument):

@@ -10,7 +10,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrl_llm.models.families import Config, Decoder
+from jaxrl_llm.models import Config, Decoder
 from jaxrl_llm.training import lora, steps
 from jaxrl_llm.training.supervised import sft_loss
 from tests.conftest import TINY, random_params
