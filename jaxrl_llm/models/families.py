@@ -36,9 +36,10 @@ def names(table: str) -> dict[str, str]:
 class Family:
     """The Hugging Face format of one architecture. Fields and modules go by Llama's names."""
 
-    architecture: str
+    name: str
     defaults: Mapping[str, Any]  # of the fields: a type if it is required, `Maybe` if it may be null, else the default
     describe: Callable[[Any], Description] | None = None  # of a `Decoder`, from a `configuration.Config`
+    head: str = "ForCausalLM"  # the end of the architecture's name
     model: type[Network] = Decoder
     config: type | None = None  # of a model that is not a `Decoder`
     prefix: str = "model."  # of every tensor but the head; some files lack it
@@ -63,12 +64,15 @@ class Family:
         return self.stored_name(("embed_tokens", "embedding"))
 
     @property
+    def architecture(self) -> str:
+        """The architecture as in `config.json`."""
+        return self.name + self.head
+
+    @property
     def reward(self) -> str | None:
         """The architecture of a reward model in transformers; None if there is none."""
-        if self.model is T5 or self.architecture in NO_REWARD:
-            return None
-        name = "Gemma3Text" if self.architecture == "Gemma3ForCausalLM" else self.architecture
-        return re.sub("(ForCausalLM|LMHeadModel)$", "", name) + "ForSequenceClassification"
+        name = {"Gemma3": "Gemma3Text"}.get(self.name, self.name)
+        return None if self.model is T5 or name in NO_REWARD else f"{name}ForSequenceClassification"
 
     def stored_name(self, path: tuple[str | int, ...]) -> str:
         """Return the name, without prefix, of the tensor that holds a parameter, with {} for each of a stack of them.
@@ -84,7 +88,7 @@ class Family:
         return ".".join([*layer, name, "bias" if leaf == "bias" else "weight"])
 
 
-NO_REWARD = ("CohereForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "OlmoeForCausalLM")
+NO_REWARD = ("Cohere", "Cohere2", "Granite", "Olmoe")
 
 
 # Descriptions ---------------------------------------------------------------------------------------------------------
@@ -96,8 +100,7 @@ SAID = names(  # what a configuration says of its description in so many words, 
     "logit_cap final_logit_softcapping, logit_scale logit_scale, embedding_scale embedding_multiplier, "
     "residual_scale residual_multiplier, score_scale attention_multiplier"
 )
-NOWHERE, QKVO = frozenset(), frozenset("qkvo")  # of biases
-MLP = frozenset(["mlp"])
+NOWHERE, QKV, QKVO, MLP = map(frozenset, ("", "qkv", "qkvo", ["mlp"]))  # where biases are
 EVERYWHERE = QKVO | MLP
 ONE_NORM = Norms(mlp_in=None)
 FOUR_NORMS = Norms(
@@ -141,9 +144,9 @@ def head_dim(c: Any) -> int:
     return c.hidden_size // c.num_attention_heads
 
 
-def turning(c: Any, kind: str = "full_attention", *, interleaved: bool = False) -> rotary.Rotary:
-    """Return the rotation of one kind of layer."""
-    settings = c.rope_parameters
+def turning(c: Any, full: bool = True, *, interleaved: bool = False) -> rotary.Rotary:
+    """Return the rotation of layers with full attention, or of those with a window."""
+    settings, kind = c.rope_parameters, "full_attention" if full else "sliding_attention"
     settings = settings if "rope_type" in settings else settings.get(kind)
     if settings is None:
         raise ValueError(f"rope_parameters must have settings for {kind}, but has {', '.join(c.rope_parameters)}.")
@@ -176,10 +179,7 @@ def every(c: Any, period: int) -> list[bool]:
 def rotary_layers(c: Any, full: Sequence[bool] | None = None, *, interleaved: bool = False) -> tuple[Layer, ...]:
     """Return layers with rotary positions, and windows where attention is not full."""
     window, full = getattr(c, "sliding_window", None), is_full(c, full)
-    turns = {
-        each: turning(c, "full_attention" if each else "sliding_attention", interleaved=interleaved)
-        for each in dict.fromkeys(full)
-    }
+    turns = {each: turning(c, each, interleaved=interleaved) for each in dict.fromkeys(full)}
     return tuple(Layer(turns[each], None if each else window) for each in full)
 
 
@@ -213,7 +213,7 @@ def qwen2(c: Any, **others: Any) -> Description:
     """Return Qwen 2: biases of q, k and v; a window, if used, from layer `max_window_layers` on."""
     first = c.max_window_layers if c.use_sliding_window and c.sliding_window else c.num_hidden_layers
     layers = rotary_layers(c, [i < first for i in range(c.num_hidden_layers)])
-    return decoder(c, **{"layers": layers, "biases": frozenset("qkv")} | others)
+    return decoder(c, **{"layers": layers, "biases": QKV} | others)
 
 
 def qwen3_moe(c: Any) -> Description:
@@ -225,9 +225,8 @@ def qwen3_moe(c: Any) -> Description:
 
 def stablelm(c: Any) -> Description:
     """Return StableLM (Bellagente et al. 2024): LayerNorms, and rotary positions in a part of each head."""
-    options = {"gated": True, "biases": frozenset("qkv" if c.use_qkv_bias else "")}
-    norms = ONE_NORM if c.use_parallel_residual else Norms()
-    return layer_norm(c, **options, norms=norms, head_norm="each" if c.qk_layernorm else None)
+    options = {"norms": ONE_NORM if c.use_parallel_residual else Norms(), "biases": QKV if c.use_qkv_bias else NOWHERE}
+    return layer_norm(c, gated=True, head_norm="each" if c.qk_layernorm else None, **options)
 
 
 def cohere(c: Any, **others: Any) -> Description:
@@ -325,7 +324,9 @@ QWEN = WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)}
 GEMMA = RMS | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
 GEMMA2 = GEMMA | WINDOW | {"query_pre_attn_scalar": 256}
 COHERE = LAYER | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True}
-GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+GRANITE = RMS | {"mlp_bias": False} | dict.fromkeys(MULTIPLIERS, 1.0)
+OLMO = RMS | {"rms_norm_eps": 1e-5}
 
 ONE_WAY = {"use_bidirectional_attention": (None, False)}
 FUSED = ("query_key_value",)
@@ -341,11 +342,12 @@ GPT_FIELDS = names(
 )
 
 
-def t5(architecture: str, **defaults: Any) -> Family:
+def t5(name: str, **defaults: Any) -> Family:
     """Return the row of T5 or of its kin, with what differs in the defaults of the format."""
     return Family(
-        architecture,
+        name,
         {"head_dim": int, "intermediate_size": int} | SIZES | defaults,
+        head="ForConditionalGeneration",
         model=T5,
         config=T5Config,
         prefix="",
@@ -363,8 +365,9 @@ def t5(architecture: str, **defaults: Any) -> Family:
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
-        "GPT2LMHeadModel",
+        "GPT2",
         SIZES,
+        head="LMHeadModel",
         model=GPT2,
         config=GPT2Config,
         prefix="transformer.",
@@ -374,22 +377,22 @@ FAMILIES: dict[str, Family] = {
         refused={"add_cross_attention": (None, False)},
         targets=("c_attn",),
     ),
-    "llama": Family("LlamaForCausalLM", llama(2048, **RMS, mlp_bias=False), decoder),
-    "mistral": Family("MistralForCausalLM", llama(131072, 8, rms_norm_eps=1e-6, **WINDOW), decoder),
-    "qwen2": Family("Qwen2ForCausalLM", llama(32768, 32, rms_norm_eps=1e-6, **QWEN), qwen2),
+    "llama": Family("Llama", llama(2048, **RMS, mlp_bias=False), decoder),
+    "mistral": Family("Mistral", llama(131072, 8, rms_norm_eps=1e-6, **WINDOW), decoder),
+    "qwen2": Family("Qwen2", llama(32768, 32, rms_norm_eps=1e-6, **QWEN), qwen2),
     "qwen3": Family(
-        "Qwen3ForCausalLM",
+        "Qwen3",
         llama(32768, 32, **RMS, **QWEN) | {"head_dim": 128},
         lambda c: qwen2(c, head_norm="head", biases=QKVO if c.attention_bias else NOWHERE),
     ),
     "gemma": Family(
-        "GemmaForCausalLM",
+        "Gemma",
         llama(8192, 16, **GEMMA),
         lambda c: gemma(c, activation="gelu_pytorch_tanh" if c.hidden_act == "gelu" else c.hidden_act),  # in old files
         refused=ONE_WAY,
     ),
     "gemma2": Family(
-        "Gemma2ForCausalLM",
+        "Gemma2",
         llama(
             *(8192, 4),
             **GEMMA2 | {"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping": Maybe(float, 50.0)},
@@ -399,7 +402,7 @@ FAMILIES: dict[str, Family] = {
         refused=ONE_WAY,
     ),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM",
+        "Gemma3",
         llama(131072, 4, **GEMMA2, final_logit_softcapping=Maybe(float), sliding_window_pattern=6),
         lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
         own=names("hidden_act hidden_activation"),
@@ -407,23 +410,19 @@ FAMILIES: dict[str, Family] = {
         refused=ONE_WAY | {"attn_logit_softcapping": (None,)},
     ),
     "olmo": Family(
-        "OlmoForCausalLM",
+        "Olmo",
         llama(2048, attention_bias=False, clip_qkv=Maybe(float)),
         lambda c: decoder(c, Norm("layer", 1e-5, scale=False)),
     ),
-    "olmo2": Family(
-        "Olmo2ForCausalLM",
-        llama(2048, **RMS | {"rms_norm_eps": 1e-5}),
-        lambda c: decoder(c, norms=NORMS_AFTER, head_norm="all"),
-    ),
+    "olmo2": Family("Olmo2", llama(2048, **OLMO), lambda c: decoder(c, norms=NORMS_AFTER, head_norm="all")),
     "olmo3": Family(
-        "Olmo3ForCausalLM",
-        llama(2048, **RMS | {"rms_norm_eps": 1e-5}, **WINDOW),
+        "Olmo3",
+        llama(2048, **OLMO, **WINDOW),
         lambda c: decoder(c, layers=rotary_layers(c, every(c, 4)), norms=NORMS_AFTER, head_norm="all"),
         rope={"rope_theta": 500000.0, "rope_local_base_freq": None},
     ),
     "smollm3": Family(
-        "SmolLM3ForCausalLM",
+        "SmolLM3",
         llama(32768, 4, **RMS, mlp_bias=False, layer_types=Maybe(tuple), sliding_window=Maybe(int))
         | {"use_sliding_window": False, "no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4}
         | {"tie_word_embeddings": True},
@@ -431,7 +430,7 @@ FAMILIES: dict[str, Family] = {
         rope={"rope_theta": 2000000.0},
     ),
     "phi": Family(
-        "PhiForCausalLM",
+        "Phi",
         llama(2048, **LAYER) | {"hidden_act": "gelu_new"},
         phi,
         names=names(
@@ -441,14 +440,14 @@ FAMILIES: dict[str, Family] = {
         rope={"partial_rotary_factor": 0.5},
     ),
     "phi3": Family(
-        "Phi3ForCausalLM",
+        "Phi3",
         llama(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096),
         lambda c: decoder(c, fused="blocks", fused_gate=True),
         rope={"partial_rotary_factor": 1.0},
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(
-        "GPTNeoXForCausalLM",
+        "GPTNeoX",
         UNTIED | LAYER | {"attention_bias": True, "use_parallel_residual": True, "hidden_act": "gelu"},
         gpt_neox,
         prefix="gpt_neox.",
@@ -463,7 +462,7 @@ FAMILIES: dict[str, Family] = {
         targets=FUSED,
     ),
     "stablelm": Family(
-        "StableLmForCausalLM",
+        "StableLm",
         UNTIED
         | LAYER
         | {"num_key_value_heads": Maybe(int), "max_position_embeddings": 4096}
@@ -473,7 +472,7 @@ FAMILIES: dict[str, Family] = {
         rope={"partial_rotary_factor": 0.25},
     ),
     "gpt_neo": Family(
-        "GPTNeoForCausalLM",
+        "GPTNeo",
         GPT | {"window_size": 256, "attention_layers": Maybe(tuple), "attention_types": ((("global", "local"), 12),)},
         gpt_neo,
         prefix="transformer.",
@@ -488,7 +487,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "gptj": Family(
-        "GPTJForCausalLM",
+        "GPTJ",
         GPT | {"rotary_dim": 64, "tie_word_embeddings": False},
         gptj,
         prefix="transformer.",
@@ -497,7 +496,7 @@ FAMILIES: dict[str, Family] = {
         own=GPT_FIELDS,
     ),
     "opt": Family(
-        "OPTForCausalLM",
+        "OPT",
         BASE
         | {"intermediate_size": int, "max_position_embeddings": 2048, "hidden_act": "relu"}
         | {"enable_bias": True, "layer_norm_elementwise_affine": True},
@@ -508,7 +507,7 @@ FAMILIES: dict[str, Family] = {
         refused={"do_layer_norm_before": (None, True), "_remove_final_layer_norm": (None, False)},
     ),
     "falcon": Family(
-        "FalconForCausalLM",
+        "Falcon",
         BASE
         | CONTEXT
         | LAYER
@@ -523,7 +522,7 @@ FAMILIES: dict[str, Family] = {
         targets=FUSED,
     ),
     "bloom": Family(
-        "BloomForCausalLM",
+        "Bloom",
         BASE | LAYER,
         bloom,
         prefix="transformer.",
@@ -534,19 +533,15 @@ FAMILIES: dict[str, Family] = {
         targets=FUSED,
     ),
     "cohere": Family(
-        "CohereForCausalLM",
+        "Cohere",
         llama(8192, **COHERE, use_qk_norm=False),
         lambda c: cohere(c, head_norm="each" if c.use_qk_norm else None),
         rope={"rope_theta": 500000.0},
     ),
-    "cohere2": Family("Cohere2ForCausalLM", llama(8192, **COHERE, **WINDOW, sliding_window_pattern=4), cohere2),
-    "granite": Family(
-        "GraniteForCausalLM",
-        llama(2048, **RMS, mlp_bias=False, **dict.fromkeys(GRANITE, 1.0)),
-        lambda c: decoder(c, logit_scale=1 / c.logits_scaling),
-    ),
+    "cohere2": Family("Cohere2", llama(8192, **COHERE, **WINDOW, sliding_window_pattern=4), cohere2),
+    "granite": Family("Granite", llama(2048, **GRANITE), lambda c: decoder(c, logit_scale=1 / c.logits_scaling)),
     "mixtral": Family(
-        "MixtralForCausalLM",
+        "Mixtral",
         llama(131072, 8, rms_norm_eps=1e-5, sliding_window=Maybe(int), num_experts_per_tok=2, num_experts=8),
         decoder,
         names=names(
@@ -557,21 +552,21 @@ FAMILIES: dict[str, Family] = {
         rope={"rope_theta": 1000000.0},
     ),
     "olmoe": Family(
-        "OlmoeForCausalLM",
-        llama(4096, **RMS | {"rms_norm_eps": 1e-5}, clip_qkv=Maybe(float))
+        "Olmoe",
+        llama(4096, **OLMO, clip_qkv=Maybe(float))
         | {"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
         lambda c: decoder(c, head_norm="all"),
         spellings=names("num_local_experts num_experts"),
     ),
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
+        "Qwen3Moe",
         llama(32768, 4, **RMS, sliding_window=Maybe(int, 4096), use_sliding_window=False)
         | {"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False, "moe_intermediate_size": 768}
         | {"decoder_sparse_step": 1, "mlp_only_layers": ()},
         qwen3_moe,
         spellings=names("num_local_experts num_experts"),
     ),
-    "t5": t5("T5ForConditionalGeneration"),
-    "mt5": t5("MT5ForConditionalGeneration", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
-    "umt5": t5("UMT5ForConditionalGeneration", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
+    "t5": t5("T5"),
+    "mt5": t5("MT5", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
+    "umt5": t5("UMT5", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
 }

@@ -143,7 +143,7 @@ class GPT2Module(nnx.Module):
         written, mask, index = [], placed.attention_mask, placed.cache_index
         for layer, block in enumerate(self.h):  # unrolled: a scan would slice the stacked weights at every step
             if self.checkpoint_blocks and cache is None and intermediates is None:
-                x, key_value = checkpointed(block)(x, mask)
+                x, key_value = checkpointed(block)(x, mask, None, None, None)
             else:
                 x, key_value = block(x, mask, None if cache is None else cache[layer], index, intermediates)
             written.append(key_value)
