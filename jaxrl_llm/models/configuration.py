@@ -18,10 +18,7 @@ from jaxrl_llm.models.decoder import Network, check_value
 from jaxrl_llm.models.families import FAMILIES, Family, Maybe
 from jaxrl_llm.models.transformer import Decoder, Description
 
-ROPE_FIELDS = (  # of the older forms, beside `rope_parameters`
-    *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
-    "original_max_position_embeddings",
-)
+ROPE_FIELDS = (*rotary.SEPARATE, "rope_scaling", "rope_local_base_freq")  # of older forms, beside `rope_parameters`
 
 
 class Config(Mapping[str, Any]):

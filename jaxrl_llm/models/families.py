@@ -74,6 +74,11 @@ class Family:
         name = {"Gemma3": "Gemma3Text"}.get(self.name, self.name)
         return None if self.model is T5 or name in NO_REWARD else f"{name}ForSequenceClassification"
 
+    def bare_name(self, name: str) -> str:
+        """Return the name of a tensor without prefix, of which files of a bare model lack the first part."""
+        first, _, others = self.prefix.partition(".")
+        return name.removeprefix(f"{first}.").removeprefix(others)
+
     def stored_name(self, path: tuple[str | int, ...]) -> str:
         """Return the name, without prefix, of the tensor that holds a parameter, with {} for each of a stack of them.
 
@@ -443,7 +448,7 @@ FAMILIES: dict[str, Family] = {
         "Phi3",
         llama(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096),
         lambda c: decoder(c, fused="blocks", fused_gate=True),
-        rope={"partial_rotary_factor": 1.0},
+        rope={"partial_rotary_factor": 1.0, "older_types": {"yarn": "longrope"}},
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(

@@ -142,7 +142,7 @@ def _without_copies(
     """
     embedding_seen = False
     for full_name, tensor in tensors:
-        name = full_name.removeprefix(family.prefix)
+        name = family.bare_name(full_name)
         if name in family.copies and name not in wanted:
             copies[name] = tensor
         else:

@@ -181,7 +181,8 @@ def rope_parameters(config: Settings, defaults: Settings) -> dict[str, Any]:
     Args:
         defaults: the family's `rope_theta`; `partial_rotary_factor`, which is absent if the family turns whole heads;
             `rope_local_base_freq`, which is there if the family has settings for each kind of layer: in the old form
-            the base of sliding attention, which has no scaling. If it is None it is that of full attention.
+            the base of sliding attention, which has no scaling. If it is None it is that of full attention;
+            `older_types`, other names of kinds of scaling.
 
     Raises:
         ValueError: if a form is not an object, the forms contradict each other, or a part of each head should turn in a
@@ -202,13 +203,15 @@ def rope_parameters(config: Settings, defaults: Settings) -> dict[str, Any]:
 def _complete(config: Settings, given: Settings, defaults: Settings) -> dict[str, Any]:
     """Return these settings with those that are separate fields, or the family's."""
     settings = {"rope_type": "default", "rope_theta": 10000.0}
+    older = {"su": "longrope"} | defaults.get("older_types", {})
     for separate in (defaults, config):
         settings |= {name: separate[name] for name in SEPARATE if separate.get(name) is not None}
     original = settings.get(ORIGINAL)  # beside them it takes precedence, as in transformers
     settings |= given if original is None else {**given, ORIGINAL: original}
-    if settings["rope_type"] == "su":  # an older name
-        settings["rope_type"] = "longrope"
-    if ORIGINAL not in SCALINGS.get(settings["rope_type"], SCALINGS["default"]).needed:
+    settings["rope_type"] = older.get(settings["rope_type"], settings["rope_type"])
+    if ORIGINAL in SCALINGS.get(settings["rope_type"], SCALINGS["default"]).needed:
+        settings.setdefault(ORIGINAL, config.get("max_position_embeddings"))
+    else:
         settings.pop(ORIGINAL, None)
     if "partial_rotary_factor" not in defaults and (share := settings.pop("partial_rotary_factor", 1)) != 1:
         raise ValueError(f"partial_rotary_factor = {share!r} is not supported.")

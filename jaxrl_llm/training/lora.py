@@ -220,7 +220,7 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     modules, unknown = {}, []
     for key, tensor in huggingface.read_file(path):
         parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        name = f"{parts[1].removeprefix(family.prefix)}.weight" if parts else key
+        name = f"{family.bare_name(parts[1])}.weight" if parts else key
         if not parts or name not in layers or not jnp.issubdtype(tensor.dtype, jnp.floating):
             unknown.append(f"{key} of {tensor.dtype}")
             continue
