@@ -131,20 +131,16 @@ Llama = StableLM = Decoder
 
 def LlamaConfig(**fields: Any) -> Config:
     """Return a Llama configuration; the defaults are those of SmolLM2-135M."""
-    smollm2 = {
-        **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
-        **{"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192},
-        **{"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True},
-    }
+    smollm2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    smollm2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    smollm2 |= {"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True}
     return Config("llama", **smollm2 | fields)
 
 
 def StableLMConfig(**fields: Any) -> Config:
     """Return a StableLM configuration; the defaults are those of StableLM-Zephyr-3B."""
-    zephyr = {
-        **{"vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32},
-        **{"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096},
-    }
+    zephyr = {"vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32}
+    zephyr |= {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096}
     return Config("stablelm", **zephyr | fields)
 
 

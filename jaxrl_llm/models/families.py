@@ -139,14 +139,10 @@ def layer_norm(c: Any, **others: Any) -> Description:
 
 def head_dim(c: Any) -> int:
     """Return the dimension of a head."""
-    if given := getattr(c, "head_dim", None):
-        return given
-    if c.hidden_size % c.num_attention_heads:
-        raise ValueError(
-            "hidden_size must be a multiple of num_attention_heads, "
-            f"but they are {c.hidden_size} and {c.num_attention_heads}."
-        )
-    return c.hidden_size // c.num_attention_heads
+    given, width, heads = getattr(c, "head_dim", None), c.hidden_size, c.num_attention_heads
+    if given is None and width % heads:
+        raise ValueError(f"hidden_size must be a multiple of num_attention_heads, but they are {width} and {heads}.")
+    return given or width // heads
 
 
 def turning(c: Any, full: bool = True, *, interleaved: bool = False) -> rotary.Rotary:
@@ -328,10 +324,12 @@ WINDOW = {"sliding_window": Maybe(int, 4096), "layer_types": Maybe(tuple)}
 QWEN = WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)}
 GEMMA = RMS | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
 GEMMA2 = GEMMA | WINDOW | {"query_pre_attn_scalar": 256}
+CAPS = {"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping": Maybe(float, 50.0)}
 COHERE = LAYER | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True}
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 GRANITE = RMS | {"mlp_bias": False} | dict.fromkeys(MULTIPLIERS, 1.0)
 OLMO = RMS | {"rms_norm_eps": 1e-5}
+EXPERTS = {"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False}
 
 ONE_WAY = {"use_bidirectional_attention": (None, False)}
 FUSED = ("query_key_value",)
@@ -340,6 +338,7 @@ BLOCK = LARGER | names(  # BLOOM's and Falcon's
     "layers h, norm ln_f, embed_tokens word_embeddings, embed_norm word_embeddings_layernorm, "
     "self_attn.qkv_proj self_attention.query_key_value, self_attn.o_proj self_attention.dense"
 )
+GEMMA_FIELDS = names("hidden_act hidden_activation")
 GPT_NAMES = names("layers h, norm ln_f, embed_tokens wte, embed_positions wpe")
 GPT_FIELDS = names(
     "hidden_size n_embd, intermediate_size n_inner, num_hidden_layers n_layer, num_attention_heads n_head, "
@@ -398,19 +397,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         "Gemma2",
-        llama(
-            *(8192, 4),
-            **GEMMA2 | {"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping": Maybe(float, 50.0)},
-        ),
+        llama(8192, 4, **GEMMA2, **CAPS),
         gemma2,
-        own=names("hidden_act hidden_activation"),
+        own=GEMMA_FIELDS,
         refused=ONE_WAY,
     ),
     "gemma3_text": Family(
         "Gemma3",
         llama(131072, 4, **GEMMA2, final_logit_softcapping=Maybe(float), sliding_window_pattern=6),
         lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
-        own=names("hidden_act hidden_activation"),
+        own=GEMMA_FIELDS,
         rope={"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
         refused=ONE_WAY | {"attn_logit_softcapping": (None,)},
     ),
@@ -558,16 +554,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         "Olmoe",
-        llama(4096, **OLMO, clip_qkv=Maybe(float))
-        | {"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
+        llama(4096, **OLMO, **EXPERTS | {"num_experts": 64}, clip_qkv=Maybe(float)),
         lambda c: decoder(c, head_norm="all"),
         spellings=names("num_local_experts num_experts"),
     ),
     "qwen3_moe": Family(
         "Qwen3Moe",
-        llama(32768, 4, **RMS, sliding_window=Maybe(int, 4096), use_sliding_window=False)
-        | {"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False, "moe_intermediate_size": 768}
-        | {"decoder_sparse_step": 1, "mlp_only_layers": ()},
+        llama(32768, 4, **RMS, **EXPERTS, sliding_window=Maybe(int, 4096), use_sliding_window=False)
+        | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": ()},
         qwen3_moe,
         spellings=names("num_local_experts num_experts"),
     ),

@@ -188,9 +188,11 @@ def rope_parameters(config: Settings, defaults: Settings) -> dict[str, Any]:
         ValueError: if a form is not an object, the forms contradict each other, or a part of each head should turn in a
             family that turns whole heads.
     """
-    given = _joined(*(_settings(config, form) for form in ("rope_scaling", "rope_parameters")))
-    nested = {name: value for name, value in given.items() if isinstance(value, Mapping)}
-    flat = {name: value for name, value in given.items() if name not in nested}
+    scaling, given = (_settings(config, form) for form in ("rope_scaling", "rope_parameters"))
+    nested = {name: value for name, value in {**scaling, **given}.items() if isinstance(value, Mapping)}
+    flat = {name: value for name, value in scaling.items() if name not in nested}
+    if not nested:  # else what stands beside the kinds of layers has no effect, as in transformers
+        flat = _joined(scaling, given)
     if "rope_local_base_freq" not in defaults:
         kinds = {name: _joined(flat, _settings(nested, name)) for name in nested}
         return {name: _complete(config, kinds[name], defaults) for name in kinds} or _complete(config, flat, defaults)

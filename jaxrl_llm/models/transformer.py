@@ -113,10 +113,10 @@ class Description:
     std: float = 0.02
 
     def __post_init__(self):
-        if self.heads % self.kv_heads:
+        heads, keys = self.heads, self.kv_heads
+        if heads % keys:
             raise ValueError(
-                "num_attention_heads must be a multiple of num_key_value_heads, "
-                f"but they are {self.heads} and {self.kv_heads}."
+                f"num_attention_heads must be a multiple of num_key_value_heads, but they are {heads} and {keys}."
             )
         if self.experts and self.experts.chosen > self.experts.count:
             raise ValueError(f"{self.experts.chosen} experts for each token must be at most {self.experts.count}.")

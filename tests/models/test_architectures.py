@@ -366,6 +366,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         ),
+        *(
+            (name, {"rope_theta": 7.0, "full_attention": {"rope_theta": 5.0}}, {"full_attention": {"rope_theta": 5.0}})
+            for name in ("llama", "olmo3")  # what stands beside the kinds of layers has no effect
+        ),
         (
             "gemma3_text",
             {"sliding_attention": {"rope_type": "default"}},
