@@ -150,7 +150,7 @@ def StableLMConfig(**fields: Any) -> Config:
 def family_of(model: Network) -> tuple[str, Family]:
     """Return `model_type` and family of a model."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES or not isinstance(model, FAMILIES[model_type].model):
         raise ValueError(f"{type(model).__name__} has no Hugging Face form; {', '.join(FAMILIES)} have one.")
     return model_type, FAMILIES[model_type]
 

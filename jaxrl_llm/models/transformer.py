@@ -364,7 +364,7 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 class Decoder(DecoderLM):
     """A causal transformer of any family as a `LanguageModel`: `Decoder(Config("qwen3", num_hidden_layers=2, ...))`."""
 
-    config: Any  # a `families.Config`
+    config: Any  # a `configuration.Config`
 
     @property
     def max_length(self) -> int:
