@@ -120,7 +120,7 @@ def checkpointed(block: nnx.Module) -> Callable[..., tuple[Array, KeyValue]]:
     """Return the block under `jax.checkpoint`: recomputed in the backward pass, without a KV cache."""
 
     def forward(x: Array, *places: Array) -> Array:
-        return block(x, *places, None, None, None)[0]
+        return block(x, *places)[0]
 
     return lambda x, *places: (jax.checkpoint(forward)(x, *places), None)
 

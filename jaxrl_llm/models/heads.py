@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm import text
 from jaxrl_llm.data.records import Message, Text, alike
 from jaxrl_llm.language_model import LanguageModel, Params
-from jaxrl_llm.models import families, huggingface, loading, lora
+from jaxrl_llm.models import configuration, families, huggingface, loading, lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def save_reward_model(
     Raises:
         ValueError: if transformers has no such format of the model.
     """
-    own = families.config_of(head.lm)
+    own = configuration.config_of(head.lm)
     family = own["model_type"]
     architecture = families.FAMILIES[family].reward
     if architecture is None:

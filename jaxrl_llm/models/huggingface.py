@@ -18,8 +18,9 @@ from jax.sharding import Sharding
 
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.models.configuration import config_of, family_of
 from jaxrl_llm.models.decoder import Network
-from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_name
+from jaxrl_llm.models.families import FAMILIES, Family
 
 TensorPath = tuple[str | int, ...]
 ShardingRule = Callable[[str, tuple[int, ...]], Sharding]  # of a parameter by its path and shape
@@ -64,7 +65,7 @@ def named_params(model: Network) -> dict[str, Slot]:
     slots = {}
     for entries, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params):
         path = tuple(entry.key for entry in entries)
-        name = stored_name(family, path)
+        name = family.stored_name(path)
         stacked = "{}" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
         # Always stored as [out, in]: an untied head, and the kernels of all families but GPT-2.
@@ -141,7 +142,7 @@ def _without_copies(
     """
     embedding_seen = False
     for full_name, tensor in tensors:
-        name = full_name.removeprefix(family.prefix)
+        name = family.bare_name(full_name)
         if name in family.copies and name not in wanted:
             copies[name] = tensor
         else:

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, gguf, huggingface, lora, tokenizers
+from jaxrl_llm.models import configuration, gguf, huggingface, lora, tokenizers
 from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 
@@ -98,14 +98,14 @@ def load(
     config = _config(path)
     stored = list(huggingface.stored_tensors(path))  # a list, as two files may hold a tensor of one name
     shapes = {name: tensor.shape for name, tensor in stored}
-    families.check_sizes(config, shapes, source=str(path))
+    configuration.check_sizes(config, shapes, source=str(path))
     is_reward = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
     tensor_names = functools.partial(huggingface.tensor_names, dict(stored))
-    model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
+    model = configuration.model_from_config(config, source=str(path), tensor_names=tensor_names)
     if is_reward and "lm_head.weight" not in shapes:  # which a reward model does not need
-        model = families.without_head(model)
+        model = configuration.without_head(model)
     tokenizer = load_tokenizer(path)  # before the weights: a fault of it is found at once
-    tensors = families.text_tensors(config, iter(stored))
+    tensors = configuration.text_tensors(config, iter(stored))
     if is_reward:
         tensors = ((name, tensor) for name, tensor in tensors if name != huggingface.SCORE)
     params = huggingface.params_from_tensors(model, tensors, dtype=dtype, source=str(path), sharding=sharding)
@@ -132,7 +132,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
         raise ValueError(f"{folder} is quantised ({method}); only plain weights, and GGUF files, are read.")
-    config = families.text_config(config, source=str(folder))
+    config = configuration.text_config(config, source=str(folder))
     if (folder / "generation_config.json").is_file():
         config = config | {"generation_config": huggingface.read_config(folder, "generation_config.json")}
     return config
@@ -162,7 +162,7 @@ def save(
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
     generation = extra.pop("generation_config", None) or {}
     extra |= _ending(extra, ids["eos_token_id"])
-    own = families.config_of(model)
+    own = configuration.config_of(model)
     extra = {name: value for name, value in extra.items() if name == "architectures" or name not in (*own, *DERIVED)}
     if "architectures" in extra and further is None:
         del extra["architectures"]  # of the folder that the model was loaded from
@@ -271,7 +271,7 @@ def _from_hub(name: str) -> Path:
 def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
     file = gguf.read(path)
     tokenizer = file.tokenizer()  # an unknown kind is refused before the weights are read
-    model = families.model_from_config(file.config, source=str(path))
+    model = configuration.model_from_config(file.config, source=str(path))
     params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path), sharding=sharding)
     return Loaded(model, params, tokenizer, file.config)
 
@@ -287,7 +287,7 @@ def _load_adapter(folder: Path, dtype: Any, sharding: huggingface.ShardingRule |
     given, adapter = lora.load(folder, loaded.model)
     config = loaded.config
     if lora.is_reward(huggingface.read_config(folder, lora.CONFIG)):
-        config = config | {"architectures": [families.family_of(loaded.model)[1].reward]}
+        config = config | {"architectures": [configuration.family_of(loaded.model)[1].reward]}
     tokenizer = load_tokenizer(folder) or loaded.tokenizer
     return Loaded(loaded.model, given.merge(loaded.params, adapter), tokenizer, config)
 

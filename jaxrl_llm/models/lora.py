@@ -20,7 +20,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, huggingface
+from jaxrl_llm.models import configuration, huggingface
 from jaxrl_llm.models.decoder import Network, check_value
 from jaxrl_llm.models.layers import Adapted
 
@@ -122,7 +122,7 @@ def lora(
         raise ValueError(f"rank must be at least 1, but is {rank}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), but is {dropout}.")
-    targets = families.family_of(model)[1].targets if targets is None else targets
+    targets = configuration.family_of(model)[1].targets if targets is None else targets
     modules = tuple(Module(name, rank, float(alpha)) for name in _targeted(model, targets))
     return Lora(model, modules, rslora, dropout)
 
@@ -187,7 +187,7 @@ def save(
         for name, module in modules.items()
         for side, leaf in adapter[module.name].items()
     }
-    task = "SEQ_2_SEQ_LM" if "is_encoder_decoder" in families.config_of(given.model) else "CAUSAL_LM"
+    task = "SEQ_2_SEQ_LM" if "is_encoder_decoder" in configuration.config_of(given.model) else "CAUSAL_LM"
     if head is not None:
         task, tensors[HEAD] = "SEQ_CLS", np.asarray(head, np.float32)[None]
     rank = _commonest(module.rank for module in given.modules)
@@ -202,7 +202,7 @@ def save(
         "alpha_pattern": {name: module.alpha for name, module in modules.items() if module.alpha != alpha},
         "use_rslora": given.rslora,
         "target_modules": _target_modules(given),
-        "fan_in_fan_out": not families.family_of(given.model)[1].transposed,
+        "fan_in_fan_out": not configuration.family_of(given.model)[1].transposed,
         "lora_dropout": given.dropout,
         "modules_to_save": None if head is None else ["score"],
         "bias": "none",
@@ -243,7 +243,7 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     path = folder / TENSORS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must have {TENSORS}, but has {', '.join(sorted(os.listdir(folder)))}.")
-    _, family = families.family_of(model)
+    _, family = configuration.family_of(model)
     layers = _layers(model)
     found: dict[str, dict[str, np.ndarray]] = {}
     modules, unknown = {}, []
@@ -251,7 +251,7 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
         if key == HEAD and is_reward(config):
             continue
         parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        name = f"{parts[1].removeprefix(family.prefix)}.weight" if parts else key
+        name = f"{family.bare_name(parts[1])}.weight" if parts else key
         if not parts or name not in layers or not jnp.issubdtype(tensor.dtype, jnp.floating):
             unknown.append(f"{key} of {tensor.dtype}")
             continue
@@ -365,7 +365,7 @@ def _layers(model: Network) -> dict[str, Layer]:
 
     PEFT takes the name of such an MLP's layer for that of the experts, also where the layer has none.
     """
-    _, family = families.family_of(model)
+    _, family = configuration.family_of(model)
     slots = huggingface.named_params(model)
     apart = {"lm_head", "mlp"} if any("experts" in slot.path for slot in slots.values()) else {"lm_head"}
     return {

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from jaxrl_llm import models, text
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import families, loading
+from jaxrl_llm.models import configuration, loading
 from tests.models.wild import ABSENT, GOLDENS, assert_is_golden, beside, copy_of, golden, variant, without
 
 PACKAGE = Path(models.__file__).parents[1]
@@ -96,6 +96,47 @@ def test_names_without_prefix_old_buffers_and_copies_of_the_embedding_are_welcom
     folder = variant(tmp_path, name, tensors=tensors)
     assert_is_golden(models.load(folder), name)
     models.load(folder, dtype="bfloat16")
+
+
+SMALL = {"vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def saved(folder, model_type, **fields):
+    """A folder of a small random model, and the model."""
+    own = configuration.FAMILIES[model_type].own
+    model = models.Decoder(models.Config(model_type, **{own.get(name, name): SMALL[name] for name in SMALL}, **fields))
+    params = model.init(jax.random.key(0))
+    models.save(folder, model, params)
+    return model, params
+
+
+@pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])
+def test_opt_with_any_part_of_its_prefix(tmp_path, prefix):
+    model, params = saved(tmp_path, "opt", ffn_dim=8, max_position_embeddings=4)
+    stored = {
+        prefix + name.removeprefix("model.decoder."): leaf
+        for name, leaf in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    loaded = models.load(tmp_path)
+    assert loaded.model == model
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+def test_fields_that_gpt_neox_does_not_have_are_ignored(tmp_path):
+    model, _ = saved(tmp_path, "gpt_neox", intermediate_size=8, rotary_pct=1.0)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": 1, "head_dim": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert models.load(tmp_path).model == model
+
+
+@pytest.mark.parametrize("model_type", ["phi", "gptj"])
+def test_a_tied_head_with_a_bias_is_refused(tmp_path, model_type):
+    saved(tmp_path, model_type, **({"intermediate_size": 8} if model_type == "phi" else {"rotary_dim": 4}))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"does not fit its configuration: unknown lm_head\.bias"):
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64], ids=["float16", "bfloat16", "float64"])
@@ -299,7 +340,7 @@ def test_the_shapes_of_a_model_cost_time_linear_in_its_layers(name):
 
     def calls(layers):
         config = golden(name).config | dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers"), layers)
-        model = families.model_from_config(config | {"num_decoder_layers": layers}, source="")
+        model = configuration.model_from_config(config | {"num_decoder_layers": layers}, source="")
         count = 0
 
         def counted(frame, event, argument):

@@ -14,8 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxrl_llm as jl
 from jaxrl_llm import models
-from jaxrl_llm.models import lora
-from jaxrl_llm.models.families import Config, Decoder
+from jaxrl_llm.models import Config, Decoder, lora
 from jaxrl_llm.models.layers import Adapted, Linear
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.supervised import sft_loss

@@ -8,8 +8,7 @@ import pytest
 import transformers
 
 from jaxrl_llm import models, train
-from jaxrl_llm.models import ScalarHead
-from jaxrl_llm.models.families import Config, Decoder
+from jaxrl_llm.models import Config, Decoder, ScalarHead
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from tests.conftest import random_params
 from tests.models.test_heads import PADS, conversation, tokenizer_with
