@@ -374,6 +374,9 @@ class Batches:
         self.order = EpochOrder(self._longest, batch_size=batch_size, seed=seed, unit="records")
         self._tokens = np.zeros(1, int)  # of the first n steps, as far as they were asked for
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def __call__(self, step: int) -> PyTree:
         """Return the batch of a step."""
         return self.collate(self.order(step))
@@ -393,7 +396,7 @@ class Batches:
 
     def describe(self, step: int) -> str:
         """Return the lines or rows of the records of a step's batch, in words."""
-        return self._named(self.order(step))
+        return self.named(self.order(step))
 
     def tokens(self, steps: int) -> int:
         """Return the number of real tokens of the first n steps, in all their sequences."""
@@ -408,6 +411,11 @@ class Batches:
         """The share of places that are padding in the first epoch, free places of rankings included."""
         real, places = self._counts(self.order.epoch(0))
         return float(1 - real.sum() / places.sum())
+
+    @property
+    def fields(self) -> set[str]:
+        """The columns that are numbers in all rows, if the loss takes them."""
+        return self._fields or set()
 
     @property
     def left_out(self) -> set[str]:
@@ -441,10 +449,11 @@ class Batches:
                     f"{rows.highest}."
                 )
         except ValueError as error:
-            raise ValueError(f"{self._named([place])}: {error}") from error
+            raise ValueError(f"{self.named([place])}: {error}") from error
         return rows
 
-    def _named(self, places: Sequence[int]) -> str:
+    def named(self, places: Sequence[int]) -> str:
+        """Return the lines or rows of these records, in words."""
         unit, numbers = getattr(self._records, "unit", "row"), getattr(self._records, "numbers", None)
         named = ", ".join(str(int(place) if numbers is None else numbers[place]) for place in places)
         return f"{unit}{'s' if len(places) > 1 else ''} {named}"

@@ -24,6 +24,7 @@ from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import LOGGING, Config, Data, GRPOConfig, OfflineConfig
+from jaxrl_llm.training.packing import PackedBatches
 from jaxrl_llm.training.policy import Method, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 from jaxrl_llm.training.steps import (
@@ -198,8 +199,16 @@ def _digest(params: Params) -> str:
 
 
 def batches_of(
-    run: Run, data: Data, kind: str, *, batch_size: int, room: int = 0, name: str = "data", fields: bool = False
-) -> tuple[Batches, records.Records]:
+    run: Run,
+    data: Data,
+    kind: str,
+    *,
+    batch_size: int,
+    room: int = 0,
+    name: str = "data",
+    fields: bool = False,
+    packing: bool = False,
+) -> tuple[Batches | PackedBatches, records.Records]:
     """Return a data loader with its records, and print what was skipped, truncated, padded and left out.
 
     Raises:
@@ -207,7 +216,7 @@ def batches_of(
     """
     encoder = run.encoder()
     found = records.read(data, encoder.checked(KINDS[kind].parse), on_bad=run.config.on_bad, name=name)
-    if batch_size > len(found):
+    if batch_size > len(found) and not packing:
         whole, each = run.config.batch_size, run.config.batch_size // batch_size  # completions of a prompt
         have = f"{len(found)} record{'s' * (len(found) > 1)}{f' of {each} completions' if each > 1 else ''}"
         raise ValueError(f"{found.source} has {have}: batch_size must be at most {len(found) * each}, but is {whole}.")
@@ -216,19 +225,25 @@ def batches_of(
             found,
             KINDS[kind],
             encoder,
-            batch_size=batch_size,
+            batch_size=1 if packing else batch_size,
             seed=run.config.seed,
             room=room,
             vocab_size=run.lm.vocab_size,
             fields=fields,
         )
+        loader, packed = batches, ""
+        if packing:
+            size = {"length": run.config.max_length, "batch_size": batch_size, "seed": run.config.seed}
+            loader = PackedBatches(batches, kind, **size)
+            packed = f", packed into {len(loader.order.all) * loader.order.rows} rows of {loader.length} tokens"
     except ValueError as error:
         raise ValueError(f"{found.source}: {error}") from error
-    left = batches.order.left_over
+    left = loader.order.left_over
     run.say(
         f"{found.source}: {len(found)} records, {len(found.bad_lines)} bad {found.unit}s skipped, "
         f"{encoder.cut_prompts} prompts and {encoder.cut_completions} completions truncated"
-        + (f", {batches.pad_waste:.0%} padding" if batch_size > 1 else "")
+        + packed
+        + (f", {loader.pad_waste:.0%} padding" if batch_size > 1 or packing else "")
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
@@ -236,7 +251,7 @@ def batches_of(
         run.say(f"{found.source}: {column} is not a number in every {found.unit}, so the loss does not receive it.")
     for bad in found.bad_lines:
         run.say(f"{found.source}, {found.unit} {bad.number}: {bad.reason}")
-    return batches, found
+    return loader, found
 
 
 # Parameters -----------------------------------------------------------------------------------------------------------
@@ -317,7 +332,10 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         samples: report a sample of the model's text with each checkpoint.
     """
     config: OfflineConfig = run.config
-    batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, fields=objective.fields)
+    if config.packing and getattr(objective.loss, "needs_whole_batch", False):
+        raise ValueError("packing must be False for a loss that compares all examples of a batch, but is True.")
+    options = {"fields": objective.fields, "packing": config.packing}
+    batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, **options)
     optimizer = _adamw(config, config.steps)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
     measures: dict[str, Callable[[Params], float | str]] = {}
