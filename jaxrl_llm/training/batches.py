@@ -413,11 +413,6 @@ class Batches:
         return float(1 - real.sum() / places.sum())
 
     @property
-    def fields(self) -> set[str]:
-        """The columns that are numbers in all rows, if the loss takes them."""
-        return self._fields or set()
-
-    @property
     def left_out(self) -> set[str]:
         """The columns that are numbers in some rows only, which a loss of one's own does not receive."""
         return self._some_fields - self._fields if self._takes_fields and self._fields is not None else set()

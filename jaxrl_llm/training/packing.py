@@ -8,14 +8,15 @@ completions, so that a record is never split over two batches or microbatches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from jaxrl_llm.scoring import Packed
-from jaxrl_llm.training.batches import Batches, Rows
-from jaxrl_llm.training.preference import PackedPairs
+from jaxrl_llm.scoring import Packed, Sequences
+from jaxrl_llm.training.batches import Batches
+from jaxrl_llm.training.preference import PackedPairs, PairBatch
 from jaxrl_llm.training.reward_model import RankedBatch
 
 LENGTH = 1024  # tokens of a packed row, if no other number is asked for and all examples fit
@@ -121,21 +122,16 @@ class PackedBatches:
     """A data loader of packed batches: `batches(step)` is the batch of a step, always of one shape.
 
     Args:
-        batches: the records, one a row; its own order is not used.
-        kind: their format, one of `KINDS`.
+        batches: a loader of the same records, one text a row; its own order is not used.
         length: tokens of a row; None takes `LENGTH`, or the longest text if that is longer.
         batch_size: bins of a batch.
 
     Raises:
-        ValueError: for a format that cannot be packed, or as `PackedOrder`.
+        ValueError: as `PackedOrder`.
     """
 
-    def __init__(self, batches: Batches, kind: str, *, length: int | None, batch_size: int, seed: int):
-        if kind not in COLLATE:
-            raise ValueError(
-                f"packing must be False for data of the format {kind}: {', '.join(COLLATE)} can be packed."
-            )
-        self._batches, self._collate, self._batch_size = batches, COLLATE[kind], batch_size
+    def __init__(self, batches: Batches, *, length: int | None, batch_size: int, seed: int):
+        self._batches, self._batch_size = batches, batch_size
         self._lengths = [batches.rows(place).lengths for place in range(len(batches))]
         self.length = max(LENGTH, *map(max, self._lengths)) if length is None else length
         self.order = PackedOrder(self._lengths, length=self.length, batch_size=batch_size, seed=seed)
@@ -147,13 +143,11 @@ class PackedBatches:
         """Return the batch of a step."""
         bins = self.order(step)
         bins = [*bins, *[[]] * (self._batch_size - len(bins))]
-        rows = [[self._batches.rows(each.record) for each in each_bin] for each_bin in bins]
-        packed = packed_rows(bins, rows, count=self.order.rows, length=self.length, most=self._most)
-        return self._collate(rows, packed, self._most, self._batches.fields)
+        return packed(self._batches.collate(_records(bins)), bins, length=self.length, most=self._most)
 
     def describe(self, step: int) -> str:
         """Return the lines or rows of the records of a step's batch, in words; of many, the first ones."""
-        places = [each.record for each_bin in self.order(step) for each in each_bin]
+        places = _records(self.order(step))
         more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
         return self._batches.named(places[:NAMED]) + more
 
@@ -161,7 +155,7 @@ class PackedBatches:
         """Return the number of real tokens of the first n steps, in all their texts."""
         while steps >= len(self._tokens):
             epoch = self.order.epoch((len(self._tokens) - 1) // self.order.steps_per_epoch)
-            real = [sum(sum(self._lengths[each.record]) for one in bins for each in one) for bins in epoch]
+            real = [sum(sum(self._lengths[record]) for record in _records(bins)) for bins in epoch]
             self._tokens = np.concatenate([self._tokens, self._tokens[-1] + np.cumsum(real)])
         return int(self._tokens[steps])
 
@@ -175,49 +169,65 @@ class PackedBatches:
 NAMED = 8  # records of a batch that an error names
 
 
+def _records(bins: Sequence[Bin]) -> list[int]:
+    return [each.record for one in bins for each in one]
+
+
 # From bins to arrays --------------------------------------------------------------------------------------------------
 
 
-def packed_rows(bins: Sequence[Bin], rows: Sequence[Sequence[Rows]], *, count: int, length: int, most: int) -> Packed:
-    """Return the texts of bins as arrays [bins, count, length]; text k of a bin's record j has the number j count + k.
+def packed(batch: PyTree, bins: Sequence[Bin], *, length: int, most: int) -> Packed | PackedPairs | RankedBatch:
+    """Return a batch of one text a row as a packed one.
 
-    Padding ends each row, with the number of no text, most · count.
+    Args:
+        batch: `Sequences`, a `PairBatch` or a `RankedBatch` of numpy arrays, of the records of the bins in their order.
+        length: tokens of a row.
+        most: places for records in a bin, of which some may be free.
+
+    Raises:
+        ValueError: for a batch of another kind.
     """
+    place = [(at, number) for at, one in enumerate(bins) for number in range(len(one))]
+
+    def placed(leaf: np.ndarray, free: Any = 0) -> np.ndarray:
+        """[records, ...] -> [bins, most, ...]"""
+        found = np.full((len(bins), most, *leaf.shape[1:]), free, leaf.dtype)
+        found[tuple(np.transpose(place))] = leaf
+        return found
+
+    if isinstance(batch, Sequences):
+        rows = packed_rows(jax.tree.map(lambda leaf: leaf[:, None], batch), bins, length=length, most=most)
+        return jax.tree.map(lambda leaf: leaf[:, 0], rows)
+    if isinstance(batch, PairBatch):
+        both = jax.tree.map(lambda *sides: np.stack(sides, axis=1), batch.chosen, batch.rejected)
+        weight = np.ones(len(place), np.float32) if batch.weight is None else batch.weight
+        stored = [None if each is None else placed(each) for each in (batch.logp_ref_chosen, batch.logp_ref_rejected)]
+        fields = {name: placed(field, field[0]) for name, field in batch.fields.items()}  # free: as a loss may have it
+        return PackedPairs(packed_rows(both, bins, length=length, most=most), placed(weight), *stored, fields)
+    if isinstance(batch, RankedBatch):
+        rows = packed_rows(batch.completions, bins, length=length, most=most)
+        return jax.tree.map(placed, batch._replace(completions=None))._replace(completions=rows)
+    raise ValueError(f"packing must be False for a {type(batch).__name__}, whose rows stand alone.")
+
+
+def packed_rows(texts: Sequences, bins: Sequence[Bin], *, length: int, most: int) -> Packed:
+    """Return K texts of each record, leaves [records, K, time], in bins of K rows, [bins, K, length].
+
+    Text k of a bin's record j has the number j K + k. Padding ends each row and has the number of no text, most · K.
+    """
+    count = texts.tokens.shape[1]
     shape = (len(bins), count, length)
     tokens, segments = np.zeros(shape, np.int32), np.full(shape, most * count, np.int32)
     mask, scored = np.zeros(shape, bool), np.zeros(shape, bool)
-    for place, (each_bin, records) in enumerate(zip(bins, rows, strict=True)):
+    record = 0
+    for at, one in enumerate(bins):
         ends = [0] * count
-        for number, (placed, record) in enumerate(zip(each_bin, records, strict=True)):
-            for text, (row, completion) in enumerate(zip(placed.rows, record.completions, strict=True)):
-                start, begins = ends[row], ends[row] + len(record.prompt)
-                ends[row] = begins + len(completion)
-                at = np.s_[place, row, start : ends[row]]
-                tokens[at], mask[at] = [*record.prompt, *completion], True
-                segments[at], scored[place, row, begins : ends[row]] = number * count + text, True
+        for number, each in enumerate(one):
+            for text, row in enumerate(each.rows):
+                real = texts.mask[record, text]
+                start, ends[row] = ends[row], ends[row] + int(real.sum())
+                to = np.s_[at, row, start : ends[row]]
+                tokens[to], scored[to] = texts.tokens[record, text, real], texts.completion_mask[record, text, real]
+                mask[to], segments[to] = True, number * count + text
+            record += 1
     return Packed(tokens, mask, scored, segments)
-
-
-def _completions(rows: Sequence[Sequence[Rows]], packed: Packed, most: int, fields: set[str]) -> Packed:
-    return Packed(*(leaf[:, 0] for leaf in packed))
-
-
-def _pairs(rows: Sequence[Sequence[Rows]], packed: Packed, most: int, fields: set[str]) -> PackedPairs:
-    weight = np.asarray([[place < len(records) for place in range(most)] for records in rows], np.float32)
-    columns = {name: np.full(weight.shape, rows[0][0].fields[name], np.float32) for name in sorted(fields)}
-    for name, column in columns.items():  # free places hold a number that the loss may have anyway
-        column[weight > 0] = [each.fields[name] for records in rows for each in records]
-    return PackedPairs(packed, weight, fields=columns)
-
-
-def _ranked(rows: Sequence[Sequence[Rows]], packed: Packed, most: int, fields: set[str]) -> RankedBatch:
-    shape = (len(rows), most, packed.tokens.shape[1])
-    ranks, real = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for place, records in enumerate(rows):
-        for number, record in enumerate(records):
-            ranks[place, number, : len(record.label)] = record.label
-            real[place, number, : len(record.completions)] = True
-    return RankedBatch(packed, ranks, real)
-
-
-COLLATE = {"prompt-completion": _completions, "preference": _pairs, "ranked": _ranked}

@@ -234,7 +234,7 @@ def batches_of(
         loader, packed = batches, ""
         if packing:
             size = {"length": run.config.max_length, "batch_size": batch_size, "seed": run.config.seed}
-            loader = PackedBatches(batches, kind, **size)
+            loader = PackedBatches(batches, **size)
             packed = f", packed into {len(loader.order.all) * loader.order.rows} rows of {loader.length} tokens"
     except ValueError as error:
         raise ValueError(f"{found.source}: {error}") from error

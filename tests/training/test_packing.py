@@ -15,7 +15,7 @@ from jaxrl_llm.models import GPT2, GPT2Config, load
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.scoring import log_probs
 from jaxrl_llm.training import packing, recipes, steps
-from jaxrl_llm.training.batches import KINDS, Rows
+from jaxrl_llm.training.batches import KINDS, Rows, preferences, prompt_completions
 from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.packing import PackedOrder, pack
 from jaxrl_llm.training.preference import preference_loss, with_reference
@@ -40,14 +40,12 @@ def rows_of(lm, texts, *, count=COUNT, seed=0):
     return [Rows(tokens(1, 3), [tokens(1, 5) for _ in range(texts)], [*range(texts)]) for _ in range(count)]
 
 
-def packed(kind, rows, *, length=LENGTH, size=None):
-    """The batch of all rows, in bins; with a size, among empty ones."""
+def packed(batch, rows, *, length=LENGTH, size=None):
+    """The batch of these rows, in bins; with a size, among empty ones."""
     bins = pack([each.lengths for each in rows], length=length, seed=0)
     bins += [[]] * ((size or len(bins)) - len(bins))
-    records, most = [[rows[each.record] for each in one] for one in bins], max(map(len, bins))
-    count = len(rows[0].completions)
-    found = packing.packed_rows(bins, records, count=count, length=length, most=most)
-    return packing.COLLATE[kind](records, found, most, set())
+    order = np.asarray([each.record for one in bins for each in one])
+    return packing.packed(jax.tree.map(lambda leaf: leaf[order], batch), bins, length=length, most=max(map(len, bins)))
 
 
 def cases(lm):
@@ -66,7 +64,8 @@ def gradients(lm, name, kind_of_rows, microbatches, dtype):
     """The gradient and the metrics of an objective on packed or unpacked rows."""
     loss, kind, texts = cases(lm)[name]
     rows = rows_of(lm, texts)
-    batch = KINDS[kind].collate(rows, 1) if kind_of_rows == "unpacked" else packed(kind, rows, size=4)
+    batch = KINDS[kind].collate(rows, 1)
+    batch = batch if kind_of_rows == "unpacked" else packed(batch, rows, size=4)
     params = random_params(lm, dtype=dtype)
     if name == "reward":
         params = {"model": params, "head": jnp.ones(16 if lm is not TABLE else lm.vocab_size, dtype)}
@@ -117,7 +116,8 @@ def test_packed_rows_have_the_gradients_of_the_rows_they_hold_in_float32(name):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_stored_log_probabilities_of_the_reference_are_those_of_the_step(name):
-    loss, batch = preference_loss(TABLE, name), packed("preference", rows_of(TABLE, 2))
+    loss, rows = preference_loss(TABLE, name), rows_of(TABLE, 2)
+    batch = packed(preferences(rows, 1), rows)
     params, reference = random_params(TABLE), random_params(TABLE, 1)
     stored = with_reference(TABLE, reference, batch)
     found, expected = (loss(params, each, Frozen(ref=ref), KEY) for each, ref in ((stored, None), (batch, reference)))
@@ -128,19 +128,18 @@ def test_a_loss_of_ones_own_takes_the_numbers_of_each_pair():
     def loss(a, b, *, margin):
         return (a - b - margin) ** 2
 
-    rows = [each._replace(fields={"margin": float(place + 1)}) for place, each in enumerate(rows_of(TABLE, 2))]
-    bins = pack([each.lengths for each in rows], length=LENGTH, seed=0)
-    held, most = [[rows[each.record] for each in one] for one in bins], max(map(len, bins))
-    found = packing.packed_rows(bins, held, count=2, length=LENGTH, most=most)
-    batch = packing.COLLATE["preference"](held, found, most, {"margin"})
-    unpacked = KINDS["preference"].collate(rows, 1)._replace(fields={"margin": np.arange(1.0, COUNT + 1)})
-    frozen = Frozen(ref=random_params(TABLE, 1))
-    values = [preference_loss(TABLE, loss)(random_params(TABLE), each, frozen, KEY).value for each in (batch, unpacked)]
+    rows = rows_of(TABLE, 2)
+    given = {"fields": {"margin": np.arange(1.0, COUNT + 1)}, "weight": np.arange(1.0, COUNT + 1)}
+    batch, frozen = preferences(rows, 1)._replace(**given), Frozen(ref=random_params(TABLE, 1))
+    values = [
+        preference_loss(TABLE, loss)(random_params(TABLE), each, frozen, KEY).value
+        for each in (packed(batch, rows), batch)
+    ]
     assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-5)
 
 
 def test_only_the_mean_over_tokens_is_known_of_packed_rows():
-    batch = packed("prompt-completion", rows_of(TABLE, 1))
+    batch = packed(prompt_completions(rows_of(TABLE, 1), 1), rows_of(TABLE, 1))
     with pytest.raises(ValueError, match="mode must be token_mean for packed rows, but is sequence_sum"):
         sft_loss(TABLE, mode="sequence_sum")(random_params(TABLE), batch, None, KEY)
 
@@ -153,7 +152,7 @@ def test_a_model_of_one_text_a_row_is_refused():
             raise AssertionError
 
     with pytest.raises(ValueError, match="must take segments, but Plain reads one text a row: train it without pack"):
-        log_probs(Plain(), None, packed("prompt-completion", rows_of(TABLE, 1)))
+        log_probs(Plain(), None, packed(prompt_completions(rows_of(TABLE, 1), 1), rows_of(TABLE, 1)))
 
 
 # Bins -----------------------------------------------------------------------------------------------------------------
