@@ -234,8 +234,8 @@ def grpo(
 ) -> LM:
     """Optimise rewards of the model's own completions, by GRPO or another method that compares them in groups.
 
-    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
-    with `kl_loss`.
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss:
+    see `kl`.
 
         jl.train.grpo("tiny-gpt2", [{"prompt": "The king"}] * 4, reward=lambda prompts, completions: [...])
 
@@ -257,8 +257,9 @@ def grpo(
     Returns:
         The trained model. `lm` stays valid.
 
-    Metrics: `reward`, `reward_std`; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions
-    in nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
+    Metrics: `reward`; `reward_std`, the mean of the groups' standard deviations, and `frac_reward_zero_std`, the share
+    of groups without a difference; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions in
+    nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
     `clip_fraction` over the updates of a step; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`.
 
     Raises:
@@ -283,8 +284,8 @@ def ppo(
 ) -> LM:
     """Optimise rewards of the model's own completions by PPO, with a critic that is trained beside the policy.
 
-    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
-    with `kl_loss`. `reward` is as in `grpo`.
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss:
+    see `kl`. `reward` is as in `grpo`.
 
         jl.train.ppo("tiny-gpt2", "prompts.jsonl", reward=scorer)
 

@@ -58,7 +58,8 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
             "margin": _mean(lead, pairs),
             "score": _mean(scores, batch.real),
         }
-        return Loss(value, prompts, metrics)
+        weights = {"accuracy": pairs.sum(), "margin": pairs.sum(), "score": batch.real.sum()}
+        return Loss(value, prompts, metrics, weights)
 
     return loss
 

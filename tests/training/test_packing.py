@@ -225,7 +225,7 @@ def test_a_packed_run_of_all_data_at_once_is_the_unpacked_one(small, kind, tmp_p
     monkeypatch.setattr(recipes, "sampler_of", lambda *_: lambda params: "a text")
     rows, bins = {}, 2 if kind == "reward" else 4
     for name, sizes in (
-        ("packed", {"packing": True, "max_length": 40, "batch_size": bins, "microbatches": 1 + (kind != "reward")}),
+        ("packed", {"packing": True, "max_length": 40, "batch_size": bins, "microbatches": 2}),
         ("unpacked", {"batch_size": 12}),
     ):
         options = {"steps": 3, "learning_rate": 1e-3, "log_every": 1, "eval_data": DATA[kind]} | sizes
