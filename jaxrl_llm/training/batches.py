@@ -398,6 +398,10 @@ class Batches:
         """Return the lines or rows of the records of a step's batch, in words."""
         return self.named(self.order(step))
 
+    def sequence_lengths(self) -> list[list[int]]:
+        """Return the tokens of each sequence of each row."""
+        return [self.rows(place).lengths for place in range(len(self))]
+
     def tokens(self, steps: int) -> int:
         """Return the number of real tokens of the first n steps, in all their sequences."""
         while steps >= len(self._tokens):

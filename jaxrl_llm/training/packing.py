@@ -132,7 +132,7 @@ class PackedBatches:
 
     def __init__(self, batches: Batches, *, length: int | None, batch_size: int, seed: int):
         self._batches, self._batch_size = batches, batch_size
-        self._lengths = [batches.rows(place).lengths for place in range(len(batches))]
+        self._lengths = batches.sequence_lengths()
         self.length = max(LENGTH, *map(max, self._lengths)) if length is None else length
         self.order = PackedOrder(self._lengths, length=self.length, batch_size=batch_size, seed=seed)
         self._most = max(map(len, self.order.all))  # records of a bin
