@@ -293,14 +293,19 @@ def hidden_before(lm: LanguageModel, params: Params, sequences: Sequences | Pack
     return hidden
 
 
-def segment_sums(per_token: Float[Array, "*batch time"], packed: Packed, *, count: int) -> Float[Array, "batch text"]:
-    """Return the sums over the tokens of the texts 0 to count − 1 in the rows of each first index.
+def by_text(
+    per_token: Float[Array, "batch row time"], packed: Packed, *, count: int
+) -> Float[Array, "batch text time"]:
+    """Return the values of the texts 0 to count − 1 of each batch, each text in a row of its own, padded by 0.
 
-    A text that is in none of the rows has the sum 0. With further axes between, the texts of all these rows are
-    numbered together.
+    Args:
+        packed: leaves [batch, row, time]; the rows of a batch number their texts together, and a text is in one row.
     """
-    values, segments = (leaf.reshape(leaf.shape[0], -1) for leaf in (per_token, packed.segments))
-    return jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=count))(values, segments)
+    batch, _, time = per_token.shape
+    first = jnp.where(segment_starts(rows_of(packed).segments), jnp.arange(time), 0)
+    place = jnp.arange(time) - jax.lax.cummax(first, axis=1).reshape(per_token.shape)
+    found = jnp.zeros((batch, count, time), per_token.dtype)
+    return found.at[jnp.arange(batch)[:, None, None], packed.segments, place].add(per_token, mode="drop")
 
 
 def by_chunks(function: Callable[..., Out], vocab_size: int, *arrays: Array) -> Out:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.options import nearest
-from jaxrl_llm.scoring import Packed, Sequences, log_probs, rows_of, segment_sums, stacked
+from jaxrl_llm.scoring import Packed, Sequences, by_text, log_probs, rows_of, stacked
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
 
@@ -47,6 +47,13 @@ class PackedPairs(NamedTuple):
     logp_ref_chosen: Float[Array, "bins pairs"] | None = None
     logp_ref_rejected: Float[Array, "bins pairs"] | None = None
     fields: Mapping[str, Array] = {}  # as those of `PairBatch`, [bins, pairs, ...]
+
+    def by_side(self, per_token: Array) -> Float[Array, "texts time"]:
+        """Return values [rows, time] with each text in a row of its own, chosen ones before rejected ones."""
+        values = per_token.reshape(self.completions.tokens.shape)
+        bins, pairs = self.weight.shape
+        found = by_text(values, self.completions, count=2 * pairs).reshape(bins * pairs, 2, -1)
+        return found.swapaxes(0, 1).reshape(2 * bins * pairs, -1)
 
     def pairs(self) -> PackedPairs:
         """Return what it has of each pair along one axis, as a `PairBatch` has it; without the completions."""
@@ -164,17 +171,15 @@ def pair_sums(lm: LanguageModel, params: Params, batch: PairBatch | PackedPairs)
 
     Packed bins have equally many places for pairs; at free ones the log-probabilities are −1 and the lengths 1.
     """
+    both = rows_of(batch.completions) if isinstance(batch, PackedPairs) else stacked(batch.chosen, batch.rejected)
+    logp = log_probs(lm, params, both)
+    counted = both.completion_mask.astype(logp.dtype)
     if isinstance(batch, PackedPairs):
-        rows = batch.completions
-        logp = log_probs(lm, params, rows_of(rows)).reshape(rows.tokens.shape)
-        each = logp, rows.completion_mask.astype(logp.dtype)
-        sums, lengths = (segment_sums(values, rows, count=2 * batch.weight.shape[1]).reshape(-1, 2) for values in each)
-        real = lengths > 0
-        return Sums(*jnp.where(real, sums, -1).T, *jnp.where(real, lengths, 1).T)
-    both = stacked(batch.chosen, batch.rejected)
-    logp = log_probs(lm, params, both).sum(axis=-1)
-    lengths = both.completion_mask.sum(axis=-1).astype(logp.dtype)
-    return Sums(*jnp.split(logp, 2), *jnp.split(lengths, 2))
+        logp, counted = (batch.by_side(each) for each in (logp, counted))
+    sums, lengths = logp.sum(axis=-1), counted.sum(axis=-1)
+    if isinstance(batch, PackedPairs):
+        sums, lengths = jnp.where(lengths > 0, sums, -1), jnp.maximum(lengths, 1)
+    return Sums(*jnp.split(sums, 2), *jnp.split(lengths, 2))
 
 
 def with_reference(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.language_model import Params, segment_starts
+from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import reward_model
-from jaxrl_llm.scoring import Packed, Sequences, rows_of, segment_sums
+from jaxrl_llm.scoring import Packed, Sequences, by_text, rows_of
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
 
@@ -70,10 +71,11 @@ def _scores(head: ScalarHead, params: Params, batch: RankedBatch) -> Float[Array
     if not isinstance(completions, Packed):
         return head.scores(params, flat.tokens, mask=flat.mask).reshape(batch.ranks.shape)
     values = head.values(params, flat.tokens, flat.mask, flat.segments)
-    follows = jnp.roll(flat.mask & ~segment_starts(flat.segments), -1, axis=1).at[:, -1].set(False)
-    last = jnp.where(flat.mask & ~follows, values, 0).reshape(completions.tokens.shape)
-    count = math.prod(batch.ranks.shape[1:])
-    return segment_sums(last, completions, count=count).reshape(-1, batch.ranks.shape[-1])
+    spread = functools.partial(by_text, packed=completions, count=math.prod(batch.ranks.shape[1:]))
+    shape = completions.mask.shape
+    values, real = (spread(each.reshape(shape)) for each in (values, flat.mask.astype(jnp.int32)))
+    last = jnp.maximum(real.sum(axis=-1, keepdims=True) - 1, 0)
+    return jnp.take_along_axis(values, last, axis=-1).reshape(-1, batch.ranks.shape[-1])
 
 
 def _ordered_pairs(batch: RankedBatch) -> Bool[Array, "prompts K K"]:
