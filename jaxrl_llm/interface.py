@@ -34,6 +34,7 @@ from jaxrl_llm.decoding import tree
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
+from jaxrl_llm.models.heads import is_reward
 from jaxrl_llm.options import takes
 from jaxrl_llm.plots import interactive, style
 from jaxrl_llm.plots.attention import attention_figure
@@ -755,7 +756,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
             it is a reward model (`jl.train.RewardModel.load`).
     """
     loaded = models.load(path_or_name, dtype=dtype)
-    if str((loaded.config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+    if is_reward(loaded.config):
         raise ValueError(f"{path_or_name} is a reward model: load it with jl.train.RewardModel.load.")
     name = os.fspath(path_or_name)
     return LM(loaded, name, path=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -62,6 +63,55 @@ def rendered_tokens(tokenizer: Any, string: str) -> list[int]:
         options = {"split_special_tokens": True} if index % 2 else {}
         tokens += tokenizer(part, add_special_tokens=False, **options)["input_ids"] if part else []
     return tokens  # the template has written BOS itself
+
+
+def whole(
+    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], completion: str | Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """Return the tokens of a prompt with its completion, read as one text: the tokens that a reward model scores.
+
+    Of strings they are `tokenizer(prompt + completion)` with EOS at the end. Of messages they are all that the chat
+    template writes, with what follows the end of the last turn, such as a newline, and nothing more.
+
+    Raises:
+        ValueError: if the chat template refuses the conversation, or there is none; if strings need an EOS token and
+            there is none.
+    """
+    if not isinstance(completion, str):
+        return rendered_tokens(tokenizer, render(tokenizer, [*prompt, *completion], generation=False))
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer must have an EOS token, which ends texts, but has none.")
+    tokens = list(tokenizer(prompt + completion)["input_ids"])
+    return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Return True if two tokenizers encode texts alike. Their padding tokens and chat templates may differ."""
+    if one is other:
+        return True
+    if one is None or other is None:
+        return False
+    vocabularies = [
+        {token: number for token, number in each.get_vocab().items() if token != each.pad_token}
+        for each in (one, other)
+    ]
+    shared = vocabularies[0].keys() & vocabularies[1].keys()
+    unpaired = (vocabularies[0].keys() ^ vocabularies[1].keys()) - {one.pad_token, other.pad_token}
+    if unpaired or any(vocabularies[0][token] != vocabularies[1][token] for token in shared):
+        return False
+    parts = [_rules(each) for each in (one, other)]
+    return parts[0] == parts[1]
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer does before and beside its vocabulary, as data; nothing is known of slow ones."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    found = json.loads(backend.to_str())
+    found["model"].pop("vocab", None)
+    return {name: found.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")}
 
 
 def _quoted(tokenizer: Any, value: Any) -> Any:

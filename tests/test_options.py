@@ -31,7 +31,7 @@ FUNCTIONS = [LM.generate, train.sft, train.dpo, train.grpo, train.ppo]
         (train.grpo, "max_completion_length", "max_new_tokens"),
         (train.grpo, "train_dataset", "prompts"),
         (train.ppo, "kl_coef", "beta"),
-        (SFTConfig, "num_train_epochs", "steps"),
+        (SFTConfig, "num_train_epochs", "num_epochs"),
         (GRPOConfig, "reward_funcs", "reward"),
         (Sampling, "temprature", "temperature"),
     ],

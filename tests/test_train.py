@@ -1,12 +1,15 @@
 """Whole runs: from files to folders by the command line, and from Python with data in memory."""
 
+import copy
 import dataclasses
+import functools
 import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -185,6 +188,62 @@ def test_adapters_are_saved_beside_the_merged_model(folder, model):
     assert saved["base_model_name_or_path"] == str(folder / "model")
 
 
+def test_a_reward_model_is_trained_by_adapters_and_an_adapter_is_trained_on(folder, model):
+    """Its adapter holds the head; training goes on from it, and the whole is a model anywhere."""
+    first, again = folder / "reward_lora", folder / "sft_lora"
+    options = OPTIONS | {"verbose": False, "lora_rank": 2, "lora_targets": "all-linear", "lora_dropout": 0.25}
+    scorer = train.reward(folder / "model", folder / "ranked.jsonl", out=first, **options)
+    changed = [
+        not np.array_equal(*pair) for pair in zip(leaves(scorer.params["model"]), leaves(model.params), strict=True)
+    ]
+    assert sum(changed) == 4, "the kernels of the one layer"
+    from_adapter, whole = train.RewardModel.load(first / "adapter"), train.RewardModel.load(first)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), from_adapter.params, scorer.params)
+    scores = scorer.score(["Say 1:", "Say 2:"], [" a", " b"])
+    for each in (from_adapter, whole):
+        assert each.score(["Say 1:", "Say 2:"], [" a", " b"]) == pytest.approx(scores, abs=1e-5)
+    config = json.loads((first / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.25 and config["base_model_name_or_path"] == str(folder / "model")
+    with pytest.raises(
+        ValueError, match=r"lora_from must be an adapter of the model, but .*adapter is the model, with"
+    ):
+        train.reward(first / "adapter", LINES["ranked"], lora_from=first / "adapter", **OPTIONS, verbose=False)
+    still = OPTIONS | {"steps": 1, "learning_rate": 0.0}
+    for start in (scorer, first, first / "adapter"):
+        run = recipes.begin(start, RewardConfig(), verbose=False)
+        np.testing.assert_array_equal(recipes.trained_of(run, head=scorer.head).params["head"], scorer.params["head"])
+        with pytest.raises(ValueError, match=r"must be a language model, but .* is a reward model"):
+            recipes.trained_of(run)
+    still |= {"lora_from": first / "adapter"}
+    run = recipes.begin(folder / "model", RewardConfig(**still), out=folder / "none", verbose=False)
+    np.testing.assert_array_equal(recipes.trained_of(run, head=scorer.head).params["head"], scorer.params["head"])
+    kept = train.dpo(folder / "model", LINES["pairs"], out=again, verbose=False, **still)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), kept.params, scorer.params["model"])
+    assert RunLog(again / "log.jsonl").rows()[0]["loss"] == pytest.approx(np.log(2), abs=1e-6), (
+        "the start is the reference"
+    )
+    saved = json.loads((again / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["task_type"], saved["lora_dropout"]) == (2, "CAUSAL_LM", 0.0)
+    assert_saved(again / "adapter", jl.load(again / "adapter").params)
+    assert jl.load(again / "adapter").generate("Say", max_new_tokens=2, greedy=True)[0].tokens
+
+
+@pytest.mark.slow
+def test_a_critic_is_trained_by_adapters_too(folder, model):
+    """It starts at 0 as one that is trained whole, and its base is that of the policy."""
+    online = OPTIONS | {"max_new_tokens": 6, "verbose": False, "lora_rank": 2, "lora_rslora": True}
+    run = recipes.begin(model, PPOConfig(reward=vowels, lora_rank=2), verbose=False)
+    trained = recipes.trained_of(run, reference=True, critic=models.ScalarHead(model.model))
+    assert sum(leaf.size for leaf in leaves(trained.params)) < 0.02 * sum(leaf.size for leaf in leaves(model.params))
+    seen = jax.jit(trained.view)(trained.params, trained.frozen)
+    assert_same(seen["policy"], model.params)
+    assert_same(seen["critic"], {"model": model.params, "head": np.zeros(16)})
+    train.ppo(model, LINES["prompts"], reward=vowels, out=folder / "ppo_lora", **online)
+    rows = RunLog(folder / "ppo_lora" / "log.jsonl").rows()
+    assert rows[0]["value_loss"] > 0 and rows[1]["explained_variance"] != rows[0]["explained_variance"]
+    assert json.loads((folder / "ppo_lora" / "adapter" / "adapter_config.json").read_text())["use_rslora"]
+
+
 @pytest.mark.slow
 def test_online_runs_use_a_reward_model_or_a_function(folder, model):
     scorer = train.reward(model, LINES["ranked"], out=folder / "reward", **OPTIONS | {"steps": 4}, verbose=False)
@@ -237,7 +296,7 @@ def test_a_reward_model_scores_completions_and_is_saved(model, tmp_path):
     assert len(repr(scorer)) < 60
     with pytest.raises(ValueError, match="one completion for each prompt, but there are 1 for 2"):
         scorer.score(["a", "b"], ["c"])
-    with pytest.raises(ValueError, match="are longer than 64"):
+    with pytest.raises(ValueError, match="a text of 66 tokens is longer than the context, 64"):
         scorer.score(["a"], [" word" * 64])
 
 
@@ -276,7 +335,7 @@ def test_online_runs_log_each_reward_and_measure_held_out_prompts(folder):
     drawn = sum(len(completions) for _, completions in seen)
     assert drawn == 2 * 5 + sum(4 * (1 + row["redraws"]) for row in rows)
     assert all(len(set(prompts)) == 2 for prompts, _ in seen if len(prompts) == 4), "two prompts of two completions"
-    assert json.loads((out / "run.json").read_text())["reward"].endswith(f"letters, {__name__}:lengths")
+    assert json.loads((out / "run.json").read_text())["reward"][1] == f"{__name__}:lengths"
 
 
 @pytest.mark.slow
@@ -314,8 +373,8 @@ def test_reward_models_that_cannot_read_the_completions_are_refused(folder, mode
     short = GPT2(GPT2Config(vocab_size=4096, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     scorer = ScalarHead(short)
     for tokenizer, said in (
-        (model.tokenizer, "context of the reward model must hold the longest prompt, 5 tokens, and .* 14, but is 16"),
-        (other, "the reward model has a tokenizer of its own: a prompt of . tokens leaves no room for 14 more in 16"),
+        (model.tokenizer, "context of the reward model must hold its longest prompt, 5 tokens, and .* 14, but is 16"),
+        (other, "context of the reward model must hold its longest prompt, [4-6] tokens, and .* 14, but is 16"),
     ):
         found = LoadedReward(scorer, scorer.init(jax.random.key(0)), tokenizer, {})
         with pytest.raises(ValueError, match=said):
@@ -327,10 +386,12 @@ def test_reward_models_that_cannot_read_the_completions_are_refused(folder, mode
     run = recipes.begin(model, GRPOConfig(reward=[vowels, vowels, "jaxrl_llm.rewards:number"]), verbose=False)
     judges = recipes.judges_of(run)
     assert list(judges.each) == ["vowels", "vowels_2", "number"]
-    assert [recipes._reads_tokens_of(run, LoadedReward(scorer, {}, each, {})) for each in (model.tokenizer, other)] == [
-        True,
-        False,
-    ]
+    talk = [{"prompt": [{"role": "user", "content": "a"}]}]
+    found = LoadedReward(scorer, scorer.init(jax.random.key(0)), other, {})
+    chats = dataclasses.replace(model, tokenizer=copy.deepcopy(model.tokenizer))
+    chats.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"the reward model cannot read the prompts: .* no chat template"):
+        train.grpo(chats, talk, reward=found, max_new_tokens=4, batch_size=4)
 
 
 # What identifies a run, what it measures ------------------------------------------------------------------------------
@@ -429,7 +490,10 @@ def test_held_out_numbers_are_means_over_all_rows_and_the_best_checkpoint_is_the
 
 
 def assert_saved_reward(folder, params):
-    assert_same(train.RewardModel.load(folder).params, params)
+    """The embedding has a row more, that of the padding token."""
+    found = train.RewardModel.load(folder).params
+    for new, old in zip(leaves(found), leaves(params), strict=True):
+        np.testing.assert_array_equal(new[: len(old)], old)
 
 
 @pytest.mark.slow
@@ -533,7 +597,30 @@ def test_what_data_leave_out_is_reported(model, capsys):
         ("sft", ("model", "sft"), {"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number"),
         ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, but is 'mid"),
         ("sft", ("model", "sft"), {"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16"),
-        ("reward", ("model", "ranked"), {"lora_rank": 2}, ValueError, "lora_rank must be 0, as a reward model"),
+        ("reward", ("model", "ranked"), {"lora_dropout": 0.1}, ValueError, "lora_dropout is of adapters, which"),
+        (
+            "sft",
+            ("model", "sft"),
+            {"lora_targets": "c_attn"},
+            ValueError,
+            "lora_targets is of adapters, which lora_rank",
+        ),
+        ("dpo", ("model", "pairs"), {"lora_rank": 2, "lora_dropout": 1.0}, ValueError, "lora_dropout must be below 1"),
+        (
+            "dpo",
+            ("model", "pairs"),
+            {"lora_rank": 2, "lora_targets": ["q"]},
+            ValueError,
+            "targets must be among c_attn",
+        ),
+        ("sft", ("model", "sft"), {"lora_rank": 2, "lora_from": "a"}, ValueError, "must be left out with lora_from"),
+        (
+            "sft",
+            ("model", "sft"),
+            {"lora_from": "nowhere"},
+            FileNotFoundError,
+            "nowhere must be a folder .* has no adap",
+        ),
         ("dpo", ("model", "pairs"), {"loss": "ppo"}, ValueError, "the loss must be one of dpo, .*kto, but is 'ppo'"),
         ("dpo", ("model", "pairs"), {"loss_kwargs": {"gamma": 1}}, ValueError, "the loss dpo has no gamma"),
         ("dpo", ("model", "pairs"), {"loss": "math:pi"}, ValueError, "loss must be a function, but math:pi is a float"),
@@ -603,6 +690,21 @@ def test_what_data_leave_out_is_reported(model, capsys):
             {"reward": vowels, "batch_size": 4, "eval_data": [{"text": "a"}], "max_new_tokens": 4},
             ValueError,
             "eval_data has 1 bad row: row 0: prompt is missing",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "keep_best": "reward"},
+            ValueError,
+            "keep_best needs held-out",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": [vowels, vowels], "eval_data": LINES["prompts"], "keep_best": "held_out_reward/x"}
+            | {"batch_size": 4, "max_new_tokens": 4},
+            ValueError,
+            "keep_best must be one of held_out_reward, held_out_reward/vowels, held_out_reward/vowels_2, held_out_kl,",
         ),
         (
             "ppo",
@@ -690,6 +792,12 @@ def test_the_options_reach_the_method(call, monkeypatch, tmp_path):
     )  # fmt: skip
     assert method_of(taken["config"]) == expected and str(taken["config"].text) == "c"
     assert str(taken["out"]).endswith("x") and type(taken["config"]) is PPOConfig
+    words = "--reward a:b c:d --reward-model r --reward-weights 1 0.5 -2 --stop x y --dynamic-sampling 3 --top-k 5"
+    call("grpo", "prompts", "x", *words.split(), "--eval-data", "h")
+    config = taken["config"]
+    assert config.rewards == ("a:b", "c:d", Path("r")) and config.reward_weights == (1, 0.5, -2)
+    assert config.stop == ("x", "y") and config.redraws == 3 and config.top_k == 5 and config.eval_data == Path("h")
+    assert GRPOConfig(reward="a:b", method="dapo").redraws == 9 and GRPOConfig(reward="a:b").redraws == 0
     for name in ("gspo", "dapo", "cispo"):  # whose clips are their own
         call("grpo", "prompts", "x", "--method", name, "--reward", "a:b")
         assert method_of(taken["config"]) == METHODS[name] and taken["config"].text is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,11 +41,15 @@ class PromptCompletion:
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """K completions with their ranks: 0 is best, equal ranks are ties."""
+    """K completions with their ranks: 0 is best, equal ranks are ties.
+
+    Completion i should lead completion j, which ranks after it, by margins[i] − margins[j] or more.
+    """
 
     prompt: Text
     completions: tuple[Text, ...]
     ranks: tuple[int, ...]
+    margins: tuple[float, ...] = ()  # of each completion; empty: all 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +139,15 @@ def unpaired_preference(line: Fields) -> UnpairedPreference:
 
 
 def ranked(line: Fields) -> Ranked:
-    """Parse {"prompt", "answers"}, best first or with "ranks", 0 for the best; or a preference, as a ranking of two."""
+    """Parse {"prompt", "answers"}, best first or with "ranks", 0 for the best; or a preference, as a ranking of two.
+
+    A preference may have a "margin", the lead in score that the chosen completion should have.
+    """
     if "answers" not in line:
-        return preference(line).ranked()
+        margins = (_number(line, "margin"), 0.0) if "margin" in line else ()
+        return dataclasses.replace(preference(line).ranked(), margins=margins)
+    if "margin" in line:
+        raise ValueError("margin must be that of a pair, chosen and rejected, but there are answers")
     answers = line["answers"]
     if not isinstance(answers, list) or len(answers) < 2:
         raise ValueError("answers must be a list of two or more")
@@ -151,6 +162,24 @@ def ranked(line: Fields) -> Ranked:
         if any(found[first] == found[other] and ranks[first] != ranks[other] for other in range(first)):
             raise ValueError(f"answer {first + 1} occurs twice with different ranks")
     return Ranked(asked, found, tuple(ranks))
+
+
+def rated(line: Fields) -> Ranked:
+    """Parse a ranking as `ranked`, with the scores that the data give its completions as `margins`.
+
+    They are "score_chosen" and "score_rejected" of a preference, or "scores" of answers.
+    """
+    found = ranked(line)
+    if "margin" in line:
+        raise ValueError("it must have a margin or scores, but has both: leave one out")
+    if "answers" not in line:
+        scores = tuple(_number(line, name) for name in ("score_chosen", "score_rejected"))
+    else:
+        given = line.get("scores")
+        if not isinstance(given, list) or len(given) != len(found.completions):
+            raise ValueError(f"scores must be a number for each of {len(found.completions)} answers, but are {given!r}")
+        scores = tuple(_number({"scores": each}, "scores") for each in given)
+    return dataclasses.replace(found, margins=scores)
 
 
 def alike(asked: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:
@@ -188,6 +217,13 @@ def _without(asked: tuple[Message, ...], completion: tuple[Message, ...]) -> tup
 
 def _others(line: Fields, *names: str) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in names}
+
+
+def _number(line: Fields, name: str) -> float:
+    value = line.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, but {f'is {value!r}' if name in line else 'is missing'}")
+    return float(value)
 
 
 def _text(line: Fields, name: str) -> Text:

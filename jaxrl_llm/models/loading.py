@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, gguf, huggingface, tokenizers
+from jaxrl_llm.models import families, gguf, huggingface, lora, tokenizers
 from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 
@@ -75,10 +75,11 @@ def load(
     """Load a model with its parameters in `dtype` (default float32).
 
     Args:
-        path_or_name: a folder in Hugging Face format; a `.gguf` file of one of `gguf.ARCHITECTURES`; one of `EMBEDDED`,
-            such as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; one of `PACKAGED`, which other
-            Python packages hold, such as `"smollm2-135m-instruct"` and `"gemma-3-270m"`; or the name of a repository of
-            the Hugging Face hub, which is downloaded or taken from the local cache.
+        path_or_name: a folder in Hugging Face format; a folder of a LoRA adapter, which is merged into the base model
+            whose name or path it records; a `.gguf` file of one of `gguf.ARCHITECTURES`; one of `EMBEDDED`, such as
+            `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; one of `PACKAGED`, which other Python
+            packages hold, such as `"smollm2-135m-instruct"` and `"gemma-3-270m"`; or the name of a repository of the
+            Hugging Face hub, which is downloaded or taken from the local cache.
         sharding: returns the sharding of a parameter by its path and shape, such as `training.mesh.sharding_on(mesh)`.
             Each device receives its part alone, so that a model may be larger than the memory of one.
 
@@ -92,6 +93,8 @@ def load(
     path = locate(path_or_name)
     if path.is_file():
         return _load_gguf(path, dtype, sharding)
+    if lora.is_adapter(path):
+        return _load_adapter(path, dtype, sharding)
     config = _config(path)
     stored = list(huggingface.stored_tensors(path))  # a list, as two files may hold a tensor of one name
     shapes = {name: tensor.shape for name, tensor in stored}
@@ -271,6 +274,22 @@ def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None
     model = families.model_from_config(file.config, source=str(path))
     params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path), sharding=sharding)
     return Loaded(model, params, tokenizer, file.config)
+
+
+def _load_adapter(folder: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
+    base = lora.base_of(folder)
+    if Path(base).expanduser().resolve() == folder.resolve():
+        raise ValueError(f"{folder} must name another folder as the base model of its adapter, but names itself.")
+    try:
+        loaded = load(base, dtype=dtype, sharding=sharding)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} is an adapter of {base}, which cannot be loaded: {error}") from error
+    given, adapter = lora.load(folder, loaded.model)
+    config = loaded.config
+    if lora.is_reward(huggingface.read_config(folder, lora.CONFIG)):
+        config = config | {"architectures": [families.family_of(loaded.model)[1].reward]}
+    tokenizer = load_tokenizer(folder) or loaded.tokenizer
+    return Loaded(loaded.model, given.merge(loaded.params, adapter), tokenizer, config)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -84,15 +84,22 @@ class Encoder:
             raise ValueError(f"a prompt of {len(tokens)} tokens leaves no room for {room} more in {self.max_length}.")
         return self._end_of(tokens, most)
 
-    def __call__(self, asked: Text, completions: Sequence[Text]) -> Encoded:
+    def __call__(self, asked: Text, completions: Sequence[Text], *, whole: bool = False) -> Encoded:
         """Return a prompt with its completions, which all follow the same tokens of the prompt.
+
+        Args:
+            whole: encode each as one text, as a reward model reads it (`text.whole`). The prompt is then what all
+                begin with.
 
         Raises:
             ValueError: for a row that does not fit and cannot be cut, or a chat template that changes the prompt when
                 the completion follows.
         """
         asked, completions = alike(asked, completions)
-        prompt, found = self._prompt(asked), [self._completion(asked, each) for each in completions]
+        if whole:
+            prompt, found = self._wholes(asked, completions)
+        else:
+            prompt, found = self._prompt(asked), [self._completion(asked, each) for each in completions]
         longest = max(map(len, found))
         if len(prompt) + longest <= self.max_length:
             return Encoded(prompt, found)
@@ -112,6 +119,13 @@ class Encoder:
             raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for a completion in {self.max_length}.")
         self.cut_completions += sum(len(each) > room for each in found)
         return Encoded(prompt, [each[:room] for each in found])
+
+    def _wholes(self, asked: Text, completions: Sequence[Text]) -> tuple[list[int], list[list[int]]]:
+        rows = [text.whole(self._tokenizer, asked, each) for each in completions]
+        alone = self._prompt(asked) if asked else []
+        unlike = (place for place, column in enumerate(zip(alone, *rows, strict=False)) if len(set(column)) > 1)
+        shared = next(unlike, min(len(alone), *(len(row) - 1 for row in rows)))
+        return rows[0][:shared], [row[shared:] for row in rows]
 
     def _can_be_cut(self, prompt: list[int], most: int) -> bool:
         return most > self._begins(prompt)
@@ -159,6 +173,7 @@ class Rows(NamedTuple):
     label: Any = None
     mismatched: int | None = None  # of unpaired preferences: most tokens of the prompt with another's completion
     fields: Mapping[str, float] = {}  # numbers of the line beside its text
+    margins: Sequence[float] = ()  # of the completions of a ranking
 
     @property
     def lengths(self) -> list[int]:
@@ -229,7 +244,10 @@ def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
     completions = Sequences(*(leaf.reshape(len(rows), most, -1) for leaf in flat))
     ranks = np.asarray([[*row.label, *[0] * (most - len(row.label))] for row in rows], np.int32)
     real = np.asarray([[place < len(row.completions) for place in range(most)] for row in rows])
-    return RankedBatch(completions, ranks, real)
+    margins = np.zeros((len(rows), most), np.float32)
+    for place, row in enumerate(rows):
+        margins[place, : len(row.margins)] = row.margins
+    return RankedBatch(completions, ranks, real, margins)
 
 
 def _of_one_length(rows: list[Rows], *sides: list[list[int]], multiple: int) -> list[Sequences]:
@@ -246,9 +264,14 @@ def rounded(length: Length, multiple: int) -> Length:
 
 def _ranked_rows(encoder: Encoder, record: records.Ranked) -> Rows:
     """Return a ranking as tokens, in which completions of different ranks are still different."""
-    rows = Rows(*encoder(record.prompt, record.completions), record.ranks)
+    rows = Rows(*encoder(record.prompt, record.completions, whole=True), record.ranks, margins=record.margins)
+    return _all_different(encoder, rows, record.ranks)
+
+
+def _all_different(encoder: Encoder, rows: Rows, ranks: Sequence[int]) -> Rows:
+    """Return the rows; ValueError if completions of different ranks became equal."""
     for first, second in itertools.combinations(range(len(rows.completions)), 2):
-        if rows.completions[first] == rows.completions[second] and record.ranks[first] != record.ranks[second]:
+        if rows.completions[first] == rows.completions[second] and ranks[first] != ranks[second]:
             raise ValueError(
                 f"completions {first + 1} and {second + 1} must differ, but are equal in {encoder.max_length} tokens."
             )
@@ -257,7 +280,8 @@ def _ranked_rows(encoder: Encoder, record: records.Ranked) -> Rows:
 
 def _preference_rows(encoder: Encoder, record: records.Preference) -> Rows:
     numbers = {name: value for name, value in record.fields.items() if isinstance(value, int | float)}
-    return _ranked_rows(encoder, record.ranked())._replace(label=None, fields=numbers)
+    rows = Rows(*encoder(record.prompt, [record.chosen, record.rejected]), fields=numbers)
+    return _all_different(encoder, rows, (0, 1))
 
 
 def _unpaired_rows(encoder: Encoder, record: records.UnpairedPreference) -> Rows:
@@ -280,6 +304,7 @@ KINDS: dict[str, Kind] = {  # by the names of TRL, where it has them
         records.unpaired_preference, lambda encoder, record, room: _unpaired_rows(encoder, record), unpaired_preferences
     ),
     "ranked": Kind(records.ranked, lambda encoder, record, room: _ranked_rows(encoder, record), ranked),
+    "rated": Kind(records.rated, lambda encoder, record, room: _ranked_rows(encoder, record), ranked),
 }
 
 

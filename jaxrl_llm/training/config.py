@@ -19,9 +19,11 @@ Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dict
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
     Functions, Strings, Numbers = Function | Sequence[Any], str | Sequence[str], Sequence[float]
+    Targets = str | Sequence[str] | None
 else:  # on the command line
     DataOption, Function = Path | None, str
     Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
+    Targets = tuple[str, ...] | None
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
 KL = Literal["reward", "reverse", "forward"]
@@ -63,7 +65,7 @@ def direction(metric: str) -> tuple[str, int]:
     """
     if metric.startswith(("max:", "min:")):
         return metric[4:], 1 if metric.startswith("max:") else -1
-    sign = BETTER.get(metric.split("_")[-1])
+    sign = BETTER.get(metric.split("/")[0].split("_")[-1])
     if sign is None:
         raise ValueError(
             f'keep_best must be a metric that ends in {", ".join(BETTER)}, or have "max:" or "min:" before it, '
@@ -116,6 +118,13 @@ class Config(Checked):
     """Train LoRA adapters of this rank instead of all weights; 0 trains all weights."""
     lora_alpha: float = number(16.0, 0, above=True)
     """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: Targets = None
+    """Layers that have adapters: names or their ends, such as c_attn or mlp.up_proj, regular expressions of whole
+    names, or all-linear; by default those of attention queries and values."""
+    lora_rslora: bool = False
+    """Scale adapters by lora_alpha / √lora_rank instead."""
+    lora_from: Path | None = None
+    """Folder of an adapter of this model, whose training is continued with its rank, scale and layers."""
     checkpoint_blocks: bool = False
     """Recompute the inside of the layers for the gradient: less memory, more time."""
     log_every: int = number(10, 1)
@@ -140,6 +149,15 @@ class Config(Checked):
         super().__post_init__()
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size, {self.batch_size}, but is {self.microbatches}.")
+        if isinstance(self.lora_targets, str):
+            object.__setattr__(self, "lora_targets", (self.lora_targets,))
+        if self.lora_from is not None and (self.lora_rank or self.lora_targets or self.lora_rslora):
+            raise ValueError(
+                "lora_rank, lora_targets and lora_rslora must be left out with lora_from, which has its own."
+            )
+        for name in ("lora_targets", "lora_rslora"):
+            if getattr(self, name) and not self.lora_rank:
+                raise ValueError(f"{name} is of adapters, which lora_rank asks for, but lora_rank is 0.")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup must be a share below 1 or a whole number of steps, but is {self.warmup}.")
         if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
@@ -147,6 +165,11 @@ class Config(Checked):
         check_optimizer(self.optimizer, self.optimizer_kwargs)
         if self.keep_best is not None:
             direction(self.keep_best)
+
+    @property
+    def has_adapters(self) -> bool:
+        """True if adapters are trained, not all weights."""
+        return self.lora_rank > 0 or self.lora_from is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,9 +184,17 @@ class OfflineConfig(Config):
     """Put several examples into each row, each read as if it stood alone, so that little is padding. batch_size then
     counts rows of max_length tokens, by default 1024 or those of the longest example; of preferences and rankings, bins
     of as many such rows as an example has completions."""
+    lora_dropout: float = number(0.0, 0, 1)
+    """Share of the inputs of adapters that training drops, for each token anew."""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lora_dropout and not self.has_adapters:
+            raise ValueError(
+                "lora_dropout is of adapters, which lora_rank or lora_from asks for, but neither is given."
+            )
+        if self.lora_dropout == 1:
+            raise ValueError("lora_dropout must be below 1, but is 1.")
         if self.num_epochs is not None and self.steps != Config.steps:
             raise ValueError(
                 f"one of steps and num_epochs must be given, but both are, {self.steps} and {self.num_epochs:g}."
@@ -178,6 +209,8 @@ FREE = (
     "microbatches",
     "checkpoint_blocks",
     "model",
+    "reward_model",
+    "lora_from",
 )  # a run can be resumed with others: its steps are the same
 
 
@@ -192,11 +225,9 @@ class RewardConfig(OfflineConfig):
 
     centering: float = number(0.0, 0)
     """Weight of the squared sum of two scores, which holds the scores around 0."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lora_rank:
-            raise ValueError(f"lora_rank must be 0, as a reward model is trained whole, but is {self.lora_rank}.")
+    score_margin: float = number(0.0, 0)
+    """Margin of a pair per unit of the difference between "score_chosen" and "score_rejected", or between the "scores"
+    of answers, which every line must then have; at 0 they do not count. The "margin" of a line always counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,6 +340,15 @@ class GRPOConfig(PolicyOptions, Config):
     """Temperature of the policy, in sampling and in all log-probabilities."""
     top_p: float = number(1.0, 0, 1, above=True)
     """Sample from the smallest set of tokens of this probability; importance weights correct for it."""
+    top_k: int | None = number(None, 1)
+    """Sample from the k most probable tokens; importance weights correct for it."""
+    min_p: float | None = number(None, 0, 1)
+    """Sample from the tokens of at least this share of the most probable one's probability; importance weights correct
+    for it."""
+    stop: Strings = ()
+    """Strings that end a completion; they belong to it."""
+    eval_data: DataOption = None
+    """Held-out prompts: their mean rewards, KL and lengths, and samples, at every checkpoint."""
     beta: float | None = number(None, 0)
     """Weight of KL(policy‖reference), in units of reward per nat; by default 0.05, of grpo 0.04, of dr_grpo, dapo, gspo
     and cispo 0. A group's spread never divides it."""
@@ -322,15 +362,6 @@ class GRPOConfig(PolicyOptions, Config):
     overlong_buffer: float | None = number(None, 0, 1)
     """Share of max_new_tokens, at its end, over which a completion's reward falls by up to 1, linearly; by default 0,
     of dapo 0.2."""
-    top_k: int | None = number(None, 1)
-    """Sample from the k most probable tokens; importance weights correct for it."""
-    min_p: float | None = number(None, 0, 1)
-    """Sample from the tokens of at least this share of the most probable one's probability; importance weights correct
-    for it."""
-    stop: Strings = ()
-    """Strings that end a completion; they belong to it."""
-    eval_data: DataOption = None
-    """Held-out prompts: their mean rewards, KL and lengths, and samples, at every checkpoint."""
     clip_low: float | None = number(None, 0)
     """Probability ratios are clipped below 1 - clip_low; by default 0.2, of gspo 3e-4, of cispo 1."""
     clip_high: float | None = number(None, 0)
@@ -354,6 +385,8 @@ class GRPOConfig(PolicyOptions, Config):
         if not all(isinstance(each, str) and each for each in stop):
             raise ValueError(f"stop must be strings that are not empty, but is {list(stop)}.")
         object.__setattr__(self, "stop", stop)
+        if self.keep_best is not None and self.eval_data is None:
+            raise ValueError("keep_best needs held-out data: eval_data must be given, but is None.")
         if self.dynamic_sampling and self.group_size < 2:
             raise ValueError(
                 f"dynamic_sampling must be 0 for a group_size of {self.group_size}, in which no completions differ, "
@@ -363,9 +396,10 @@ class GRPOConfig(PolicyOptions, Config):
             raise ValueError(
                 f"gamma and text must be given together, but gamma is {self.gamma} and text is {self.text}."
             )
-        if self.importance_mode.startswith("sequence") and self.top_p < 1:
+        filtered = self.top_p < 1 or self.top_k is not None or self.min_p
+        if self.importance_mode.startswith("sequence") and filtered:
             raise ValueError(
-                "importance_mode must be token_truncate or token_mask with top_p below 1, as weights of whole "
+                "importance_mode must be token_truncate or token_mask with top_p, top_k or min_p, as weights of whole "
                 f"completions vanish with their length, but is {self.importance_mode}."
             )
         if self.importance_floor > self.importance_cap:

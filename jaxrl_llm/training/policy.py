@@ -124,8 +124,8 @@ METHODS: dict[str, Method] = {
 * "dr_grpo": Liu et al. 2025 (arXiv 2503.20783): rewards are centred, not divided; the sum over a completion is divided
   by the longest completion allowed; no KL.
 * "dapo": Yu et al. 2025 (arXiv 2503.14476): clip-higher, the mean over tokens, the soft overlong penalty (eq. 13) over
-  the last fifth of the length, as the paper's 4096 of 20480 tokens; no KL. Dynamic sampling, the redrawing of groups
-  without a difference, is an option of the trainers.
+  the last fifth of the length, as the paper's 4096 of 20480 tokens; no KL. Dynamic sampling, the replacement of groups
+  without a difference, is the option `dynamic_sampling` of the trainers, by default on for "dapo".
 * "gspo": Zheng et al. 2025 (arXiv 2507.18071), with its clips of 3e-4 and 4e-4; the paper leaves its KL term out.
 * "cispo": MiniMax 2025 (arXiv 2506.13585), eqs. 4 and 5, without KL; ε_high = 4, which the paper does not state, and
   without DAPO's dynamic sampling and length penalty, which the paper takes over.
@@ -362,12 +362,10 @@ class Trainer(NamedTuple):
             text: pretraining text for the term γ E[log π]; None leaves it out.
 
         Raises:
-            ValueError: for a prompt that leaves no room for a completion in the model's context; or for
-                `mask_truncated` without EOS, as no completion ends.
+            ValueError: for a prompt that leaves no room for a completion in the model's context; or as `check_ends`.
             ValueError, RuntimeError: as `rewards_of`.
         """
-        if method.mask_truncated and not sampler.eos_ids:
-            raise ValueError("mask_truncated must be False without EOS, as no completion ends, but is True.")
+        check_ends(method, sampler)
         drawn = self.draw(state, prompts, sampler, frozen, group_size=method.group_size, critic=method.has_critic)
         rewards = rewards_of(reward, drawn)
         return self.learn(state, drawn, rewards, method=method, sampler=sampler, frozen=frozen, text=text)
@@ -391,6 +389,12 @@ class Trainer(NamedTuple):
         batch, described = self.score(state, drawn, rewards, method, frozen, sampler.temperature)
         state, metrics = self.update(state, batch, method, frozen, text, sampler.temperature)
         return state, described | metrics
+
+
+def check_ends(method: Method, sampler: Sampler) -> None:
+    """Raise ValueError for `mask_truncated` without EOS and stop strings, as no completion then ends."""
+    if method.mask_truncated and not sampler.eos_ids and sampler.stop is None:
+        raise ValueError("mask_truncated must be False without EOS, as no completion ends, but is True.")
 
 
 def online(

@@ -21,15 +21,15 @@ from jaxrl_llm.data import records
 from jaxrl_llm.decoding.constraints import stop_strings
 from jaxrl_llm.decoding.transforms import Chain, MinP, TopK, TopP
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
-from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
+from jaxrl_llm.models import lora as adapters
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, stored_head
 from jaxrl_llm.scoring import measures
 from jaxrl_llm.training import loop, rewards
-from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
 from jaxrl_llm.training.packing import PackedBatches
-from jaxrl_llm.training.policy import DESCRIBED, Method, method_of, online
+from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import (
     Frozen,
@@ -45,7 +45,6 @@ from jaxrl_llm.training.steps import (
 )
 
 SHOWN = 48  # tokens of a sample
-PROBES = ("The king's 2 words,", "\n über  x")  # texts that tokenizers of one vocabulary can still encode differently
 NAMED = 5  # files that an error names
 OF_A_RUN = (
     "checkpoints",
@@ -77,6 +76,7 @@ class Run:
     out: Path | None
     verbose: bool
     sha256: str = ""  # of the model's weights, if there is an output folder
+    head: Array | None = None  # [width], if the model is a reward model
 
     @property
     def lm(self) -> LanguageModel:
@@ -141,6 +141,9 @@ class Run:
         in_memory = [name for name in in_memory if not isinstance(fields[name], str | Path | None)]
         fields |= {name: f"in memory, a {type(fields[name]).__name__}" for name in in_memory}
         found = {"kind": kind, "model": self.name, "model_sha256": self.sha256, **fields, **further}
+        if self.config.lora_from is not None:
+            tensors = (Path(self.config.lora_from) / adapters.TENSORS).read_bytes()
+            found["lora_sha256"] = hashlib.sha256(tensors).hexdigest()
         return {name: _as_json(value) for name, value in found.items()}
 
     @property
@@ -166,17 +169,21 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     owned = isinstance(lm, str | os.PathLike)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
     path = name if owned else getattr(lm, "path", "")
+    head = None
+    if isinstance(lm, LoadedReward):
+        head, lm = lm.params["head"], models.Loaded(lm.head.lm, lm.params["model"], lm.tokenizer, lm.config)
     begun = _check_folder([name, *_folders_of(config)], config, out)
     loaded = models.load(lm) if owned else _as_loaded(lm)
+    head = stored_head(loaded, lm) if owned else head
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
     if loaded.tokenizer is None:
         raise ValueError(f"the model must have a tokenizer, but {name} has none.")
-    sha256 = "" if out is None else _digest(loaded.params)
+    sha256 = "" if out is None else _digest(loaded.params if head is None else (loaded.params, head))
     given, wanted = params_dtype(loaded.params), jnp.dtype(config.param_dtype)
     if jnp.finfo(given).bits < 32 or jnp.finfo(wanted).bits < 32:  # float64 stays
         loaded, owned = dataclasses.replace(loaded, params=_in(wanted, loaded.params)), owned or given != wanted
-    run = Run(config, loaded, name, path, owned, out, verbose, sha256)
+    run = Run(config, loaded, name, path, owned, out, verbose, sha256, head)
     if jnp.finfo(given).bits < jnp.finfo(wanted).bits:
         run.say(f"the weights are widened from {given} to {wanted} for training.")
     if config.resume and not begun:
@@ -185,9 +192,10 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
 
 
 def _folders_of(config: Config) -> list[Any]:
-    """Return what a configuration reads from: the options that are paths."""
+    """Return what a configuration reads from: the options that are paths, and rewards, which can be folders."""
     named = [each.name for each in dataclasses.fields(config) if "Path" in str(each.type)]
-    return [value for value in (getattr(config, name) for name in named) if isinstance(value, str | Path)]
+    values = [getattr(config, name) for name in named] + list(getattr(config, "rewards", ()))
+    return [value for value in values if isinstance(value, str | Path)]
 
 
 def _in(dtype: Any, params: Params) -> Params:
@@ -329,32 +337,95 @@ class Trained(NamedTuple):
 
     def model(self, params: Params) -> Params:
         """Return the model's parameters, with the adapters merged."""
-        policy = self.policy(params)
-        return policy if self.lora is None else self.lora.merge(self.frozen.base, policy)
+        return self.merged(self.policy(params))
+
+    def merged(self, trained: Params) -> Params:
+        """Return the parameters of a model of which these are trained: all, or adapters."""
+        return trained if self.lora is None else self.lora.merge(self.frozen.base, trained)
 
 
-def trained_of(run: Run, *, reference: bool = False, critic: ScalarHead | None = None) -> Trained:
-    """Return all weights or adapters to be trained, and a critic's.
+def trained_of(
+    run: Run, *, reference: bool = False, critic: ScalarHead | None = None, head: ScalarHead | None = None
+) -> Trained:
+    """Return all weights or adapters to be trained, and a critic's, or with `head` those of a reward model.
 
-    The reference is the model as it was given, in the type that the policy computes in: at first they are equal.
+    The reference is the model that training starts from, in the type that the policy computes in: at first they are
+    equal. A critic computes in float32. A reward model starts from its head, if the model or the adapter that training
+    goes on from has one, else from a random one.
+
+    Raises:
+        ValueError: if a reward model is to be trained as a language model.
     """
     config, params = run.config, run.loaded.params
+    if head is None and run.head is not None:
+        raise ValueError(f"the model must be a language model, but {run.name} is a reward model.")
     narrow = compute_in(config.dtype) if config.dtype == "bfloat16" else None
-    view, trained, base, lora = narrow, params, None, None
-    if config.lora_rank:
-        lora = adapters.lora(run.loaded.model, rank=config.lora_rank, alpha=config.lora_alpha)
-        merged = lora.view()
-        view = merged if narrow is None else lambda trained, frozen: narrow(merged(trained, frozen), frozen)
-        trained, base = lora.init(run.keys.adapters), params
+    trained, base, view = params, None, None
+    lora, adapter = _adapters(run)
+    if lora is not None:
+        trained, base, view = adapter, params, lora.view()
+    whole = view
+    if head is not None:
+        stored = None if config.lora_from is None else adapters.head_of(Path(config.lora_from))
+        start = run.head if stored is None else jnp.asarray(stored[0])
+        own = {"model": trained} | ({} if start is None else {"head": start})
+        trained, view = head.init(run.keys.head, params) | own, _within("model", view)
+    view = _then(view, narrow)
     ref = None
     if reference:
-        ref = params if narrow is None else narrow(params, None)
+        ref = params if config.lora_from is None else lora.merge(params, adapter)
+        ref = ref if narrow is None else narrow(ref, None)
     if critic is not None:
-        of_policy = view
-        trained = {"policy": trained, "critic": critic.init(run.keys.head, params, zero=True)}
-        if of_policy is not None:
-            view = lambda params, frozen: params | {"policy": of_policy(params["policy"], frozen)}  # noqa: E731
+        values = critic.init(run.keys.head, params, zero=True)
+        if lora is not None:
+            values["model"] = lora.init(jax.random.fold_in(run.keys.adapters, 1))
+        trained = {"policy": trained, "critic": values}
+        view = _then(_within("policy", view), _within("critic", _within("model", whole)))
     return Trained(trained, Frozen(ref, base), view, lora, critic)
+
+
+def _adapters(run: Run) -> tuple[adapters.Lora | None, adapters.Adapter | None]:
+    """Return the layers that have adapters, with adapters to start from; None if all weights are trained.
+
+    Raises:
+        ValueError, FileNotFoundError: as `lora.lora` and `lora.load`, or if the adapter to start from is merged
+            already.
+    """
+    config, model = run.config, run.loaded.model
+    dropout = getattr(config, "lora_dropout", 0.0)
+    if config.lora_from is not None:
+        if run.path and Path(run.path).expanduser().resolve() == Path(config.lora_from).expanduser().resolve():
+            raise ValueError(
+                f"lora_from must be an adapter of the model, but {run.path} is the model, with the adapter merged: "
+                f"give its base model, {adapters.base_of(Path(config.lora_from))}."
+            )
+        lora, adapter = adapters.load(config.lora_from, model)
+        return dataclasses.replace(lora, dropout=dropout), adapter
+    if not config.lora_rank:
+        return None, None
+    lora = adapters.lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        rslora=config.lora_rslora,
+        dropout=dropout,
+    )
+    return lora, lora.init(run.keys.adapters)
+
+
+def _within(name: str, view: View | None) -> View | None:
+    """Return the view that applies another one to one entry of the parameters."""
+    if view is None:
+        return None
+    return lambda params, frozen, key=None: params | {name: view(params[name], frozen, key)}
+
+
+def _then(first: View | None, second: View | None) -> View | None:
+    """Return the view that applies two, one after the other."""
+    if first is None or second is None:
+        return second if first is None else first
+    return lambda params, frozen, key=None: second(first(params, frozen, key), frozen, key)
 
 
 def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
@@ -362,10 +433,16 @@ def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
     loaded = dataclasses.replace(run.loaded, params=trained.model(params))
     if run.out is not None:
         models.save(run.out, loaded.model, loaded.params, loaded.tokenizer, config=loaded.config)
-        if trained.lora is not None:
-            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.path)
+        save_adapters(run, trained, trained.policy(params))
         run.say(f"The model is in {run.out}.")
     return loaded
+
+
+def save_adapters(run: Run, trained: Trained, adapter: adapters.Adapter, *, head: Array | None = None) -> None:
+    """Save trained adapters, if there are any, in the run's folder `adapter`; with the head of a reward model."""
+    if trained.lora is not None:
+        base = os.path.abspath(run.path) if run.path and Path(run.path).expanduser().exists() else run.path
+        adapters.save(run.out / "adapter", trained.lora, adapter, base=base, head=head)
 
 
 # Offline runs ---------------------------------------------------------------------------------------------------------
@@ -517,6 +594,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     config: GRPOConfig = run.config
     method = method_of(config) if method is None else method
     judges, sampler = judges_of(run), _sampler(run)
+    check_ends(method, sampler)
     size = config.batch_size // method.group_size
     asked, found = batches_of(run, prompts, "prompt-only", batch_size=size, room=sampler.max_new_tokens, name="prompts")
     judges.check(found, longest=asked.longest)
@@ -603,9 +681,9 @@ class Judges(NamedTuple):
     weights: tuple[float, ...]
 
     @property
-    def places(self) -> str:
+    def places(self) -> list[str]:
         """All places, for `run.json`."""
-        return ", ".join(each.place for each in self.each.values())
+        return [each.place for each in self.each.values()]
 
     def __call__(self, asked: list[records.Prompt], drawn: Rollout) -> rewards.Judged:
         """Return the rewards of completions of these records."""
@@ -655,50 +733,41 @@ def _judge(run: Run, given: Any) -> tuple[str, Judge]:
 
 
 def _model_judge(run: Run, found: LoadedReward, name: str = "") -> Judge:
-    """Return the judge of a reward model, which reads the policy's tokens if it has its tokenizer, else its texts."""
-    context, room = found.head.lm.max_length, run.config.max_new_tokens
-    place = f"sha256 {_digest(found.params)}"
-    if _reads_tokens_of(run, found):
-        of_tokens = rewards.of_model(found.head, found.params)
+    """Return the judge of a reward model, which reads the policy's tokens if it has its tokenizer, else its texts.
 
-        def check(asked: Sequence[records.Prompt], longest: int) -> None:
-            if longest + room > context:
-                raise ValueError(
-                    f"the context of the reward model{name} must hold the longest prompt, {longest} tokens, and "
-                    f"max_new_tokens, {room}, but is {context}."
-                )
-
-        return Judge(place, lambda asked: of_tokens, check)
-    tokenizer = run.loaded.tokenizer
-
-    def check_texts(asked: Sequence[records.Prompt], longest: int) -> None:
-        encode = Encoder(found.tokenizer, max_length=context, cut="raise")
-        try:
-            for each in asked:
-                encode.prompt(each.prompt, room=room)
-        except ValueError as error:
-            raise ValueError(f"the reward model{name} has a tokenizer of its own: {error}") from error
-
-    of = rewards.of_other_model(found, tokenizer, eos_ids=run.eos)
-    return Judge(place, of, check_texts)
-
-
-def _reads_tokens_of(run: Run, found: LoadedReward) -> bool:
-    """Return whether a reward model has the policy's tokenizer.
+    Conversations are always read as texts, for the last token that the chat template writes is the one that is scored.
 
     Raises:
-        ValueError: if it has none and another vocabulary.
+        ValueError: if it has no tokenizer and another vocabulary.
     """
-    ours, theirs, size = run.loaded.tokenizer, found.tokenizer, found.head.lm.vocab_size
-    if theirs is None:
-        if size != run.lm.vocab_size:
+    ours, theirs, size, context = run.loaded.tokenizer, found.tokenizer, found.head.lm.vocab_size, found.max_length
+    if theirs is None and size != run.lm.vocab_size:
+        raise ValueError(
+            f"a reward model without a tokenizer must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
+            f"but has {size}."
+        )
+    alike = theirs is None or (found.has_tokens_of(ours) and size >= run.lm.vocab_size)
+
+    def check(asked: Sequence[records.Prompt], longest: int) -> None:
+        longest = longest if alike else 0
+        try:
+            if not alike or getattr(theirs, "chat_template", None):
+                texts = [each.prompt for each in asked if not alike or not isinstance(each.prompt, str)]
+                lengths = [len(text.encode(theirs, each, chat=not isinstance(each, str))) for each in texts]
+                longest = max([longest, *lengths])
+        except ValueError as error:
+            raise ValueError(f"the reward model{name} cannot read the prompts: {error}") from error
+        if longest + run.config.max_new_tokens > context:
             raise ValueError(
-                f"a reward model without a tokenizer must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
-                f"but has {size}."
+                f"the context of the reward model{name} must hold its longest prompt, {longest} tokens, and "
+                f"max_new_tokens, {run.config.max_new_tokens}, but is {context}."
             )
-        return True
-    same = ours.get_vocab() == theirs.get_vocab() and all(ours(each) == theirs(each) for each in PROBES)
-    return same and theirs.chat_template in (None, ours.chat_template) and size >= run.lm.vocab_size
+
+    return Judge(
+        f"sha256 {_digest(found.params)}",
+        lambda asked: rewards.of_loaded(found, ours, records=asked, same_tokens=alike),
+        check,
+    )
 
 
 def _plain_name(function: Callable[..., Any]) -> str:
@@ -729,12 +798,20 @@ def held_out_rewards(
     They are `held_out_reward`, of several rewards each by its name, `held_out_kl`, the KL(policy‖reference) of a
     completion in nats, `held_out_length` in tokens, `held_out_ended`, and the completions of the first two prompts. The
     key is always the same, so that differences are those of the parameters.
+
+    Raises:
+        ValueError: if `keep_best` is not one of the numbers, or as the check of `Judges`.
     """
     config: GRPOConfig = run.config
     asked, found = batches_of(
         run, config.eval_data, "prompt-only", batch_size=1, room=sampler.max_new_tokens, name="eval_data"
     )
     judges.check(found, longest=asked.longest)
+    if config.keep_best is not None:  # a wrong name is an error now, not after the first steps
+        several = [f"reward/{name}" for name in judges.each] if len(judges.each) > 1 else []
+        names = [f"held_out_{name}" for name in ("reward", *several, "kl", "length", "ended")]
+        if (name := direction(config.keep_best)[0]) not in names:
+            raise ValueError(f"keep_best must be one of {', '.join(names)}, but is {name}.")
     order = sorted(range(len(found)), key=lambda place: asked.rows(place).length)
     count = -(-len(found) // config.batch_size)  # as few parts as possible, of one size: of one program
     size = -(-len(found) // count)

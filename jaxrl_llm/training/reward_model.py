@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.data import records
+from jaxrl_llm.data.records import Fields, Text
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.objectives import reward_model
 from jaxrl_llm.scoring import Packed, Sequences, by_text, rows_of
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
@@ -26,10 +31,13 @@ class RankedBatch(NamedTuple):
     completions: Sequences | Packed  # leaves [prompts, K, time]
     ranks: Int[Array, "prompts K"]  # 0 is best, equal ranks are ties
     real: Bool[Array, "prompts K"]  # false where a prompt has fewer completions
+    margins: Float[Array, "prompts K"] | None = None  # completion i should lead j by margins[i] − margins[j]
 
 
-def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
-    """Return the K-choose-2 loss: −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts.
+def reward_loss(head: ScalarHead, *, centering: float = 0.0, margin_scale: float = 1.0) -> LossFn:
+    """Return the K-choose-2 loss, the mean over a prompt's pairs, then over prompts.
+
+        L = −log σ(r_i − r_j − c (m_i − m_j)),   i better than j, m the batch's margins, c their scale
 
     The batch is a `RankedBatch`; the parameters are the head's. Metrics: `accuracy`, the share of pairs in the right
     order (a tie of scores counts half), `margin`, their mean difference in score, and `score`, the mean.
@@ -37,15 +45,16 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
     Args:
         centering: weight of (r_i + r_j)², averaged as the loss is. It holds the scores around 0, as comparisons leave
             their level free.
+        margin_scale: c.
 
-    Source: Ouyang et al. 2022, eq. 1; centering: Eisenstein et al. 2023.
+    Source: Ouyang et al. 2022, eq. 1; margins: Touvron et al. 2023, eq. 2; centering: Eisenstein et al. 2023.
     """
 
     def loss(params: Params, batch: RankedBatch, frozen: Frozen | None, key: Array) -> Loss:
         scores = _scores(head, params, batch)
-        ranks, real = (leaf.reshape(scores.shape) for leaf in (batch.ranks, batch.real))
-        batch = RankedBatch(None, ranks, real)
-        per_prompt = reward_model.k_choose_2_loss(scores, batch.ranks, batch.real)
+        batch = jax.tree.map(lambda leaf: leaf.reshape(scores.shape), batch._replace(completions=None))
+        led = scores if batch.margins is None else scores - margin_scale * batch.margins
+        per_prompt = reward_model.k_choose_2_loss(led, batch.ranks, batch.real)
         pairs = _ordered_pairs(batch)
         prompts = batch.real.any(axis=1).sum()  # packed bins have free places, of loss 0
         value = per_prompt.sum() / jnp.maximum(prompts, 1)
@@ -86,3 +95,46 @@ def _ordered_pairs(batch: RankedBatch) -> Bool[Array, "prompts K K"]:
 
 def _mean(values: Array, counted: Bool[Array, "..."]) -> Float[Array, ""]:
     return jnp.where(counted, values, 0).sum() / jnp.maximum(counted.sum(), 1)
+
+
+# Scores of data -------------------------------------------------------------------------------------------------------
+
+READ = 64  # batches whose lines are read at once
+
+
+def scored_lines(
+    reward: LoadedReward, data: Any, *, batch_size: int = 16, on_bad: records.OnBad = "raise"
+) -> Iterator[dict[str, Any]]:
+    """Yield each line of a file, or each dict, with the scores of its completions.
+
+    They are its "score"; of a preference "score_chosen" and "score_rejected"; of answers "scores", a list.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: as `records.read`; or for a text that does not fit the context, naming
+            its line.
+    """
+    found = records.read(data, _with_texts, on_bad=on_bad)
+    numbered = zip(found.numbers, found, strict=True)
+    while part := list(itertools.islice(numbered, READ * batch_size)):
+        rows = []
+        for number, (_, texts) in part:
+            try:
+                rows += [reward.tokens(*text) for text in texts]
+            except ValueError as error:
+                raise ValueError(f"{found.source}, {found.unit} {number}: {error}") from error
+        scores = iter(reward.score_tokens(rows, batch_size=batch_size))
+        for _, (line, texts) in part:
+            given = [next(scores) for _ in texts]
+            if "chosen" in line:
+                yield line | dict(zip(("score_chosen", "score_rejected"), given, strict=True))
+            else:
+                yield line | ({"scores": given} if "answers" in line else {"score": given[0]})
+
+
+def _with_texts(line: Fields) -> tuple[dict[str, Any], list[tuple[Text, Text]]]:
+    """Parse a line, and return it with its prompt and each of its completions."""
+    if "chosen" in line or "answers" in line:
+        ranking = records.ranked(line)
+        return dict(line), [(ranking.prompt, each) for each in ranking.completions]
+    shown = records.prompt_completion(line)
+    return dict(line), [(shown.prompt, shown.completion)]

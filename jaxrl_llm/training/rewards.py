@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -20,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxrl_llm import text
 from jaxrl_llm.data.records import Prompt, Text
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.numerics import is_concrete
-from jaxrl_llm.scoring import Sequences, pad_completions
-from jaxrl_llm.training.batches import Encoder, rounded
+from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training.rollout import Rollout
 
 RewardFn = Callable[[Rollout], Float[Array, "batch"]]
@@ -221,42 +220,35 @@ def of_model(head: ScalarHead, params: Params) -> RewardFn:
     return lambda rollout: scores(params, rollout.sequences)
 
 
-def of_other_model(
-    found: LoadedReward, tokenizer: Any, *, eos_ids: Sequence[int] = ()
-) -> Callable[[Sequence[Prompt]], RewardFn]:
-    """Return the score of a reward model with a tokenizer of its own, as a function of the records of a batch.
+def of_loaded(found: LoadedReward, tokenizer: Any, *, records: Sequence[Prompt], same_tokens: bool) -> RewardFn:
+    """Return the score of a reward model with its own tokenizer, which runs on the host.
 
-    Completions are decoded and encoded again.
-
-    Prompts are encoded as their records have them, conversations in the reward model's own chat template. A completion
-    that was cut off by its limit ends where it was cut, without EOS. One that is too long for the model's context
-    loses the beginning of its prompt.
+    With the same tokens as the policy's it scores those that were drawn, after prompts that are strings. Otherwise, and
+    for conversations, completions are decoded and read with their prompts as `LoadedReward.score` does, in the reward
+    model's own chat template, with the end that completions have there even if their limit cut them off. A text that is
+    too long for the model's context loses its beginning.
 
     Args:
-        found: the reward model, with its tokenizer.
+        found: the reward model.
         tokenizer: of the policy, decodes the tokens.
-        eos_ids: tokens that end a completion of the policy.
+        records: the prompts of the batch.
+        same_tokens: the tokens of the policy are those of the reward model.
     """
-    encode = Encoder(found.tokenizer, max_length=found.head.lm.max_length)
-    eos = found.tokenizer.eos_token_id
-    scores = jax.jit(lambda params, rows: found.head.scores(params, rows.tokens, mask=rows.mask))
 
-    def of_records(records: Sequence[Prompt], rollout: Rollout) -> Float[Array, "batch"]:
+    def reward(rollout: Rollout) -> Float[Array, "batch"]:
         _, completions = texts(rollout.sequences, tokenizer)
+        tokens, mask, _ = _on_host(rollout.sequences)
         each, rows = len(completions) // len(records), []
-        for place, (written, ids) in enumerate(zip(completions, completion_ids(rollout.sequences), strict=True)):
+        for place, written in enumerate(completions):
             asked = records[place // each].prompt
-            prompt, (row,) = encode(
-                asked, [written if isinstance(asked, str) else ({"role": "assistant", "content": written},)]
-            )
-            whole = not ids or ids[-1] in eos_ids or row == [eos]
-            rows.append((prompt, row if whole or row[-1] != eos else row[:-1]))
-        longest = max(len(prompt) + len(row) for prompt, row in rows)
-        length = min(rounded(longest, 32), found.head.lm.max_length)
-        batch = pad_completions([prompt for prompt, _ in rows], [row for _, row in rows], length=length)
-        return scores(found.params, jax.tree.map(jnp.asarray, batch))
+            if found.tokenizer is None or (same_tokens and isinstance(asked, str)):
+                rows.append(tokens[place][mask[place]].tolist())
+                continue
+            said = written if isinstance(asked, str) else [{"role": "assistant", "content": written}]
+            rows.append(text.whole(found.tokenizer, asked, said)[-found.max_length :])
+        return jnp.asarray(found.score_tokens(rows, batch_size=len(rows)))
 
-    return lambda records: functools.partial(of_records, records)
+    return reward
 
 
 # Rewards of a batch ---------------------------------------------------------------------------------------------------

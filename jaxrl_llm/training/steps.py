@@ -25,7 +25,8 @@ class Frozen(NamedTuple):
     base: Params | None = None  # of the model that adapters are merged into
 
 
-View = Callable[[Params, Frozen | None], Params]  # (trained, frozen) -> the parameters that the loss sees
+# (trained, frozen, key=None) -> the parameters that the loss sees. The key is the step's; without it nothing is random.
+View = Callable[..., Params]
 
 
 class TrainState(NamedTuple):
@@ -88,7 +89,8 @@ def make_step(
         microbatches: parts that the batch is split into, whose gradients are accumulated: the memory of one part, the
             step of the whole batch. Every leaf of the batch then has the rows first.
         view: a transform of the trained parameters before the loss sees them, such as a copy in bfloat16 (`compute_in`)
-            or a base model with adapters merged into it (`lora`). Gradients flow through it.
+            or a base model with adapters merged into it (`models.lora`). Gradients flow through it. It is called with
+            the step's key, for dropout.
 
     The metrics are `loss`, `grad_norm` (before clipping) and those of the loss.
 
@@ -129,7 +131,7 @@ def update(
 
     def found(loss: LossFn, batch: PyTree) -> tuple[Params, Metrics]:
         def seen(params: Params, part: PyTree, key: Array) -> Loss:
-            return loss(params if view is None else view(params, frozen), part, frozen, key)
+            return loss(params if view is None else view(params, frozen, key), part, frozen, key)
 
         return gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
 
@@ -258,7 +260,7 @@ def compute_in(dtype: Any) -> View:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating type, but is {dtype}.")
 
-    def narrow(params: Params, frozen: Frozen | None) -> Params:
+    def narrow(params: Params, frozen: Frozen | None, key: Array | None = None) -> Params:
         return jax.tree.map(
             lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params
         )

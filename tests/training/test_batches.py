@@ -67,6 +67,22 @@ def test_conversations_go_through_the_template_and_completions_are_what_they_add
     assert all(each.count(EOS) == 1 for each in completions)
 
 
+def test_a_reward_model_reads_each_ranked_text_as_one_to_the_end_of_the_template(chat):
+    """Tokens may span the boundary to the prompt; after the end of turn comes the template's newline."""
+    encode = Encoder(chat, max_length=64)
+    said = [({"role": "assistant", "content": each},) for each in ("Hello", "\n\nHe")]
+    prompt, completions = encode((user("Hi"),), said, whole=True)
+    assert [chat.decode(each) for each in completions] == [" Hello<|endoftext|>\n", " \n\nHe<|endoftext|>\n"]
+    for each, turn in zip(completions, said, strict=True):
+        assert prompt + each == chat.apply_chat_template([user("Hi"), *turn])["input_ids"]
+    prompt, completions = encode("The se", ["a", " is"], whole=True)
+    assert chat("The sea")["input_ids"] + [EOS] == prompt + completions[0]
+    assert chat("The se is")["input_ids"] + [EOS] == prompt + completions[1]
+    assert encode("", ["Once"], whole=True) == ([], [[*chat("Once")["input_ids"], EOS]])
+    cut, (yes, no) = Encoder(chat, max_length=16)("word " * 30, ["yes", "no, by no means"], whole=True)
+    assert chat.decode(cut + yes).endswith("word yes<|endoftext|>") and len(cut + no) == 16
+
+
 def test_a_string_among_conversations_is_encoded_as_one_of_them(chat):
     encode = Encoder(chat, max_length=64)
     said = {"role": "assistant", "content": "Hello"}
@@ -223,6 +239,7 @@ def ragged(kind, count=7):
                 "preference": Preference(asked, *answers[:2]),
                 "unpaired-preference": UnpairedPreference(asked, answers[0], i % 2 == 0),
                 "ranked": Ranked(asked, answers, tuple(range(len(answers)))),
+                "rated": Ranked(asked, answers, tuple(range(len(answers))), tuple(map(float, range(len(answers))))),
             }[kind]
         )
     return found
@@ -230,7 +247,7 @@ def ragged(kind, count=7):
 
 def counted(kind, batch):
     """Real tokens and places of a batch, from its arrays."""
-    if kind == "ranked":
+    if kind in ("ranked", "rated"):
         return int((batch.completions.mask & batch.real[..., None]).sum()), batch.completions.mask.size
     sides = [batch[side] for side in {"preference": (0, 1), "unpaired-preference": (0, 2)}.get(kind, ())] or [batch]
     return sum(int(side.mask.sum()) for side in sides), sum(side.mask.size for side in sides)
@@ -266,11 +283,12 @@ def test_batches_hold_the_texts_of_their_records(kind):
             np.testing.assert_array_equal(batch.desirable, [record.label for record in found])
             others = [found[place - 1].completion for place in range(3)]
             assert rows_as_text(batch.mismatched) == [f"{a}{b}`" for a, b in zip(prompts, others, strict=True)]
-        case "ranked":
+        case "ranked" | "rated":
             for row, record in enumerate(found):
                 there = rows_as_text([leaf[row][batch.real[row]] for leaf in batch.completions])
                 assert there == [f"{record.prompt}{each}`" for each in record.completions]
                 np.testing.assert_array_equal(batch.ranks[row][batch.real[row]], record.ranks)
+                np.testing.assert_array_equal(batch.margins[row].sum(), sum(record.margins))
     assert batches.describe(1).startswith("rows ")
 
 

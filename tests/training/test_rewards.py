@@ -212,21 +212,30 @@ def test_rewards_are_weighed_over_those_that_judge():
 # Reward models of other tokenizers ------------------------------------------------------------------------------------
 
 
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
 def test_a_reward_model_of_another_tokenizer_reads_the_texts():
-    """One that was cut off ends without EOS, as it was written."""
+    """As `score` does; of the policy's own tokens it reads those that were drawn, but conversations are texts."""
     policy, other = (models.load(name).tokenizer for name in ("tiny-gpt2", "tiny-gpt2-verses"))
-    small = models.GPT2(models.GPT2Config(vocab_size=4096, n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    other.chat_template = TEMPLATE
+    small = models.GPT2(models.GPT2Config(vocab_size=4096, n_positions=48, n_embd=8, n_layer=1, n_head=1))
     found = LoadedReward(ScalarHead(small), ScalarHead(small).init(KEY), other, {})
-    asked, written = ["The king", "And he"], [" was a good man", " said"]
-    prompts = [policy(each)["input_ids"] for each in asked]
+    asked, written = ["The king", ({"role": "user", "content": "And he"},)], [" was a good man", " said"]
+    prompts = [policy(each)["input_ids"] for each in ("The king", "And he")]
     completions = [[*policy(written[0])["input_ids"], 0], policy(written[1])["input_ids"]]
     rows = jax.tree.map(jnp.asarray, scoring.pad_completions(prompts, completions, length=16))
     drawn = Rollout(rows, jnp.zeros((2, 16)), jnp.asarray([True, False]))
-    scores = rewards.of_other_model(found, policy, eos_ids=(0,))([Prompt(each) for each in asked])(drawn)
-    for place, ending in enumerate(([other.eos_token_id], [])):
-        ids = [*other(asked[place])["input_ids"], *other(written[place])["input_ids"], *ending]
-        expected = jax.jit(found.head.scores)(found.params, jnp.asarray([ids]))
-        assert float(scores[place]) == pytest.approx(float(expected[0]), abs=1e-5)
+    records = [Prompt(each) for each in asked]
+    expected = found.score(asked, [written[0], [{"role": "assistant", "content": written[1]}]])
+    scores = rewards.of_loaded(found, policy, records=records, same_tokens=False)(drawn)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    scores = rewards.of_loaded(found, policy, records=records, same_tokens=True)(drawn)
+    own = found.score_tokens([[*prompts[0], *completions[0]]])
+    np.testing.assert_allclose(scores, [own[0], expected[1]], atol=1e-6)
+    assert abs(own[0] - expected[0]) > 1e-4 and not found.has_tokens_of(policy)
 
 
 @pytest.mark.slow

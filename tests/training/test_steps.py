@@ -10,9 +10,9 @@ import pytest
 
 from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.models.lora import lora
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.config import OPTIMIZERS, Config
-from jaxrl_llm.training.lora import lora
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
 from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
