@@ -37,7 +37,11 @@ def rows_of(lm, texts, *, count=COUNT, seed=0):
     def tokens(least, most):
         return rng.integers(0, lm.vocab_size, rng.integers(least, most + 1)).tolist()
 
-    return [Rows(tokens(1, 3), [tokens(1, 5) for _ in range(texts)], [*range(texts)]) for _ in range(count)]
+    def record():
+        completions = [tokens(1, 5) for _ in range(texts)]
+        return Rows(tokens(1, 3), completions, label=[*range(texts)], margins=rng.normal(size=texts).tolist())
+
+    return [record() for _ in range(count)]
 
 
 def packed(batch, rows, *, length=LENGTH, size=None):
