@@ -36,7 +36,7 @@ from jaxrl_llm.training.config import (
     RewardConfig,
     SFTConfig,
 )
-from jaxrl_llm.training.policy import Method
+from jaxrl_llm.training.policy import Method, method_of
 from jaxrl_llm.training.preference import find_loss, preference_loss
 from jaxrl_llm.training.recipes import Objective
 from jaxrl_llm.training.reward_model import reward_loss
@@ -338,7 +338,9 @@ def _online(
         )
         shared = [field.name for field in dataclasses.fields(cls) if field.name in names]
         options |= {name: getattr(method, name) for name in shared}
-    run = recipes.begin(lm, _configured(cls, config, options), out, verbose=verbose)
+    configured = _configured(cls, config, options)
+    method = method_of(configured) if method is None else method
+    run = recipes.begin(lm, configured, out, verbose=verbose)
     return _model(recipes.optimise_rewards(run, prompts, kind, method=method), run)
 
 

@@ -798,9 +798,37 @@ def test_the_options_reach_the_method(call, monkeypatch, tmp_path):
     assert config.rewards == ("a:b", "c:d", Path("r")) and config.reward_weights == (1, 0.5, -2)
     assert config.stop == ("x", "y") and config.redraws == 3 and config.top_k == 5 and config.eval_data == Path("h")
     assert GRPOConfig(reward="a:b", method="dapo").redraws == 9 and GRPOConfig(reward="a:b").redraws == 0
-    for name in ("gspo", "dapo", "cispo"):  # whose clips are their own
+    for name in ("grpo", "rloo", "dr_grpo", "gspo", "dapo", "cispo"):  # whose defaults are their own
         call("grpo", "prompts", "x", "--method", name, "--reward", "a:b")
         assert method_of(taken["config"]) == METHODS[name] and taken["config"].text is None
+    words = "--method dr_grpo --beta 0.1 --kl reverse --scale-rewards batch --entropy-coefficient 0.01 --normaliser 9"
+    words = f"{words} --importance-mode sequence_mask --importance-floor 0.5 --overlong-buffer 0.3 --mask-truncated"
+    call("grpo", "prompts", "x", *words.split(), "--reward", "a:b")
+    assert method_of(taken["config"]) == dataclasses.replace(
+        METHODS["dr_grpo"], beta=0.1, kl="reverse", scale_rewards="batch", entropy_coefficient=0.01, normaliser=9.0,
+        importance_mode="sequence_mask", importance_floor=0.5, overlong_buffer=0.3, mask_truncated=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "dapo", "kl": "forward"}, "beta must be above 0 with kl forward, but is 0 for dapo"),
+        ({"method": "reinforce", "clip_high": 0.3}, "clip_low and clip_high must be None for reinforce"),
+        ({"method": "reinforce", "epochs": 2}, "epochs × minibatches must be 1 for the surrogate reinforce"),
+        ({"method": "grpo", "normaliser": 9.0}, "normaliser must be None for the mode sequence_mean, but is 9"),
+        ({"method": "rloo", "scale_rewards": "group"}, "scale_rewards must be none for rloo, but is group"),
+        (
+            {"importance_mode": "sequence_truncate", "top_p": 0.9},
+            "importance_mode must be token_truncate or token_mask",
+        ),
+        ({"importance_floor": 3.0}, "importance_floor must be at most importance_cap, 2.0, but is 3.0"),
+        ({"overlong_buffer": 1.5}, r"overlong_buffer must be a number in \[0, 1\], but is 1.5"),
+    ],
+)
+def test_online_options_without_effect_or_out_of_range_are_refused_before_the_model_is_loaded(options, said):
+    with pytest.raises(ValueError, match=said):
+        train.grpo("no such model", [], reward=len, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -396,8 +396,7 @@ class GRPOConfig(PolicyOptions, Config):
             raise ValueError(
                 f"gamma and text must be given together, but gamma is {self.gamma} and text is {self.text}."
             )
-        filtered = self.top_p < 1 or self.top_k is not None or self.min_p
-        if self.importance_mode.startswith("sequence") and filtered:
+        if self.importance_mode.startswith("sequence") and (self.top_p < 1 or self.top_k or self.min_p):
             raise ValueError(
                 "importance_mode must be token_truncate or token_mask with top_p, top_k or min_p, as weights of whole "
                 f"completions vanish with their length, but is {self.importance_mode}."

@@ -136,7 +136,7 @@ def method_of(config: GRPOConfig) -> Method:
     """Return the preset that the configuration names, with the hyperparameters that it sets.
 
     Raises:
-        ValueError: as `Method`, if they do not fit the preset.
+        ValueError: as `Method`, if they do not fit the preset, or if one of them would have no effect.
     """
     names = {field.name for field in dataclasses.fields(Method)}
     given: dict[str, Any] = {
@@ -144,7 +144,15 @@ def method_of(config: GRPOConfig) -> Method:
         for field in dataclasses.fields(config)
         if field.name in names and not (getattr(config, field.name) is None and field.default is None)
     }
-    return dataclasses.replace(METHODS[config.method], **given)
+    method = dataclasses.replace(METHODS[config.method], **given)
+    if config.kl is not None and method.beta == 0:
+        raise ValueError(f"beta must be above 0 with kl {config.kl}, but is 0 for {config.method}.")
+    if method.surrogate == "reinforce" and not config.clip_low is config.clip_high is None:
+        raise ValueError(
+            f"clip_low and clip_high must be None for {config.method}, which has no ratio, "
+            f"but are {config.clip_low} and {config.clip_high}."
+        )
+    return method
 
 
 # Experience -----------------------------------------------------------------------------------------------------------

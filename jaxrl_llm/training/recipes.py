@@ -589,7 +589,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     """Train on rewards of the model's own completions, by the method of the configuration or the given one.
 
     Raises:
-        ValueError: for a reward that cannot judge the prompts' completions: see `judges_of`.
+        ValueError: for a reward that cannot judge the prompts' completions: see `judges_of`; or as `check_ends`.
     """
     config: GRPOConfig = run.config
     method = method_of(config) if method is None else method

@@ -17,9 +17,9 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.tabular import TabularLM
-from jaxrl_llm.training import policy
+from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.policy import METHODS
-from jaxrl_llm.training.rollout import Rollout
+from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler
 
 LM, GROUP, TABLES, BETA = TabularLM(3, 2), 3, 5, 0.5
 EVERY = np.asarray(oracle.enumerate_sequences(LM))
@@ -199,6 +199,34 @@ def test_without_a_penalty_methods_end_at_the_best_completion(name):
     chances = np.exp(jax.vmap(lambda each: oracle.sequence_log_probs(LM, params_of(each)))(logits))
     best = np.take_along_axis(chances, tables()[1].argmax(axis=1)[:, None], axis=1)
     assert best.min() > 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "gspo"])
+def test_sampled_runs_end_at_the_fixed_point_of_every_table(name):
+    """As one program for all tables, in single precision as in training."""
+    ends, ref, values = (jnp.asarray(each, jnp.float32) for each in (fixed_point(name, BETA)[0], *tables()))
+    method = dataclasses.replace(METHODS[name], group_size=GROUP, beta=BETA)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 600))
+    empty = (256, 0)
+    prompts = Prompts(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, bool))
+
+    def run(ref, values, key):
+        trainer, frozen = policy.online(LM, optimizer), steps.Frozen(ref=params_of(ref))
+        reward = rewards.of_tokens(lambda rows: values[(rows.tokens * jnp.asarray([3, 1])).sum(axis=1)])
+
+        def advance(state):
+            return trainer.step(state, prompts, reward, method=method, sampler=Sampler(2), frozen=frozen)
+
+        begin = functools.partial(steps.initial_state, params_of(ref), optimizer)
+        return steps.whole_run(begin, advance, steps=600)(key)[0].params["logits"]
+
+    def distance(at, end):
+        at, end = (oracle.sequence_log_probs(LM, params_of(each)) for each in (at, end))
+        return (jnp.exp(at) * (at - end)).sum()
+
+    found = jax.jit(jax.vmap(run))(ref, values, jax.random.split(jax.random.key(2), TABLES))
+    assert (jax.vmap(distance)(found, ends) < 0.01 * jax.vmap(distance)(ref, ends)).all()
 
 
 def test_the_document_has_the_gains_that_are_left():
