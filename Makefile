@@ -98,6 +98,7 @@ benchmark: setup $(PARITY)/.ready
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.landscape
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.logprobs
+	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.kl
 
 clean:

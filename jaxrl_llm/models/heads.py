@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import text
 from jaxrl_llm.data.records import Message, Text, alike
-from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.language_model import LanguageModel, Params, several_texts
 from jaxrl_llm.models import configuration, families, huggingface, loading, lora
 
 
@@ -42,13 +42,17 @@ class ScalarHead:
         return {"model": params, "head": head}
 
     def values(
-        self, params: Params, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"] | None = None
+        self,
+        params: Params,
+        tokens: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> Float[Array, "batch time"]:
         """Return the scalar at each token.
 
         At padding it is undefined; for a model with a root state it is that of the tokens before.
         """
-        hidden, _ = self.lm.hidden(params["model"], tokens, mask=mask)
+        hidden, _ = self.lm.hidden(params["model"], tokens, mask=mask, **several_texts(self.lm, segments))
         head = params["head"]
         return hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)) @ head.astype(
             jnp.promote_types(head.dtype, jnp.float32)

@@ -31,17 +31,16 @@ class Rotary:
             object.__setattr__(self, name, tuple(np.float64(getattr(self, name)).tolist()))
 
     def turn(
-        self, positions: Int[Array, "batch time"], capacity: int | None
+        self, positions: Int[Array, "batch time"], lengths: Int[Array, "batch #time"]
     ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
         """Return cosines and sines of the angles at these positions.
 
-        LongRoPE's long frequencies hold for a row with more tokens than the original context. With a cache the length
-        of a row is not known yet: there its `capacity` decides.
+        LongRoPE's long frequencies hold for the tokens of a text of more tokens than the original context. With a
+        cache the length of a text is not known yet: there the number of slots decides.
         """
         frequencies = jnp.asarray(self.frequencies)
         if self.long:
-            length = positions.max(axis=1, keepdims=True) + 1 if capacity is None else jnp.asarray(capacity)
-            frequencies = jnp.where((length > self.original)[..., None], jnp.asarray(self.long), frequencies)
+            frequencies = jnp.where((lengths > self.original)[..., None], jnp.asarray(self.long), frequencies)
         angles = positions[..., None] * frequencies
         return self.amplitude * jnp.cos(angles), self.amplitude * jnp.sin(angles)
 

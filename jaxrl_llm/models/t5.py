@@ -518,9 +518,13 @@ class T5LM(Network, language_model.LanguageModel):
         cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        """Return hidden states as `LanguageModel.hidden`; if the model scales its outputs, they are scaled."""
-        return self.read(params, tokens, cache, mask)
+        """Return hidden states as `LanguageModel.hidden`; if the model scales its outputs, they are scaled.
+
+        All segments of a row have its source.
+        """
+        return self.read(params, tokens, cache, mask, segments=segments)
 
     def logits(self, params: EncoderState, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         return self.merge(params.weights).unembed(hidden)
@@ -532,14 +536,15 @@ class T5LM(Network, language_model.LanguageModel):
         cache: Cache | None,
         mask: Bool[Array, "batch time"] | None,
         intermediates: list[Array] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
         """Return `hidden`; append the attention weights, self and cross in turn, to `intermediates` if it is a list."""
-        language_model.check_tokens(self, tokens, mask, cache)
+        language_model.check_tokens(self, tokens, mask, cache, segments=segments)
         source = self._source_of(params, tokens.shape[0], cache)
         # Without padding and cache all rows have the same positions, and share their biases.
-        shared = mask is None and cache is None
+        shared = mask is None and cache is None and segments is None
         mask = jnp.ones((1 if shared else tokens.shape[0], tokens.shape[1]), bool) if mask is None else mask
-        at = place(mask, cache)
+        at = place(mask, cache, segments)
         module, kv_cache = self.merge(params.weights), None if cache is None else cache.memory
         biases = module.decoder.biases(at.positions, at.slots)
         hidden, kv_cache = module.decoder(

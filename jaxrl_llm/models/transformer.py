@@ -332,8 +332,8 @@ class Transformer(nnx.Module):
     def contexts(self, placed: Placed) -> list[Context]:
         """Return what each layer reads; layers that are alike share the arrays."""
         d, mask = self.config, placed.attention_mask
-        capacity = None if placed.cache is None else placed.cache.max_length
-        turns = {each: each.turn(placed.positions, capacity) for each in {layer.rotary for layer in d.layers} if each}
+        rotaries = {layer.rotary for layer in d.layers if layer.rotary}
+        turns = {each: each.turn(placed.positions, placed.lengths) for each in rotaries}
         distance = placed.slots[:, None, :] - placed.positions[:, :, None]  # 0 at the query itself, negative before
         windows = {layer.window for layer in d.layers}
         masks = {window: mask if window is None else mask & (distance > -window) for window in windows}

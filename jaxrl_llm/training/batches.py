@@ -270,8 +270,16 @@ class Batches:
 
     def describe(self, step: int) -> str:
         """Return the lines or rows of the records of a step's batch, in words."""
-        numbers = [str(self.data.numbers[self.data.records[place]]) for place in self.order(step)]
+        return self.named(self.order(step))
+
+    def named(self, places: Sequence[int]) -> str:
+        """Return the lines or rows of the records of these rows, in words."""
+        numbers = [str(self.data.numbers[self.data.records[place]]) for place in places]
         return f"{self._unit}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+
+    def sequence_lengths(self) -> list[list[int]]:
+        """Return the tokens of each sequence of each row."""
+        return [self.rows(place).lengths for place in range(len(self))]
 
     def tokens(self, steps: int) -> int:
         """Return the number of real tokens of the first n steps, in all their sequences."""

@@ -199,6 +199,10 @@ class OfflineConfig(Config):
 
     eval_data: DataOption = None
     """Held-out data of the same format, for the held-out loss."""
+    packing: bool = False
+    """Put several examples into each row, each read as if it stood alone, so that little is padding. batch_size then
+    counts rows of max_length tokens, by default 1024 or those of the longest example; of preferences and rankings, bins
+    of as many such rows as an example has completions."""
     lora_dropout: float = number(0.0, 0, 1)
     """Share of the inputs of adapters that training drops, for each token anew."""
 

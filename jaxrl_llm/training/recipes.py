@@ -30,6 +30,7 @@ from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training.batches import KINDS, Batches, Encoder, TooFew, show_mask
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
+from jaxrl_llm.training.packing import PackedBatches
 from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import (
@@ -289,8 +290,16 @@ def _as_json(value: Any) -> Any:
 
 
 def batches_of(
-    run: Run, data: Data, kind: str, *, batch_size: int, room: int = 0, name: str = "data", fields: bool = False
-) -> tuple[Batches, records.Records]:
+    run: Run,
+    data: Data,
+    kind: str,
+    *,
+    batch_size: int,
+    room: int = 0,
+    name: str = "data",
+    fields: bool = False,
+    packing: bool = False,
+) -> tuple[Batches | PackedBatches, records.Records]:
     """Return a data loader with its records, and print what was skipped, truncated, padded and left out.
 
     Raises:
@@ -303,7 +312,7 @@ def batches_of(
             found,
             KINDS[kind],
             encoder,
-            batch_size=batch_size,
+            batch_size=1 if packing else batch_size,
             seed=config.seed,
             room=room,
             vocab_size=run.lm.vocab_size,
@@ -317,12 +326,21 @@ def batches_of(
         raise ValueError(
             f"{found.source} has {have}: batch_size must be at most {error.count * each}, but is {config.batch_size}."
         ) from error
-    left, made = batches.order.left_over, batches.data
+    loader, packed = batches, ""
+    if packing:
+        size = {"length": config.max_length, "batch_size": batch_size, "seed": config.seed}
+        try:
+            loader = PackedBatches(batches, **size)
+        except ValueError as error:
+            raise ValueError(f"{found.source}: {error}") from error
+        packed = f", packed into {len(loader.order.all) * loader.order.rows} rows of {loader.length} tokens"
+    left, made = loader.order.left_over, batches.data
     run.say(
         f"{found.source}: {len(batches)} records, {len(found.bad_lines)} bad {found.unit}s skipped, "
         + (f"{len(made.too_long)} too long {found.unit}s skipped, " if config.cut == "skip" else "")
         + f"{made.cut_prompts} prompts and {made.cut_completions} completions truncated"
-        + (f", {batches.pad_waste:.0%} padding" if batch_size > 1 else "")
+        + packed
+        + (f", {loader.pad_waste:.0%} padding" if batch_size > 1 or packing else "")
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
@@ -335,7 +353,7 @@ def batches_of(
     _report_skipped(run, found, [*found.bad_lines, *made.too_long])
     if config.show_mask and name in ("data", "prompts"):
         run.say(show_mask(run.loaded.tokenizer, batches.rows(0)))
-    return batches, found
+    return loader, found
 
 
 def _report_skipped(run: Run, found: records.Records, skipped: list[records.BadLine]) -> None:
@@ -501,7 +519,10 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     Args:
         samples: report a sample of the model's text with each checkpoint.
     """
-    batches, found = batches_of(run, data, objective.kind, batch_size=run.config.batch_size, fields=objective.fields)
+    if run.config.packing and getattr(objective.loss, "needs_whole_batch", False):
+        raise ValueError("packing must be False for a loss that compares all examples of a batch, but is True.")
+    options = {"fields": objective.fields, "packing": run.config.packing}
+    batches, found = batches_of(run, data, objective.kind, batch_size=run.config.batch_size, **options)
     run = _counted(run, batches)
     config: OfflineConfig = run.config
     rate, optimizer = optimizer_for(config, config.steps)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,14 +17,18 @@ from jaxrl_llm.data.records import Fields, Text
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.objectives import reward_model
-from jaxrl_llm.scoring import Sequences, rows_of
+from jaxrl_llm.scoring import Packed, Sequences, by_text, rows_of
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
 
 class RankedBatch(NamedTuple):
-    """K completions of each of N prompts. A pair, K = 2, has the ranks 0 (chosen) and 1 (rejected)."""
+    """K completions of each of N prompts. A pair, K = 2, has the ranks 0 (chosen) and 1 (rejected).
 
-    completions: Sequences  # leaves [prompts, K, time]
+    Packed completions have leaves [bins, K, time]: of prompt j of a bin, completion k is text j K + k, in any of the
+    bin's rows. Ranks are then [bins, prompts, K].
+    """
+
+    completions: Sequences | Packed  # leaves [prompts, K, time]
     ranks: Int[Array, "prompts K"]  # 0 is best, equal ranks are ties
     real: Bool[Array, "prompts K"]  # false where a prompt has fewer completions
     margins: Float[Array, "prompts K"] | None = None  # completion i should lead j by margins[i] − margins[j]
@@ -44,15 +51,17 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0, margin_scale: float
     """
 
     def loss(params: Params, batch: RankedBatch, frozen: Frozen | None, key: Array) -> Loss:
-        scores = _scores(head, params, batch.completions)
+        scores = _scores(head, params, batch)
+        batch = jax.tree.map(lambda leaf: leaf.reshape(scores.shape), batch._replace(completions=None))
         led = scores if batch.margins is None else scores - margin_scale * batch.margins
         per_prompt = reward_model.k_choose_2_loss(led, batch.ranks, batch.real)
         pairs = _ordered_pairs(batch)
-        value = per_prompt.mean()
+        prompts = batch.real.any(axis=1).sum()  # packed bins have free places, of loss 0
+        value = per_prompt.sum() / jnp.maximum(prompts, 1)
         if centering:
             first, second = jnp.broadcast_arrays(scores[:, :, None], scores[:, None, :])
             squares = jnp.where(pairs, reward_model.centering_loss(first, second, coefficient=centering), 0)
-            value += (squares.sum(axis=(1, 2)) / jnp.maximum(pairs.sum(axis=(1, 2)), 1)).mean()
+            value += (squares.sum(axis=(1, 2)) / jnp.maximum(pairs.sum(axis=(1, 2)), 1)).sum() / jnp.maximum(prompts, 1)
         lead = scores[:, :, None] - scores[:, None, :]
         metrics = {
             "accuracy": _mean((lead > 0) + (lead == 0) / 2, pairs),
@@ -60,14 +69,22 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0, margin_scale: float
             "score": _mean(scores, batch.real),
         }
         weights = {"accuracy": pairs.sum(), "margin": pairs.sum(), "score": batch.real.sum()}
-        return Loss(value, scores.shape[0], metrics, weights)
+        return Loss(value, prompts, metrics, weights)
 
     return loss
 
 
-def _scores(head: ScalarHead, params: Params, completions: Sequences) -> Float[Array, "prompts K"]:
+def _scores(head: ScalarHead, params: Params, batch: RankedBatch) -> Float[Array, "prompts K"]:
+    completions = batch.completions
     flat = rows_of(completions)
-    return head.scores(params, flat.tokens, mask=flat.mask).reshape(completions.tokens.shape[:-1])
+    if not isinstance(completions, Packed):
+        return head.scores(params, flat.tokens, mask=flat.mask).reshape(batch.ranks.shape)
+    values = head.values(params, flat.tokens, flat.mask, flat.segments)
+    spread = functools.partial(by_text, packed=completions, count=math.prod(batch.ranks.shape[1:]))
+    shape = completions.mask.shape
+    values, real = (spread(each.reshape(shape)) for each in (values, flat.mask.astype(jnp.int32)))
+    last = jnp.maximum(real.sum(axis=-1, keepdims=True) - 1, 0)
+    return jnp.take_along_axis(values, last, axis=-1).reshape(-1, batch.ranks.shape[-1])
 
 
 def _ordered_pairs(batch: RankedBatch) -> Bool[Array, "prompts K K"]:
