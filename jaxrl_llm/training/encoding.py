@@ -447,9 +447,14 @@ class Rows(NamedTuple):
     masks: Sequence[list[bool]] = ()  # of each completion, the tokens that are trained on; empty: all
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each of its sequences: the prompt with each completion, or the prompt alone."""
+        return [len(self.prompt) + len(each) for each in self.completions or [[]]]
+
+    @property
     def length(self) -> int:
-        """Tokens of the longest of its sequences: the prompt with a completion, or the prompt alone."""
-        return len(self.prompt) + max(map(len, self.completions), default=0)
+        """Tokens of the longest of its sequences."""
+        return max(self.lengths)
 
 
 class Tokenised(NamedTuple):
