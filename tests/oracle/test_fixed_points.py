@@ -105,11 +105,11 @@ def gain_left(logits, ref, values):
 def fixed_points(count=1500):
     """Of each expected update on every table, from the reference; with and without a penalty."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, count))
-    kinds = {(*each.items(), ("beta", beta)): None for each in EXPECTED.values() for beta in (BETA, 0.0)}
+    kinds = dict.fromkeys(tuple(each.items()) for each in EXPECTED.values())
 
-    def ended(ref, values):
+    def ended(beta, ref, values):
         def of(kind):
-            slope = jax.grad(functools.partial(expected_loss, ref=ref, values=values, **dict(kind)))
+            slope = jax.grad(functools.partial(expected_loss, ref=ref, values=values, beta=beta, **dict(kind)))
 
             def advance(carry, _):
                 logits, state = carry
@@ -121,12 +121,12 @@ def fixed_points(count=1500):
 
         return [of(kind) for kind in kinds]
 
-    found = jax.jit(jax.vmap(ended))(*tables())
+    found = jax.jit(jax.vmap(jax.vmap(ended, (None, 0, 0)), (0, None, None)))(jnp.asarray([BETA, 0.0]), *tables())
     return {kind: jax.tree.map(np.asarray, each) for kind, each in zip(kinds, found, strict=True)}
 
 
 def fixed_point(name, beta):
-    return fixed_points()[(*EXPECTED[name].items(), ("beta", beta))]
+    return jax.tree.map(lambda leaf: leaf[int(beta == 0)], fixed_points()[tuple(EXPECTED[name].items())])
 
 
 # The methods against it -----------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_the_first_update_is_linear_in_beta(kl):
 
 def steps_to_half(name, **changes):
     """The median step at which the mean reward passes ½, of 8 runs for each β, where 1 of 180 completions is right."""
-    lm, betas = TabularLM(3, 4), jnp.asarray([0.0, 1e-3, 0.01, 0.05])
+    lm, betas = TabularLM(3, 4), jnp.asarray([0.0, 1e-3, 0.05])
     ref = lm.init(jax.random.key(7))
     chances = jnp.exp(oracle.sequence_log_probs(lm, ref))
     right = oracle.enumerate_sequences(lm)[jnp.abs(chances - 1 / 180).argmin()]
@@ -222,11 +222,11 @@ def steps_to_half(name, **changes):
             )
             return state, metrics["reward"]
 
-        return steps.whole_run(lambda key: steps.initial_state(ref, optimizer, key), advance, steps=160)(key)[1]
+        return steps.whole_run(lambda key: steps.initial_state(ref, optimizer, key), advance, steps=130)(key)[1]
 
     keys = jax.random.split(KEY, 8)
     curves = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(betas, keys)
-    return np.median((curves > 0.5).argmax(axis=2) + 160 * (curves <= 0.5).all(axis=2), axis=1)
+    return np.median((curves > 0.5).argmax(axis=2) + 130 * (curves <= 0.5).all(axis=2), axis=1)
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param({"kl": "reward"}, marks=pytest.mark.slow)])
