@@ -194,7 +194,8 @@ def test_further_fields_are_kept_and_contradict_nothing(tmp_path, tokenizer):
     config |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float16"}
     models.save(tmp_path / "model", LMS["gpt2"], random_params(LMS["gpt2"]), tokenizer, config=config)
     written = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert (written["eos_token_id"], written["summary_type"]) == ([1, 2], "mean")
+    ends = sorted({tokenizer.eos_token_id, 1, 2})  # the tokenizer's EOS is that of the texts it encodes
+    assert (written["eos_token_id"], written["summary_type"]) == (ends, "mean")
     assert (written["n_embd"], written["model_type"], written["dtype"]) == (12, "gpt2", "float32")
     assert "rope_scaling" not in written and "torch_dtype" not in written
 
@@ -243,7 +244,7 @@ def test_an_interrupted_save_leaves_nothing_half_written_and_the_model_that_was_
         for folder in (new, old):
             with pytest.raises(OSError, match="No space left"):
                 models.save(folder, LMS["gpt2"], jax.tree.map(jnp.zeros_like, params))
-    assert {path.name for path in new.iterdir()} == {"model.safetensors.partial"}
+    assert not list(new.iterdir())
     with pytest.raises(FileNotFoundError, match=r"must be a folder in Hugging Face format, but has no config\.json"):
         models.load(new)
     assert_equal_bits(models.load(old).params, params)
