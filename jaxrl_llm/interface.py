@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import math
 import numbers
 import os
@@ -34,6 +33,7 @@ from jaxrl_llm.decoding import tree
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
+from jaxrl_llm.models.heads import is_reward
 from jaxrl_llm.options import takes
 from jaxrl_llm.plots import interactive, style
 from jaxrl_llm.plots.attention import attention_figure
@@ -102,7 +102,7 @@ class TextTree:
 
     def plot(self) -> Figure:
         """Draw the tree; a notebook shows the figure."""
-        return _shown(tree_figure(self.described, model=self.model))
+        return style.shown(tree_figure(self.described, model=self.model))
 
     def __repr__(self) -> str:
         leaves = len(self.tree.leaves())
@@ -127,7 +127,7 @@ class TextAttention:
         Args:
             layer, head: counted from 0, or from −1 backwards.
         """
-        return _shown(attention_figure(self.maps, layer=layer, head=head, model=self.model))
+        return style.shown(attention_figure(self.maps, layer=layer, head=head, model=self.model))
 
     def __repr__(self) -> str:
         layers, heads, queries, keys = self.weights.shape
@@ -146,7 +146,7 @@ class TextLandscape:
 
     def plot(self) -> Figure:
         """Draw the surface; a notebook shows the figure."""
-        return _shown(landscape_figure(self.surface, model=self.model))
+        return style.shown(landscape_figure(self.surface, model=self.model))
 
     def html(self) -> str:
         """Return a self-contained page with an interactive 3-D plot (needs the extra `interactive`)."""
@@ -631,7 +631,7 @@ class LM:
             return list(completion)
         if self._translates:
             return translation.known_tokens(self._require_tokenizer(), completion, name=f"completion {index}")
-        return self._require_tokenizer()(completion, add_special_tokens=False)["input_ids"]
+        return text.continuations(self._require_tokenizer(), [completion])[0]
 
     def _task(self, rows: Sequence[Sequence[int]]) -> Conditional:
         """The model with the prompts; of an encoder-decoder, with the encoded sources."""
@@ -772,7 +772,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None) -> LM:
             it is a reward model (`jl.train.RewardModel.load`).
     """
     loaded = models.load(path_or_name, dtype=dtype)
-    if str((loaded.config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+    if is_reward(loaded.config):
         raise ValueError(f"{path_or_name} is a reward model: load it with jl.train.RewardModel.load.")
     name = os.fspath(path_or_name)
     return LM(loaded, name, path=name)
@@ -827,17 +827,3 @@ def _rounded(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return str(count)
-
-
-def _shown(figure: Figure) -> Figure:
-    """Make a figure without pyplot show itself in a notebook, once."""
-
-    def png() -> tuple[bytes, dict[str, int]]:
-        buffer = io.BytesIO()
-        with style.look():
-            figure.savefig(buffer, format="png", dpi=style.DPI)
-        width, height = (round(100 * inches) for inches in figure.get_size_inches())  # on the screen; dpi make it crisp
-        return buffer.getvalue(), {"width": width, "height": height}
-
-    figure._repr_png_ = png
-    return figure

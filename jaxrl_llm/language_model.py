@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, Protocol
 
 import jax
@@ -68,6 +69,9 @@ class LanguageModel(Protocol):
     tokens, a decoding step a call with one. `mask` is false at padding, on either side. Tokens at padding have no
     effect elsewhere, and outputs at padding are undefined; only a model with `min_prompt_length` 0 returns there the
     hidden state of the tokens before (of the empty sequence, if there are none).
+
+    A row may hold several texts, one after the other, of which each is read as if it stood alone: `segments` numbers
+    the text of every token, padding included, and never falls along a row. A cache takes one text a row.
     """
 
     vocab_size: int
@@ -87,6 +91,7 @@ class LanguageModel(Protocol):
         cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
         """Return the last hidden state at each token, and the cache with the tokens appended."""
 
@@ -100,10 +105,32 @@ class LanguageModel(Protocol):
         cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time vocab"], Cache | None]:
         """Return `logits` of `hidden`: at each token the logits of the next one."""
-        hidden, cache = self.hidden(params, tokens, cache, mask=mask)
+        hidden, cache = self.hidden(params, tokens, cache, mask=mask, **several_texts(self, segments))
         return self.logits(params, hidden), cache
+
+
+def several_texts(lm: LanguageModel, segments: Array | None) -> dict[str, Array]:
+    """Return `segments` as the keyword arguments of `lm.hidden`: none if there are no segments.
+
+    Raises:
+        ValueError: if there are, and the model reads one text a row.
+    """
+    if segments is None:
+        return {}
+    if "segments" not in inspect.signature(lm.hidden).parameters:
+        raise ValueError(
+            f"a model of packed rows must take segments, but {type(lm).__name__} reads one text a row: "
+            "train it without packing."
+        )
+    return {"segments": segments}
+
+
+def segment_starts(segments: Int[Array, "batch time"]) -> Bool[Array, "batch time"]:
+    """Return where a segment follows another one in its row."""
+    return (segments != jnp.roll(segments, 1, axis=1)) & (jnp.arange(segments.shape[1]) > 0)
 
 
 def params_dtype(params: Params) -> jnp.dtype:
@@ -112,12 +139,18 @@ def params_dtype(params: Params) -> jnp.dtype:
 
 
 def check_tokens(
-    lm: LanguageModel, tokens: Array, mask: Array | None, cache: Cache | None = None, *, name: str = "tokens"
+    lm: LanguageModel,
+    tokens: Array,
+    mask: Array | None,
+    cache: Cache | None = None,
+    *,
+    segments: Array | None = None,
+    name: str = "tokens",
 ) -> None:
     """Check that tokens are valid input of `lm`.
 
     Rank, dtype and mask shape are always checked. Values are checked unless they are traced: ids must be in the
-    vocabulary, and rows, with the tokens in the cache, must fit the context.
+    vocabulary, and rows, with the tokens in the cache, must fit the context; of rows with segments, each segment.
 
     Raises:
         ValueError: naming what is wrong.
@@ -126,7 +159,12 @@ def check_tokens(
         raise ValueError(f"{name} must be integers [batch, time], but is {tokens.dtype}{list(tokens.shape)}.")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
         raise ValueError(f"the mask of {name} must be bool{list(tokens.shape)}, but is {mask.dtype}{list(mask.shape)}.")
-    readable = all(is_concrete(each) for each in (tokens, mask, None if cache is None else cache.valid))
+    if segments is not None and cache is not None:
+        raise ValueError("segments must be None with a cache, which takes one text a row.")
+    if segments is not None and (segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer)):
+        found = f"{segments.dtype}{list(segments.shape)}"
+        raise ValueError(f"the segments of {name} must be integers {list(tokens.shape)}, but are {found}.")
+    readable = all(is_concrete(each) for each in (tokens, mask, segments, None if cache is None else cache.valid))
     if not readable or tokens.size == 0:
         return
     real = np.asarray(tokens) if mask is None else np.asarray(tokens)[np.asarray(mask)]
@@ -135,10 +173,28 @@ def check_tokens(
             f"{name} must lie in [0, {lm.vocab_size}), the model's vocabulary, "
             f"but range from {real.min()} to {real.max()}."
         )
+    if segments is not None:
+        _check_segments(
+            lm, np.ones(tokens.shape, bool) if mask is None else np.asarray(mask), np.asarray(segments), name
+        )
+        return
     held = 0 if cache is None else np.asarray(cache.valid).sum(axis=1)
     lengths = np.atleast_1d(held + (tokens.shape[1] if mask is None else np.asarray(mask).sum(axis=1)))
     if lengths.max() > lm.max_length:
         raise ValueError(
             f"row {lengths.argmax()} of {name} comes to {lengths.max()} tokens, "
+            f"which do not fit the model's context of {lm.max_length}."
+        )
+
+
+def _check_segments(lm: LanguageModel, mask: np.ndarray, segments: np.ndarray, name: str) -> None:
+    falls = (np.diff(segments, axis=1) < 0).any(axis=1)
+    if falls.any():
+        raise ValueError(f"the segments of {name} must never fall along a row, but do in row {falls.argmax()}.")
+    texts, lengths = np.unique(np.stack([np.nonzero(mask)[0], segments[mask]]), axis=1, return_counts=True)
+    if lengths.size and lengths.max() > lm.max_length:
+        row, segment = texts[:, lengths.argmax()]
+        raise ValueError(
+            f"segment {segment} in row {row} of {name} has {lengths.max()} tokens, "
             f"which do not fit the model's context of {lm.max_length}."
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm import text
-from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
+from jaxrl_llm.language_model import LanguageModel, Params, check_tokens, segment_starts, several_texts
 from jaxrl_llm.numerics import is_concrete
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
@@ -27,21 +27,39 @@ class Sequences(NamedTuple):
 
     tokens: Int[Array, "*batch time"]
     mask: Bool[Array, "*batch time"]  # real tokens
-    completion_mask: Bool[Array, "*batch time"]  # tokens that are scored and trained on: the completion's, with EOS
+    completion_mask: Bool[
+        Array, "*batch time"
+    ]  # scored and trained on: those of the completion, with EOS; not always one run
+
+
+class Packed(NamedTuple):
+    """Several texts in each row, read as if each stood in a row of its own. Further axes may precede `time`."""
+
+    tokens: Int[Array, "*batch time"]
+    mask: Bool[Array, "*batch time"]
+    completion_mask: Bool[Array, "*batch time"]
+    segments: Int[Array, "*batch time"]  # the number of each token's text, padding included; it never falls in a row
 
 
 def pad_completions(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, multiple: int = 1, length: int = 0
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    masks: Sequence[Sequence[bool]] | None = None,
+    multiple: int = 1,
+    length: int = 0,
 ) -> Sequences:
     """Return prompts with their completions as one batch, padded on the right.
 
     Args:
         prompts, completions: ragged rows of token ids, one completion a prompt.
+        masks: of each completion, the tokens that count, such as the assistant's; None: all of them.
         multiple: the padded length is a multiple of it, so that few shapes are compiled.
         length: the padded length is at least this.
 
     Raises:
-        ValueError: if there are none, prompts and completions differ in number, or a completion is empty.
+        ValueError: if there are none, prompts and completions differ in number, a completion is empty, or a mask has
+            another length.
     """
     if not completions or len(prompts) != len(completions):
         raise ValueError(
@@ -53,7 +71,12 @@ def pad_completions(
     length = -(-max(length, *map(len, rows), 1) // multiple) * multiple
     tokens, mask = text.right_pad(rows, length=length)
     starts = np.asarray([*map(len, prompts)])[:, None]
-    return Sequences(tokens, mask, mask & (np.arange(length) >= starts))
+    completion_mask = mask & (np.arange(length) >= starts)
+    if masks is not None:
+        if [*map(len, masks)] != [*map(len, completions)]:
+            raise ValueError("masks must have one value for each token of the completions, but have other lengths.")
+        completion_mask[completion_mask] = [each for row in masks for each in row]
+    return Sequences(tokens, mask, completion_mask)
 
 
 def check_sequences(lm: LanguageModel, sequences: Sequences, *, name: str = "sequences") -> None:
@@ -82,7 +105,7 @@ def check_sequences(lm: LanguageModel, sequences: Sequences, *, name: str = "seq
         )
 
 
-def rows_of(sequences: Sequences) -> Sequences:
+def rows_of(sequences: Sequences | Packed) -> Sequences | Packed:
     """Return the same rows along one batch axis."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), sequences)
 
@@ -100,7 +123,7 @@ def stacked(*parts: Sequences) -> Sequences:
 
 
 def log_probs(
-    lm: LanguageModel, params: Params, sequences: Sequences, *, temperature: float | Array = 1.0
+    lm: LanguageModel, params: Params, sequences: Sequences | Packed, *, temperature: float | Array = 1.0
 ) -> Float[Array, "batch time"]:
     """Return the log-probability of each completion token given the tokens before it, in nats; 0 elsewhere.
 
@@ -117,6 +140,21 @@ def log_probs(
     tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
     found = by_chunks(of_chunk, lm.vocab_size, hidden, tokens)
     return jnp.where(sequences.completion_mask, found, 0)
+
+
+def log_probs_and_entropy(
+    lm: LanguageModel, params: Params, sequences: Sequences, *, temperature: float | Array = 1.0
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+    """Return `log_probs`, and the entropy of each next-token distribution in nats; both 0 outside of completions."""
+
+    def of_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
+        logits = lm.logits(params, hidden) / temperature
+        return token_log_probs(logits, tokens), entropy(logits)
+
+    hidden = hidden_before(lm, params, sequences)
+    tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
+    found = by_chunks(of_chunk, lm.vocab_size, hidden, tokens)
+    return jax.tree.map(lambda leaf: jnp.where(sequences.completion_mask, leaf, 0), found)
 
 
 class Measures(NamedTuple):
@@ -247,15 +285,41 @@ def bits_per_byte(total_nats: float, num_bytes: int) -> float:
     return float(total_nats) / (num_bytes * math.log(2))
 
 
-def hidden_before(lm: LanguageModel, params: Params, sequences: Sequences) -> Float[Array, "batch time width"]:
-    """Return the hidden state that predicts each token; of models that need a prompt, the first one is 0."""
+def hidden_before(lm: LanguageModel, params: Params, sequences: Sequences | Packed) -> Float[Array, "batch time width"]:
+    """Return the hidden state that predicts each token.
+
+    Of models that need a prompt, that of a row's first token is 0, and that of a further segment's has no meaning.
+
+    Raises:
+        ValueError: if the rows are packed and the model reads one text a row.
+    """
     tokens, mask = sequences.tokens, sequences.mask
+    segments = sequences.segments if isinstance(sequences, Packed) else None
     if lm.min_prompt_length:
-        hidden, _ = lm.hidden(params, tokens[:, :-1], mask=mask[:, :-1])
+        texts = several_texts(lm, None if segments is None else segments[:, :-1])
+        hidden, _ = lm.hidden(params, tokens[:, :-1], mask=mask[:, :-1], **texts)
         return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
     before = ((0, 0), (1, 0))  # padding has the state of the tokens before it; without any, that of the empty prefix
-    hidden, _ = lm.hidden(params, jnp.pad(tokens[:, :-1], before), mask=jnp.pad(mask[:, :-1], before))
+    tokens, mask = jnp.pad(tokens[:, :-1], before), jnp.pad(mask[:, :-1], before)
+    if segments is not None:
+        mask &= ~segment_starts(segments)  # the first token of a segment follows none
+    hidden, _ = lm.hidden(params, tokens, mask=mask, **several_texts(lm, segments))
     return hidden
+
+
+def by_text(
+    per_token: Float[Array, "batch row time"], packed: Packed, *, count: int
+) -> Float[Array, "batch text time"]:
+    """Return the values of the texts 0 to count − 1 of each batch, each text in a row of its own, padded by 0.
+
+    Args:
+        packed: leaves [batch, row, time]; the rows of a batch number their texts together, and a text is in one row.
+    """
+    batch, _, time = per_token.shape
+    first = jnp.where(segment_starts(rows_of(packed).segments), jnp.arange(time), 0)
+    place = jnp.arange(time) - jax.lax.cummax(first, axis=1).reshape(per_token.shape)
+    found = jnp.zeros((batch, count, time), per_token.dtype)
+    return found.at[jnp.arange(batch)[:, None, None], packed.segments, place].add(per_token, mode="drop")
 
 
 def by_chunks(function: Callable[..., Out], vocab_size: int, *arrays: Array) -> Out:

@@ -56,18 +56,21 @@ class TabularLM(language_model.LanguageModel):
         cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time vocab"], Cache | None]:
-        language_model.check_tokens(self, tokens, mask, cache)
+        language_model.check_tokens(self, tokens, mask, cache, segments=segments)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        starts = language_model.segment_starts(jnp.zeros_like(tokens) if segments is None else segments)
         start = self.init_cache(tokens.shape[0], 0).memory if cache is None else cache.memory
 
-        def read(prefix: tuple[Array, Array], column: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-            (count, number), (token, valid) = prefix, column
+        def read(prefix: tuple[Array, Array], column: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+            token, valid, starts = column
+            count, number = (jnp.where(starts, 0, each) for each in prefix)
             count = jnp.where(valid, count + 1, count)
             number = jnp.where(valid, number * self.vocab_size + token, number)
             return (count, number), self._row(params, count, number)
 
-        columns = (tokens.T.astype(jnp.int32), mask.T)
+        columns = (tokens.T.astype(jnp.int32), mask.T, starts.T)
         prefix, rows = jax.lax.scan(read, start, columns)
         if cache is not None:
             cache = dataclasses.replace(cache.append(mask), memory=prefix)

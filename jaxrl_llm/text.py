@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,10 +29,155 @@ def encode(
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return rendered_tokens(tokenizer, render(tokenizer, messages, generation=True) + _plain(lead))
     check_characters(prompt, "the prompt")
-    tokens = tokenizer(prompt + lead)["input_ids"]
-    if not tokens and tokenizer.bos_token_id is None:
+    return _begun(tokenizer, prompt + lead, tokenizer(prompt + lead)["input_ids"])
+
+
+def encode_each(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Return `encode` of many prompts in one call of the tokenizer, which is much faster.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    return [_begun(tokenizer, *each) for each in zip(prompts, ids(tokenizer, prompts), strict=True)]
+
+
+def _begun(tokenizer: Any, prompt: str, tokens: list[int]) -> list[int]:
+    """Return the tokens of a prompt with one BOS, though both its text and the tokenizer begin with it."""
+    bos = tokenizer.bos_token_id
+    if not tokens and bos is None:
         raise ValueError("the prompt is empty, and the tokenizer has no BOS token to start a text with.")
-    return tokens or [tokenizer.bos_token_id]
+    if bos is not None and tokens[:2] == [bos, bos] and not prompt.startswith(2 * tokenizer.bos_token):
+        return tokens[1:]
+    return tokens or [bos]
+
+
+def continuations(tokenizer: Any, strings: Sequence[str], **options: Any) -> list[list[int]]:
+    """Return the tokens of texts that continue others: without the space that SentencePiece puts before a text.
+
+    Args:
+        options: of the tokenizer's call.
+    """
+    if not strings or not _puts_space(tokenizer):
+        return ids(tokenizer, strings, add_special_tokens=False, **options)
+    found = ids(tokenizer, [ANCHOR, *(ANCHOR + each for each in strings)], add_special_tokens=False, **options)
+    before = found[0]
+    return [tokens[len(before) :] if tokens[: len(before)] == before else tokens for tokens in found[1:]]
+
+
+ANCHOR = "\n"  # a text that no SentencePiece token joins with what follows it
+
+
+def ids(tokenizer: Any, strings: Sequence[str], **options: Any) -> list[list[int]]:
+    """Return the tokens of texts, in one call of a tokenizer that takes lists.
+
+    Args:
+        options: of the tokenizer's call.
+    """
+    if not getattr(tokenizer, "is_fast", False) or options.keys() - {"add_special_tokens"}:
+        return [tokenizer(each, **options)["input_ids"] for each in strings]
+    return [each.ids for each in _backend(tokenizer).encode_batch_fast(list(strings), **options)]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return the tokenizer's own implementation, which is without transformers' work on each text."""
+    tokenizer("")  # sets truncation, padding and special tokens as for any call
+    return tokenizer.backend_tokenizer
+
+
+def _puts_space(tokenizer: Any) -> bool:
+    """Return True for a tokenizer that puts a space before a text, as SentencePiece does."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return False
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])
+    return bool(first) and str(first[0]).startswith(("▁", "Ġ"))
+
+
+def encode_parts(tokenizer: Any, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Return the tokens of rendered texts, each given in parts, part by part: those of the text as a whole.
+
+    If a token of the whole text would span two parts, the parts before and those after it are encoded by themselves,
+    the latter as `continuations`.
+
+    Args:
+        texts: of `render`, each in one or more parts.
+    """
+    found: list[list[list[int]]] = [[]] * len(texts)
+    simple, wholes = [], []
+    for place, parts in enumerate(texts):
+        if QUOTE[0] in (whole := "".join(parts)):
+            found[place] = _quoted_parts(tokenizer, parts)
+        else:
+            simple.append(place)
+            wholes.append(whole)
+    if wholes and getattr(tokenizer, "is_fast", False):
+        for place, encoding in zip(
+            simple, _backend(tokenizer).encode_batch(wholes, add_special_tokens=False), strict=True
+        ):
+            found[place] = _divided(tokenizer, texts[place], encoding)
+    else:
+        for place, whole in zip(simple, wholes, strict=True):
+            ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+            found[place] = _divided_by_prefixes(tokenizer, texts[place], ids)
+    return found
+
+
+def _quoted_parts(tokenizer: Any, parts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of parts of a rendered text, each encoded by itself, control tokens of messages as words."""
+    found, words = [], False  # words: within a quotation
+    for part in parts:
+        tokens: list[int] = []
+        for index, piece in enumerate(re.split("|".join(QUOTE), part)):
+            words = words != (index > 0)
+            options = {"split_special_tokens": True} if words else {}
+            if not piece:
+                continue
+            if found or tokens:
+                tokens += continuations(tokenizer, [piece], **options)[0]
+            else:
+                tokens += tokenizer(piece, add_special_tokens=False, **options)["input_ids"]
+        found.append(tokens)
+    return found
+
+
+def _divided(tokenizer: Any, parts: Sequence[str], encoding: Any) -> list[list[int]]:
+    ids, cuts = encoding.ids, [0]
+    for count, bound in enumerate(itertools.accumulate(map(len, parts[:-1])), 1):
+        if not parts[count - 1]:
+            cuts.append(cuts[-1])
+            continue
+        place = encoding.char_to_token(bound) if any(parts[count:]) else len(ids)
+        if place is None or (place < len(ids) and _begin(encoding, place) != bound) or _spans(encoding, place, bound):
+            return _separated(tokenizer, parts, count)
+        cuts.append(place)
+    return [ids[start:end] for start, end in itertools.pairwise([*cuts, len(ids)])]
+
+
+def _begin(encoding: Any, place: int) -> int:
+    return encoding.token_to_chars(place)[0]
+
+
+def _spans(encoding: Any, place: int, bound: int) -> bool:
+    return place > 0 and encoding.token_to_chars(place - 1)[1] > bound
+
+
+def _divided_by_prefixes(tokenizer: Any, parts: Sequence[str], ids: list[int]) -> list[list[int]]:
+    """Divide tokens without their places in the text: the tokens of each beginning must begin those of the whole."""
+    cuts = [0]
+    for count in range(1, len(parts)):
+        before = tokenizer("".join(parts[:count]), add_special_tokens=False)["input_ids"]
+        if ids[: len(before)] != before:
+            return _separated(tokenizer, parts, count)
+        cuts.append(len(before))
+    cuts.append(len(ids))
+    return [ids[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def _separated(tokenizer: Any, parts: Sequence[str], count: int) -> list[list[int]]:
+    """Return the tokens of the first parts and, encoded by themselves, of those that continue them."""
+    before = encode_parts(tokenizer, [parts[:count]])[0]
+    if parts[0] == ANCHOR or not _puts_space(tokenizer):  # an anchor that joins with what follows is no use
+        return before + encode_parts(tokenizer, [parts[count:]])[0]
+    return before + encode_parts(tokenizer, [[ANCHOR, *parts[count:]]])[0][1:]
 
 
 def check_characters(string: str, name: str) -> None:
@@ -46,42 +193,102 @@ def check_characters(string: str, name: str) -> None:
 QUOTE = ("\ue0f0", "\ue0f1")  # private characters, around a control token that stands in a message
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation: bool, **options: Any) -> str:
     """Return a conversation in the chat template, with control tokens inside of messages quoted.
 
     Args:
         generation: end with the beginning of the assistant's turn.
+        options: further variables of the template, such as `tools`.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or its template refuses the conversation.
+        ValueError: if the tokenizer has no chat template, or its template refuses the conversation or does not read
+            an option.
     """
-    from jinja2.exceptions import TemplateError
-
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if not template:
         raise ValueError("this model has no chat template: it is not an instruct model.")
-    quoted = [_quoted(tokenizer, dict(message)) for message in messages]
+    for name in options:
+        if name not in str(template):
+            raise ValueError(f"{name} must be left out, as the chat template does not read it.")
+    control = control_tokens(tokenizer)
+    quoted = [_quoted(control, dict(message)) for message in messages]
+    options = {name: _quoted(control, value) for name, value in options.items()}
     try:
-        return tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=generation)
-    except (TemplateError, TypeError) as error:  # TypeError: as of a field that is undefined and added to a string
-        raise ValueError(f"the chat template: {str(error).splitlines()[0]}") from error
+        return tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=generation, **options)
+    except Exception as error:  # a template is a program: jinja2's errors, and Python's as of adding None to a string
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the chat template: {reason}") from error
 
 
 def rendered_tokens(tokenizer: Any, string: str) -> list[int]:
     """Return the tokens of a text of `render`: control tokens are those of the template, not those of the messages."""
-    tokens = []
-    for index, part in enumerate(re.split("|".join(QUOTE), string)):  # every second part was quoted
-        options = {"split_special_tokens": True} if index % 2 else {}
-        tokens += tokenizer(part, add_special_tokens=False, **options)["input_ids"] if part else []
-    return tokens  # the template has written BOS itself
+    return _quoted_parts(tokenizer, [string])[0]  # the template has written BOS itself
 
 
-def _quoted(tokenizer: Any, value: Any) -> Any:
+def whole(
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    completion: str | Sequence[Mapping[str, Any]],
+    **options: Any,
+) -> list[int]:
+    """Return the tokens of a prompt with its completion, read as one text: the tokens that a reward model scores.
+
+    Of strings they are `tokenizer(prompt + completion)` with EOS at the end. Of messages they are all that the chat
+    template writes, with what follows the end of the last turn, such as a newline, and nothing more.
+
+    Args:
+        options: variables of the chat template, such as `tools`.
+
+    Raises:
+        ValueError: if the chat template refuses the conversation, or there is none; if strings need an EOS token and
+            there is none.
+    """
+    if not isinstance(completion, str):
+        return rendered_tokens(tokenizer, render(tokenizer, [*prompt, *completion], generation=False, **options))
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer must have an EOS token, which ends texts, but has none.")
+    tokens = _begun(tokenizer, prompt + completion, list(tokenizer(prompt + completion)["input_ids"]))
+    return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Return True if two tokenizers encode texts alike. Their padding tokens and chat templates may differ."""
+    if one is other:
+        return True
+    if one is None or other is None:
+        return False
+    vocabularies = [
+        {token: number for token, number in each.get_vocab().items() if token != each.pad_token}
+        for each in (one, other)
+    ]
+    shared = vocabularies[0].keys() & vocabularies[1].keys()
+    unpaired = (vocabularies[0].keys() ^ vocabularies[1].keys()) - {one.pad_token, other.pad_token}
+    if unpaired or any(vocabularies[0][token] != vocabularies[1][token] for token in shared):
+        return False
+    parts = [_rules(each) for each in (one, other)]
+    return parts[0] == parts[1]
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer does before and beside its vocabulary, as data; nothing is known of slow ones."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    found = json.loads(backend.to_str())
+    found["model"].pop("vocab", None)
+    return {name: found.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")}
+
+
+def _quoted(control: re.Pattern, value: Any) -> Any:
     """Return a part of a message with its texts quoted, those in lists and objects too."""
     if isinstance(value, Mapping):
-        return {name: _quoted(tokenizer, each) for name, each in value.items()}
+        return {name: _quoted(control, each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_quoted(tokenizer, each) for each in value]
-    return _quoted_text(tokenizer, value) if isinstance(value, str) else value
+        return [_quoted(control, each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return control.sub(lambda match: QUOTE[0] + match[0] + QUOTE[1], _plain(value))
 
 
 def _plain(string: str) -> str:
@@ -96,13 +303,16 @@ def control_ids(tokenizer: Any) -> dict[str, int]:
     return ids | {token.content: number for number, token in added.items() if token.special}
 
 
-def _quoted_text(tokenizer: Any, string: str) -> str:
-    control = set(control_ids(tokenizer))
-    string = _plain(string)
-    if not any(token in string for token in control):
-        return string
-    longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
-    return re.sub(longest_first, lambda match: QUOTE[0] + match[0] + QUOTE[1], string)
+def control_tokens(tokenizer: Any) -> re.Pattern:
+    """Return a pattern of the tokenizer's control tokens, such as EOS."""
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    return _control_pattern(tokenizer, size, tuple(tokenizer.all_special_tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _control_pattern(tokenizer: Any, size: int, special: tuple[str, ...]) -> re.Pattern:
+    control = {*control_ids(tokenizer), *special}
+    return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
 
 
 def eos_ids(tokenizer: Any, config: Mapping[str, Any]) -> list[int]:

@@ -6,7 +6,7 @@
 Every trainer takes
 
 * a model: an `LM` (`jl.load`), its name or its path;
-* data: the path of a file of JSON lines, or any iterable of dicts;
+* data: the path of a file (JSON lines, JSON, CSV or Parquet), any iterable of dicts, or a `datasets.Dataset`;
 * options by keyword, or all of them as `config`, a dataclass of `jaxrl_llm.training.config`.
 
 Without `out` nothing is written. With `out`, a folder, a trainer does what `jaxrl-llm train` does: it writes
@@ -17,22 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_llm import models
-from jaxrl_llm.data.records import Text
 from jaxrl_llm.interface import LM
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
 from jaxrl_llm.objectives.preference import kto_loss
 from jaxrl_llm.options import takes
-from jaxrl_llm.scoring import pad_completions
 from jaxrl_llm.training import recipes
-from jaxrl_llm.training.batches import Encoder, rounded
 from jaxrl_llm.training.config import (
     Config,
     Data,
@@ -42,12 +36,11 @@ from jaxrl_llm.training.config import (
     RewardConfig,
     SFTConfig,
 )
-from jaxrl_llm.training.policy import Method
+from jaxrl_llm.training.policy import Method, method_of
 from jaxrl_llm.training.preference import find_loss, preference_loss
-from jaxrl_llm.training.recipes import Objective, Trained
+from jaxrl_llm.training.recipes import Objective
 from jaxrl_llm.training.reward_model import reward_loss
 from jaxrl_llm.training.rewards import function_at
-from jaxrl_llm.training.steps import Frozen, compute_in
 from jaxrl_llm.training.supervised import sft_loss
 
 __all__ = ["RewardModel", "dpo", "grpo", "ppo", "reward", "sft"]
@@ -86,7 +79,8 @@ def sft(
     Args:
         lm: a model (`jl.load`), its name or its path.
         data: a path or dicts, in one of three formats: {"prompt", "completion"} ("answer" is a synonym), {"messages"}
-            that end with the assistant's, or {"text"}. Prompts and completions are strings or lists of messages.
+            that end with the assistant's, or {"text"}. Prompts and completions are strings or lists of messages, of
+            which the assistant's count. ShareGPT's and Alpaca's forms are read too.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -124,8 +118,8 @@ def dpo(
 
     Args:
         lm: a model (`jl.load`), its name or its path.
-        data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Two
-            conversations need no "prompt": it is what they share. For "kto": {"prompt", "completion", "label"}.
+        data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Without
+            "prompt" it is what the two share. For "kto": {"prompt", "completion", "label"}.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -181,15 +175,17 @@ def reward(
 ) -> RewardModel:
     """Train a reward model on preferences or rankings.
 
-        loss = −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts
+        loss = −log σ(r_better − r_worse − margin), the mean over a prompt's pairs, then over prompts
 
         scorer = jl.train.reward("tiny-gpt2", "pairs.jsonl", steps=100)
         scorer.score(["The king"], [" is wise."])
 
     Args:
-        lm: a model (`jl.load`), its name or its path; its weights are trained too.
+        lm: a model (`jl.load`), its name or its path; its weights are trained too. Or a `RewardModel` or its path,
+            whose head is trained further.
         data: a path or dicts, in one of two formats: {"prompt", "chosen", "rejected"}, or {"prompt", "answers"}, best
-            first or with "ranks", 0 for the best.
+            first or with "ranks", 0 for the best. A pair may have a "margin", the lead in score that it asks for (0
+            otherwise); or the margin comes from scores in the data, see `score_margin`.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -211,13 +207,16 @@ def reward(
     config = _configured(RewardConfig, config, options)
     run = recipes.begin(lm, config, out, verbose=verbose)
     head = ScalarHead(run.lm)
-    objective = Objective("reward", reward_loss(head, centering=config.centering), "ranked", ("loss", "accuracy"))
-    view = compute_in(config.dtype) if config.dtype == "bfloat16" else None
-    trained = Trained(head.init(run.keys.head, run.loaded.params), Frozen(), view)
+    kind, scale = ("rated", config.score_margin) if config.score_margin else ("ranked", 1.0)
+    loss = reward_loss(head, centering=config.centering, margin_scale=scale)
+    objective = Objective("reward", loss, kind, ("loss", "accuracy"))
+    trained = recipes.trained_of(run, head=head)
     params = recipes.fit(run, data, objective, trained, samples=False)
-    found = RewardModel(ScalarHead(run.loaded.model), params, run.loaded.tokenizer, run.loaded.config)
+    whole = params | {"model": trained.merged(params["model"])}
+    found = RewardModel(ScalarHead(run.loaded.model), whole, run.loaded.tokenizer, run.loaded.config)
     if run.out is not None:
         found.save(run.out)
+        recipes.save_adapters(run, trained, params["model"], head=params["head"])
         run.say(f"The reward model is in {run.out}.")
     return found
 
@@ -234,8 +233,8 @@ def grpo(
 ) -> LM:
     """Optimise rewards of the model's own completions, by GRPO or another method that compares them in groups.
 
-    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
-    with `kl_loss`.
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss:
+    see `kl`.
 
         jl.train.grpo("tiny-gpt2", [{"prompt": "The king"}] * 4, reward=lambda prompts, completions: [...])
 
@@ -246,9 +245,11 @@ def grpo(
         config: all options in one object.
         verbose: print what is done, with a progress bar.
 
-    `reward` is a function(prompts, completions, **fields) that returns one number for each completion; `fields` are the
-    other entries of the prompts, as lists with a value for each completion, and only those that it has parameters for
-    are given. It may also be a `RewardModel`; `reward_model` is the folder of one.
+    `reward` is a function(prompts, completions, **fields) that returns one number for each completion, or None for one
+    that it does not judge. `prompts` are strings or lists of messages as they were given, `completions` are strings;
+    `fields` are the other entries of the prompts, as lists with a value for each completion, and only those that it has
+    parameters for are given. It may also be a `RewardModel` (`reward_model` is the folder of one), or a list of
+    rewards, which are added with `reward_weights`. `jaxrl_llm.rewards` has rewards that check the right answer.
 
     Options: listed here.
 
@@ -257,14 +258,19 @@ def grpo(
     Returns:
         The trained model. `lm` stays valid.
 
-    Metrics: `reward`, `reward_std`; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions
-    in nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
-    `clip_fraction` over the updates of a step; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`.
+    Metrics: `reward`; `reward_std`, the mean of the groups' standard deviations, and `frac_reward_zero_std`, the share
+    of groups without a difference; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions in
+    nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
+    `clip_fraction` over the updates of a step; `judged`, the share of completions with a reward; of several rewards
+    each, as `reward/name`; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`; with dynamic sampling
+    `redraws`, the further draws of a step; and with `eval_data` `held_out_reward`, of several rewards each by its name,
+    `held_out_kl`, `held_out_length` and `held_out_ended`.
 
     Raises:
         TypeError: if an argument is of the wrong type, or an option is unknown.
         ValueError: for an option out of range or options that do not fit together, malformed prompts (rows and lines
-            are named), rewards that are not one finite number for each completion, or a model that cannot be trained.
+            are named), rewards that are not one finite number or None for each completion, a reward that cannot judge
+            the prompts, or a model that cannot be trained.
         RuntimeError: if the reward function raises.
         FloatingPointError: if a metric becomes infinite or NaN.
     """
@@ -283,8 +289,8 @@ def ppo(
 ) -> LM:
     """Optimise rewards of the model's own completions by PPO, with a critic that is trained beside the policy.
 
-    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
-    with `kl_loss`. `reward` is as in `grpo`.
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss:
+    see `kl`. `reward` is as in `grpo`.
 
         jl.train.ppo("tiny-gpt2", "prompts.jsonl", reward=scorer)
 
@@ -333,14 +339,16 @@ def _online(
         )
         shared = [field.name for field in dataclasses.fields(cls) if field.name in names]
         options |= {name: getattr(method, name) for name in shared}
-    run = recipes.begin(lm, _configured(cls, config, options), out, verbose=verbose)
+    configured = _configured(cls, config, options)
+    method = method_of(configured) if method is None else method
+    run = recipes.begin(lm, configured, out, verbose=verbose)
     return _model(recipes.optimise_rewards(run, prompts, kind, method=method), run)
 
 
 class RewardModel(LoadedReward):
     """A reward model, as `reward` returns it and `RewardModel.load` reads it from a folder.
 
-    It has the attributes `head`, `params`, `tokenizer` and `config`.
+    It has the attributes `head`, `params`, `tokenizer` and `config`, and scores texts by `score`.
     """
 
     @classmethod
@@ -357,56 +365,10 @@ class RewardModel(LoadedReward):
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"RewardModel({type(self.head.lm).__name__}, {size / 1e6:.3g}M parameters)"
 
-    def score(
-        self, prompts: str | Sequence[Text], completions: str | Sequence[Text], *, batch_size: int = 16
-    ) -> float | list[float]:
-        """Return the score of each completion after its prompt, at the completion's last token.
-
-        Args:
-            prompts, completions: one completion for each prompt, strings or lists of messages; a single prompt may have
-                several completions. Two strings give a number.
-            batch_size: rows of one forward pass. Scores do not depend on it, up to rounding.
-
-        Raises:
-            ValueError: unless there is one completion for each prompt, or if a row does not fit the model's context.
-        """
-        if _is_one(completions):
-            return self.score(prompts, [completions], batch_size=batch_size)[0]
-        prompts = [prompts] * len(completions) if _is_one(prompts) else prompts
-        if len(prompts) != len(completions):
-            raise ValueError(
-                f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
-            )
-        encode = Encoder(self.tokenizer, max_length=self.head.lm.max_length, cut="raise")
-        rows = [
-            encode(asked if isinstance(asked, str) else tuple(asked), [each if isinstance(each, str) else tuple(each)])
-            for asked, each in zip(prompts, completions, strict=True)
-        ]
-        found: list[float] = []
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            longest = max(len(row.prompt) + len(row.completions[0]) for row in part)
-            batch = pad_completions(
-                [row.prompt for row in part],
-                [row.completions[0] for row in part],
-                length=min(rounded(longest, 32), self.head.lm.max_length),
-            )
-            scores = _scores(self.head, self.params, jnp.asarray(batch.tokens), jnp.asarray(batch.mask))
-            found += np.asarray(scores, float).tolist()
-        return found
-
     def save(self, folder: Folder) -> None:
         """Write a folder that `load` and transformers load, as `...ForSequenceClassification` with one label."""
-        save_reward_model(folder, self.head, self.params, self.tokenizer)
-
-
-def _is_one(texts: Any) -> bool:
-    """Return whether this is one string or one conversation."""
-    return isinstance(texts, str) or (len(texts) > 0 and all(isinstance(each, Mapping) for each in texts))
+        save_reward_model(folder, self.head, self.params, self.tokenizer, config=self.config)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-_scores = jax.jit(lambda head, params, tokens, mask: head.scores(params, tokens, mask=mask), static_argnums=0)

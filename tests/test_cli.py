@@ -93,6 +93,7 @@ def test_help_answers_in_under_a_second_without_jax():
         ("generate", "--prompts --model --strategy --num-samples --chat --temperature --top-k --seed --regex"),
         ("tree", "--model --depth --branching --select --out"),
         ("attention", "--model --kind --layer --head --target --links --out"),
+        ("score", "MODEL --data --batch-size --dtype"),
         ("translate", "--model --file --num-beams --length-penalty --max-new-tokens --prefix"),
     ],
 )

@@ -33,6 +33,9 @@ ELSEWHERE = re.compile(
 
 # Decimals and shares outside of quotes, document by document: none is the outcome of an experiment.
 KNOWN = {
+    "training.md": {  # fixed points of expected updates, which tests/oracle/test_fixed_points.py compares
+        *("0.0%", "16.6%", "8.8%", "36.9%", "16.5%", "8.9%", "20.2%"),
+    },
     "sycophancy.md": {
         "90%",
         "10%",

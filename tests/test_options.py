@@ -13,7 +13,7 @@ from jaxrl_llm.sampling import Sampling
 from jaxrl_llm.training.config import GRPOConfig, SFTConfig
 from jaxrl_llm.training.preference import NAMES
 
-FUNCTIONS = [LM.generate, train.sft, train.dpo, train.grpo, train.ppo]
+FUNCTIONS = [LM.generate, train.sft, train.reward, train.dpo, train.grpo, train.ppo]
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,10 @@ FUNCTIONS = [LM.generate, train.sft, train.dpo, train.grpo, train.ppo]
         (train.grpo, "max_completion_length", "max_new_tokens"),
         (train.grpo, "train_dataset", "prompts"),
         (train.ppo, "kl_coef", "beta"),
-        (SFTConfig, "num_train_epochs", "steps"),
+        (SFTConfig, "num_train_epochs", "num_epochs"),
         (GRPOConfig, "reward_funcs", "reward"),
+        (train.reward, "center_rewards_coefficient", "centering"),
+        (train.reward, "target_modules", "lora_targets"),
         (Sampling, "temprature", "temperature"),
     ],
 )

@@ -85,6 +85,35 @@ def test_an_empty_prompt_without_bos_is_an_error():
     assert text.encode(tokenizer(bos=None), " ") != []
 
 
+@pytest.mark.parametrize("prompt", ["<s>ab", "<s> ab", "ab"])
+def test_a_prompt_that_holds_bos_has_one(prompt):
+    tokens = text.encode(sentencepiece(), prompt)
+    assert tokens[0] == 1 and tokens.count(1) == 1
+    assert text.encode_each(sentencepiece(), [prompt, "b"]) == [tokens, text.encode(sentencepiece(), "b")]
+
+
+@given(st.text("ab é🙂日\n", max_size=12))
+def test_the_tokens_of_a_continuation_spell_it_and_no_space_before_it(string):
+    whole, pieces = spelt(sentencepiece)
+    (tokens,) = text.continuations(whole, [string])
+    assert b"".join(pieces[token] for token in tokens) == string.encode()
+    byte_level = tokenizer()
+    assert text.continuations(byte_level, [string, "a"])[0] == byte_level(string)["input_ids"]
+
+
+@given(st.lists(st.text("ab é🙂<>s/", max_size=6), min_size=2, max_size=4))
+def test_the_tokens_of_parts_spell_the_parts(parts):
+    for make in (tokenizer, sentencepiece):
+        whole, pieces = spelt(make)
+        found = text.encode_parts(whole, [parts])[0]
+        texts = [b"".join(pieces[token] for token in each) for each in found]
+        if make is sentencepiece and "".join(parts):  # a text begins with a space there
+            first = next(place for place, part in enumerate(parts) if part)
+            texts[first] = texts[first].removeprefix(b" ")
+        if not any(control in "".join(parts) for control in ("<s>", "</s>")):
+            assert texts == [part.encode() for part in parts]
+
+
 @pytest.mark.parametrize(
     ("declared", "expected"),
     [

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import tyro
 
 from jaxrl_llm.cli.attention import Attention
+from jaxrl_llm.cli.evaluate import Evaluate, Plot
 from jaxrl_llm.cli.generate import Compare, Generate, SearchTree
 from jaxrl_llm.cli.landscape import Landscape
+from jaxrl_llm.cli.score import Score
 from jaxrl_llm.cli.sycophancy import Sycophancy
 from jaxrl_llm.cli.train import Train
 from jaxrl_llm.cli.translate import Translate
@@ -25,6 +27,9 @@ Command = (
     | Annotated[Attention, tyro.conf.subcommand("attention")]
     | Annotated[Translate, tyro.conf.subcommand("translate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Sycophancy, tyro.conf.subcommand("sycophancy")]
 )
 

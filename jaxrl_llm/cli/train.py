@@ -1,4 +1,4 @@
-"""`jaxrl-llm train`: the trainers of `jaxrl_llm.train` on files of JSON lines."""
+"""`jaxrl-llm train`: the trainers of `jaxrl_llm.train` on files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Files:
     """The files of every run."""
 
     data: Path
-    """A file of JSON lines."""
+    """A file of JSON lines, JSON, CSV or Parquet."""
     out: Path
     """Folder of the run and, at its end, of the model."""
     model: str = "tiny-gpt2"
@@ -66,7 +66,7 @@ class Ppo(Command, config.PPOConfig, Files):
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a model from files of JSON lines. The output folder loads here and in transformers."""
+    """Train a model from files. The output folder loads here and in transformers."""
 
     what: (
         Annotated[Sft, tyro.conf.subcommand("sft")]

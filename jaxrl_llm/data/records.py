@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else the chat template reads, such as tool_calls
 Text = str | tuple[Message, ...]  # a string, or the messages of a conversation
 Fields = Mapping[str, Any]
 Record = TypeVar("Record")
@@ -24,10 +25,14 @@ Record = TypeVar("Record")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt to be completed; `fields` are the line's other entries, which a reward function can read."""
+    """A prompt to be completed."""
 
     prompt: Text
-    fields: Fields = dataclasses.field(default_factory=dict)
+    fields: Fields = dataclasses.field(default_factory=dict)  # the line's other entries, of every kind of record
+    template: Fields = dataclasses.field(default_factory=dict)  # variables of the chat template, such as tools
+
+    completions = ()  # of every kind of record, those that follow the prompt
+    labels = ()  # their labels or ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,29 +41,57 @@ class PromptCompletion:
 
     prompt: Text
     completion: Text
+    fields: Fields = dataclasses.field(default_factory=dict)
+    template: Fields = dataclasses.field(default_factory=dict)
+
+    labels = (0,)
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """The one completion."""
+        return (self.completion,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """K completions with their ranks: 0 is best, equal ranks are ties."""
+    """K completions with their ranks: 0 is best, equal ranks are ties.
+
+    Completion i should lead completion j, which ranks after it, by margins[i] − margins[j] or more.
+    """
 
     prompt: Text
     completions: tuple[Text, ...]
     ranks: tuple[int, ...]
+    margins: tuple[float, ...] = ()  # of each completion; empty: all 0
+    fields: Fields = dataclasses.field(default_factory=dict)
+    template: Fields = dataclasses.field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The ranks."""
+        return self.ranks
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Two completions of which the first is preferred; `fields` are the line's other entries."""
+    """Two completions of which the first is preferred."""
 
     prompt: Text
     chosen: Text
     rejected: Text
     fields: Fields = dataclasses.field(default_factory=dict)
+    template: Fields = dataclasses.field(default_factory=dict)
+
+    labels = (0, 1)
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """The chosen and the rejected one."""
+        return (self.chosen, self.rejected)
 
     def ranked(self) -> Ranked:
         """Return it as a ranking of two."""
-        return Ranked(self.prompt, (self.chosen, self.rejected), (0, 1))
+        return Ranked(self.prompt, self.completions, self.labels, fields=self.fields, template=self.template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,60 +101,86 @@ class UnpairedPreference:
     prompt: Text
     completion: Text
     label: bool
+    fields: Fields = dataclasses.field(default_factory=dict)
+    template: Fields = dataclasses.field(default_factory=dict)
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """The one completion."""
+        return (self.completion,)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The label, 1 for a desirable completion."""
+        return (int(self.label),)
 
 
 def prompt(line: Fields) -> Prompt:
-    """Parse {"prompt"} with any further entries."""
-    return Prompt(_text(line, "prompt"), _others(line, "prompt"))
+    """Parse {"prompt"}; all other entries stay in `fields`."""
+    line = canonical(line)
+    asked = _with_system(_text(line, "prompt"), line)
+    return Prompt(asked, _others(line, "prompt"), _template(line))
 
 
 def prompt_completion(line: Fields) -> PromptCompletion:
     """Parse {"prompt", "completion"} ("answer" is a synonym), {"messages"} that end in the assistant's, or {"text"}.
 
-    A line of two formats is refused. A prompt may stand beside messages, which begin with it.
+    The prompt of messages is what precedes the first answer. A line of two formats is refused. A prompt may stand
+    beside messages, which begin with it.
     """
-    answer = "answer" if "answer" in line and "completion" not in line else "completion"
+    line = canonical(line)
+    answer = _answer(line)
     formats = [name for name in ("messages", "text", answer) if name in line]
     formats += ["prompt"] if formats == ["text"] and "prompt" in line else []
     if len(formats) > 1:
         raise ValueError(f"it must have one format, but has {' and '.join(formats)}: leave all but one out")
+    others = _others(line, "prompt", "messages", "text", answer, *OF_TEMPLATE)
     if "messages" in line:
         messages = _text(line, "messages")
         if isinstance(messages, str) or messages[-1]["role"] != "assistant":
             raise ValueError("messages must end with one of the assistant, which is trained on")
         if len(messages) < 2:
             raise ValueError("messages must hold one before the assistant's last, as its prompt")
-        return PromptCompletion(messages[:-1], messages[-1:])
-    if "text" in line:
+        messages = _with_system(messages, line)
+        first = next(i for i, each in enumerate(messages) if each["role"] == "assistant" and i > 0)
+        asked, completion = messages[:first], messages[first:]
+        if "prompt" in line:
+            _check_prompt(_text(line, "prompt"), _text(line, "messages"))
+    elif "text" in line:
         if not isinstance(line["text"], str):
             raise ValueError(f"text must be a string, but is {str(line['text'])[:60]!r}")
-        return PromptCompletion("", _text(line, "text"))
-    completion = _text(line, answer)
-    asked, (completion,) = alike(_text(line, "prompt"), (completion,))
-    return PromptCompletion(asked, completion)
+        asked, completion = "", _text(line, "text")
+        others |= {name: line[name] for name in OF_TEMPLATE if name in line}
+    else:
+        completion = _text(line, answer)
+        asked = _with_system(_text(line, "prompt"), line)
+    asked, (completion,) = alike(asked, (completion,))
+    return PromptCompletion(asked, completion, others, {} if "text" in line else _template(line))
 
 
 def preference(line: Fields) -> Preference:
-    """Parse {"prompt", "chosen", "rejected"}; without a prompt, it is what the two conversations share.
+    """Parse {"prompt", "chosen", "rejected"}; without a prompt, it is what the two completions share.
 
-    Strings and messages may be mixed: see `alike`.
+    Of two conversations these are whole messages, of two strings whole words. Strings and messages may be mixed: see
+    `alike`.
     """
+    line = canonical(line)
     chosen, rejected = _text(line, "chosen"), _text(line, "rejected")
     if "prompt" in line:
         asked = _text(line, "prompt")
-    elif isinstance(chosen, tuple) and isinstance(rejected, tuple):
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
+    elif isinstance(chosen, str) == isinstance(rejected, str):
+        shared = _shared(chosen, rejected)
         asked, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not asked:
-            raise ValueError("there is no prompt, and the two conversations do not begin alike")
+            kind = "strings" if isinstance(asked, str) else "conversations"
+            raise ValueError(f"there is no prompt, and the two {kind} do not begin alike")
     else:
         raise ValueError(f"prompt is missing: there are {', '.join(line)}")
-    asked, (chosen, rejected) = alike(asked, (chosen, rejected))
+    asked, (chosen, rejected) = alike(_with_system(asked, line), (chosen, rejected))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same completion")
-    return Preference(asked, chosen, rejected, _others(line, "prompt", "chosen", "rejected"))
+    others = _others(line, "prompt", "chosen", "rejected", *OF_TEMPLATE)
+    return Preference(asked, chosen, rejected, others, _template(line))
 
 
 def unpaired_preference(line: Fields) -> UnpairedPreference:
@@ -130,17 +189,26 @@ def unpaired_preference(line: Fields) -> UnpairedPreference:
     if label not in (True, False) or not isinstance(label, bool | int):
         raise ValueError(f"label must be true or false, but is {label!r}")
     shown = prompt_completion(_others(line, "label"))
-    return UnpairedPreference(shown.prompt, shown.completion, bool(label))
+    return UnpairedPreference(shown.prompt, shown.completion, bool(label), shown.fields, shown.template)
 
 
 def ranked(line: Fields) -> Ranked:
-    """Parse {"prompt", "answers"}, best first or with "ranks", 0 for the best; or a preference, as a ranking of two."""
+    """Parse {"prompt", "answers"}, best first or with "ranks", 0 for the best; or a preference, as a ranking of two.
+
+    A preference may have a "margin", the lead in score that the chosen completion should have.
+    """
+    line = canonical(line)
     if "answers" not in line:
-        return preference(line).ranked()
+        margins = (_number(line, "margin"), 0.0) if "margin" in line else ()
+        found = preference(line).ranked()
+        return dataclasses.replace(found, margins=margins, fields=_others(found.fields, "margin"))
+    if "margin" in line:
+        raise ValueError("margin must be that of a pair, chosen and rejected, but there are answers")
     answers = line["answers"]
     if not isinstance(answers, list) or len(answers) < 2:
         raise ValueError("answers must be a list of two or more")
-    asked, found = alike(_text(line, "prompt"), tuple(_text({"answers": each}, "answers") for each in answers))
+    asked = _with_system(_text(line, "prompt"), line)
+    asked, found = alike(asked, tuple(_text({"answers": each}, "answers") for each in answers))
     ranks = line.get("ranks", list(range(len(answers))))
     whole = isinstance(ranks, list) and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
     if not whole or len(ranks) != len(answers):
@@ -150,7 +218,28 @@ def ranked(line: Fields) -> Ranked:
     for first in range(len(found)):
         if any(found[first] == found[other] and ranks[first] != ranks[other] for other in range(first)):
             raise ValueError(f"answer {first + 1} occurs twice with different ranks")
-    return Ranked(asked, found, tuple(ranks))
+    others = _others(line, "prompt", "answers", "ranks", *OF_TEMPLATE)
+    return Ranked(asked, found, tuple(ranks), fields=others, template=_template(line))
+
+
+def rated(line: Fields) -> Ranked:
+    """Parse a ranking as `ranked`, with the scores that the data give its completions as `margins`.
+
+    They are "score_chosen" and "score_rejected" of a preference, or "scores" of answers.
+    """
+    line = canonical(line)
+    found = ranked(line)
+    if "margin" in line:
+        raise ValueError("it must have a margin or scores, but has both: leave one out")
+    if "answers" not in line:
+        scores = tuple(_number(line, name) for name in ("score_chosen", "score_rejected"))
+    else:
+        given = line.get("scores")
+        if not isinstance(given, list) or len(given) != len(found.completions):
+            raise ValueError(f"scores must be a number for each of {len(found.completions)} answers, but are {given!r}")
+        scores = tuple(_number({"scores": each}, "scores") for each in given)
+    fields = _others(found.fields, "score_chosen", "score_rejected", "scores")
+    return dataclasses.replace(found, margins=scores, fields=fields)
 
 
 def alike(asked: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:
@@ -160,8 +249,8 @@ def alike(asked: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Text, .
     begins with its prompt, which is removed from it.
 
     Raises:
-        ValueError: for a completion that, without its prompt, does not begin with the assistant's message; or an empty
-            prompt beside conversations.
+        ValueError: for a completion that, without its prompt, does not begin and end with the assistant's message, or
+            has an empty one; or an empty prompt beside conversations.
     """
     if all(isinstance(each, str) for each in (asked, *completions)):
         return asked, tuple(completions)
@@ -176,18 +265,58 @@ def _messages(value: Text, role: str) -> tuple[Message, ...]:
 
 
 def _without(asked: tuple[Message, ...], completion: tuple[Message, ...]) -> tuple[Message, ...]:
-    if len(completion) > len(asked) and completion[: len(asked)] == asked:
-        completion = completion[len(asked) :]
+    for prompt in (asked, asked[1:] if asked[0]["role"] == "system" else ()):  # the system's may stand apart
+        if prompt and len(completion) > len(prompt) and completion[: len(prompt)] == prompt:
+            completion = completion[len(prompt) :]
+            break
     if completion[0]["role"] != "assistant":
         raise ValueError(
             f"a completion must begin with the assistant's message or with the whole prompt, "
             f"but begins with one of the role {completion[0]['role']!r}"
         )
+    if completion[-1]["role"] != "assistant":
+        raise ValueError(
+            f"a completion must end with the assistant's message, but ends with one of the role "
+            f"{completion[-1]['role']!r}"
+        )
+    if any(each["role"] == "assistant" and not (each.get("content") or each.get("tool_calls")) for each in completion):
+        raise ValueError("an assistant's message in the completion is empty")
     return completion
+
+
+def _shared(chosen: Text, rejected: Text) -> int:
+    """Return the length of the prompt that two completions begin with; neither is empty without it."""
+    most = min(len(chosen), len(rejected)) - 1
+    shared = next((place for place in range(most) if chosen[place] != rejected[place]), most)
+    if isinstance(chosen, str):
+        while shared > 0 and not chosen[shared].isspace():  # back to the last space, with which the completions begin
+            shared -= 1
+        while shared > 0 and chosen[shared - 1].isspace():
+            shared -= 1
+    return shared
+
+
+def _check_prompt(asked: Text, messages: tuple[Message, ...]) -> None:
+    begins = next((each.get("content") for each in messages if each["role"] == "user"), None)
+    if asked not in (begins, "") if isinstance(asked, str) else asked != messages[: len(asked)]:
+        raise ValueError("messages must begin with the prompt, but do not: leave the prompt out")
+
+
+def _answer(line: Fields) -> str:
+    if "answer" in line and "completion" in line:
+        raise ValueError("it has completion and answer, which are synonyms: leave one out")
+    return "answer" if "answer" in line else "completion"
 
 
 def _others(line: Fields, *names: str) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in names}
+
+
+def _number(line: Fields, name: str) -> float:
+    value = line.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, but {f'is {value!r}' if name in line else 'is missing'}")
+    return float(value)
 
 
 def _text(line: Fields, name: str) -> Text:
@@ -199,76 +328,264 @@ def _text(line: Fields, name: str) -> Text:
         if not value and name != "prompt":
             raise ValueError(f"{name} is empty")
         return value
-    if isinstance(value, Sequence) and value and all(map(_is_message, value)):
-        return tuple(value)
-    raise ValueError(f'{name} must be a string or a list of {{"role", "content"}}, but is {str(value)[:60]!r}')
+    value = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, Sequence) and value and all(isinstance(each, Mapping) for each in value):
+        messages = tuple(map(_message, value))
+        if all(messages):
+            return messages
+    raise ValueError(f'{name} must be a string or a list of {{"role", "content"}}, but is {str(line[name])[:60]!r}')
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+SHAREGPT = {  # the roles of ShareGPT's form, {"from", "value"}
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+
+
+def _message(value: Fields) -> Message | None:
+    """Return a message with its entries that are not null; None if it is not one. Content may be missing beside calls.
+
+    Raises:
+        ValueError: for an unknown role of ShareGPT's form.
+    """
+    if "from" in value and "value" in value and "role" not in value:
+        if value["from"] not in SHAREGPT:
+            raise ValueError(f"from must be one of {', '.join(SHAREGPT)}, but is {value['from']!r}")
+        further = {name: each for name, each in value.items() if name not in ("from", "value")}
+        value = {"role": SHAREGPT[value["from"]], "content": value["value"]} | further
+    found = {name: each for name, each in value.items() if each is not None}
+    if not isinstance(found.get("role"), str):
+        return None
+    called = "content" not in found and bool(found.get("tool_calls"))
+    return found if called or isinstance(found.get("content"), str) else None
+
+
+OF_TEMPLATE = ("system", "tools", "chat_template_kwargs")  # entries of a line that its conversation is rendered with
+
+
+def _with_system(asked: Text, line: Fields) -> Text:
+    """Return a prompt behind the line's system message; a string becomes a message if the line has one, or tools."""
+    system = line.get("system", "")
+    if not isinstance(system, str):
+        raise ValueError(f"system must be a string, but is {str(system)[:60]!r}")
+    if not system and not _template(line):
+        return asked
+    if not asked:
+        raise ValueError("the prompt is empty, but there is a system message, tools or chat_template_kwargs")
+    asked = _messages(asked, "user")
+    if not system:
+        return asked
+    if asked[0]["role"] == "system":
+        raise ValueError("it has system, but its messages begin with a system message too: leave one out")
+    return ({"role": "system", "content": system}, *asked)
+
+
+def _template(line: Fields) -> dict[str, Any]:
+    """Return the variables of the chat template that a line sets: its tools, and chat_template_kwargs."""
+    further, tools = line.get("chat_template_kwargs", {}), line.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools else None
+        except json.JSONDecodeError:
+            tools = 0
+    if not (tools is None or (isinstance(tools, list) and all(isinstance(each, Mapping) for each in tools))):
+        raise ValueError(f"tools must be a list of JSON schemas, but is {str(line['tools'])[:60]!r}")
+    if not isinstance(further, Mapping):
+        raise ValueError(f"chat_template_kwargs must be an object, but is {str(further)[:60]!r}")
+    return {**further, **({"tools": tools} if tools else {})}
+
+
+ALPACA = (  # the prompt of Taori et al. 2023, which a model without a chat template is given
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:"
+)
+
+
+def canonical(line: Fields, *, chat: bool = False) -> dict[str, Any]:
+    """Return a line without null entries, ShareGPT's and Alpaca's forms as messages, prompts and completions.
+
+    Args:
+        chat: Alpaca's instruction becomes a user's message; otherwise the published prompt is written around it.
+    """
+    line = {name: value for name, value in line.items() if value is not None}
+    if "conversations" in line:
+        if "messages" in line:
+            raise ValueError("it has messages and conversations, which are synonyms: leave one out")
+        name = "prompt" if "chosen" in line and "prompt" not in line else "messages"
+        line = {name if each == "conversations" else each: value for each, value in line.items()}
+    if "instruction" in line and not {"prompt", "messages", "text"} & line.keys():
+        instruction, further = line.pop("instruction"), line.pop("input", "")
+        if not isinstance(instruction, str) or not isinstance(further, str):
+            raise ValueError("instruction and input must be strings")
+        if chat:
+            asked = f"{instruction}\n\n{further}" if further else instruction
+            line["prompt"] = [{"role": "user", "content": asked}]
+        else:
+            paired = ", paired with an input that provides further context" if further else ""
+            line["prompt"] = ALPACA.format(paired, instruction, f"### Input:\n{further}\n\n" if further else "")
+        if "output" in line and not {"chosen", "completion", "answer", "answers"} & line.keys():
+            line["completion"] = line.pop("output")
+    return line
 
 
 # Files and lists ------------------------------------------------------------------------------------------------------
 
 NOT_JSON, NOT_OBJECT = "it is not JSON", "it must be a JSON object"  # how the reasons of bad lines begin
 NAMED = 5  # bad lines that an error names; all are counted
-LARGE = 2**24  # bytes of a file that is read with a progress bar
 OnBad = Literal["raise", "skip"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BadLine:
-    """A line or row that is not a record, and the reason."""
+    """A line or row that is not a record, or cannot be trained on, and the reason."""
 
     number: int
     reason: str
 
 
 class Records(Sequence[Record], Generic[Record]):
-    """Records that were all parsed and checked once; `numbers` are those of their lines or rows."""
+    """Records of a file or a list; `numbers` are those of their lines or rows, `bad_lines` those that are none.
+
+    They are parsed when one is asked for, and none of them is kept. All are checked once, at the latest when their
+    number is asked for.
+    """
 
     unit = "row"
 
-    def __init__(self, source: str, on_bad: OnBad):
+    def __init__(self, source: str, parse: Callable[[Fields], Record], on_bad: OnBad):
         if on_bad not in ("raise", "skip"):
             raise ValueError(f'on_bad must be "raise" or "skip", but is {on_bad!r}.')
-        self.source, self.numbers, self.bad_lines = source, [], []
-        self._check_all()
-        if self.bad_lines and on_bad == "raise":
+        self.source, self.parse, self.on_bad = source, parse, on_bad
+        self._found: tuple[Sequence[int], Sequence[int], list[BadLine]] | None = None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The numbers of the lines or rows of the records."""
+        return self._checked()[0]
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Their places, for `at`."""
+        return self._checked()[1]
+
+    @property
+    def bad_lines(self) -> list[BadLine]:
+        """The lines or rows that were skipped."""
+        return self._checked()[2]
+
+    def _checked(self) -> tuple[Sequence[int], Sequence[int], list[BadLine]]:
+        return self._found if self._found is not None else self.check()._found
+
+    def raw(self) -> Iterator[tuple[int, int, Any]]:
+        """Yield every line or row with its number and place, as `at` returns it."""
+        raise NotImplementedError
+
+    def at(self, place: int) -> Any:
+        """Return the line or row at a place."""
+        raise NotImplementedError
+
+    def digest(self, *, exact: bool = False) -> str:
+        """Return the SHA-256 of the contents.
+
+        Args:
+            exact: refuse contents that JSON cannot hold, which otherwise count by their representation.
+
+        Raises:
+            TypeError: for such contents.
+        """
+        raise NotImplementedError
+
+    def check(self) -> Records[Record]:
+        """Parse all lines or rows, and return the same object.
+
+        Raises:
+            ValueError: naming the number of each bad one and its reason, or if there is no record.
+        """
+        numbers, places, bad = [], [], []
+        for number, place, raw in self.raw():
+            try:
+                record_of(raw, self.parse)
+                numbers.append(number)
+                places.append(place)
+            except ValueError as error:
+                bad.append(BadLine(number, str(error)))
+        self.take(numbers, places, bad)
+        return self
+
+    def take(self, numbers: Sequence[int], places: Sequence[int], bad_lines: list[BadLine]) -> None:
+        """Take the result of a check.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self._found = numbers, places, bad_lines
+        if self.bad_lines and self.on_bad == "raise":
             raise ValueError(self._complaint())
-        if not self.numbers:
-            raise ValueError(f"{source} has no records{f': {self._complaint()}' if self.bad_lines else ''}.")
-
-    def _check_all(self) -> None:
-        raise NotImplementedError
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the contents."""
-        raise NotImplementedError
+        if not len(self.numbers):
+            raise ValueError(f"{self.source} has no records{f': {self._complaint()}' if self.bad_lines else ''}.")
 
     def _complaint(self) -> str:
         shown = "; ".join(f"{self.unit} {bad.number}: {bad.reason}" for bad in self.bad_lines[:NAMED])
         more = f"; and {len(self.bad_lines) - NAMED} more" if len(self.bad_lines) > NAMED else ""
-        no_objects = not self.numbers and self.bad_lines[0].reason.startswith((NOT_JSON, NOT_OBJECT))
-        form = "; there must be one JSON object per line" if no_objects else ""
+        no_objects = not len(self.numbers) and self.bad_lines[0].reason.startswith((NOT_JSON, NOT_OBJECT))
+        form = "; there must be one JSON object per line" if no_objects and self.unit == "line" else ""
         several = "s" * (len(self.bad_lines) > 1)
         return f"{self.source} has {len(self.bad_lines)} bad {self.unit}{several}: {shown}{more}{form}"
 
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def __getitem__(self, index: int) -> Record:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return record_of(self.at(int(self.places[index])), self.parse)
+
+
+def record_of(raw: bytes | Any, parse: Callable[[Fields], Record]) -> Record:
+    """Return the record of a line of JSON (bytes) or of a dict.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    try:
+        if isinstance(raw, bytes):
+            return parse(_object(raw))
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"it must be a dict, but is a {type(raw).__name__}")
+        return parse({name: value.item() if isinstance(value, np.generic) else value for name, value in raw.items()})
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.removeprefix(BOM).decode("utf-8")
+        found = json.loads(text, object_pairs_hook=no_key_twice)
+        if "\\u" in text:  # JSON can hold half a surrogate pair, which is not a character: no tokenizer takes it
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(f"it holds \\u{half:04x}, half a surrogate pair, which is not a character") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{NOT_JSON}: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{NOT_OBJECT}, but is a {type(found).__name__}")
+    return found
+
 
 class RecordList(Records[Record]):
     """The records of dicts in memory; their numbers are places from 0.
 
     Args:
-        rows: any iterable of dicts.
+        rows: any iterable of dicts, or an object with a length and dicts at its indices, such as a `datasets.Dataset`.
         parse: maps a dict to a record; it raises ValueError for one that is not.
         on_bad: "raise" names the first bad rows; "skip" leaves them out and lists them in `bad_lines`.
         source: the name of the data in errors.
-
-    Raises:
-        ValueError: naming the number of each bad row and its reason, or if there is no record.
+        path: the file that they were read from, if any.
     """
 
     def __init__(
@@ -278,34 +595,40 @@ class RecordList(Records[Record]):
         *,
         on_bad: OnBad = "raise",
         source: str = "data",
+        path: Path | None = None,
     ):
-        self._rows, self._parse, self._found = list(rows), parse, []
-        super().__init__(source, on_bad)
+        super().__init__(source, parse, on_bad)
+        by_index = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+        self._rows, self._path = rows if by_index else list(rows), path
 
-    def _check_all(self) -> None:
-        for number, row in enumerate(self._rows):
-            try:
-                if not isinstance(row, Mapping):
-                    raise ValueError(f"it must be a dict, but is a {type(row).__name__}")
-                plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
-                self._found.append(self._parse(plain))
-                self.numbers.append(number)
-            except ValueError as error:
-                self.bad_lines.append(BadLine(number, str(error)))
+    def raw(self) -> Iterator[tuple[int, int, Any]]:
+        """Yield every row with its number, twice."""
+        yield from ((place, place, self.at(place)) for place in range(len(self._rows)))
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the rows as JSON."""
-        return hashlib.sha256(json.dumps(self._rows, sort_keys=True, default=str).encode()).hexdigest()
+    def at(self, place: int) -> Any:
+        """Return a row."""
+        return self._rows[place]
 
-    def __getitem__(self, index: int) -> Record:
-        return self._found[index]
+    def digest(self, *, exact: bool = False) -> str:
+        """Return the SHA-256 of the file, or of the rows as JSON."""
+        if self._path is not None:
+            return _file_digest(self._path)
+        found = hashlib.sha256()
+        for _, _, row in self.raw():
+            found.update(json.dumps(row, default=_plain_number if exact else repr).encode() + b"\n")
+        return found.hexdigest()
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"data must hold what JSON can, but hold a {type(value).__name__}")
 
 
 class JsonLines(Records[Record]):
     """The records of a file of JSON lines, one a line; blank lines are skipped.
 
-    Every line is parsed and checked when the file is opened. Only the place where each begins is kept, so that a file
-    may be larger than the memory.
+    Only the place where each line begins is kept, so that a file may be larger than the memory.
 
     Args:
         path: UTF-8, with or without a byte order mark.
@@ -314,78 +637,145 @@ class JsonLines(Records[Record]):
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the number of each bad line and its reason, or if the file has no records.
     """
 
     unit = "line"
 
     def __init__(self, path: Path, parse: Callable[[dict[str, Any]], Record], *, on_bad: OnBad = "raise"):
-        self.path, self._parse, self._starts = Path(path), parse, []
-        super().__init__(str(path), on_bad)
+        self.path = Path(path)
+        self.path.stat()
+        super().__init__(str(path), parse, on_bad)
 
-    def _check_all(self) -> None:
-        size = self.path.stat().st_size
+    def raw(self) -> Iterator[tuple[int, int, bytes]]:
+        """Yield every line that is not blank with its number, from 1, and the byte it begins at."""
         start = 0
-        with (
-            self.path.open("rb") as file,
-            tqdm(total=size, unit="B", unit_scale=True, disable=size < LARGE) as progress,
-        ):
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.removeprefix(b"\xef\xbb\xbf").strip():
-                    try:
-                        self._record(line)
-                        self._starts.append(start)
-                        self.numbers.append(number)
-                    except ValueError as error:
-                        self.bad_lines.append(BadLine(number, str(error)))
+                if line.removeprefix(BOM).strip():
+                    yield number, start, line
                 start += len(line)
-                progress.update(len(line))
 
-    def _record(self, line: bytes) -> Record:
-        try:
-            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-            found = json.loads(text, object_pairs_hook=no_key_twice)
-            if "\\u" in text:  # JSON can hold half a surrogate pair, which is not a character: no tokenizer takes it
-                json.dumps(found, ensure_ascii=False).encode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
-        except UnicodeEncodeError as error:
-            half = ord(error.object[error.start])
-            raise ValueError(f"it holds \\u{half:04x}, half a surrogate pair, which is not a character") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{NOT_JSON}: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{NOT_OBJECT}, but is a {type(found).__name__}")
-        return self._parse(found)
+    def at(self, place: int) -> bytes:
+        """Return the line that begins at a byte."""
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return file.readline()
 
-    def digest(self) -> str:
+    def digest(self, *, exact: bool = False) -> str:
         """Return the SHA-256 of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _file_digest(self.path)
 
-    def __getitem__(self, index: int) -> Record:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        start = self._starts[index]
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return self._record(file.readline())
+
+BOM = b"\xef\xbb\xbf"
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(
-    data: Any, parse: Callable[[Fields], Record], *, on_bad: OnBad = "raise", name: str = "data"
+    data: Any, parse: Callable[[Fields], Record], *, on_bad: OnBad = "raise", name: str = "data", check: bool = True
 ) -> Records[Record]:
-    """Return the records of a file of JSON lines (a path), or of dicts.
+    """Return the records of a file (a path) or of dicts.
+
+    A file is JSON lines, unless its name ends in .json and it begins with a bracket (a JSON list), or ends in .csv,
+    .tsv or .parquet. Of them, JSON lines alone stay on disk.
+
+    Args:
+        data: a path, any iterable of dicts, or an object with a length and dicts at its indices.
+        parse: maps a line to a record; it raises ValueError for one that is not.
+        on_bad: "raise" names the first bad lines or rows; "skip" leaves them out and lists them in `bad_lines`.
+        name: of the data, in errors.
+        check: parse every line now.
 
     Raises:
         TypeError: if `data`, called `name`, is neither.
-        FileNotFoundError, ValueError: as `JsonLines` and `RecordList`.
+        FileNotFoundError: if there is no such file.
+        ModuleNotFoundError: for a Parquet file without pyarrow.
+        ValueError: naming each bad line, or for a file that cannot be read.
     """
+    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, str | os.PathLike):
-        return JsonLines(Path(data), parse, on_bad=on_bad)
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        path = Path(data)
+        reader = READERS.get(path.suffix.lower())
+        if reader is None or (reader is _json_list and not _begins_with_bracket(path)):
+            found = JsonLines(path, parse, on_bad=on_bad)
+        else:
+            found = RecordList(reader(path), parse, on_bad=on_bad, source=str(data), path=path)
+    elif isinstance(data, Mapping | bytes) or not (isinstance(data, Iterable) or indexed):
         raise TypeError(f"{name} must be a path or an iterable of dicts, but is a {type(data).__name__}.")
-    return RecordList(data, parse, on_bad=on_bad, source=name)
+    else:
+        found = RecordList(data, parse, on_bad=on_bad, source=name)
+    return found.check() if check else found
+
+
+def _begins_with_bracket(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1024).removeprefix(BOM).lstrip()[:1] == b"["
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        return json.loads(path.read_bytes().removeprefix(BOM), object_pairs_hook=no_key_twice)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON list: {error}") from None
+
+
+TEXTS = ("prompt", "completion", "answer", "chosen", "rejected", "text", "instruction", "input", "output", "system")
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table with a header; cells of `TEXTS` are strings, others JSON where they can be."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            header = next(rows, [])
+            found = []
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"{path} must have {len(header)} cells in each row, but has {len(row)} in line {rows.line_num}"
+                    )
+                if row:
+                    pairs = zip(header, row, strict=True)
+                    found.append({name: cell if name in TEXTS else _cell(cell) for name, cell in pairs})
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a table of comma-separated values: {error}") from None
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path} has a column more than once: {', '.join(header)}")
+    return found
+
+
+def _cell(cell: str) -> Any:
+    try:
+        return json.loads(cell) if cell else None
+    except (ValueError, RecursionError):
+        lower = cell.lower()
+        return lower == "true" if lower in ("true", "false") else cell
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    path.stat()
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Parquet files need the package pyarrow: pip install 'jaxrl_llm[parquet]'") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        raise ValueError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+READERS: dict[str, Callable[[Path], list[Any]]] = {
+    ".json": _json_list,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Neural language models, implemented from scratch; loading and saving."""
 
-from jaxrl_llm.models.families import Config, Llama, LlamaConfig, StableLM, StableLMConfig
+from jaxrl_llm.models.configuration import Config, Llama, LlamaConfig, StableLM, StableLMConfig
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
 from jaxrl_llm.models.loading import Loaded, load, save

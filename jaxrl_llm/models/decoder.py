@@ -93,34 +93,45 @@ class Network(abc.ABC):
 class Placed(NamedTuple):
     """Positions and attention mask of the tokens of a call."""
 
-    positions: Int[Array, "batch time"]  # number of valid tokens before each
+    positions: Int[Array, "batch time"]  # number of valid tokens before each, in its segment
     slots: Int[Array, "batch slot"]  # position of the token in each slot; without a cache, `positions`
     attention_mask: Bool[Array, "batch time slot"]
+    lengths: Int[Array, "batch #time"]  # number of valid tokens of each token's text; with a cache, the number of slots
     cache_index: Int[Array, ""] | None  # slot of the first token; None without a cache
     cache: Cache | None  # with the slots of the tokens reserved
 
 
-def place(mask: Bool[Array, "batch time"], cache: Cache | None) -> Placed:
-    """Place tokens by their validity mask: valid tokens attend to valid tokens up to themselves."""
+def place(
+    mask: Bool[Array, "batch time"], cache: Cache | None, segments: Int[Array, "batch time"] | None = None
+) -> Placed:
+    """Place tokens by their validity mask: valid tokens attend to valid tokens of their segment up to themselves."""
     time = jnp.arange(mask.shape[1])
     positions = jnp.cumsum(mask, axis=1) - 1
     if cache is None:
         attention_mask = mask[:, None, :] & (time[None, :] <= time[:, None])
+        lengths = positions[:, -1:] + 1
+        if segments is not None:
+            same = segments[:, :, None] == segments[:, None, :]
+            starts = language_model.segment_starts(segments)
+            positions -= jax.lax.cummax(jnp.where(starts, positions + 1 - mask, 0), axis=1)  # tokens before the segment
+            attention_mask &= same
+            lengths = (mask[:, None, :] & same).sum(axis=2)
         positions = jnp.maximum(positions, 0)
-        return Placed(positions, positions, attention_mask, None, None)
+        return Placed(positions, positions, attention_mask, lengths, None, None)
     cache_index = cache.length
     positions += cache.valid.sum(axis=1, keepdims=True)
     cache = cache.append(mask)
     attention_mask = cache.valid[:, None, :] & (jnp.arange(cache.max_length) <= cache_index + time[:, None])
     slots = jnp.cumsum(cache.valid, axis=1) - 1
-    return Placed(jnp.maximum(positions, 0), slots, attention_mask, cache_index, cache)
+    lengths = jnp.full((mask.shape[0], 1), cache.max_length)  # of a row not known yet
+    return Placed(jnp.maximum(positions, 0), slots, attention_mask, lengths, cache_index, cache)
 
 
 def checkpointed(block: nnx.Module) -> Callable[..., tuple[Array, KeyValue]]:
     """Return the block under `jax.checkpoint`: recomputed in the backward pass, without a KV cache."""
 
     def forward(x: Array, *places: Array) -> Array:
-        return block(x, *places, None, None, None)[0]
+        return block(x, *places)[0]
 
     return lambda x, *places: (jax.checkpoint(forward)(x, *places), None)
 
@@ -168,8 +179,9 @@ class DecoderLM(Network, language_model.LanguageModel):
         cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        return self._read(params, tokens, cache, mask)
+        return self._read(params, tokens, cache, mask, segments)
 
     def attention(
         self, params: Params, tokens: Int[Array, "batch time"], *, mask: Bool[Array, "batch time"] | None = None
@@ -180,7 +192,7 @@ class DecoderLM(Network, language_model.LanguageModel):
         query that is padding is 0.
         """
         intermediates = []
-        self._read(params, tokens, None, mask, intermediates)
+        self._read(params, tokens, None, mask, None, intermediates)
         return recorded_weights(intermediates, mask)
 
     def _read(
@@ -189,10 +201,11 @@ class DecoderLM(Network, language_model.LanguageModel):
         tokens: Int[Array, "batch time"],
         cache: Cache | None,
         mask: Bool[Array, "batch time"] | None,
+        segments: Int[Array, "batch time"] | None,
         intermediates: list[Array] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        language_model.check_tokens(self, tokens, mask, cache)
-        at = place(jnp.ones(tokens.shape, bool) if mask is None else mask, cache)
+        language_model.check_tokens(self, tokens, mask, cache, segments=segments)
+        at = place(jnp.ones(tokens.shape, bool) if mask is None else mask, cache, segments)
         kv_cache = None if cache is None else cache.memory
         hidden, kv_cache = self.merge(params)(tokens, at, kv_cache, intermediates)
         return hidden, None if cache is None else dataclasses.replace(at.cache, memory=kv_cache)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.models import families, huggingface, rotary
+from jaxrl_llm.models import configuration, families, huggingface, rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -198,7 +198,7 @@ def read(path: Path) -> GGUFModel:
     header = _Metadata(path, architecture, fields, stored)
     config = _config(header)
     # The tensors of all layers have the same shapes, so that a small file cannot demand a large model.
-    model = families.model_from_config(config | {"num_hidden_layers": 1, "layer_types": None}, source=str(path))
+    model = configuration.model_from_config(config | {"num_hidden_layers": 1, "layer_types": None}, source=str(path))
     stored = {name: tensor for name, tensor in stored.items() if name not in ROPE_TENSORS}
     names = _check_tensors(header, stored, huggingface.named_params(model), config["num_hidden_layers"])
     return GGUFModel(path, config, fields, stored, names, model.config.description.norm.offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxrl_llm.models.layers import (
 class GPT2Config:
     """The fields of a GPT-2 `config.json` that change the function; the defaults are GPT-2 small's."""
 
+    model_type: ClassVar[str] = "gpt2"
     vocab_size: int = 50257
     n_positions: int = 1024
     n_embd: int = 768
@@ -141,7 +143,7 @@ class GPT2Module(nnx.Module):
         written, mask, index = [], placed.attention_mask, placed.cache_index
         for layer, block in enumerate(self.h):  # unrolled: a scan would slice the stacked weights at every step
             if self.checkpoint_blocks and cache is None and intermediates is None:
-                x, key_value = checkpointed(block)(x, mask)
+                x, key_value = checkpointed(block)(x, mask, None, None, None)
             else:
                 x, key_value = block(x, mask, None if cache is None else cache[layer], index, intermediates)
             written.append(key_value)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +16,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding
 
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.models.configuration import config_of, family_of
 from jaxrl_llm.models.decoder import Network
-from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_name
+from jaxrl_llm.models.families import FAMILIES, Family
 
 TensorPath = tuple[str | int, ...]
 ShardingRule = Callable[[str, tuple[int, ...]], Sharding]  # of a parameter by its path and shape
@@ -64,7 +65,7 @@ def named_params(model: Network) -> dict[str, Slot]:
     slots = {}
     for entries, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params):
         path = tuple(entry.key for entry in entries)
-        name = stored_name(family, path)
+        name = family.stored_name(path)
         stacked = "{}" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
         # Always stored as [out, in]: an untied head, and the kernels of all families but GPT-2.
@@ -141,7 +142,7 @@ def _without_copies(
     """
     embedding_seen = False
     for full_name, tensor in tensors:
-        name = full_name.removeprefix(family.prefix)
+        name = family.bare_name(full_name)
         if name in family.copies and name not in wanted:
             copies[name] = tensor
         else:
@@ -401,17 +402,14 @@ def write_file(path: Path, tensors: Mapping[str, Part]) -> None:
         start = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for _, part in ordered:
             for rows in part.rows():
                 file.write(rows.reshape(-1).view(np.uint8).data)
-    os.replace(partial, path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

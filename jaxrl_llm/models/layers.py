@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 KeyValue = tuple[Float[Array, "batch kv_head slot head_dim"], Float[Array, "batch kv_head slot head_dim"]]
 
@@ -45,6 +47,31 @@ def twice(row: Float[Array, "1 features"]) -> Float[Array, "2 features"]:
     return jax.lax.optimization_barrier(jnp.repeat(row, 2, axis=0))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A kernel W with a low-rank adapter whose inputs are dropped out, in place of the array: x W + dropout(x) A B."""
+
+    kernel: Float[Array, "in out"]
+    a: Float[Array, "in rank"]
+    b: Float[Array, "rank out"]
+    key: Key[Array, ""]
+    rate: float = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, index: Any) -> Adapted:
+        return self
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.kernel.dtype
+
+    def further(self, rows: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
+        """Return dropout(x) A B: each input is 0 with probability `rate`, else divided by 1 − rate."""
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, rows.shape)
+        rows = jnp.where(kept, rows / (1 - self.rate), 0).astype(self.a.dtype)
+        return jnp.matmul(rows @ self.a, self.b, preferred_element_type=accumulator(self.b.dtype))
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias: inputs in the kernel's dtype, sums in float32 or wider."""
 
@@ -53,11 +80,13 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        kernel = self.kernel[...]
+        adapted = self.kernel[...]
+        kernel = adapted.kernel if isinstance(adapted, Adapted) else adapted
         # As rows: with two batch axes, XLA's CPU backend would transpose an input of the kernel's gradient.
         rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
         rows = twice(rows) if is_one_bfloat16_row(rows) else rows
         y = jnp.matmul(rows, kernel, preferred_element_type=accumulator(kernel.dtype))
+        y = y + adapted.further(rows) if isinstance(adapted, Adapted) else y
         y = y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + self.bias[...]
 

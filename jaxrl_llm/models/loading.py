@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, gguf, huggingface, tokenizers
+from jaxrl_llm.models import configuration, gguf, huggingface, lora, tokenizers
 from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 
@@ -75,10 +75,11 @@ def load(
     """Load a model with its parameters in `dtype` (default float32).
 
     Args:
-        path_or_name: a folder in Hugging Face format; a `.gguf` file of one of `gguf.ARCHITECTURES`; one of `EMBEDDED`,
-            such as `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; one of `PACKAGED`, which other
-            Python packages hold, such as `"smollm2-135m-instruct"` and `"gemma-3-270m"`; or the name of a repository of
-            the Hugging Face hub, which is downloaded or taken from the local cache.
+        path_or_name: a folder in Hugging Face format; a folder of a LoRA adapter, which is merged into the base model
+            whose name or path it records; a `.gguf` file of one of `gguf.ARCHITECTURES`; one of `EMBEDDED`, such as
+            `"tiny-gpt2"` and `"tiny-t5"`, which are part of this package; one of `PACKAGED`, which other Python
+            packages hold, such as `"smollm2-135m-instruct"` and `"gemma-3-270m"`; or the name of a repository of the
+            Hugging Face hub, which is downloaded or taken from the local cache.
         sharding: returns the sharding of a parameter by its path and shape, such as `training.mesh.sharding_on(mesh)`.
             Each device receives its part alone, so that a model may be larger than the memory of one.
 
@@ -92,17 +93,19 @@ def load(
     path = locate(path_or_name)
     if path.is_file():
         return _load_gguf(path, dtype, sharding)
+    if lora.is_adapter(path):
+        return _load_adapter(path, dtype, sharding)
     config = _config(path)
     stored = list(huggingface.stored_tensors(path))  # a list, as two files may hold a tensor of one name
     shapes = {name: tensor.shape for name, tensor in stored}
-    families.check_sizes(config, shapes, source=str(path))
+    configuration.check_sizes(config, shapes, source=str(path))
     is_reward = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
     tensor_names = functools.partial(huggingface.tensor_names, dict(stored))
-    model = families.model_from_config(config, source=str(path), tensor_names=tensor_names)
+    model = configuration.model_from_config(config, source=str(path), tensor_names=tensor_names)
     if is_reward and "lm_head.weight" not in shapes:  # which a reward model does not need
-        model = families.without_head(model)
+        model = configuration.without_head(model)
     tokenizer = load_tokenizer(path)  # before the weights: a fault of it is found at once
-    tensors = families.text_tensors(config, iter(stored))
+    tensors = configuration.text_tensors(config, iter(stored))
     if is_reward:
         tensors = ((name, tensor) for name, tensor in tensors if name != huggingface.SCORE)
     params = huggingface.params_from_tensors(model, tensors, dtype=dtype, source=str(path), sharding=sharding)
@@ -129,7 +132,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
         raise ValueError(f"{folder} is quantised ({method}); only plain weights, and GGUF files, are read.")
-    config = families.text_config(config, source=str(folder))
+    config = configuration.text_config(config, source=str(folder))
     if (folder / "generation_config.json").is_file():
         config = config | {"generation_config": huggingface.read_config(folder, "generation_config.json")}
     return config
@@ -147,6 +150,9 @@ def save(
 ) -> None:
     """Write a folder that `load` and transformers load: configuration, safetensors, tokenizer.
 
+    Both of its configurations end texts at the tokenizer's EOS token, which training teaches, beside the ends that they
+    have in `config`.
+
     Args:
         config: further fields for `config.json`, such as `eos_token_id`; the tokenizer's are added automatically.
         dtype: of the stored tensors; by default that of `params`.
@@ -155,17 +161,28 @@ def save(
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
     generation = extra.pop("generation_config", None) or {}
-    own = families.config_of(model)
+    extra |= _ending(extra, ids["eos_token_id"])
+    own = configuration.config_of(model)
     extra = {name: value for name, value in extra.items() if name == "architectures" or name not in (*own, *DERIVED)}
     if "architectures" in extra and further is None:
         del extra["architectures"]  # of the folder that the model was loaded from
     huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra, further=further or {})
     if not isinstance(model, T5):
         generation = {name: extra[name] for name in ids if name in extra} | generation
+        generation |= _ending(generation, ids["eos_token_id"])
     if generation:
         huggingface.write_json(Path(path) / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def _ending(config: Mapping[str, Any], eos: int | None) -> dict[str, Any]:
+    """Return the `eos_token_id` of a configuration, with a further one first if it is not there."""
+    known = config.get("eos_token_id")
+    known = known if isinstance(known, list | tuple) else [known] * (known is not None)
+    if eos is None or eos in known:
+        return {}
+    return {"eos_token_id": [eos, *known] if known else eos}
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:
@@ -254,9 +271,25 @@ def _from_hub(name: str) -> Path:
 def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
     file = gguf.read(path)
     tokenizer = file.tokenizer()  # an unknown kind is refused before the weights are read
-    model = families.model_from_config(file.config, source=str(path))
+    model = configuration.model_from_config(file.config, source=str(path))
     params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path), sharding=sharding)
     return Loaded(model, params, tokenizer, file.config)
+
+
+def _load_adapter(folder: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
+    base = lora.base_of(folder)
+    if Path(base).expanduser().resolve() == folder.resolve():
+        raise ValueError(f"{folder} must name another folder as the base model of its adapter, but names itself.")
+    try:
+        loaded = load(base, dtype=dtype, sharding=sharding)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} is an adapter of {base}, which cannot be loaded: {error}") from error
+    given, adapter = lora.load(folder, loaded.model)
+    config = loaded.config
+    if lora.is_reward(huggingface.read_config(folder, lora.CONFIG)):
+        config = config | {"architectures": [configuration.family_of(loaded.model)[1].reward]}
+    tokenizer = load_tokenizer(folder) or loaded.tokenizer
+    return Loaded(loaded.model, given.merge(loaded.params, adapter), tokenizer, config)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +113,37 @@ class T5Config:
         """Return the factor of the decoder's last states before the unembedding."""
         scaled = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
         return self.d_model**-0.5 if scaled and self.model_type != "mt5" else 1.0
+
+
+def spelt_fields(config: dict[str, Any], tensor_names: Callable[[], set[str]]) -> dict[str, Any]:
+    """Return the fields of a `config.json` that have more than one spelling.
+
+    Before transformers 5, `tie_word_embeddings` decided over the head and its scale. Since then it is always true,
+    `scale_decoder_outputs` decides over the scale of a T5, and the head is tied unless the files have a head that
+    differs from the embedding. An mT5 has no scale. A umT5 has one, by its original, where it is said to be tied;
+    transformers 5.23 scales every umT5 that it loads.
+    """
+    model_type, tied = config["model_type"], config.get("tie_word_embeddings")
+    scaled = config.get("scale_decoder_outputs")
+    tied = True if tied is None else tied
+    values = {"tie_word_embeddings": tied, "scale_decoder_outputs": scaled}
+    if scaled is None:
+        values["scale_decoder_outputs"] = False if model_type == "mt5" else tied
+    if tied is True and (model_type != "t5" or isinstance(scaled, bool)) and "lm_head.weight" in tensor_names():
+        values["tie_word_embeddings"] = False
+    if config.get("decoder_start_token_id") is None:
+        values["decoder_start_token_id"] = config.get("pad_token_id") or 0
+    projection, named = config.get("feed_forward_proj", "relu"), config.get("dense_act_fn")
+    meant = "gelu_new" if projection == "gated-gelu" else str(projection).removeprefix("gated-")
+    if named not in (None, meant):
+        raise ValueError(f"feed_forward_proj is {projection!r}, but dense_act_fn is {named!r}.")
+    return values
+
+
+def written_fields(config: T5Config) -> dict[str, Any]:
+    """Return what a `config.json` says beside the fields, or more plainly."""
+    scaled = {"scale_decoder_outputs": config.output_scale != 1}
+    return {"num_decoder_layers": config.decoder_layers, "is_encoder_decoder": True} | scaled
 
 
 @functools.cache
@@ -486,9 +518,13 @@ class T5LM(Network, language_model.LanguageModel):
         cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        """Return hidden states as `LanguageModel.hidden`; if the model scales its outputs, they are scaled."""
-        return self.read(params, tokens, cache, mask)
+        """Return hidden states as `LanguageModel.hidden`; if the model scales its outputs, they are scaled.
+
+        All segments of a row have its source.
+        """
+        return self.read(params, tokens, cache, mask, segments=segments)
 
     def logits(self, params: EncoderState, hidden: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         return self.merge(params.weights).unembed(hidden)
@@ -500,14 +536,15 @@ class T5LM(Network, language_model.LanguageModel):
         cache: Cache | None,
         mask: Bool[Array, "batch time"] | None,
         intermediates: list[Array] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
         """Return `hidden`; append the attention weights, self and cross in turn, to `intermediates` if it is a list."""
-        language_model.check_tokens(self, tokens, mask, cache)
+        language_model.check_tokens(self, tokens, mask, cache, segments=segments)
         source = self._source_of(params, tokens.shape[0], cache)
         # Without padding and cache all rows have the same positions, and share their biases.
-        shared = mask is None and cache is None
+        shared = mask is None and cache is None and segments is None
         mask = jnp.ones((1 if shared else tokens.shape[0], tokens.shape[1]), bool) if mask is None else mask
-        at = place(mask, cache)
+        at = place(mask, cache, segments)
         module, kv_cache = self.merge(params.weights), None if cache is None else cache.memory
         biases = module.decoder.biases(at.positions, at.slots)
         hidden, kv_cache = module.decoder(

@@ -65,7 +65,7 @@ class Layer(NamedTuple):
 
     rotary: Rotary | None = None  # rotary positions of queries and keys
     window: int | None = None  # a query attends to the last `window` positions, itself included
-    sparse: bool = False  # a mixture of experts for the MLP
+    dense: bool = False  # one MLP also in a model with experts
 
 
 class Experts(NamedTuple):
@@ -91,11 +91,8 @@ class Description:
     layers: tuple[Layer, ...]
     norm: Norm
     norms: Norms = LLAMA_NORMS
-    final_norm: bool = True
     embedding_norm: bool = False
-    head_norm: str | None = (
-        None  # of queries and keys: over a "head", over "each" head with a scale of its own, or "all"
-    )
+    head_norm: str | None = None  # of queries and keys: over a "head", "each" with a scale of its own, or "all" at once
     parallel: bool = False  # attention and MLP both read the block's input (Wang and Komatsuzaki 2021)
     fused: str | None = None  # q, k and v in one projection: "blocks" one after the other, or "groups" of key heads
     gated: bool = True  # down(activation(gate(x)) · up(x)) (Shazeer 2020); else down(activation(up(x)))
@@ -116,20 +113,29 @@ class Description:
     std: float = 0.02
 
     def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads must be a multiple of the {self.kv_heads} key-value heads.")
+        heads, keys = self.heads, self.kv_heads
+        if heads % keys:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, but they are {heads} and {keys}."
+            )
         if self.experts and self.experts.chosen > self.experts.count:
             raise ValueError(f"{self.experts.chosen} experts for each token must be at most {self.experts.count}.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"the activation must be one of {', '.join(ACTIVATIONS)}, but is {self.activation!r}.")
 
 
-class Places(NamedTuple):
-    """The arrays that a block reads beside hidden states."""
+Hidden = Float[Array, "batch time width"]
+
+
+class Context(NamedTuple):
+    """What a block reads beside hidden states."""
 
     turns: tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]] | None  # cosines and sines
     mask: Bool[Array, "batch time slot"]
     bias: Float[Array, "batch head time slot"] | None
+    cache: KeyValue | None = None
+    index: Int[Array, ""] | None = None  # of the cache's slot for the first token
+    intermediates: list[Array] | None = None  # to which attention weights are appended
 
 
 class HeadsNorm(nnx.Module):
@@ -149,25 +155,17 @@ class Attention(nnx.Module):
     def __init__(self, config: Description, layer: Layer, *, rngs: nnx.Rngs | None):
         self.config, self.layer = config, layer
         d, queries, keys = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
-
-        def linear(fan_in: int, fan_out: int, bias: str) -> Linear:
-            return Linear(fan_in, fan_out, std=d.std, use_bias=bias in d.biases, rngs=rngs)
-
-        if d.fused:
-            self.qkv_proj = linear(d.width, queries + 2 * keys, "q")
-        else:
-            self.q_proj = linear(d.width, queries, "q")
-            self.k_proj = linear(d.width, keys, "k")
-            self.v_proj = linear(d.width, keys, "v")
-        self.o_proj = linear(queries, d.width, "o")
+        widths = {"qkv_proj": queries + 2 * keys} if d.fused else {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        for name, width in widths.items():
+            setattr(self, name, Linear(d.width, width, std=d.std, use_bias=name[0] in d.biases, rngs=rngs))
+        self.o_proj = Linear(queries, d.width, std=d.std, use_bias="o" in d.biases, rngs=rngs)
         if d.head_norm == "each":
-            self.q_norm = HeadsNorm(d.heads, d.head_dim, epsilon=d.norm.epsilon)
-            self.k_norm = HeadsNorm(d.kv_heads, d.head_dim, epsilon=d.norm.epsilon)
+            self.q_norm, self.k_norm = (HeadsNorm(n, d.head_dim, epsilon=d.norm.epsilon) for n in (d.heads, d.kv_heads))
         elif d.head_norm:
-            self.q_norm = d.norm.over(queries if d.head_norm == "all" else d.head_dim)
-            self.k_norm = d.norm.over(keys if d.head_norm == "all" else d.head_dim)
+            sizes = (queries, keys) if d.head_norm == "all" else (d.head_dim, d.head_dim)
+            self.q_norm, self.k_norm = map(d.norm.over, sizes)
 
-    def project(self, x: Float[Array, "batch time width"]) -> list[Float[Array, "batch time features"]]:
+    def project(self, x: Hidden) -> list[Float[Array, "batch time features"]]:
         """Return queries, keys and values, heads side by side."""
         d = self.config
         queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
@@ -181,14 +179,7 @@ class Attention(nnx.Module):
         parts = jnp.split(groups, [group * d.head_dim, (group + 1) * d.head_dim], axis=-1)
         return [part.reshape(*x.shape[:2], -1) for part in parts]
 
-    def __call__(
-        self,
-        x: Float[Array, "batch time width"],
-        at: Places,
-        cache: KeyValue | None,
-        index: Array | None,
-        intermediates: list[Array] | None,
-    ) -> tuple[Float[Array, "batch time width"], KeyValue]:
+    def __call__(self, x: Hidden, at: Context) -> tuple[Hidden, KeyValue]:
         d = self.config
         query, key, value = self.project(x)
         if d.head_norm == "all":
@@ -203,11 +194,14 @@ class Attention(nnx.Module):
         if (rotary := self.layer.rotary) is not None:
             query, key = (rotate(each, *at.turns, interleaved=rotary.interleaved) for each in (query, key))
         dtype = self.o_proj.kernel[...].dtype
-        cache = (key.astype(dtype), value.astype(dtype)) if cache is None else write_slots(cache, key, value, index)
+        kept = (
+            (key.astype(dtype), value.astype(dtype))
+            if at.cache is None
+            else write_slots(at.cache, key, value, at.index)
+        )
         scale = d.head_dim**-0.5 if d.score_scale is None else d.score_scale
-        options = {"scale": scale, "cap": d.score_cap, "bias": at.bias, "intermediates": intermediates}
-        weights = attention_weights(query, cache[0], at.mask, **options)
-        return self.o_proj(attend(weights, cache[1])), cache
+        options = {"scale": scale, "cap": d.score_cap, "bias": at.bias, "intermediates": at.intermediates}
+        return self.o_proj(attend(attention_weights(query, kept[0], at.mask, **options), kept[1])), kept
 
 
 class MLP(nnx.Module):
@@ -215,26 +209,21 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Description, *, rngs: nnx.Rngs | None):
         options = {"std": config.std, "use_bias": "mlp" in config.biases, "rngs": rngs}
-        if config.gated and config.fused_gate:
-            self.gate_up_proj = Linear(config.width, 2 * config.inner, **options)
-        elif config.gated:
-            self.gate_proj = Linear(config.width, config.inner, **options)
-            self.up_proj = Linear(config.width, config.inner, **options)
-        else:
-            self.up_proj = Linear(config.width, config.inner, **options)
+        widths = {"gate_proj": config.inner, "up_proj": config.inner} if config.gated else {"up_proj": config.inner}
+        for name, width in {"gate_up_proj": 2 * config.inner}.items() if config.fused_gate else widths.items():
+            setattr(self, name, Linear(config.width, width, **options))
         self.down_proj = Linear(config.inner, config.width, **options)
         self.config = config
 
-    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+    def __call__(self, x: Hidden) -> Hidden:
         activation = ACTIVATIONS[self.config.activation]
         if not self.config.gated:
             # The backward pass keeps one array of the inner width, not three: the activation is cheap to recompute.
             return jax.checkpoint(lambda inner: self.down_proj(activation(inner)))(self.up_proj(x))
-        gate, up = (
-            jnp.split(self.gate_up_proj(x), 2, axis=-1)
-            if self.config.fused_gate
-            else (self.gate_proj(x), self.up_proj(x))
-        )
+        if self.config.fused_gate:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(activation(gate) * up)
 
 
@@ -251,25 +240,18 @@ class Stack(nnx.Module):
         return jax.lax.ragged_dot(rows.astype(kernel.dtype), kernel, sizes, preferred_element_type=dtype)
 
 
-class ExpertStacks(nnx.Module):
-    """The gated MLPs of all experts."""
-
-    def __init__(self, config: Description, *, rngs: nnx.Rngs | None):
-        experts, options = config.experts, {"std": config.std, "rngs": rngs}
-        self.gate_proj = Stack(experts.count, config.width, experts.width, **options)
-        self.up_proj = Stack(experts.count, config.width, experts.width, **options)
-        self.down_proj = Stack(experts.count, experts.width, config.width, **options)
-
-
 class MixtureOfExperts(nnx.Module):
     """Σ p_e · MLP_e(x) over the most probable experts e of p = softmax(gate(x)) (Shazeer et al. 2017)."""
 
     def __init__(self, config: Description, *, rngs: nnx.Rngs | None):
-        self.gate = Linear(config.width, config.experts.count, std=config.std, use_bias=False, rngs=rngs)
-        self.experts = ExpertStacks(config, rngs=rngs)
+        experts, options = config.experts, {"std": config.std, "rngs": rngs}
+        self.gate = Linear(config.width, experts.count, use_bias=False, **options)
+        sizes = {name: (config.width, experts.width) for name in ("gate_proj", "up_proj")}
+        sizes["down_proj"] = (experts.width, config.width)
+        self.experts = nnx.Dict({name: Stack(experts.count, *size, **options) for name, size in sizes.items()})
         self.config = config
 
-    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+    def __call__(self, x: Hidden) -> Hidden:
         count, chosen, _, normalised = self.config.experts
         rows = x.reshape(-1, x.shape[-1])
         weights, expert = jax.lax.top_k(jax.nn.softmax(self.gate(rows), axis=-1), chosen)  # [row, chosen]
@@ -290,7 +272,7 @@ class Block(nnx.Module):
             if name:
                 setattr(self, name, config.norm.over(config.width))
         self.self_attn = Attention(config, layer, rngs=rngs)
-        self.mlp = (MixtureOfExperts if layer.sparse else MLP)(config, rngs=rngs)
+        self.mlp = (MixtureOfExperts if config.experts and not layer.dense else MLP)(config, rngs=rngs)
         self.config = config
 
     def norm(self, place: str, x: Array) -> Array:
@@ -298,24 +280,13 @@ class Block(nnx.Module):
         name = getattr(self.config.norms, place)
         return getattr(self, name)(x) if name else x
 
-    def __call__(
-        self,
-        x: Float[Array, "batch time width"],
-        at: Places,
-        cache: KeyValue | None,
-        index: Array | None,
-        intermediates: list[Array] | None,
-    ) -> tuple[Float[Array, "batch time width"], KeyValue]:
-        scale, parallel = self.config.residual_scale, self.config.parallel
-        normed = self.norm("attention_in", x)
-        mixed, cache = self.self_attn(normed, at, cache, index, intermediates)
-        read = x  # by the MLP
-        x = x + scale * self.norm("attention_out", mixed)
-        if parallel:
-            inner = self.norm("mlp_in", read) if self.config.norms.mlp_in else normed
-        else:
-            inner = self.norm("mlp_in", x)
-        return x + scale * self.norm("mlp_out", self.mlp(inner)), cache
+    def __call__(self, x: Hidden, at: Context) -> tuple[Hidden, KeyValue]:
+        d, normed = self.config, self.norm("attention_in", x)
+        mixed, cache = self.self_attn(normed, at)
+        attended = x + d.residual_scale * self.norm("attention_out", mixed)
+        # In parallel without a norm of its own the MLP shares that of attention.
+        inner = normed if d.parallel and not d.norms.mlp_in else self.norm("mlp_in", x if d.parallel else attended)
+        return attended + d.residual_scale * self.norm("mlp_out", self.mlp(inner)), cache
 
 
 class Transformer(nnx.Module):
@@ -330,8 +301,7 @@ class Transformer(nnx.Module):
         if d.embedding_norm:
             self.embed_norm = d.norm.over(d.width)
         self.layers = nnx.List([Block(d, layer, rngs=rngs) for layer in d.layers])
-        if d.final_norm:
-            self.norm = d.norm.over(d.width)
+        self.norm = d.norm.over(d.width)
         if not d.tied:
             self.lm_head = Linear(d.width, d.vocab_size, std=d.std, use_bias="head" in d.biases, rngs=rngs)
 
@@ -341,7 +311,7 @@ class Transformer(nnx.Module):
         placed: Placed,
         cache: list[KeyValue] | None,
         intermediates: list[Array] | None,
-    ) -> tuple[Float[Array, "batch time width"], list[KeyValue]]:
+    ) -> tuple[Hidden, list[KeyValue]]:
         d = self.config
         x = self.embed_tokens(tokens)
         if d.embedding_scale != 1:  # rounded like the parameters, as in the original
@@ -351,25 +321,26 @@ class Transformer(nnx.Module):
         if d.embedding_norm:
             x = self.embed_norm(x)
         written = []
-        for block, at, memory in zip(self.layers, self.places(placed), cache or [None] * len(d.layers), strict=True):
+        for block, at, memory in zip(self.layers, self.contexts(placed), cache or [None] * len(d.layers), strict=True):
             if self.checkpoint_blocks and cache is None and intermediates is None:
                 x, key_value = checkpointed(block)(x, at)
             else:
-                x, key_value = block(x, at, memory, placed.cache_index, intermediates)
+                x, key_value = block(x, at._replace(cache=memory, intermediates=intermediates))
             written.append(key_value)
-        return self.norm(x) if d.final_norm else x, written
+        return self.norm(x), written
 
-    def places(self, placed: Placed) -> list[Places]:
+    def contexts(self, placed: Placed) -> list[Context]:
         """Return what each layer reads; layers that are alike share the arrays."""
         d, mask = self.config, placed.attention_mask
-        capacity = None if placed.cache is None else placed.cache.max_length
-        turns = {each: each.turn(placed.positions, capacity) for each in {layer.rotary for layer in d.layers} if each}
+        rotaries = {layer.rotary for layer in d.layers if layer.rotary}
+        turns = {each: each.turn(placed.positions, placed.lengths) for each in rotaries}
         distance = placed.slots[:, None, :] - placed.positions[:, :, None]  # 0 at the query itself, negative before
         windows = {layer.window for layer in d.layers}
         masks = {window: mask if window is None else mask & (distance > -window) for window in windows}
         slopes = jnp.asarray(d.alibi, jnp.float32)[None, :, None, None]
         bias = slopes * distance[:, None] if d.alibi else None
-        return [Places(turns.get(layer.rotary), masks[layer.window], bias) for layer in d.layers]
+        index = placed.cache_index
+        return [Context(turns.get(layer.rotary), masks[layer.window], bias, index=index) for layer in d.layers]
 
     def unembed(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         d = self.config
@@ -393,11 +364,7 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 class Decoder(DecoderLM):
     """A causal transformer of any family as a `LanguageModel`: `Decoder(Config("qwen3", num_hidden_layers=2, ...))`."""
 
-    config: Any  # a `families.Config`
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.description.vocab_size
+    config: Any  # a `configuration.Config`
 
     @property
     def max_length(self) -> int:

@@ -89,8 +89,9 @@ def draw_training_curve(
     """Draw the training and held-out loss (nats per token) of a run's log against tokens seen, with a baseline."""
     millions = [row["tokens"] / 1e6 for row in log]
     axes.plot(millions, [row["loss"] for row in log], color=style.PALETTE[0], label="training text")
-    held_out = [row["held_out_loss"] for row in log]
-    axes.plot(millions, held_out, color=style.PALETTE[1], marker="o", label="held-out text")
+    held_out = [(at, row["held_out_loss"]) for at, row in zip(millions, log, strict=True) if "held_out_loss" in row]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=style.PALETTE[1], marker="o", label="held-out text")
     if baseline is not None:
         name, value = baseline
         axes.axhline(value, color=style.MUTED, linestyle="--", linewidth=1.2)

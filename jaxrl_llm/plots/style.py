@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import text_to_path
+
+from jaxrl_llm.files import replacing
 
 DPI = 180
 INK, MUTED, EDGE, FAINT = "#1b1f24", "#66707a", "#9aa3ac", "#c9ced4"
@@ -116,6 +117,20 @@ def save_as(figure: Figure, path: str | Path, *, source: str | None = None) -> P
     return write_atomically(path, buffer.getvalue())
 
 
+def shown(figure: Figure) -> Figure:
+    """Make a figure without pyplot show itself in a notebook, once."""
+
+    def png() -> tuple[bytes, dict[str, int]]:
+        buffer = io.BytesIO()
+        with look():
+            figure.savefig(buffer, format="png", dpi=DPI)
+        width, height = (round(100 * inches) for inches in figure.get_size_inches())  # on the screen; dpi make it crisp
+        return buffer.getvalue(), {"width": width, "height": height}
+
+    figure._repr_png_ = png
+    return figure
+
+
 def check_suffix(path: Path) -> str:
     """Return the format of a file's suffix; call it before a long computation whose result is a figure.
 
@@ -132,10 +147,8 @@ def check_suffix(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically, and make its folder if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
     return path
 
 

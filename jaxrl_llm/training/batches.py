@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int, PyTree
 
 from jaxrl_llm import text
 from jaxrl_llm.data import records
-from jaxrl_llm.data.records import Fields, Text, alike
+from jaxrl_llm.data.records import Fields, Records
 from jaxrl_llm.scoring import Sequences, pad_completions
-from jaxrl_llm.training.config import Cut
+from jaxrl_llm.training.encoding import Encoded, Encoder, Job, Rows, cached, tokenise
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch
 from jaxrl_llm.training.reward_model import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
@@ -22,170 +23,16 @@ from jaxrl_llm.training.rollout import Prompts
 Length = TypeVar("Length", int, Int[np.ndarray, "batch"])
 
 
-# From text to tokens --------------------------------------------------------------------------------------------------
-
-
-class Encoded(NamedTuple):
-    """A prompt's tokens and those of each of its completions."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-
-
-class Encoder:
-    """Encodes prompts with their completions, each ending in EOS, in at most `max_length` tokens.
-
-    A completion that is a string is encoded by itself, so that no token spans the boundary to its prompt, in training
-    as in decoding. Conversations go through the chat template; a completion is what it adds to the prompt. If one of
-    prompt and completions is a conversation, all are: see `records.alike`.
-
-    Args:
-        tokenizer: of Hugging Face's kind.
-        max_length: most tokens of prompt and completion together.
-        cut: what longer rows lose: "left", the beginning of the prompt, but not its BOS token; "right", the end of the
-            completion, and EOS with it; "raise" refuses them.
-
-    `cut_prompts` and `cut_completions` count what was cut.
-
-    Raises:
-        ValueError: if `cut` is another one, or the tokenizer has no EOS token.
-    """
-
-    def __init__(self, tokenizer: Any, *, max_length: int, cut: Cut = "left"):
-        if cut not in get_args(Cut):
-            raise ValueError(f"cut must be one of {', '.join(get_args(Cut))}, but is {cut!r}.")
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer must have an EOS token, which ends completions, but has none.")
-        self._tokenizer, self.max_length, self._cut = tokenizer, max_length, cut
-        self.cut_prompts = self.cut_completions = 0
-
-    def checked(self, parse: Callable[[Fields], Any]) -> Callable[[Fields], Any]:
-        """Return the parser with one more refusal, a prompt that the chat template refuses: as any bad line."""
-
-        def parsed(fields: Fields) -> Any:
-            record = parse(fields)
-            if not isinstance(record.prompt, str):
-                self._rendered(record.prompt, generation=True)
-            return record
-
-        return parsed
-
-    def prompt(self, asked: Text, *, room: int) -> list[int]:
-        """Return a prompt's tokens, cut so that `room` more fit.
-
-        Raises:
-            ValueError: if it is too long and not to be cut on the left.
-        """
-        tokens = self._prompt(asked)
-        most = self.max_length - room
-        if len(tokens) <= most:
-            return tokens
-        if self._cut != "left" or not self._can_be_cut(tokens, most):
-            raise ValueError(f"a prompt of {len(tokens)} tokens leaves no room for {room} more in {self.max_length}.")
-        return self._end_of(tokens, most)
-
-    def __call__(self, asked: Text, completions: Sequence[Text]) -> Encoded:
-        """Return a prompt with its completions, which all follow the same tokens of the prompt.
-
-        Raises:
-            ValueError: for a row that does not fit and cannot be cut, or a chat template that changes the prompt when
-                the completion follows.
-        """
-        asked, completions = alike(asked, completions)
-        prompt, found = self._prompt(asked), [self._completion(asked, each) for each in completions]
-        longest = max(map(len, found))
-        if len(prompt) + longest <= self.max_length:
-            return Encoded(prompt, found)
-        if self._cut == "raise":
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and a completion of {longest} are longer than {self.max_length}."
-            )
-        if self._cut == "left":
-            most = self.max_length - longest
-            if not self._can_be_cut(prompt, most):
-                raise ValueError(
-                    f"a completion of {longest} tokens leaves no token for its prompt in {self.max_length}."
-                )
-            return Encoded(self._end_of(prompt, most), found)
-        room = self.max_length - len(prompt)
-        if room < 1:
-            raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for a completion in {self.max_length}.")
-        self.cut_completions += sum(len(each) > room for each in found)
-        return Encoded(prompt, [each[:room] for each in found])
-
-    def _can_be_cut(self, prompt: list[int], most: int) -> bool:
-        return most > self._begins(prompt)
-
-    def _end_of(self, prompt: list[int], most: int) -> list[int]:
-        """Return the end of a prompt after its BOS token, which stays: models attend to it much."""
-        self.cut_prompts += 1
-        begins = self._begins(prompt)
-        return [*prompt[:begins], *prompt[len(prompt) - most + begins :]]
-
-    def _begins(self, prompt: list[int]) -> int:
-        return int(prompt[:1] == [self._tokenizer.bos_token_id])
-
-    def _prompt(self, asked: Text) -> list[int]:
-        if isinstance(asked, str):
-            return text.encode(self._tokenizer, asked)
-        return text.rendered_tokens(self._tokenizer, self._rendered(asked, generation=True))
-
-    def _completion(self, asked: Text, completion: Text) -> list[int]:
-        eos = self._tokenizer.eos_token_id
-        if isinstance(completion, str):
-            tokens = self._plain(completion)
-        else:
-            before = self._rendered(asked, generation=True)
-            whole = self._rendered((*asked, *completion), generation=False)
-            if not whole.startswith(before):
-                raise ValueError("the chat template changes the prompt when a completion follows it.")
-            tokens = text.rendered_tokens(self._tokenizer, whole.removeprefix(before).rstrip())
-        return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
-
-    def _plain(self, string: str) -> list[int]:
-        return self._tokenizer(string, add_special_tokens=False)["input_ids"]
-
-    def _rendered(self, messages: Sequence[records.Message], *, generation: bool) -> str:
-        if not self._tokenizer.chat_template:
-            raise ValueError("the data hold conversations, but the tokenizer has no chat template.")
-        return text.render(self._tokenizer, messages, generation=generation)
-
-
-class Rows(NamedTuple):
-    """A record as tokens: a prompt, its completions, and their label or ranks."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    label: Any = None
-    mismatched: int | None = None  # of unpaired preferences: most tokens of the prompt with another's completion
-    fields: Mapping[str, float] = {}  # numbers of the line beside its text
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each of its sequences: the prompt with each completion, or the prompt alone."""
-        return [len(self.prompt) + len(each) for each in self.completions or [[]]]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest of its sequences."""
-        return max(self.lengths)
-
-    @property
-    def highest(self) -> int:
-        """The largest id of its tokens."""
-        return max(max(each, default=0) for each in (self.prompt, *self.completions))
-
-
 # Formats of records: parse, encode, collate ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A format of records: from a line to a record, from a record to tokens, from the rows of a batch to arrays."""
+    """A format of records: from a line to a record, and from the rows of a batch to arrays."""
 
     parse: Callable[[Fields], Any]
-    encode: Callable[[Encoder, Any, int], Rows]  # (encoder, record, tokens that a prompt alone leaves for a completion)
     collate: Callable[[list[Rows], int], PyTree]  # (rows, multiple of the padded length)
+    whole: bool = False  # prompt and completion are encoded as one text, as a reward model reads them
 
 
 def prompts(rows: list[Rows], multiple: int) -> Prompts:
@@ -196,14 +43,13 @@ def prompts(rows: list[Rows], multiple: int) -> Prompts:
 
 def prompt_completions(rows: list[Rows], multiple: int) -> Sequences:
     """Return prompts with the one completion of each."""
-    return pad_completions([row.prompt for row in rows], [row.completions[0] for row in rows], multiple=multiple)
+    return _padded(rows, [_completions(row)[0] for row in rows], multiple=multiple)
 
 
 def preferences(rows: list[Rows], multiple: int) -> PairBatch:
     """Return chosen and rejected completions."""
-    return PairBatch(
-        *_of_one_length(rows, *([row.completions[side] for row in rows] for side in (0, 1)), multiple=multiple)
-    )
+    sides = ([_completions(row)[side] for row in rows] for side in (0, 1))
+    return PairBatch(*_of_one_length(rows, *sides, multiple=multiple))
 
 
 def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
@@ -211,10 +57,11 @@ def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
 
     The latter ends at the maximal length if it does not fit, independently of the padding of the other rows.
     """
-    completions = [row.completions[0] for row in rows]
+    completions = [_completions(row)[0] for row in rows]
+    room = [None if row.mismatched is None else row.mismatched - len(row.prompt) for row in rows]
     others = [
-        other if row.mismatched is None else other[: row.mismatched - len(row.prompt)]
-        for row, other in zip(rows, [completions[-1], *completions[:-1]], strict=True)
+        (other[:most], mask[:most])
+        for most, (other, mask) in zip(room, [completions[-1], *completions[:-1]], strict=True)
     ]
     shown, mismatched = _of_one_length(rows, completions, others, multiple=multiple)
     return UnpairedBatch(shown, np.asarray([row.label for row in rows], bool), mismatched)
@@ -223,20 +70,37 @@ def unpaired_preferences(rows: list[Rows], multiple: int) -> UnpairedBatch:
 def ranked(rows: list[Rows], multiple: int) -> RankedBatch:
     """Return K completions of each prompt, K that of the longest ranking; free places repeat the first completion."""
     most = max(len(row.completions) for row in rows)
-    filled = [[*row.completions, *[row.completions[0]] * (most - len(row.completions))] for row in rows]
-    asked = [row.prompt for row in rows for _ in range(most)]
-    flat = pad_completions(asked, [each for row in filled for each in row], multiple=multiple)
+    pairs = [_completions(row) for row in rows]
+    filled = [[*each, *[each[0]] * (most - len(each))] for each in pairs]
+    flat = _padded(
+        [row for row in rows for _ in range(most)], [each for row in filled for each in row], multiple=multiple
+    )
     completions = Sequences(*(leaf.reshape(len(rows), most, -1) for leaf in flat))
     ranks = np.asarray([[*row.label, *[0] * (most - len(row.label))] for row in rows], np.int32)
     real = np.asarray([[place < len(row.completions) for place in range(most)] for row in rows])
-    return RankedBatch(completions, ranks, real)
+    margins = np.zeros((len(rows), most), np.float32)
+    for place, row in enumerate(rows):
+        margins[place, : len(row.margins)] = row.margins
+    return RankedBatch(completions, ranks, real, margins)
 
 
-def _of_one_length(rows: list[Rows], *sides: list[list[int]], multiple: int) -> list[Sequences]:
+Completion = tuple[list[int], list[bool]]  # tokens, and which of them are trained on
+
+
+def _completions(row: Rows) -> list[Completion]:
+    masks = row.masks or [[True] * len(each) for each in row.completions]
+    return list(zip(row.completions, masks, strict=True))
+
+
+def _padded(rows: list[Rows], completions: list[Completion], *, multiple: int, length: int = 0) -> Sequences:
+    tokens, masks = zip(*completions, strict=True)
+    return pad_completions([row.prompt for row in rows], tokens, masks=masks, multiple=multiple, length=length)
+
+
+def _of_one_length(rows: list[Rows], *sides: list[Completion], multiple: int) -> list[Sequences]:
     """Return the same prompts with several completions each, padded to the longest of all."""
-    asked = [row.prompt for row in rows]
-    longest = max(len(prompt) + len(each) for side in sides for prompt, each in zip(asked, side, strict=True))
-    return [pad_completions(asked, side, multiple=multiple, length=longest) for side in sides]
+    longest = max(len(row.prompt) + len(each) for side in sides for row, (each, _) in zip(rows, side, strict=True))
+    return [_padded(rows, side, multiple=multiple, length=longest) for side in sides]
 
 
 def rounded(length: Length, multiple: int) -> Length:
@@ -244,46 +108,25 @@ def rounded(length: Length, multiple: int) -> Length:
     return -(-length // multiple) * multiple
 
 
-def _ranked_rows(encoder: Encoder, record: records.Ranked) -> Rows:
-    """Return a ranking as tokens, in which completions of different ranks are still different."""
-    rows = Rows(*encoder(record.prompt, record.completions), record.ranks)
-    for first, second in itertools.combinations(range(len(rows.completions)), 2):
-        if rows.completions[first] == rows.completions[second] and record.ranks[first] != record.ranks[second]:
-            raise ValueError(
-                f"completions {first + 1} and {second + 1} must differ, but are equal in {encoder.max_length} tokens."
-            )
-    return rows
-
-
-def _preference_rows(encoder: Encoder, record: records.Preference) -> Rows:
-    numbers = {name: value for name, value in record.fields.items() if isinstance(value, int | float)}
-    return _ranked_rows(encoder, record.ranked())._replace(label=None, fields=numbers)
-
-
-def _unpaired_rows(encoder: Encoder, record: records.UnpairedPreference) -> Rows:
-    return Rows(*encoder(record.prompt, [record.completion]), record.label, encoder.max_length)
-
-
 KINDS: dict[str, Kind] = {  # by the names of TRL, where it has them
-    "prompt-only": Kind(
-        records.prompt, lambda encoder, record, room: Rows(encoder.prompt(record.prompt, room=room), []), prompts
-    ),
-    "prompt-completion": Kind(
-        records.prompt_completion,
-        lambda encoder, record, room: Rows(*encoder(record.prompt, [record.completion])),
-        prompt_completions,
-    ),
-    "preference": Kind(
-        records.preference, lambda encoder, record, room: _preference_rows(encoder, record), preferences
-    ),
-    "unpaired-preference": Kind(
-        records.unpaired_preference, lambda encoder, record, room: _unpaired_rows(encoder, record), unpaired_preferences
-    ),
-    "ranked": Kind(records.ranked, lambda encoder, record, room: _ranked_rows(encoder, record), ranked),
+    "prompt-only": Kind(records.prompt, prompts),
+    "prompt-completion": Kind(records.prompt_completion, prompt_completions),
+    "preference": Kind(records.preference, preferences),
+    "unpaired-preference": Kind(records.unpaired_preference, unpaired_preferences),
+    "ranked": Kind(records.ranked, ranked, whole=True),
+    "rated": Kind(records.rated, ranked, whole=True),
 }
 
 
 # Order and batches ----------------------------------------------------------------------------------------------------
+
+
+class TooFew(ValueError):
+    """There are fewer rows than a batch has."""
+
+    def __init__(self, said: str, count: int):
+        super().__init__(said)
+        self.count = count
 
 
 class EpochOrder:
@@ -302,7 +145,7 @@ class EpochOrder:
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, pool: int = 16, unit: str = "rows"):
         if not 0 < batch_size <= len(lengths):
-            raise ValueError(f"batch_size must be from 1 to the {len(lengths)} {unit}, but is {batch_size}.")
+            raise TooFew(f"batch_size must be from 1 to the {len(lengths)} {unit}, but is {batch_size}.", len(lengths))
         self._lengths, self._batch_size = np.asarray(lengths), batch_size
         self._seed, self._pool = seed, pool
         self._epoch, self._order = -1, np.zeros((0, batch_size), int)
@@ -335,7 +178,7 @@ class EpochOrder:
 
 
 class Batches:
-    """A data loader: `batches(step)` is the batch of a step, encoded on demand, of rows of similar length.
+    """A data loader: `batches(step)` is the batch of a step, of rows of similar length. All is tokenised once.
 
     Args:
         records: of one kind; numbers in errors are those of `data.records.Records`, or places in a list.
@@ -344,12 +187,15 @@ class Batches:
         room: tokens that a prompt alone leaves for its completion.
         vocab_size: of the model; with it, tokens that the model does not have are refused.
         fields: carry the numbers beside the text that every record has into the batch's `fields`.
+        cache: keep the tokens for the next time, if they took long.
+        say: print how it goes.
 
-    `order.left_over` is the number of records that each epoch leaves out.
+    `order.left_over` is the number of records that each epoch leaves out; `bad` and `too_long` are the lines or rows
+    that were skipped.
 
     Raises:
-        ValueError: for a record that cannot be encoded or whose tokens the model lacks, naming its line; or a batch
-            size that does not fit.
+        ValueError: for records that cannot be encoded or whose tokens the model lacks, naming their lines, unless
+            they are to be skipped; or a batch size that does not fit.
     """
 
     def __init__(
@@ -364,36 +210,76 @@ class Batches:
         room: int = 0,
         vocab_size: int | None = None,
         fields: bool = False,
+        cache: bool = False,
+        say: Callable[[str], None] | None = None,
     ):
-        self._records, self._kind, self._encoder = records, kind, encoder
-        self._multiple, self._room, self._vocab_size = multiple, room, vocab_size
-        self._mismatched, self._fields = None, None if fields else set()
-        self._takes_fields, self._some_fields = fields, set()
-        sizes = np.asarray([self._size(self.rows(place)) for place in range(len(records))], int).reshape(-1, 4)
-        self._prompts, self._longest, self._sequences, self._real = sizes.T
+        self._records, self._kind, self._encoder, self._multiple = records, kind, encoder, multiple
+        self._unit = getattr(records, "unit", "row")
+        whole = isinstance(records, Records)
+        job = Job(encoder, encoder.checked(kind.parse) if whole else None, room, vocab_size, kind.whole)
+        self.data = cached(records, job, say=say) if cache and whole else tokenise(records, job, say=say)
+        self.bad, self.too_long = self.data.bad, self.data.too_long
+        if self.too_long and not (len(self.data) or self.bad):
+            source = getattr(records, "source", "data")
+            raise ValueError(
+                f"{source} has no records: {self.too_long[0].reason.removesuffix('.')}, as are all others."
+            )
+        if whole:
+            records.take(self.data.numbers, self.data.places, self.bad)
+        elif self.bad:
+            raise ValueError("; ".join(f"{self._unit} {each.number}: {each.reason}" for each in self.bad))
+        numbers = ~np.isnan(self.data.fields)
+        self._fields = [i for i, each in enumerate(numbers.all(axis=0)) if each] if fields else []
+        self._some_fields = {self.data.columns[i] for i in range(numbers.shape[1])} if fields else set()
+        lengths, first = self.data.lengths, self.data.rows[:-1]
+        self._prompts, count = lengths[first], np.diff(self.data.rows) - 1
+        self._longest = self._prompts.copy()
+        of = np.repeat(np.arange(len(first)), count)
+        behind = np.delete(lengths, first)
+        np.maximum.at(self._longest, of, self._prompts[of] + behind)
+        self._sequences = np.maximum(count, 1)
+        self._real = self._prompts * self._sequences + np.bincount(of, behind, len(first)).astype(int)
+        self._mismatched = encoder.max_length if kind.collate is unpaired_preferences else None
         self.order = EpochOrder(self._longest, batch_size=batch_size, seed=seed, unit="records")
         self._tokens = np.zeros(1, int)  # of the first n steps, as far as they were asked for
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "rows"]:
+        """Tokens of the longest sequence of each row."""
+        return self._longest
 
     def __call__(self, step: int) -> PyTree:
         """Return the batch of a step."""
         return self.collate(self.order(step))
 
     def collate(self, places: Sequence[int]) -> PyTree:
-        """Return the batch of these records."""
+        """Return the batch of these rows."""
         rows = [self.rows(place) for place in places]
         batch = self._kind.collate(rows, self._multiple)
         if not self._fields:
             return batch
-        columns = {name: np.asarray([row.fields[name] for row in rows], np.float32) for name in sorted(self._fields)}
+        columns = {self.data.columns[i]: np.asarray(self.data.fields[places, i], np.float32) for i in self._fields}
         return batch._replace(fields=columns)
 
     def records(self, step: int) -> list[Any]:
         """Return the records of a step's batch, row by row."""
-        return [self._records[int(place)] for place in self.order(step)]
+        return [self._records[int(self.data.records[place])] for place in self.order(step)]
 
     def describe(self, step: int) -> str:
         """Return the lines or rows of the records of a step's batch, in words."""
-        return self._named(self.order(step))
+        return self.named(self.order(step))
+
+    def named(self, places: Sequence[int]) -> str:
+        """Return the lines or rows of the records of these rows, in words."""
+        numbers = [str(self.data.numbers[self.data.records[place]]) for place in places]
+        return f"{self._unit}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+
+    def sequence_lengths(self) -> list[list[int]]:
+        """Return the tokens of each sequence of each row."""
+        return [self.rows(place).lengths for place in range(len(self))]
 
     def tokens(self, steps: int) -> int:
         """Return the number of real tokens of the first n steps, in all their sequences."""
@@ -404,6 +290,11 @@ class Batches:
         return int(self._tokens[steps])
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._longest.max())
+
+    @property
     def pad_waste(self) -> float:
         """The share of places that are padding in the first epoch, free places of rankings included."""
         real, places = self._counts(self.order.epoch(0))
@@ -412,14 +303,15 @@ class Batches:
     @property
     def left_out(self) -> set[str]:
         """The columns that are numbers in some rows only, which a loss of one's own does not receive."""
-        return self._some_fields - self._fields if self._takes_fields and self._fields is not None else set()
+        return self._some_fields - {self.data.columns[i] for i in self._fields}
 
-    def _size(self, rows: Rows) -> tuple[int, int, int, int]:
-        """Return tokens of the prompt and of the longest sequence, the number of sequences, and the tokens of all."""
-        self._mismatched = rows.mismatched
-        self._fields = set(rows.fields) if self._fields is None else self._fields & set(rows.fields)
-        self._some_fields |= set(rows.fields)
-        return len(rows.prompt), rows.length, len(rows.lengths), sum(rows.lengths)
+    @property
+    def unread(self) -> dict[str, int]:
+        """The entries of lines that nothing reads, and the number of records with each; a reward may read them all."""
+        if self._kind.collate is prompts:
+            return {}
+        read = self.data.columns if self._some_fields else []
+        return {name: count for name, count in sorted(self.data.others.items()) if name not in read}
 
     def _counts(self, places: Int[np.ndarray, "step batch"]) -> tuple[Int[np.ndarray, "step"], Int[np.ndarray, "step"]]:
         """Return the real tokens of batches, and the places they take."""
@@ -431,20 +323,25 @@ class Batches:
         return real, rounded(length.max(axis=1), self._multiple) * sequences * places.shape[1]
 
     def rows(self, place: Int[np.ndarray, ""] | int) -> Rows:
-        """Return a record as tokens."""
-        place = int(place)
-        try:
-            rows = self._kind.encode(self._encoder, self._records[place], self._room)
-            if self._vocab_size is not None and rows.highest >= self._vocab_size:
-                raise ValueError(
-                    f"tokens must be below {self._vocab_size}, the model's vocabulary, but the tokenizer gives "
-                    f"{rows.highest}."
-                )
-        except ValueError as error:
-            raise ValueError(f"{self._named([place])}: {error}") from error
-        return rows
+        """Return a row as tokens."""
+        (prompt, completions, masks), labels, margins = self.data.row(int(place))
+        numbers = {name: float(self.data.fields[place, i]) for i, name in enumerate(self.data.columns)}
+        label = labels[0] if self._mismatched is not None else labels
+        known = {name: value for name, value in numbers.items() if not np.isnan(value)}
+        return Rows(prompt, completions, label, self._mismatched, known, margins, masks)
 
-    def _named(self, places: Sequence[int]) -> str:
-        unit, numbers = getattr(self._records, "unit", "row"), getattr(self._records, "numbers", None)
-        named = ", ".join(str(int(place) if numbers is None else numbers[place]) for place in places)
-        return f"{unit}{'s' if len(places) > 1 else ''} {named}"
+
+def show_mask(tokenizer: Any, row: Rows | Encoded) -> str:
+    """Return the text of an example, each sequence from a line of its own, the tokens that count between ⟦ and ⟧."""
+    shown = []
+    for completion, mask in zip(row.completions or [[]], row.masks or [[]], strict=True):
+        tokens, marks = [*row.prompt, *completion], [False] * len(row.prompt) + mask
+        cuts = [0, *(i for i in range(1, len(tokens)) if marks[i] != marks[i - 1]), len(tokens)]
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        parts = [
+            (decode(tokens[:start]), decode(tokens[:end]), marks[start]) for start, end in itertools.pairwise(cuts)
+        ]
+        shown.append("".join(
+            f"⟦{after[len(before):]}⟧" if trained else after[len(before):] for before, after, trained in parts
+        ))  # fmt: skip
+    return "\n\n".join(shown)

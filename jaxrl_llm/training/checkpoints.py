@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,11 +43,16 @@ class Checkpoints:
             OSError: if it cannot be written (for example on a full disk), naming the last good checkpoint.
         """
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
+            with _quiet():
+                self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
         except Exception as error:  # orbax and the libraries below it raise many kinds
+            for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
             last = self.latest_step()
             remains = "and there is none yet" if last is None else f"the last good one is that of step {last}"
             reason = str(error).splitlines()[0] if str(error) else repr(error)
+            if told := re.search(r"([^:]+) \[os_error_code", reason):  # behind the names of many temporary files
+                reason = told[1].strip()
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self._folder}: {reason}; {remains}."
             ) from error
@@ -71,6 +84,27 @@ class Checkpoints:
                 f"the checkpoint in {self._folder} is of another model or optimiser: "
                 f"{', '.join(differences[:3])}{more}."
             )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracebacks of orbax's and tensorstore's threads from the terminal: the error itself is raised."""
+    logger = logging.getLogger("absl")
+    level, of_threads, hook = logger.level, threading.excepthook, sys.unraisablehook
+    logger.setLevel(logging.CRITICAL)
+    threading.excepthook = lambda raised: None
+    sys.unraisablehook = functools.partial(_unless_late, hook)
+    try:
+        yield
+        sys.unraisablehook = hook
+    finally:  # after an error, tensorstore's threads go on to say that nobody listens any more
+        logger.setLevel(level)
+        threading.excepthook = of_threads
+
+
+def _unless_late(hook: Callable[[Any], None], raised: Any) -> None:
+    if str(raised.exc_value) != "Event loop is closed":
+        hook(raised)
 
 
 def _shapes(tree: PyTree) -> dict[str, str]:

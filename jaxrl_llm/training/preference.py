@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxrl_llm.language_model import LanguageModel, Params
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.options import nearest
-from jaxrl_llm.scoring import Sequences, log_probs, stacked
+from jaxrl_llm.scoring import Packed, Sequences, by_text, log_probs, rows_of, stacked
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 
 
@@ -39,6 +39,27 @@ class UnpairedBatch(NamedTuple):
     weight: Float[Array, "batch"] | None = None
 
 
+class PackedPairs(NamedTuple):
+    """Pairs in packed rows: of pair j of a bin, the chosen completion is text 2j and the rejected one text 2j + 1."""
+
+    completions: Packed  # leaves [bins, 2, time]: a text is in any of the rows of its bin
+    weight: Float[Array, "bins pairs"]  # of a pair; 0 where a bin has fewer pairs
+    logp_ref_chosen: Float[Array, "bins pairs"] | None = None
+    logp_ref_rejected: Float[Array, "bins pairs"] | None = None
+    fields: Mapping[str, Array] = {}  # as those of `PairBatch`, [bins, pairs, ...]
+
+    def by_side(self, per_token: Array) -> Float[Array, "texts time"]:
+        """Return values [rows, time] with each text in a row of its own, chosen ones before rejected ones."""
+        values = per_token.reshape(self.completions.tokens.shape)
+        bins, pairs = self.weight.shape
+        found = by_text(values, self.completions, count=2 * pairs).reshape(bins * pairs, 2, -1)
+        return found.swapaxes(0, 1).reshape(2 * bins * pairs, -1)
+
+    def pairs(self) -> PackedPairs:
+        """Return what it has of each pair along one axis, as a `PairBatch` has it; without the completions."""
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self._replace(completions=None))
+
+
 class Sums(NamedTuple):
     """log π(completion | prompt) of chosen and rejected completions, summed over tokens, in nats, and their lengths."""
 
@@ -53,7 +74,7 @@ NAMES = tuple(LOSSES)
 
 
 def preference_loss(lm: LanguageModel, loss: str | Callable[..., Array] = "dpo", **hyperparameters: Any) -> LossFn:
-    """Return the mean of a preference loss over a batch of pairs, or for "kto" over an `UnpairedBatch`.
+    """Return the mean of a preference loss over a `PairBatch` or `PackedPairs`, or for "kto" over an `UnpairedBatch`.
 
     `frozen.ref` are the reference's parameters, if the loss needs them and the batch does not have its
     log-probabilities. No gradient flows to them. Metrics, in nats: `chosen_logp`, `rejected_logp` of whole completions
@@ -75,11 +96,12 @@ def preference_loss(lm: LanguageModel, loss: str | Callable[..., Array] = "dpo",
         return _kto_loss(lm, hyperparameters)
     name = name_of(function)
 
-    def mean_loss(params: Params, batch: PairBatch, frozen: Frozen | None, key: Array) -> Loss:
-        if not isinstance(batch, PairBatch):
+    def mean_loss(params: Params, batch: PairBatch | PackedPairs, frozen: Frozen | None, key: Array) -> Loss:
+        if not isinstance(batch, PairBatch | PackedPairs):
             raise ValueError(f"the batch of the loss {name} must be a PairBatch, but is {type(batch).__name__}.")
         policy = pair_sums(lm, params, batch)
         ref = _reference_sums(lm, batch, frozen, policy) if "reference" in function.needs else None
+        batch = batch.pairs() if isinstance(batch, PackedPairs) else batch
         per_pair = loss_of_sums(function, policy, ref, **_keywords(function, hyperparameters, batch.fields))
         if per_pair.shape != policy.chosen.shape:
             wanted, found = list(policy.chosen.shape), list(per_pair.shape)
@@ -144,18 +166,30 @@ def _keywords(loss: Callable[..., Array], given: Mapping[str, Any], fields: Mapp
     return {**given, **found}
 
 
-def pair_sums(lm: LanguageModel, params: Params, batch: PairBatch) -> Sums:
-    """Return the log-probabilities of chosen and rejected completions under a model, in one call."""
-    both = stacked(batch.chosen, batch.rejected)
-    logp = log_probs(lm, params, both).sum(axis=-1)
-    lengths = both.completion_mask.sum(axis=-1).astype(logp.dtype)
-    return Sums(*jnp.split(logp, 2), *jnp.split(lengths, 2))
+def pair_sums(lm: LanguageModel, params: Params, batch: PairBatch | PackedPairs) -> Sums:
+    """Return the log-probabilities of chosen and rejected completions under a model, in one call.
+
+    Packed bins have equally many places for pairs; at free ones the log-probabilities are −1 and the lengths 1.
+    """
+    both = rows_of(batch.completions) if isinstance(batch, PackedPairs) else stacked(batch.chosen, batch.rejected)
+    logp = log_probs(lm, params, both)
+    counted = both.completion_mask.astype(logp.dtype)
+    if isinstance(batch, PackedPairs):
+        logp, counted = (batch.by_side(each) for each in (logp, counted))
+    sums, lengths = logp.sum(axis=-1), counted.sum(axis=-1)
+    if isinstance(batch, PackedPairs):
+        sums, lengths = jnp.where(lengths > 0, sums, -1), jnp.maximum(lengths, 1)
+    return Sums(*jnp.split(sums, 2), *jnp.split(lengths, 2))
 
 
 def with_reference(
-    lm: LanguageModel, ref_params: Params, batch: PairBatch | UnpairedBatch
-) -> PairBatch | UnpairedBatch:
+    lm: LanguageModel, ref_params: Params, batch: PairBatch | PackedPairs | UnpairedBatch
+) -> PairBatch | PackedPairs | UnpairedBatch:
     """Return the batch with the reference's log-probabilities, so that the step needs no reference."""
+    if isinstance(batch, PackedPairs):
+        sums = _pair_sums_jit(lm, ref_params, batch)
+        chosen, rejected = (leaf.reshape(batch.weight.shape) for leaf in (sums.chosen, sums.rejected))
+        return batch._replace(logp_ref_chosen=chosen, logp_ref_rejected=rejected)
     if isinstance(batch, UnpairedBatch):
         sums = _sums_jit(lm, ref_params, stacked(batch.completions, batch.mismatched))
         logp_ref, logp_ref_mismatched = jnp.split(sums, 2)
@@ -169,11 +203,12 @@ def _sum(lm: LanguageModel, params: Params, sequences: Sequences) -> Float[Array
 
 
 _sums_jit = jax.jit(_sum, static_argnums=0)
+_pair_sums_jit = jax.jit(pair_sums, static_argnums=0)
 
 
 def _reference_sums(lm: LanguageModel, batch: PairBatch, frozen: Frozen | None, policy: Sums) -> Sums:
     if batch.logp_ref_chosen is not None:
-        return policy._replace(chosen=batch.logp_ref_chosen, rejected=batch.logp_ref_rejected)
+        return policy._replace(chosen=batch.logp_ref_chosen.reshape(-1), rejected=batch.logp_ref_rejected.reshape(-1))
     return jax.lax.stop_gradient(pair_sums(lm, _reference(frozen), batch))
 
 
@@ -198,13 +233,24 @@ def _kto_loss(lm: LanguageModel, hyperparameters: Mapping[str, Any]) -> LossFn:
             logp_ref, ref_mismatched = batch.logp_ref, batch.logp_ref_mismatched
         reference_point = preference.kto_reference_point(mismatched, ref_mismatched)
         per_answer = preference.kto_loss(logp, logp_ref, batch.desirable, reference_point, **hyperparameters)
-        good = batch.desirable / jnp.maximum(batch.desirable.mean(), 1e-9)  # means over each kind
-        bad = ~batch.desirable / jnp.maximum((~batch.desirable).mean(), 1e-9)
-        means = {"chosen_logp": good * logp, "rejected_logp": bad * logp, "reference_point": reference_point + 0 * logp}
-        means |= {"kl_chosen": good * (logp - logp_ref), "kl_rejected": bad * (logp - logp_ref)}
-        means |= {"margin": (good - bad) * (logp - logp_ref)}
-        return _mean(per_answer, _weights(batch.weight, per_answer), means)
+        weights = _weights(batch.weight, per_answer)
+        found = _mean(per_answer, weights, {"reference_point": reference_point + 0 * logp})
+        means, counts, both = {}, {}, []
+        for side, there in (("chosen", batch.desirable), ("rejected", ~batch.desirable)):
+            of_side = _mean(0 * logp, weights * there, {"logp": logp, "kl": logp - logp_ref})
+            means |= {f"{side}_logp": of_side.metrics["logp"], f"kl_{side}": of_side.metrics["kl"]}
+            counts |= {f"{side}_logp": of_side.weight, f"kl_{side}": of_side.weight}
+            both.append(of_side.weight > 0)
+        means["margin"] = means["kl_chosen"] - means["kl_rejected"]
+        counts["margin"] = jnp.where(both[0] & both[1], found.weight, 0)
+        return found._replace(metrics=found.metrics | means, weights=counts)
 
+    def absent(batch: UnpairedBatch) -> set[str]:
+        """Return the metrics that a batch without completions of one side does not have."""
+        missing = [side for side, there in (("chosen", True), ("rejected", False)) if there not in batch.desirable]
+        return {name for side in missing for name in (f"{side}_logp", f"kl_{side}", "margin")}
+
+    loss.absent = absent
     loss.needs_whole_batch = True
     return loss
 

@@ -4,43 +4,75 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Key
 
 from jaxrl_llm import models, text
 from jaxrl_llm.data import records
-from jaxrl_llm.decoding.transforms import TopP
+from jaxrl_llm.decoding.constraints import stop_strings
+from jaxrl_llm.decoding.transforms import Chain, MinP, TopK, TopP
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
-from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
+from jaxrl_llm.models import lora as adapters
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, stored_head
+from jaxrl_llm.options import nearest
+from jaxrl_llm.scoring import measures
 from jaxrl_llm.training import loop, rewards
-from jaxrl_llm.training import lora as adapters
-from jaxrl_llm.training.batches import KINDS, Batches, Encoder
+from jaxrl_llm.training.batches import KINDS, Batches, Encoder, TooFew, show_mask
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.config import LOGGING, Config, Data, GRPOConfig, OfflineConfig
-from jaxrl_llm.training.policy import Method, method_of, online
-from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
+from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
+from jaxrl_llm.training.packing import PackedBatches
+from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
+from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import (
     Frozen,
     LossFn,
     Metrics,
     TrainState,
     View,
-    adamw,
     compute_in,
     initial_state,
     make_step,
+    optimizer_of,
+    schedule_of,
 )
 
 SHOWN = 48  # tokens of a sample
 NAMED = 5  # files that an error names
-OF_A_RUN = ("checkpoints", "run.json", "log.jsonl", "tensorboard")  # before its first checkpoint, in this order
+PRINTED = 20  # skipped lines or rows that are printed; all are written to the run's folder
+SKIPPED = "skipped.jsonl"
+KNOWN = (
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "messages",
+    "text",
+    "answers",
+    "ranks",
+    "margin",
+    "scores",
+    "label",
+    "system",
+    "tools",
+)
+OF_A_RUN = (
+    "checkpoints",
+    "run.json",
+    "log.jsonl",
+    "tensorboard",
+    "wandb",
+    "wandb_id",
+)  # before its first checkpoint, in this order
 
 
 class Keys(NamedTuple):
@@ -62,6 +94,8 @@ class Run:
     owned: bool  # nothing else reads the parameters: the first step may donate them
     out: Path | None
     verbose: bool
+    sha256: str = ""  # of the model's weights, if there is an output folder
+    head: Array | None = None  # [width], if the model is a reward model
 
     @property
     def lm(self) -> LanguageModel:
@@ -93,7 +127,14 @@ class Run:
     def encoder(self) -> Encoder:
         """Return an encoder for rows that fit the model."""
         most = min(self.config.max_length or self.lm.max_length, self.lm.max_length)
-        return Encoder(self.loaded.tokenizer, max_length=most, cut=self.config.cut)
+        return Encoder(
+            self.loaded.tokenizer,
+            max_length=most,
+            cut=self.config.cut,
+            train_on=self.config.train_on,
+            chunk=getattr(self.config, "chunk", False),
+            ends=self.eos,
+        )
 
     def loop(
         self, state: TrainState, advance: Callable[[TrainState, int], tuple[TrainState, Metrics]], **further: Any
@@ -108,16 +149,35 @@ class Run:
             evaluate_every=config.save_every,
             log_every=config.log_every,
             keep=config.keep,
+            keep_best=config.keep_best,
             tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            free=self.free,
             verbose=self.verbose,
             **further,
         )
 
-    def identity(self, kind: str, **further: Any) -> dict[str, str]:
-        """Return the fields that identify the run for resuming; data count by their contents, logging not at all."""
+    def identity(self, kind: str, **further: Any) -> dict[str, Any]:
+        """Return the fields of `run.json`, as JSON.
+
+        All but those of `free` identify the run for resuming: models and data by their contents, not their paths.
+        """
         fields = {each.name: getattr(self.config, each.name) for each in dataclasses.fields(self.config)}
-        kept = {name: value for name, value in fields.items() if name not in LOGGING}
-        return {name: str(value) for name, value in {"kind": kind, "model": self.name, **kept, **further}.items()}
+        in_memory = [each.name for each in dataclasses.fields(self.config) if "Data" in str(each.type)]
+        in_memory = [name for name in in_memory if not isinstance(fields[name], str | Path | None)]
+        fields |= {name: f"in memory, a {type(fields[name]).__name__}" for name in in_memory}
+        found = {"kind": kind, "model": self.name, "model_sha256": self.sha256, **fields, **further}
+        if self.config.lora_from is not None:
+            tensors = (Path(self.config.lora_from) / adapters.TENSORS).read_bytes()
+            found["lora_sha256"] = hashlib.sha256(tensors).hexdigest()
+        return {name: _as_json(value) for name, value in found.items()}
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The fields of `run.json` with which a run can go on when they change."""
+        config = self.config
+        endless = config.schedule in ("constant", "inverse_sqrt") and (config.warmup >= 1 or not config.warmup)
+        return (*FREE, "steps") if endless else FREE
 
 
 def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *, verbose: bool = True) -> Run:
@@ -135,34 +195,47 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     owned = isinstance(lm, str | os.PathLike)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
     path = name if owned else getattr(lm, "path", "")
-    begun = _check_folder([name, getattr(config, "reward_model", None)], config, out)
-    loaded = models.load(lm) if owned else _as_loaded(lm)
+    head = None
+    if isinstance(lm, LoadedReward):
+        head, lm = lm.params["head"], models.Loaded(lm.head.lm, lm.params["model"], lm.tokenizer, lm.config)
+    begun = _check_folder([name, *_folders_of(config)], config, out)
+    loaded = models.load(lm, dtype=config.param_dtype) if owned else _as_loaded(lm)
+    head = stored_head(loaded, lm) if owned else head
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
     if loaded.tokenizer is None:
         raise ValueError(f"the model must have a tokenizer, but {name} has none.")
-    if out is not None and not owned:
-        name = f"{name}, sha256 {_digest(loaded.params)}"
-    narrow = params_dtype(loaded.params)
-    if jnp.finfo(narrow).bits < 32:  # updates of usual size would be rounded away
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
-        loaded, owned = dataclasses.replace(loaded, params=params), True
-    run = Run(config, loaded, name, path, owned, out, verbose)
-    if jnp.finfo(narrow).bits < 32:
-        run.say(f"the weights are widened from {narrow} to float32 for training.")
+    sha256 = "" if out is None else _digest(loaded.params if head is None else (loaded.params, head))
+    given, wanted = params_dtype(loaded.params), jnp.dtype(config.param_dtype)
+    if jnp.finfo(given).bits < 32 or jnp.finfo(wanted).bits < 32:  # float64 stays
+        loaded, owned = dataclasses.replace(loaded, params=_in(wanted, loaded.params)), owned or given != wanted
+    run = Run(config, loaded, name, path, owned, out, verbose, sha256, head)
+    if jnp.finfo(given).bits < jnp.finfo(wanted).bits:
+        run.say(f"the weights are widened from {given} to {wanted} for training.")
     if config.resume and not begun:
         run.say(f"{out} has no checkpoint to resume from: the run starts from the beginning.")
     return run
 
 
-def _check_folder(read: list[str | Path | None], config: Config, out: Path | None) -> bool:
+def _folders_of(config: Config) -> list[Any]:
+    """Return what a configuration reads from: the options that are paths, and rewards, which can be folders."""
+    named = [each.name for each in dataclasses.fields(config) if "Path" in str(each.type)]
+    values = [getattr(config, name) for name in named] + list(getattr(config, "rewards", ()))
+    return [value for value in values if isinstance(value, str | Path)]
+
+
+def _in(dtype: Any, params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _check_folder(read: list[str | Path], config: Config, out: Path | None) -> bool:
     """Return True if the folder has a run to be resumed; refuse one that a model is read from, or of other files."""
     if out is None:
-        wanted = [name for name in ("resume", "tensorboard") if getattr(config, name)]
+        wanted = [name for name in ("resume", "tensorboard", "wandb") if getattr(config, name)]
         if wanted:
             raise ValueError(f"{wanted[0]} needs an output folder: out must be a path, but is None.")
         return False
-    if out.resolve() in [Path(each).expanduser().resolve() for each in read if each is not None]:
+    if out.resolve() in [Path(each).expanduser().resolve() for each in read]:
         raise ValueError(f"out must be another folder than that of the model, {out}, which it would overwrite.")
     folder = out / "checkpoints"
     begun = folder.is_dir() and Checkpoints(folder).latest_step() is not None
@@ -172,7 +245,7 @@ def _check_folder(read: list[str | Path | None], config: Config, out: Path | Non
         raise ValueError(f"out must be a folder, but {out} is a file.")
     if out.is_dir() and not begun:  # a run that ended before its first checkpoint begins anew
         names = sorted(each.name for each in out.iterdir() if not each.name.startswith("."))
-        own = OF_A_RUN if "run.json" in names else OF_A_RUN[:1]
+        own = (*(OF_A_RUN if "run.json" in names else OF_A_RUN[:1]), SKIPPED)
         others = [name for name in names if name not in own]
         if others:
             shown = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
@@ -188,55 +261,116 @@ def _as_loaded(lm: Any) -> models.Loaded:
 
 
 def _digest(params: Params) -> str:
+    """Return the SHA-256 of weights, with their names and types."""
     found = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        found.update(np.ascontiguousarray(leaf).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}".encode())
+        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return found.hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a configuration as JSON can hold it: functions by their places, objects by their fields."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | LoadedReward):
+        return {each.name: _as_json(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    return place_of(value) if callable(value) else type(value).__name__
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
 def batches_of(
-    run: Run, data: Data, kind: str, *, batch_size: int, room: int = 0, name: str = "data", fields: bool = False
-) -> tuple[Batches, records.Records]:
+    run: Run,
+    data: Data,
+    kind: str,
+    *,
+    batch_size: int,
+    room: int = 0,
+    name: str = "data",
+    fields: bool = False,
+    packing: bool = False,
+) -> tuple[Batches | PackedBatches, records.Records]:
     """Return a data loader with its records, and print what was skipped, truncated, padded and left out.
 
     Raises:
         TypeError, ValueError: naming the data, as `records.read` and `Batches`.
     """
-    encoder = run.encoder()
-    found = records.read(data, encoder.checked(KINDS[kind].parse), on_bad=run.config.on_bad, name=name)
-    if batch_size > len(found):
-        whole, each = run.config.batch_size, run.config.batch_size // batch_size  # completions of a prompt
-        have = f"{len(found)} record{'s' * (len(found) > 1)}{f' of {each} completions' if each > 1 else ''}"
-        raise ValueError(f"{found.source} has {have}: batch_size must be at most {len(found) * each}, but is {whole}.")
+    encoder, config = run.encoder(), run.config
+    found = records.read(data, KINDS[kind].parse, on_bad=config.on_bad, name=name, check=False)
     try:
         batches = Batches(
             found,
             KINDS[kind],
             encoder,
-            batch_size=batch_size,
-            seed=run.config.seed,
+            batch_size=1 if packing else batch_size,
+            seed=config.seed,
             room=room,
             vocab_size=run.lm.vocab_size,
             fields=fields,
+            cache=config.cache,
+            say=run.say,
         )
-    except ValueError as error:
-        raise ValueError(f"{found.source}: {error}") from error
-    left = batches.order.left_over
+    except TooFew as error:
+        each = config.batch_size // batch_size  # completions of a prompt
+        have = f"{error.count} record{'s' * (error.count > 1)}{f' of {each} completions' if each > 1 else ''}"
+        raise ValueError(
+            f"{found.source} has {have}: batch_size must be at most {error.count * each}, but is {config.batch_size}."
+        ) from error
+    loader, packed = batches, ""
+    if packing:
+        size = {"length": config.max_length, "batch_size": batch_size, "seed": config.seed}
+        try:
+            loader = PackedBatches(batches, **size)
+        except ValueError as error:
+            raise ValueError(f"{found.source}: {error}") from error
+        packed = f", packed into {len(loader.order.all) * loader.order.rows} rows of {loader.length} tokens"
+    left, made = loader.order.left_over, batches.data
     run.say(
-        f"{found.source}: {len(found)} records, {len(found.bad_lines)} bad {found.unit}s skipped, "
-        f"{encoder.cut_prompts} prompts and {encoder.cut_completions} completions truncated"
-        + (f", {batches.pad_waste:.0%} padding" if batch_size > 1 else "")
+        f"{found.source}: {len(batches)} records, {len(found.bad_lines)} bad {found.unit}s skipped, "
+        + (f"{len(made.too_long)} too long {found.unit}s skipped, " if config.cut == "skip" else "")
+        + f"{made.cut_prompts} prompts and {made.cut_completions} completions truncated"
+        + packed
+        + (f", {loader.pad_waste:.0%} padding" if batch_size > 1 or packing else "")
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
     for column in sorted(batches.left_out):
         run.say(f"{found.source}: {column} is not a number in every {found.unit}, so the loss does not receive it.")
-    for bad in found.bad_lines:
+    for entry, count in batches.unread.items():
+        near = nearest(entry, KNOWN)
+        hint = f" Did you mean {near}?" if near else ""
+        run.say(f"{found.source}: {entry} is in {count} {found.unit}{'s' * (count > 1)}, but nothing reads it.{hint}")
+    _report_skipped(run, found, [*found.bad_lines, *made.too_long])
+    if config.show_mask and name in ("data", "prompts"):
+        run.say(show_mask(run.loaded.tokenizer, batches.rows(0)))
+    return loader, found
+
+
+def _report_skipped(run: Run, found: records.Records, skipped: list[records.BadLine]) -> None:
+    """Print the lines or rows that were skipped, and write all of them to the run's folder."""
+    for bad in skipped[:PRINTED]:
         run.say(f"{found.source}, {found.unit} {bad.number}: {bad.reason}")
-    return batches, found
+    if run.out is None or not skipped:
+        if len(skipped) > PRINTED:
+            run.say(f"{found.source}: and {len(skipped) - PRINTED} more.")
+        return
+    run.out.mkdir(parents=True, exist_ok=True)
+    path = run.out / SKIPPED
+    lines = [{"data": found.source, found.unit: bad.number, "reason": bad.reason} for bad in skipped]
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    others = [line for line in before if json.loads(line).get("data") != found.source]
+    path.write_text("".join(f"{line}\n" for line in [*others, *map(json.dumps, lines)]), encoding="utf-8")
+    run.say(f"{found.source}: all {len(skipped)} that were skipped are in {path}.")
 
 
 # Parameters -----------------------------------------------------------------------------------------------------------
@@ -257,32 +391,95 @@ class Trained(NamedTuple):
 
     def model(self, params: Params) -> Params:
         """Return the model's parameters, with the adapters merged."""
-        policy = self.policy(params)
-        return policy if self.lora is None else self.lora.merge(self.frozen.base, policy)
+        return self.merged(self.policy(params))
+
+    def merged(self, trained: Params) -> Params:
+        """Return the parameters of a model of which these are trained: all, or adapters."""
+        return trained if self.lora is None else self.lora.merge(self.frozen.base, trained)
 
 
-def trained_of(run: Run, *, reference: bool = False, critic: ScalarHead | None = None) -> Trained:
-    """Return all weights or adapters to be trained, and a critic's.
+def trained_of(
+    run: Run, *, reference: bool = False, critic: ScalarHead | None = None, head: ScalarHead | None = None
+) -> Trained:
+    """Return all weights or adapters to be trained, and a critic's, or with `head` those of a reward model.
 
-    The reference is the model as it was given, in the type that the policy computes in: at first they are equal.
+    The reference is the model that training starts from, in the type that the policy computes in: at first they are
+    equal. A critic computes in float32. A reward model starts from its head, if the model or the adapter that training
+    goes on from has one, else from a random one.
+
+    Raises:
+        ValueError: if a reward model is to be trained as a language model.
     """
     config, params = run.config, run.loaded.params
+    if head is None and run.head is not None:
+        raise ValueError(f"the model must be a language model, but {run.name} is a reward model.")
     narrow = compute_in(config.dtype) if config.dtype == "bfloat16" else None
-    view, trained, base, lora = narrow, params, None, None
-    if config.lora_rank:
-        lora = adapters.lora(run.loaded.model, rank=config.lora_rank, alpha=config.lora_alpha)
-        merged = lora.view()
-        view = merged if narrow is None else lambda trained, frozen: narrow(merged(trained, frozen), frozen)
-        trained, base = lora.init(run.keys.adapters), params
+    trained, base, view = params, None, None
+    lora, adapter = _adapters(run)
+    if lora is not None:
+        trained, base, view = adapter, params, lora.view()
+    whole = view
+    if head is not None:
+        stored = None if config.lora_from is None else adapters.head_of(Path(config.lora_from))
+        start = run.head if stored is None else jnp.asarray(stored[0])
+        own = {"model": trained} | ({} if start is None else {"head": start})
+        trained, view = head.init(run.keys.head, params) | own, _within("model", view)
+    view = _then(view, narrow)
     ref = None
     if reference:
-        ref = params if narrow is None else narrow(params, None)
+        ref = params if config.lora_from is None else lora.merge(params, adapter)
+        ref = ref if narrow is None else narrow(ref, None)
     if critic is not None:
-        of_policy = view
-        trained = {"policy": trained, "critic": critic.init(run.keys.head, params, zero=True)}
-        if of_policy is not None:
-            view = lambda params, frozen: params | {"policy": of_policy(params["policy"], frozen)}  # noqa: E731
+        values = critic.init(run.keys.head, params, zero=True)
+        if lora is not None:
+            values["model"] = lora.init(jax.random.fold_in(run.keys.adapters, 1))
+        trained = {"policy": trained, "critic": values}
+        view = _then(_within("policy", view), _within("critic", _within("model", whole)))
     return Trained(trained, Frozen(ref, base), view, lora, critic)
+
+
+def _adapters(run: Run) -> tuple[adapters.Lora | None, adapters.Adapter | None]:
+    """Return the layers that have adapters, with adapters to start from; None if all weights are trained.
+
+    Raises:
+        ValueError, FileNotFoundError: as `lora.lora` and `lora.load`, or if the adapter to start from is merged
+            already.
+    """
+    config, model = run.config, run.loaded.model
+    dropout = getattr(config, "lora_dropout", 0.0)
+    if config.lora_from is not None:
+        if run.path and Path(run.path).expanduser().resolve() == Path(config.lora_from).expanduser().resolve():
+            raise ValueError(
+                f"lora_from must be an adapter of the model, but {run.path} is the model, with the adapter merged: "
+                f"give its base model, {adapters.base_of(Path(config.lora_from))}."
+            )
+        lora, adapter = adapters.load(config.lora_from, model)
+        return dataclasses.replace(lora, dropout=dropout), adapter
+    if not config.lora_rank:
+        return None, None
+    lora = adapters.lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        rslora=config.lora_rslora,
+        dropout=dropout,
+    )
+    return lora, lora.init(run.keys.adapters)
+
+
+def _within(name: str, view: View | None) -> View | None:
+    """Return the view that applies another one to one entry of the parameters."""
+    if view is None:
+        return None
+    return lambda params, frozen, key=None: params | {name: view(params[name], frozen, key)}
+
+
+def _then(first: View | None, second: View | None) -> View | None:
+    """Return the view that applies two, one after the other."""
+    if first is None or second is None:
+        return second if first is None else first
+    return lambda params, frozen, key=None: second(first(params, frozen, key), frozen, key)
 
 
 def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
@@ -290,10 +487,16 @@ def finish(run: Run, trained: Trained, params: Params) -> models.Loaded:
     loaded = dataclasses.replace(run.loaded, params=trained.model(params))
     if run.out is not None:
         models.save(run.out, loaded.model, loaded.params, loaded.tokenizer, config=loaded.config)
-        if trained.lora is not None:
-            adapters.save(run.out / "adapter", trained.lora, trained.policy(params), base=run.path)
+        save_adapters(run, trained, trained.policy(params))
         run.say(f"The model is in {run.out}.")
     return loaded
+
+
+def save_adapters(run: Run, trained: Trained, adapter: adapters.Adapter, *, head: Array | None = None) -> None:
+    """Save trained adapters, if there are any, in the run's folder `adapter`; with the head of a reward model."""
+    if trained.lora is not None:
+        base = os.path.abspath(run.path) if run.path and Path(run.path).expanduser().exists() else run.path
+        adapters.save(run.out / "adapter", trained.lora, adapter, base=base, head=head)
 
 
 # Offline runs ---------------------------------------------------------------------------------------------------------
@@ -316,22 +519,35 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     Args:
         samples: report a sample of the model's text with each checkpoint.
     """
+    if run.config.packing and getattr(objective.loss, "needs_whole_batch", False):
+        raise ValueError("packing must be False for a loss that compares all examples of a batch, but is True.")
+    options = {"fields": objective.fields, "packing": run.config.packing}
+    batches, found = batches_of(run, data, objective.kind, batch_size=run.config.batch_size, **options)
+    run = _counted(run, batches)
     config: OfflineConfig = run.config
-    batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, fields=objective.fields)
-    optimizer = _adamw(config, config.steps)
+    rate, optimizer = optimizer_for(config, config.steps)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
-    measures: dict[str, Callable[[Params], float | str]] = {}
+    measures: list[Callable[[Params], Mapping[str, float | str]]] = []
     if config.eval_data is not None:
-        measures["held_out_loss"] = held_out(run, objective, trained)
+        measures.append(held_out(run, objective, trained))
     if samples and run.reports:
         sample = sampler_of(run, *_start_of(run, batches))
-        measures["sample"] = lambda params: sample(trained.model(params))
+        measures.append(lambda params: {"sample": sample(trained.model(params))})
     copy = trained.frozen.ref is not None or not run.owned
+    absent = getattr(objective.loss, "absent", lambda batch: ())  # metrics that are means over nothing
+
+    def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
+        batch = batches(done)
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), trained.frozen)
+        missing = absent(batch)
+        return state, {name: value for name, value in metrics.items() if name not in missing}
+
     state = run.loop(
         initial_state(trained.params, optimizer, run.keys.state, copy=copy),
-        lambda state, done: step(state, jax.tree.map(jnp.asarray, batches(done)), trained.frozen),
+        advance,
         tokens=batches.tokens,
-        evaluate=lambda params: {name: measure(params) for name, measure in measures.items()},
+        numbers=progress(rate, batches),
+        evaluate=lambda params: dict(item for measure in measures for item in measure(params).items()),
         config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
         watch=objective.watch,
         describe=batches.describe,
@@ -339,35 +555,66 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     return state.params
 
 
-def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], float]:
-    """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows.
+def _counted(run: Run, batches: Batches) -> Run:
+    """Return the run with the steps of its epochs, if epochs are asked for."""
+    epochs, size = run.config.num_epochs, batches.order.steps_per_epoch
+    if epochs is None:
+        return run
+    steps = math.ceil(epochs * size - 1e-6)
+    run.say(f"{epochs:g} epoch{'s' * (epochs != 1)} of {size} batches: {steps} steps.")
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, steps=steps, num_epochs=None))
+
+
+def progress(rate: Callable[[int], Any], batches: Batches, *, updates: int = 1) -> Callable[[int], dict[str, float]]:
+    """Return the epochs after n steps and the learning rate of the last of their updates, as a function of n."""
+    size = batches.order.steps_per_epoch
+    return lambda step: {"epoch": round(step / size, 4), "learning_rate": float(rate(step * updates - 1))}
+
+
+def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], dict[str, float]]:
+    """Return the loss and its metrics over all held-out data as a function of the parameters, `held_out_` before names.
+
+    It is computed in parts of a microbatch's rows; each number is the mean over all rows, tokens or pairs, whatever
+    the parts (of a loss that compares the rows of a batch, the mean over parts). "sft" also has `held_out_perplexity`,
+    exp(loss).
 
     Raises:
-        ValueError: for a single row, if the loss compares rows.
+        ValueError: for a single row, if the loss compares rows; or if `keep_best` is not one of the numbers.
     """
     config, least = run.config, 2 if getattr(objective.loss, "needs_whole_batch", False) else 1
     batches, _ = batches_of(
         run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
     )
-    count, size = batches.order.steps_per_epoch, config.batch_size // config.microbatches
+    count, size = len(batches), config.batch_size // config.microbatches
     if count < least:
         raise ValueError(f"eval_data must have at least 2 records for a loss that compares rows, but has {count}.")
-    order = sorted(range(count), key=lambda place: batches.rows(place).length)
+    order = np.argsort(batches.lengths, kind="stable")
     # As few parts as possible, of sizes at most 1 apart; one row more than `size` where a part would have too few.
-    split = np.array_split(np.asarray(order), min(-(-count // size), count // least))
+    split = np.array_split(order, min(-(-count // size), count // least))
     parts = [batches.collate(places) for places in split]
 
     @jax.jit
-    def of_part(params: Params, part: Any, frozen: Frozen) -> tuple[Array, Array]:
+    def of_part(params: Params, part: Any, frozen: Frozen) -> dict[str, tuple[Array, Array]]:
         seen = params if trained.view is None else trained.view(params, frozen)
-        found = objective.loss(seen, part, frozen, jax.random.key(0))
-        return found.value, jnp.asarray(found.weight, jnp.float32)
+        return objective.loss(seen, part, frozen, jax.random.key(0)).totals()
 
-    def mean(params: Params) -> float:
-        found = np.asarray([[float(each) for each in of_part(params, part, trained.frozen)] for part in parts])
-        return float((found[:, 0] * found[:, 1]).sum() / found[:, 1].sum())
+    def measured(params: Params) -> dict[str, float]:
+        totals = [of_part(params, part, trained.frozen) for part in parts]
+        sums = jax.tree.map(lambda *each: np.sum([np.asarray(value, np.float64) for value in each]), *totals)
+        # Compiled functions return dicts in the order of their names: the loss first again.
+        sums = {"loss": sums.pop("loss")} | sums
+        found = {f"held_out_{name}": float(total / weight) for name, (total, weight) in sums.items() if weight}
+        if objective.name == "sft":
+            found["held_out_perplexity"] = math.exp(found["held_out_loss"])
+        return found
 
-    return mean
+    if config.keep_best is not None:  # a wrong name is an error now, not after the first steps
+        names = [f"held_out_{name}" for name in jax.eval_shape(of_part, trained.params, parts[0], trained.frozen)]
+        names.sort(key=lambda name: name != "held_out_loss")
+        names += ["held_out_perplexity"] * (objective.name == "sft")
+        if (name := direction(config.keep_best)[0]) not in names:
+            raise ValueError(f"keep_best must be one of {', '.join(names)}, but is {name}.")
+    return measured
 
 
 def sampler_of(run: Run, asked: Prompts, sampler: Sampler) -> Callable[[Params], str]:
@@ -388,59 +635,84 @@ def _start_of(run: Run, batches: Batches) -> tuple[Prompts, Sampler]:
     return Prompts(np.asarray([prompt], np.int32), np.ones((1, len(prompt)), bool)), Sampler(count, eos_ids=run.eos)
 
 
-def _adamw(config: Config, updates: int) -> Any:
-    return adamw(
-        config.learning_rate,
-        steps=updates,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
+def optimizer_for(config: Config, updates: int) -> tuple[Callable[[int], Any], optax.GradientTransformation]:
+    """Return the learning rate of each update, and the optimiser, of a configuration."""
+    rate = schedule_of(config.schedule, config.learning_rate, steps=updates, warmup=config.warmup)
+    given = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm, **config.optimizer_kwargs}
+    return rate, optimizer_of(config.optimizer, rate, **given)
 
 
 # Online runs ----------------------------------------------------------------------------------------------------------
+
+FURTHER = 2**20  # batches between those of a step's draws
 
 
 def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | None = None) -> models.Loaded:
     """Train on rewards of the model's own completions, by the method of the configuration or the given one.
 
     Raises:
-        ValueError: if the reward model has another vocabulary.
+        ValueError: for a reward that cannot judge the prompts' completions: see `judges_of`; or as `check_ends`.
     """
     config: GRPOConfig = run.config
     method = method_of(config) if method is None else method
-    reward_of, reward_name = _reward(run)
-    transform = None if config.top_p >= 1 else TopP(config.top_p)
-    sampler = Sampler(config.max_new_tokens, config.temperature, transform, run.eos)
+    judges, sampler = judges_of(run), _sampler(run)
+    check_ends(method, sampler)
     size = config.batch_size // method.group_size
     asked, found = batches_of(run, prompts, "prompt-only", batch_size=size, room=sampler.max_new_tokens, name="prompts")
+    judges.check(found, longest=asked.longest)
+    run = _counted(run, asked)
+    config = run.config
     texts = None
     if config.text is not None:
         texts = batches_of(run, config.text, "prompt-completion", batch_size=config.batch_size, name="text")
     critic = ScalarHead(run.lm) if method.has_critic else None
     trained = trained_of(run, reference=True, critic=critic)
-    optimizer = _adamw(config, config.steps * method.epochs * method.minibatches)
+    updates = method.epochs * method.minibatches
+    rate, optimizer = optimizer_for(config, config.steps * updates)
     trainer = online(run.lm, optimizer, critic=critic, microbatches=config.microbatches, view=trained.view)
+    held_out = None if config.eval_data is None else held_out_rewards(run, judges, sampler, trained)
 
     def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
-        state, metrics = trainer.step(
+        judged: list[rewards.Judged] = []
+        tokens = 0
+
+        def draw(again: int) -> tuple[Rollout, Array]:
+            nonlocal tokens
+            batch, sizes = done + again * FURTHER, {"group_size": method.group_size, "critic": method.has_critic}
+            drawn = trainer.draw(state, asked(batch), sampler, trained.frozen, again, **sizes)
+            judged.append(judges(asked.records(batch), drawn))
+            tokens += int(drawn.sequences.completion_mask.sum())
+            return drawn, judged[-1].total
+
+        drawn, earned, further = replaced_groups(draw, group_size=method.group_size, most=config.redraws)
+        state, metrics = trainer.learn(
             state,
-            asked(done),
-            reward_of(asked.records(done)),
+            drawn,
+            earned,
             method=method,
             sampler=sampler,
             frozen=trained.frozen,
             text=None if texts is None else jax.tree.map(jnp.asarray, texts[0](done)),
         )
-        return state, metrics | {"completion_tokens": metrics["length"] * config.batch_size}
+        metrics |= described(judged) | {"completion_tokens": tokens} | ({"redraws": further} if config.redraws else {})
+        if metrics["judged"] == 0:  # what describes the judged completions is a mean over nothing
+            metrics = {name: value for name, value in metrics.items() if name not in DESCRIBED}
+        return state, metrics
 
     sample = sampler_of(run, asked(0), sampler)
-    identity = {"reward": reward_name, "text": texts and texts[1].digest(), "method": method, "sampler": sampler}
+
+    def evaluate(params: Params) -> dict[str, float | str]:
+        if held_out is not None:
+            return held_out(params)
+        return {"sample": sample(trained.model(params))} if run.reports else {}
+
+    identity = {"reward": judges.places, "text": texts and texts[1].digest(), "method": method, "eos_ids": run.eos}
     state = run.loop(
         initial_state(trained.params, optimizer, run.keys.state),
         advance,
         tokens="completion_tokens",
-        evaluate=lambda params: {"sample": sample(trained.model(params))} if run.reports else {},
+        numbers=progress(rate, asked, updates=updates),
+        evaluate=evaluate,
         config=run.identity(kind, data_sha256=found.digest(), **identity),
         watch=("reward", "kl", "entropy", "clip_fraction"),
         describe=asked.describe,
@@ -448,29 +720,200 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     return finish(run, trained, state.params)
 
 
-def _reward(run: Run) -> tuple[Callable[[list[records.Prompt]], rewards.RewardFn], str]:
-    """Return the reward of completions as a function of the records of a step, and its name in `run.json`."""
+def _sampler(run: Run) -> Sampler:
     config: GRPOConfig = run.config
-    if config.reward_model is not None or isinstance(config.reward, LoadedReward):
-        found = config.reward or load_reward_model(config.reward_model)
-        if found.head.lm.vocab_size != run.lm.vocab_size:
-            raise ValueError(
-                f"the reward model must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
-                f"but has {found.head.lm.vocab_size}."
-            )
-        of_tokens = rewards.of_model(found.head, found.params)
-        return lambda asked: of_tokens, str(config.reward_model or f"sha256 {_digest(found.params)}")
-    function = rewards.function_at(config.reward) if isinstance(config.reward, str) else config.reward
+    asked = {TopK: config.top_k, TopP: None if config.top_p == 1 else config.top_p, MinP: config.min_p}
+    filters = tuple(kind(value) for kind, value in asked.items() if value is not None)
+    stop = None
+    if config.stop:
+        stop = stop_strings(text.token_bytes(run.loaded.tokenizer, run.lm.vocab_size), config.stop)
+    return Sampler(config.max_new_tokens, config.temperature, Chain(filters) if filters else None, run.eos, stop)
+
+
+class Judge(NamedTuple):
+    """A reward of a run."""
+
+    place: str  # in `run.json`
+    of: Callable[[list[records.Prompt]], rewards.RewardFn]  # of the records of a batch
+    check: Callable[[Sequence[records.Prompt], int], None]  # (prompts, tokens of the longest); ValueError if it cannot
+
+
+class Judges(NamedTuple):
+    """The rewards of a run, by name."""
+
+    each: dict[str, Judge]
+    weights: tuple[float, ...]
+
+    @property
+    def places(self) -> list[str]:
+        """All places, for `run.json`."""
+        return [each.place for each in self.each.values()]
+
+    def __call__(self, asked: list[records.Prompt], drawn: Rollout) -> rewards.Judged:
+        """Return the rewards of completions of these records."""
+        each = {name: judge.of(asked) for name, judge in self.each.items()}
+        return rewards.judge(each, drawn, weights=self.weights)
+
+    def check(self, asked: Sequence[records.Prompt], *, longest: int) -> None:
+        """Raise ValueError for prompts that a reward cannot judge."""
+        for each in self.each.values():
+            each.check(asked, longest)
+
+
+def judges_of(run: Run) -> Judges:
+    """Return the rewards of the configuration, each by the name of its function, a model as reward_model.
+
+    Raises:
+        TypeError: for one that is neither a function nor a reward model.
+        ValueError: for a function that is not there. The check of `Judges` raises it for entries that the prompts do
+            not have, and for a reward model whose context or chat template does not serve them.
+    """
+    config: GRPOConfig = run.config
+    named: dict[str, Judge] = {}
+    for given in config.rewards:
+        name, judge = _judge(run, given)
+        number, called = 1, name
+        while called in named:
+            number += 1
+            called = f"{name}_{number}"
+        named[called] = judge
+    return Judges(named, config.reward_weights)
+
+
+def _judge(run: Run, given: Any) -> tuple[str, Judge]:
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and Path(given).expanduser().is_dir()):
+        return "reward_model", _model_judge(run, load_reward_model(Path(given).expanduser()), f" {given}")
+    if isinstance(given, LoadedReward):
+        return "reward_model", _model_judge(run, given)
+    function = rewards.function_at(given) if isinstance(given, str) else given
     if not callable(function):
         raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")
     tokenizer = run.loaded.tokenizer
-    return lambda asked: rewards.of_text(function, tokenizer, fields=[each.fields for each in asked]), place_of(
-        config.reward
+    return _plain_name(function), Judge(
+        place_of(given),
+        lambda asked: rewards.of_text(function, tokenizer, records=asked),
+        lambda asked, longest: rewards.check_entries(function, asked),
     )
+
+
+def _model_judge(run: Run, found: LoadedReward, name: str = "") -> Judge:
+    """Return the judge of a reward model, which reads the policy's tokens if it has its tokenizer, else its texts.
+
+    Conversations are always read as texts, for the last token that the chat template writes is the one that is scored.
+
+    Raises:
+        ValueError: if it has no tokenizer and another vocabulary.
+    """
+    ours, theirs, size, context = run.loaded.tokenizer, found.tokenizer, found.head.lm.vocab_size, found.max_length
+    if theirs is None and size != run.lm.vocab_size:
+        raise ValueError(
+            f"a reward model without a tokenizer must have the policy's vocabulary of {run.lm.vocab_size} tokens, "
+            f"but has {size}."
+        )
+    alike = theirs is None or (found.has_tokens_of(ours) and size >= run.lm.vocab_size)
+
+    def check(asked: Sequence[records.Prompt], longest: int) -> None:
+        longest = longest if alike else 0
+        try:
+            if not alike or getattr(theirs, "chat_template", None):
+                texts = [each.prompt for each in asked if not alike or not isinstance(each.prompt, str)]
+                lengths = [len(text.encode(theirs, each, chat=not isinstance(each, str))) for each in texts]
+                longest = max([longest, *lengths])
+        except ValueError as error:
+            raise ValueError(f"the reward model{name} cannot read the prompts: {error}") from error
+        if longest + run.config.max_new_tokens > context:
+            raise ValueError(
+                f"the context of the reward model{name} must hold its longest prompt, {longest} tokens, and "
+                f"max_new_tokens, {run.config.max_new_tokens}, but is {context}."
+            )
+
+    return Judge(
+        f"sha256 {_digest(found.params)}",
+        lambda asked: rewards.of_loaded(found, ours, records=asked, same_tokens=alike),
+        check,
+    )
+
+
+def _plain_name(function: Callable[..., Any]) -> str:
+    function = getattr(function, "func", function)  # of a partial
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def described(judged: Sequence[rewards.Judged]) -> dict[str, float]:
+    """Return the share of completions that were judged, and of several rewards the mean of each, by its name."""
+    total = np.concatenate([each.total for each in judged])
+    columns = {name: np.concatenate([each.each[name] for each in judged]) for name in judged[0].each}
+    means = {f"reward/{name}": _mean_of_judged(each) for name, each in columns.items()} if len(columns) > 1 else {}
+    return {"judged": float(1 - np.isnan(total).mean())} | {
+        name: mean for name, mean in means.items() if mean is not None
+    }
+
+
+def _mean_of_judged(values: np.ndarray) -> float | None:
+    judged = values[~np.isnan(values)]
+    return float(judged.mean(dtype=np.float64)) if judged.size else None
+
+
+def held_out_rewards(
+    run: Run, judges: Judges, sampler: Sampler, trained: Trained
+) -> Callable[[Params], dict[str, float | str]]:
+    """Return the measures of one completion of each held-out prompt as a function of the parameters.
+
+    They are `held_out_reward`, of several rewards each by its name, `held_out_kl`, the KL(policy‖reference) of a
+    completion in nats, `held_out_length` in tokens, `held_out_ended`, and the completions of the first two prompts. The
+    key is always the same, so that differences are those of the parameters.
+
+    Raises:
+        ValueError: if `keep_best` is not one of the numbers, or as the check of `Judges`.
+    """
+    config: GRPOConfig = run.config
+    asked, found = batches_of(
+        run, config.eval_data, "prompt-only", batch_size=1, room=sampler.max_new_tokens, name="eval_data"
+    )
+    judges.check(found, longest=asked.longest)
+    if config.keep_best is not None:  # a wrong name is an error now, not after the first steps
+        several = [f"reward/{name}" for name in judges.each] if len(judges.each) > 1 else []
+        names = [f"held_out_{name}" for name in ("reward", *several, "kl", "length", "ended")]
+        if (name := direction(config.keep_best)[0]) not in names:
+            raise ValueError(f"keep_best must be one of {', '.join(names)}, but is {name}.")
+    order = sorted(range(len(found)), key=lambda place: asked.rows(place).length)
+    count = -(-len(found) // config.batch_size)  # as few parts as possible, of one size: of one program
+    size = -(-len(found) // count)
+    parts = [order[start : start + size] for start in range(0, len(found), size)]
+
+    @jax.jit
+    def drawn_of(params: Params, part: Prompts, number: Array, sampler: Sampler, frozen: Frozen) -> Any:
+        seen = trained.policy(params if trained.view is None else trained.view(params, frozen))
+        drawn = rollout(run.lm, seen, part, jax.random.fold_in(jax.random.key(0), number), sampler)
+        kl = measures(run.lm, seen, frozen.ref, drawn.sequences, temperature=sampler.temperature).kl
+        return drawn, jnp.where(drawn.sequences.completion_mask, kl, 0).sum(axis=1)
+
+    def of(params: Params) -> dict[str, float | str]:
+        judged, rows, samples = [], [], {}
+        for number, places in enumerate(parts):
+            filled = [*places, *places[-1:] * (size - len(places))]
+            filled_out = drawn_of(params, asked.collate(filled), number, sampler, trained.frozen)
+            drawn, kl = jax.tree.map(lambda leaf, places=places: np.asarray(leaf)[: len(places)], filled_out)
+            judged.append(judges([found[place] for place in places], drawn))
+            rows.append(np.stack([kl, drawn.sequences.completion_mask.sum(axis=1), drawn.ended]))
+            whole = [
+                "".join(sides) for sides in zip(*rewards.texts(drawn.sequences, run.loaded.tokenizer), strict=True)
+            ]
+            samples |= {place: written for place, written in zip(places, whole, strict=True) if place < 2}
+        reward = _mean_of_judged(np.concatenate([each.total for each in judged]))
+        names = {name: mean for name, mean in described(judged).items() if name.startswith("reward/")}
+        names |= dict(zip(("kl", "length", "ended"), np.concatenate(rows, axis=1).mean(axis=1).tolist(), strict=True))
+        shown = {"sample" if place == 0 else f"sample_{place + 1}": samples[place] for place in sorted(samples)}
+        return {
+            f"held_out_{name}": value for name, value in ({"reward": reward} | names).items() if value is not None
+        } | shown
+
+    return of
 
 
 def place_of(function: str | Callable[..., Any]) -> str:
     """Return the name of a function in `run.json`: its place, not its source, so that it can be fixed and resumed."""
     if isinstance(function, str):
         return function
+    function = getattr(function, "func", function)  # of a partial
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"

@@ -24,7 +24,7 @@ from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.numerics import is_concrete
 from jaxrl_llm.objectives.aggregate import Mode, aggregate
 from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.scoring import Sequences, hidden_before, log_probs, next_token_log_probs
+from jaxrl_llm.scoring import Packed, Sequences, hidden_before, log_probs, next_token_log_probs
 from jaxrl_llm.training import loop
 from jaxrl_llm.training.batches import EpochOrder, rounded
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, initial_state, make_step
@@ -33,13 +33,15 @@ from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, 
 def sft_loss(lm: LanguageModel, *, mode: Mode = "token_mean") -> LossFn:
     """Return the cross-entropy −log π of completion tokens, by default the mean over a batch, in nats per token.
 
-    The batch is `Sequences`; the loss needs no reference.
+    The batch is `Sequences`, or `Packed` rows of them; the loss needs no reference.
 
     Args:
-        mode: of `aggregate`: "token_mean", "sequence_mean" or "sequence_sum".
+        mode: of `aggregate`: "token_mean", "sequence_mean" or "sequence_sum". Packed rows have the token mean alone.
     """
 
-    def loss(params: Params, batch: Sequences, frozen: Frozen | None, key: Array) -> Loss:
+    def loss(params: Params, batch: Sequences | Packed, frozen: Frozen | None, key: Array) -> Loss:
+        if isinstance(batch, Packed) and mode != "token_mean":
+            raise ValueError(f"mode must be token_mean for packed rows, but is {mode}.")
         per_token = -log_probs(lm, params, batch)
         value = aggregate(per_token, batch.completion_mask, mode)
         tokens = batch.completion_mask.sum()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,12 @@ def test_parameters_are_a_plain_nested_dict_of_arrays(name):
 # Configurations -------------------------------------------------------------------------------------------------------
 
 
+SMALL = {
+    **{"vocab_size": 29, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
 def scaled(**settings):
     """A Llama with these rotary settings."""
     return LlamaConfig(rope_scaling=settings)
@@ -250,7 +257,7 @@ def scaled(**settings):
         (lambda: StableLMConfig(layer_norm_eps=math.inf), "layer_norm_eps must be a finite number"),
         (lambda: StableLMConfig(qk_layernorm=1), "qk_layernorm must be true or false, but is 1"),
         (lambda: scaled(rope_type="dynamic"), "rope_type must be one of default, linear, llama3, yarn, longrope, but"),
-        (lambda: scaled(rope_type="llama3", factor=8.0), "needs low_freq_factor and high_freq_factor and original_max"),
+        (lambda: scaled(rope_type="llama3", factor=8.0), "needs low_freq_factor and high_freq_factor"),
         (lambda: scaled(rope_type="linear", factor=0.0), "factor must be above 0"),
         (lambda: scaled(rope_type="linear"), "rope_type linear needs factor"),
         (
@@ -267,6 +274,15 @@ def scaled(**settings):
             "short_factor must be 32 numbers",
         ),
         (lambda: LlamaConfig(width=3), "llama has no field width"),
+        (lambda: Config("opt", **SMALL, rope_theta=5.0), "no field intermediate_size, num_key_value_heads, rope_theta"),
+        *(
+            (
+                lambda name=name, types=types: Config(name, **SMALL, layer_types=types),
+                "full_attention or sliding_attention for each",
+            )
+            for name in ("qwen2", "qwen3")
+            for types in (["full_attention"] * 3, ["full"] * 4)
+        ),
         (lambda: LlamaConfig(vocab_size=None), "vocab_size must be a positive integer, but is None"),
     ],
 )
@@ -275,10 +291,6 @@ def test_a_configuration_that_cannot_be_is_an_error(make, said):
         make()
 
 
-SMALL = {
-    **{"vocab_size": 29, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2},
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -330,6 +342,64 @@ def test_fields_that_change_the_function_are_heeded(model_type, fields, found, e
     assert found(description) == expected
 
 
+LONGROPE = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "meant"),
+    [
+        # What transformers takes where a file does not say it:
+        ("llama", {"rope_type": "yarn", "factor": 4.0}, YARN | {"original_max_position_embeddings": 64}),
+        ("llama", LLAMA3, LLAMA3 | {"original_max_position_embeddings": 64}),
+        (
+            "llama",
+            {"rope_type": "longrope"} | LONGROPE,
+            {"rope_type": "longrope", "original_max_position_embeddings": 64} | LONGROPE,
+        ),
+        ("phi3", {"type": "yarn"} | LONGROPE, {"rope_type": "longrope"} | LONGROPE),
+        (
+            "gemma3_text",
+            {"full_attention": {"rope_type": "linear", "factor": 8.0}},
+            {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        *(
+            (name, {"rope_theta": 7.0, "full_attention": {"rope_theta": 5.0}}, {"full_attention": {"rope_theta": 5.0}})
+            for name in ("llama", "olmo3")  # what stands beside the kinds of layers has no effect
+        ),
+        (
+            "gemma3_text",
+            {"sliding_attention": {"rope_type": "default"}},
+            {
+                "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+    ],
+)
+def test_rotary_settings_that_a_file_leaves_out(model_type, settings, meant):
+    found, expected = (
+        Config(model_type, **SMALL, max_position_embeddings=64, rope_parameters=each) for each in (settings, meant)
+    )
+    assert found == expected and found.description == expected.description
+
+
+def test_phi3_knows_no_yarn():
+    with pytest.raises(ValueError, match="rope_type longrope needs short_factor and long_factor"):
+        Config("phi3", **SMALL, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+
+
+@pytest.mark.parametrize(
+    "model_type", ["cohere", "cohere2", "granite", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "smollm3"]
+)
+def test_heads_are_of_the_size_that_is_said(model_type):
+    assert Config(model_type, **SMALL, head_dim=8).description.head_dim == 8
+    assert Config(model_type, **SMALL).description.head_dim == 4
+
+
 def test_a_configuration_hashes_and_comes_back_from_plain_json():
     config = Config("qwen3_moe", **SMALL, num_experts=np.int64(9), rope_theta=np.float32(10000))
     same = Config("qwen3_moe", **SMALL, num_experts=9, rope_theta=10000)
@@ -340,6 +410,9 @@ def test_a_configuration_hashes_and_comes_back_from_plain_json():
         config.replace(num_experts_per_tok=10)
     with pytest.raises(AttributeError, match="frozen"):
         config.hidden_size = 3
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        config.rope_parameters["rope_theta"] = 3.0
+    assert pickle.loads(pickle.dumps(config)) == config and eval(repr(config)) == config
 
 
 def test_numbers_of_numpy_are_numbers():

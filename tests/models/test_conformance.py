@@ -115,6 +115,66 @@ def test_padding_changes_nothing_without_a_cache_and_does_not_count_in_the_conte
     np.testing.assert_allclose(np.asarray(logits)[:, BEFORE:][where], dense(lm)[1], atol=1e-5)
 
 
+def test_each_segment_of_a_row_is_read_as_if_it_stood_alone(any_model):
+    """Segments of 6, 3 and 4 tokens, among padding that belongs to one of them or to none; their numbers may skip."""
+    lm, params = any_model
+    tokens, expected = dense(lm)
+    texts = [tokens[0], tokens[1, :3], tokens[2, :4]]
+    row = [0, *texts[0], 0, *texts[1], 0, *texts[2], 0, 0]
+    mask = [False, *[True] * 6, False, *[True] * 3, False, *[True] * 4, False, False]
+    segments = [2] * 8 + [3] * 3 + [7] * 5 + [9] * 2
+    both = jnp.asarray([row, row[:8] * 2 + row[:2]]), jnp.asarray([mask, mask[:8] * 2 + mask[:2]])
+    numbers = jnp.asarray([segments, [0] * 8 + [1] * 8 + [2] * 2])
+    hidden, cache = jax.jit(lambda *given: lm.hidden(params, given[0], mask=given[1], segments=given[2]))(
+        *both, numbers
+    )
+    assert cache is None
+    logits = np.asarray(lm.logits(params, hidden))
+    wanted = np.concatenate([expected[0], expected[1, :3], expected[2, :4]])
+    np.testing.assert_allclose(logits[0][np.asarray(mask)], wanted, atol=1e-5)
+    np.testing.assert_allclose(logits[1, [*range(1, 7), *range(9, 15)]], np.tile(expected[0], (2, 1)), atol=1e-5)
+    if lm.min_prompt_length == 0:  # the state of no tokens, where padding begins a segment
+        np.testing.assert_allclose(logits[0, 11], logits[0, 0], atol=1e-6)
+        assert np.abs(logits[0, 10] - logits[0, 0]).max() > 0.1
+
+
+def test_longrope_has_the_frequencies_of_each_segments_own_length():
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 8, "factor": 2.0}
+    factors = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 4.0, 6.0, 8.0]}
+    lm = Decoder(Config("llama", **SIZES | {"num_hidden_layers": 1}, rope_parameters=rope | factors))
+    params, tokens = random_params(lm), jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (1, 18)))
+    segments = jnp.asarray([[0] * 12 + [1] * 6])
+
+    @jax.jit
+    def logits(tokens):
+        return lm.apply(params, tokens, segments=segments)[0][0], [
+            lm.apply(params, part)[0][0] for part in (tokens[:, :12], tokens[:, 12:], tokens[:, :6])
+        ]
+
+    found, (long, short, cut) = logits(tokens)
+    np.testing.assert_allclose(found, jnp.concatenate([long, short]), atol=1e-5)
+    assert np.abs(long[:6] - cut).max() > 1e-3  # other frequencies
+
+
+@pytest.mark.parametrize("name", ["gpt2", "tabular"])
+def test_segments_that_are_not_ones_are_refused(name):
+    lm, params = MODELS[name], random_params(MODELS[name])
+    tokens = jnp.zeros((2, lm.max_length + 2), jnp.int32)
+    halves = jnp.arange(lm.max_length + 2) // 5 * jnp.ones_like(tokens)
+    lm.apply(params, tokens, segments=halves)  # each fits the context
+    late = halves.at[1, 1:].set(7)
+    for segments, words in [
+        (halves[:, ::-1], "the segments of tokens must never fall along a row, but do in row 0"),
+        (late, f"segment 7 in row 1 of tokens has {lm.max_length + 1} tokens, which do not fit"),
+        (halves[:1], r"the segments of tokens must be integers \[2, \d+\], but are int32\[1, \d+\]"),
+        (halves > 0, r"the segments of tokens must be integers \[2, \d+\], but are bool"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            lm.apply(params, tokens, segments=segments)
+    with pytest.raises(ValueError, match="segments must be None with a cache"):
+        lm.apply(params, tokens[:, :2], lm.init_cache(2, 2), segments=halves[:, :2])
+
+
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("slots", PADDING.values(), ids=PADDING)
 def test_cached_is_uncached_whatever_the_padding_and_the_chunks(any_model, slots, sizes):

@@ -14,7 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from jaxrl_llm.models import families, huggingface, load
+from jaxrl_llm.models import configuration, families, huggingface, load
 from jaxrl_llm.models.gguf import GGUFModel, read
 
 VOCAB, LAYERS, HEAD_DIM = 300, 2, 16
@@ -48,7 +48,7 @@ TEXT = (
 
 def checkpoint(config=LLAMA, **changes):
     """Random weights by their Hugging Face names."""
-    rng, model = np.random.default_rng(0), families.model_from_config(config | changes, source="")
+    rng, model = np.random.default_rng(0), configuration.model_from_config(config | changes, source="")
     prefix = families.FAMILIES[config["model_type"]].prefix
     slots = {("" if n.startswith("lm_head") else prefix) + n: s for n, s in huggingface.named_params(model).items()}
     return {name: rng.standard_normal(slot.shape).astype(np.float32) for name, slot in slots.items()}
@@ -181,7 +181,7 @@ VARIANTS = {
 def test_a_file_of_every_architecture_holds_the_same_model_as_the_hugging_face_tensors(tmp_path, name):
     """The same description, the same parameters, and so the same function."""
     config = LLAMA | VARIANTS[name]
-    weights, model = checkpoint(config), families.model_from_config(config, source="")
+    weights, model = checkpoint(config), configuration.model_from_config(config, source="")
     file = write(tmp_path / "m.gguf", weights, config=config)
     found = {each: tensor[:] for each, tensor in read(file).tensors()}
     assert found.keys() == weights.keys() and all(tensor.dtype == np.float32 for tensor in found.values())
@@ -194,7 +194,7 @@ def test_a_file_of_every_architecture_holds_the_same_model_as_the_hugging_face_t
     ours, theirs = loaded.model.config.description, model.config.description
     assert dataclasses.replace(ours, layers=()) == dataclasses.replace(theirs, layers=())
     for one, other in zip(ours.layers, theirs.layers, strict=True):
-        assert (one.window, one.sparse) == (other.window, other.sparse)
+        assert (one.window, one.dense) == (other.window, other.dense)
         np.testing.assert_allclose(one.rotary.frequencies, other.rotary.frequencies, rtol=2e-6)
         np.testing.assert_allclose(one.rotary.amplitude, other.rotary.amplitude, rtol=1e-6)
         long = one.rotary.long or one.rotary.frequencies, other.rotary.long or other.rotary.frequencies

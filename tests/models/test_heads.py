@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
+from tokenizers import normalizers
 
-from jaxrl_llm import models
+from jaxrl_llm import models, text
+from jaxrl_llm.data import bpe
 from jaxrl_llm.models import ScalarHead
+from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.models.heads import LoadedReward
 from tests.conftest import TINY, random_params
 
 ROWS = [[3, 1, 4, 1], [5], [9, 2, 6]]
@@ -68,6 +73,111 @@ def test_what_is_no_reward_model_is_refused(gpt2, tmp_path):
     table = ScalarHead(TINY["tabular"])
     with pytest.raises(ValueError, match="has no Hugging Face form"):
         models.save_reward_model(tmp_path / "table", table, table.init(jax.random.key(0)))
+
+
+# Where texts are read ------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PADS = {"none": None, "eos": "<|im_end|>", "unk": "<unk>", "own": "<pad>", "reserved": None}
+SAVED = {"none": "<|pad|>", "eos": "<|pad|>", "unk": "<unk>", "own": "<pad>", "reserved": "<|reserved_7|>"}
+
+
+def tokenizer_with(pad, folder):
+    """A byte-level tokenizer with a chat template whose turns end in EOS and a newline."""
+    trained = bpe.train(["the cat sat on the mat"] * 4, 262)
+    further = {"unk": ["<unk>"], "own": ["<pad>"], "reserved": ["<|reserved_7|>"]}.get(pad, [])
+    found = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        eos_token="<|im_end|>",
+        pad_token=PADS[pad],
+        unk_token="<unk>" if pad == "unk" else None,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", *further],
+    )
+    found.chat_template = CHATML
+    found.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def conversation(prompt, completion):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """A reward model whose tokenizer has no padding token."""
+    tokenizer = tokenizer_with("none", tmp_path_factory.mktemp("tokenizer"))
+    lm = GPT2(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    head = ScalarHead(lm)
+    return LoadedReward(head, head.init(jax.random.key(0), random_params(lm)), tokenizer, {})
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_the_padding_token_of_a_saved_reward_model_ends_no_text(pad, reward, tmp_path):
+    """By the rule of transformers, the last token that is not padding, each text is read at its end."""
+    tokenizer = tokenizer_with(pad, tmp_path / "tokenizer")
+    lm = dataclasses.replace(reward.head.lm, config=dataclasses.replace(reward.head.lm.config, vocab_size=300))
+    params = {"model": lm.init(jax.random.key(0)), "head": reward.params["head"]}
+    models.save_reward_model(tmp_path / "saved", ScalarHead(lm), params, tokenizer)
+    loaded = models.load_reward_model(tmp_path / "saved")
+    assert loaded.head.lm == lm, "its vocabulary has room"
+    assert loaded.tokenizer.pad_token == SAVED[pad] and tokenizer.pad_token == PADS[pad]
+    assert loaded.config["pad_token_id"] == loaded.tokenizer.pad_token_id
+    chats = [conversation("the cat", "sat"), conversation("a", "on the mat\n")]
+    whole = [text.whole(tokenizer, (), chat) for chat in chats]
+    assert tokenizer.decode(whole[1]).endswith("on the mat\n<|im_end|>\n")
+    strings = [text.whole(tokenizer, "the cat", each) for each in (" sat", " on the mat")]
+    assert strings[0][-1] == tokenizer.eos_token_id
+    assert loaded.tokenizer.apply_chat_template(chats)["input_ids"] == whole
+    assert loaded.tokenizer(["the cat sat<|im_end|>", "the cat on the mat<|im_end|>"])["input_ids"] == strings
+    assert loaded.tokenizer.padding_side == "right"
+    for rows in (whole, strings):
+        for pad_rows in (text.left_pad, text.right_pad):
+            tokens, mask = pad_rows(rows, pad_id=loaded.config["pad_token_id"])
+            read = [int(np.flatnonzero(row != loaded.config["pad_token_id"])[-1]) for row in tokens]
+            assert read == [int(np.flatnonzero(row)[-1]) for row in mask]
+
+
+def test_a_new_padding_token_gets_a_row_of_zeros_and_changes_no_score(reward, tmp_path):
+    models.save_reward_model(tmp_path, reward.head, reward.params, reward.tokenizer, config={"task": "x"})
+    loaded = models.load_reward_model(tmp_path)
+    table, old = (np.asarray(each.params["model"]["wte"]["embedding"]) for each in (loaded, reward))
+    np.testing.assert_array_equal(table, np.concatenate([old, np.zeros((1, 16))]))
+    assert loaded.config["pad_token_id"] == len(old) and loaded.config["task"] == "x"
+    chats = [conversation("the cat", "sat"), conversation("a", "mat")]
+    np.testing.assert_allclose(loaded.score(chats), reward.score(chats), rtol=1e-5)
+    assert loaded.has_tokens_of(reward.tokenizer) and reward.has_tokens_of(loaded.tokenizer)
+
+
+def test_texts_and_conversations_are_scored_at_their_last_token(reward):
+    rows = [[*reward.tokenizer("the cat sat")["input_ids"], reward.tokenizer.eos_token_id]]
+    rows += [
+        reward.tokenizer(reward.tokenizer.apply_chat_template(conversation("the", "mat"), tokenize=False)).input_ids
+    ]
+    tokens, mask = text.right_pad(rows)
+    values = jax.jit(reward.head.values)(reward.params, jnp.asarray(tokens), jnp.asarray(mask))
+    expected = [float(values[place, len(row) - 1]) for place, row in enumerate(rows)]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    close(reward.score(["the cat", conversation("the", "")[:1]], [" sat", "mat"]), expected)
+    close(reward.score(["the cat sat", conversation("the", "mat")]), expected)
+    close(reward.score("the cat sat"), expected[0])
+    close(reward.score(conversation("the", "mat")), expected[1])
+    close(reward.score_tokens(rows[::-1], batch_size=1), expected[::-1])
+    assert reward.score([]) == [] and reward.max_length == 64
+    with pytest.raises(ValueError, match="a text of 65 tokens is longer than the context, 64"):
+        reward.score("cat" * 64 + "<|im_end|>")
+    with pytest.raises(ValueError, match="must have a tokenizer to score texts"):
+        dataclasses.replace(reward, tokenizer=None).score("a")
+
+
+def test_tokenizers_are_compared_by_their_tokens(reward, tmp_path):
+    assert all(reward.has_tokens_of(tokenizer_with(pad, tmp_path / pad)) for pad in ("none", "eos"))
+    assert not reward.has_tokens_of(models.load("tiny-gpt2").tokenizer) and not reward.has_tokens_of(None)
+    other = tokenizer_with("none", tmp_path / "other")
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert not reward.has_tokens_of(other)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "stablelm"])

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from jaxrl_llm import models, text
 from jaxrl_llm.data import bpe
-from jaxrl_llm.models import families, loading
+from jaxrl_llm.models import configuration, loading
 from tests.models.wild import ABSENT, GOLDENS, assert_is_golden, beside, copy_of, golden, variant, without
 
 PACKAGE = Path(models.__file__).parents[1]
@@ -96,6 +96,47 @@ def test_names_without_prefix_old_buffers_and_copies_of_the_embedding_are_welcom
     folder = variant(tmp_path, name, tensors=tensors)
     assert_is_golden(models.load(folder), name)
     models.load(folder, dtype="bfloat16")
+
+
+SMALL = {"vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def saved(folder, model_type, **fields):
+    """A folder of a small random model, and the model."""
+    own = configuration.FAMILIES[model_type].own
+    model = models.Decoder(models.Config(model_type, **{own.get(name, name): SMALL[name] for name in SMALL}, **fields))
+    params = model.init(jax.random.key(0))
+    models.save(folder, model, params)
+    return model, params
+
+
+@pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])
+def test_opt_with_any_part_of_its_prefix(tmp_path, prefix):
+    model, params = saved(tmp_path, "opt", ffn_dim=8, max_position_embeddings=4)
+    stored = {
+        prefix + name.removeprefix("model.decoder."): leaf
+        for name, leaf in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    loaded = models.load(tmp_path)
+    assert loaded.model == model
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+def test_fields_that_gpt_neox_does_not_have_are_ignored(tmp_path):
+    model, _ = saved(tmp_path, "gpt_neox", intermediate_size=8, rotary_pct=1.0)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": 1, "head_dim": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert models.load(tmp_path).model == model
+
+
+@pytest.mark.parametrize("model_type", ["phi", "gptj"])
+def test_a_tied_head_with_a_bias_is_refused(tmp_path, model_type):
+    saved(tmp_path, model_type, **({"intermediate_size": 8} if model_type == "phi" else {"rotary_dim": 4}))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"does not fit its configuration: unknown lm_head\.bias"):
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64], ids=["float16", "bfloat16", "float64"])
@@ -214,6 +255,24 @@ def test_ends_of_text_come_from_generation_config_too_and_are_written(tmp_path):
         text.eos_ids(None, {"vocab_size": 9, "eos_token_id": "</s>"})
 
 
+def test_a_saved_model_ends_its_texts_at_the_tokenizers_eos_and_at_the_bases_other_ends(tmp_path):
+    """Whatever the base's configuration says: the tokenizer's EOS is the one that completions are taught to end in."""
+    tokenizer = models.load("tiny-gpt2").tokenizer
+    lm = models.GPT2(models.GPT2Config(vocab_size=4096, n_positions=8, n_embd=4, n_layer=1, n_head=1))
+    params, generation = lm.init(jax.random.key(0)), {"eos_token_id": [5, 9], "temperature": 0.7}
+    for config, given, ends in (
+        ({"eos_token_id": 5, "generation_config": generation}, tokenizer, ([0, 5], [0, 5, 9])),
+        ({"eos_token_id": 5}, tokenizer, ([0, 5], [0, 5])),
+        ({"eos_token_id": [5, 0]}, tokenizer, ([5, 0], [5, 0])),
+        ({}, tokenizer, (0, 0)),
+        ({"eos_token_id": [5, 7]}, None, ([5, 7], [5, 7])),
+    ):
+        models.save(tmp_path, lm, params, given, config=config)
+        saved = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+        assert [each["eos_token_id"] for each in saved] == list(ends)
+        assert saved[1].get("temperature") == (0.7 if "generation_config" in config else None)
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_the_language_model_of_a_multimodal_folder_is_loaded(tmp_path, prefix):
     config = json.loads((GOLDENS / "gemma3_text-0" / "config.json").read_text())
@@ -281,7 +340,7 @@ def test_the_shapes_of_a_model_cost_time_linear_in_its_layers(name):
 
     def calls(layers):
         config = golden(name).config | dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers"), layers)
-        model = families.model_from_config(config | {"num_decoder_layers": layers}, source="")
+        model = configuration.model_from_config(config | {"num_decoder_layers": layers}, source="")
         count = 0
 
         def counted(frame, event, argument):

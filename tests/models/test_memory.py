@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import save_file
 
 from jaxrl_llm import models
-from jaxrl_llm.models import families, huggingface
+from jaxrl_llm.models import configuration, families, huggingface
 from jaxrl_llm.training import mesh as meshes
 from tests.models import test_gguf
 from tests.models.wild import GOLDENS, assert_is_golden, golden
@@ -40,7 +40,7 @@ def write(folder, name, *, times=1, dtype="float32"):
     config = {field: value * times if field in sizes else value for field, value in CONFIGS[name].items()}
     if name == "llama":
         config["vocab_size"] *= 2  # the embedding is most of it
-    model = families.model_from_config(config, source="")
+    model = configuration.model_from_config(config, source="")
     family = families.FAMILIES[config["model_type"]]
     slots = huggingface.named_params(model)
     noise = np.random.default_rng(0).standard_normal(1 << 16).astype(dtype) * np.dtype(dtype).type(0.1)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import models
-from jaxrl_llm.models import ScalarHead, families
-from jaxrl_llm.training import lora
+from jaxrl_llm.models import ScalarHead, families, lora
 from tests.conftest import TINY, random_params
 
 pytestmark = pytest.mark.parity
@@ -193,3 +192,43 @@ def test_what_is_not_plain_is_refused(options, named, llama, tmp_path):
     tuned(llama, tmp_path, **options)
     with pytest.raises(ValueError, match=named):
         lora.load(tmp_path, llama.loaded.model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma3_text"])
+def test_adapters_of_reward_models_are_those_of_peft(family, tmp_path):
+    """PEFT's of a sequence classifier load here with the head, by the base that they record; and ours load there."""
+    import peft
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(family, **SIZES | OTHERS.get(family, {}), num_labels=1)
+    torch.manual_seed(0)
+    base = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.25)
+    base.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=3, lora_alpha=2, task_type="SEQ_CLS", init_lora_weights=False, lora_dropout=0.2)
+    tuned = peft.get_peft_model(copy.deepcopy(base), options).eval()
+    tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    with torch.no_grad():
+        tuned.base_model.model.score.modules_to_save["default"].weight.add_(0.5)
+    tuned.save_pretrained(tmp_path / "theirs")
+
+    def theirs(model):
+        with torch.no_grad():
+            return model(input_ids=torch.as_tensor(TOKENS)).logits[:, 0].numpy()
+
+    expected, found = theirs(tuned), models.load_reward_model(tmp_path / "theirs")
+    np.testing.assert_allclose(found.head.scores(found.params, TOKENS), expected, atol=1e-4)
+    assert np.abs(theirs(base) - expected).max() > 0.01
+
+    given = lora.lora(found.head.lm, rank=2, alpha=5, targets="all-linear", rslora=True)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, given.init(jax.random.key(1)))
+    head = jax.random.normal(jax.random.key(2), (16,))
+    lora.save(tmp_path / "ours", given, adapter, base=str(tmp_path / "base"), head=head)
+    ours = models.load_reward_model(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    scores = ours.head.scores(ours.params, TOKENS)
+    np.testing.assert_allclose(scores, theirs(again), atol=1e-4)
+    assert np.abs(scores - expected).max() > 0.01

@@ -39,17 +39,19 @@ def user(content):
 def test_a_conversation_that_the_template_refuses_is_a_bad_line(chat):
     refusing = copy.deepcopy(chat)
     refusing.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
-    parse = Encoder(refusing, max_length=64).checked(records.prompt_completion)
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     lines = [{"messages": [{"role": "system", "content": "Be brief."}, *turns]}, {"messages": turns}]
-    found = records.read(lines, parse, on_bad="skip")
+    kind, encoder = KINDS["prompt-completion"], Encoder(refusing, max_length=64)
+    found = records.read(lines, kind.parse, on_bad="skip", check=False)
+    assert len(Batches(found, kind, encoder, batch_size=1, seed=0)) == 1
     assert len(found) == 1 and [bad.reason for bad in found.bad_lines] == ["the chat template: no system"]
-    with pytest.raises(ValueError, match="the chat template: no system"):
-        records.read(lines, parse)
+    with pytest.raises(ValueError, match="data has 1 bad row: row 0: the chat template: no system"):
+        Batches(records.read(lines, kind.parse), kind, encoder, batch_size=1, seed=0)
 
 
 def test_the_completion_follows_the_prompt_and_ends_once(tokenizer):
-    prompt, (completion, other) = Encoder(tokenizer, max_length=64)("The sea", [" is wide.", " is deep.<|endoftext|>"])
+    encode = Encoder(tokenizer, max_length=64)
+    prompt, (completion, other), _ = encode("The sea", [" is wide.", " is deep.<|endoftext|>"])
     assert tokenizer.decode(prompt) == "The sea"
     assert tokenizer.decode(completion) == " is wide.<|endoftext|>" and completion.count(EOS) == 1
     assert other.count(EOS) == 1 and other[-1] == EOS
@@ -61,10 +63,26 @@ def test_an_empty_prompt_is_the_beginning_of_a_text(tokenizer):
 
 def test_conversations_go_through_the_template_and_completions_are_what_they_add(chat):
     encode = Encoder(chat, max_length=64)
-    prompt, completions = encode((user("Hi"),), [({"role": "assistant", "content": "Hello"},), "Hello"])
+    prompt, completions, _ = encode((user("Hi"),), [({"role": "assistant", "content": "Hello"},), "Hello"])
     assert chat.decode(prompt) == "<user> Hi<|endoftext|>\n<assistant> "
     assert [chat.decode(each) for each in completions] == ["Hello<|endoftext|>"] * 2
     assert all(each.count(EOS) == 1 for each in completions)
+
+
+def test_a_reward_model_reads_each_ranked_text_as_one_to_the_end_of_the_template(chat):
+    """Tokens may span the boundary to the prompt; after the end of turn comes the template's newline."""
+    encode = Encoder(chat, max_length=64)
+    said = [({"role": "assistant", "content": each},) for each in ("Hello", "\n\nHe")]
+    prompt, completions, _ = encode((user("Hi"),), said, whole=True)
+    assert [chat.decode(each) for each in completions] == [" Hello<|endoftext|>\n", " \n\nHe<|endoftext|>\n"]
+    for each, turn in zip(completions, said, strict=True):
+        assert prompt + each == chat.apply_chat_template([user("Hi"), *turn])["input_ids"]
+    prompt, completions, _ = encode("The se", ["a", " is"], whole=True)
+    assert chat("The sea")["input_ids"] + [EOS] == prompt + completions[0]
+    assert chat("The se is")["input_ids"] + [EOS] == prompt + completions[1]
+    assert encode("", ["Once"], whole=True)[:2] == ([], [[*chat("Once")["input_ids"], EOS]])
+    cut, (yes, no), _ = Encoder(chat, max_length=16)("word " * 30, ["yes", "no, by no means"], whole=True)
+    assert chat.decode(cut + yes).endswith("word yes<|endoftext|>") and len(cut + no) == 16
 
 
 def test_a_string_among_conversations_is_encoded_as_one_of_them(chat):
@@ -78,7 +96,7 @@ def test_a_string_among_conversations_is_encoded_as_one_of_them(chat):
 def test_left_cuts_the_prompt_and_both_completions_follow_the_same_one(tokenizer):
     encode = Encoder(tokenizer, max_length=16, cut="left")
     whole = Encoder(tokenizer, max_length=200)("word " * 30, [" yes", " no, by no means at all"])
-    prompt, completions = encode("word " * 30, [" yes", " no, by no means at all"])
+    prompt, completions, _ = encode("word " * 30, [" yes", " no, by no means at all"])
     assert completions == whole.completions and prompt == whole.prompt[-len(prompt) :]
     assert len(prompt) + max(map(len, completions)) == 16
     assert (encode.cut_prompts, encode.cut_completions) == (1, 0)
@@ -88,7 +106,7 @@ def test_a_prompt_that_is_cut_keeps_the_token_it_began_with(tokenizer):
     asked = tokenizer.bos_token + "word " * 30
     encode = Encoder(tokenizer, max_length=16)
     whole = Encoder(tokenizer, max_length=200)(asked, [" yes"])
-    prompt, completions = encode(asked, [" yes"])
+    prompt, completions, _ = encode(asked, [" yes"])
     assert completions == whole.completions and len(prompt) + len(completions[0]) == 16
     assert prompt == [tokenizer.bos_token_id, *whole.prompt[-len(prompt) + 1 :]]
     assert encode.prompt(asked, room=10) == [tokenizer.bos_token_id, *whole.prompt[-5:]]
@@ -100,7 +118,7 @@ def test_a_prompt_that_is_cut_keeps_the_token_it_began_with(tokenizer):
 def test_right_cuts_the_completions_that_are_too_long(tokenizer):
     encode = Encoder(tokenizer, max_length=12, cut="right")
     whole = Encoder(tokenizer, max_length=200)("The sea", [" word" * 30, " a"])
-    prompt, completions = encode("The sea", [" word" * 30, " a"])
+    prompt, completions, _ = encode("The sea", [" word" * 30, " a"])
     assert prompt == whole.prompt and completions == [whole.completions[0][: 12 - len(prompt)], whole.completions[1]]
     assert completions[0][-1] != EOS
     assert (encode.cut_prompts, encode.cut_completions) == (0, 1)
@@ -129,7 +147,7 @@ def test_what_cannot_be_cut_is_refused(tokenizer, cut, prompt, answer, said):
 
 
 def test_wrong_arguments_are_named(tokenizer, chat):
-    with pytest.raises(ValueError, match="cut must be one of left, right, raise, but is 'middle'"):
+    with pytest.raises(ValueError, match="cut must be one of left, right, raise, skip, but is 'middle'"):
         Encoder(tokenizer, max_length=12, cut="middle")
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         Encoder(tokenizer, max_length=12)((user("Hi"),), ["Hello"])
@@ -223,6 +241,7 @@ def ragged(kind, count=7):
                 "preference": Preference(asked, *answers[:2]),
                 "unpaired-preference": UnpairedPreference(asked, answers[0], i % 2 == 0),
                 "ranked": Ranked(asked, answers, tuple(range(len(answers)))),
+                "rated": Ranked(asked, answers, tuple(range(len(answers))), tuple(map(float, range(len(answers))))),
             }[kind]
         )
     return found
@@ -230,7 +249,7 @@ def ragged(kind, count=7):
 
 def counted(kind, batch):
     """Real tokens and places of a batch, from its arrays."""
-    if kind == "ranked":
+    if kind in ("ranked", "rated"):
         return int((batch.completions.mask & batch.real[..., None]).sum()), batch.completions.mask.size
     sides = [batch[side] for side in {"preference": (0, 1), "unpaired-preference": (0, 2)}.get(kind, ())] or [batch]
     return sum(int(side.mask.sum()) for side in sides), sum(side.mask.size for side in sides)
@@ -266,11 +285,12 @@ def test_batches_hold_the_texts_of_their_records(kind):
             np.testing.assert_array_equal(batch.desirable, [record.label for record in found])
             others = [found[place - 1].completion for place in range(3)]
             assert rows_as_text(batch.mismatched) == [f"{a}{b}`" for a, b in zip(prompts, others, strict=True)]
-        case "ranked":
+        case "ranked" | "rated":
             for row, record in enumerate(found):
                 there = rows_as_text([leaf[row][batch.real[row]] for leaf in batch.completions])
                 assert there == [f"{record.prompt}{each}`" for each in record.completions]
                 np.testing.assert_array_equal(batch.ranks[row][batch.real[row]], record.ranks)
+                np.testing.assert_array_equal(batch.margins[row].sum(), sum(record.margins))
     assert batches.describe(1).startswith("rows ")
 
 
@@ -328,8 +348,10 @@ def test_lines_are_named_as_the_file_counts_them(tmp_path):
     batches = batches_of("prompt-only", found, batch_size=3)
     assert batches.describe(0).startswith("lines ")
     assert sorted(batches.describe(0).split("lines ")[1].split(", ")) == ["3", "4", "6"]
-    with pytest.raises(ValueError, match=r"line 6: a prompt of 30 tokens leaves no room"):
-        batches_of("prompt-only", found, max_length=20)
+    assert [bad.number for bad in batches_of("prompt-only", found, max_length=20).bad] == [2, 6]
+    whole = JsonLines(path, records.prompt)
+    with pytest.raises(ValueError, match=r"has 2 bad lines: line 2: .*line 6: a prompt of 30 tokens leaves no room"):
+        batches_of("prompt-only", whole, max_length=20)
     assert batches_of("prompt-only", found[:2]).describe(0) in ("rows 0, 1", "rows 1, 0")
 
 

@@ -13,7 +13,7 @@ import pytest
 from jaxrl_llm import oracle
 from jaxrl_llm.objectives import preference as objectives
 from jaxrl_llm.objectives import rlhf
-from jaxrl_llm.scoring import Sequences
+from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.preference import NAMES, PairBatch, UnpairedBatch, pair_sums, preference_loss, with_reference
@@ -161,6 +161,31 @@ def test_kto_takes_its_reference_point_from_mismatched_answers():
 
 
 @pytest.mark.slow
+def test_what_kto_reports_of_each_side_is_a_mean_over_that_side():
+    """Weighted as the loss is; of a side without completions there is nothing, which no mean counts."""
+    loss = jax.jit(preference_loss(LM, "kto"))
+    weight = np.asarray([1, 2, 0, 1, 3, 1, 1, 0.5], np.float32)
+    logp = np.asarray(jax.jit(functools.partial(log_probs, LM))(POLICY, UNPAIRED.completions).sum(axis=1))
+    ref = np.asarray(jax.jit(functools.partial(log_probs, LM))(REFERENCE, UNPAIRED.completions).sum(axis=1))
+    found = loss(POLICY, UNPAIRED._replace(weight=weight), Frozen(ref=REFERENCE), KEY)
+    sides = {"chosen": UNPAIRED.desirable, "rejected": ~UNPAIRED.desirable}
+    for side, there in sides.items():
+        share = weight * there / (weight * there).sum()
+        assert float(found.metrics[f"{side}_logp"]) == pytest.approx((share * logp).sum(), rel=1e-5)
+        assert float(found.metrics[f"kl_{side}"]) == pytest.approx((share * (logp - ref)).sum(), rel=1e-4)
+        assert float(found.totals()[f"{side}_logp"][1]) == (weight * there).sum()
+    assert float(found.metrics["margin"]) == pytest.approx(
+        float(found.metrics["kl_chosen"] - found.metrics["kl_rejected"])
+    )
+    absent = preference_loss(LM, "kto").absent
+    assert absent(UNPAIRED) == set()
+    good = UNPAIRED._replace(desirable=np.ones(8, bool))
+    assert absent(good) == {"rejected_logp", "kl_rejected", "margin"}
+    assert absent(good._replace(desirable=np.zeros(8, bool))) == {"chosen_logp", "kl_chosen", "margin"}
+    weights = {name: float(total[1]) for name, total in loss(POLICY, good, Frozen(ref=REFERENCE), KEY).totals().items()}
+    assert {name for name, each in weights.items() if not each} == absent(good)
+
+
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_the_reference_in_the_step_or_once_ahead(name):
     batch = batch_of(name)

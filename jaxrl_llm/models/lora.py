@@ -9,19 +9,20 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models import families, huggingface
+from jaxrl_llm.models import configuration, huggingface
 from jaxrl_llm.models.decoder import Network, check_value
-from jaxrl_llm.training.steps import View
+from jaxrl_llm.models.layers import Adapted
 
 Adapter = dict[str, dict[str, Array]]  # the tensor's name: {"a": [in, rank], "b": [rank, out]}
 
@@ -36,11 +37,12 @@ class Module(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The weights that have adapters, with the rank and the scale of each."""
+    """The weights that have adapters, with the rank and the scale of each, and the dropout of training."""
 
     model: Network
     modules: tuple[Module, ...]
     rslora: bool = False
+    dropout: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,21 +64,35 @@ class Lora:
             adapter[name] = {"a": a, "b": jnp.zeros((rank, fan_out))}
         return adapter
 
-    def merge(self, params: Params, adapter: Adapter) -> Params:
-        """Return the parameters with the adapters added; differentiable in both."""
+    def merge(self, params: Params, adapter: Adapter, key: Key[Array, ""] | None = None) -> Params:
+        """Return the parameters with the adapters added; differentiable in both.
+
+        With a `key` and a dropout p above 0 the adapted kernels are instead `layers.Adapted`, which compute
+
+            x W + (α/r) dropout(x) A B,   dropout(x)_i = x_i/(1 − p) with probability 1 − p, else 0
+
+        independently for each token, as PEFT does in training.
+        """
         _check(self, adapter)
         layers = _layers(self.model)
-        changed = {layers[module.name].path: (self.scale(module), adapter[module.name]) for module in self.modules}
+        changed = {
+            layers[module.name].path: (place, self.scale(module), adapter[module.name])
+            for place, module in enumerate(self.modules)
+        }
 
-        def add(path: Any, leaf: Array) -> Array:
-            scale, pair = changed.get(tuple(entry.key for entry in path), (0, None))
-            return leaf if pair is None else leaf + (scale * pair["a"] @ pair["b"]).astype(leaf.dtype)
+        def add(path: Any, leaf: Array) -> Any:
+            place, scale, pair = changed.get(tuple(entry.key for entry in path), (0, 0, None))
+            if pair is None:
+                return leaf
+            if key is None or not self.dropout:
+                return leaf + (scale * pair["a"] @ pair["b"]).astype(leaf.dtype)
+            return Adapted(leaf, pair["a"], scale * pair["b"], jax.random.fold_in(key, place), self.dropout)
 
         return jax.tree_util.tree_map_with_path(add, params)
 
-    def view(self) -> View:
-        """Return a view for `make_step`: the adapter is trained, and merged into `frozen.base`."""
-        return lambda adapter, frozen: self.merge(jax.lax.stop_gradient(frozen.base), adapter)
+    def view(self) -> Callable[..., Params]:
+        """Return a view for `steps.make_step`: the adapter is trained, and merged into `frozen.base`."""
+        return lambda adapter, frozen, key=None: self.merge(jax.lax.stop_gradient(frozen.base), adapter, key)
 
 
 def lora(
@@ -86,39 +102,43 @@ def lora(
     alpha: float = 16.0,
     targets: Sequence[str] | str | None = None,
     rslora: bool = False,
+    dropout: float = 0.0,
 ) -> Lora:
     """Return adapters for linear layers of a model.
 
     Args:
         rank: r, columns of A.
         alpha: α; the product A B is scaled by α/r.
-        targets: names of layers or their ends, such as c_attn, mlp.c_proj or model.layers.0.self_attn.q_proj; or one
-            string, a regular expression of whole names; or "all-linear" for every linear layer but the head (and in a
-            model with experts its MLPs). By default those of attention queries and values.
+        targets: one or several of: the name of a layer or its end, such as c_attn, mlp.c_proj or
+            model.layers.0.self_attn.q_proj; a regular expression of whole names; "all-linear" for every linear layer
+            but the head (and in a model with experts its MLPs). By default those of attention queries and values.
         rslora: scale by α/√r instead.
+        dropout: share of an adapter's inputs that training drops, from 0 to below 1.
 
     Raises:
-        ValueError: for a rank below 1, or a target that no linear layer has, listing the names.
+        ValueError: for a rank below 1, a dropout out of range, or a target that no linear layer has, listing the names.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, but is {rank}.")
-    targets = families.family_of(model)[1].targets if targets is None else targets
-    return Lora(model, tuple(Module(name, rank, float(alpha)) for name in _targeted(model, targets)), rslora)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), but is {dropout}.")
+    targets = configuration.family_of(model)[1].targets if targets is None else targets
+    modules = tuple(Module(name, rank, float(alpha)) for name in _targeted(model, targets))
+    return Lora(model, modules, rslora, dropout)
 
 
 def _targeted(model: Network, targets: Sequence[str] | str) -> list[str]:
     """Return the names of the tensors that the targets select."""
     layers = _layers(model)
-    if targets == "all-linear":
-        return list(layers)
-    if isinstance(targets, str):
-        pattern = _compiled("targets", targets)
-        found = {targets: {name for name, layer in layers.items() if pattern.fullmatch(layer.module)}}
-    else:
-        found = {
-            target: {name for name, layer in layers.items() if f".{layer.module}".endswith(f".{target}")}
-            for target in targets
-        }
+
+    def selected(target: str) -> set[str]:
+        if target == "all-linear":
+            return set(layers)
+        ends = {name for name, layer in layers.items() if f".{layer.module}".endswith(f".{target}")}
+        pattern = None if ends else _compiled("targets", target)
+        return ends or {name for name, layer in layers.items() if pattern.fullmatch(layer.module)}
+
+    found = {target: selected(target) for target in ([targets] if isinstance(targets, str) else targets)}
     unknown = [target for target, names in found.items() if not names]
     if unknown or not found:
         known = ", ".join(sorted({layer.last for layer in layers.values()}))
@@ -133,6 +153,8 @@ def _targeted(model: Network, targets: Sequence[str] | str) -> list[str]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+HEAD = f"base_model.model.{huggingface.SCORE}"  # of a reward model, [1, width]
+HEADS = ("score", "classifier")  # the modules that PEFT saves of a sequence classifier, if there are any
 INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # the base weights stay as they are
 KNOWN = {  # of PEFT's fields, those that are read, and those that say nothing beyond the tensors
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
@@ -143,11 +165,15 @@ KNOWN = {  # of PEFT's fields, those that are read, and those that say nothing b
 }
 
 
-def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base: str = "") -> None:
+def save(
+    folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base: str = "", head: Array | None = None
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads onto the same model.
 
     Args:
-        base: the model's name or path, which PEFT records.
+        base: the model's name or path, which PEFT records and `models.load` reads.
+        head: [width], of a reward model: the adapter is then one of a sequence classifier with one label, and the head
+            is among its `modules_to_save`.
     """
     from safetensors.numpy import save_file
 
@@ -161,11 +187,14 @@ def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base:
         for name, module in modules.items()
         for side, leaf in adapter[module.name].items()
     }
+    task = "SEQ_2_SEQ_LM" if "is_encoder_decoder" in configuration.config_of(given.model) else "CAUSAL_LM"
+    if head is not None:
+        task, tensors[HEAD] = "SEQ_CLS", np.asarray(head, np.float32)[None]
     rank = _commonest(module.rank for module in given.modules)
     alpha = _commonest(module.alpha for module in given.modules)
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if "is_encoder_decoder" in families.config_of(given.model) else "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
@@ -173,16 +202,16 @@ def save(folder: str | os.PathLike[str], given: Lora, adapter: Adapter, *, base:
         "alpha_pattern": {name: module.alpha for name, module in modules.items() if module.alpha != alpha},
         "use_rslora": given.rslora,
         "target_modules": _target_modules(given),
-        "fan_in_fan_out": not families.family_of(given.model)[1].transposed,
-        "lora_dropout": 0.0,
+        "fan_in_fan_out": not configuration.family_of(given.model)[1].transposed,
+        "lora_dropout": given.dropout,
+        "modules_to_save": None if head is None else ["score"],
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(tensors, folder / f"{TENSORS}.partial", metadata={"format": "pt"})
-    os.replace(folder / f"{TENSORS}.partial", folder / TENSORS)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG)
+    with replacing(folder / TENSORS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _commonest(values: Iterable[Any]) -> Any:
@@ -214,13 +243,15 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     path = folder / TENSORS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must have {TENSORS}, but has {', '.join(sorted(os.listdir(folder)))}.")
-    _, family = families.family_of(model)
+    _, family = configuration.family_of(model)
     layers = _layers(model)
     found: dict[str, dict[str, np.ndarray]] = {}
     modules, unknown = {}, []
     for key, tensor in huggingface.read_file(path):
+        if key == HEAD and is_reward(config):
+            continue
         parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        name = f"{parts[1].removeprefix(family.prefix)}.weight" if parts else key
+        name = f"{family.bare_name(parts[1])}.weight" if parts else key
         if not parts or name not in layers or not jnp.issubdtype(tensor.dtype, jnp.floating):
             unknown.append(f"{key} of {tensor.dtype}")
             continue
@@ -242,6 +273,39 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     return given, jax.tree.map(jnp.asarray, {name: found[name] for name in given.names})
 
 
+def is_adapter(folder: Path) -> bool:
+    """Return True for a folder that has an adapter and no model."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in names)
+
+
+def is_reward(config: Mapping[str, Any]) -> bool:
+    """Return True if an `adapter_config.json` is that of a sequence classifier."""
+    return config.get("task_type") == "SEQ_CLS"
+
+
+def base_of(folder: Path) -> str:
+    """Return the name or path of the base model that an adapter records.
+
+    Raises:
+        FileNotFoundError: if there is no adapter.
+        ValueError: if it records none.
+    """
+    base = huggingface.read_config(folder, CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{folder} must name the base model of its adapter, base_model_name_or_path in {CONFIG}, but has {base!r}: "
+            "load the base model, and the adapter onto it by jaxrl_llm.models.lora.load."
+        )
+    return base
+
+
+def head_of(folder: Path) -> np.ndarray | None:
+    """Return the head [1, width] of a reward model that an adapter holds, or None."""
+    found = dict(huggingface.read_file(folder / TENSORS)).get(HEAD)
+    return None if found is None else found[:]
+
+
 def _check_plain(config: Mapping[str, Any], source: Path) -> None:
     """Raise unless the configuration is one of plain LoRA; a field that is not known must be off."""
     reasons = []
@@ -249,8 +313,11 @@ def _check_plain(config: Mapping[str, Any], source: Path) -> None:
         reasons.append(f"peft_type is {config.get('peft_type')!r}")
     if (start := config.get("init_lora_weights")) not in INITIALISATIONS:
         reasons.append(f"init_lora_weights is {reprlib.repr(start)}, which changes the base weights")
+    known = KNOWN
+    if is_reward(config) and set(config.get("modules_to_save") or ()) <= set(HEADS):
+        known = KNOWN | {"modules_to_save"}
     for name, value in config.items():
-        if name not in KNOWN and value and (name, value) != ("bias", "none"):
+        if name not in known and value and (name, value) != ("bias", "none"):
             reasons.append(f"{name} is {reprlib.repr(value)}")
     if reasons:
         raise ValueError(f"{source} is not that of a plain LoRA adapter: {_few(reasons)}.")
@@ -298,7 +365,7 @@ def _layers(model: Network) -> dict[str, Layer]:
 
     PEFT takes the name of such an MLP's layer for that of the experts, also where the layer has none.
     """
-    _, family = families.family_of(model)
+    _, family = configuration.family_of(model)
     slots = huggingface.named_params(model)
     apart = {"lm_head", "mlp"} if any("experts" in slot.path for slot in slots.values()) else {"lm_head"}
     return {

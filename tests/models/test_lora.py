@@ -1,5 +1,6 @@
 """LoRA: nothing changes at the start, merging is the product, and the files are PEFT's."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -8,10 +9,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxrl_llm.models.families import Config, Decoder
-from jaxrl_llm.training import lora, steps
+import jaxrl_llm as jl
+from jaxrl_llm import models
+from jaxrl_llm.models import Config, Decoder, lora
+from jaxrl_llm.models.layers import Adapted, Linear
+from jaxrl_llm.training import steps
 from jaxrl_llm.training.supervised import sft_loss
 from tests.conftest import TINY, random_params
 from tests.training.test_steps import answers
@@ -132,11 +137,132 @@ def test_half_precision_is_widened(gpt2, tmp_path):
     )
 
 
+def test_targets_may_be_mixed(gpt2):
+    lm, _ = gpt2
+    given = lora.lora(lm, targets=["c_fc", r".*\.attn\.c_pr.*"])
+    assert given.names == ("h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight")
+    assert lora.lora(lm, targets="c_fc") == lora.lora(lm, targets=["c_fc"])
+    assert lora.lora(lm, targets=["all-linear"]) == lora.lora(lm, targets="all-linear")
+
+
+# Dropout --------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_that_of_peft():
+    """Inputs of the adapter alone, for each token by itself, at the scale that keeps the mean; none without a key."""
+    layer = Linear(6, 5, std=1.0, use_bias=True, rngs=nnx.Rngs(0))
+    kernel, x = layer.kernel[...], jax.random.normal(jax.random.key(1), (7, 3, 6))
+    a, b = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((2, (6, 2)), (3, (2, 5))))
+    plain = np.asarray(layer(x))
+    layer.kernel = nnx.Param(Adapted(kernel, a, b, KEY, 0.25))
+    kept = np.asarray(jax.random.bernoulli(KEY, 0.75, (21, 6))).reshape(7, 3, 6)
+    assert 0.6 < kept.mean() < 0.9 and len({row.tobytes() for row in kept.reshape(21, 6)}) > 10
+    close(layer(x), plain + kept * x / 0.75 @ a @ b, rtol=1e-5)
+
+
+def test_dropout_follows_its_key_and_is_off_without_one():
+    lm, params = TINY["llama"], random_params(TINY["llama"])
+    given = lora.lora(lm, rank=2, dropout=0.5)
+    adapter, tokens = drawn(given), np.arange(12).reshape(2, 6)
+    logits = jax.jit(lambda given, key: lm.apply(given.merge(params, adapter, key), tokens)[0], static_argnums=0)
+    merged = logits(given, None)
+    without, merge = dataclasses.replace(given, dropout=0.0), jax.jit(lora.Lora.merge, static_argnums=0)
+    for same in (merge(without, params, adapter, KEY), merge(given, params, adapter)):
+        jax.tree.map(np.testing.assert_array_equal, same, merge(without, params, adapter))
+    first, again, other = (logits(given, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1 and np.abs(first - merged).max() > 0.1
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), but is 1"):
+        lora.lora(lm, dropout=1)
+
+
+@pytest.mark.slow
+def test_every_step_and_every_part_of_a_batch_draws_its_own_dropout(gpt2):
+    lm, params = gpt2
+    given = lora.lora(lm, rank=2, dropout=0.5)
+    frozen, view, still = steps.Frozen(base=params), given.view(), optax.sgd(0.0)
+    half = jax.tree.map(lambda leaf: leaf[:2], answers(lm))
+    batch = jax.tree.map(lambda leaf: np.repeat(leaf[:1], 4, axis=0), half)  # four rows that are one
+    losses = {}
+    for parts in (1, 2):
+        step = steps.make_step(sft_loss(lm), still, view=view, microbatches=parts)
+        state = steps.initial_state(drawn(given), still, KEY)
+        for _ in range(2):
+            state, metrics = step(state, batch, frozen)
+            losses[parts, int(state.step)] = float(metrics["loss"])
+    assert len({round(loss, 4) for loss in losses.values()}) == 4
+
+
+# Folders as models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny Llama with the tokenizer of tiny-gpt2, and its parameters."""
+    folder, lm, params = tmp_path_factory.mktemp("base"), TINY["llama"], random_params(TINY["llama"])
+    models.save(folder, lm, params, models.load("tiny-gpt2").tokenizer, config={"eos_token_id": 3})
+    return folder, params
+
+
+def test_the_folder_of_an_adapter_is_a_model(base, tmp_path):
+    folder, params = base
+    given = lora.lora(TINY["llama"], rank=2)
+    adapter = drawn(given)
+    lora.save(tmp_path / "adapter", given, adapter, base=str(folder))
+    loaded, whole = models.load(tmp_path / "adapter"), models.load(folder)
+    merge = jax.jit(given.merge)
+    jax.tree.map(close, loaded.params, merge(params, adapter))
+    assert loaded.model == whole.model and loaded.config == whole.config
+    assert loaded.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+    assert models.load(tmp_path / "adapter", dtype="bfloat16").params["norm"]["scale"].dtype == "bfloat16"
+    lora.save(tmp_path / "second", given, adapter, base=str(tmp_path / "adapter"))
+    twice = merge(merge(params, adapter), adapter)
+    jax.tree.map(close, models.load(tmp_path / "second").params, twice)
+
+
+def test_the_adapter_of_a_reward_model_is_one(base, tmp_path):
+    folder, params = base
+    given, head = lora.lora(TINY["llama"], rank=2), np.arange(16, dtype="f")
+    adapter = drawn(given)
+    lora.save(tmp_path / "adapter", given, adapter, base=str(folder), head=head)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    found = models.load_reward_model(tmp_path / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, found.params["model"], given.merge(params, adapter))
+    np.testing.assert_array_equal(found.params["head"], head)
+    assert lora.load(tmp_path / "adapter", TINY["llama"])[0] == given
+    with pytest.raises(ValueError, match=r"is a reward model: load it with jl\.train\.RewardModel\.load"):
+        jl.load(tmp_path / "adapter")
+    lora.save(tmp_path / "plain", given, adapter, base=str(folder))
+    with pytest.raises(ValueError, match=r"is not a reward model: score.weight must be .* but is missing"):
+        models.load_reward_model(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "error", "said"),
+    [
+        ("", ValueError, "must name the base model of its adapter, base_model_name_or_path .*, but has ''"),
+        (None, ValueError, "but has None: load the base model, and the adapter onto it by"),
+        ("/no/where", FileNotFoundError, "is an adapter of /no/where, which cannot be loaded: there is no folder"),
+        ("itself", ValueError, "must name another folder as the base model of its adapter, but names itself"),
+        ("tiny-gpt2-verses", ValueError, "must hold lora_A and lora_B of linear layers such as transformer"),
+    ],
+)
+def test_an_adapter_whose_base_is_not_there_is_refused(tmp_path, recorded, error, said):
+    given = lora.lora(TINY["llama"], rank=2)
+    lora.save(tmp_path, given, given.init(KEY))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path) if recorded == "itself" else recorded
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=said):
+        models.load(tmp_path)
+
+
 def test_what_does_not_fit_is_named(gpt2):
     lm, _ = gpt2
     with pytest.raises(ValueError, match="rank must be at least 1, but is 0"):
         lora.lora(lm, rank=0)
-    for targets, named in ((["q_proj"], "q_proj"), ([], "none"), ("c_attn", "c_attn"), (["attn", "c_fc"], "attn")):
+    for targets, named in ((["q_proj"], "q_proj"), ([], "none"), ("attn", "attn"), (["attn", "c_fc"], "attn")):
         with pytest.raises(ValueError, match=rf"among c_attn, c_fc, c_proj, or match .*\.c_attn, but are {named}\."):
             lora.lora(lm, targets=targets)
     with pytest.raises(ValueError, match=r"targets must be a regular expression, but is '\(c'"):

@@ -1,0 +1,276 @@
+"""Evaluate a finished model on data: perplexity, preference accuracy, rewards of its completions, win rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from jaxrl_llm import models
+from jaxrl_llm.data import records
+from jaxrl_llm.interface import LM
+from jaxrl_llm.language_model import Params
+from jaxrl_llm.models import huggingface, loading
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead
+from jaxrl_llm.options import takes
+from jaxrl_llm.train import RewardModel
+from jaxrl_llm.training import recipes
+from jaxrl_llm.training.config import Data, EvaluateConfig, OfflineConfig
+from jaxrl_llm.training.preference import PairBatch, pair_sums
+from jaxrl_llm.training.recipes import Objective, Trained
+from jaxrl_llm.training.reward_model import reward_loss
+from jaxrl_llm.training.rewards import function_at
+from jaxrl_llm.training.steps import Frozen, Loss, LossFn
+from jaxrl_llm.training.supervised import sft_loss
+
+Z95 = 1.959963984540054  # of a 95% interval
+ANSWERED = ("completion", "answer", "messages", "text", "conversations", "output", "response")
+
+
+@takes(EvaluateConfig)
+def evaluate(
+    lm: Any, data: Data, *, config: EvaluateConfig | None = None, verbose: bool = False, **options: Any
+) -> dict[str, float]:
+    """Evaluate a model on the rows of a file or on dicts, in any of the formats of `jl.train`.
+
+        jl.evaluate("tuned", "pairs.jsonl", reference="tiny-gpt2")
+        jl.evaluate("tuned", "prompts.jsonl", reward="mine.py:function", against="tiny-gpt2")
+
+    Args:
+        lm: a model (`jl.load`), a reward model (`jl.train.RewardModel`), or the name or path of either.
+        data: a path or dicts. With a reward, the rows' prompts are completed.
+        config: all options in one object.
+        verbose: print what was skipped and truncated.
+
+    Options: listed here.
+
+    Returns:
+        Of completions `loss`, −log p of their tokens in nats, the mean over all tokens, and `perplexity`, exp(loss).
+        Of preferences `accuracy`, the share of pairs whose chosen completion is more probable (a tie counts half),
+        `accuracy_per_token` by the mean log-probability of a token, `chosen_logp` and `rejected_logp`; with a reference
+        `implicit_accuracy` and `implicit_margin` of the log-ratios log p − log p_ref, DPO's implicit rewards. Of a
+        reward model `accuracy`, `margin` and `score` over all pairs, and its `loss`.
+        With a reward `reward`, the mean over one completion of each prompt (of those that it judges), `reward_stderr`,
+        its standard error, and `length` in tokens; with `against` its `against_reward`, `win_rate`, the share of
+        prompts where the model's reward is larger (a tie counts half), and Wilson's 95% interval from `win_rate_low` to
+        `win_rate_high`.
+        Everywhere `rows`, their number.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an option is unknown.
+        ValueError: for an option out of range or without an effect, malformed data (rows and lines are named), or a
+            reference of another tokenizer.
+    """
+    config = EvaluateConfig(**options) if config is None else dataclasses.replace(config, **options)
+    data = data if isinstance(data, str | os.PathLike) else list(data) if hasattr(data, "__iter__") else data
+    first = records.read(data, dict, on_bad=config.on_bad)[0]
+    pairs, answered = bool({"chosen", "answers"} & set(first)), any(name in first for name in ANSWERED)
+    judged = _reward_of(config)
+    if config.against is not None and judged is None:
+        raise ValueError("against compares rewards: reward or reward_model must be given, but neither is.")
+    for name in ("max_new_tokens", "temperature"):
+        if judged is None and getattr(config, name) != getattr(EvaluateConfig, name):
+            raise ValueError(f"{name} is of completions, which a reward asks for: give reward or reward_model too.")
+    scorer = _scorer(lm)
+    if scorer is not None:
+        lm = models.Loaded(scorer.head.lm, scorer.params["model"], scorer.tokenizer, scorer.config)
+        if unused := [name for name in ("reference", "reward", "reward_model") if getattr(config, name) is not None]:
+            raise ValueError(f"{unused[0]} must be left out for a reward model, whose accuracy needs none.")
+    if not pairs and (scorer is not None or config.reference is not None):
+        needs = "a reward model" if scorer is not None else "reference"
+        raise ValueError(f"{needs} needs preferences, rows with chosen and rejected, but has {', '.join(first)}.")
+    if not pairs and not answered and judged is None:
+        raise ValueError(f"the data must have completions, or reward must be given, but rows have {', '.join(first)}.")
+    offline = OfflineConfig(
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        cut=config.cut,
+        on_bad=config.on_bad,
+        seed=config.seed,
+        eval_data=data,
+    )
+    run = recipes.begin(lm, offline, verbose=verbose)
+    found: dict[str, float] = {}
+    if scorer is not None:
+        objective = Objective("reward", reward_loss(ScalarHead(run.lm)), "ranked", ())
+        found |= _held_out(run, objective, scorer.params, None)
+    elif pairs:
+        reference = None if config.reference is None else _as_lm(config.reference)
+        if reference is not None and reference.tokenizer.get_vocab() != run.loaded.tokenizer.get_vocab():
+            raise ValueError(f"the reference must have the model's tokenizer, but {reference.name} has another one.")
+        objective = Objective("pairs", pair_measures(run.lm, reference and reference.model), "preference", ())
+        found |= _held_out(run, objective, run.loaded.params, reference and reference.params)
+        del found["loss"]
+    elif answered:
+        found |= _held_out(run, Objective("sft", sft_loss(run.lm), "prompt-completion", ()), run.loaded.params, None)
+    if judged is not None:
+        against = None if config.against is None else _as_lm(config.against)
+        found |= _completed(LM(run.loaded, run.name), against, data, judged, config)
+    return found | {"rows": len(records.read(data, dict, on_bad=config.on_bad))}
+
+
+def _as_lm(lm: Any) -> LM:
+    return LM(models.load(lm), os.fspath(lm)) if isinstance(lm, str | os.PathLike) else lm
+
+
+def _scorer(lm: Any) -> LoadedReward | None:
+    """Return a reward model, if it is one or the path of one."""
+    if isinstance(lm, LoadedReward):
+        return lm
+    if not isinstance(lm, str | os.PathLike):
+        return None
+    path = loading.locate(lm)
+    named = (path / "config.json").is_file() and huggingface.read_config(path).get("architectures")
+    return RewardModel.load(path) if named and named[0].endswith("ForSequenceClassification") else None
+
+
+# Given completions ----------------------------------------------------------------------------------------------------
+
+
+def _held_out(run: recipes.Run, objective: Objective, params: Params, ref: Params | None) -> dict[str, float]:
+    measured = recipes.held_out(run, objective, Trained(params, Frozen(ref)))(params)
+    return {name.removeprefix("held_out_"): value for name, value in measured.items()}
+
+
+def pair_measures(lm: Any, reference: Any = None) -> LossFn:
+    """Return the measures of pairs under a model as a loss function, whose value is −log p of the chosen completions.
+
+    Args:
+        reference: a model whose parameters are `frozen.ref`, for the measures of log-ratios.
+    """
+
+    def measures(params: Params, batch: PairBatch, frozen: Frozen | None, key: Array) -> Loss:
+        policy = pair_sums(lm, params, batch)
+        per_token = policy.chosen / policy.length_chosen - policy.rejected / policy.length_rejected
+        found = {
+            "accuracy": _positive(policy.chosen - policy.rejected),
+            "accuracy_per_token": _positive(per_token),
+            "chosen_logp": policy.chosen.mean(),
+            "rejected_logp": policy.rejected.mean(),
+        }
+        if reference is not None:
+            ref = pair_sums(reference, frozen.ref, batch)
+            margin = (policy.chosen - ref.chosen) - (policy.rejected - ref.rejected)
+            found |= {"implicit_accuracy": _positive(margin), "implicit_margin": margin.mean()}
+        return Loss(-policy.chosen.mean(), policy.chosen.shape[0], found)
+
+    return measures
+
+
+def _positive(differences: Array) -> Array:
+    """Return the share of positive differences; 0 counts half."""
+    return ((differences > 0) + (differences == 0) / 2).mean()
+
+
+# Completions of the model ---------------------------------------------------------------------------------------------
+
+Judged = Callable[[Sequence[records.Prompt], Sequence[str]], Sequence[float]]
+
+
+def _reward_of(config: EvaluateConfig) -> Judged | None:
+    """Return the reward of completions of records, if the configuration has one."""
+    given = config.reward if config.reward is not None else config.reward_model
+    if config.reward is not None and config.reward_model is not None:
+        raise ValueError("one of reward and reward_model must be given, but both are.")
+    if given is None:
+        return None
+    is_folder = isinstance(given, str) and Path(given).expanduser().is_dir()
+    if isinstance(given, LoadedReward) or config.reward_model is not None or is_folder:
+        found = given if isinstance(given, LoadedReward) else RewardModel.load(given)
+        scorer = RewardModel(found.head, found.params, found.tokenizer, found.config)
+        return lambda asked, written: scorer.score(
+            [each.prompt for each in asked], list(written), batch_size=config.batch_size
+        )
+    function = function_at(given) if isinstance(given, str) else given
+    if not callable(function):
+        raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")
+
+    def judged(asked: Sequence[records.Prompt], written: Sequence[str]) -> Sequence[float]:
+        names = dict.fromkeys(name for each in asked for name in each.fields)
+        further = list(inspect.signature(function).parameters.values())[2:]
+        taken = [each.name for each in further if each.name in names]
+        if any(each.kind == each.VAR_KEYWORD for each in further):
+            taken = list(names)
+        columns = {name: [each.fields.get(name) for each in asked] for name in taken}
+        prompts = [each.prompt if isinstance(each.prompt, str) else list(each.prompt) for each in asked]
+        return function(prompts, list(written), **columns)
+
+    return judged
+
+
+def _completed(lm: LM, against: LM | None, data: Data, judged: Judged, config: EvaluateConfig) -> dict[str, float]:
+    """Return the rewards of one completion of each prompt, and of another model's."""
+    asked = list(records.read(data, records.prompt, on_bad=config.on_bad))
+    rewards, length = _rewards(lm, asked, judged, config)
+    known = rewards[~np.isnan(rewards)]
+    if not known.size:
+        raise ValueError(f"the reward must judge one of the {len(asked)} completions, but is None for all.")
+    found = {
+        "reward": float(known.mean()),
+        "reward_stderr": float(known.std(ddof=1) / math.sqrt(known.size)) if known.size > 1 else 0.0,
+        "length": length,
+    }
+    if against is None:
+        return found
+    others, _ = _rewards(against, asked, judged, config)
+    both = ~np.isnan(rewards) & ~np.isnan(others)
+    if not both.any():
+        raise ValueError("the reward must judge completions of both models for one prompt, but does for none.")
+    rate = float(((rewards > others) + (rewards == others) / 2)[both].mean())
+    low, high = wilson(rate, int(both.sum()))
+    return found | {
+        "against_reward": float(np.nanmean(others)),
+        "win_rate": rate,
+        "win_rate_low": low,
+        "win_rate_high": high,
+    }
+
+
+def _rewards(
+    lm: LM, asked: Sequence[records.Prompt], judged: Judged, config: EvaluateConfig
+) -> tuple[np.ndarray, float]:
+    sampled = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
+    written = [
+        lm.generate(
+            [each.prompt if isinstance(each.prompt, str) else list(each.prompt) for each in part],
+            chat=not isinstance(part[0].prompt, str),
+            batch_size=config.batch_size,
+            **sampled,
+        )
+        for part in _alike(asked)
+    ]
+    written = [each for part in written for each in part]
+    given = judged(asked, [each.text for each in written])
+    rewards = np.asarray(given, np.float64)  # None, not judged, is NaN
+    if rewards.shape != (len(asked),) or not all(one is None or np.isfinite(one) for one in given):
+        raise ValueError(f"the reward must be one finite number for each of {len(asked)} completions, but is {given}.")
+    return rewards, float(np.mean([len(each.tokens) for each in written]))
+
+
+def _alike(asked: Sequence[records.Prompt]) -> list[Sequence[records.Prompt]]:
+    """Return the prompts in runs of strings and of conversations."""
+    ends = [
+        place
+        for place in range(1, len(asked))
+        if isinstance(asked[place].prompt, str) != isinstance(asked[place - 1].prompt, str)
+    ]
+    return [asked[start:end] for start, end in zip([0, *ends], [*ends, len(asked)], strict=True)]
+
+
+def wilson(share: float, count: int, *, z: float = Z95) -> tuple[float, float]:
+    """Return Wilson's score interval of a share of `count` trials, by default of 95%.
+
+        (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
+
+    Source: Wilson 1927.
+    """
+    centre, scale = share + z**2 / (2 * count), 1 + z**2 / count
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return (centre - half) / scale, (centre + half) / scale
