@@ -143,6 +143,11 @@ def search_tree(
     tree = _grow(lm, params, request, branching=branching, depth=depth)
     if is_concrete(tree.log_probs) and not np.isfinite(np.asarray(tree.log_probs)[tree.exists]).all():
         raise FloatingPointError("no token could be chosen: the model's logits are NaN, +inf, or all −inf.")
+    if is_concrete(tree.exists) and depth > 1:
+        exists, width = np.asarray(tree.exists), branching ** (depth - 1)
+        childless = ~exists[1:].reshape(depth - 1, width, branching).any(axis=2)
+        if (exists[:-1, :width] & ~np.asarray(tree.ended)[:-1, :width] & childless).any():
+            raise FloatingPointError("no token could be chosen after a node: the transforms together leave none.")
     return tree
 
 
