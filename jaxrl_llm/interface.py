@@ -60,9 +60,9 @@ class Completion:
     logp: Float[np.ndarray, "time"] | None
     """Log-probability of each new token under the model at temperature 1, in nats; None of beams, which keep sums."""
     log_prob: float
-    """Their sum; of the strategy stochastic-beam under the distribution that it draws from."""
-    finish_reason: Literal["stop", "length"]
-    """"stop" at an EOS token or a stop string, "length" at `max_new_tokens`."""
+    """Their sum; of beams with penalties, under the distribution after them."""
+    finish_reason: Literal["eos", "stop", "length"]
+    """"eos" at an EOS token of the model, "stop" at a stop string, "length" at `max_new_tokens`."""
     prompt: Prompt
     """The prompt that it continues, as it was given."""
     index: int
@@ -274,7 +274,7 @@ class LM:
             request = dataclasses.replace(request, task=self._task(part), first=request.first + len(part))
             found += strategies.run(strategy, request)
         return [
-            self._completion(hypothesis, given[index], index, self._before(rows[index], chat=chat), sampling.stop)
+            self._completion(hypothesis, given[index], index, request, self._stream(rows[index], sampling, chat=chat))
             for index, hypotheses in zip(indices, found, strict=False)  # the last batch may be filled up
             for hypothesis in hypotheses[: n if beam else 1]
         ]
@@ -332,7 +332,8 @@ class LM:
         _, rows = self._encoded(prompt, chat=chat)
         if len(rows) > 1:
             raise ValueError(f"stream takes one prompt, but is given {len(rows)}: generate takes several.")
-        texts = text.TextStream(self._require_tokenizer(), self._before(rows[0], chat=chat), sampling.stop)
+        self._require_tokenizer()
+        texts = self._stream(rows[0], sampling, chat=chat)
         request = self._request(strategy, rows, sampling, search, transforms, chat=chat)
         pieces = decoding.stream(*request.model, greedy=strategy == "greedy", **request.token_by_token)
         return _texts(texts, pieces)
@@ -415,7 +416,7 @@ class LM:
             name=options.select,
             title=f"{titles[options.select]}, branching {options.branching}",
             prompt=f"{start} → " if self._translates else start,
-            prompt_tokens=self._before(rows[0]),
+            prompt_tokens=() if self._translates else rows[0],
         )
         return TextTree(found, described, self.name)
 
@@ -636,9 +637,23 @@ class LM:
         """The model with the prompts; of an encoder-decoder, with the encoded sources."""
         return next(translation.conditionals(self.loaded, rows, batch_size=len(rows)))
 
-    def _before(self, row: Sequence[int], *, chat: bool = False) -> Sequence[int]:
-        """The tokens whose text the completion continues; a reply and a translation are texts of their own."""
-        return () if chat or self._translates else row
+    def _stream(self, row: Sequence[int], sampling: Sampling, *, chat: bool) -> text.TextStream | None:
+        """The text of a completion, which continues that of the prompt; a translation is a text of its own."""
+        if self.tokenizer is None:
+            return None
+        before, unsearched = () if self._translates else row, max(0, (sampling.min_new_tokens or 0) - 1)
+        return text.TextStream(self.tokenizer, before, sampling.stop, unsearched=unsearched, reply=chat)
+
+    def _stops(self, sampling: Sampling) -> tuple[list[int], list[str]]:
+        """The control tokens among the stop strings, which end a text as EOS does, and the other strings."""
+        control = text.control_ids(self._require_tokenizer()) if sampling.stop else {}
+        strings = [each for each in sampling.stop if each not in control]
+        for each in strings:
+            if held := [token for token in control if token in each]:
+                raise ValueError(
+                    f"stop strings must be text, or one control token alone, but {each!r} holds {held[0]!r}."
+                )
+        return [control[each] for each in sampling.stop if each in control], strings
 
     def _request(
         self,
@@ -659,14 +674,16 @@ class LM:
             self._require_tokenizer()
         if strategy == "speculative":
             search = strategies.with_draft(search, self.params)
-        warps = [*strategies.transforms_of(sampling, self.eos_ids, lambda: self.token_bytes), *further]
+        stop_ids, strings = self._stops(sampling)
+        ends = [*self.eos_ids, *stop_ids]
+        warps = [*strategies.transforms_of(sampling, ends, lambda: self.token_bytes), *further]
         return strategies.Request(
             self._task(rows),
             sampling,
             search,
-            self.eos_ids,
+            ends,
             transform=Chain(tuple(warps)) if warps else None,
-            stop=decoding.stop_strings(self.token_bytes, sampling.stop) if sampling.stop else None,
+            stop=decoding.stop_strings(self.token_bytes, strings) if strings else None,
             guidance=self._guidance(sampling, len(rows), chat=chat),
             decode=self._text,
         )
@@ -685,20 +702,20 @@ class LM:
         hypothesis: strategies.Hypothesis,
         prompt: Prompt,
         index: int,
-        before: Sequence[int],
-        stop: Sequence[str],
+        request: strategies.Request,
+        stream: text.TextStream | None,
     ) -> Completion:
-        tokens, written, ended = hypothesis.tokens, None, hypothesis.tokens[-1] in self.eos_ids
-        if self.tokenizer is not None:
-            stream = text.TextStream(self.tokenizer, before, stop)
+        tokens, written = hypothesis.tokens, None
+        reason = "stop" if tokens[-1] in request.eos_ids else "length"
+        if stream is not None:
             written = stream.push(tokens) + stream.finish()
-            ended |= stream.stopped
+            reason = "stop" if stream.stopped else reason
         return Completion(
             text=written,
             tokens=tokens,
             logp=hypothesis.logp,
             log_prob=hypothesis.log_prob,
-            finish_reason="stop" if ended else "length",
+            finish_reason="eos" if tokens[-1] in self.eos_ids else reason,
             prompt=prompt,
             index=index,
             details=hypothesis.details,

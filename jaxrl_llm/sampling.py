@@ -61,7 +61,8 @@ class Sampling(Checked):
     choices: tuple[str, ...] = ()
     """The new text must be one of these."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it. For sample and greedy."""
+    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. For sample and
+    greedy."""
     guidance_prompt: str | None = None
     """Move away from what would follow this prompt too (classifier-free guidance). For sample and greedy."""
     guidance_scale: float = number(1.5, -math.inf)
@@ -70,6 +71,12 @@ class Sampling(Checked):
     """Random seed; the same seed gives the same text."""
 
     def __post_init__(self):
+        if self.temperature == 0:
+            raise ValueError(
+                "temperature must be a finite number above 0, but is 0: for the most probable tokens, choose greedy."
+            )
+        if self.top_k == 0:
+            raise ValueError("top_k must be an integer of at least 1, but is 0: leave it out to keep all tokens.")
         super().__post_init__()
         if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
@@ -158,8 +165,8 @@ TOKEN_BY_TOKEN = {"stop", "guidance_prompt", "guidance_scale"}
 USED: dict[Strategy, set[str]] = {
     "sample": DRAWING | TOKEN_BY_TOKEN,
     "greedy": PENALTIES | CONSTRAINTS | TOKEN_BY_TOKEN,
-    "beam": CONSTRAINTS | {"num_beams", "length_penalty"},
-    "diverse-beam": CONSTRAINTS | {"num_beams", "length_penalty", "num_groups", "diversity_penalty"},
+    "beam": PENALTIES | CONSTRAINTS | {"num_beams", "length_penalty"},
+    "diverse-beam": PENALTIES | CONSTRAINTS | {"num_beams", "length_penalty", "num_groups", "diversity_penalty"},
     "stochastic-beam": DRAWING | {"num_beams"},
     "contrastive": {"candidates", "alpha"},
     "speculative": DRAWING | {"num_draft", "draft_model"},

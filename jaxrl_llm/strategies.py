@@ -30,7 +30,7 @@ class Hypothesis:
     logp: Float[np.ndarray, "time"] | None
     """Log-probability of each under the model, in nats; None of beams, which keep sums."""
     log_prob: float
-    """Their sum; of stochastic-beam under the distribution that it draws from."""
+    """Their sum; of beams after a transform that re-weighs, that of its distribution."""
     details: dict[str, float] = dataclasses.field(default_factory=dict)
     """Further numbers of the strategy, by name."""
 
@@ -143,13 +143,13 @@ def _rows(generation: decoding.Generation, details: Callable[[int], dict[str, fl
     ]
 
 
-def _hypotheses(beams: decoding.Beams | decoding.StochasticBeams) -> list[list[Hypothesis]]:
+def _hypotheses(tokens: Array, mask: Array, log_prob: Array, **details: Array) -> list[list[Hypothesis]]:
     """The hypotheses of each row that exist."""
-    arrays = (np.asarray(each) for each in (beams.tokens, beams.mask, beams.log_prob))
+    arrays = [np.asarray(each) for each in (tokens, mask, log_prob, *details.values())]
     return [
         [
-            Hypothesis(tokens[mask].tolist(), None, float(log_prob))
-            for tokens, mask, log_prob in zip(*row, strict=True)
+            Hypothesis(tokens[mask].tolist(), None, float(log_prob), dict(zip(details, map(float, more), strict=True)))
+            for tokens, mask, log_prob, *more in zip(*row, strict=True)
             if mask.any()
         ]
         for row in zip(*arrays, strict=True)
@@ -167,7 +167,29 @@ def _greedy(request: Request) -> list[list[Hypothesis]]:
 def _beam(request: Request, **groups: Any) -> list[list[Hypothesis]]:
     search = request.search
     sizes = {"num_beams": search.num_beams, "length_penalty": search.length_penalty, **groups}
-    return _hypotheses(decoding.beam_search(*request.model, transform=request.transform, **sizes, **request.common))
+    beams = decoding.beam_search(*request.model, transform=request.transform, **sizes, **request.common)
+    found = _hypotheses(beams.tokens, beams.mask, beams.log_prob)
+    if request.sampling.regex is None and not request.sampling.choices:
+        return found
+    return [_of_one_text(row, request.decode, in_order=search.length_penalty != 0) for row in found]
+
+
+def _of_one_text(
+    hypotheses: list[Hypothesis], decode: Callable[[list[int]], str], *, in_order: bool
+) -> list[Hypothesis]:
+    """Merge the hypotheses of each text, which differ in its tokens: log Σ exp of their log-probabilities.
+
+    Args:
+        in_order: keep the order of the best hypothesis of each text; else sort by the merged log-probability.
+    """
+    by_text: dict[str, list[Hypothesis]] = {}
+    for hypothesis in hypotheses:
+        by_text.setdefault(decode(hypothesis.tokens), []).append(hypothesis)
+    merged = [
+        dataclasses.replace(group[0], log_prob=float(np.logaddexp.reduce([each.log_prob for each in group])))
+        for group in by_text.values()
+    ]
+    return merged if in_order else sorted(merged, key=lambda each: -each.log_prob)
 
 
 def _diverse_beam(request: Request) -> list[list[Hypothesis]]:
@@ -177,8 +199,8 @@ def _diverse_beam(request: Request) -> list[list[Hypothesis]]:
 
 
 def _stochastic_beam(request: Request) -> list[list[Hypothesis]]:
-    beams = decoding.stochastic_beam_search(*request.model, num_beams=request.search.num_beams, **request.drawing)
-    return _hypotheses(beams)
+    found = decoding.stochastic_beam_search(*request.model, num_beams=request.search.num_beams, **request.drawing)
+    return _hypotheses(found.tokens, found.mask, found.logp, log_prob_as_sampled=found.log_prob)
 
 
 def _contrastive(request: Request) -> list[list[Hypothesis]]:

@@ -28,6 +28,7 @@ def encode(
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return rendered_tokens(tokenizer, render(tokenizer, messages, generation=True) + _plain(lead))
+    check_characters(prompt, "the prompt")
     return _begun(tokenizer, prompt + lead, tokenizer(prompt + lead)["input_ids"])
 
 
@@ -179,6 +180,16 @@ def _separated(tokenizer: Any, parts: Sequence[str], count: int) -> list[list[in
     return before + encode_parts(tokenizer, [[ANCHOR, *parts[count:]]])[0][1:]
 
 
+def check_characters(string: str, name: str) -> None:
+    """Raise ValueError for a string that UTF-8 cannot encode: it holds a byte, or half a pair, that is no character."""
+    try:
+        string.encode()
+    except UnicodeEncodeError as error:
+        found = ord(string[error.start])
+        what = f"the byte 0x{found - 0xDC00:02x}" if 0xDC80 <= found <= 0xDCFF else f"\\u{found:04x}"
+        raise ValueError(f"{name} must be text in UTF-8, but holds {what} at character {error.start + 1}.") from None
+
+
 QUOTE = ("\ue0f0", "\ue0f1")  # private characters, around a control token that stands in a message
 
 
@@ -285,6 +296,13 @@ def _plain(string: str) -> str:
     return re.sub("|".join(QUOTE), "", string)
 
 
+def control_ids(tokenizer: Any) -> dict[str, int]:
+    """Return the id of each control token, such as `<|im_end|>`, by its content."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return ids | {token.content: number for number, token in added.items() if token.special}
+
+
 def control_tokens(tokenizer: Any) -> re.Pattern:
     """Return a pattern of the tokenizer's control tokens, such as EOS."""
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
@@ -293,8 +311,7 @@ def control_tokens(tokenizer: Any) -> re.Pattern:
 
 @functools.lru_cache(maxsize=8)
 def _control_pattern(tokenizer: Any, size: int, special: tuple[str, ...]) -> re.Pattern:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    control = {token.content for token in added if token.special} | set(special)
+    control = {*control_ids(tokenizer), *special}
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
 
 
@@ -415,12 +432,24 @@ class TextStream:
         prompt: the tokens before them, whose text is not given again. SentencePiece drops the space before the first
             word of a text; with the prompt in front, a continuation keeps its own.
         stop: strings that end the text; as in `trim_at_stop`, neither they nor anything after them is given.
+        unsearched: number of first tokens whose text is not searched for stop strings.
+        reply: a text of its own, as a chat model's: a space that the tokenizer drops before its first word is dropped,
+            after the search for stop strings.
 
     `stopped` says whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        *,
+        unsearched: int = 0,
+        reply: bool = False,
+    ):
         self._tokenizer, self._stop, self.stopped = tokenizer, stop, False
+        self._unsearched, self._reply, self._start = unsearched, reply, []  # the first tokens of a reply
         # Decoded anew at each push: some tokens that were read, on which the text of the next ones depends, and those.
         self._window = [int(token) for token in prompt]
         self._read = len(self._window)  # tokens of the window whose characters are complete
@@ -429,39 +458,50 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the text that the new tokens complete."""
-        self._window += [int(token) for token in tokens]
+        first, rest = tokens[: self._unsearched], tokens[self._unsearched :]
+        self._unsearched -= len(first)
+        return (self._push(first, ()) if len(first) else "") + self._push(rest, self._stop)
+
+    def _push(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
+        tokens = [int(token) for token in tokens]
+        self._window += tokens
+        self._start += tokens if self._reply else []
         text = self._decoded()
         # A character whose bytes are not all there yet decodes to U+FFFD at the end: it waits.
         complete = text.rstrip("\ufffd")
-        self._take(complete)
+        self._take(complete, stop)
         if complete == text and (context := self._decoded(self._window[self._read :])):  # "": special tokens alone
             self._window = self._window[self._read :]
             self._read, self._seen = len(self._window), len(context)
-        begun = [len(part) for part in self._beginnings() if self._held.endswith(part)]  # it waits too
+        begun = [len(part) for part in _beginnings(stop) if self._held.endswith(part)]  # it waits too
         return self._give(0 if self.stopped else max(begun, default=0))
 
     def finish(self) -> str:
         """Return the rest, complete or not."""
-        self._take(self._decoded())
+        self._take(self._decoded(), () if self._unsearched else self._stop)
         return self._give(0)
 
     def _decoded(self, tokens: Sequence[int] | None = None) -> str:
         tokens = self._window if tokens is None else tokens
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _take(self, text: str) -> None:
+    def _take(self, text: str, stop: Sequence[str]) -> None:
         """Take the characters of the window's text that are new, up to a stop string."""
         if self.stopped:
             return
         taken = self._held + text[self._seen :]
         self._seen = max(self._seen, len(text))
-        self._held = trim_at_stop(taken, self._stop)
+        self._held = trim_at_stop(taken, stop)
         self.stopped = len(self._held) < len(taken)
 
     def _give(self, waiting: int) -> str:
         end = len(self._held) - waiting
         given, self._held = self._held[:end], self._held[end:]
+        if given and self._reply:
+            self._reply = False
+            given = given[given.startswith(" ") and not self._decoded(self._start).startswith(" ") :]
         return given
 
-    def _beginnings(self) -> list[str]:
-        return [string[:length] for string in self._stop for length in range(1, len(string))]
+
+def _beginnings(strings: Sequence[str]) -> list[str]:
+    return [string[:length] for string in strings for length in range(1, len(string))]

@@ -266,7 +266,7 @@ def assert_one_line(result, said):
         (["--max-new-tokens", str(CONTEXT)], f"do not fit with it in the model's context of {CONTEXT}"),
         (["--greedy", "--temperature", "0.5"], "the strategy greedy does not use temperature"),
         (["--greedy", "--strategy", "beam"], "two strategies"),
-        (["--strategy", "beam", "--repetition-penalty", "2"], "the strategy beam does not use repetition_penalty"),
+        (["--strategy", "beam", "--temperature", "2"], "the strategy beam does not use temperature"),
         (["--strategy", "mbr", "--stop", "x"], "the strategy mbr does not use stop"),
         (["--regex", "("], "is not a regular expression"),
         (["--num-samples", "0"], "n must be an integer of at least 1, but is 0"),

@@ -19,6 +19,7 @@ from jaxrl_llm import decoding, models, oracle, sampling, scoring, text, transla
 from jaxrl_llm.analysis import attention, landscape
 from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import transforms
+from jaxrl_llm.decoding.transforms import ForcedTokens
 from jaxrl_llm.interface import LM
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import random_params
@@ -235,8 +236,48 @@ def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     assert cut.finish_reason == "stop" and cut.text == whole.text[: whole.text.index(stop)]
     assert cut.tokens == whole.tokens[: len(cut.tokens)] and stop in lm.decode(cut.tokens)
     ended = lm.generate("the cat", regex=" (sat|mat)", max_new_tokens=8)[0]
-    assert ended.finish_reason == "stop" and ended.tokens[-1] in lm.eos_ids and ended.text in (" sat", " mat")
+    assert ended.finish_reason == "eos" and ended.tokens[-1] in lm.eos_ids and ended.text in (" sat", " mat")
     assert lm.generate("the cat", choices="on", max_new_tokens=8)[0].text == "on", "a single string is one choice"
+
+
+def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
+    before, after = (lm.tokenizer(each)["input_ids"] for each in ("the cat ", "the cat sat"))
+    options = {"transforms": ForcedTokens([*before, *after]), "max_new_tokens": len(before + after), "stop": "cat"}
+    assert lm.generate("on", **options)[0].text == "the "
+    held = lm.generate("on", **options, min_new_tokens=len(before) + 1)[0]
+    assert held.text == "the cat the " and held.finish_reason == "stop" and len(held.tokens) < len(before + after)
+    assert "".join(lm.stream("on", **options, min_new_tokens=len(before) + 1)) == held.text
+
+
+def test_a_control_token_is_a_stop_of_its_own(lm):
+    control, number = next(iter(text.control_ids(lm.tokenizer).items()))
+    request = {"transforms": ForcedTokens([-1, number]), "max_new_tokens": 4, "seed": 1}
+    ended = LM(lm.loaded, "one that does not take it for an EOS")
+    vars(ended)["eos_ids"] = []
+    found = ended.generate("the cat", stop=control, **request)[0]
+    assert found.finish_reason == "stop" and len(found.tokens) == 2 and control not in found.text
+    assert len(ended.generate("the cat", **request)[0].tokens) == 4
+    with pytest.raises(ValueError, match="must be text, or one control token alone"):
+        ended.generate("the cat", stop=control + "x")
+
+
+def test_beams_merge_the_hypotheses_of_one_text(lm):
+    options = {"max_new_tokens": 6, "num_beams": 8}
+    found = lm.beam_search("the cat", choices=(" sat", " mat"), **options)
+    assert len({each.text for each in found}) == len(found) == 2
+    assert found[0].log_prob >= found[1].log_prob
+    table = decoding.constraints.Constrained(
+        decoding.constraints.from_choices([" sat", " mat"], lm.token_bytes), lm.eos_ids
+    )
+    beams = decoding.beam_search(
+        lm.model, lm.params, lm._encoded("the cat")[1], transform=table, eos_id=lm.eos_ids, **options
+    )
+    spelt = {}
+    for tokens, mask, log_prob in zip(beams.tokens[0], beams.mask[0], beams.log_prob[0], strict=True):
+        if mask.any():
+            spelt.setdefault(lm.decode(tokens[mask].tolist()), []).append(float(log_prob))
+    for each in found:
+        assert each.log_prob == pytest.approx(np.logaddexp.reduce(spelt[each.text]), abs=1e-4)
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in PROMPTS[1:])])
@@ -352,7 +393,7 @@ def test_an_encoder_decoder_translates(t5):
     assert t5.translate(SOURCES) == expected
     found = t5.generate(SOURCES, greedy=True)
     assert [each.text for each in found] == expected
-    assert {each.finish_reason for each in found} == {"stop"}
+    assert {each.finish_reason for each in found} == {"eos"}
     scored = t5.log_probs([*SOURCES, SOURCES[0]], [*expected, expected[0]], batch_size=2)
     for logp, completion in zip(scored, [*found, found[0]], strict=True):
         np.testing.assert_allclose(logp, completion.logp, atol=1e-4)

@@ -365,6 +365,30 @@ def test_a_stream_ends_before_its_stop_string_and_never_gives_a_part_of_it(strin
     assert stream.stopped == (whole != string)
 
 
+@given(
+    st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3), SIZES, st.integers(0, 9)
+)
+def test_the_text_of_the_first_tokens_is_not_searched(string, stops, sizes, unsearched):
+    tokens = tokenizer()(string)["input_ids"]
+    stream = text.TextStream(tokenizer(), stop=stops, unsearched=unsearched)
+    pieces, start, turn = [], 0, 0
+    while start < len(tokens):
+        pieces.append(stream.push(tokens[start : start + sizes[turn % len(sizes)]]))
+        start, turn = start + sizes[turn % len(sizes)], turn + 1
+    free = decode(tokenizer(), tokens[:unsearched])
+    assert "".join(pieces) + stream.finish() == free + text.trim_at_stop(string.removeprefix(free), stops)
+
+
+def test_a_reply_loses_its_first_space_after_the_search_for_stop_strings():
+    """SentencePiece has it in the first token, and drops it from a text of its own."""
+    prompt, reply = (sentencepiece()(string)["input_ids"] for string in ("a", "ab ab"))
+    reply = reply[1:]  # without BOS
+    stream = text.TextStream(sentencepiece(), prompt, reply=True)
+    assert stream.push(reply) + stream.finish() == decode(sentencepiece(), reply) == "ab ab"
+    stream = text.TextStream(sentencepiece(), prompt, [" ab"], reply=True)
+    assert "".join(map(stream.push, [[each] for each in reply])) + stream.finish() == "" and stream.stopped
+
+
 @pytest.mark.parametrize("stops", [[""], ["a", ""], "ab"])
 def test_an_empty_stop_string_is_an_error(stops):
     with pytest.raises(ValueError, match="stop strings must be given in a sequence and not be empty"):

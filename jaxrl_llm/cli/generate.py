@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxrl_llm import sampling as options_of
+from jaxrl_llm.cli.translate import split_lines
 from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
 
 NOTES: dict[Strategy, str] = {  # of a completion, before its text
@@ -102,8 +103,8 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [prompt]
     if file is None and sys.stdin.isatty():
         raise ValueError("give a prompt, a file with --prompts, or lines on standard input.")
-    source = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    lines = [line for line in source.splitlines() if line.strip()]
+    source = sys.stdin.read() if file is None else file.read_bytes().decode("utf-8")
+    lines = [line for line in split_lines(source) if line.strip()]
     if not lines:
         raise ValueError(f"no prompt in {'standard input' if file is None else file}.")
     return lines

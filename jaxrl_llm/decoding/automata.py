@@ -39,7 +39,7 @@ _CATEGORIES = {
 }
 _FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL  # the flags that change what a class contains
 _UNSUPPORTED = {
-    op.AT: "an anchor within the text",
+    op.AT: "a word boundary",
     op.ASSERT: "a lookaround",
     op.ASSERT_NOT: "a negative lookaround",
     op.GROUPREF: "a back-reference",
@@ -47,7 +47,12 @@ _UNSUPPORTED = {
     op.ATOMIC_GROUP: "an atomic group",
     op.POSSESSIVE_REPEAT: "a possessive repetition",
 }
-_EDGES = {op.AT_BEGINNING, op.AT_BEGINNING_STRING}, {op.AT_END, op.AT_END_STRING}
+# The rest of a text is anything; after an anchor at the end a newline and anything, a newline at most, or nothing.
+OPEN, LINE, LAST, OVER = range(4)
+_ENDS = {op.AT_END_LINE: LINE, op.AT_END: LAST, op.AT_END_STRING: OVER}
+# The character before an anchor at the beginning: none, or a newline.
+_BEGINS = {op.AT_BEGINNING_LINE: (None, "\n"), op.AT_BEGINNING: (None,), op.AT_BEGINNING_STRING: (None,)}
+NEWLINE = ((ord("\n"), ord("\n") + 1),)
 
 
 def over_tokens(by_byte: Int[np.ndarray, "state byte"], token_bytes: Sequence[bytes]) -> Int[np.ndarray, "state vocab"]:
@@ -111,12 +116,11 @@ def from_pattern(pattern: str) -> tuple[Int[np.ndarray, "state byte"], Bool[np.n
 
     Raises:
         ValueError: for a pattern that `re` cannot read, that looks around, refers back, is atomic or possessive, or
-            asserts a position (but `^` in front and `$` at the end change nothing, and are allowed); and for more than
-            10,000 states.
+            has word boundaries; and for more than 10,000 states.
     """
     fragment = _parse(pattern)
     starts, symbols, steps = _symbols(fragment)
-    table, accepting = _minimal(*_deterministic(fragment, steps, symbols.max() + 1))
+    table, accepting = _minimal(*_deterministic(fragment, steps, starts, symbols))
     return _over_bytes(table, accepting, starts, symbols)
 
 
@@ -126,7 +130,7 @@ def _symbols(fragment: Fragment) -> tuple[list[int], Int[np.ndarray, "interval"]
     Returns:
         The starts of the intervals, the symbol of each, and the steps (symbols, target) of each state.
     """
-    classes = sorted({ranges for moves in fragment.moves for ranges, _ in moves})
+    classes = sorted({NEWLINE, *(ranges for moves in fragment.moves for ranges, _ in moves)})
     bounds = {0, *(bound for ranges in classes for pair in ranges for bound in pair)} - {CODE_POINTS}
     starts = sorted(bounds)
     inside = np.zeros((len(starts), len(classes)), bool)
@@ -140,27 +144,34 @@ def _symbols(fragment: Fragment) -> tuple[list[int], Int[np.ndarray, "interval"]
 
 
 def _deterministic(
-    fragment: Fragment, steps: list, num_symbols: int
+    fragment: Fragment, steps: list, starts: list[int], symbols: Int[np.ndarray, "interval"]
 ) -> tuple[Int[np.ndarray, "state symbol"], Bool[np.ndarray, "state"]]:
-    """The subset construction; the empty set of states is the dead state."""
+    """The subset construction over (state, rest of the text by anchors); the empty set is the dead state."""
+    newline = symbols[bisect.bisect_right(starts, ord("\n")) - 1]
 
     @functools.cache
-    def closure(state: int) -> frozenset[int]:
-        found, pending = {state}, [state]
+    def closure(state: int, rest: int, before: str | None) -> frozenset[tuple[int, int]]:
+        """The states without reading more; `before` is the last character, if it is a newline, None at the start."""
+        found, pending = {(state, rest)}, [(state, rest)]
         while pending:
-            new = set(fragment.free[pending.pop()]) - found
+            state, rest = pending.pop()
+            possible = [move for move in fragment.free[state] if before in _BEGINS.get(move[1], (before,))]
+            new = {(target, max(rest, _ENDS.get(anchor, OPEN))) for target, anchor in possible} - found
             found |= new
             pending += new
-        return frozenset(each for each in found if steps[each] or each == fragment.end)
+        return frozenset((state, rest) for state, rest in found if steps[state] or state == fragment.end)
 
-    start = closure(fragment.start)
+    start = closure(fragment.start, OPEN, None)
     index, pending, table = {start: 0}, [start], []
     for subset in pending:  # pending grows
-        targets = [set() for _ in range(num_symbols)]
-        for state in subset:
+        targets = [set() for _ in range(symbols.max() + 1)]
+        for state, rest in subset:
             for members, target in steps[state]:
                 for symbol in members:
-                    targets[symbol] |= closure(target)
+                    if symbol == newline and rest != OVER:
+                        targets[symbol] |= closure(target, OVER if rest == LAST else OPEN, "\n")
+                    elif rest == OPEN:
+                        targets[symbol] |= closure(target, OPEN, "")
         row = []
         for each in map(frozenset, targets):
             if each not in index:
@@ -169,7 +180,7 @@ def _deterministic(
             row.append(index[each])
         table.append(row)
         _check_size(len(index))
-    return np.asarray(table), np.asarray([fragment.end in subset for subset in index])
+    return np.asarray(table), np.asarray([any(state == fragment.end for state, _ in subset) for subset in index])
 
 
 def _minimal(
@@ -274,10 +285,13 @@ def _check_size(states: int) -> None:
 
 @dataclasses.dataclass
 class Fragment:
-    """An automaton over code points (Thompson 1968): the moves of each state by a class, and its free moves."""
+    """An automaton over code points (Thompson 1968): the moves of each state by a class, and its free moves.
+
+    A free move may have an anchor, which says where in the text it is possible.
+    """
 
     moves: list[list[tuple[Ranges, int]]] = dataclasses.field(default_factory=list)
-    free: list[list[int]] = dataclasses.field(default_factory=list)
+    free: list[list[tuple[int, Any]]] = dataclasses.field(default_factory=list)
     start: int = 0
     end: int = 0
 
@@ -294,14 +308,9 @@ def _parse(pattern: str) -> Fragment:
         tree = _parser.parse(pattern)
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
-    items = list(tree)
-    if items and items[0][0] is op.AT and items[0][1] in _EDGES[0]:
-        items = items[1:]
-    if items and items[-1][0] is op.AT and items[-1][1] in _EDGES[1]:
-        items = items[:-1]
     fragment = Fragment()
     fragment.start = fragment.new_state()
-    fragment.end = _Builder(fragment, pattern).sequence(items, fragment.start, tree.state.flags)
+    fragment.end = _Builder(fragment, pattern).sequence(tree, fragment.start, tree.state.flags)
     return fragment
 
 
@@ -322,6 +331,12 @@ class _Builder:
             after = self.fragment.new_state()
             self.fragment.moves[state].append((_ranges(_source(code, argument), flags & _FLAGS), after))
             return after
+        if code is op.AT:
+            anchor = op.AT_MULTILINE.get(argument, argument) if flags & re.MULTILINE else argument
+            if anchor in _BEGINS or anchor in _ENDS:
+                after = self.fragment.new_state()
+                self.link(state, after, anchor)
+                return after
         if code is op.SUBPATTERN:
             _, add, remove, items = argument
             return self.sequence(items, state, flags & ~remove | add)
@@ -354,8 +369,8 @@ class _Builder:
         self.link(state, end)
         return end
 
-    def link(self, state: int, target: int) -> None:
-        self.fragment.free[state].append(target)
+    def link(self, state: int, target: int, anchor: Any = None) -> None:
+        self.fragment.free[state].append((target, anchor))
 
     def linked(self, state: int) -> int:
         """A new state with a free move to it: loops and branches never share a state with what precedes them."""

@@ -28,7 +28,7 @@ class Beams:
 
     tokens: Int[Array, "batch beam time"]  # `pad_id` where the mask is false
     mask: Bool[Array, "batch beam time"]
-    log_prob: Float[Array, "batch beam"]  # Σ log p of the model over the generated tokens, in nats
+    log_prob: Float[Array, "batch beam"]  # Σ log p over the generated tokens, in nats; p: see `transform`
     score: Float[Array, "batch beam"]  # log_prob / length**length_penalty, over the generated tokens
 
 
@@ -119,8 +119,9 @@ def beam_search(
         num_groups: G, a divisor of `num_beams`.
         no_repeat_ngram: n > 0 removes tokens that complete an n-gram which the prompt and the beam already contain. A
             beam without a possible token dies.
-        transform: removes the tokens that it sets to −inf, after those that `no_repeat_ngram` removes. It does not
-            reweight: `log_prob` is the model's, over all tokens. Its numbers serve all rows.
+        transform: applied after `no_repeat_ngram`. One that only removes tokens leaves the others their `log_prob`,
+            the model's. If one re-weighs them (`Transform.reweighs`: temperatures, penalties, biases), p is the
+            distribution after all transforms, and `log_prob` and `score` are of it.
 
     The other arguments are those of `generate`.
 
@@ -168,6 +169,7 @@ def search(
     logits = lm.logits(params, prompt.last)
     shape = (batch, num_groups, num_beams // num_groups)
     start = _start(request, prompt.cache, every_beam, shape, wide(logits).dtype)
+    request = dataclasses.replace(request, transform=request.transform.take(every_beam))
 
     def choose(state: Live, logits: Float[Array, "row vocab"]) -> Live:
         blocked = _blocked(request, state, no_repeat_ngram, lm.vocab_size) if no_repeat_ngram else None
@@ -214,7 +216,12 @@ def _choose(
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     broken = (state.alive & ~jnp.isfinite(normaliser)).reshape(shape).any(axis=(1, 2))
     left = logits if blocked is None else jnp.where(blocked, -jnp.inf, logits)
-    left = jnp.where(request.transform.apply(state.transform, left) > -jnp.inf, left, -jnp.inf)
+    processed = request.transform.apply(state.transform, left)
+    if request.transform.reweighs:
+        left, normaliser = processed, jax.nn.logsumexp(processed, axis=-1)
+        normaliser = jnp.where(normaliser > -jnp.inf, normaliser, 0)  # no token is left: the beam dies
+    else:
+        left = jnp.where(processed > -jnp.inf, left, -jnp.inf)
     ended, live = _rank_groups(
         request, penalties, left.reshape(*shape, left.shape[1]), normaliser.reshape(shape), state.log_prob
     )

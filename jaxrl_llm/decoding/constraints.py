@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +132,9 @@ class Constrained(Transform):
             limit within which no accepted text ends.
     """
 
+    reweighs: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, int]] = {"eos_ids": 1, "exact": 2}
+
     automaton: Automaton
     eos_ids: Int[Array, "eos"] | Sequence[int] | int | None = None
     max_tokens: dataclasses.InitVar[int] = 1024
@@ -149,13 +153,13 @@ class Constrained(Transform):
         object.__setattr__(self, "eos_ids", ids)
         object.__setattr__(self, "exact", jnp.asarray(exact))
 
-    def check(self, limits: Int[np.ndarray, "batch"], *, per_row: bool = True) -> None:
+    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
         """Raise a ValueError if no accepted text ends within a row's limit; skipped if the tables are traced."""
         if not all(is_concrete(each) for each in (limits, self.automaton.distance, self.exact)):
             return
         limits = np.asarray(limits)
         if self.eos_ids.size:
-            shortest = int(self.automaton.distance[0])
+            shortest = int(np.asarray(self.automaton.distance)[0])  # numpy: a surrounding jit traces operations of jax
             if limits.min(initial=shortest) < shortest:
                 raise ValueError(
                     f"row {limits.argmin()} may have {limits.min()} new tokens, "

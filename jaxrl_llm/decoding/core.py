@@ -57,7 +57,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: log p_u + scale (log p − log p_u), where p_u follows the second prompt.
+    """Classifier-free guidance: z + (scale − 1) (log p − log p_u), z the logits of p; p_u follows the second prompt.
 
     A scale of 1 is plain generation; above 1 it moves away from what would follow the second prompt anyway. A token
     that either distribution excludes is then excluded. The new tokens are fed to both.
@@ -122,16 +122,15 @@ def request(
     Prompts are padded on the left to a bucket: the next power of two, at least 16.
 
     Args:
-        beams: if a row is searched by several beams: numbers of the transform must then serve all rows, and all
-            padding is moved to the left.
+        beams: if a row is searched by several beams: all padding is then moved to the left.
 
     Raises:
         ValueError: as `generate`.
     """
     prompts, prompt_mask = _batch_of("prompts", prompts, prompt_mask)
     batch = prompts.shape[0] if prompts.ndim else 1
-    limits, transform = row_limits(max_new_tokens, batch), as_transform(transform)
-    transform.check(limits, per_row=not beams)
+    limits, transform = row_limits(max_new_tokens, batch), as_transform(transform).plain()
+    transform.check(limits)
     prompts, mask = _bucketed(lm, prompts, prompt_mask, limits)
     if beams:
         order = jnp.argsort(mask, axis=1, stable=True)
@@ -444,7 +443,7 @@ def check_generation(generation: Generation, *, start: int = 0) -> Generation:
             row, time = np.argwhere(broken)[0]
             raise FloatingPointError(
                 f"no token could be drawn in row {row} at new token {start + time}: the model's logits there are NaN, "
-                "+inf, or all −inf, or the transform and the guidance leave no token of them."
+                "+inf, or all −inf, or the transforms and the guidance together leave no token of them."
             )
     return generation
 

@@ -52,7 +52,7 @@ def generate(
         eos_id: the token, or any of the tokens, that ends a row.
         pad_id: the token after a row's end.
         stop: strings that end a row when its new text contains one (`decoding.stop_strings`); the token that completes
-            one is the row's last.
+            one is the row's last. `MinLength(n, ...)` holds them back: text before the n-th token is not searched.
         guidance: a second prompt for every row, and how far to move away from what follows it (classifier-free
             guidance). `logp` stays that of the first prompt.
 
@@ -175,7 +175,8 @@ def _choose(request: Request, logits: Float[Array, "rows vocab"], state: State) 
     emitted, done = core.emit(request, logits, token, logp_sampler, state.done, state.time)
     stop = state.stop
     if stop is not None:
-        stop = jnp.where(emitted.mask, request.stop.advance(stop, token), stop)
+        searched = emitted.mask & request.transform.may_end(state.transform)
+        stop = jnp.where(searched, request.stop.advance(stop, token), stop)
         done |= request.stop.reached(stop)
     after = update_alive(request.transform, state.transform, token, guided, emitted.mask)
     return State(state.cache, emitted.tokens, emitted.mask, done, state.time + 1, after, stop), emitted
@@ -184,19 +185,18 @@ def _choose(request: Request, logits: Float[Array, "rows vocab"], state: State) 
 def _guide(
     logits: Float[Array, "rows vocab"], scale: Float[Array, ""] | None
 ) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch vocab"]]:
-    """The model's own logits of each row, and those under guidance.
+    """The model's own logits z of each row, and those under guidance, with the same zero.
 
-    log p_u + s (log p − log p_u)              (Ho and Salimans 2022; Sanchez et al. 2023, eq. 7)
+    z + (s − 1)(log p − log p_u)               (Ho and Salimans 2022; Sanchez et al. 2023, eq. 7)
     """
     if scale is None:
         return logits, logits
     own, unguided = jnp.split(logits, 2)
-    log_probs, base = log_softmax(own), log_softmax(unguided)
     # A token that either excludes is excluded, since −inf has no multiples; but scale 1 ignores the second prompt.
-    possible = (log_probs > -jnp.inf) & (base > -jnp.inf)
-    guided = jnp.where(possible, base, 0) + scale * (jnp.where(possible, log_probs, 0) - jnp.where(possible, base, 0))
-    guided = jnp.where(possible, guided, -jnp.inf)
-    return own, jnp.where(scale == 1, log_probs, guided)
+    possible = (own > -jnp.inf) & (unguided > -jnp.inf)
+    away = jnp.where(possible, log_softmax(own), 0) - jnp.where(possible, log_softmax(unguided), 0)
+    guided = jnp.where(possible, own + (scale - 1) * away, -jnp.inf)
+    return own, jnp.where(scale == 1, own, guided)
 
 
 _begin_jit = functools.partial(jax.jit, static_argnames=("lm", "num_slots"))(begin)

@@ -15,18 +15,20 @@ from jaxrl_llm.decoding.core import Request
 from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.numerics import wide
+from jaxrl_llm.objectives.logprobs import token_log_probs
 
 
 @core.result
 class StochasticBeams:
     """Distinct continuations of each row, in the order in which they were drawn. EOS counts: it is in the mask.
 
-    Where a row has fewer than K continuations, the mask of the others is false, and log_prob and perturbed are −inf.
+    Where a row has fewer than K continuations, the mask of the others is false, and the others' numbers are −inf.
     """
 
     tokens: Int[Array, "batch beam time"]  # `pad_id` where the mask is false
     mask: Bool[Array, "batch beam time"]
-    log_prob: Float[Array, "batch beam"]  # Σ log q over the generated tokens, q the sampling distribution, in nats
+    logp: Float[Array, "batch beam"]  # Σ log p over the generated tokens, p the model itself at temperature 1, in nats
+    log_prob: Float[Array, "batch beam"]  # Σ log q, q the sampling distribution
     perturbed: Float[Array, "batch beam"]  # log_prob + Gumbel noise, falling
     threshold: Float[Array, "batch"]  # κ: the perturbed log-probability of the first sequence left out, or −inf
 
@@ -39,6 +41,7 @@ class State:
     parents: Int[Array, "row"]
     token: Int[Array, "row"]
     open: Bool[Array, "batch beam"]  # exists, and has not ended
+    logp: Float[Array, "batch beam"]
     log_prob: Float[Array, "batch beam"]
     perturbed: Float[Array, "batch beam"]
     tokens: Int[Array, "batch beam time"]
@@ -76,7 +79,7 @@ def stochastic_beam_search(
 
     Args:
         num_beams: K.
-        transform: shapes q; its numbers serve all rows.
+        transform: shapes q.
 
     The other arguments are those of `generate`.
 
@@ -115,6 +118,7 @@ def draw(lm: LanguageModel, params: Params, request: Request, *, num_beams: int)
     logits = lm.logits(params, prompt.last)
     every_beam = jnp.repeat(jnp.arange(request.limits.shape[0]), num_beams + 1)
     state = _start(request, prompt.cache, every_beam, num_beams + 1, wide(logits).dtype)
+    request = dataclasses.replace(request, transform=request.transform.take(every_beam))
 
     def step(state: State) -> tuple[State, None]:
         cache = state.cache.take(state.parents)
@@ -127,11 +131,11 @@ def draw(lm: LanguageModel, params: Params, request: Request, *, num_beams: int)
     kept = slice(None, num_beams)
     exists = (state.perturbed[:, kept] > -jnp.inf)[..., None]
     mask = (jnp.arange(request.num_steps + 1) < state.length[:, kept, None]) & exists
-    log_prob, perturbed = (
-        jnp.where(state.broken[:, None], jnp.nan, each) for each in (state.log_prob, state.perturbed)
+    logp, log_prob, perturbed = (
+        jnp.where(state.broken[:, None], jnp.nan, each) for each in (state.logp, state.log_prob, state.perturbed)
     )
     tokens = jnp.where(mask, state.tokens[:, kept], request.pad_id)
-    return StochasticBeams(tokens, mask, log_prob[:, kept], perturbed[:, kept], perturbed[:, -1])
+    return StochasticBeams(tokens, mask, logp[:, kept], log_prob[:, kept], perturbed[:, kept], perturbed[:, -1])
 
 
 def _start(request: Request, cache: Cache, every_beam: Int[Array, "row"], width: int, dtype: jnp.dtype) -> State:
@@ -145,6 +149,7 @@ def _start(request: Request, cache: Cache, every_beam: Int[Array, "row"], width:
         parents=jnp.arange(rows),
         token=jnp.zeros(rows, jnp.int32),
         open=jnp.broadcast_to(jnp.arange(width) == 0, shape),
+        logp=none.at[:, 0].set(0),
         log_prob=none.at[:, 0].set(0),
         perturbed=none.at[:, 0].set(root),
         tokens=jnp.zeros((*shape, request.num_steps + 1), jnp.int32),
@@ -218,14 +223,17 @@ def _kept(
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None], state.time, axis=2)
     ends = request.ends(token) | (time >= request.limits)[:, None]
     parents = (jnp.arange(batch)[:, None] * width + parent).reshape(-1)
-    after = jax.tree.map(lambda leaf: leaf[parents], state.transform)
-    after = update_alive(request.transform, after, token.reshape(-1), logits[parents], grown.reshape(-1))
+    after, logits = jax.tree.map(lambda leaf: leaf[parents], (state.transform, logits))
+    after = update_alive(request.transform, after, token.reshape(-1), logits, grown.reshape(-1))
+    new = jnp.where(grown, token_log_probs(logits, token.reshape(-1)).reshape(batch, width), 0)
+    logp = jnp.where(exists, jnp.take_along_axis(state.logp, parent, axis=1) + new, -jnp.inf)
     log_prob = jnp.where(exists, log_prob, -jnp.inf)
     return State(
         state.cache,
         parents,
         token.reshape(-1),
         grown & ~ends,
+        logp,
         log_prob,
         perturbed,
         tokens,

@@ -9,10 +9,13 @@ To write one, see `Transform`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
+import operator
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxrl_llm.numerics import violated, wide
+from jaxrl_llm.numerics import is_concrete, violated, wide
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
 
 
@@ -85,7 +88,8 @@ class Transform:
 
     looks_back: ClassVar[bool] = False
     sees_prompt: ClassVar[bool] = True
-    numbers: ClassVar[tuple[str, ...] | None] = None  # fields that are one number, or one for each row; by default all
+    reweighs: ClassVar[bool] = True  # False: it removes tokens, and changes no other logit
+    axes: ClassVar[Mapping[str, int]] = {}  # of fields that are arrays for all rows; others are one number for all
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -94,19 +98,38 @@ class Transform:
     def __call__(self, logits: Float[Array, "batch vocab"], *context: Array) -> Float[Array, "batch vocab"]:
         raise NotImplementedError(f"{type(self).__name__} has a state: give it to a decoder, or call `apply`.")
 
-    def check(self, limits: Int[np.ndarray, "batch"], *, per_row: bool = True) -> None:
-        """Raise a ValueError if rows that may have so many new tokens cannot be served; called before decoding.
+    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
+        """Raise a ValueError if rows that may have so many new tokens cannot be served; called before decoding."""
+        for field in dataclasses.fields(self):
+            shape, axes = jnp.shape(getattr(self, field.name)), self.axes.get(field.name, 0)
+            if len(shape) != axes and shape[: -axes or None] != limits.shape:
+                one = "number" if axes == 0 else f"array of {axes} {'axis' if axes == 1 else 'axes'}"
+                raise ValueError(
+                    f"{field.name} of {type(self).__name__} must be one {one}, or one for each of {len(limits)} rows, "
+                    f"but has the shape {list(shape)}."
+                )
 
-        Args:
-            per_row: whether the decoder takes numbers of one value for each row.
-        """
-        names = [field.name for field in dataclasses.fields(self)] if self.numbers is None else self.numbers
-        for name in names:
-            shape = jnp.shape(getattr(self, name))
-            if shape and not (per_row and shape == limits.shape):
-                wanted = f", or one for each of {len(limits)} rows" if per_row else " with beams"
-                found = f"has the shape {list(shape)}"
-                raise ValueError(f"{name} of {type(self).__name__} must be one number{wanted}, but {found}.")
+    def take(self, rows: Int[Array, "row"]) -> Transform:
+        """Return the transform of these rows of the batch, as for the beams of each; most serve all rows alike."""
+        taken = copy.copy(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if getattr(value, "ndim", 0) > self.axes.get(field.name, 0):
+                object.__setattr__(taken, field.name, value[rows])
+        return taken
+
+    def plain(self) -> Transform:
+        """Return the transform with Python's numbers for scalars of every other type: one program serves them all."""
+        taken = copy.copy(self)
+        for field in dataclasses.fields(self):
+            annotation = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+            value, kind = getattr(self, field.name), _KINDS.get(annotation.split("[")[0])
+            if kind and self.axes.get(field.name, 0) == 0 and is_concrete(value):
+                array = jnp.asarray(value)
+                if array.ndim and not jnp.issubdtype(array.dtype, jnp.floating if kind is float else jnp.integer):
+                    array = array.astype(jnp.result_type(kind))
+                object.__setattr__(taken, field.name, array if array.ndim else kind(value))
+        return taken
 
     def init(
         self, prompts: Int[Array, "batch slot"], mask: Bool[Array, "batch slot"], limits: Int[Array, "batch"]
@@ -139,6 +162,10 @@ class Transform:
         here = jnp.arange(state.mask.shape[1]) == state.end[:, None]
         return Seen(jnp.where(here, token[:, None], state.tokens), state.mask | here, state.end + 1)
 
+    def may_end(self, state: PyTree[Array]) -> Bool[Array, "batch"] | bool:
+        """True for rows that a stop string may end with the next token."""
+        return True
+
     def kept_mass(self, logits: Float[Array, "batch vocab"], *context: Array) -> Float[Array, "batch"]:
         """The probability, under softmax(logits), of the tokens that the transform keeps."""
         logits = wide(logits)
@@ -159,14 +186,29 @@ class Chain(Transform):
         """True if any of them does."""
         return any(transform.looks_back for transform in self.transforms)
 
+    @property
+    def reweighs(self) -> bool:  # type: ignore[override]
+        """True if any of them does."""
+        return any(transform.reweighs for transform in self.transforms)
+
     def __call__(self, logits: Float[Array, "*batch vocab"], *context: Array) -> Float[Array, "*batch vocab"]:
         for transform in self.transforms:
             logits = transform(logits, *context) if transform.looks_back else transform(logits)
         return logits
 
-    def check(self, limits: Int[np.ndarray, "batch"], *, per_row: bool = True) -> None:
+    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
         for transform in self.transforms:
-            transform.check(limits, per_row=per_row)
+            transform.check(limits)
+
+    def take(self, rows: Int[Array, "row"]) -> Chain:
+        return Chain(tuple(transform.take(rows) for transform in self.transforms))
+
+    def plain(self) -> Chain:
+        return Chain(tuple(transform.plain() for transform in self.transforms))
+
+    def may_end(self, state: PyTree[Array]) -> Bool[Array, "batch"] | bool:
+        pairs = zip(self.transforms, state, strict=True)
+        return functools.reduce(operator.and_, [transform.may_end(own) for transform, own in pairs], True)
 
     def init(
         self, prompts: Int[Array, "batch slot"], mask: Bool[Array, "batch slot"], limits: Int[Array, "batch"]
@@ -240,10 +282,7 @@ def per_row(number: Array | float) -> Array | float:
     return number if jnp.ndim(number) == 0 else jnp.asarray(number)[..., None]
 
 
-def keep(logits: Float[Array, "*batch vocab"], kept: Bool[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-    """The logits of what is kept, −inf elsewhere; a row in which nothing would be left stays as it is."""
-    kept = kept | ~(kept & (logits > -jnp.inf)).any(axis=-1, keepdims=True)
-    return jnp.where(kept, logits, -jnp.inf)
+_KINDS = {"Float": float, "float": float, "Int": int, "int": int}  # of numbers, by the annotation of their field
 
 
 # Stateless: temperature, and filters that remove the tail of the distribution -----------------------------------------
@@ -252,6 +291,7 @@ def keep(logits: Float[Array, "*batch vocab"], kept: Bool[Array, "*batch vocab"]
 # vocabulary. A short sorted head answers most calls. Where it does not reach, bisection on the bits of the floats finds
 # the threshold exactly. The answer for a row never depends on the other rows.
 
+TINY = float(np.finfo(np.float32).tiny)  # below it, processors take a number for 0
 HEAD = 128  # tokens that are sorted at once; this costs 1/50 of sorting a vocabulary of 50,000
 
 
@@ -265,7 +305,8 @@ class Temperature(Transform):
     t: Float[Array, "..."] | float
 
     def __post_init__(self):
-        require((self.t > 0) & (self.t < jnp.inf), "the temperature", "a finite number above 0", self.t)
+        expected = "a finite number of at least 1.2e-38 (decode greedily for the most probable token)"
+        require((self.t >= TINY) & (self.t < jnp.inf), "the temperature", expected, self.t)
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
         return logits / per_row(self.t)
@@ -279,6 +320,8 @@ class TopK(Transform):
     Raises:
         ValueError: unless k is an integer of at least 1.
     """
+
+    reweighs: ClassVar[bool] = False
 
     k: Int[Array, "..."] | int
 
@@ -299,6 +342,8 @@ class TopP(Transform):
         ValueError: unless 0 < p ≤ 1.
     """
 
+    reweighs: ClassVar[bool] = False
+
     p: Float[Array, "..."] | float
 
     def __post_init__(self):
@@ -316,6 +361,8 @@ class MinP(Transform):
     Raises:
         ValueError: unless 0 ≤ p ≤ 1.
     """
+
+    reweighs: ClassVar[bool] = False
 
     p: Float[Array, "..."] | float
 
@@ -341,6 +388,8 @@ class Typical(Transform):
         ValueError: unless 0 < p ≤ 1.
     """
 
+    reweighs: ClassVar[bool] = False
+
     p: Float[Array, "..."] | float
 
     def __post_init__(self):
@@ -364,6 +413,8 @@ class Epsilon(Transform):
         ValueError: unless 0 ≤ ε ≤ 1.
     """
 
+    reweighs: ClassVar[bool] = False
+
     e: Float[Array, "..."] | float
 
     def __post_init__(self):
@@ -382,6 +433,8 @@ class Eta(Transform):
     Raises:
         ValueError: unless 0 ≤ ε ≤ 1.
     """
+
+    reweighs: ClassVar[bool] = False
 
     e: Float[Array, "..."] | float
 
@@ -404,6 +457,8 @@ class TopNSigma(Transform):
     Raises:
         ValueError: unless n is finite and not negative.
     """
+
+    reweighs: ClassVar[bool] = False
 
     n: Float[Array, "..."] | float
 
@@ -658,6 +713,7 @@ class NoRepeatNgram(Transform):
     """
 
     looks_back: ClassVar[bool] = True
+    reweighs: ClassVar[bool] = False
 
     n: Int[Array, "..."] | int
 
@@ -671,7 +727,9 @@ class NoRepeatNgram(Transform):
             return logits
         tokens, real = last_tokens(tokens, mask, tokens.shape[-1])
         repeats = real & _follows_repetition(tokens, real, per_row(jnp.asarray(self.n, jnp.int32)) - 1)
-        return keep(logits, count_tokens(tokens, repeats, logits.shape[-1]) == 0)
+        kept = count_tokens(tokens, repeats, logits.shape[-1]) == 0
+        kept = kept | ~(kept & (logits > -jnp.inf)).any(axis=-1, keepdims=True)
+        return jnp.where(kept, logits, -jnp.inf)
 
 
 def last_tokens(
@@ -729,14 +787,14 @@ def row_by_row(function, *arrays: Array):
 
 
 class LogitBias(Transform):
-    """Add a bias to each logit; −inf removes a token. A row in which no possible token would be left is unchanged.
+    """Add a bias to each logit; −inf removes a token. Decoders raise where no token is left.
 
     Raises:
         ValueError: unless the biases are numbers below +inf; when called, unless there is one for each token, or one
             for each token of each row.
     """
 
-    numbers: ClassVar[tuple[str, ...]] = ()
+    axes: ClassVar[Mapping[str, int]] = {"bias": 1}
 
     bias: Float[Array, "*#batch vocab"]
 
@@ -753,21 +811,19 @@ class LogitBias(Transform):
                 f"the bias must have the shape {[logits.shape[-1]]} or {list(logits.shape)}, "
                 f"but has {list(bias.shape)}."
             )
-        removed = bias == -jnp.inf
-        biased = (wide(logits) + jnp.where(removed, 0, bias)).astype(logits.dtype)
-        left = (~removed & (logits > -jnp.inf)).any(axis=-1, keepdims=True)
-        return jnp.where(left, jnp.where(removed, -jnp.inf, biased), logits)
+        return (wide(logits) + bias).astype(logits.dtype)
 
 
 class BadWords(Transform):
     """Remove the last token of a forbidden sequence if the row, prompt included, ends with the tokens before it.
 
-    Build it with `bad_words`. Padding between two tokens does not separate them. A row in which no possible token would
-    be left is unchanged.
+    Build it with `bad_words`. Padding between two tokens does not separate them. EOS can be a forbidden token, as any
+    other. Decoders raise where no token is left.
     """
 
     looks_back: ClassVar[bool] = True
-    numbers: ClassVar[tuple[str, ...]] = ()
+    reweighs: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, int]] = {"before": 2, "last": 1}
 
     before: Int[Array, "sequence longest"]  # aligned to the right, −1 where the sequence is shorter
     last: Int[Array, "sequence"]
@@ -778,7 +834,7 @@ class BadWords(Transform):
         same = real[..., None, :] & (ending[..., None, :] == self.before)
         completed = (same | (self.before < 0)).all(axis=-1)
         last = jnp.broadcast_to(self.last, completed.shape)
-        return keep(logits, count_tokens(last, completed, logits.shape[-1]) == 0)
+        return jnp.where(count_tokens(last, completed, logits.shape[-1]) == 0, logits, -jnp.inf)
 
 
 def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
@@ -801,13 +857,16 @@ def bad_words(vocab_size: int, sequences: Sequence[Sequence[int]]) -> BadWords:
 
 
 class MinLength(Transform):
-    """Remove the tokens `eos_ids` until a row has n new tokens. A row in which no other token is possible is unchanged.
+    """Remove the tokens `eos_ids` until a row has n new tokens, and hold back stop strings as long.
+
+    Text before the n-th new token is not searched for stop strings. Decoders raise where no token is left.
 
     Raises:
         ValueError: unless n is an integer of at least 0 and `eos_ids` is a token id or several.
     """
 
-    numbers: ClassVar[tuple[str, ...]] = ("n",)
+    reweighs: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, int]] = {"eos_ids": 1}
 
     n: Int[Array, "..."] | int
     eos_ids: Int[Array, "eos"] | Sequence[int] | int
@@ -823,23 +882,27 @@ class MinLength(Transform):
 
     def apply(self, count: Int[Array, "batch"], logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
         ends = jnp.zeros(logits.shape[-1], bool).at[self.eos_ids].set(True, mode="drop")
-        return keep(logits, ~ends | (count >= self.n)[..., None])
+        return jnp.where(~ends | (count >= self.n)[..., None], logits, -jnp.inf)
 
     def update(self, count: Int[Array, "batch"], token: Array, logits: Array) -> Int[Array, "batch"]:
         return count + 1
+
+    def may_end(self, count: Int[Array, "batch"]) -> Bool[Array, "batch"]:
+        return count + 1 >= self.n
 
 
 class ForcedTokens(Transform):
     """Force the i-th new token of a row to be `tokens[i]`; it is free where that is −1, and after the last.
 
-    A forced token keeps its logit; its log-probability under the sampling distribution is 0. A token that the model
-    excludes (−inf) or that is outside the vocabulary is not forced: the row is then unchanged.
+    A forced token keeps its logit; its log-probability under the sampling distribution is 0. Decoders raise where it is
+    outside the vocabulary, or excluded by the model or by another transform.
 
     Raises:
         ValueError: unless the tokens are integers [number] or [batch, number], at least −1 and at least one.
     """
 
-    numbers: ClassVar[tuple[str, ...]] = ()
+    reweighs: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, int]] = {"tokens": 1}
 
     tokens: Int[Array, "*#batch number"] | Sequence[int]
 
@@ -858,7 +921,7 @@ class ForcedTokens(Transform):
         number = tokens.shape[-1]
         forced = jnp.take_along_axis(tokens, jnp.minimum(count, number - 1)[..., None], axis=-1)
         free = (count >= number)[..., None] | (forced < 0)
-        return keep(logits, free | (jnp.arange(logits.shape[-1]) == forced))
+        return jnp.where(free | (jnp.arange(logits.shape[-1]) == forced), logits, -jnp.inf)
 
     def update(self, count: Int[Array, "batch"], token: Array, logits: Array) -> Int[Array, "batch"]:
         return count + 1
@@ -878,6 +941,8 @@ class Mirostat(Transform):
     Raises:
         ValueError: unless τ is finite and positive, and η finite and not negative.
     """
+
+    reweighs: ClassVar[bool] = False
 
     tau: Float[Array, "..."] | float
     eta: Float[Array, "..."] | float

@@ -143,6 +143,11 @@ def search_tree(
     tree = _grow(lm, params, request, branching=branching, depth=depth)
     if is_concrete(tree.log_probs) and not np.isfinite(np.asarray(tree.log_probs)[tree.exists]).all():
         raise FloatingPointError("no token could be chosen: the model's logits are NaN, +inf, or all −inf.")
+    if is_concrete(tree.exists) and depth > 1:
+        exists, width = np.asarray(tree.exists), branching ** (depth - 1)
+        childless = ~exists[1:].reshape(depth - 1, width, branching).any(axis=2)
+        if (exists[:-1, :width] & ~np.asarray(tree.ended)[:-1, :width] & childless).any():
+            raise FloatingPointError("no token could be chosen after a node: the transforms together leave none.")
     return tree
 
 
@@ -154,12 +159,13 @@ def _grow(lm: LanguageModel, params: Params, request: Request, *, branching: int
     prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + depth)
     root = jnp.zeros(width, jnp.int32)
     steered = jax.tree.map(lambda leaf: leaf[root], request.initial_state())  # the state of the transform
+    transform = request.transform.take(root)
     state = (prompt.last[root], prompt.cache.take(root), steered, jnp.arange(width) == 0, jnp.zeros(width))
 
     def step(state: tuple[Array, Cache, PyTree, Array, Array], level: Array) -> tuple[tuple, Tree]:
         hidden, cache, steered, open_, totals = state
         logits = wide(lm.logits(params, hidden))
-        tokens, possible = _select(request, request.transform.apply(steered, logits), level, branching)
+        tokens, possible = _select(request, transform.apply(steered, logits), level, branching)
         normaliser = jax.nn.logsumexp(logits, axis=1, keepdims=True)
         log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
         exists = (possible | ~jnp.isfinite(normaliser)) & open_[:, None]  # NaN logits show as a node that is NaN
@@ -169,7 +175,7 @@ def _grow(lm: LanguageModel, params: Params, request: Request, *, branching: int
         token, _, total, exists, ended = (leaf[:width] for leaf in nodes)  # of the last level nothing is fed
         hidden, cache = lm.hidden(params, token[:, None], cache.take(parent_rows))
         steered = jax.tree.map(lambda leaf: leaf[parent_rows], steered)
-        steered = update_alive(request.transform, steered, token, logits[parent_rows], exists)
+        steered = update_alive(transform, steered, token, logits[parent_rows], exists)
         return (hidden[:, 0], cache, steered, exists & ~ended, total), Tree(*nodes, branching=branching)
 
     return jax.lax.scan(step, state, jnp.arange(depth))[1]

@@ -265,6 +265,8 @@ def test_no_output_repeats_a_blocked_ngram():
 class Alternate(Transform):
     """With a state: after a token only those of the other parity may come. Halves the logits that it leaves."""
 
+    reweighs = False  # so that beams keep the model's log-probabilities
+
     def init(self, prompts, mask, limits):
         return {"last": jnp.full(limits.shape, -1, jnp.int32)}
 
@@ -282,6 +284,7 @@ class NotAgain(Transform):
 
     looks_back = True
     sees_prompt = False
+    reweighs = False
 
     def __call__(self, logits, tokens, mask):
         seen = (jnp.arange(logits.shape[1]) == tokens[..., None]) & mask[..., None]
@@ -323,7 +326,7 @@ MISTAKES = {
     "several penalties": ({"length_penalty": [0.0, 1.0]}, "length_penalty must be one finite number"),
     "a reward for sameness": ({"diversity_penalty": -1.0}, "diversity_penalty must be one finite number of at least 0"),
     "a penalty out of range": ({"length_penalty": 200.0}, "out of range"),
-    "numbers of each row": ({"transform": Temperature(jnp.ones(1))}, "t of Temperature must be one number with beams"),
+    "numbers of other rows": ({"transform": Temperature(jnp.ones(2))}, "must be one number, or one for each of 1 rows"),
 }
 
 

@@ -77,8 +77,23 @@ def test_equal_states_are_one():
         assert len(automata.from_pattern(pattern)[0]) == 7  # "", y, ye, n, no, the end, the dead one
 
 
+ANCHORED = [
+    *["^a|b$", "(^yes$)|(^no$)", "^^a$", "a$\n", "a$\n?", "(a$|b)\n*", "a*^b", r"a\Z\n?", r"\Aa", "a^", "a($)*", "$^"],
+    *["(?m)^a$\n^b$", "(?m)(^a\n?)*", "(?m)a$.b", "(?ms)a$.b", "(?m)\\n^a", "(?:^a|b)+$\n?"],
+]
+
+
+@pytest.mark.parametrize("pattern", ANCHORED)
+def test_anchors_are_those_of_re(pattern):
+    table, accepting = automata.from_pattern(pattern)
+    for length in range(5):
+        for string in map("".join, itertools.product("ab\n", repeat=length)):
+            state = functools.reduce(lambda state, byte: table[state, byte], string.encode(), 0)
+            assert accepting[state] == bool(re.fullmatch(pattern, string)), string
+
+
 @pytest.mark.parametrize(
-    "pattern", [r"a\b", "(?=a)a", r"(a)\1", "a++", "(?>a)b", "a^", "(^a)", "(", "[b-a]", "(a)(?(1)a|b)", "(?<!a)b"]
+    "pattern", [r"a\b", "(?=a)a", r"(a)\1", "a++", "(?>a)b", "(", "[b-a]", "(a)(?(1)a|b)", "(?<!a)b"]
 )
 def test_what_is_no_pattern_or_not_regular_is_an_error(pattern):
     with pytest.raises(ValueError, match=r"is not a regular expression|uses .* no finite automaton"):

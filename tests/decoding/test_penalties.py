@@ -150,10 +150,10 @@ def test_an_n_gram_across_padding_is_one():
     assert banned(bad_words(6, [[1, 2, 3]]), [1, 4, 2, -7], [1, 1, 1, 0]) == set()
 
 
-def test_where_nothing_would_be_left_all_stays():
+def test_where_blocked_n_grams_would_leave_nothing_all_stays():
     assert banned(NoRepeatNgram(1), [0, 1, 2, 3], vocab=4) == set()
     assert banned(NoRepeatNgram(1), [0, 1, 2, 3, 3], vocab=5) == {0, 1, 2, 3}
-    assert banned(bad_words(2, [[0], [1]]), [0], vocab=2) == set()
+    assert banned(bad_words(2, [[0], [1]]), [0], vocab=2) == {0, 1}, "decoders refuse that"
     only = jnp.asarray([[0.0, -jnp.inf, -jnp.inf]])  # the one possible token is a repeated one
     np.testing.assert_array_equal(call(NoRepeatNgram(1), only, jnp.asarray([[0]]), jnp.ones((1, 1), bool)), only)
 

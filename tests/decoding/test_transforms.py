@@ -224,14 +224,17 @@ def test_a_number_for_each_row_is_that_of_the_row_alone(kind):
         np.testing.assert_allclose(applied(together, LOGITS)[row], applied(one, LOGITS)[row], rtol=1e-6)
     with pytest.raises(ValueError, match="must be one number, or one for each of 3 rows"):
         together.check(np.full(3, SLOTS))
-    with pytest.raises(ValueError, match="must be one number with beams"):
-        together.check(np.full(4, SLOTS), per_row=False)
+    picked = together.take(jnp.asarray([2, 2, 0, 1]))
+    np.testing.assert_allclose(applied(picked, LOGITS)[0], applied(each[2], LOGITS)[0], rtol=1e-6)
 
 
 # Numbers that are refused ---------------------------------------------------------------------------------------------
 
 OUT_OF_RANGE = [
-    *[(Temperature, t, "temperature must be a finite number above 0") for t in (0, 0.0, -1.0, np.inf, -np.inf, np.nan)],
+    *[
+        (Temperature, t, "temperature must be a finite number of at least 1.2e-38")
+        for t in (0, 1e-320, 1e-38, -1.0, np.inf, -np.inf, np.nan)
+    ],
     *[(kind, p, r"p must be in \(0, 1\]") for kind in (TopP, Typical) for p in (0, 0.0, -0.1, 1.0001, np.inf, np.nan)],
     *[(MinP, p, r"p must be in \[0, 1\]") for p in (-0.1, 1.0001, np.inf, np.nan)],
     *[(kind, e, r"ε must be in \[0, 1\]") for kind in (Epsilon, Eta) for e in (-0.1, 1.0001, np.nan)],

@@ -242,13 +242,18 @@ def test_if_every_node_ends_the_tree_stops_there(tabular):
 
 def test_transforms_with_a_state_or_that_look_back_follow_their_branch(tabular):
     lm, params = tabular
-    both = [[NoRepeatNgram(n), MinLength(least, 2)] for n, least in ((1, 0), (9, 3), (1, 3))]  # n of 9 does nothing
+    both = [[NoRepeatNgram(n), MinLength(least, 2)] for n, least in ((1, 0), (9, 3), (1, 2))]  # n of 9 does nothing
     for transforms in (*both, [Constrained(from_regex("ab*|ba", "abc"), 2)]):
         tree = search_tree(lm, params, ROOT, branching=3, depth=4, select=transforms, key=jax.random.key(0), eos_id=2)
         with np.errstate(divide="ignore"):
             distribution = ended_distribution(lm, exact_log_probs(lm, params, transforms), [2])
         assert {tokens_to(tree, leaf) for leaf in tree.leaves()} == {row for row, p in distribution.items() if p > 0}
         assert len(tree.leaves()) < 31, "something is removed"
+    with pytest.raises(FloatingPointError, match="no token could be chosen after a node"):
+        search_tree(
+            *(lm, params, ROOT), branching=3, depth=4, select=[NoRepeatNgram(1), MinLength(3, 2)],
+            key=jax.random.key(0), eos_id=2,
+        )  # fmt: skip
 
 
 # What cannot be -------------------------------------------------------------------------------------------------------
@@ -293,7 +298,7 @@ def test_logits_that_are_no_distribution_do_no_harm_below_an_end(tabular):
         ({"branching": 23, "depth": 30}, r"23\*\*30 leaves are more than the 4096"),
         ({"select": "nonsense"}, "select must be \"best\" or a transform, but is 'nonsense'"),
         ({"select": 3}, "transform must be a Transform"),
-        ({"select": TopK(jnp.ones(1, int))}, "k of TopK must be one number"),
+        ({"select": TopK(jnp.ones(2, int))}, "k of TopK must be one number"),
         ({"select": TopK(3)}, "needs key="),
         ({"select": TopK(3), "key": jax.random.PRNGKey(0)}, "made by jax.random.key, but is .*uint32"),
         ({"select": TopK(3), "key": jax.random.split(jax.random.key(0), 2)}, r"shape \(2,\)"),
