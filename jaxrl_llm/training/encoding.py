@@ -824,7 +824,7 @@ def _save(folder: Path, made: Tokenised) -> None:
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
     try:
         for name in ARRAYS:
-            np.save(partial / f"{name}.npy", getattr(made, name), allow_pickle=False)
+            np.save(partial / f"{name}.npy", getattr(made, name))
         rest = {name: value for name, value in made._asdict().items() if name not in ARRAYS}
         bad = {name: [dataclasses.astuple(each) for each in rest[name]] for name in ("bad", "too_long")}
         (partial / "rest.json").write_text(json.dumps(rest | bad), encoding="utf-8")
@@ -840,7 +840,7 @@ def _save(folder: Path, made: Tokenised) -> None:
 
 def _load(folder: Path) -> Tokenised | None:
     try:
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         rest = json.loads((folder / "rest.json").read_text(encoding="utf-8"))
         bad = {name: [BadLine(*each) for each in rest[name]] for name in ("bad", "too_long")}
         return Tokenised(**arrays, **rest | bad)

@@ -71,7 +71,9 @@ def test_the_loss_is_that_of_pairs_with_their_margins():
     )
     np.testing.assert_allclose(found.value, (first.sum() + third) / 3, rtol=1e-6)
     plain = k_choose_2_loss(values, batch.ranks, batch.real).mean()
-    np.testing.assert_allclose(reward_loss(HEAD)(params, batch._replace(margins=None), None, KEY).value, plain)
+    np.testing.assert_allclose(
+        reward_loss(HEAD)(params, batch._replace(margins=None), None, KEY).value, plain, rtol=1e-6
+    )
     lead = [values[0, 0] - values[0, 1], values[1, 0] - values[1, 1], *(values[2, 2] - values[2, :2])]
     np.testing.assert_allclose(found.metrics["margin"], np.mean([*lead, values[2, 0] - values[2, 1]]), rtol=1e-5)
     assert isinstance(batch.completions, Sequences)

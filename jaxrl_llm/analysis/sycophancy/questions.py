@@ -176,7 +176,7 @@ def read_items(path: Path | str) -> JsonLines[Item]:
         FileNotFoundError: if there is no such file.
         ValueError: if a line is not an item, naming its number, or if the file has no item.
     """
-    return JsonLines(Path(path), parse_item)
+    return JsonLines(Path(path), parse_item).check()
 
 
 def write_items(items: Iterable[Item], path: Path | str) -> Path:
