@@ -763,7 +763,8 @@ class BadWords(Transform):
     """Remove the last token of a forbidden sequence if the row, prompt included, ends with the tokens before it.
 
     Build it with `bad_words`. Padding between two tokens does not separate them. A row in which no possible token would
-    be left is unchanged.
+    be left is unchanged. EOS as a forbidden sequence of its own is removed as any other token; transformers leaves such
+    a sequence out.
     """
 
     looks_back: ClassVar[bool] = True

@@ -45,15 +45,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.nn import log_sigmoid, relu, sigmoid
+from jax.nn import log_sigmoid, relu
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.numerics import (
     bounded_exp,
     checked,
-    exp_minus_one,
     finite_gradient,
     log_ratio,
+    sigmoid,
     times,
     violated,
 )
@@ -370,7 +370,7 @@ def _(a, b, length_chosen, length_rejected, *, beta, label_smoothing):
 
 
 @pair_loss(alpha="[0, inf)")
-def f_dpo_loss(a, b, *, beta: float = 0.1, divergence: str = "reverse_kl", alpha: float = 0.5):
+def f_dpo_loss(a, b, *, beta: float = 0.1, divergence: str = "reverse_kl", alpha: float | None = None):
     """DPO where an f-divergence other than the reverse KL holds the policy at the reference.
 
         L = −log σ(β f′(u_w) − β f′(u_l)),   u = π(y)/ref(y)
@@ -381,11 +381,11 @@ def f_dpo_loss(a, b, *, beta: float = 0.1, divergence: str = "reverse_kl", alpha
 
     Args:
         divergence: one of the four names, a Python string; another one raises ValueError.
-        alpha: α, of `"alpha"` alone.
+        alpha: α, of `"alpha"` alone, by default ½; with another divergence it raises ValueError.
 
     Source: Wang et al. 2023.
     """
-    return -log_sigmoid(beta * log_ratio(_f_prime(a, divergence, alpha), _f_prime(b, divergence, alpha)))
+    return -log_sigmoid(beta * _f_prime_difference(a, b, _power(divergence, alpha)))
 
 
 @f_dpo_loss.gradient
@@ -394,31 +394,48 @@ def _(a, b, *, beta, divergence, alpha):
 
     u f″(u) is 1 (reverse KL), 1/u (forward KL), 1/(1 + u) (Jensen-Shannon) or u^{α−1} (alpha).
     """
-    margin = _f_prime(a, divergence, alpha) - _f_prime(b, divergence, alpha)
+    power = _power(divergence, alpha)
+    margin = _f_prime_difference(a, b, power)
     slope = jnp.where(jnp.isfinite(margin), -beta * sigmoid(-beta * margin), 0)
-    return slope * _u_f_second(a, divergence, alpha), -slope * _u_f_second(b, divergence, alpha)
+    of_a, of_b = (sigmoid(-a), sigmoid(-b)) if power is None else _powers(a, b, power)
+    return times(slope, of_a), -times(slope, of_b)
 
 
-def _f_prime(log_u: Array, divergence: str, alpha: float) -> Array:
-    """f′(u): (u^c − 1)/c for all divergences but the Jensen-Shannon one, log u at c = 0."""
-    power = _power(divergence, alpha)
-    if divergence == "jensen_shannon":
-        return jnp.log(2.0) + log_sigmoid(log_u)
-    straight = jnp.asarray(power) == 0
-    return jnp.where(straight, log_u, exp_minus_one(power * log_u) / jnp.where(straight, 1, power))
-
-
-def _u_f_second(log_u: Array, divergence: str, alpha: float) -> Array:
-    """u f″(u), the derivative of `_f_prime` with respect to log u."""
-    power = _power(divergence, alpha)
-    return sigmoid(-log_u) if divergence == "jensen_shannon" else bounded_exp(power * log_u)
-
-
-def _power(divergence: str, alpha: float) -> float:
-    powers = {"reverse_kl": 0.0, "forward_kl": -1.0, "jensen_shannon": 0.0, "alpha": alpha - 1}
+def _power(divergence: str, alpha: float | None) -> float | Array | None:
+    """The c of f′(u) = (u^c − 1)/c, which is log u at c = 0; None for the Jensen-Shannon divergence."""
+    powers = {"reverse_kl": 0.0, "forward_kl": -1.0, "jensen_shannon": None, "alpha": None}
     if divergence not in powers:
         raise ValueError(f"divergence must be one of {', '.join(powers)}, but is {divergence!r}.")
+    if divergence == "alpha":
+        return (0.5 if alpha is None else alpha) - 1
+    if alpha is not None:
+        raise ValueError(f'alpha must be given with the divergence "alpha" alone, but is {alpha} with {divergence!r}.')
     return powers[divergence]
+
+
+def _f_prime_difference(a: Array, b: Array, power: float | Array | None) -> Array:
+    """f′(u_w) − f′(u_l)."""
+    return log_ratio(log_sigmoid(a), log_sigmoid(b)) if power is None else _power_difference(a, b, power)
+
+
+def _power_difference(a: Array, b: Array, power: float | Array) -> Array:
+    """(e^{ca} − e^{cb})/c, a − b at c = 0: e^{cb} (e^{c(a − b)} − 1)/c where the two are near each other, and large."""
+    straight, known = jnp.asarray(power) == 0, ~jnp.isnan(a - b)
+    c = jnp.where(straight, 1, power)
+    a, b = (jnp.where(known, each, 0) for each in (a, b))
+    lead = c * (a - b)
+    near = jnp.abs(lead) < 1
+    of_near = bounded_exp(c * b) * jnp.expm1(jnp.where(near, lead, 0))
+    difference = jnp.where(near, of_near, bounded_exp(c * a) - bounded_exp(c * b)) / c
+    return finite_gradient(jnp.where(known, jnp.where(straight, a - b, difference), jnp.nan))
+
+
+def _powers(a: Array, b: Array, power: float | Array) -> tuple[Array, Array]:
+    """e^{ca} and e^{cb}, the slopes of `_power_difference` but for the sign."""
+    a, b = times(power, a), times(power, b)
+    near = jnp.abs(a - b) < 1
+    of_b = bounded_exp(b)
+    return jnp.where(near, of_b * jnp.exp(jnp.where(near, a - b, 0)), bounded_exp(a)), of_b
 
 
 @pair_loss

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.language_model import LanguageModel, Params
+from jaxrl_llm.numerics import times
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.options import nearest
 from jaxrl_llm.scoring import Sequences, log_probs, stacked
@@ -120,9 +121,12 @@ def name_of(loss: Callable[..., Array]) -> str:
 def loss_of_sums(loss: Callable[..., Array], policy: Sums, ref: Sums | None, **keywords: Any) -> Float[Array, "batch"]:
     """Call a loss of `objectives.preference` with the log-probabilities it needs, summed or averaged over tokens."""
     of = [policy, ref] if "reference" in loss.needs else [policy]
+    lengths = [
+        jnp.maximum(each, 1) for each in (policy.length_chosen, policy.length_rejected)
+    ]  # 0 where all is padding
     if "means" in loss.needs:
-        of = [Sums(each.chosen / each.length_chosen, each.rejected / each.length_rejected, *each[2:]) for each in of]
-    lengths = [policy.length_chosen, policy.length_rejected] if "lengths" in loss.needs else []
+        of = [each._replace(chosen=each.chosen / lengths[0], rejected=each.rejected / lengths[1]) for each in of]
+    lengths = lengths if "lengths" in loss.needs else []
     return loss(*(logp for each in of for logp in (each.chosen, each.rejected)), *lengths, **keywords)
 
 
@@ -216,4 +220,5 @@ def _weights(given: Array | None, values: Array) -> Array:
 def _mean(values: Array, weights: Array, metrics: dict[str, Array]) -> Loss:
     total = weights.sum()
     share = jax.lax.stop_gradient(weights / jnp.maximum(total, jnp.finfo(weights.dtype).tiny))
-    return Loss((share * values).sum(), total, {name: (share * each).sum() for name, each in metrics.items()})
+    means = {name: times(share, each).sum() for name, each in metrics.items()}
+    return Loss(times(share, values).sum(), total, means)

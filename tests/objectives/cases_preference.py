@@ -43,8 +43,8 @@ CASES = {
     preference.apo_down_loss: pairs(),
     preference.discopop_loss: pairs(temperature=lambda rng: rng.uniform(0.05, 2.0)),
     preference.f_dpo_loss: {
-        divergence: pairs(divergence=divergence, alpha=lambda rng: rng.uniform(0.0, 1.5))
-        for divergence in ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
+        **{each: pairs(divergence=each) for each in ("reverse_kl", "forward_kl", "jensen_shannon")},
+        "alpha": pairs(divergence="alpha", alpha=lambda rng: rng.uniform(0.0, 1.5)),
     },
     preference.length_normalised_dpo_loss: pairs_of_lengths,
     preference.simpo_loss: without_reference(gamma=0.7),

@@ -17,6 +17,7 @@ from jaxrl_llm.objectives.preference import PAIR_LOSSES
 BETA = 0.3
 OF_REFERENCE = {name: loss for name, loss in PAIR_LOSSES.items() if loss.needs == {"reference"}}
 RATIOS = [(0.7, -1.1), (-2.0, 1.5), (3.0, 2.5), (0.0, 0.0)]  # (a, b)
+MARGIN_ALONE = ("dpo", "robust_dpo", "ipo", "hinge", "exo", "discopop", "f_dpo")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
 
@@ -265,6 +266,52 @@ def test_f_dpo_passes_into_the_reverse_divergence_as_alpha_nears_one_and_takes_a
     assert (abs(slope_at(0.5) - slope_at(1.0)) > 1e-3).all()
 
 
+FLAT = np.float32([-40, -30, -20, -5, 0.5, 5, 20, 40])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, {}) for name in OF_REFERENCE if name in MARGIN_ALONE]
+    + [("f_dpo", {"divergence": each}) for each in DIVERGENCES[1:]]
+    + [("f_dpo", {"divergence": "alpha", "alpha": each}) for each in (0.3, 0.0, 1.7)],
+)
+def test_at_equal_log_ratios_of_any_size_the_loss_is_that_of_the_reference_under_jit_too(name, settings):
+    """A difference of two large equal terms would be the rounding error of one of them, by a fused multiply-add."""
+    loss, zero = PAIR_LOSSES[name], np.zeros_like(FLAT)
+    found = [jax.jit(functools.partial(loss, **settings))(each, each.copy(), zero, zero) for each in (FLAT, zero)]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("c", [-1.0, -0.7, 0.5, 1.0])
+def test_a_difference_of_powers_keeps_its_digits(c):
+    a = np.float32([-40, -20, 3, 30])
+    step = np.float32([1e-3, -1e-2, 1e-4, -1e-3])
+    b = (a + step).astype(np.float32)
+    found = jax.jit(preference._power_difference, static_argnums=2)(a, b, c)
+    wide = [each.astype(np.float64) for each in (a, b)]
+    expected = -np.exp(c * wide[0]) * np.expm1(c * (wide[1] - wide[0])) / c
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*(set(OF_REFERENCE) - {"ipo", "sppo"}), "simpo", "cpo", "kto"])
+def test_autodiff_of_a_saturated_loss_has_its_digits(name):
+    """Of σ(x) (1 − σ(x)) nothing is left in float32 from x = 17 on."""
+    x = np.float32([-40, -20, -16, -12, -3, 3, 12, 16, 20, 40])
+    loss, zero = getattr(preference, f"{name}_loss"), np.zeros_like(x)
+    policy = (x, zero + 1) if name != "kto" else (x,)
+    reference = (zero,) * len(policy) if "reference" in getattr(loss, "needs", ("reference",)) else ()
+    constants = (np.arange(x.size) % 2 == 0, zero) if name == "kto" else ()
+
+    @jax.jit
+    def slopes(*given):
+        total = lambda first: loss(first, *given[1:], *constants, beta=1.0).sum()  # noqa: E731
+        return jax.grad(total)(given[0]), loss.grad(*given, *constants, beta=1.0)[0]
+
+    by_autodiff, closed = slopes(*policy, *reference)
+    np.testing.assert_allclose(by_autodiff, closed, rtol=1e-5, atol=1e-37)
+    assert np.count_nonzero(closed) >= x.size // 2
+
+
 def test_length_normalised_dpo_is_dpo_of_log_ratios_per_token():
     logps, lengths = four([6.0, -2.0], [2.0, 1.0]), (np.array([3, 4] * 2), np.array([2, 5] * 2))
     per_token = four([2.0, -0.5], [1.0, 0.2])
@@ -377,6 +424,8 @@ def test_kto_with_a_batch_of_one_would_cancel_its_own_signal():
         ("discopop", {"temperature": 0.0}, "temperature must lie in"),
         ("f_dpo", {"divergence": "hellinger"}, "reverse_kl, forward_kl, jensen_shannon, alpha.*hellinger"),
         ("f_dpo", {"divergence": "alpha", "alpha": -1.0}, "alpha must lie in"),
+        ("f_dpo", {"divergence": "forward_kl", "alpha": 0.3}, 'alpha must be given with the divergence "alpha" alone'),
+        ("f_dpo", {"alpha": 0.3}, 'alpha must be given with the divergence "alpha" alone'),
         ("orpo", {"nll_weight": -1.0}, "nll_weight must lie in"),
         ("cpo", {"nll_weight": -1.0}, "nll_weight must lie in"),
     ],
@@ -407,7 +456,7 @@ SETTINGS = {
     **{name: {} for name in (*PAIR_LOSSES, "kto")},
     "dpo smoothed": {"label_smoothing": 0.1},
     "discopop": {"temperature": 1.5},
-    **{f"f_dpo {divergence}": {"divergence": divergence, "alpha": 0.4} for divergence in DIVERGENCES},
+    **{f"f_dpo {each}": {"divergence": each} | ({"alpha": 0.4} if each == "alpha" else {}) for each in DIVERGENCES},
 }
 
 

@@ -79,6 +79,27 @@ def test_a_loss_is_its_objective_of_sums_or_averages(name, batch):
     assert float(found) == pytest.approx(float(np.average(expected, weights=batch.weight)), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", objectives.PAIR_LOSSES)
+def test_a_pair_of_weight_0_without_a_completion_changes_nothing(name):
+    """Such rows fill a batch: neither the loss nor its gradient may be NaN."""
+    weight = np.ones(8, np.float32)
+    weight[5] = 0
+    empty = [each._replace(completion_mask=each.completion_mask.copy()) for each in (PAIRS.chosen, PAIRS.rejected)]
+    for each in empty:
+        each.completion_mask[5] = False
+    batches = [
+        UNWEIGHTED._replace(chosen=chosen, rejected=rejected, weight=weight)
+        for chosen, rejected in ((UNWEIGHTED.chosen, UNWEIGHTED.rejected), empty)
+    ]
+    loss = preference_loss(LM, name)
+    value = jax.jit(
+        jax.value_and_grad(lambda params, batch: loss(params, batch, Frozen(ref=REFERENCE), KEY)[::2], has_aux=True)
+    )
+    (expected, filled) = (value(POLICY, batch) for batch in batches)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(filled))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), filled, expected)
+
+
 def test_every_pair_loss_of_the_objectives_has_its_name():
     public = {name.removesuffix("_loss") for name in vars(objectives) if name.endswith("_loss") and name != "pair_loss"}
     assert public == set(NAMES)
