@@ -43,7 +43,7 @@ from jaxrl_llm.training.config import (
     SFTConfig,
 )
 from jaxrl_llm.training.policy import Method
-from jaxrl_llm.training.preference import find_loss, preference_loss
+from jaxrl_llm.training.preference import OF_PAIRS, find_losses, name_of, needs_of, preference_loss
 from jaxrl_llm.training.recipes import Objective, Trained
 from jaxrl_llm.training.reward_model import reward_loss
 from jaxrl_llm.training.rewards import function_at
@@ -118,14 +118,17 @@ def dpo(
     verbose: bool = True,
     **options: Any,
 ) -> LM:
-    """Optimise preferences, by DPO or any other preference loss. The reference is `lm` as it is given.
+    """Optimise preferences, by DPO, any other preference loss or a sum of them. The reference is `lm` as it is given.
 
-        jl.train.dpo("tiny-gpt2", [{"prompt": "The king", "chosen": " is wise.", "rejected": " is."}], batch_size=1)
+        pairs = [{"prompt": "The king", "chosen": " is wise.", "rejected": " is."}]
+        jl.train.dpo("tiny-gpt2", pairs, batch_size=1)
+        jl.train.dpo("tiny-gpt2", pairs, batch_size=1, loss=["dpo", "sft"], loss_weights=[1, 0.1])
 
     Args:
         lm: a model (`jl.load`), its name or its path.
         data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Two
-            conversations need no "prompt": it is what they share. For "kto": {"prompt", "completion", "label"}.
+            conversations need no "prompt": it is what they share. A number "margin" of a pair is the lead that "dpo"
+            asks of its reward (ODPO). For "kto": {"prompt", "completion", "label"}.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -146,27 +149,34 @@ def dpo(
         FloatingPointError: if a metric becomes infinite or NaN.
     """
     config = _configured(DPOConfig, config, options)
-    loss = config.loss
-    if isinstance(loss, str) and ":" in loss:
-        loss = function_at(loss, name="loss")
+    named = [each for each in config.losses if isinstance(each, str) and ":" not in each]
+    losses = [
+        function_at(each, name="loss") if isinstance(each, str) and ":" in each else each for each in config.losses
+    ]
     if config.beta is not None and "beta" in config.loss_kwargs:
         raise ValueError("beta must be given once, but is also in loss_kwargs.")
     beta = {} if config.beta is None else {"beta": config.beta}
     kwargs = dict(sorted((beta | config.loss_kwargs).items()))
-    function = find_loss(loss, kwargs)  # an unknown name is an error before anything is loaded
-    loss = "kto" if function is kto_loss else loss
-    if loss == "kto" and config.batch_size < 2:
+    functions = find_losses(losses, kwargs)  # an unknown name is an error before anything is loaded
+    needs, is_kto = needs_of(functions), functions == [kto_loss]
+    if is_kto and config.batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 for kto, which compares rows, but is {config.batch_size}.")
+    if "batch" in needs and config.microbatches > 1:
+        name = "+".join(map(name_of, functions))
+        raise ValueError(
+            f"microbatches must be 1 for {name}, which compares all rows of a batch, but is {config.microbatches}."
+        )
+    taken = {name for function in functions for name in OF_PAIRS if name in function.hyperparameters}
     run = recipes.begin(lm, config, out, verbose=verbose)
     objective = Objective(
         "dpo",
-        preference_loss(run.lm, loss, **kwargs),
-        "unpaired-preference" if loss == "kto" else "preference",
+        preference_loss(run.lm, losses, weights=config.loss_weights, **kwargs),
+        "unpaired-preference" if is_kto else "preference",
         ("loss", "margin", "chosen_logp", "rejected_logp"),
-        {"loss": recipes.place_of(config.loss), "loss_kwargs": kwargs},
-        fields=not isinstance(loss, str),
+        {"loss": "+".join(map(recipes.place_of, config.losses)), "loss_kwargs": kwargs},
+        fields=frozenset(taken - set(kwargs)) if len(named) == len(losses) else True,
     )
-    return _offline(run, data, objective, reference=loss == "kto" or "reference" in function.needs)
+    return _offline(run, data, objective, reference="reference" in needs)
 
 
 @takes(RewardConfig)
@@ -181,7 +191,7 @@ def reward(
 ) -> RewardModel:
     """Train a reward model on preferences or rankings.
 
-        loss = −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts
+        loss = −log σ(r_better − r_worse − margin), the mean over a prompt's pairs, then over prompts
 
         scorer = jl.train.reward("tiny-gpt2", "pairs.jsonl", steps=100)
         scorer.score(["The king"], [" is wise."])
@@ -189,7 +199,7 @@ def reward(
     Args:
         lm: a model (`jl.load`), its name or its path; its weights are trained too.
         data: a path or dicts, in one of two formats: {"prompt", "chosen", "rejected"}, or {"prompt", "answers"}, best
-            first or with "ranks", 0 for the best.
+            first or with "ranks", 0 for the best. A number "margin" of a pair is the lead that its score should have.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -211,7 +221,8 @@ def reward(
     config = _configured(RewardConfig, config, options)
     run = recipes.begin(lm, config, out, verbose=verbose)
     head = ScalarHead(run.lm)
-    objective = Objective("reward", reward_loss(head, centering=config.centering), "ranked", ("loss", "accuracy"))
+    loss = reward_loss(head, centering=config.centering)
+    objective = Objective("reward", loss, "ranked", ("loss", "accuracy"), fields=frozenset({"margin"}))
     view = compute_in(config.dtype) if config.dtype == "bfloat16" else None
     trained = Trained(head.init(run.keys.head, run.loaded.params), Frozen(), view)
     params = recipes.fit(run, data, objective, trained, samples=False)

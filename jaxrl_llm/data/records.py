@@ -40,11 +40,12 @@ class PromptCompletion:
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """K completions with their ranks: 0 is best, equal ranks are ties."""
+    """K completions with their ranks: 0 is best, equal ranks are ties; `fields` are the line's other entries."""
 
     prompt: Text
     completions: tuple[Text, ...]
     ranks: tuple[int, ...]
+    fields: Fields = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Preference:
 
     def ranked(self) -> Ranked:
         """Return it as a ranking of two."""
-        return Ranked(self.prompt, (self.chosen, self.rejected), (0, 1))
+        return Ranked(self.prompt, (self.chosen, self.rejected), (0, 1), self.fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ def ranked(line: Fields) -> Ranked:
     for first in range(len(found)):
         if any(found[first] == found[other] and ranks[first] != ranks[other] for other in range(first)):
             raise ValueError(f"answer {first + 1} occurs twice with different ranks")
-    return Ranked(asked, found, tuple(ranks))
+    return Ranked(asked, found, tuple(ranks), _others(line, "prompt", "answers", "ranks"))
 
 
 def alike(asked: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from jaxrl_llm.training.reward_model import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
 
 Length = TypeVar("Length", int, Int[np.ndarray, "batch"])
+Columns = bool | frozenset[str]  # numbers beside the text that a loss takes: all, none, or those of these names
 
 
 # From text to tokens --------------------------------------------------------------------------------------------------
@@ -246,7 +248,7 @@ def rounded(length: Length, multiple: int) -> Length:
 
 def _ranked_rows(encoder: Encoder, record: records.Ranked) -> Rows:
     """Return a ranking as tokens, in which completions of different ranks are still different."""
-    rows = Rows(*encoder(record.prompt, record.completions), record.ranks)
+    rows = Rows(*encoder(record.prompt, record.completions), record.ranks, fields=_margin_of(record))
     for first, second in itertools.combinations(range(len(rows.completions)), 2):
         if rows.completions[first] == rows.completions[second] and record.ranks[first] != record.ranks[second]:
             raise ValueError(
@@ -257,7 +259,19 @@ def _ranked_rows(encoder: Encoder, record: records.Ranked) -> Rows:
 
 def _preference_rows(encoder: Encoder, record: records.Preference) -> Rows:
     numbers = {name: value for name, value in record.fields.items() if isinstance(value, int | float)}
-    return _ranked_rows(encoder, record.ranked())._replace(label=None, fields=numbers)
+    return _ranked_rows(encoder, record.ranked())._replace(label=None, fields=numbers | _margin_of(record))
+
+
+def _margin_of(record: records.Preference | records.Ranked) -> dict[str, float]:
+    """Return the margin of a pair, if it has one."""
+    margin = record.fields.get("margin")
+    if margin is None:
+        return {}
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"margin must be a finite number, but is {margin!r}.")
+    if isinstance(record, records.Ranked) and len(record.completions) > 2:
+        raise ValueError(f"margin must be that of a pair, but there are {len(record.completions)} completions.")
+    return {"margin": float(margin)}
 
 
 def _unpaired_rows(encoder: Encoder, record: records.UnpairedPreference) -> Rows:
@@ -343,7 +357,7 @@ class Batches:
         multiple: padded lengths are multiples of it, so that few programs serve all batches.
         room: tokens that a prompt alone leaves for its completion.
         vocab_size: of the model; with it, tokens that the model does not have are refused.
-        fields: carry the numbers beside the text that every record has into the batch's `fields`.
+        fields: carry the numbers beside the text that every record has into the batch's `fields`, all or those named.
 
     `order.left_over` is the number of records that each epoch leaves out.
 
@@ -363,12 +377,12 @@ class Batches:
         multiple: int = 32,
         room: int = 0,
         vocab_size: int | None = None,
-        fields: bool = False,
+        fields: Columns = False,
     ):
         self._records, self._kind, self._encoder = records, kind, encoder
         self._multiple, self._room, self._vocab_size = multiple, room, vocab_size
-        self._mismatched, self._fields = None, None if fields else set()
-        self._takes_fields, self._some_fields = fields, set()
+        self._mismatched, self._fields = None, None
+        self._takes, self.columns = fields, set()  # the numbers beside the text of some records
         sizes = np.asarray([self._size(self.rows(place)) for place in range(len(records))], int).reshape(-1, 4)
         self._prompts, self._longest, self._sequences, self._real = sizes.T
         self.order = EpochOrder(self._longest, batch_size=batch_size, seed=seed, unit="records")
@@ -412,13 +426,17 @@ class Batches:
     @property
     def left_out(self) -> set[str]:
         """The columns that are numbers in some rows only, which a loss of one's own does not receive."""
-        return self._some_fields - self._fields if self._takes_fields and self._fields is not None else set()
+        return self._taken(self.columns) - (self._fields or set())
+
+    def _taken(self, columns: Iterable[str]) -> set[str]:
+        return set(columns) if self._takes is True else set(columns) & set(self._takes or ())
 
     def _size(self, rows: Rows) -> tuple[int, int, int, int]:
         """Return tokens of the prompt and of the longest sequence, the number of sequences, and the tokens of all."""
         self._mismatched = rows.mismatched
-        self._fields = set(rows.fields) if self._fields is None else self._fields & set(rows.fields)
-        self._some_fields |= set(rows.fields)
+        taken = self._taken(rows.fields)
+        self._fields = taken if self._fields is None else self._fields & taken
+        self.columns |= set(rows.fields)
         return len(rows.prompt), rows.length, len(rows.lengths), sum(rows.lengths)
 
     def _counts(self, places: Int[np.ndarray, "step batch"]) -> tuple[Int[np.ndarray, "step"], Int[np.ndarray, "step"]]:

@@ -6,19 +6,21 @@ Imports nothing heavy, so that `jaxrl-llm train --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxrl_llm.options import STATIC, Checked, number
+from jaxrl_llm.options import STATIC, Checked, Range, number
 
 Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dicts
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
+    Losses = Function | Sequence[Function]
 else:  # on the command line
     DataOption, Function = Path | None, str
+    Losses = str | tuple[str, ...]
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
 Divergence = Literal["reverse", "forward"]
@@ -112,23 +114,40 @@ class RewardConfig(OfflineConfig):
 class DPOConfig(OfflineConfig):
     """Optimise preferences: prompt, chosen and rejected (for kto: prompt, completion and label)."""
 
-    loss: Function = "dpo"
+    loss: Losses = "dpo"
     """dpo, robust_dpo, ipo, hinge, exo, nca, bco, sppo, apo_zero, apo_down, discopop, f_dpo, length_normalised_dpo,
-    simpo, orpo, cpo or kto; or your own loss(a, b, *, beta, ...) of the two log-ratios to the reference: the function,
-    or on the command line its place "file.py:function". Further numbers of a row are given to its keywords."""
+    length_normalised_ipo, ld_dpo, wpo, aot, aot_unpaired, simpo, alphapo, orpo, cpo, sft or kto; or your own
+    loss(a, b, *, beta, ...) of the two log-ratios to the reference: the function, or on the command line its place
+    "file.py:function". Further numbers of a row are given to its keywords; dpo takes margin. Of several losses the sum
+    is minimised."""
+    loss_weights: tuple[float, ...] = ()
+    """Weights of several losses, in their order; by default 1 each."""
     beta: float | None = number(None, 0, above=True)
     """Weight of the KL, in units of reward per nat; by default the loss's own, which is 0.1."""
     loss_kwargs: dict[str, float | str] = dataclasses.field(default_factory=dict)
-    """Further hyperparameters of the loss, such as label_smoothing 0.1."""
+    """Further hyperparameters of the loss, such as label_smoothing 0.1, or divergence jensen_shannon of f_dpo."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.loss, str) and not callable(self.loss):
-            raise TypeError(f"loss must be a name or a function, but is {self.loss!r}.")
+        for each in self.losses:
+            if not isinstance(each, str) and not callable(each):
+                raise TypeError(f"loss must be a name or a function, or several, but is {self.loss!r}.")
+        if self.loss_weights and len(self.loss_weights) != len(self.losses):
+            raise ValueError(
+                f"loss_weights must have a weight for each of {len(self.losses)} losses, "
+                f"but has {len(self.loss_weights)}."
+            )
+        for weight in self.loss_weights:
+            Range(0).check("loss_weights", weight, integer=False)
         if self.loss == "kto" and self.microbatches > 1:
             raise ValueError(
                 f"microbatches must be 1 for kto, which compares all rows of a batch, but is {self.microbatches}."
             )
+
+    @property
+    def losses(self) -> list[Any]:
+        """The losses of the sum, or the one loss."""
+        return list(self.loss) if isinstance(self.loss, list | tuple) else [self.loss]
 
 
 # Online methods -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
 from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training import lora as adapters
-from jaxrl_llm.training.batches import KINDS, Batches, Encoder
+from jaxrl_llm.training.batches import KINDS, Batches, Columns, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import LOGGING, Config, Data, GRPOConfig, OfflineConfig
 from jaxrl_llm.training.policy import Method, method_of, online
@@ -198,7 +198,7 @@ def _digest(params: Params) -> str:
 
 
 def batches_of(
-    run: Run, data: Data, kind: str, *, batch_size: int, room: int = 0, name: str = "data", fields: bool = False
+    run: Run, data: Data, kind: str, *, batch_size: int, room: int = 0, name: str = "data", fields: Columns = False
 ) -> tuple[Batches, records.Records]:
     """Return a data loader with its records, and print what was skipped, truncated, padded and left out.
 
@@ -232,6 +232,11 @@ def batches_of(
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
+    if isinstance(fields, frozenset) and batches.left_out:
+        named = " and ".join(sorted(batches.left_out))
+        raise ValueError(f"{found.source}: {named} must be in every {found.unit} or in none, but is in some.")
+    if fields is not True and "margin" in batches.columns - set(fields or ()):
+        run.say(f"{found.source}: the loss takes no margin, so that of each {found.unit} is not used.")
     for column in sorted(batches.left_out):
         run.say(f"{found.source}: {column} is not a number in every {found.unit}, so the loss does not receive it.")
     for bad in found.bad_lines:
@@ -307,7 +312,7 @@ class Objective(NamedTuple):
     kind: str
     watch: tuple[str, ...]
     identity: Mapping[str, Any] = {}
-    fields: bool = False  # the loss takes numbers beside the text of each row
+    fields: Columns = False  # the loss takes numbers beside the text of each row: all, or those of some names
 
 
 def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples: bool = True) -> Params:
@@ -328,7 +333,7 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         measures["sample"] = lambda params: sample(trained.model(params))
     copy = trained.frozen.ref is not None or not run.owned
     state = run.loop(
-        initial_state(trained.params, optimizer, run.keys.state, copy=copy),
+        initial_state(trained.params, optimizer, run.keys.state, copy=copy, loss=objective.loss),
         lambda state, done: step(state, jax.tree.map(jnp.asarray, batches(done)), trained.frozen),
         tokens=batches.tokens,
         evaluate=lambda params: {name: measure(params) for name, measure in measures.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,24 +21,27 @@ class RankedBatch(NamedTuple):
     completions: Sequences  # leaves [prompts, K, time]
     ranks: Int[Array, "prompts K"]  # 0 is best, equal ranks are ties
     real: Bool[Array, "prompts K"]  # false where a prompt has fewer completions
+    fields: Mapping[str, Float[Array, "prompts"]] = {}  # `margin`, the lead that the better one should have
 
 
 def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
-    """Return the K-choose-2 loss: −log σ(r_better − r_worse), the mean over a prompt's pairs, then over prompts.
+    """Return the K-choose-2 loss: −log σ(r_better − r_worse − m), the mean over a prompt's pairs, then over prompts.
 
-    The batch is a `RankedBatch`; the parameters are the head's. Metrics: `accuracy`, the share of pairs in the right
-    order (a tie of scores counts half), `margin`, their mean difference in score, and `score`, the mean.
+    The batch is a `RankedBatch`, whose field `margin` is m, else 0; the parameters are the head's. Metrics: `accuracy`,
+    the share of pairs in the right order (a tie of scores counts half), `margin`, their mean difference in score, and
+    `score`, the mean.
 
     Args:
         centering: weight of (r_i + r_j)², averaged as the loss is. It holds the scores around 0, as comparisons leave
             their level free.
 
-    Source: Ouyang et al. 2022, eq. 1; centering: Eisenstein et al. 2023.
+    Source: Ouyang et al. 2022, eq. 1; the margin: Touvron et al. 2023; centering: Eisenstein et al. 2023.
     """
 
     def loss(params: Params, batch: RankedBatch, frozen: Frozen | None, key: Array) -> Loss:
         scores = _scores(head, params, batch.completions)
-        per_prompt = reward_model.k_choose_2_loss(scores, batch.ranks, batch.real)
+        margin = batch.fields.get("margin", 0.0)
+        per_prompt = reward_model.k_choose_2_loss(scores, batch.ranks, batch.real, margin=margin)
         pairs = _ordered_pairs(batch)
         value = per_prompt.mean()
         if centering:

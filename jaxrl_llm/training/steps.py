@@ -21,6 +21,7 @@ class Frozen(NamedTuple):
 
     ref: Params | None = None  # of the reference policy
     base: Params | None = None  # of the model that adapters are merged into
+    running: PyTree = None  # the statistic of a loss that keeps one, as it was before the step: see `Running`
 
 
 View = Callable[[Params, Frozen | None], Params]  # (trained, frozen) -> the parameters that the loss sees
@@ -33,6 +34,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: Key[Array, ""]
+    running: PyTree = ()  # the statistic of a loss that keeps one: see `Running`
 
     @property
     def step_key(self) -> Key[Array, ""]:
@@ -51,18 +53,37 @@ class Loss(NamedTuple):
 LossFn = Callable[[Params, PyTree, Frozen | None, Array], Loss]  # (params, batch, frozen, key) -> Loss
 
 
+class Running(NamedTuple):
+    """A statistic over the steps of a run, such as BCO's mean reward: the attribute `running` of a loss that keeps one.
+
+    It is part of the state, and the loss reads it as `frozen.running`. It is advanced by the metrics of whole batches,
+    so that it does not depend on microbatches.
+    """
+
+    start: float
+    advance: Callable[[Array, Metrics, Array], Array]  # (statistic, metrics of a step, number of steps before it)
+
+
 def initial_state(
-    params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, copy: bool = True
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    copy: bool = True,
+    loss: LossFn | None = None,
 ) -> TrainState:
     """Return the state before the first step.
 
     Args:
+        loss: a loss that may keep a `Running` statistic, which is then begun; without it, it keeps none.
         copy: copy `params`, so that they stay valid. Without it the first step donates them: nothing may read them any
             more, and the memory never holds them twice.
     """
     if copy:
         params, key = jax.tree.map(jnp.copy, (params, key))
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    running = getattr(loss, "running", None)
+    statistic = () if running is None else jnp.asarray(running.start, jnp.float32)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key, statistic)
 
 
 def make_step(
@@ -106,13 +127,19 @@ def update(
             f"microbatches must be 1 for a loss that compares with all rows of a batch, but is {microbatches}."
         )
 
+    running = getattr(loss, "running", None) if jax.tree.leaves(state.running) else None
+    if running is not None:
+        frozen = (frozen or Frozen())._replace(running=state.running)
+
     def seen(params: Params, part: PyTree, key: Array) -> Loss:
         return loss(params if view is None else view(params, frozen), part, frozen, key)
 
     grads, metrics = gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1, state.key), metrics
+    statistic = state.running if running is None else running.advance(state.running, metrics, state.step)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state, state.step + 1, state.key, statistic), metrics
 
 
 def gradients(

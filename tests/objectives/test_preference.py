@@ -99,11 +99,15 @@ def test_the_arguments_of_a_loss_have_names():
     policy, ref = ["logp_policy_chosen", "logp_policy_rejected"], ["logp_ref_chosen", "logp_ref_rejected"]
     for loss in PAIR_LOSSES.values():
         names = policy + (ref if "reference" in loss.needs else [])
-        names += ["length_chosen", "length_rejected"] if "lengths" in loss.needs else []
+        names += [name.replace("_c", "_tail_c").replace("_rej", "_tail_rej") for name in names] * (
+            "tails" in loss.needs
+        )
+        names += ["length_chosen", "length_rejected"] * ("lengths" in loss.needs)
+        names += ["alignment_chosen", "alignment_rejected"] * ("alignments" in loss.needs)
         assert list(inspect.signature(loss).parameters) == [*names, *loss.hyperparameters]
         assert all(name in loss.__doc__ for name in [*names, "Raises:", "Source:"])
     assert preference.simpo_loss.needs == preference.orpo_loss.needs == {"means"} and not preference.cpo_loss.needs
-    assert preference.dpo_loss.hyperparameters == {"beta": 0.1, "label_smoothing": 0.0}
+    assert preference.dpo_loss.hyperparameters == {"beta": 0.1, "label_smoothing": 0.0, "margin": 0.0}
     logps = four(0.7, -1.1)
     by_name = preference.dpo_loss(**dict(zip(policy + ref, logps, strict=True)))
     np.testing.assert_array_equal(by_name, preference.dpo_loss(*logps))
@@ -329,6 +333,66 @@ def test_length_normalised_dpo_wants_lengths_of_at_least_one():
     np.testing.assert_allclose(traced, compiled(preference.dpo_loss)(*logps), rtol=1e-6)
 
 
+def test_a_margin_of_dpo_is_an_offset_of_its_reward_and_may_be_one_for_each_pair():
+    margins = np.array([0.5, -0.2, 0.0, 2.0], np.float32)
+    moved = compiled(preference.dpo_loss)(*four(0.7, -1.1), beta=BETA, margin=margins)
+    for found, margin in zip(moved, margins, strict=True):
+        assert float(found) == pytest.approx(-log_sigmoid(BETA * 1.8 - float(margin)), rel=1e-5)
+    total = lambda margin: preference.dpo_loss(*four(0.7, -1.1), margin=margin).sum()  # noqa: E731
+    assert (jax.jit(jax.grad(total))(margins) == 0).all()
+    with pytest.raises(ValueError, match=r"margin must be a number or \[\*batch\] = \[4\] as in logp_policy_chosen"):
+        preference.dpo_loss(*four(0.7, -1.1), margin=margins[:3])
+
+
+def test_ld_dpo_is_dpo_at_alpha_one_and_without_the_tails_at_alpha_zero():
+    a, b = np.array(RATIOS).T
+    whole, tails = four(a, b), four(a / 3, 0 * b)
+    loss, dpo = compiled(preference.ld_dpo_loss), compiled(preference.dpo_loss)
+    np.testing.assert_allclose(loss(*whole, *tails, beta=BETA, alpha=1.0), dpo(*whole, beta=BETA), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(*whole, *tails, beta=BETA, alpha=0.0), dpo(*four(2 * a / 3, b), beta=BETA), rtol=1e-5
+    )
+
+
+def test_the_weight_of_wpo_is_at_most_one_and_the_product_of_both_alignments():
+    pairs, s_w, s_l = four(0.7, -1.1), np.float32([-1, -1, 2, 0.5]), np.float32([-0.5, 0.25, -3, 1])
+    found = compiled(preference.wpo_loss)(*pairs, s_w, s_l, beta=BETA)
+    dpo = compiled(preference.dpo_loss)(*pairs, beta=BETA)
+    np.testing.assert_allclose(found / dpo, [math.exp(-1.5), math.exp(-0.75), math.exp(-1), 1], rtol=1e-5)
+
+
+def test_aot_compares_quantiles_of_a_batch_and_of_one_pair_is_dpo():
+    a, b = np.array([1.0, -2.0, 0.5, 3.0]), np.array([0.2, 0.1, -4.0, 1.0])
+    pairs = four(a, b)  # whose reference prefers the chosen ones by 11
+    policy = np.sort(np.asarray(pairs[0]) - pairs[1]) - 11
+    paired = compiled(preference.aot_loss)(*pairs, beta=BETA)
+    np.testing.assert_allclose(paired, [-log_sigmoid(BETA * each) for each in policy], rtol=1e-5)
+    unpaired = compiled(preference.aot_unpaired_loss)(*pairs, beta=BETA)
+    np.testing.assert_allclose(unpaired, [-log_sigmoid(BETA * each) for each in np.sort(a) - np.sort(b)], rtol=1e-5)
+    one = [each[:1] for each in pairs]
+    for loss in (preference.aot_loss, preference.aot_unpaired_loss):
+        np.testing.assert_allclose(loss(*one, beta=BETA), preference.dpo_loss(*one, beta=BETA), rtol=1e-6)
+
+
+def test_the_aot_gradient_is_that_of_the_pair_with_the_quantile():
+    policy = np.float32([3, 1, 2, 0])
+    slopes = compiled(preference.aot_loss.grad)(policy, *[np.zeros(4, np.float32)] * 3, beta=1.0)
+    np.testing.assert_allclose(slopes[0], [-sigmoid(-float(each)) for each in policy], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, -1e-6, 0.0])
+def test_alphapo_passes_into_simpo(alpha):
+    w, l = of_four([-1.0, -0.5]), of_four([-2.0, -0.75])  # noqa: E741
+    found = compiled(preference.alphapo_loss)(w, l, beta=2.0, gamma=0.5, alpha=alpha)
+    np.testing.assert_allclose(found, compiled(preference.simpo_loss)(w, l, beta=2.0, gamma=0.5), rtol=1e-5)
+
+
+def test_alphapo_by_hand():
+    found = preference.alphapo_loss(of_four(-1.0), of_four(-2.0), beta=2.0, gamma=0.5, alpha=0.25)
+    lead = 2 * (math.exp(0.5) - math.exp(0.25)) / 0.25
+    np.testing.assert_allclose(found, -log_sigmoid(lead - 0.5), rtol=1e-5)
+
+
 def test_simpo_at_equal_averages_and_at_its_target_margin():
     w, l = of_four([-1.0, -0.5]), of_four([-1.0, -0.75])  # noqa: E741
     found = compiled(preference.simpo_loss)(w, l, beta=2.0, gamma=0.5)
@@ -416,7 +480,12 @@ def test_kto_with_a_batch_of_one_would_cancel_its_own_signal():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        *[(name, {"beta": beta}, r"beta must lie in \(0, inf\)") for name in PAIR_LOSSES for beta in (0.0, -1.0)],
+        *[
+            (name, {"beta": beta}, r"beta must lie in \(0, inf\)")
+            for name in {*PAIR_LOSSES} - {"sft"}
+            for beta in (0.0, -1.0)
+        ],
+        ("ld_dpo", {"alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
         ("dpo", {"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 1\]"),
         ("cpo", {"label_smoothing": 1.1}, r"label_smoothing must lie in \[0, 1\]"),
         ("robust_dpo", {"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\)"),
@@ -435,6 +504,7 @@ def test_hyperparameters_out_of_range_are_refused_by_loss_and_gradient(name, set
         np.full(2, -1.0, np.float32) for each in inspect.signature(PAIR_LOSSES[name]).parameters if each[:4] == "logp"
     ]
     arrays += [np.ones(2, int)] * 2 if "lengths" in PAIR_LOSSES[name].needs else []
+    arrays += [np.zeros(2, np.float32)] * 2 if "alignments" in PAIR_LOSSES[name].needs else []
     for function in (PAIR_LOSSES[name], PAIR_LOSSES[name].grad):
         with pytest.raises(ValueError, match=message):
             function(*arrays, **settings)
@@ -465,20 +535,25 @@ def test_extreme_log_probabilities(name):
     """At -1e4 all is finite; at -inf the gradient is, is what autodiff finds, and one -inf gives no NaN."""
     loss = getattr(preference, f"{name.split()[0]}_loss")
     count = 4 if "reference" in getattr(loss, "needs", ()) else 2
-    arrays = list(GRID[:count])
+    tails = "tails" in getattr(loss, "needs", ())
+    grid = GRID[:, np.isfinite(GRID).all(axis=0)] if name.startswith("aot") else GRID  # which mixes the pairs
+    arrays = list(grid[:count]) + list(grid / 2) * tails
     size = arrays[0].size
     constants = {
         "kto": (np.arange(size) % 2 == 0, np.ones(size, np.float32)),
         "length_normalised_dpo": (np.full(size, 3), np.full(size, 2)),
+        "wpo": (np.float32(GRID[1]), np.ones(size, np.float32)),
     }.get(name, ())
+
+    settings = SETTINGS[name] | ({"beta": BETA} if name != "sft" else {})
 
     @jax.jit
     def everything(*arrays):
-        value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **SETTINGS[name]), *arrays)
-        return value, pull_back(jnp.ones_like(value)), loss.grad(*arrays, *constants, beta=BETA, **SETTINGS[name])
+        value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, **settings), *arrays)
+        return value, pull_back(jnp.ones_like(value)), loss.grad(*arrays, *constants, **settings)
 
     value, by_autodiff, closed = everything(*arrays)
-    infinite = np.isinf(arrays).sum(axis=0)
+    infinite = np.isinf(arrays[:count]).sum(axis=0)
     assert np.isfinite(value[infinite == 0]).all()
     assert not np.isnan(value[infinite <= 1]).any()
     assert np.isfinite(by_autodiff).all() and np.isfinite(closed).all()
