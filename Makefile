@@ -57,7 +57,7 @@ results: setup $(PARITY)/.ready
 	@echo "==> running every experiment at its full preset, which renews results/ and figures/gallery/"
 	PYTHONPATH=$(PARITY) $(BIN)/python -m experiments --preset full
 	for run in "search_trees smollm2-135m-instruct" "decoding_strategies smollm2-135m-instruct" \
-		"search_trees gemma-3-270m"; do set -- $$run; PYTHONPATH=$(PARITY) $(BIN)/python -m experiments.$$1 \
+		"search_trees gemma-3-270m" "decoding_strategies gemma-3-270m"; do set -- $$run; PYTHONPATH=$(PARITY) $(BIN)/python -m experiments.$$1 \
 		--preset full --model $$2 --results results || exit 1; done
 	$(BIN)/python -m figures
 

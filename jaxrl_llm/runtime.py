@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -28,3 +29,8 @@ def set_up() -> None:
 def quiet_transformers() -> None:
     """Silence transformers' notice that PyTorch is missing; call before transformers is imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def is_file() -> bool:
+    """Return True if progress bars would go to a file or a pipe, not to a terminal or a notebook."""
+    return "ipykernel" not in sys.modules and not sys.stderr.isatty()

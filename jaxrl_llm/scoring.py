@@ -137,6 +137,21 @@ def log_probs_and_collisions(
     return tuple(jnp.where(sequences.completion_mask, each, 0) for each in found)
 
 
+def log_probs_and_entropy(
+    lm: LanguageModel, params: Params, sequences: Sequences, *, temperature: float | Array = 1.0
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+    """Return `log_probs`, and the entropy of each next-token distribution in nats; both 0 outside of completions."""
+
+    def of_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
+        logits = lm.logits(params, hidden) / temperature
+        return token_log_probs(logits, tokens), entropy(logits)
+
+    hidden = hidden_before(lm, params, sequences)
+    tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
+    found = by_chunks(of_chunk, lm.vocab_size, hidden, tokens)
+    return jax.tree.map(lambda leaf: jnp.where(sequences.completion_mask, leaf, 0), found)
+
+
 class Measures(NamedTuple):
     """Diagnostics of policy and reference for each completion token, in nats; 0 elsewhere."""
 

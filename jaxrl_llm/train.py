@@ -173,7 +173,7 @@ def dpo(
         preference_loss(run.lm, losses, weights=config.loss_weights, **kwargs),
         "unpaired-preference" if is_kto else "preference",
         ("loss", "margin", "chosen_logp", "rejected_logp"),
-        {"loss": "+".join(map(recipes.place_of, config.losses)), "loss_kwargs": kwargs},
+        {"loss_kwargs": kwargs},
         fields=frozenset(taken - set(kwargs)) if len(named) == len(losses) else True,
     )
     return _offline(run, data, objective, reference="reference" in needs)
@@ -245,8 +245,8 @@ def grpo(
 ) -> LM:
     """Optimise rewards of the model's own completions, by GRPO or another method that compares them in groups.
 
-    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
-    with `kl_loss`.
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss:
+    see `kl`.
 
         jl.train.grpo("tiny-gpt2", [{"prompt": "The king"}] * 4, reward=lambda prompts, completions: [...])
 
@@ -268,8 +268,9 @@ def grpo(
     Returns:
         The trained model. `lm` stays valid.
 
-    Metrics: `reward`, `reward_std`; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions
-    in nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
+    Metrics: `reward`; `reward_std`, the mean of the groups' standard deviations, and `frac_reward_zero_std`, the share
+    of groups without a difference; `kl`, `kl_k1` and `kl_k3`, estimates of KL(policy‖reference) of whole completions in
+    nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions with EOS; `ratio` and
     `clip_fraction` over the updates of a step; `completion_tokens`; `loss`; `grad_norm`; with `text`, `text_loss`.
 
     Raises:
@@ -294,8 +295,8 @@ def ppo(
 ) -> LM:
     """Optimise rewards of the model's own completions by PPO, with a critic that is trained beside the policy.
 
-    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss
-    with `kl_loss`. `reward` is as in `grpo`.
+    The reference is `lm` as it is given; β KL(policy‖reference) is subtracted from the reward, or a term of the loss:
+    see `kl`. `reward` is as in `grpo`.
 
         jl.train.ppo("tiny-gpt2", "prompts.jsonl", reward=scorer)
 

@@ -243,17 +243,111 @@ def test_a_reward_model_scores_completions_and_is_saved(model, tmp_path):
 # What identifies a run, what it measures ------------------------------------------------------------------------------
 
 
-def test_a_run_is_its_options_and_the_contents_of_its_data(folder, model):
+def test_a_run_is_its_options_and_the_contents_of_its_model_and_data(folder, model):
     def identity(lm, **changes):
-        run = recipes.begin(lm, RewardConfig(**OPTIONS | changes), folder / "identity", verbose=False)
-        return run.identity("reward", data_sha256="abc")
+        config = RewardConfig(**OPTIONS | {"optimizer_kwargs": {"b2": 0.9}} | changes)
+        run = recipes.begin(lm, config, folder / "identity", verbose=False)
+        found = run.identity("reward", data_sha256="abc")
+        assert json.loads(json.dumps(found)) == found, "values keep their types"
+        return {name: value for name, value in found.items() if name not in run.free}
 
     before = identity(folder / "model")
-    assert before == identity(folder / "model", log_every=2, keep=5)
+    assert before["learning_rate"] == 1e-2 and before["steps"] == 2 and before["optimizer_kwargs"] == {"b2": 0.9}
+    assert before == identity(folder / "model", log_every=2, keep=5, microbatches=2, checkpoint_blocks=True)
+    assert before == identity(f"{folder}/model/") == identity(model), "a path is nothing"
     assert before != identity(folder / "model", centering=0.1)
     other = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf + 1, model.params))
     assert identity(model) == identity(dataclasses.replace(model)) != identity(other)
-    json.dumps(before)
+    assert "steps" not in identity(model, schedule="constant", warmup=2), "such a run can be made longer"
+    run = recipes.begin(model, SFTConfig(eval_data=LINES["sft"]), verbose=False)
+    assert run.identity("sft")["eval_data"] == "in memory, a list"
+    method = dataclasses.replace(METHODS["rloo"], beta=0.3)
+    assert run.identity("x", method=method, reward=vowels)["method"]["beta"] == 0.3
+    assert run.identity("x", reward=vowels)["reward"].endswith(":vowels")
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_more_memory_or_steps_but_not_with_other_weights(folder, model, tmp_path):
+    options = OPTIONS | {"schedule": "constant", "warmup": 0, "verbose": False}
+    whole = train.sft(folder / "model", LINES["sft"], out=tmp_path / "whole", **options | {"steps": 4})
+    data = tmp_path / "copy.jsonl"
+    data.write_bytes((folder / "sft.jsonl").read_bytes())
+    out = tmp_path / "out"
+    train.sft(folder / "model", LINES["sft"], out=out, **options)
+    more = {"resume": True, "steps": 4, "microbatches": 2}
+    grown = train.sft(f"{folder}/model/", LINES["sft"], out=out, **options | more)
+    for new, old in zip(leaves(grown.params), leaves(whole.params), strict=True):
+        np.testing.assert_allclose(new, old, atol=2e-4)
+    assert json.loads((out / "run.json").read_text())["steps"] == 4
+    other = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * 1.01, model.params))
+    with pytest.raises(ValueError, match="model_sha256 was"):
+        train.sft(other, LINES["sft"], out=out, **options | more)
+
+
+def test_epochs_are_counted_and_logged_with_the_learning_rate(model, tmp_path, capsys):
+    options = OPTIONS | {"log_every": 1, "save_every": 10}
+    del options["steps"]
+    train.sft(model, LINES["sft"], out=tmp_path, num_epochs=1.5, schedule="cosine", warmup=1, **options)
+    said = capsys.readouterr().out
+    assert "1.5 epochs of 2 batches: 3 steps." in said and "3 steps: loss " in said
+    rows = RunLog(tmp_path / "log.jsonl").rows()
+    assert [row["epoch"] for row in rows] == [0.5, 1, 1.5]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.01, 0.005])
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 3
+    train.sft(model, LINES["sft"], out=tmp_path, steps=3, schedule="cosine", warmup=1, **options, resume=True)
+    with pytest.raises(ValueError, match="one of steps and num_epochs must be given, but both are, 2 and 3"):
+        SFTConfig(steps=2, num_epochs=3)
+    with pytest.raises(TypeError, match="did you mean 'num_epochs'"):
+        train.sft(model, LINES["sft"], num_train_epochs=3)
+
+
+def test_held_out_numbers_are_means_over_all_rows_and_the_best_checkpoint_is_the_model(folder, model, tmp_path, capsys):
+    """Of a reward model: its accuracy is over pairs, though prompts have one or three of them."""
+    options = OPTIONS | {"steps": 4, "learning_rate": 0.1, "eval_data": LINES["ranked"], "microbatches": 2}
+    scorer = train.reward(model, LINES["ranked"], out=tmp_path / "a", keep_best="held_out_loss", **options)
+    rows = RunLog(tmp_path / "a" / "log.jsonl").rows()
+    best = min(rows, key=lambda row: row["held_out_loss"])
+    said = capsys.readouterr().out
+    assert f"The best held_out_loss is that of step {best['step']}, {best['held_out_loss']:.4g}: the model is" in said
+    pairs = [
+        (line["prompt"], better, worse)
+        for line in LINES["ranked"]
+        for place, better in enumerate(line["answers"])
+        for worse in line["answers"][place + 1 :]
+    ]
+    asked, better, worse = zip(*pairs, strict=True)
+    lead = np.asarray(scorer.score(asked, better)) - np.asarray(scorer.score(asked, worse))
+    assert best["held_out_margin"] == pytest.approx(lead.mean(), abs=1e-5)
+    assert best["held_out_accuracy"] == pytest.approx(((lead > 0) + (lead == 0) / 2).mean())
+    again = train.reward(model, LINES["ranked"], out=tmp_path / "a", resume=True, keep_best="held_out_loss", **options)
+    assert_same(again.params, scorer.params)
+    assert_saved_reward(tmp_path / "a", scorer.params)
+    for keep_best, said in (
+        ("held_out_ended", "keep_best must be a metric that ends in accuracy, margin"),
+        (
+            "held_out_kl",
+            "keep_best must be one of held_out_loss, held_out_accuracy, held_out_margin, held_out_score, but",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train.reward(model, LINES["ranked"], keep_best=keep_best, **options, verbose=False)
+    with pytest.raises(ValueError, match="keep_best needs held-out data: eval_data must be given, but is None"):
+        RewardConfig(keep_best="held_out_loss")
+
+
+def assert_saved_reward(folder, params):
+    assert_same(train.RewardModel.load(folder).params, params)
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_are_trained_and_saved_so(folder, model, tmp_path):
+    options = OPTIONS | {"dtype": "bfloat16", "param_dtype": "bfloat16", "verbose": False, "learning_rate": 1e-3}
+    tuned = train.sft(model, LINES["sft"], out=tmp_path, eval_data=LINES["sft"], **options)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(tuned.params)} == {"bfloat16"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    rows = RunLog(tmp_path / "log.jsonl").rows()
+    assert rows[-1]["held_out_perplexity"] == pytest.approx(np.exp(rows[-1]["held_out_loss"]))
+    assert_same(train.sft(model, LINES["sft"], out=tmp_path, resume=True, **options).params, tuned.params)
 
 
 def test_an_adapter_records_the_name_or_path_of_its_model(folder, model):
@@ -283,7 +377,7 @@ def test_the_held_out_loss_is_of_every_row(model, batch_size, microbatches, whol
 
     loss.needs_whole_batch = whole
     objective = Objective("sft", loss, "prompt-completion", ())
-    found = recipes.held_out(run, objective, Trained({}, Frozen()))({})
+    found = recipes.held_out(run, objective, Trained({}, Frozen()))({})["held_out_loss"]
     encode = run.encoder()
     counts = [len(encode(line["prompt"], [line["answer"]]).completions[0]) for line in LINES["sft"][:7]]
     assert found == pytest.approx(np.mean(counts)) and max(sizes) <= batch_size // microbatches + whole
@@ -336,7 +430,13 @@ def test_what_data_leave_out_is_reported(model, capsys):
         ("sft", ("model", "sft"), {"save_every": 0}, ValueError, "save_every must be an integer of at least 1"),
         ("sft", ("model", "sft"), {"microbatches": 0}, ValueError, "microbatches must be an integer of at least 1"),
         ("sft", ("model", "sft"), {"microbatches": 3}, ValueError, "microbatches must divide batch_size, 16, but is 3"),
-        ("sft", ("model", "sft"), {"warmup": 2.0}, ValueError, r"warmup must be a number in \[0, 1\], but is 2.0"),
+        (
+            "sft",
+            ("model", "sft"),
+            {"warmup": -1},
+            ValueError,
+            "warmup must be a finite number of at least 0, but is -1",
+        ),
         ("sft", ("model", "sft"), {"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number"),
         ("sft", ("model", "sft"), {"cut": "middle"}, ValueError, "cut must be one of left, right, raise, but is 'mid"),
         ("sft", ("model", "sft"), {"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16"),
@@ -398,7 +498,7 @@ def test_the_command_line_trains(call, folder):
     assert status == 0 and f"The model is in {folder / 'cli'}." in out
     assert models.load(folder / "cli").tokenizer is not None
     identity = json.loads((folder / "cli" / "run.json").read_text())
-    assert identity["loss_kwargs"] == "{'beta': 0.2, 'label_smoothing': 0.1}" and identity["steps"] == "1"
+    assert identity["loss_kwargs"] == {"beta": 0.2, "label_smoothing": 0.1} and identity["steps"] == 1
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def test_the_command_line_takes_sums_of_losses_and_a_divergence(call, folder):
     status, *_ = call("sum", *words, "--loss-kwargs", "divergence", "alpha", "alpha", 0.3)
     assert status == 0
     identity, row = json.loads((folder / "sum" / "run.json").read_text()), rows(folder / "sum")[-1]
-    assert identity["loss"] == "f_dpo+sft" and identity["loss_weights"] == "(1.0, 0.1)"
-    assert identity["loss_kwargs"] == "{'alpha': 0.3, 'beta': 0.3, 'divergence': 'alpha'}"
+    assert identity["loss"] == ["f_dpo", "sft"] and identity["loss_weights"] == [1.0, 0.1]
+    assert identity["loss_kwargs"] == {"alpha": 0.3, "beta": 0.3, "divergence": "alpha"}
     nats = np.log(4096)  # of a token, nearly, before training; the first term is log 2 at the reference
     assert row["loss"] == pytest.approx(np.log(2) + 0.1 * nats, abs=0.05)
 

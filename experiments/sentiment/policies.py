@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from experiments.exact_alignment import standardised_kl
 from experiments.sentiment.models import epochs, word_scores
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import ScalarHead
@@ -177,7 +178,7 @@ def optimizer(rate: Array | float, warm_up: int = 5) -> optax.GradientTransforma
 
 def method_of(tools: Tools, name: str, settings: Settings) -> Method:
     """Return a policy-gradient method with these hyperparameters; each epoch over a batch counts as an update."""
-    method = dataclasses.replace(METHODS[name], beta=settings.beta, gamma=settings.gamma)
+    method = dataclasses.replace(METHODS[name], beta=settings.beta, gamma=settings.gamma, kl="reward")
     return dataclasses.replace(method, epochs=min(method.epochs, tools.config.epochs))
 
 
@@ -235,6 +236,8 @@ def online(tools: Tools, name: str, *, with_text: bool = False) -> Program:
         world: World, pairs: None, state: steps.TrainState, order: Array, settings: Settings
     ) -> tuple[steps.TrainState, PyTree]:
         trainer = policy.online(tools.lm, optimizer(settings.rate), critic=critic)
+        if name == "grpo":
+            trainer = standardised_kl(trainer, tools.lm)
 
         def some(rows: PyTree, key: Array, count: int) -> PyTree:
             picked = jax.random.randint(key, (count,), 0, jax.tree.leaves(rows)[0].shape[0])

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding
 
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.families import FAMILIES, Family, config_of, family_of, stored_name
@@ -401,17 +401,14 @@ def write_file(path: Path, tensors: Mapping[str, Part]) -> None:
         start = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for _, part in ordered:
             for rows in part.rows():
                 file.write(rows.reshape(-1).view(np.uint8).data)
-    os.replace(partial, path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -147,6 +147,9 @@ def save(
 ) -> None:
     """Write a folder that `load` and transformers load: configuration, safetensors, tokenizer.
 
+    Both of its configurations end texts at the tokenizer's EOS token, which training teaches, beside the ends that they
+    have in `config`.
+
     Args:
         config: further fields for `config.json`, such as `eos_token_id`; the tokenizer's are added automatically.
         dtype: of the stored tensors; by default that of `params`.
@@ -155,6 +158,7 @@ def save(
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
     generation = extra.pop("generation_config", None) or {}
+    extra |= _ending(extra, ids["eos_token_id"])
     own = families.config_of(model)
     extra = {name: value for name, value in extra.items() if name == "architectures" or name not in (*own, *DERIVED)}
     if "architectures" in extra and further is None:
@@ -162,10 +166,20 @@ def save(
     huggingface.write_folder(Path(path), model, params, dtype=dtype, extra=extra, further=further or {})
     if not isinstance(model, T5):
         generation = {name: extra[name] for name in ids if name in extra} | generation
+        generation |= _ending(generation, ids["eos_token_id"])
     if generation:
         huggingface.write_json(Path(path) / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def _ending(config: Mapping[str, Any], eos: int | None) -> dict[str, Any]:
+    """Return the `eos_token_id` of a configuration, with a further one first if it is not there."""
+    known = config.get("eos_token_id")
+    known = known if isinstance(known, list | tuple) else [known] * (known is not None)
+    if eos is None or eos in known:
+        return {}
+    return {"eos_token_id": [eos, *known] if known else eos}
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:

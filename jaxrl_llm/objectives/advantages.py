@@ -13,6 +13,8 @@ In `rloo`, `grpo` and `centered` the last axis is a group: the N completions of 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
@@ -127,6 +129,7 @@ def rloo(
 def grpo(
     rewards: Float[Array, "*batch group"],
     *,
+    scale: Literal["group", "batch", "none"] = "group",
     ddof: int = 1,
     eps: float = 1e-4,
     mask: Bool[Array, "*batch group"] | None = None,
@@ -135,24 +138,34 @@ def grpo(
 
         A_i = (r_i − mean r) / (std r + ε)
 
-    A group in which all rewards are equal gets exactly 0.
+    A group in which all rewards are equal gets exactly 0. A KL penalty must not be part of such rewards: where the
+    others are equal, the division would make it as large as any reward, whatever its weight.
 
     Args:
+        scale: the standard deviation is that of the group, of the rewards of the whole batch (arXiv 2508.08221),
+            or 1 ("none"), which gives `centered`.
         ddof: the standard deviation divides by N − ddof: 1 for the sample's, 0 for the population's. A Python int.
         eps: ε, in the unit of the rewards.
         mask: the real completions. A group with no more than `ddof` of them gets 0.
 
     Raises:
-        ValueError: as `rloo`, but for N ≤ ddof; or if ε is negative.
+        ValueError: as `rloo`, but for N ≤ ddof; if ε is negative; or if the scale is unknown.
 
     Source: Shao et al. 2024, section 4.1.2.
     """
     rewards = floating("rewards", rewards, ndim=1)
     check_range(0, eps=eps), check_range(0, ddof=ddof)
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale must be group, batch or none, but is {scale!r}.")
     if rewards.shape[-1] <= ddof:
         raise ValueError(f"rewards must have more than ddof = {ddof} in a group, but have {rewards.shape[-1]}.")
-    deviation, count = _deviations("rewards", rewards, checked_mask(mask, rewards.shape, of="rewards"), axis=-1)
-    variance = jnp.square(deviation).sum(axis=-1, keepdims=True) / jnp.maximum(count - ddof, 1)
+    mask = checked_mask(mask, rewards.shape, of="rewards")
+    deviation, count = _deviations("rewards", rewards, mask, axis=-1)
+    if scale == "none":
+        return stop_gradient(deviation)
+    spread, compared = (deviation, count) if scale == "group" else _deviations("rewards", rewards, mask, axis=None)
+    axis = -1 if scale == "group" else None
+    variance = jnp.square(spread).sum(axis=axis, keepdims=True) / jnp.maximum(compared - ddof, 1)
     return stop_gradient(jnp.where(count > ddof, _quotient(deviation, jnp.sqrt(variance) + eps), 0))
 
 

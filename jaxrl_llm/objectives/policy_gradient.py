@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.numerics import bounded_exp, check_range, checked, finite_gradient, log_ratio
+from jaxrl_llm.numerics import bounded_exp, check_range, checked, finite_gradient, is_concrete, log_ratio
 from jaxrl_llm.objectives import logprobs
 from jaxrl_llm.objectives.objective import objective
 
@@ -139,6 +139,42 @@ def _sequence_ratio(
     return log_s, jnp.where(mask, 1 / divisor[..., None], 0), jnp.where(count > 0, advantages, 0)
 
 
+@objective(constants=("logp_other",))
+def completion_log_ratio(
+    logp_policy: Float[Array, "*batch time"],
+    logp_other: Float[Array, "*batch time"],
+    mask: Bool[Array, "*batch time"],
+    *,
+    length_normalised: bool = False,
+) -> Float[Array, "*batch time"]:
+    """The log-ratio of a whole completion at each of its tokens, where its gradient is that of the token alone.
+
+        sg(Σ_s log π(y_s)/π_other(y_s)) + log π(y_t) − sg(log π(y_t))
+
+    Summed over tokens, a loss of it has the gradient of the same loss of the whole completion, and each token may have
+    a weight of its own. `ppo_clip_loss` of it clips the ratio of completions: of the plain ratio as TRL's RLOO does,
+    of the length-normalised one it is GSPO-token, which for one advantage a completion has the mean gradient of
+    `gspo_loss`. `k2` of it is the KL penalty of whole completions.
+
+    Args:
+        logp_policy, logp_other: log-probabilities of the tokens, in nats; `logp_other` is a constant.
+        mask: the real tokens; the others have the value 0.
+        length_normalised: divide the sum by the number of real tokens: the geometric mean of the tokens' ratios.
+
+    Source: Zheng et al. 2025, eqs. 13 and 14.
+    """
+    divisor = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1) if length_normalised else 1
+    whole = jnp.where(mask, logp_policy - logp_other, 0).sum(axis=-1, keepdims=True) / divisor
+    own = jnp.where(jnp.isfinite(logp_policy), logp_policy - stop_gradient(logp_policy), 0)
+    return jnp.where(mask, stop_gradient(whole) + own, 0)
+
+
+@completion_log_ratio.gradient
+def _(logp_policy, logp_other, mask, *, length_normalised):
+    """1 at each real token."""
+    return (mask & jnp.isfinite(logp_policy)).astype(logp_policy.dtype)
+
+
 @objective(constants=("logp_old", "advantages"), clip_low="[0, inf)", clip_high="[0, inf)")
 def cispo_loss(
     logp_policy: Float[Array, "*batch"],
@@ -176,32 +212,38 @@ def truncated_importance_weight(
     logp_sampler: Float[Array, "*batch"],
     *,
     cap: float = 2.0,
+    floor: float = 0.0,
     mode: Literal["truncate", "mask"] = "truncate",
 ) -> Float[Array, "*batch"]:
     """A constant importance weight that corrects for a sampler other than the policy.
 
-        min(π_old(y)/μ(y), C),   or with mode "mask" the ratio itself, and 0 beyond C
+        clip(π_old(y)/μ(y), F, C),   or with mode "mask" the ratio itself, and 0 outside of [F, C]
 
-    μ is the distribution that drew the tokens. Without a cap the weighted mean is unbiased; C bounds its variance at
+    μ is the distribution that drew the tokens. Without bounds the weighted mean is unbiased; C bounds its variance at
     the price of a bias towards μ. Multiply a loss per token by it, or per sequence for summed log-probabilities. No
     gradient flows through it.
 
     Args:
         logp_old, logp_sampler: of one shape, in nats.
         cap: C > 0.
-        mode: "truncate" or "mask".
+        floor: F ≥ 0, no more than C.
+        mode: "truncate"; or "mask", which of tokens with a floor is IcePop, of sequences masked importance sampling.
 
     Raises:
-        ValueError: if the shapes differ, a dtype is not floating, C is not positive, or the mode is unknown.
+        ValueError: if the shapes differ, a dtype is not floating, C is not positive, F is not in [0, C], or the mode is
+            unknown.
 
-    Source: Espeholt et al. 2018 (ρ̄ below eq. 1); Yao et al. 2025.
+    Source: Espeholt et al. 2018 (ρ̄ below eq. 1); Yao et al. 2025. Masks: IcePop (arXiv 2510.18855); masked importance
+        sampling of sequences (Liu et al. 2025, *When speed kills stability*).
     """
     logp_old, logp_sampler = checked(logp_old=logp_old, logp_sampler=logp_sampler)
     check_range(0, open_low=True, cap=cap)
+    check_range(0, cap if is_concrete(cap) else jnp.inf, floor=floor)
     if mode not in ("truncate", "mask"):
         raise ValueError(f'mode must be "truncate" or "mask", but is {mode!r}.')
     ratio = bounded_exp(logp_old - logp_sampler)
-    return stop_gradient(jnp.where(ratio > cap, cap if mode == "truncate" else 0, ratio).astype(ratio.dtype))
+    outside = jnp.clip(ratio, floor, cap) if mode == "truncate" else 0
+    return stop_gradient(jnp.where((ratio < floor) | (ratio > cap), outside, ratio).astype(ratio.dtype))
 
 
 @objective(constants=("logp_sampler", "advantages"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import text_to_path
+
+from jaxrl_llm.files import replacing
 
 DPI = 180
 INK, MUTED, EDGE, FAINT = "#1b1f24", "#66707a", "#9aa3ac", "#c9ced4"
@@ -132,10 +133,8 @@ def check_suffix(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically, and make its folder if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
     return path
 
 

@@ -23,7 +23,52 @@ else:  # on the command line
     Losses = str | tuple[str, ...]
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
-Divergence = Literal["reverse", "forward"]
+KL = Literal["reward", "reverse", "forward"]
+Scale = Literal["group", "batch", "none"]
+Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Dtype = Literal["float32", "bfloat16"]
+Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt"]
+Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
+OPTIMIZERS: dict[str, tuple[str, ...]] = {  # with the hyperparameters that can be set, by optax's names
+    "adamw": ("b1", "b2", "eps"),
+    "adam": ("b1", "b2", "eps"),
+    "sgd": ("momentum",),
+    "lion": ("b1", "b2"),
+    "adafactor": ("decay_rate", "clipping_threshold", "momentum"),
+    "muon": ("beta", "adam_b1", "adam_b2"),
+}
+
+
+def check_optimizer(name: str, hyperparameters: Iterable[str]) -> None:
+    """Raise ValueError for an unknown optimiser, or a hyperparameter that it does not have."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but is {name!r}.")
+    if unknown := sorted(set(hyperparameters) - set(OPTIMIZERS[name])):
+        listed = ", ".join(OPTIMIZERS[name])
+        raise ValueError(f"the optimizer {name} has no {', '.join(unknown)}: its hyperparameters are {listed}.")
+
+
+BETTER = {  # by the last word of a metric: 1 if larger values are better, -1 if smaller ones are
+    **dict.fromkeys(("accuracy", "margin", "reward", "score", "logp", "rate"), 1),
+    **dict.fromkeys(("loss", "perplexity", "kl"), -1),
+}
+
+
+def direction(metric: str) -> tuple[str, int]:
+    """Return the name of the metric of `keep_best`, and 1 if larger values are better or -1 if smaller ones are.
+
+    Raises:
+        ValueError: if neither the name's last word nor "max:" or "min:" before it says which.
+    """
+    if metric.startswith(("max:", "min:")):
+        return metric[4:], 1 if metric.startswith("max:") else -1
+    sign = BETTER.get(metric.split("_")[-1])
+    if sign is None:
+        raise ValueError(
+            f'keep_best must be a metric that ends in {", ".join(BETTER)}, or have "max:" or "min:" before it, '
+            f"but is {metric!r}."
+        )
+    return metric, sign
 
 
 # All runs -------------------------------------------------------------------------------------------------------------
@@ -40,11 +85,18 @@ class Config(Checked):
     microbatches: int = number(1, 1)
     """Parts that a batch is split into, their gradients accumulated: less memory, the same step."""
     learning_rate: float = number(1e-5, 0)
-    """The peak, after the warm-up; from there it decays linearly to 0."""
-    warmup: float = number(0.05, 0, 1)
-    """Share of the steps in which the learning rate rises."""
+    """The peak of the learning rate, after the warm-up."""
+    schedule: Schedule = "linear"
+    """The learning rate after the warm-up: "linear" and "cosine" decay to 0 at the end of the run, "inverse_sqrt" as
+    1/√step; the last two, "constant" and "inverse_sqrt", do not depend on the number of steps."""
+    warmup: float = number(0.05, 0)
+    """Steps in which the learning rate rises; below 1 their share of all steps."""
+    optimizer: Optimizer = "adamw"
+    """The optimiser; muon is Muon on the weight matrices and Adam on all else."""
+    optimizer_kwargs: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Further hyperparameters of the optimiser by optax's names, such as b2 0.95 (of muon adam_b2)."""
     weight_decay: float = number(0.0, 0)
-    """Weight decay of AdamW."""
+    """Weight decay; norms, biases and embeddings are left alone."""
     clip_norm: float = number(1.0, 0, above=True)
     """Gradients of a larger norm are scaled down to it."""
     max_length: int | None = number(None, 1)
@@ -54,8 +106,11 @@ class Config(Checked):
     "raise" refuses them."""
     on_bad: OnBad = "raise"
     """Malformed examples stop the run, or are skipped and reported."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; the weights stay in float32."""
+    dtype: Dtype = "float32"
+    """Type of the computation."""
+    param_dtype: Dtype = "float32"
+    """Type of the weights. With bfloat16, which needs dtype bfloat16 too, the optimiser's moments are still in float32,
+    and updated weights are rounded at random, so that small steps add up."""
     lora_rank: int = number(0, 0)
     """Train LoRA adapters of this rank instead of all weights; 0 trains all weights."""
     lora_alpha: float = number(16.0, 0, above=True)
@@ -72,24 +127,53 @@ class Config(Checked):
     """Random seed: of the order of the examples, of new parameters and of samples."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
+    keep_best: str | None = None
+    """The model is that of the checkpoint at which this number of the held-out evaluation was best, such as
+    held_out_loss or held_out_accuracy; "max:" or "min:" before a name of one's own says which values are better."""
     tensorboard: bool = False
     """Write the log as TensorBoard events too."""
+    wandb: bool = False
+    """Send the log to Weights & Biases too; WANDB_PROJECT, WANDB_NAME and WANDB_MODE in the environment count."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size, {self.batch_size}, but is {self.microbatches}.")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup must be a share below 1 or a whole number of steps, but is {self.warmup}.")
+        if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError(f"dtype must be bfloat16 if param_dtype is, but is {self.dtype}.")
+        check_optimizer(self.optimizer, self.optimizer_kwargs)
+        if self.keep_best is not None:
+            direction(self.keep_best)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfflineConfig(Config):
     """Options of every run on given completions."""
 
+    num_epochs: float | None = number(None, 0, above=True)
+    """Passes over the data, instead of a number of steps."""
     eval_data: DataOption = None
     """Held-out data of the same format, for the held-out loss."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_epochs is not None and self.steps != Config.steps:
+            raise ValueError(
+                f"one of steps and num_epochs must be given, but both are, {self.steps} and {self.num_epochs:g}."
+            )
+        if self.keep_best is not None and self.eval_data is None:
+            raise ValueError("keep_best needs held-out data: eval_data must be given, but is None.")
 
-LOGGING = ("eval_data", "log_every", "save_every", "keep", "resume", "tensorboard")  # they do not identify a run
+
+LOGGING = ("eval_data", "log_every", "save_every", "keep", "keep_best", "resume", "tensorboard", "wandb")
+FREE = (
+    *LOGGING,
+    "microbatches",
+    "checkpoint_blocks",
+    "model",
+)  # a run can be resumed with others: its steps are the same
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,11 +244,16 @@ class PolicyOptions(Checked):
     group_size: int = number(4, 1, static=True)
     """Completions of each prompt."""
     beta: float = number(0.05, 0)
-    """Weight of KL(policy‖reference), in units of reward per nat."""
-    kl_loss: Divergence | None = dataclasses.field(default=None, metadata=STATIC)
-    """Add this divergence to the loss as a term; by default the KL penalty is part of the reward."""
+    """Weight of KL(policy‖reference), in units of reward per nat. A group's spread never divides it."""
+    kl: KL = dataclasses.field(default="reward", metadata=STATIC)
+    """Place of the KL penalty: "reward", k1 of each token is subtracted from its reward; "reverse" or "forward", a term
+    of the loss whose gradient is that of KL(policy‖reference) or of KL(reference‖policy)."""
+    scale_rewards: Scale = dataclasses.field(default="none", metadata=STATIC)
+    """Rewards less the mean of their group are divided by the standard deviation of the group or of the batch."""
     gamma: float = number(0.0, 0)
     """Weight of the pretraining term gamma E[log policy], in units of reward per nat of a token."""
+    entropy_coefficient: float = number(0.0, 0, static=True)
+    """Weight of the entropy bonus, in units of reward per nat of a token."""
     epochs: int = number(1, 1, static=True)
     """Passes over each batch of completions."""
     minibatches: int = number(1, 1, static=True)
@@ -173,8 +262,20 @@ class PolicyOptions(Checked):
     """Probability ratios are clipped below 1 - clip_low."""
     clip_high: float = number(0.2, 0)
     """Probability ratios are clipped above 1 + clip_high."""
+    importance_mode: Importance = dataclasses.field(default="token_truncate", metadata=STATIC)
+    """Importance weights for what was not sampled from the policy itself, such as by top-p: of tokens or of whole
+    completions ("sequence"), which beyond importance_floor and importance_cap are truncated to them or are 0 ("mask").
+    """
     importance_cap: float = number(2.0, 0, above=True)
-    """Largest importance weight of a token that was not sampled from the policy itself, such as by top-p."""
+    """Largest importance weight."""
+    importance_floor: float = number(0.0, 0)
+    """Smallest importance weight."""
+    overlong_buffer: float = number(0.0, 0, 1)
+    """Share of max_new_tokens, at its end, over which a completion's reward falls by up to 1, linearly."""
+    mask_truncated: bool = dataclasses.field(default=False, metadata=STATIC)
+    """Leave completions that did not end within max_new_tokens out of the loss."""
+    normaliser: float | None = number(None, 0, above=True)
+    """Tokens that the sum over a completion is divided by, of dr_grpo; by default max_new_tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +315,19 @@ class GRPOConfig(PolicyOptions, Config):
     """Temperature of the policy, in sampling and in all log-probabilities."""
     top_p: float = number(1.0, 0, 1, above=True)
     """Sample from the smallest set of tokens of this probability; importance weights correct for it."""
+    beta: float | None = number(None, 0)
+    """Weight of KL(policy‖reference), in units of reward per nat; by default 0.05, of grpo 0.04, of dr_grpo, dapo, gspo
+    and cispo 0. A group's spread never divides it."""
+    kl: KL | None = dataclasses.field(default=None, metadata=STATIC)
+    """Place of the KL penalty: "reward", k1 of each token is subtracted from its reward; "reverse" or "forward", a term
+    of the loss whose gradient is that of KL(policy‖reference) or of KL(reference‖policy). By default "reward", of grpo
+    "forward", as published."""
+    scale_rewards: Scale | None = dataclasses.field(default=None, metadata=STATIC)
+    """Rewards less the mean of their group are divided by the standard deviation of the group or of the batch; by
+    default "none", of grpo, dapo, gspo and cispo "group"."""
+    overlong_buffer: float | None = number(None, 0, 1)
+    """Share of max_new_tokens, at its end, over which a completion's reward falls by up to 1, linearly; by default 0,
+    of dapo 0.2."""
     clip_low: float | None = number(None, 0)
     """Probability ratios are clipped below 1 - clip_low; by default 0.2, of gspo 3e-4, of cispo 1."""
     clip_high: float | None = number(None, 0)
@@ -229,6 +343,16 @@ class GRPOConfig(PolicyOptions, Config):
         if (self.gamma > 0) != (self.text is not None):
             raise ValueError(
                 f"gamma and text must be given together, but gamma is {self.gamma} and text is {self.text}."
+            )
+        if self.importance_mode.startswith("sequence") and self.top_p < 1:
+            raise ValueError(
+                "importance_mode must be token_truncate or token_mask with top_p below 1, as weights of whole "
+                f"completions vanish with their length, but is {self.importance_mode}."
+            )
+        if self.importance_floor > self.importance_cap:
+            raise ValueError(
+                f"importance_floor must be at most importance_cap, {self.importance_cap}, "
+                f"but is {self.importance_floor}."
             )
         if self.batch_size % self.group_size:
             raise ValueError(f"group_size must divide batch_size, {self.batch_size}, but is {self.group_size}.")

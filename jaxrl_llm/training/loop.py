@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
 import signal
 import threading
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
+from jaxrl_llm import runtime
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.training.checkpoints import Checkpoints
+from jaxrl_llm.training.config import direction
 from jaxrl_llm.training.steps import Metrics, TrainState
 
 Advance = Callable[[TrainState, int], tuple[TrainState, Metrics]]
@@ -34,20 +39,25 @@ def run(
     evaluate_every: int,
     log_every: int | None = None,
     tokens: Callable[[int], int] | str | None = None,
+    numbers: Callable[[int], Mapping[str, float]] = lambda step: {},
     config: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
     watch: Sequence[str] = ("loss",),
     describe: Callable[[int], str] = lambda step: "",
     keep: int = 2,
+    keep_best: str | None = None,
     tensorboard: bool = False,
+    wandb: bool = False,
     verbose: bool = True,
 ) -> TrainState:
     """Train for `steps` steps in `folder`, or continue from the last checkpoint there, with a progress bar.
 
     Every `log_every` steps it writes a line of `log.jsonl`: the step, the means of the metrics since the last line,
-    seconds, tokens and tokens per second. Every `evaluate_every` steps and at the end the line also has the results of
-    `evaluate`, texts are shown on the terminal, and a checkpoint is written. Ctrl-C and SIGTERM finish the step, write
-    a checkpoint and raise KeyboardInterrupt; a second one stops at once (of several processes, signal each). If a step
-    raises before it donated the state, for example because its reward fails, the steps before it are saved.
+    seconds, tokens and tokens per second, and `numbers`, such as the learning rate. Every `evaluate_every` steps and at
+    the end the line also has the results of `evaluate`, which are shown on the terminal, and a checkpoint is written.
+    Ctrl-C and SIGTERM finish the step, write a checkpoint and raise KeyboardInterrupt; a second one stops at once (of
+    several processes, signal each). If a step raises before it donated the state, for example because its reward fails,
+    the steps before it are saved.
 
     A resumed run ends with the same parameters as an uninterrupted one, bit for bit on one kind of machine, if
     `advance` depends on nothing but its arguments.
@@ -58,14 +68,19 @@ def run(
             of the metrics.
         folder: of checkpoints and log. None keeps the run in memory: nothing is written, and nothing can be resumed.
         tokens: number of tokens predicted in the first n steps, or the name of the metric that counts those of a step.
+        numbers: further numbers of a line, after n steps.
         config: the fields that identify the run, as JSON. They are kept in `run.json`, and a run is resumed only with
             the same ones. A run can be made longer unless `steps` is one of them, as it must be for a schedule that
             ends with the run.
+        free: those of the fields that are kept too, but may change.
         watch: metrics that the progress bar shows.
         describe: names the batch of a step in errors.
         keep: number of checkpoints that are kept, the newest.
+        keep_best: a number of `evaluate`, as `config.direction` reads it. The parameters with its best value so far are
+            kept too, in the folder `best`, and are those of the state that is returned.
         tensorboard: write the numbers as TensorBoard events too (needs the extra `tensorboard`).
-        verbose: show the progress bar and texts.
+        wandb: send them to Weights & Biases too (needs the extra `wandb`).
+        verbose: show the progress bar (on a terminal), texts, and a summary at the end.
 
     Raises:
         FloatingPointError: if a metric, or a number of `evaluate`, is not finite; the last checkpoint stays.
@@ -73,20 +88,27 @@ def run(
             and the last checkpoint.
         OSError: if a checkpoint cannot be written; the one before it stays.
         ValueError: if the folder has a checkpoint of a run with another configuration (its fields and both values are
-            named), with none to compare, of another model, or of more steps; if `config` is not JSON; or if
-            `log_every` or `evaluate_every` is below 1.
+            named), with none to compare, of another model, or of more steps; if `config` is not JSON; if `log_every`
+            or `evaluate_every` is below 1; or if `evaluate` has no number `keep_best`.
     """
     log_every = evaluate_every if log_every is None else log_every
     if min(log_every, evaluate_every) < 1:
         raise ValueError(f"log_every and evaluate_every must be at least 1, but are {log_every} and {evaluate_every}.")
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", keep=keep)
-    log = None if folder is None else RunLog(folder / "log.jsonl", tensorboard=tensorboard)
+    log = None
+    if folder is not None:
+        log = RunLog(folder / "log.jsonl", tensorboard=tensorboard, wandb=wandb, config=config)
+    rows: list[dict[str, float | str]] = []
     if checkpoints is not None:
-        state = _resumed(state, checkpoints, folder, steps, config)
+        state = _resumed(state, checkpoints, folder, steps, config, free)
         log.truncate(int(state.step))
+        rows = log.rows()
+    best = None if keep_best is None else _Best(keep_best, folder, state, rows)
     done = int(state.step)
     window = _Window(done, tokens)
-    progress = tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="step", disable=not verbose)
+    progress = tqdm(
+        range(done + 1, steps + 1), initial=done, total=steps, unit="step", disable=not verbose or runtime.is_file()
+    )
     with interruptions() as interrupted, contextlib.closing(log) if log else contextlib.nullcontext():
         for step in progress:
             at = _Step(step, describe, checkpoints)
@@ -97,26 +119,60 @@ def run(
             window.add(found)
             stop, looked = bool(interrupted), step % evaluate_every == 0 or step == steps
             evaluated, failure = _evaluated(evaluate, state.params) if looked else ({}, None)
-            if looked or step % log_every == 0:
-                for name, value in evaluated.items():
-                    if verbose:
-                        progress.write(f"step {step}, {name}: {value if isinstance(value, str) else f'{value:.4g}'}")
+            if looked or stop or step % log_every == 0:
+                for line in _told(evaluated) if verbose else ():
+                    progress.write(f"step {step}, {line}")
+                rows.append({"step": step, **window.row(step), **numbers(step), **evaluated})
                 if log is not None:
                     # The row first: a run that stops between the two drops it and does these steps again.
-                    log.append(step=step, **window.row(step), **evaluated)
+                    log.append(**rows[-1])
                 window = _Window(step, tokens)
             if checkpoints is not None and (looked or stop):
                 checkpoints.save(step, state)
             if failure is not None:
                 raise at.error("the evaluation after ", failure) from failure
+            if best is not None and looked:
+                best.offer(evaluated, state)
             if stop and step < steps:
                 resumed = "nothing is saved" if folder is None else f"the run in {folder} can be resumed"
                 raise KeyboardInterrupt(f"stopped after step {step} of {steps}; {resumed}.")
-    return state
+    if verbose:
+        print(summary(rows))
+    if best is None:
+        return state
+    if verbose:
+        print(f"The best {best.name} is that of step {best.step}, {best.value:.4g}: the model is that of this step.")
+    return state._replace(params=best.params(state.params))
+
+
+def _told(evaluated: Mapping[str, float | str]) -> Iterator[str]:
+    """Yield the numbers of an evaluation in one line, and each text in its own."""
+    numbers = [f"{name} {value:.4g}" for name, value in evaluated.items() if not isinstance(value, str)]
+    if numbers:
+        yield ", ".join(numbers)
+    yield from (f"{name}: {value}" for name, value in evaluated.items() if isinstance(value, str))
+
+
+SUMMED = ("loss", "perplexity", "accuracy", "margin", "reward", "kl")  # last words of metrics
+
+
+def summary(rows: Sequence[Mapping[str, float | str]]) -> str:
+    """Return the first and the last value in a log of each metric that tells what was reached, in one line."""
+    found = dict.fromkeys(name for row in rows for name in row if name.split("_")[-1] in SUMMED)
+    names = sorted(found, key=lambda name: (name.startswith("held_out"), SUMMED.index(name.split("_")[-1])))
+    ends = [(name, [row[name] for row in rows if name in row]) for name in names]
+    told = [f"{name} {values[0]:.4g}" + f" → {values[-1]:.4g}" * (len(values) > 1) for name, values in ends]
+    steps = rows[-1]["step"] if rows else 0
+    return f"{steps} step{'s' * (steps != 1)}: {', '.join(told)}."
 
 
 def _resumed(
-    state: TrainState, checkpoints: Checkpoints, folder: Path, steps: int, config: Mapping[str, Any] | None
+    state: TrainState,
+    checkpoints: Checkpoints,
+    folder: Path,
+    steps: int,
+    config: Mapping[str, Any] | None,
+    free: Collection[str],
 ) -> TrainState:
     """Return the newest checkpoint of this very run, or the state before its first step."""
     done = checkpoints.latest_step()
@@ -126,8 +182,48 @@ def _resumed(
             f"Choose another folder, or steps of at least {done}."
         )
     if config is not None:
-        claim(folder / "run.json", config, resumed=done is not None)
+        claim(folder / "run.json", config, resumed=done is not None, free=free)
     return state if done is None else checkpoints.restore(state)
+
+
+class _Best:
+    """The parameters at the best value of a number of the evaluation, in the folder `best` of a run or in memory.
+
+    They are written after the checkpoint of their step, so that a run that stops between the two makes up for it.
+    """
+
+    def __init__(self, metric: str, folder: Path | None, state: TrainState, rows: Sequence[Mapping[str, float | str]]):
+        self.name, self._sign = direction(metric)
+        self._checkpoints = None if folder is None else Checkpoints(folder / "best", keep=1)
+        self.step: int | None = None
+        self.value, self._params = math.nan, None
+        values = {row["step"]: row[self.name] for row in rows if self.name in row}
+        kept = None if self._checkpoints is None else self._checkpoints.latest_step()
+        if kept in values:
+            self.step, self.value = kept, values[kept]
+        if int(state.step) in values:
+            self._take(values[int(state.step)], state)
+
+    def offer(self, found: Mapping[str, float | str], state: TrainState) -> None:
+        """Keep the parameters of a state if the number is better than before; the first of equals stays."""
+        known = [name for name, value in found.items() if not isinstance(value, str)]
+        if self.name not in known:
+            listed = f"one of {', '.join(known)}" if known else "a number of the evaluation, which has none"
+            raise ValueError(f"keep_best must be {listed}, but is {self.name}.")
+        self._take(found[self.name], state)
+
+    def _take(self, value: float, state: TrainState) -> None:
+        if self.step is not None and self._sign * (value - self.value) <= 0:
+            return
+        self.step, self.value = int(state.step), float(value)
+        if self._checkpoints is None:
+            self._params = jax.tree.map(jnp.copy, state.params)
+        else:
+            self._checkpoints.save(self.step, state.params)
+
+    def params(self, like: Params) -> Params:
+        """Return the best parameters."""
+        return self._params if self._checkpoints is None else self._checkpoints.restore(like)
 
 
 class _Window:
@@ -240,8 +336,14 @@ def interruptions() -> Iterator[list[int]]:
 # run.json -------------------------------------------------------------------------------------------------------------
 
 
-def claim(path: Path, config: Mapping[str, Any], *, resumed: bool) -> None:
-    """Write the configuration of a new run to `path`, atomically, or compare it with that of a resumed one.
+LONGER = (
+    " A run can be made longer if its learning rate does not depend on the number of steps: begin it with the schedule "
+    "constant or inverse_sqrt, and with a warmup in steps."
+)
+
+
+def claim(path: Path, config: Mapping[str, Any], *, resumed: bool, free: Collection[str] = ()) -> None:
+    """Write the configuration of a run to `path`, atomically; that of a resumed one must be the same but for `free`.
 
     Of several processes the first one writes.
 
@@ -253,12 +355,12 @@ def claim(path: Path, config: Mapping[str, Any], *, resumed: bool) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"a run's configuration must be a dict of what JSON can hold, but is {config!r}.") from error
     if resumed:
-        _compare(path, json.loads(text))
-    elif jax.process_index() == 0:
+        _compare(path, json.loads(text), free)
+    if jax.process_index() == 0:
         _write(path, text + "\n")
 
 
-def _compare(path: Path, config: dict[str, Any]) -> None:
+def _compare(path: Path, config: dict[str, Any], free: Collection[str]) -> None:
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has a run that was begun without a {path.name}, so that its configuration is unknown: "
@@ -271,7 +373,8 @@ def _compare(path: Path, config: dict[str, Any]) -> None:
     if not isinstance(stored, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(stored).__name__}.")
     before, now = (
-        {name: json.dumps(value, sort_keys=True) for name, value in each.items()} for each in (stored, config)
+        {name: json.dumps(value, sort_keys=True) for name, value in each.items() if name not in free}
+        for each in (stored, config)
     )
     different = [
         f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}"
@@ -279,18 +382,17 @@ def _compare(path: Path, config: dict[str, Any]) -> None:
         if before.get(name) != now.get(name)
     ]
     if different:
+        longer = "" if before.get("steps") == now.get("steps") else LONGER
         raise ValueError(
             f"{path.parent} has a run of another configuration: {'; '.join(different)}. "
-            "Resume it with its own, or choose another folder."
+            f"Resume it with its own, or choose another folder.{longer}"
         )
 
 
 def _write(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # log.jsonl ------------------------------------------------------------------------------------------------------------
@@ -304,16 +406,23 @@ class RunLog:
     Args:
         path: of the JSON lines.
         tensorboard: write the same numbers as events to the folder `tensorboard` beside it.
+        wandb: send them to Weights & Biases, as a run of the project WANDB_PROJECT, by default jaxrl_llm.
+        config: of the run, for Weights & Biases.
 
     Raises:
-        ModuleNotFoundError: if events are asked for and tensorboardX is not installed.
+        ModuleNotFoundError: if a package is asked for that is not installed.
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool = False):
-        self.path, self._tensorboard = path, tensorboard
-        self._events, self._writes = None, jax.process_index() == 0
-        if tensorboard:
-            _event_writer()  # a missing package is an error now, not after the first steps
+    def __init__(
+        self, path: Path, *, tensorboard: bool = False, wandb: bool = False, config: Mapping[str, Any] | None = None
+    ):
+        self.path, self._config = path, config
+        self._sinks: list[Any] = []
+        self._writes = jax.process_index() == 0
+        # A missing package is an error now, not after the first steps.
+        self._kinds = [kind for kind, asked in ((_TensorBoard, tensorboard), (_Wandb, wandb)) if asked]
+        for kind in self._kinds:
+            kind.module()
 
     def rows(self) -> list[dict[str, float]]:
         """Return all rows so far; an incomplete last line is ignored."""
@@ -325,8 +434,8 @@ class RunLog:
         if not self._writes:
             return
         _write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step))
-        if self._tensorboard:
-            self._events = _event_writer()(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+        self.close()
+        self._sinks = [kind(self.path.parent, step, self._config) for kind in self._kinds]
 
     def append(self, **row: float | str) -> None:
         """Add a row; ValueError for a number that JSON cannot hold."""
@@ -334,25 +443,68 @@ class RunLog:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        if self._events is not None:
-            for name, value in row.items():
-                if isinstance(value, str):
-                    self._events.add_text(name, value, row["step"])
-                elif name != "step":
-                    self._events.add_scalar(name, value, row["step"])
-            self._events.flush()
+        for sink in self._sinks:
+            sink.append(row)
 
     def close(self) -> None:
         """Close the events."""
-        if self._events is not None:
-            self._events.close()
+        while self._sinks:
+            self._sinks.pop().close()
 
 
-def _event_writer() -> type:
+class _TensorBoard:
+    """Events in the folder `tensorboard` of a run; those after `step` are dropped."""
+
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None):
+        self._events = self.module().SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    @staticmethod
+    def module() -> Any:
+        return _required("tensorboardX", "TensorBoard events need", "tensorboard")
+
+    def append(self, row: Mapping[str, float | str]) -> None:
+        for name, value in row.items():
+            if isinstance(value, str):
+                self._events.add_text(name, value, row["step"])
+            elif name != "step":
+                self._events.add_scalar(name, value, row["step"])
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases, whose id is kept in the folder of ours so that both are resumed together."""
+
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None):
+        wandb, path = self.module(), folder / "wandb_id"
+        known = path.read_text(encoding="utf-8").strip() if step and path.is_file() else None
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "jaxrl_llm"),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
+            dir=str(folder),
+            config=None if config is None else dict(config),
+            id=known,
+            resume=None if known is None else "allow",
+        )
+        _write(path, f"{self._run.id}\n")
+
+    @staticmethod
+    def module() -> Any:
+        return _required("wandb", "Weights & Biases needs", "wandb")
+
+    def append(self, row: Mapping[str, float | str]) -> None:
+        self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _required(name: str, what: str, extra: str) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "TensorBoard events need the package tensorboardX: pip install 'jaxrl_llm[tensorboard]'"
-        ) from error
-    return SummaryWriter
+        if error.name != name:
+            raise
+        raise ModuleNotFoundError(f"{what} the package {name}: pip install 'jaxrl_llm[{extra}]'") from error

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.decoding.core import check_room
 from jaxrl_llm.language_model import LanguageModel, Params
@@ -18,16 +18,16 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.numerics import bounded_exp, is_concrete
 from jaxrl_llm.objectives import advantages, kl, policy_gradient, rlhf
 from jaxrl_llm.objectives.aggregate import Mode, aggregate
-from jaxrl_llm.options import STATIC, Range, number
-from jaxrl_llm.scoring import Measures, Sequences, log_probs, measures
+from jaxrl_llm.options import STATIC, Range
+from jaxrl_llm.scoring import Measures, Sequences, log_probs, log_probs_and_entropy, measures
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.config import CriticOptions, GRPOConfig, PolicyOptions, PPOConfig
 from jaxrl_llm.training.rewards import RewardFn, rewards_of
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, View
 
-Advantage = Literal["returns", "rloo", "grpo", "centered", "gae"]
-Surrogate = Literal["reinforce", "ppo_clip", "gspo", "cispo"]
+Advantage = Literal["returns", "rloo", "grpo", "gae"]
+Surrogate = Literal["reinforce", "ppo_clip", "sequence_clip", "gspo", "cispo"]
 
 
 @jax.tree_util.register_dataclass
@@ -36,55 +36,55 @@ class Method(PolicyOptions, CriticOptions):
     """A policy-gradient method: an advantage estimator and a surrogate loss. `METHODS` has presets.
 
     Numbers are leaves, so that another value never recompiles. Choices are static, and so are `value_clip` and
-    `dual_clip`, which may be None.
+    `dual_clip`, which may be None, and `entropy_coefficient`, as the entropy is only computed if it counts.
 
-    The penalty β KL(π‖π_ref) is in the reward of each token as −β k1, the estimator whose expectation and policy
-    gradient are both right. With `kl_loss` it is a term of the loss instead, by the estimator whose gradient is that of
-    the named divergence. "reverse" is KL(π‖ref) of whole completions, by k2 of their summed log-ratios, divided by what
-    `mode` divides the surrogate by, so that β weighs the same against the reward. "forward" is k3 token by token, as in
-    the GRPO paper: its gradient is E_π[Σ_t ∇KL_t(ref‖π)], not ∇KL(ref‖π) of whole completions. The two penalties have
-    different optima: see `objectives.kl`.
+    The penalty β KL(π‖π_ref) is never divided by the spread of rewards. `kl` says where it is:
 
-    The presets differ from the papers: all have the KL in the reward. GRPO as published (Shao et al. 2024) has k3 in
-    the loss (`kl_loss="forward"`), whose fixed point is not the optimum of RLHF. DAPO (Yu et al. 2025), Dr. GRPO (Liu
-    et al. 2025) and CISPO (MiniMax 2025) have no KL (`beta=0`). "dapo" has two of DAPO's four techniques: clip-higher
-    and the mean over tokens.
+    "reward": −β k1 at each token, the estimator whose expectation and policy gradient are both right; of methods that
+    compare completions, −β Σ_t k1 less its mean in the group, added to the advantage. "reverse": a term of the loss, k2
+    of the summed log-ratio of whole completions, which has the same gradient in expectation. "forward": a term of the
+    loss, k3 token by token, as in the GRPO paper: its gradient is E_π[Σ_t ∇KL_t(ref‖π)], not ∇KL(ref‖π) of whole
+    completions. The two penalties have different optima: see `objectives.kl`. Terms of the loss are aggregated as the
+    surrogate is, so that β weighs the same against the reward.
 
-    The importance weight of a token is min(π_old/μ, `importance_cap`), where μ is the distribution it was sampled from
-    (after top-p, or in another precision); it is 1 if μ is the policy. The critic's loss is a mean over tokens with the
-    mode "token_mean", else a mean over completions of their means.
+    The importance weight of a token is π_old/μ within [`importance_floor`, `importance_cap`], where μ is the
+    distribution that it was sampled from (after top-p, or in another precision); it is 1 if μ is the policy. Surrogate
+    and penalty have the same weights. The critic's loss is a mean over tokens with the mode "token_mean", else a mean
+    over completions of their means.
     """
 
     advantage: Advantage = dataclasses.field(default="rloo", metadata=STATIC)
-    """"returns": rewards to go without a baseline; "rloo", "grpo", "centered": within the group of completions of a
-    prompt; "gae": against a critic."""
+    """"returns": rewards to go without a baseline; "rloo" or "grpo": a completion's reward less the mean of the other
+    or of all completions of its prompt; "gae": against a critic."""
     surrogate: Surrogate = dataclasses.field(default="reinforce", metadata=STATIC)
-    """The loss of `objectives.policy_gradient`."""
+    """The loss of `objectives.policy_gradient`; "sequence_clip": `ppo_clip_loss` of the ratios of whole completions."""
     mode: Mode = dataclasses.field(default="sequence_sum", metadata=STATIC)
     """The aggregation of its values over tokens and rows, by `objectives.aggregate`."""
-    normaliser: float = number(1.0, 0, above=True)
-    """Tokens per row that the mode "constant" divides by."""
 
     def __post_init__(self):
-        if self.kl_loss not in ("reverse", "forward", None):
-            raise ValueError(
-                f'kl_loss must name a divergence, "reverse" or "forward", or be None, but is {self.kl_loss!r}: '
-                "as a loss, k1 has the gradient 0 in expectation, and k3 that of the forward divergence."
-            )
         super().__post_init__()
-        if self.advantage in ("rloo", "grpo", "centered") and self.group_size < 2:
+        if self.advantage in ("rloo", "grpo") and self.group_size < 2:
             raise ValueError(
                 f"group_size must be at least 2 for {self.advantage}, which compares the completions of a prompt, "
                 f"but is {self.group_size}."
             )
-        if self.surrogate in ("ppo_clip", "gspo"):
+        if self.advantage != "grpo" and self.scale_rewards != "none":
+            raise ValueError(f"scale_rewards must be none for {self.advantage}, but is {self.scale_rewards}.")
+        if self.surrogate == "reinforce" and self.epochs * self.minibatches > 1:
+            raise ValueError(
+                "epochs × minibatches must be 1 for the surrogate reinforce, which has no ratio to the policy that "
+                f"sampled, but is {self.epochs} × {self.minibatches}."
+            )
+        if self.surrogate in ("ppo_clip", "sequence_clip", "gspo"):
             Range(0, 1).check("clip_low", self.clip_low, integer=False)
         if self.surrogate == "gspo" and self.mode != "sequence_mean":
             raise ValueError(
                 f"mode must be sequence_mean for gspo, which has one ratio per completion, but is {self.mode}."
             )
-        if self.dual_clip is not None and self.surrogate != "ppo_clip":
+        if self.dual_clip is not None and self.surrogate not in ("ppo_clip", "sequence_clip"):
             raise ValueError(f"dual_clip must be None for the surrogate {self.surrogate}, but is {self.dual_clip}.")
+        if self.normaliser is not None and self.mode != "constant":
+            raise ValueError(f"normaliser must be None for the mode {self.mode}, but is {self.normaliser}.")
 
     @property
     def has_critic(self) -> bool:
@@ -92,9 +92,10 @@ class Method(PolicyOptions, CriticOptions):
         return self.advantage == "gae"
 
 
+_GROUP = {"advantage": "grpo", "scale_rewards": "group"}
 METHODS: dict[str, Method] = {
     "reinforce": Method(advantage="returns", group_size=1),
-    "rloo": Method(advantage="rloo"),
+    "rloo": Method(advantage="rloo", surrogate="sequence_clip"),
     "ppo": Method(
         advantage="gae",
         surrogate="ppo_clip",
@@ -103,12 +104,32 @@ METHODS: dict[str, Method] = {
         epochs=PPOConfig.epochs,
         whiten=PPOConfig.whiten,
     ),
-    "grpo": Method(advantage="grpo", surrogate="ppo_clip", mode="sequence_mean"),
-    "dr_grpo": Method(advantage="centered", surrogate="ppo_clip", mode="constant", normaliser=32.0),
-    "dapo": Method(advantage="grpo", surrogate="ppo_clip", mode="token_mean", clip_high=0.28),
-    "gspo": Method(advantage="grpo", surrogate="gspo", mode="sequence_mean", clip_low=3e-4, clip_high=4e-4),
-    "cispo": Method(advantage="grpo", surrogate="cispo", mode="token_mean", clip_low=1.0, clip_high=4.0),
+    "grpo": Method(**_GROUP, surrogate="ppo_clip", mode="sequence_mean", beta=0.04, kl="forward"),
+    "dr_grpo": Method(advantage="grpo", surrogate="ppo_clip", mode="constant", beta=0.0),
+    "dapo": Method(
+        **_GROUP, surrogate="ppo_clip", mode="token_mean", beta=0.0, clip_high=0.28, overlong_buffer=4096 / 20480
+    ),
+    "gspo": Method(**_GROUP, surrogate="gspo", mode="sequence_mean", beta=0.0, clip_low=3e-4, clip_high=4e-4),
+    "cispo": Method(**_GROUP, surrogate="cispo", mode="token_mean", beta=0.0, clip_low=1.0, clip_high=4.0),
 }
+"""The methods as published, with one update of a batch but for PPO.
+
+* "reinforce": Williams 1992, rewards to go without a baseline; the KL in the reward as in Ouyang et al. 2022.
+* "rloo": Ahmadian et al. 2024 (arXiv 2402.14740), the KL in the reward. As in TRL, the ratio of whole completions is
+  clipped, which counts from the second update of a batch on; the paper has one update and no ratio.
+* "ppo": Schulman et al. 2017 with the KL in the reward of each token (Ouyang et al. 2022), whitened advantages, a
+  clipped value loss and a critic with parameters of its own.
+* "grpo": Shao et al. 2024 (arXiv 2402.03300), eqs. 3 and 4: k3 of each token in the loss, β = 0.04; ε = 0.2, which the
+  paper does not state.
+* "dr_grpo": Liu et al. 2025 (arXiv 2503.20783): rewards are centred, not divided; the sum over a completion is divided
+  by the longest completion allowed; no KL.
+* "dapo": Yu et al. 2025 (arXiv 2503.14476): clip-higher, the mean over tokens, the soft overlong penalty (eq. 13) over
+  the last fifth of the length, as the paper's 4096 of 20480 tokens; no KL. Dynamic sampling, the redrawing of groups
+  without a difference, is an option of the trainers.
+* "gspo": Zheng et al. 2025 (arXiv 2507.18071), with its clips of 3e-4 and 4e-4; the paper leaves its KL term out.
+* "cispo": MiniMax 2025 (arXiv 2506.13585), eqs. 4 and 5, without KL; ε_high = 4, which the paper does not state, and
+  without DAPO's dynamic sampling and length penalty, which the paper takes over.
+"""
 
 
 def method_of(config: GRPOConfig) -> Method:
@@ -159,12 +180,19 @@ def experience(
 ) -> tuple[Experience, Metrics]:
     """Score completions by policy, reference and critic, and compute their advantages.
 
-    The metrics describe the policy that sampled them: `reward`, `reward_std`; `kl_k1`, `kl_k3` and `kl` (Rao-Blackwell)
-    against the reference, of whole completions in nats; `entropy` per token in nats; `length` in tokens; and `ended`,
-    the share of completions that ended with EOS.
+    A row without a completion token was not judged: it counts neither in its group, nor in the loss, nor in metrics.
+
+    The metrics describe the policy that sampled them: `reward`; `reward_std`, the mean of the standard deviations of
+    the groups, and `frac_reward_zero_std`, the share of groups without a difference (without groups, the standard
+    deviation of the batch alone); `kl_k1`, `kl_k3` and `kl` (Rao-Blackwell) against the reference, of whole completions
+    in nats; `entropy` per token in nats; `length` in tokens; `ended`, the share of completions that ended with EOS;
+    and with a critic its `explained_variance`.
     """
     sequences = rollout.sequences
     found = measures(lm, policy_of(params, method), ref_params, sequences, temperature=temperature)
+    described = _described(method, found, rollout, rewards)
+    length = sequences.completion_mask.sum(axis=1)
+    rewards = rewards - overlong_penalty(length, longest(sequences.completion_mask), buffer=method.overlong_buffer)
     per_token = token_rewards(method, found, sequences, rewards)
     values = jnp.zeros_like(per_token)
     if method.has_critic:
@@ -178,27 +206,60 @@ def experience(
             lambda_=method.lambda_,
             mask=sequences.completion_mask,
         )
+    elif method.advantage == "returns":
+        found_advantages = advantages.returns_to_go(per_token, mask=sequences.completion_mask)
     else:
-        found_advantages = _compared(method, per_token, sequences)
+        found_advantages = _compared(method, found, sequences, rewards)
     returns = jnp.where(sequences.completion_mask, found_advantages + values, 0) if method.has_critic else values
     if method.whiten:
         found_advantages = advantages.whiten(found_advantages, sequences.completion_mask)
-    batch = Experience(
-        sequences, found.logp_policy, rollout.logp_sampler, found.logp_ref, found_advantages, returns, values
-    )
-    return batch, _described(found, rollout, rewards)
+    if method.has_critic:
+        described |= {"explained_variance": _explained_variance(returns, values, sequences.completion_mask)}
+    mask = sequences.completion_mask & (rollout.ended | (not method.mask_truncated))[:, None]
+    fixed = found.logp_policy, rollout.logp_sampler, found.logp_ref, found_advantages, returns, values
+    return Experience(
+        sequences._replace(completion_mask=mask), *(jnp.where(mask, each, 0) for each in fixed)
+    ), described
 
 
 def token_rewards(
     method: Method, found: Measures, sequences: Sequences, rewards: Float[Array, "batch"]
 ) -> Float[Array, "batch time"]:
-    """Return the reward at the last token and −β k1 at each, unless the divergence is a term of the loss."""
+    """Return the reward at the last token and −β k1 at each, unless the KL penalty is a term of the loss."""
     place = jnp.arange(sequences.completion_mask.shape[1])
     last = jnp.where(sequences.completion_mask, place, -1).max(axis=1, keepdims=True)
     at_end = jnp.where(place == last, rewards[:, None], 0)
-    if method.kl_loss is not None:
-        return at_end
-    return at_end - jnp.where(sequences.completion_mask, method.beta * kl.k1(found.logp_policy, found.logp_ref), 0)
+    return at_end - method.beta * _price(method, found, sequences)
+
+
+def _price(method: Method, found: Measures, sequences: Sequences) -> Float[Array, "batch time"]:
+    """Return k1 of each token if it is part of the reward, else 0."""
+    if method.kl != "reward":
+        return jnp.zeros_like(found.logp_policy)
+    return jnp.where(sequences.completion_mask, kl.k1(found.logp_policy, found.logp_ref), 0)
+
+
+def overlong_penalty(
+    length: Float[Array, "batch"], longest: Float[Array, ""] | int, *, buffer: float | Array
+) -> Float[Array, "batch"]:
+    """Return DAPO's soft penalty of long completions, between 0 and 1, to be subtracted from their rewards.
+
+        (|y| − (L_max − L_cache))/L_cache where |y| > L_max − L_cache, else 0                (eq. 13, without its sign)
+
+    Args:
+        length: |y|, in tokens.
+        longest: L_max, the longest completion allowed.
+        buffer: L_cache/L_max; 0 is no penalty.
+
+    Source: Yu et al. 2025.
+    """
+    cache = jnp.asarray(buffer * longest, jnp.result_type(float))
+    return jnp.where(cache > 0, jnp.clip(1 - (longest - length) / jnp.where(cache > 0, cache, 1), 0, 1), 0)
+
+
+def longest(completion_mask: Bool[Array, "batch time"]) -> Int[Array, ""]:
+    """Return the most tokens that a completion of the batch has room for: `max_new_tokens` for those of a rollout."""
+    return completion_mask.shape[1] - completion_mask.any(axis=0).argmax()
 
 
 def critic_values(
@@ -213,31 +274,58 @@ def critic_values(
     return jnp.where(sequences.completion_mask, values[:, :-1], 0), end
 
 
-def _compared(method: Method, per_token: Array, sequences: Sequences) -> Float[Array, "batch time"]:
-    """Return advantages without a critic: rewards to go, or a completion's reward compared within its group."""
-    if method.advantage == "returns":
-        return advantages.returns_to_go(per_token, mask=sequences.completion_mask)
-    compare = {"rloo": advantages.rloo, "grpo": advantages.grpo, "centered": advantages.centered}[method.advantage]
-    whole = compare(per_token.sum(axis=1).reshape(-1, method.group_size)).reshape(-1, 1)
-    return jnp.where(sequences.completion_mask, whole, 0)
+def _compared(
+    method: Method, found: Measures, sequences: Sequences, rewards: Float[Array, "batch"]
+) -> Float[Array, "batch time"]:
+    """Return each completion's reward and KL penalty, compared within its group; only rewards are ever divided."""
+    penalty = method.beta * _price(method, found, sequences).sum(axis=1)
+    judged = sequences.completion_mask.any(axis=1)
+    rewards, penalty, judged = (each.reshape(-1, method.group_size) for each in (rewards, penalty, judged))
+    if method.advantage == "rloo":
+        whole = advantages.rloo(rewards - penalty, mask=judged)
+    else:
+        whole = advantages.grpo(rewards, scale=method.scale_rewards, mask=judged)
+        whole = whole - advantages.centered(penalty, mask=judged)
+    return jnp.where(sequences.completion_mask, whole.reshape(-1, 1), 0)
 
 
-def _described(found: Measures, rollout: Rollout, rewards: Array) -> Metrics:
+def _described(method: Method, found: Measures, rollout: Rollout, rewards: Array) -> Metrics:
     mask = rollout.sequences.completion_mask
-    tokens = jnp.maximum(mask.sum(), 1)
+    tokens, judged = jnp.maximum(mask.sum(), 1), mask.any(axis=1)  # others have no reward
+
+    def mean(of_rows: Array, counted: Array = judged) -> Array:
+        return jnp.where(counted, of_rows, 0).sum() / jnp.maximum(counted.sum(), 1)
+
     sums = {
         "kl_k1": kl.k1(found.logp_policy, found.logp_ref),
         "kl_k3": kl.k3(found.logp_policy, found.logp_ref),
         "kl": found.kl,
     }
+    shape = (-1, method.group_size if method.group_size > 1 else rewards.size)
+    groups, counted = rewards.reshape(shape), judged.reshape(shape)
+    deviation = advantages.centered(groups, mask=counted)
+    spread = jnp.sqrt(jnp.square(deviation).sum(axis=1) / jnp.maximum(counted.sum(axis=1) - 1, 1))
+    without_difference = {"frac_reward_zero_std": mean(spread == 0, counted.any(axis=1))}
     return {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        **{name: jnp.where(mask, each, 0).sum(axis=1).mean() for name, each in sums.items()},
+        "reward": mean(rewards),
+        "reward_std": mean(spread, counted.any(axis=1)),
+        **(without_difference if method.group_size > 1 else {}),
+        **{name: mean(jnp.where(mask, each, 0).sum(axis=1)) for name, each in sums.items()},
         "entropy": jnp.where(mask, found.entropy, 0).sum() / tokens,
-        "length": mask.sum(axis=1).mean(),
-        "ended": rollout.ended.mean(),
+        "length": mean(mask.sum(axis=1)),
+        "ended": mean(rollout.ended),
     }
+
+
+def _explained_variance(returns: Array, values: Array, mask: Array) -> Float[Array, ""]:
+    """Return 1 − var(R − V)/var(R) over the tokens of the batch."""
+    count = jnp.maximum(mask.sum(), 1)
+
+    def variance(array: Array) -> Array:
+        mean = jnp.where(mask, array, 0).sum() / count
+        return jnp.where(mask, jnp.square(array - mean), 0).sum() / count
+
+    return 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8)
 
 
 # The trainer and its loss ---------------------------------------------------------------------------------------------
@@ -271,9 +359,12 @@ class Trainer(NamedTuple):
             text: pretraining text for the term γ E[log π]; None leaves it out.
 
         Raises:
-            ValueError: for a prompt that leaves no room for a completion in the model's context.
+            ValueError: for a prompt that leaves no room for a completion in the model's context; or for
+                `mask_truncated` without EOS, as no completion ends.
             ValueError, RuntimeError: as `rewards_of`.
         """
+        if method.mask_truncated and not sampler.eos_ids:
+            raise ValueError("mask_truncated must be False without EOS, as no completion ends, but is True.")
         drawn = self.draw(state, prompts, sampler, frozen, group_size=method.group_size, critic=method.has_critic)
         rewards = rewards_of(reward, drawn)
         batch, described = self.score(state, drawn, rewards, method, frozen, sampler.temperature)
@@ -322,11 +413,14 @@ def online(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, batch, method, frozen, text=None, temperature=1.0):
-        loss = policy_loss(lm, method, critic=critic, text=text, temperature=temperature)
+        loss = policy_loss(lm, method, critic=critic, temperature=temperature)
+        further = None if text is None else (text_loss(lm, method), text)
 
         def one(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
             part = jax.tree.map(lambda leaf: leaf[rows], batch)
-            return steps.update(loss, optimizer, state, part, frozen, microbatches=microbatches, view=view)
+            return steps.update(
+                loss, optimizer, state, part, frozen, further=further, microbatches=microbatches, view=view
+            )
 
         order = minibatch_rows(method, batch.advantages.shape[0], jax.random.fold_in(state.step_key, 1))
         first_step = state.step
@@ -359,114 +453,119 @@ def policy_loss(
     method: Method,
     *,
     critic: ScalarHead | None = None,
-    text: Sequences | None = None,
     temperature: float | Array = 1.0,
 ) -> LossFn:
-    """Return the loss of a method over `Experience`: surrogate, and divergence, critic and pretraining text if any.
+    """Return the loss of a method over `Experience`: surrogate, and divergence, entropy and critic if any.
 
-    Metrics: `clip_fraction`, the share of tokens (for "gspo", of completions) whose ratio is outside of the clip
-    interval; `ratio`, the mean; with a critic `value_loss` and `explained_variance`; with text `text_loss`. Of a step
-    with several updates they are means over those, of which the first alone has the ratio 1.
+    Metrics: `clip_fraction`, the share of tokens (for "gspo" and "sequence_clip", of completions) whose ratio is
+    outside of the clip interval; `ratio`, the mean; with a critic `value_loss`. Of a step with several updates they are
+    means over those, of which the first alone has the ratio 1.
     """
 
     def loss(params: Params, batch: Experience, frozen: Frozen | None, key: Array) -> Loss:
         mask = batch.sequences.completion_mask
-        logp = log_probs(lm, policy_of(params, method), batch.sequences, temperature=temperature)
-        value = _surrogate(method, logp, batch) + _divergence(method, logp, batch)
-        metrics = _ratios(method, logp, batch)
+        scored = lm, policy_of(params, method), batch.sequences
+        if method.entropy_coefficient:
+            logp, entropy = log_probs_and_entropy(*scored, temperature=temperature)
+            bonus = method.entropy_coefficient * _aggregate(method, entropy, mask)
+        else:
+            logp, bonus = log_probs(*scored, temperature=temperature), 0.0
+        value = _surrogate(method, logp, batch) + _divergence(method, logp, batch) - bonus
+        metrics, weights = _ratios(method, logp, batch)
+        weight = mask.sum() if method.mode == "token_mean" else mask.shape[0]
         if method.has_critic:
-            critic_loss, described = _critic_loss(method, critic, params["critic"], batch)
-            value, metrics = value + method.value_coefficient * critic_loss, metrics | described
-        if text is not None:
-            text_logp = log_probs(lm, policy_of(params, method), text)
-            bonus = aggregate(rlhf.ptx_bonus(text_logp, gamma=method.gamma), text.completion_mask, "token_mean")
-            value = value - bonus
-            metrics |= {"text_loss": -aggregate(text_logp, text.completion_mask, "token_mean")}
-        return Loss(value, mask.sum() if method.mode == "token_mean" else mask.shape[0], metrics)
+            critic_loss = _critic_loss(method, critic, params["critic"], batch)
+            value, metrics = value + method.value_coefficient * critic_loss, metrics | {"value_loss": critic_loss}
+        return Loss(value, weight, metrics, weights)
+
+    return loss
+
+
+def text_loss(lm: LanguageModel, method: Method) -> LossFn:
+    """Return the loss −γ E[log π] per token of `Sequences` of pretraining text; the metric `text_loss` is −E[log π]."""
+
+    def loss(params: Params, text: Sequences, frozen: Frozen | None, key: Array) -> Loss:
+        mask = text.completion_mask
+        logp = log_probs(lm, policy_of(params, method), text)
+        bonus = aggregate(rlhf.ptx_bonus(logp, gamma=method.gamma), mask, "token_mean")
+        return Loss(-bonus, mask.sum(), {"text_loss": -aggregate(logp, mask, "token_mean")})
 
     return loss
 
 
 def _surrogate(method: Method, logp: Array, batch: Experience) -> Float[Array, ""]:
-    mask, clips = batch.sequences.completion_mask, {"clip_low": method.clip_low, "clip_high": method.clip_high}
-    if method.surrogate == "gspo":
-        sequence_advantage = batch.advantages.sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)  # the same at each token
-        weight = policy_gradient.truncated_importance_weight(
-            batch.logp_old.sum(axis=1), batch.logp_sampler.sum(axis=1), cap=method.importance_cap
-        )
-        return (weight * policy_gradient.gspo_loss(logp, batch.logp_old, sequence_advantage, mask, **clips)).mean()
+    clips = {"clip_low": method.clip_low, "clip_high": method.clip_high}
     if method.surrogate == "reinforce":
         per_token = policy_gradient.reinforce_loss(logp, batch.advantages)
     elif method.surrogate == "cispo":
         per_token = policy_gradient.cispo_loss(logp, batch.logp_old, batch.advantages, **clips)
     else:
+        log_ratio = _log_ratio(method, logp, batch)
         per_token = policy_gradient.ppo_clip_loss(
-            logp, batch.logp_old, batch.advantages, **clips, dual_clip=method.dual_clip
+            log_ratio, jnp.zeros_like(log_ratio), batch.advantages, **clips, dual_clip=method.dual_clip
         )
-    weight = policy_gradient.truncated_importance_weight(batch.logp_old, batch.logp_sampler, cap=method.importance_cap)
-    return _aggregate(method, weight * per_token, mask)
+    return _aggregate(method, _sampler_weight(method, batch) * per_token, batch.sequences.completion_mask)
 
 
 def _aggregate(method: Method, per_token: Array, mask: Array) -> Float[Array, ""]:
-    normaliser = {"normaliser": method.normaliser} if method.mode == "constant" else {}
-    return aggregate(per_token, mask, method.mode, **normaliser)
+    constant = {"normaliser": longest(mask) if method.normaliser is None else method.normaliser}
+    return aggregate(per_token, mask, method.mode, **(constant if method.mode == "constant" else {}))
 
 
 def _divergence(method: Method, logp: Array, batch: Experience) -> Float[Array, ""] | float:
-    """Return β times the divergence that `kl_loss` names, by the estimator with its gradient; 0 if it is in the reward.
+    """Return β times the divergence that `kl` names, by the estimator with its gradient; 0 if it is in the reward.
 
-    The constant ratio corrects for completions of an older policy (after the first of several updates), the truncated
-    weight for those of another sampling distribution.
+    The constant ratio corrects for completions of an older policy (after the first of several updates), at the level of
+    the surrogate's; the weight for those of another sampling distribution is the surrogate's.
     """
-    if method.kl_loss is None:
+    if method.kl == "reward":
         return 0.0
     mask = batch.sequences.completion_mask
-    logs = logp, batch.logp_old, batch.logp_sampler, batch.logp_ref
-    if method.kl_loss == "reverse":
-        policy, old, sampler, ref = (each.sum(axis=1) for each in logs)
-        whole = _weight(method, policy, old, sampler) * kl.k2(policy, ref)
-        # Spread over the completion's tokens, so that it is divided as the surrogate is.
-        spread = whole[:, None] / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-        return method.beta * _aggregate(method, jnp.where(mask, spread, 0), mask)
-    policy, old, sampler, ref = logs
-    per_token = _weight(method, policy, old, sampler) * kl.k3(policy, ref)
-    return method.beta * _aggregate(method, per_token, mask)
+    ratio = bounded_exp(jax.lax.stop_gradient(_log_ratio(method, logp, batch)))
+    if method.kl == "reverse":
+        whole = policy_gradient.completion_log_ratio(logp, batch.logp_ref, mask)
+        per_token = kl.k2(whole, jnp.zeros_like(whole))
+    else:
+        per_token = kl.k3(logp, batch.logp_ref)
+    return method.beta * _aggregate(method, _sampler_weight(method, batch) * ratio * per_token, mask)
 
 
-def _weight(method: Method, logp: Array, logp_old: Array, logp_sampler: Array) -> Array:
-    """Return π/π_old · min(π_old/μ, C), a constant."""
-    truncated = policy_gradient.truncated_importance_weight(logp_old, logp_sampler, cap=method.importance_cap)
-    return truncated * bounded_exp(jax.lax.stop_gradient(logp) - logp_old)
+def _log_ratio(method: Method, logp: Array, batch: Experience) -> Float[Array, "batch time"]:
+    """Return log π/π_old as the surrogate has it: of the token, or at each token that of its completion."""
+    if method.surrogate not in ("gspo", "sequence_clip"):
+        return logp - batch.logp_old
+    return policy_gradient.completion_log_ratio(
+        logp, batch.logp_old, batch.sequences.completion_mask, length_normalised=method.surrogate == "gspo"
+    )
 
 
-def _ratios(method: Method, logp: Array, batch: Experience) -> Metrics:
-    """Describe the ratios of tokens; for "gspo" of whole completions, the geometric means that it clips."""
+def _sampler_weight(method: Method, batch: Experience) -> Float[Array, "batch time"]:
+    """Return π_old/μ within its bounds, a constant, of each token or at each token that of its completion."""
+    level, _, mode = method.importance_mode.partition("_")
+    logs = batch.logp_old, batch.logp_sampler
+    if level == "sequence":
+        mask = batch.sequences.completion_mask
+        logs = tuple(jnp.where(mask, each, 0).sum(axis=1, keepdims=True) for each in logs)
+    return policy_gradient.truncated_importance_weight(
+        *logs, cap=method.importance_cap, floor=method.importance_floor, mode=mode
+    )
+
+
+def _ratios(method: Method, logp: Array, batch: Experience) -> tuple[Metrics, Metrics]:
+    """Describe the ratios that the surrogate clips, of tokens or of completions, and count them."""
     counted = batch.sequences.completion_mask
-    log_ratio = jnp.where(counted, jax.lax.stop_gradient(logp) - batch.logp_old, 0)
-    if method.surrogate == "gspo":
-        log_ratio = log_ratio.sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1)
-        counted = counted.any(axis=1)
-    ratio, count = bounded_exp(log_ratio), jnp.maximum(counted.sum(), 1)
+    log_ratio = jnp.where(counted, jax.lax.stop_gradient(_log_ratio(method, logp, batch)), 0)
+    if method.surrogate in ("gspo", "sequence_clip"):
+        counted = counted & (jnp.cumsum(counted, axis=1) == 1)  # once for each completion
+    ratio, count = bounded_exp(log_ratio), counted.sum()
     outside = (ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)
-    return {
-        "clip_fraction": (outside & counted).sum() / count,
-        "ratio": jnp.where(counted, ratio, 0).sum() / count,
-    }
+    sums = {"clip_fraction": (outside & counted).sum(), "ratio": jnp.where(counted, ratio, 0).sum()}
+    return {name: each / jnp.maximum(count, 1) for name, each in sums.items()}, dict.fromkeys(sums, count)
 
 
-def _critic_loss(
-    method: Method, critic: ScalarHead, params: Params, batch: Experience
-) -> tuple[Float[Array, ""], Metrics]:
-    mask = batch.sequences.completion_mask
+def _critic_loss(method: Method, critic: ScalarHead, params: Params, batch: Experience) -> Float[Array, ""]:
     values, _ = critic_values(critic, params, batch.sequences)
     per_token = policy_gradient.value_loss(values, batch.values_old, batch.returns, clip=method.value_clip)
     # A mean over tokens where `policy_loss` weighs by tokens, else one over completions.
-    value = aggregate(per_token, mask, "token_mean" if method.mode == "token_mean" else "sequence_mean")
-    count = jnp.maximum(mask.sum(), 1)
-
-    def variance(array: Array) -> Array:
-        mean = jnp.where(mask, array, 0).sum() / count
-        return jnp.where(mask, jnp.square(array - mean), 0).sum() / count
-
-    explained = 1 - variance(batch.returns - batch.values_old) / jnp.maximum(variance(batch.returns), 1e-8)
-    return value, {"value_loss": value, "explained_variance": explained}
+    mode = "token_mean" if method.mode == "token_mean" else "sequence_mean"
+    return aggregate(per_token, batch.sequences.completion_mask, mode)

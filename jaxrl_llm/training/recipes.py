@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Key
 
 from jaxrl_llm import models, text
@@ -23,7 +25,7 @@ from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Columns, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.config import LOGGING, Config, Data, GRPOConfig, OfflineConfig
+from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
 from jaxrl_llm.training.policy import Method, method_of, online
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 from jaxrl_llm.training.steps import (
@@ -32,15 +34,23 @@ from jaxrl_llm.training.steps import (
     Metrics,
     TrainState,
     View,
-    adamw,
     compute_in,
     initial_state,
     make_step,
+    optimizer_of,
+    schedule_of,
 )
 
 SHOWN = 48  # tokens of a sample
 NAMED = 5  # files that an error names
-OF_A_RUN = ("checkpoints", "run.json", "log.jsonl", "tensorboard")  # before its first checkpoint, in this order
+OF_A_RUN = (
+    "checkpoints",
+    "run.json",
+    "log.jsonl",
+    "tensorboard",
+    "wandb",
+    "wandb_id",
+)  # before its first checkpoint, in this order
 
 
 class Keys(NamedTuple):
@@ -62,6 +72,7 @@ class Run:
     owned: bool  # nothing else reads the parameters: the first step may donate them
     out: Path | None
     verbose: bool
+    sha256: str = ""  # of the model's weights, if there is an output folder
 
     @property
     def lm(self) -> LanguageModel:
@@ -108,16 +119,32 @@ class Run:
             evaluate_every=config.save_every,
             log_every=config.log_every,
             keep=config.keep,
+            keep_best=config.keep_best,
             tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            free=self.free,
             verbose=self.verbose,
             **further,
         )
 
-    def identity(self, kind: str, **further: Any) -> dict[str, str]:
-        """Return the fields that identify the run for resuming; data count by their contents, logging not at all."""
+    def identity(self, kind: str, **further: Any) -> dict[str, Any]:
+        """Return the fields of `run.json`, as JSON.
+
+        All but those of `free` identify the run for resuming: models and data by their contents, not their paths.
+        """
         fields = {each.name: getattr(self.config, each.name) for each in dataclasses.fields(self.config)}
-        kept = {name: value for name, value in fields.items() if name not in LOGGING}
-        return {name: str(value) for name, value in {"kind": kind, "model": self.name, **kept, **further}.items()}
+        in_memory = [each.name for each in dataclasses.fields(self.config) if "Data" in str(each.type)]
+        in_memory = [name for name in in_memory if not isinstance(fields[name], str | Path | None)]
+        fields |= {name: f"in memory, a {type(fields[name]).__name__}" for name in in_memory}
+        found = {"kind": kind, "model": self.name, "model_sha256": self.sha256, **fields, **further}
+        return {name: _as_json(value) for name, value in found.items()}
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The fields of `run.json` with which a run can go on when they change."""
+        config = self.config
+        endless = config.schedule in ("constant", "inverse_sqrt") and (config.warmup >= 1 or not config.warmup)
+        return (*FREE, "steps") if endless else FREE
 
 
 def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *, verbose: bool = True) -> Run:
@@ -135,34 +162,42 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     owned = isinstance(lm, str | os.PathLike)
     name = os.fspath(lm) if owned else getattr(lm, "name", "a model in memory")
     path = name if owned else getattr(lm, "path", "")
-    begun = _check_folder([name, getattr(config, "reward_model", None)], config, out)
+    begun = _check_folder([name, *_folders_of(config)], config, out)
     loaded = models.load(lm) if owned else _as_loaded(lm)
     if isinstance(loaded.model, models.T5):
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
     if loaded.tokenizer is None:
         raise ValueError(f"the model must have a tokenizer, but {name} has none.")
-    if out is not None and not owned:
-        name = f"{name}, sha256 {_digest(loaded.params)}"
-    narrow = params_dtype(loaded.params)
-    if jnp.finfo(narrow).bits < 32:  # updates of usual size would be rounded away
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
-        loaded, owned = dataclasses.replace(loaded, params=params), True
-    run = Run(config, loaded, name, path, owned, out, verbose)
-    if jnp.finfo(narrow).bits < 32:
-        run.say(f"the weights are widened from {narrow} to float32 for training.")
+    sha256 = "" if out is None else _digest(loaded.params)
+    given, wanted = params_dtype(loaded.params), jnp.dtype(config.param_dtype)
+    if jnp.finfo(given).bits < 32 or jnp.finfo(wanted).bits < 32:  # float64 stays
+        loaded, owned = dataclasses.replace(loaded, params=_in(wanted, loaded.params)), owned or given != wanted
+    run = Run(config, loaded, name, path, owned, out, verbose, sha256)
+    if jnp.finfo(given).bits < jnp.finfo(wanted).bits:
+        run.say(f"the weights are widened from {given} to {wanted} for training.")
     if config.resume and not begun:
         run.say(f"{out} has no checkpoint to resume from: the run starts from the beginning.")
     return run
 
 
-def _check_folder(read: list[str | Path | None], config: Config, out: Path | None) -> bool:
+def _folders_of(config: Config) -> list[Any]:
+    """Return what a configuration reads from: the options that are paths."""
+    named = [each.name for each in dataclasses.fields(config) if "Path" in str(each.type)]
+    return [value for value in (getattr(config, name) for name in named) if isinstance(value, str | Path)]
+
+
+def _in(dtype: Any, params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _check_folder(read: list[str | Path], config: Config, out: Path | None) -> bool:
     """Return True if the folder has a run to be resumed; refuse one that a model is read from, or of other files."""
     if out is None:
-        wanted = [name for name in ("resume", "tensorboard") if getattr(config, name)]
+        wanted = [name for name in ("resume", "tensorboard", "wandb") if getattr(config, name)]
         if wanted:
             raise ValueError(f"{wanted[0]} needs an output folder: out must be a path, but is None.")
         return False
-    if out.resolve() in [Path(each).expanduser().resolve() for each in read if each is not None]:
+    if out.resolve() in [Path(each).expanduser().resolve() for each in read]:
         raise ValueError(f"out must be another folder than that of the model, {out}, which it would overwrite.")
     folder = out / "checkpoints"
     begun = folder.is_dir() and Checkpoints(folder).latest_step() is not None
@@ -188,10 +223,29 @@ def _as_loaded(lm: Any) -> models.Loaded:
 
 
 def _digest(params: Params) -> str:
+    """Return the SHA-256 of weights, with their names and types."""
     found = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        found.update(np.ascontiguousarray(leaf).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}".encode())
+        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return found.hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a configuration as JSON can hold it: functions by their places, objects by their fields."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | LoadedReward):
+        return {each.name: _as_json(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    return place_of(value) if callable(value) else type(value).__name__
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -321,22 +375,24 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     Args:
         samples: report a sample of the model's text with each checkpoint.
     """
+    batches, found = batches_of(run, data, objective.kind, batch_size=run.config.batch_size, fields=objective.fields)
+    run = _counted(run, batches)
     config: OfflineConfig = run.config
-    batches, found = batches_of(run, data, objective.kind, batch_size=config.batch_size, fields=objective.fields)
-    optimizer = _adamw(config, config.steps)
+    rate, optimizer = optimizer_for(config, config.steps)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
-    measures: dict[str, Callable[[Params], float | str]] = {}
+    measures: list[Callable[[Params], Mapping[str, float | str]]] = []
     if config.eval_data is not None:
-        measures["held_out_loss"] = held_out(run, objective, trained)
+        measures.append(held_out(run, objective, trained))
     if samples and run.reports:
         sample = sampler_of(run, *_start_of(run, batches))
-        measures["sample"] = lambda params: sample(trained.model(params))
+        measures.append(lambda params: {"sample": sample(trained.model(params))})
     copy = trained.frozen.ref is not None or not run.owned
     state = run.loop(
         initial_state(trained.params, optimizer, run.keys.state, copy=copy, loss=objective.loss),
         lambda state, done: step(state, jax.tree.map(jnp.asarray, batches(done)), trained.frozen),
         tokens=batches.tokens,
-        evaluate=lambda params: {name: measure(params) for name, measure in measures.items()},
+        numbers=progress(rate, batches),
+        evaluate=lambda params: dict(item for measure in measures for item in measure(params).items()),
         config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
         watch=objective.watch,
         describe=batches.describe,
@@ -344,11 +400,31 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     return state.params
 
 
-def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], float]:
-    """Return the loss over all held-out data as a function of the parameters, in parts of a microbatch's rows.
+def _counted(run: Run, batches: Batches) -> Run:
+    """Return the run with the steps of its epochs, if epochs are asked for."""
+    epochs, size = run.config.num_epochs, batches.order.steps_per_epoch
+    if epochs is None:
+        return run
+    steps = math.ceil(epochs * size - 1e-6)
+    run.say(f"{epochs:g} epoch{'s' * (epochs != 1)} of {size} batches: {steps} steps.")
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, steps=steps, num_epochs=None))
+
+
+def progress(rate: Callable[[int], Any], batches: Batches, *, updates: int = 1) -> Callable[[int], dict[str, float]]:
+    """Return the epochs after n steps and the learning rate of the last of their updates, as a function of n."""
+    size = batches.order.steps_per_epoch
+    return lambda step: {"epoch": round(step / size, 4), "learning_rate": float(rate(step * updates - 1))}
+
+
+def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], dict[str, float]]:
+    """Return the loss and its metrics over all held-out data as a function of the parameters, `held_out_` before names.
+
+    It is computed in parts of a microbatch's rows; each number is the mean over all rows, tokens or pairs, whatever
+    the parts (of a loss that compares the rows of a batch, the mean over parts). "sft" also has `held_out_perplexity`,
+    exp(loss).
 
     Raises:
-        ValueError: for a single row, if the loss compares rows.
+        ValueError: for a single row, if the loss compares rows; or if `keep_best` is not one of the numbers.
     """
     config, least = run.config, 2 if getattr(objective.loss, "needs_whole_batch", False) else 1
     batches, _ = batches_of(
@@ -363,16 +439,27 @@ def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Para
     parts = [batches.collate(places) for places in split]
 
     @jax.jit
-    def of_part(params: Params, part: Any, frozen: Frozen) -> tuple[Array, Array]:
+    def of_part(params: Params, part: Any, frozen: Frozen) -> dict[str, tuple[Array, Array]]:
         seen = params if trained.view is None else trained.view(params, frozen)
-        found = objective.loss(seen, part, frozen, jax.random.key(0))
-        return found.value, jnp.asarray(found.weight, jnp.float32)
+        return objective.loss(seen, part, frozen, jax.random.key(0)).totals()
 
-    def mean(params: Params) -> float:
-        found = np.asarray([[float(each) for each in of_part(params, part, trained.frozen)] for part in parts])
-        return float((found[:, 0] * found[:, 1]).sum() / found[:, 1].sum())
+    def measured(params: Params) -> dict[str, float]:
+        totals = [of_part(params, part, trained.frozen) for part in parts]
+        sums = jax.tree.map(lambda *each: np.sum([np.asarray(value, np.float64) for value in each]), *totals)
+        # Compiled functions return dicts in the order of their names: the loss first again.
+        sums = {"loss": sums.pop("loss")} | sums
+        found = {f"held_out_{name}": float(total / weight) for name, (total, weight) in sums.items() if weight}
+        if objective.name == "sft":
+            found["held_out_perplexity"] = math.exp(found["held_out_loss"])
+        return found
 
-    return mean
+    if config.keep_best is not None:  # a wrong name is an error now, not after the first steps
+        names = [f"held_out_{name}" for name in jax.eval_shape(of_part, trained.params, parts[0], trained.frozen)]
+        names.sort(key=lambda name: name != "held_out_loss")
+        names += ["held_out_perplexity"] * (objective.name == "sft")
+        if (name := direction(config.keep_best)[0]) not in names:
+            raise ValueError(f"keep_best must be one of {', '.join(names)}, but is {name}.")
+    return measured
 
 
 def sampler_of(run: Run, asked: Prompts, sampler: Sampler) -> Callable[[Params], str]:
@@ -393,14 +480,11 @@ def _start_of(run: Run, batches: Batches) -> tuple[Prompts, Sampler]:
     return Prompts(np.asarray([prompt], np.int32), np.ones((1, len(prompt)), bool)), Sampler(count, eos_ids=run.eos)
 
 
-def _adamw(config: Config, updates: int) -> Any:
-    return adamw(
-        config.learning_rate,
-        steps=updates,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
+def optimizer_for(config: Config, updates: int) -> tuple[Callable[[int], Any], optax.GradientTransformation]:
+    """Return the learning rate of each update, and the optimiser, of a configuration."""
+    rate = schedule_of(config.schedule, config.learning_rate, steps=updates, warmup=config.warmup)
+    given = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm, **config.optimizer_kwargs}
+    return rate, optimizer_of(config.optimizer, rate, **given)
 
 
 # Online runs ----------------------------------------------------------------------------------------------------------
@@ -424,7 +508,8 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
         texts = batches_of(run, config.text, "prompt-completion", batch_size=config.batch_size, name="text")
     critic = ScalarHead(run.lm) if method.has_critic else None
     trained = trained_of(run, reference=True, critic=critic)
-    optimizer = _adamw(config, config.steps * method.epochs * method.minibatches)
+    updates = method.epochs * method.minibatches
+    rate, optimizer = optimizer_for(config, config.steps * updates)
     trainer = online(run.lm, optimizer, critic=critic, microbatches=config.microbatches, view=trained.view)
 
     def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
@@ -445,6 +530,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
         initial_state(trained.params, optimizer, run.keys.state),
         advance,
         tokens="completion_tokens",
+        numbers=progress(rate, asked, updates=updates),
         evaluate=lambda params: {"sample": sample(trained.model(params))} if run.reports else {},
         config=run.identity(kind, data_sha256=found.digest(), **identity),
         watch=("reward", "kl", "entropy", "clip_fraction"),
@@ -464,7 +550,7 @@ def _reward(run: Run) -> tuple[Callable[[list[records.Prompt]], rewards.RewardFn
                 f"but has {found.head.lm.vocab_size}."
             )
         of_tokens = rewards.of_model(found.head, found.params)
-        return lambda asked: of_tokens, str(config.reward_model or f"sha256 {_digest(found.params)}")
+        return lambda asked: of_tokens, f"sha256 {_digest(found.params)}"
     function = rewards.function_at(config.reward) if isinstance(config.reward, str) else config.reward
     if not callable(function):
         raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")

@@ -54,7 +54,8 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0) -> LossFn:
             "margin": _mean(lead, pairs),
             "score": _mean(scores, batch.real),
         }
-        return Loss(value, scores.shape[0], metrics)
+        weights = {"accuracy": pairs.sum(), "margin": pairs.sum(), "score": batch.real.sum()}
+        return Loss(value, scores.shape[0], metrics, weights)
 
     return loss
 

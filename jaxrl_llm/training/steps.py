@@ -12,8 +12,10 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.training.config import Optimizer, Schedule, check_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
+ROUNDING = 0x726F756E  # what a step's key is folded with to round its parameters
 
 
 class Frozen(NamedTuple):
@@ -47,7 +49,16 @@ class Loss(NamedTuple):
 
     value: Float[Array, ""]
     weight: Float[Array, ""] | float = 1.0  # tokens, rows or pairs: what `value` is the mean over
-    metrics: Mapping[str, Float[Array, ""]] = {}  # means over the same
+    metrics: Mapping[str, Float[Array, ""]] = {}  # means, over the same unless `weights` has what they are over
+    weights: Mapping[str, Float[Array, ""] | float] = {}  # by the names of metrics
+
+    def totals(self) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
+        """Return the loss and each metric times its weight, and the weight: those of the parts of a batch add up."""
+        if unknown := sorted(set(self.weights) - set(self.metrics)):
+            raise ValueError(f"weights must be of metrics, {', '.join(self.metrics)}, but has {', '.join(unknown)}.")
+        means = {"loss": self.value, **self.metrics}
+        weights = {name: jnp.asarray(self.weights.get(name, self.weight), self.value.dtype) for name in means}
+        return {name: (weights[name] * mean, weights[name]) for name, mean in means.items()}
 
 
 LossFn = Callable[[Params, PyTree, Frozen | None, Array], Loss]  # (params, batch, frozen, key) -> Loss
@@ -72,7 +83,7 @@ def initial_state(
     copy: bool = True,
     loss: LossFn | None = None,
 ) -> TrainState:
-    """Return the state before the first step.
+    """Return the state before the first step. Of parameters in bfloat16 the optimiser's state is in float32.
 
     Args:
         loss: a loss that may keep a `Running` statistic, which is then begun; without it, it keeps none.
@@ -81,9 +92,11 @@ def initial_state(
     """
     if copy:
         params, key = jax.tree.map(jnp.copy, (params, key))
+    # Compiled, so that no wide copy of narrow parameters is made.
+    init = jax.jit(lambda params: optimizer.init(_wide(params))) if _is_narrow(params) else optimizer.init
     running = getattr(loss, "running", None)
     statistic = () if running is None else jnp.asarray(running.start, jnp.float32)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key, statistic)
+    return TrainState(params, init(params), jnp.zeros((), jnp.int32), key, statistic)
 
 
 def make_step(
@@ -118,10 +131,18 @@ def update(
     batch: PyTree,
     frozen: Frozen | None = None,
     *,
+    further: tuple[LossFn, PyTree] | None = None,
     microbatches: int = 1,
     view: View | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Do one step: the body of `make_step`, to be part of a larger program."""
+    """Do one step: the body of `make_step`, to be part of a larger program.
+
+    Parameters in bfloat16 are updated in float32 and rounded at random, up or down with the probabilities that keep the
+    mean, so that steps far below their spacing add up.
+
+    Args:
+        further: a loss that is added, with a batch of its own, which is split into as many parts.
+    """
     if microbatches > 1 and getattr(loss, "needs_whole_batch", False):
         raise ValueError(
             f"microbatches must be 1 for a loss that compares with all rows of a batch, but is {microbatches}."
@@ -131,31 +152,40 @@ def update(
     if running is not None:
         frozen = (frozen or Frozen())._replace(running=state.running)
 
-    def seen(params: Params, part: PyTree, key: Array) -> Loss:
-        return loss(params if view is None else view(params, frozen), part, frozen, key)
+    def found(loss: LossFn, batch: PyTree) -> tuple[Params, Metrics]:
+        def seen(params: Params, part: PyTree, key: Array) -> Loss:
+            return loss(params if view is None else view(params, frozen), part, frozen, key)
 
-    grads, metrics = gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
+        return gradients(seen, state.params, batch, state.step_key, microbatches=microbatches)
+
+    grads, metrics = found(loss, batch)
+    if further is not None:
+        added, described = found(*further)
+        grads = jax.tree.map(jnp.add, grads, added)
+        metrics = described | metrics | {"loss": metrics["loss"] + described["loss"]}
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, _wide(state.params))
+    params = _added(state.params, updates, jax.random.fold_in(state.step_key, ROUNDING))
     statistic = state.running if running is None else running.advance(state.running, metrics, state.step)
-    params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1, state.key, statistic), metrics
 
 
 def gradients(
     loss: Callable[[Params, PyTree, Array], Loss], params: Params, batch: PyTree, key: Array, *, microbatches: int = 1
 ) -> tuple[Params, Metrics]:
-    """Return the gradient of the mean loss of a batch, and the mean metrics, one microbatch after the other."""
+    """Return the gradient of the mean loss of a batch, and the mean metrics, one microbatch after the other.
 
-    def weighted(params: Params, part: PyTree, key: Array) -> tuple[Array, tuple[Array, Metrics]]:
+    Gradients are in the dtype of their parameters, but at least in float32.
+    """
+
+    def weighted(params: Params, part: PyTree, key: Array) -> tuple[Array, dict[str, tuple[Array, Array]]]:
         found = loss(params, part, key)
         weight = jax.lax.stop_gradient(jnp.asarray(found.weight, found.value.dtype))
-        means = {"loss": found.value, **found.metrics}
-        return weight * found.value, (weight, {name: weight * mean for name, mean in means.items()})
+        return weight * found.value, found.totals()
 
-    def of_part(part: PyTree, key: Array) -> tuple[Params, Array, Metrics]:
-        grads, (weight, sums) = jax.grad(weighted, has_aux=True)(params, part, key)
-        return grads, weight, sums
+    def of_part(part: PyTree, key: Array) -> tuple[Params, dict[str, tuple[Array, Array]]]:
+        grads, totals = jax.grad(weighted, has_aux=True)(params, part, key)
+        return _wide(grads), totals
 
     if microbatches == 1:
         total = of_part(batch, key)
@@ -169,12 +199,15 @@ def gradients(
             return jax.tree.map(jnp.add, total, of_part(part, jax.random.fold_in(key, index))), None
 
         total, _ = jax.lax.scan(add, nothing, (jnp.arange(microbatches), parts))
-    grads, weight, sums = total
+    grads, totals = total
+    _, weight = totals["loss"]
     share = 1 / jnp.where(weight == 0, 1, weight)
-    # A metric may be unbounded where the weight is tiny; gradients keep the dtype of their parameters.
-    return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads), {
-        name: total * share for name, total in sums.items()
-    }
+    return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads), means(totals)
+
+
+def means(totals: Mapping[str, tuple[Array, Array]]) -> Metrics:
+    """Return the means of sums and their weights, as `Loss.totals` has them; 0 where the weight is."""
+    return {name: total / jnp.where(weight == 0, 1, weight) for name, (total, weight) in totals.items()}
 
 
 def _parts(batch: PyTree, count: int) -> PyTree:
@@ -192,6 +225,34 @@ def _parts(batch: PyTree, count: int) -> PyTree:
         return jnp.swapaxes(leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 0, 1)
 
     return jax.tree.map(cut, batch)
+
+
+def _is_narrow(params: Params) -> bool:
+    return any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+
+
+def _wide(params: Params) -> Params:
+    """Return bfloat16 leaves in float32, all others as they are."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, params)
+
+
+def _added(params: Params, updates: Params, key: Array) -> Params:
+    """Return the sum; in bfloat16 rounded at random, so that it is right in the mean (Gupta et al. 2015)."""
+    if not _is_narrow(params):
+        return optax.apply_updates(params, updates)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.tree.unflatten(treedef, jax.random.split(key, len(leaves)))
+
+    def rounded(leaf: Array, update: Array, key: Array) -> Array:
+        whole = leaf + update
+        if leaf.dtype != jnp.bfloat16:
+            return whole.astype(leaf.dtype)
+        bits = jax.lax.bitcast_convert_type(whole, jnp.uint32)  # the upper half is the bfloat16 next to it towards 0
+        up = (bits + (jax.random.bits(key, whole.shape, jnp.uint32) & 0xFFFF)) & jnp.uint32(0xFFFF0000)
+        chosen = jax.lax.bitcast_convert_type(up, jnp.float32)
+        return jnp.where(jnp.isfinite(whole), chosen, whole).astype(leaf.dtype)
+
+    return jax.tree.map(rounded, params, updates, keys)
 
 
 def whole_run(
@@ -231,38 +292,114 @@ def compute_in(dtype: Any) -> View:
     return narrow
 
 
-def adamw(
-    learning_rate: float, *, steps: int, warmup: float, weight_decay: float, clip_norm: float
-) -> optax.GradientTransformation:
-    """Return AdamW on clipped gradients, with a linear warm-up over a share of the steps and linear decay to 0."""
-    rising = min(steps - 1, round(warmup * steps))
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(learning_rate / max(1, rising), learning_rate, max(1, rising)),
-            optax.linear_schedule(learning_rate, 0.0, max(1, steps - rising)),
-        ],
-        [rising],
+# Learning rates and optimisers ----------------------------------------------------------------------------------------
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Return the steps in which the learning rate rises: `warmup` of them, or below 1 a share of all; never all."""
+    return min(steps - 1, round(warmup * steps) if warmup < 1 else int(warmup))
+
+
+def schedule_of(name: Schedule, learning_rate: float, *, steps: int, warmup: float = 0.0) -> optax.Schedule:
+    """Return the learning rate of each step: a linear warm-up to the peak, then a decay by name.
+
+    With the peak η, w steps of warm-up and t = (step − w) / (steps − w) after it: "linear" is η(1 − t); "cosine"
+    η(1 + cos πt)/2; "constant" η; "inverse_sqrt" η√(w / step), with w of at least 1. The last two do not end with the
+    run.
+
+    Args:
+        learning_rate: the peak.
+        warmup: as in `warmup_steps`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    rising = warmup_steps(warmup, steps)
+    scale, rest = max(1, rising), max(1, steps - rising)
+    after = {
+        "linear": optax.linear_schedule(learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest),
+        "constant": optax.constant_schedule(learning_rate),
+        "inverse_sqrt": lambda step: learning_rate * jnp.sqrt(scale / (scale + step)),
+    }
+    if name not in after:
+        raise ValueError(f"the schedule must be one of {', '.join(after)}, but is {name!r}.")
+    return optax.join_schedules(
+        [optax.linear_schedule(learning_rate / scale, learning_rate, scale), after[name]], [rising]
     )
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
+
+
+def optimizer_of(
+    name: Optimizer,
+    schedule: optax.Schedule | float,
+    *,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    **hyperparameters: float,
+) -> optax.GradientTransformation:
+    """Return an optimiser on clipped gradients, whose weight decay leaves norms, biases and embeddings alone.
+
+    "adamw" and "lion" decay weights apart from the gradient, "adam" and "sgd" add the decay to it, as torch's do.
+    "adafactor" does not scale by the size of the weights, as in transformers' Trainer. "muon" is Muon on the
+    kernels, whose updates are scaled to the size of Adam's so that one learning rate serves both, and Adam on all else.
+
+    Args:
+        schedule: the learning rate, of each step or of all.
+        clip_norm: gradients of a larger norm are scaled down to it.
+        hyperparameters: those of `config.OPTIMIZERS`, by optax's names and with its defaults; of muon adam_b2 is 0.95.
+
+    Raises:
+        ValueError: for another name or hyperparameter.
+
+    Source: Loshchilov and Hutter 2019 (AdamW), Chen et al. 2023 (Lion), Shazeer and Stern 2018 (Adafactor),
+    Jordan et al. 2024 and Liu et al. 2025, arXiv 2502.16982 (Muon).
+    """
+    check_optimizer(name, hyperparameters)
+    apart = {"weight_decay": weight_decay, "mask": decayed}
+    make = {
+        "adamw": lambda **given: optax.adamw(schedule, **given, **apart),
+        "adam": lambda **given: optax.chain(
+            optax.add_decayed_weights(weight_decay, decayed), optax.adam(schedule, **given)
+        ),
+        "sgd": lambda **given: optax.chain(
+            optax.add_decayed_weights(weight_decay, decayed), optax.sgd(schedule, **given)
+        ),
+        "lion": lambda **given: optax.lion(schedule, **given, **apart),
+        "adafactor": lambda **given: optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False, **given),
+            optax.add_decayed_weights(-weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule, flip_sign=False),
+        ),
+        "muon": lambda **given: optax.contrib.muon(
+            schedule,
+            **{"adam_b2": 0.95} | given,
+            weight_decay=weight_decay,
+            weight_decay_mask=decayed,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        ),
+    }
+    return optax.chain(optax.clip_by_global_norm(clip_norm), make[name](**hyperparameters))
+
+
+def decayed(params: Params) -> PyTree:
+    """Return True for each parameter that weight decay acts on: all but norms, biases and embeddings."""
+    return _by_name(params, lambda name: name not in ("scale", "bias", "embedding"))
+
+
+def _matrices(params: Params) -> PyTree:
+    return _by_name(params, lambda name: optax.contrib.MuonDimensionNumbers() if name == "kernel" else None)
+
+
+def _by_name(params: Params, of_name: Callable[[Any], Any]) -> PyTree:
+    """Map the last name of each parameter's path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: of_name(getattr(path[-1], "key", None)), params)
 
 
 def muon(
     learning_rate: float, *, steps: int, warmup_steps: int, decay_steps: int, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Return Muon on the weight matrices and Adam on embeddings, norms and biases; warm-up, plateau, linear decay.
-
-    Updates of matrices are scaled to the size of Adam's, so that one learning rate serves both. Weight decay acts on
-    matrices alone; gradients are clipped to norm 1.
-
-    Source: Jordan et al. 2024; the size of the updates: Liu et al. 2025 (arXiv 2502.16982).
-    """
-
-    def is_matrix(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-    def dimension_numbers(params: Params) -> Params:
-        return jax.tree.map(lambda matrix: optax.contrib.MuonDimensionNumbers() if matrix else None, is_matrix(params))
-
+    """Return "muon" of `optimizer_of`, with a linear warm-up from 0, a plateau and a linear decay to 0."""
     schedule = optax.join_schedules(
         [
             optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -271,12 +408,4 @@ def muon(
         ],
         [warmup_steps, steps - decay_steps],
     )
-    update = optax.contrib.muon(
-        schedule,
-        adam_b2=0.95,
-        weight_decay=weight_decay,
-        weight_decay_mask=is_matrix,
-        muon_weight_dimension_numbers=dimension_numbers,
-        consistent_rms=0.2,
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), update)
+    return optimizer_of("muon", schedule, weight_decay=weight_decay)

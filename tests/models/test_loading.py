@@ -214,6 +214,24 @@ def test_ends_of_text_come_from_generation_config_too_and_are_written(tmp_path):
         text.eos_ids(None, {"vocab_size": 9, "eos_token_id": "</s>"})
 
 
+def test_a_saved_model_ends_its_texts_at_the_tokenizers_eos_and_at_the_bases_other_ends(tmp_path):
+    """Whatever the base's configuration says: the tokenizer's EOS is the one that completions are taught to end in."""
+    tokenizer = models.load("tiny-gpt2").tokenizer
+    lm = models.GPT2(models.GPT2Config(vocab_size=4096, n_positions=8, n_embd=4, n_layer=1, n_head=1))
+    params, generation = lm.init(jax.random.key(0)), {"eos_token_id": [5, 9], "temperature": 0.7}
+    for config, given, ends in (
+        ({"eos_token_id": 5, "generation_config": generation}, tokenizer, ([0, 5], [0, 5, 9])),
+        ({"eos_token_id": 5}, tokenizer, ([0, 5], [0, 5])),
+        ({"eos_token_id": [5, 0]}, tokenizer, ([5, 0], [5, 0])),
+        ({}, tokenizer, (0, 0)),
+        ({"eos_token_id": [5, 7]}, None, ([5, 7], [5, 7])),
+    ):
+        models.save(tmp_path, lm, params, given, config=config)
+        saved = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+        assert [each["eos_token_id"] for each in saved] == list(ends)
+        assert saved[1].get("temperature") == (0.7 if "generation_config" in config else None)
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_the_language_model_of_a_multimodal_folder_is_loaded(tmp_path, prefix):
     config = json.loads((GOLDENS / "gemma3_text-0" / "config.json").read_text())

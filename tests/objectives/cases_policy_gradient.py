@@ -27,6 +27,11 @@ def sequences(rng, n):
     return Case((logp_policy,), constants, {"clip_low": 0.1, "clip_high": 0.15})
 
 
+def whole(rng, n):
+    case = sequences(rng, n)
+    return Case(case.differentiable, (case.constants[0], case.constants[2]))
+
+
 def critic(rng, n):
     shape = (n.batch, n.time)
     values = rng.normal(size=shape)
@@ -41,6 +46,7 @@ CASES = {
     policy_gradient.reinforce_loss: scored,
     policy_gradient.ppo_clip_loss: against_another(clip_low=0.3, clip_high=0.6, dual_clip=2.0),
     policy_gradient.gspo_loss: sequences,
+    policy_gradient.completion_log_ratio: whole,
     policy_gradient.cispo_loss: against_another(clip_low=0.4, clip_high=0.8),
     policy_gradient.off_policy_reinforce_loss: against_another(cap=1.5),
     policy_gradient.value_loss: critic,

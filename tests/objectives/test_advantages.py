@@ -13,7 +13,7 @@ gae, returns_to_go, rloo, centered, optimal_baseline = map(
     jax.jit,
     (advantages.gae, advantages.returns_to_go, advantages.rloo, advantages.centered, advantages.optimal_baseline),
 )
-grpo = jax.jit(advantages.grpo, static_argnames="ddof")
+grpo = jax.jit(advantages.grpo, static_argnames=("ddof", "scale"))
 whiten = jax.jit(advantages.whiten, static_argnames="shift_mean")
 
 RNG = np.random.default_rng(0)
@@ -147,6 +147,15 @@ def test_groups_against_numpy(name):
     np.testing.assert_array_equal(found[1], 0)  # alone in its group
 
 
+def test_grpo_divides_by_the_spread_of_the_group_or_of_the_batch_or_by_nothing():
+    real = REWARDS[GROUP_MASK]
+    of_batch = grpo(f32(with_junk(REWARDS, GROUP_MASK)), scale="batch", mask=GROUP_MASK)
+    expected = naive_groups(REWARDS, GROUP_MASK, lambda r: (r - r.mean()) / (real.std(ddof=1) + 1e-4) if len(r) else r)
+    close(of_batch, expected)
+    close(grpo(f32(REWARDS), scale="none"), centered(f32(REWARDS)))
+    np.testing.assert_array_equal(grpo(np.full((4, 6), 0.1, np.float32), scale="batch"), 0)
+
+
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("reward", [0.1, -3.7, 1e4])
 def test_a_group_of_equal_rewards_gives_exactly_zero(name, reward):
@@ -274,6 +283,7 @@ def test_a_reward_that_counts_must_be_finite(name):
         (lambda: advantages.rloo(jnp.ones((3, 1))), r"at least 2 .*\[3, 1\]"),
         (lambda: advantages.grpo(jnp.ones((3, 1))), "more than ddof = 1 .* 1"),
         (lambda: advantages.grpo(jnp.ones(3), eps=-1.0), "eps must"),
+        (lambda: advantages.grpo(jnp.ones(3), scale="all"), "scale must be group, batch or none, but is 'all'"),
         (lambda: advantages.rloo(jnp.ones((2, 3), int)), "rewards must be floating.*int32"),
         (lambda: advantages.centered(jnp.ones((2, 3)), mask=jnp.ones(3)), r"mask must .*\[2, 3\].*\[3\]"),
         (

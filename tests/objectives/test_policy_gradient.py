@@ -139,6 +139,53 @@ def test_gspo_of_one_token_is_ppo_and_of_equal_tokens_too():
         close(gradient, np.repeat(ppo[1][:, None] / time, time, axis=1))
 
 
+@pytest.mark.parametrize("length_normalised", [True, False])
+def test_the_clipped_log_ratio_of_completions_at_their_tokens_has_the_gradient_of_gspo(length_normalised):
+    """With weights of tokens, each has its own share of it."""
+    arrays, _ = case_of("gspo_loss")
+    logp_policy, logp_old, advantages, mask = arrays
+    mask = mask & (np.arange(5) < f32([[5], [3], [1], [4]]))
+    weights = f32(np.random.default_rng(1).uniform(0.5, 1.5, mask.shape))
+    clips = {"clip_low": 0.1, "clip_high": 0.15}
+
+    @jax.jit
+    def gradients(logp_policy):
+        def of_tokens(logp_policy, weights):
+            log_s = pg.completion_log_ratio(logp_policy, logp_old, mask, length_normalised=length_normalised)
+            losses = weights * pg.ppo_clip_loss(log_s, jnp.zeros_like(log_s), advantages[:, None] + 0 * log_s, **clips)
+            divisor = mask.sum(axis=1, keepdims=True) if length_normalised else 1
+            return jnp.where(mask, losses / divisor, 0).sum()
+
+        def of_sequences(logp_policy):
+            each = {"length_normalised": length_normalised}
+            return pg.gspo_loss(logp_policy, logp_old, advantages, mask, **clips, **each).sum()
+
+        slope = jax.grad(of_tokens)
+        return (
+            slope(logp_policy, jnp.ones_like(weights)),
+            slope(logp_policy, weights),
+            jax.grad(of_sequences)(logp_policy),
+        )
+
+    found, weighted, expected = gradients(logp_policy)
+    assert (np.abs(expected) > 0.01).any() and (expected[mask.any(axis=1)] == 0).any()
+    close(found, expected)
+    close(weighted, weights * expected)
+
+
+def test_the_log_ratio_of_completions_shows_what_is_missing_and_keeps_its_gradient_finite():
+    logp_policy, logp_old = (
+        f32([[-1.0, -2.0, np.nan], [-np.inf, -1.0, 0.0]]),
+        f32([[-2.0, -1.5, 0.0], [-1.0, -1.0, 0.0]]),
+    )
+    mask = np.asarray([[True, True, False], [True, True, False]])
+    values, gradient = value_and_gradient("completion_log_ratio", logp_policy, logp_old, mask)
+    np.testing.assert_array_equal(values, [[0.5, 0.5, 0], [-np.inf, -np.inf, 0]])
+    np.testing.assert_array_equal(gradient, [[1, 1, 0], [0, 1, 0]])
+    shown = value_and_gradient("completion_log_ratio", logp_policy, logp_old, np.ones((2, 3), bool))[0]
+    assert np.isnan(shown[0]).all()
+
+
 def test_gspo_by_hand():
     """Two real tokens: s = √(2 · 8) = 4, or plainly 16. A third token is hidden."""
     logp_policy = np.log(f32([[0.2, 0.8, 0.5]]))
@@ -198,6 +245,8 @@ def test_truncated_importance_weight_in_both_modes():
     close(weight(old, sampler, cap=3.0), [0.5, 1, 2, 3])
     close(weight(old, sampler, cap=3.0, mode="mask"), [0.5, 1, 2, 0])
     close(weight(old, sampler), [0.5, 1, 2, 2])
+    close(weight(old, sampler, cap=3.0, floor=0.75), [0.75, 1, 2, 3])
+    close(weight(old, sampler, cap=3.0, floor=0.75, mode="mask"), [0, 1, 2, 0])
     assert weight(f32(-1.0), f32(-np.inf)) == 2 and weight(f32(-1.0), f32(-np.inf), mode="mask") == 0
     assert weight(f32(-np.inf), f32(-1.0)) == 0 and np.isnan(weight(f32(np.nan), f32(-1.0)))
     for mode in ("truncate", "mask"):
@@ -269,7 +318,7 @@ def test_entropy_loss_falls_towards_the_uniform_distribution():
 
 
 CASES = {function.__name__: build for function, build in cases_policy_gradient.CASES.items()}
-RATIOS = sorted(set(CASES) - {"value_loss", "entropy_loss"})
+RATIOS = sorted(set(CASES) - {"value_loss", "entropy_loss", "completion_log_ratio"})
 
 
 def case_of(name):
@@ -333,6 +382,7 @@ ONE = np.ones(2, np.float32)
         (lambda: pg.ppo_clip_loss(ONE, ONE, ONE, dual_clip=1.0), "dual_clip must lie in"),
         (lambda: pg.cispo_loss(ONE, ONE, ONE, clip_low=-1.0), "clip_low must lie in"),
         (lambda: pg.truncated_importance_weight(ONE, ONE, cap=0.0), "cap must lie in"),
+        (lambda: pg.truncated_importance_weight(ONE, ONE, cap=1.0, floor=1.5), r"floor must lie in \[0, 1\]"),
         (lambda: pg.off_policy_reinforce_loss(ONE, ONE, ONE, mode="clip"), '"truncate" or "mask".*clip'),
         (lambda: pg.value_loss(ONE, ONE, ONE, clip=-0.1), "clip must lie in"),
     ],

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.files import replacing
 from jaxrl_llm.training import loop, steps
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.loop import RunLog
@@ -333,6 +335,55 @@ def test_a_finished_run_is_not_run_again_and_can_grow_but_not_shrink(tmp_path, w
     np.testing.assert_array_equal(grown.params["w"], go(tmp_path / "b", steps=8).params["w"])
 
 
+def to_the_half(params):
+    """Its weights are 1 − 0.8ⁿ after n steps: nearest to 0.5 after the third."""
+    return {"held_out_loss": float(abs(params["w"][0] - 0.5)), "sample": "Once"}
+
+
+@pytest.mark.parametrize("stop", [None, "before the checkpoint", "before the best"])
+def test_the_best_parameters_are_kept_and_returned_also_of_a_resumed_run(tmp_path, monkeypatch, capsys, stop):
+    options = {"evaluate": to_the_half, "keep_best": "held_out_loss", "evaluate_every": 1, "keep": 1}
+    saved = Checkpoints.save
+
+    def save_and_crash(checkpoints, step, state):
+        if step == 3 and (checkpoints._folder.name == "best") == (stop == "before the best"):
+            raise Crash
+        saved(checkpoints, step, state)
+
+    if stop:
+        with monkeypatch.context() as patched, pytest.raises(Crash):
+            patched.setattr(Checkpoints, "save", save_and_crash)
+            go(tmp_path, **options)
+    for folder in (tmp_path, tmp_path, None):
+        state = go(folder, **options)
+        assert state.params["w"][0] == pytest.approx(1 - 0.8**3) and int(state.step) == 6
+        said = "The best held_out_loss is that of step 3, 0.012: the model is that of this step."
+        assert said in capsys.readouterr().out
+    assert latest(tmp_path) == 6 and Checkpoints(tmp_path / "best").latest_step() == 3
+
+
+def test_the_best_is_the_largest_or_the_smallest_value_by_the_metric(tmp_path):
+    def best(keep_best, name):
+        evaluate = lambda params: {name: float(params["w"][0])}  # noqa: E731
+        return float(go(None, evaluate=evaluate, keep_best=keep_best, verbose=False).params["w"][0])
+
+    smallest, largest = 1 - 0.8**2, 1 - 0.8**6  # evaluated after steps 2, 4 and 6
+    for name, expected in (("held_out_accuracy", largest), ("held_out_perplexity", smallest), ("win_rate", largest)):
+        assert best(name, name) == pytest.approx(expected)
+    assert best("min:length", "length") == pytest.approx(smallest)
+    with pytest.raises(ValueError, match="keep_best must be one of length, but is held_out_loss"):
+        best("held_out_loss", "length")
+    with pytest.raises(ValueError, match="keep_best must be a number of the evaluation, which has none, but is kl"):
+        go(tmp_path, keep_best="kl", evaluate=lambda params: {"sample": "Once"})
+
+
+def test_a_run_ends_with_what_it_reached(capsys):
+    go(None, evaluate=lambda params: {"held_out_accuracy": 0.25, "sample": "Once"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["step 2, held_out_accuracy 0.25", "step 2, sample: Once"]
+    assert lines[-1] == "6 steps: loss 1.64 → 0.2751, held_out_accuracy 0.25 → 0.25."
+
+
 def test_the_checkpoint_of_another_model_is_refused_and_stays(tmp_path):
     go(tmp_path)
     said = r"is of another model or optimiser: params/w is float32\[2\], not float32\[3\]"
@@ -346,6 +397,13 @@ def test_the_same_configuration_resumes(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(CONFIG))
     assert not list(tmp_path.glob("*.partial"))
     assert int(go(tmp_path, config=CONFIG, steps=8).step) == 8, "steps that the configuration does not name may grow"
+
+
+def test_fields_that_are_free_may_change_and_the_last_are_kept(tmp_path):
+    free = {"free": ("data", "steps")}
+    go(tmp_path, config=CONFIG | {"data": "a"}, **free)
+    assert int(go(tmp_path, config=CONFIG | {"data": "b", "steps": 8}, **free, steps=8).step) == 8
+    assert json.loads((tmp_path / "run.json").read_text())["data"] == "b"
 
 
 @pytest.mark.parametrize(
@@ -363,6 +421,7 @@ def test_another_configuration_is_refused_and_nothing_changes(tmp_path, config, 
     with pytest.raises(ValueError) as error:
         go(tmp_path, config=config, steps=8)
     assert said in str(error.value) and str(tmp_path) in str(error.value)
+    assert ("A run can be made longer if its learning rate does not depend" in str(error.value)) == ("steps" in config)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -457,7 +516,7 @@ def test_tensorboards_events_hold_the_numbers_or_the_package_is_named(tmp_path, 
             written.append("closed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_event_writer", lambda: Writer)
+        patched.setattr(loop._TensorBoard, "module", staticmethod(lambda: types.SimpleNamespace(SummaryWriter=Writer)))
         go(tmp_path / "a", steps=2, tensorboard=True, evaluate=lambda params: {"sample": "Once"})
     assert written[0] == ("begun", "tensorboard", 1) and written[-1] == "closed"
     assert ("sample", "Once", 2) in written and any(row[0] == "loss" for row in written[1:-1])
@@ -465,3 +524,44 @@ def test_tensorboards_events_hold_the_numbers_or_the_package_is_named(tmp_path, 
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxrl_llm\[tensorboard\]'"):
         go(tmp_path / "b", tensorboard=True)
     assert not (tmp_path / "b" / "log.jsonl").exists()
+
+
+def test_weights_and_biases_receives_the_numbers_and_goes_on_with_a_run(tmp_path, monkeypatch):
+    begun, logged = [], []
+
+    class Run:
+        id = "abc"
+
+        def log(self, row, *, step):
+            logged.append((step, row))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**options):
+        begun.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    options = {"wandb": True, "evaluate": lambda params: {"held_out_loss": 1.0}, "config": CONFIG}
+    go(tmp_path, steps=2, **options)
+    go(tmp_path, steps=4, **options)
+    go(tmp_path / "named", steps=2, **options)
+    assert [each["id"] for each in begun] == [None, "abc", None] and begun[1]["resume"] == "allow"
+    assert begun[0]["config"] == CONFIG and begun[0]["project"] == "jaxrl_llm" and begun[0]["dir"] == str(tmp_path)
+    assert [row[0] for row in logged if row != "finished"] == [2, 4, 2] and logged.count("finished") == 3
+    assert logged[0][1]["held_out_loss"] == 1.0 and "step" not in logged[0][1]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"Weights & Biases needs the package wandb: pip install 'jaxrl_llm\[wa"
+    ):
+        go(tmp_path / "b", wandb=True)
+
+
+def test_a_write_that_fails_leaves_the_file_before_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "deep" / "run.json"
+    loop.claim(path, {"seed": 0}, resumed=False)
+    with pytest.raises(Crash), replacing(path) as partial:
+        partial.write_text("{")
+        raise Crash
+    assert [each.name for each in path.parent.iterdir()] == ["run.json"] and json.loads(path.read_text()) == {"seed": 0}

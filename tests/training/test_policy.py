@@ -92,13 +92,13 @@ def test_every_method_begins_with_ratio_1_and_divergence_0_and_leaves_the_refere
 FIRST_UPDATES = {
     "reinforce": ({}, True),
     "rloo": ({}, True),
-    "rloo, a loss": ({"kl_loss": "reverse"}, True),
-    "rloo, means of sequences": ({"kl_loss": "reverse", "mode": "sequence_mean"}, True),
-    "rloo, mean of tokens": ({"kl_loss": "reverse", "mode": "token_mean"}, True),
-    "rloo, a constant": ({"kl_loss": "reverse", "mode": "constant", "normaliser": 2.0}, True),
+    "rloo, a loss": ({"kl": "reverse"}, True),
+    "rloo, means of sequences": ({"kl": "reverse", "mode": "sequence_mean"}, True),
+    "rloo, mean of tokens": ({"kl": "reverse", "mode": "token_mean"}, True),
+    "rloo, a constant": ({"kl": "reverse", "mode": "constant", "normaliser": 2.0}, True),
     "dr_grpo": ({"normaliser": 0.5}, True),  # 1/2 = 1 − 1/N: centred advantages are short by that factor
-    "rloo, forward": ({"kl_loss": "forward"}, False),
-    "grpo": ({"mode": "sequence_sum"}, False),
+    "rloo, forward": ({"kl": "forward"}, False),
+    "grpo": ({"mode": "sequence_sum", "kl": "reward"}, False),
 }
 
 
@@ -149,6 +149,214 @@ def test_the_expected_first_update_is_the_policy_gradient_or_is_known_not_to_be(
     assert error < 1e-10 if FIRST_UPDATES[case][1] else error > 0.05
 
 
+# The KL penalty -------------------------------------------------------------------------------------------------------
+
+
+BETAS = [0.0, 1e-3, 0.05, 1.0]
+
+
+def penalised(name, earned, **changes):
+    """The advantages of a group of completions of 16 tokens with about 0.1 nats of k1, by β."""
+    whole = jnp.ones((4, 16), bool)
+    rows = Sequences(jnp.zeros((4, 16), jnp.int32), whole, whole)
+    ref = jnp.full((4, 16), -3.0)
+    found = Measures(ref + 0.02 * jax.random.normal(KEY, (4, 16)), ref, 0 * ref, 0 * ref)
+    compared = jax.jit(lambda method: policy._compared(method, found, rows, jnp.asarray(earned))[:, 0])
+    methods = [dataclasses.replace(METHODS[name], kl="reward", beta=beta, **changes) for beta in BETAS]
+    return np.asarray([compared(each) for each in methods]), (found.logp_policy - ref).sum(axis=1)
+
+
+@pytest.mark.parametrize("earned", [[0.0] * 4, [1.0] * 4, [0.0, 1.0, 0.0, 3.0]])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo", "dapo"])
+def test_the_penalty_has_the_size_of_beta_whatever_the_spread_of_the_group(name, earned):
+    found, k1 = penalised(name, earned)
+    if len(set(earned)) == 1:
+        np.testing.assert_array_equal(found[0], 0)
+    pull = -(k1 - k1.mean()) * (4 / 3 if name == "rloo" else 1)
+    for beta, each in zip(BETAS, found, strict=True):
+        np.testing.assert_allclose(each - found[0], beta * pull, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", ["reward", "reverse", "forward"])
+def test_the_first_update_is_linear_in_beta(kl):
+    """On one sampled batch, in which the rewards of half of the groups are equal."""
+    params, ref = (random_params(SMALL, seed, dtype=jnp.float32) for seed in (1, 0))
+    method = dataclasses.replace(METHODS["grpo"], kl=kl)
+    rows = jnp.asarray(EVERY)[jax.random.randint(KEY, (64,), 0, 9)]
+    whole = jnp.ones((64, 2), bool)
+    earned = jnp.where(jnp.arange(64) < 32, 0, jnp.asarray(SMALL_REWARDS)[(rows * jnp.asarray([3, 1])).sum(axis=1)])
+
+    @jax.jit
+    @jax.vmap
+    def update(beta):
+        each, sequences = dataclasses.replace(method, beta=beta), Sequences(rows, whole, whole)
+        drawn = Rollout(sequences, scoring.log_probs(SMALL, params, sequences), whole[:, 0])
+        batch, _ = experience(SMALL, each, params, ref, drawn, earned)
+        return jax.grad(lambda params: policy.policy_loss(SMALL, each)(params, batch, None, KEY).value)(params)[
+            "logits"
+        ]
+
+    found = np.asarray(update(jnp.asarray(BETAS)))
+    pull = found[-1] - found[0]
+    assert np.abs(pull).max() > 0.05
+    for beta, each in zip(BETAS, found, strict=True):
+        np.testing.assert_allclose(each - found[0], beta * pull, atol=1e-6)
+
+
+def steps_to_half(name, **changes):
+    """The median step at which the mean reward passes ½, of 8 runs for each β, where 1 of 180 completions is right."""
+    lm, betas = TabularLM(3, 4), jnp.asarray([0.0, 1e-3, 0.01, 0.05])
+    ref = lm.init(jax.random.key(7))
+    chances = jnp.exp(oracle.sequence_log_probs(lm, ref))
+    right = oracle.enumerate_sequences(lm)[jnp.abs(chances - 1 / 180).argmin()]
+    reward = rewards.of_tokens(lambda rows: (rows.tokens == right).all(axis=1) * 1.0)
+    optimizer = optax.adam(0.02)
+    trainer, prompts = policy.online(lm, optimizer), Prompts(jnp.zeros((16, 0), jnp.int32), jnp.zeros((16, 0), bool))
+
+    def run(beta, key):
+        method = dataclasses.replace(METHODS[name], beta=beta, **changes)
+
+        def advance(state):
+            state, metrics = trainer.step(
+                state, prompts, reward, method=method, sampler=Sampler(4), frozen=Frozen(ref=ref)
+            )
+            return state, metrics["reward"]
+
+        return steps.whole_run(lambda key: steps.initial_state(ref, optimizer, key), advance, steps=160)(key)[1]
+
+    keys = jax.random.split(KEY, 8)
+    curves = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(betas, keys)
+    return np.median((curves > 0.5).argmax(axis=2) + 160 * (curves <= 0.5).all(axis=2), axis=1)
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param({"kl": "reward"}, marks=pytest.mark.slow)])
+def test_a_small_penalty_does_not_slow_learning_where_most_groups_fail(changes):
+    found = steps_to_half("grpo", **changes)
+    assert 30 < found[0] < 150 and (found < 1.15 * found[0]).all()
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "rloo"])
+def test_what_a_filter_took_away_weakens_penalty_and_surrogate_alike(name):
+    """Completions of 12 tokens, of which it keeps 0.9 of each next-token distribution, 0.28 of the completion's."""
+    lm, rng = TabularLM(2, 14), np.random.default_rng(0)
+    given = [rng.integers(0, 2, size).tolist() for size in (12, 13, 12, 11)]
+    rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[1], [0], [1, 1], [0]], given))
+    answer, params = rows.completion_mask, lm.init(KEY)
+    logp = jax.jit(functools.partial(scoring.log_probs, lm))(params, rows)
+    mass = np.where(answer, np.log(rng.uniform(0.87, 0.93, answer.shape)), 0)
+    sizes = jnp.where(answer, jnp.asarray([[1.0], [-0.5], [0.7], [-1.2]]), 0)
+    ref = jnp.where(answer, logp + 0.3 * rng.normal(size=answer.shape), 0)
+    plain = Experience(rows, logp, logp, ref, sizes, 0 * logp, 0 * logp)
+    filtered = plain._replace(logp_sampler=logp - mass)
+
+    @jax.jit
+    def norms(batch):
+        parts = []
+        for beta, share in ((0.0, 1.0), (1.0, 0.0)):
+            loss = policy.policy_loss(lm, dataclasses.replace(METHODS[name], kl="reverse", beta=beta))
+            given = batch._replace(advantages=share * batch.advantages)
+            parts.append(jax.grad(lambda params, of=loss, given=given: of(params, given, None, KEY).value)(params))
+        return [optax.tree.norm(part) for part in parts]
+
+    kept = np.asarray(norms(filtered)) / np.asarray(norms(plain))  # of the surrogate, and of the penalty
+    assert (np.abs(kept - 0.9) < 0.03).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "bounds", "expected"),
+    [
+        ("token_truncate", {}, [[0.5, 3], [2, 1]]),
+        ("token_truncate", {"importance_floor": 0.8, "importance_cap": 2.0}, [[0.8, 2], [2, 1]]),
+        ("token_mask", {"importance_floor": 0.8, "importance_cap": 2.0}, [[0, 0], [2, 1]]),
+        ("sequence_truncate", {"importance_cap": 1.8}, [[1.5, 1.5], [1.8, 1.8]]),
+        ("sequence_mask", {"importance_cap": 1.8}, [[1.5, 1.5], [0, 0]]),
+    ],
+)
+def test_importance_weights_of_tokens_and_of_completions_are_truncated_or_masked(mode, bounds, expected):
+    answer = np.ones((2, 2), bool)
+    batch = Experience(Sequences(np.zeros((2, 2), int), answer, answer), *[np.zeros((2, 2))] * 6)
+    batch = batch._replace(logp_old=np.log(np.asarray([[0.5, 3], [2, 1]], np.float32)))
+    method = Method(importance_mode=mode, **{"importance_cap": 9.0} | bounds)
+    found = jax.jit(policy._sampler_weight)(method, batch)
+    np.testing.assert_allclose(np.broadcast_to(found, (2, 2)), expected, rtol=1e-5)
+
+
+# Lengths and entropy --------------------------------------------------------------------------------------------------
+
+
+def test_long_completions_lose_up_to_one():
+    """DAPO's numbers: 16384 tokens and a cache of 4096."""
+    found = policy.overlong_penalty(jnp.asarray([1, 16384, 18432, 20480]), 20480, buffer=4096 / 20480)
+    np.testing.assert_allclose(found, [0, 0, 0.5, 1], atol=1e-6)
+    np.testing.assert_array_equal(policy.overlong_penalty(jnp.asarray([1, 20480]), 20480, buffer=0.0), 0)
+
+
+def test_lengths_reach_the_reward_the_loss_and_the_normaliser():
+    drawn = drawn_by(TABLE)
+    ended, params = np.asarray(drawn.ended), parameters(TABLE)
+    assert 0 < ended.sum() < 16
+    length = np.asarray(drawn.sequences.completion_mask).sum(axis=1)
+    methods = [
+        Method(advantage="rloo", overlong_buffer=0.4),  # 2 of 5 tokens
+        dataclasses.replace(METHODS["dr_grpo"], mask_truncated=True),
+        dataclasses.replace(METHODS["dr_grpo"], mask_truncated=True, normaliser=5.0),
+    ]
+
+    @jax.jit
+    def scored(drawn):
+        found = [experience(TABLE, each, params, params, drawn, earned)[0] for each in methods]
+        losses = [policy.policy_loss(TABLE, each)(params, found[1], None, KEY).value for each in methods[1:]]
+        return [each.advantages for each in found[:2]], found[1].sequences.completion_mask, losses
+
+    earned = jnp.arange(16.0) ** 2
+    (shaped, masked), counted, (by_default, given) = jax.tree.map(np.asarray, scored(drawn))
+    reward = (np.arange(16) ** 2 - np.clip((length - 3) / 2, 0, 1)).reshape(4, 4)
+    expected = ((reward - reward.mean(axis=1, keepdims=True)) * 4 / 3).reshape(-1, 1)
+    np.testing.assert_allclose(shaped, np.where(drawn.sequences.completion_mask, expected, 0), rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(counted.any(axis=1), ended)
+    squares = (np.arange(16.0) ** 2).reshape(4, 4)
+    alone = np.where(ended, (squares - squares.mean(axis=1, keepdims=True)).ravel(), 0)
+    np.testing.assert_allclose(masked.max(axis=1) + masked.min(axis=1), alone, atol=1e-4)
+    assert by_default == given == pytest.approx(-(alone * length).sum() / 16 / 5, rel=1e-4)
+
+
+def test_without_eos_no_completion_ends_and_none_can_be_left_out():
+    method = dataclasses.replace(METHODS["grpo"], mask_truncated=True)
+    with pytest.raises(ValueError, match="mask_truncated must be False without EOS"):
+        TRAINERS[TABLE].step(None, PROMPTS[TABLE], VARIED, method=method, sampler=Sampler(5), frozen=Frozen())
+
+
+def test_the_entropy_bonus_moves_the_optimum_as_it_must():
+    """Of one token: J = E[r] − β KL + c H is largest at ref^{β/(β + c)} e^{r/(β + c)}; its gradient is 0 there."""
+    lm, beta, weight = TabularLM(5, 1), 0.5, 0.2
+    with jax.enable_x64(True):
+        ref = random_params(lm, dtype=jnp.float64)
+        log_ref, earned = oracle.sequence_log_probs(lm, ref), jnp.asarray([1.0, -0.5, 0.3, 2.0, 0.0])
+        best = jax.nn.log_softmax((beta * log_ref + earned) / (beta + weight))
+        rows = jnp.asarray(oracle.enumerate_groups(lm, 2))
+        method = dataclasses.replace(METHODS["rloo"], group_size=2, beta=beta, entropy_coefficient=weight)
+
+        @jax.jit
+        def slope(logits):
+            params, tokens = {"logits": logits}, rows.reshape(-1, 1)
+            whole = jnp.ones(tokens.shape, bool)
+            sequences = Sequences(tokens, whole, whole)
+            drawn = Rollout(sequences, scoring.log_probs(lm, params, sequences), whole[:, 0])
+            batch, _ = experience(lm, method, params, ref, drawn, earned[tokens[:, 0]])
+            chances = jnp.exp(oracle.sequence_log_probs(lm, params))[rows].prod(axis=1)
+
+            def expected(params):
+                def of_group(batch):
+                    return policy.policy_loss(lm, method)(params, batch, None, KEY).value
+
+                return chances @ jax.vmap(of_group)(jax.tree.map(lambda leaf: leaf.reshape(-1, 2, 1), batch))
+
+            return jax.grad(expected)(params)["logits"]
+
+        assert np.abs(slope(best.reshape(ref["logits"].shape))).max() < 1e-10
+        assert np.abs(slope(ref["logits"])).max() > 1e-2
+
+
 # Rewards and advantages -----------------------------------------------------------------------------------------------
 
 
@@ -158,7 +366,7 @@ def test_the_reward_stands_at_the_last_token_of_the_answer_and_the_penalty_at_ea
     found = Measures(*(np.full((2, 4), value) for value in (-1.0, -3.0, 0.0, 0.0)))
     in_reward = jax.jit(token_rewards)(Method(beta=0.5), found, rows, earned)
     np.testing.assert_allclose(in_reward, [[0, -1, 9, 0], [0, 0, -1, 19]])
-    in_loss = jax.jit(token_rewards)(Method(beta=0.5, kl_loss="reverse"), found, rows, earned)
+    in_loss = jax.jit(token_rewards)(Method(beta=0.5, kl="reverse"), found, rows, earned)
     np.testing.assert_allclose(in_loss, [[0, 0, 10, 0], [0, 0, 0, 20]])
 
 
@@ -208,7 +416,7 @@ def test_sampler_and_trainer_have_one_temperature():
 def test_what_a_filter_took_away_is_made_up_for_up_to_the_cap():
     """The weight is π/μ, the kept mass, at each token."""
     drawn = drawn_by(TABLE, dataclasses.replace(SAMPLER, transform=TopP(0.5)))
-    method = dataclasses.replace(METHODS["rloo"], group_size=4, importance_cap=0.8)
+    method = Method(advantage="rloo", importance_cap=0.8)
 
     @jax.jit
     def scored(params, drawn):
@@ -267,23 +475,24 @@ def test_the_pretraining_text_pulls_its_own_loss_down():
     assert losses[-1] < losses[0] - 0.5
 
 
-def ragged_experience():
+def ragged_experience(lengths=(1, 6, 2, 5)):
     """Answers of 1 to 6 tokens, in parts of unequal numbers, by an older policy and another distribution."""
     rng = np.random.default_rng(0)
-    given = [rng.integers(0, TABLE.vocab_size, size).tolist() for size in (1, 6, 2, 5)]
-    rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[1], [2, 0], [1], [0, 2]], given, length=8))
-    logs = [np.where(rows.completion_mask, rng.normal(size=(4, 8)) - 3, 0).astype(np.float32) for _ in range(6)]
+    given = [rng.integers(0, TABLE.vocab_size, size).tolist() for size in lengths]
+    rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[1], [2, 0], [1], [0, 2]], given))
+    shape = rows.tokens.shape
+    logs = [np.where(rows.completion_mask, rng.normal(size=shape) - 3, 0).astype(np.float32) for _ in range(6)]
     return Experience(rows, *logs)
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("grpo", {"kl_loss": "forward"}),
-        ("dapo", {"kl_loss": "reverse"}),
+        ("grpo", {"kl": "forward"}),
+        ("dapo", {"kl": "reverse"}),
         ("ppo", {"mode": "sequence_sum"}),
         pytest.param("ppo", {}, marks=pytest.mark.slow),
-        pytest.param("gspo", {"kl_loss": "reverse"}, marks=pytest.mark.slow),
+        pytest.param("gspo", {"kl": "reverse"}, marks=pytest.mark.slow),
     ],
 )
 def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):
@@ -294,11 +503,46 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):
     @jax.jit
     def both(params, batch):
         found = lambda params, part, key: loss(params, part, None, key)  # noqa: E731
-        return [steps.gradients(found, params, batch, KEY, microbatches=parts)[0] for parts in (1, 2)]
+        return [steps.gradients(found, params, batch, KEY, microbatches=parts) for parts in (1, 2)]
 
-    whole, added = both(parameters(TABLE, critic), ragged_experience())
+    (whole, metrics), (added, of_parts) = both(parameters(TABLE, critic), ragged_experience())
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a / scale, b / scale, atol=1e-5), added, whole)
+    assert {"clip_fraction", "ratio"} < set(metrics) and float(metrics["clip_fraction"]) > 0
+    for metric, value in metrics.items():
+        assert float(of_parts[metric]) == pytest.approx(float(value), rel=1e-4), metric
+
+
+def test_pretraining_text_is_cut_into_the_microbatches():
+    """The step stays the same, and the program needs less memory."""
+    method = dataclasses.replace(METHODS["rloo"], gamma=0.7, beta=0.0)
+    batch, state, rng = ragged_experience(), started(parameters(TABLE)), np.random.default_rng(0)
+    texts = [rng.integers(0, 3, 1 + row % 6 + row % 2).tolist() for row in range(4096)]
+    texts = jax.tree.map(jnp.asarray, scoring.pad_completions([[1]] * 4096, texts))
+    found, memory = [], []
+    for parts in (1, 4):
+        update = policy.online(TABLE, OPTIMIZER, microbatches=parts).update.lower(state, batch, method, None, texts)
+        compiled = update.compile()
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        found.append(compiled(started(parameters(TABLE)), batch, method, None, texts))
+    assert memory[1] < 0.5 * memory[0]
+    (whole, metrics), (added, of_parts) = found
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), added.params, whole.params)
+    assert of_parts.keys() == metrics.keys() and "text_loss" in metrics
+    for metric, value in metrics.items():
+        assert float(of_parts[metric]) == pytest.approx(float(value), rel=1e-4), metric
+
+
+def test_groups_without_a_difference_are_counted_and_the_spread_is_that_of_groups():
+    drawn = drawn_by(TABLE)
+    earned = jnp.asarray([[1.0] * 4, [0.0, 0, 1, 1], [5.0] * 4, [7.0, 7, 7, 8]]).ravel()
+    of = jax.jit(lambda method: experience(TABLE, method, parameters(TABLE), parameters(TABLE), drawn, earned)[1])
+    metrics = of(METHODS["grpo"])
+    assert float(metrics["frac_reward_zero_std"]) == 0.5
+    assert float(metrics["reward_std"]) == pytest.approx((3**-0.5 + 0.5) / 4, rel=1e-5)
+    alone = of(METHODS["reinforce"])
+    assert "frac_reward_zero_std" not in alone
+    assert float(alone["reward_std"]) == pytest.approx(np.std(np.asarray(earned), ddof=1), rel=1e-5)
 
 
 def test_gspo_counts_the_answers_whose_ratio_it_clips():
@@ -306,11 +550,11 @@ def test_gspo_counts_the_answers_whose_ratio_it_clips():
     batch = Experience(Sequences(np.zeros((2, 3), int), answer, answer), *[np.zeros((2, 3))] * 6)
     logp = np.log([[1.5, 1 / 1.5, 9.0], [1.1, 1.0, 1.0]])  # of answers: 1, and the cube root of 1.1
     ratios = jax.jit(policy._ratios)
-    found = ratios(METHODS["gspo"], logp, batch)
-    assert float(found["clip_fraction"]) == 0.5
+    found, counts = ratios(METHODS["gspo"], logp, batch)
+    assert float(found["clip_fraction"]) == 0.5 and float(counts["clip_fraction"]) == 2
     assert float(found["ratio"]) == pytest.approx((1 + 1.1 ** (1 / 3)) / 2, rel=1e-5)
-    of_tokens = ratios(METHODS["grpo"], logp, batch)
-    assert float(of_tokens["clip_fraction"]) == pytest.approx(2 / 5)
+    of_tokens, counts = ratios(METHODS["grpo"], logp, batch)
+    assert float(of_tokens["clip_fraction"]) == pytest.approx(2 / 5) and float(counts["clip_fraction"]) == 5
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_drawn():
@@ -349,7 +593,7 @@ def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
 
 
 def test_numbers_of_a_method_are_leaves():
-    assert len(jax.tree.leaves(METHODS["ppo"])) == 9
+    assert len(jax.tree.leaves(METHODS["ppo"])) == 10
     names = typing.get_type_hints(GRPOConfig)["method"], typing.get_type_hints(PPOConfig)["method"]
     assert {name for each in names for name in typing.get_args(each)} == set(METHODS), "the command line has all"
 
@@ -357,7 +601,12 @@ def test_numbers_of_a_method_are_leaves():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"kl_loss": "k1"}, 'must name a divergence, "reverse" or "forward", or be None'),
+        ({"kl": "k1"}, "kl must be one of reward, reverse, forward, but is 'k1'"),
+        ({"advantage": "rloo", "scale_rewards": "group"}, "scale_rewards must be none for rloo, but is group"),
+        ({"epochs": 2}, "epochs × minibatches must be 1 for the surrogate reinforce, .* but is 2 × 1"),
+        ({"minibatches": 4}, "epochs × minibatches must be 1 for the surrogate reinforce, .* but is 1 × 4"),
+        ({"normaliser": 32.0}, "normaliser must be None for the mode sequence_sum, but is 32"),
+        ({"importance_mode": "none"}, "importance_mode must be one of token_truncate"),
         ({"group_size": 1}, "group_size must be at least 2 for rloo"),
         ({"epochs": 0}, "epochs must be an integer of at least 1, but is 0"),
         ({"minibatches": 1.5}, "minibatches must be an integer of at least 1, but is 1.5"),

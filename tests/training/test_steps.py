@@ -11,11 +11,13 @@ import pytest
 from jaxrl_llm import scoring
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.training import steps
+from jaxrl_llm.training.config import OPTIMIZERS, Config
+from jaxrl_llm.training.lora import lora
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_loss
 from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
 from jaxrl_llm.training.supervised import sft_loss
-from tests.conftest import TINY, random_params
+from tests.conftest import TINY, TINY_T5, random_params
 
 GPT2, TABLE = TINY["gpt2"], TINY["tabular"]
 OPTIMIZER = optax.sgd(0.1)
@@ -59,8 +61,28 @@ def test_parts_of_a_batch_add_up_to_the_whole(name, microbatches):
         found.append(steps.make_step(loss, OPTIMIZER, microbatches=parts)(state, batch, Frozen(ref=REFERENCE)))
     (whole, metrics), (added, added_metrics) = found
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), added.params, whole.params)
-    for metric in ("loss", "grad_norm"):
-        assert float(added_metrics[metric]) == pytest.approx(float(metrics[metric]), rel=1e-4)
+    assert added_metrics.keys() == metrics.keys()
+    for metric, value in metrics.items():
+        assert float(added_metrics[metric]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), metric
+
+
+def test_a_metric_is_a_mean_over_what_its_weight_counts():
+    """Tokens, though the loss is a mean over rows; a metric over nothing is 0."""
+
+    def loss(params, rows, frozen, key):
+        counts, tokens = rows
+        metrics = {"token": (counts * tokens).sum() / counts.sum(), "row": tokens.mean(), "none": tokens.sum()}
+        return Loss(params["w"] * tokens.mean(), tokens.shape[0], metrics, {"token": counts.sum(), "none": 0})
+
+    rows, params = (np.asarray([1.0, 2, 3, 10]), np.asarray([1.0, 2, 3, 4])), {"w": jnp.ones(())}
+    for parts in (1, 2, 4):
+        step = steps.make_step(loss, OPTIMIZER, microbatches=parts)
+        _, found = step(steps.initial_state(params, OPTIMIZER, KEY), rows)
+        assert {name: float(value) for name, value in found.items()} == pytest.approx(
+            {"loss": 2.5, "token": 54 / 16, "row": 2.5, "none": 0, "grad_norm": 2.5}
+        )
+    with pytest.raises(ValueError, match="weights must be of metrics, , but has kl"):
+        Loss(jnp.ones(()), weights={"kl": 1}).totals()
 
 
 def test_rows_that_the_parts_do_not_divide_are_refused():
@@ -146,3 +168,105 @@ def test_parts_of_a_batch_of_kto_are_refused():
     step = steps.make_step(preference_loss(TABLE, "kto"), OPTIMIZER, microbatches=2)
     with pytest.raises(ValueError, match="microbatches must be 1 for a loss that compares with all rows"):
         step(steps.initial_state(POLICY, OPTIMIZER, KEY), batch, Frozen(ref=REFERENCE))
+
+
+# Learning rates and optimisers ----------------------------------------------------------------------------------------
+
+
+def test_schedules_warm_up_to_the_peak_and_decay():
+    at = lambda name, warmup, *places: [  # noqa: E731
+        float(steps.schedule_of(name, 2.0, steps=10, warmup=warmup)(place)) for place in places
+    ]
+    assert at("linear", 0.2, 0, 1, 2, 6, 10) == pytest.approx([1, 1.5, 2, 1, 0])
+    assert at("linear", 2, 0, 1, 2, 6, 10) == pytest.approx([1, 1.5, 2, 1, 0]), "as many steps as a share of them"
+    assert at("linear", 0, 0, 5, 10) == pytest.approx([2, 1, 0])
+    assert at("cosine", 0.2, 2, 4, 6, 10) == pytest.approx([2, 1 + np.cos(np.pi / 4), 1, 0])
+    assert at("constant", 4, 0, 4, 10, 1000) == pytest.approx([0.5, 2, 2, 2])
+    assert at("inverse_sqrt", 4, 4, 16, 100) == pytest.approx([2, 1, 0.4])
+    assert steps.warmup_steps(0.99, 3) == steps.warmup_steps(7, 3) == 2, "the last step is at the peak"
+    with pytest.raises(ValueError, match="the schedule must be one of linear, cosine, constant, inverse_sqrt, but is"):
+        steps.schedule_of("step", 1.0, steps=2)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends_and_takes_its_hyperparameters(name):
+    target = {"layer": {"kernel": jax.random.normal(KEY, (4, 4)), "bias": jnp.ones(4)}}
+
+    def loss(params, *_):
+        return Loss(sum(jnp.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (params, target)), strict=True)))
+
+    found = []
+    for given in ({}, dict.fromkeys(OPTIMIZERS[name][:1], 0.5)):
+        optimizer = steps.optimizer_of(name, 0.2, clip_norm=10.0, **given)
+        state = steps.initial_state(jax.tree.map(jnp.zeros_like, target), optimizer, KEY)
+        step = steps.make_step(loss, optimizer)
+        losses = []
+        for _ in range(8):
+            state, metrics = step(state, None)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < losses[0] - 1
+        found.append(losses)
+    assert found[0] != found[1], "the hyperparameter counts"
+    with pytest.raises(
+        ValueError, match=f"the optimizer {name} has no nu: its hyperparameters are {OPTIMIZERS[name][0]}"
+    ):
+        steps.optimizer_of(name, 0.1, nu=1.0)
+
+
+@pytest.mark.parametrize(
+    "lm", [TINY["gpt2"], TINY["llama"], TINY["stablelm"], TINY_T5, HEAD, lora(TINY["gpt2"], rank=2)]
+)
+def test_weight_decay_is_not_on_norms_biases_and_embeddings(lm):
+    found = jax.tree_util.tree_leaves_with_path(steps.decayed(jax.eval_shape(lm.init, KEY)))
+    spared = ("norm", "ln_", "bias", "embed", "wte", "wpe", "shared")
+    for path, counted in found:
+        assert counted != any(word in str(path).lower() for word in spared), path
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_leaves_all_but_the_weights_alone(name):
+    """With a gradient of 0; only adam divides what is added to the gradient by its size."""
+    optimizer = steps.optimizer_of(name, 0.1, weight_decay=0.5)
+    params = {"wte": {"embedding": 2.0}, "ln": {"scale": 2.0, "bias": 2.0}, "attn": {"kernel": 2.0, "bias": 2.0}}
+    params = jax.tree.map(lambda value: jnp.full((3, 3), value), params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = updates["attn"].pop("kernel")
+    np.testing.assert_allclose(moved, -0.1 if name == "adam" else -0.1 * 0.5 * 2, rtol=1e-5)
+    assert not any(bool((update != 0).any()) for update in jax.tree.leaves(updates))
+
+
+def test_an_unknown_optimizer_or_a_warmup_that_is_neither_is_refused():
+    for options, said in (
+        ({"optimizer": "rmsprop"}, "optimizer must be one of adamw, adam, sgd"),
+        ({"optimizer_kwargs": {"beta2": 0.9}}, "the optimizer adamw has no beta2: its hyperparameters are b1, b2, eps"),
+        ({"warmup": 1.5}, "warmup must be a share below 1 or a whole number of steps, but is 1.5"),
+        ({"param_dtype": "bfloat16"}, "dtype must be bfloat16 if param_dtype is, but is float32"),
+        ({"schedule": "step"}, "schedule must be one of linear, cosine"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Config(**options)
+
+
+def test_bfloat16_parameters_have_wide_moments_and_small_steps_add_up():
+    """A weight of 1 and steps of 2⁻¹², a 16th of the spacing below it: rounded to the nearest, it would never move."""
+    optimizer, count, done = optax.adam(2.0**-12), 4096, 64
+    state = steps.initial_state({"w": jnp.ones(count, jnp.bfloat16)}, optimizer, KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jnp.dtype(jnp.float32)}
+    step = steps.make_step(lambda params, *_: Loss(params["w"].astype(jnp.float32).sum()), optimizer)
+    for _ in range(done):
+        state, _ = step(state, None)
+    moved = 1 - np.asarray(state.params["w"], float)
+    assert state.params["w"].dtype == jnp.bfloat16
+    error = (moved.mean() - done * 2.0**-12) / (moved.std() / np.sqrt(count))
+    assert abs(error) < 4
+
+
+def test_bfloat16_parameters_save_memory():
+    """Of a step's arguments: 2 + 8 bytes of each parameter instead of 4 + 8."""
+
+    def size(params):
+        state = jax.eval_shape(lambda: steps.initial_state(params, optax.adam(1e-3), KEY))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state._replace(key=None)))
+
+    wide = {"w": jnp.ones((64, 64))}
+    assert size(compute_in("bfloat16")(wide, None)) / size(wide) == pytest.approx(10 / 12, rel=1e-3)

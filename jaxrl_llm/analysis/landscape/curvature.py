@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
+from jaxrl_llm import runtime
 from jaxrl_llm.analysis.landscape.directions import accurate_sum, check_like, check_params, inner, orthonormal
 from jaxrl_llm.analysis.landscape.surface import LossFn
 from jaxrl_llm.language_model import Params
@@ -131,7 +132,7 @@ def top_eigenpairs(
     diagonal, beside = [], []
     start_key, restart_key = jax.random.split(key)
     vector, _ = _orthonormal(basis, jax.random.normal(start_key, (size,), dtype))
-    bar = tqdm(range(most), unit="product", desc="Lanczos", leave=False, disable=not progress)
+    bar = tqdm(range(most), unit="product", desc="Lanczos", leave=False, disable=not progress or runtime.is_file())
     for step in bar:
         basis, image, alpha = _lanczos_step(loss_fn, unravel, params, basis, vector, step)
         diagonal.append(float(alpha))

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
+from jaxrl_llm import runtime
 from jaxrl_llm.analysis.landscape.directions import check_like, check_params, cosine
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.numerics import wide
@@ -99,7 +100,13 @@ def loss_surface(
     rows = _Rows(checkpoint, loss_fn, params, directions, alphas, betas, dtype)
     if mesh is not None:
         params, first, second = jax.device_put((params, first, second), NamedSharding(mesh, P()))
-    bar = tqdm(total=alphas.size * betas.size, initial=rows.done.size, unit="point", leave=False, disable=not progress)
+    bar = tqdm(
+        total=alphas.size * betas.size,
+        initial=rows.done.size,
+        unit="point",
+        leave=False,
+        disable=not progress or runtime.is_file(),
+    )
     for alpha in alphas[len(rows.done) :]:
         row = _losses_along(loss_fn, params, _sum(params, first, alpha), second, betas, block=block, mesh=mesh)
         for origin in np.flatnonzero((alpha == 0) & (betas == 0)):
@@ -360,11 +367,9 @@ class _Rows:
         self.done = np.concatenate([self.done, row[None]])
         if self.path is None:
             return
-        partial = Path(f"{self.path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
         content = {"identity": self._identity, "losses": [[repr(float(loss)) for loss in row] for row in self.done]}
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, self.path)
+        with replacing(Path(self.path)) as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _fingerprint(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import random
 import re
 from collections import defaultdict
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrl_llm.data.records import JsonLines
+from jaxrl_llm.files import replacing
 
 OWN, OPPOSITE, NONE = range(3)  # users who ask an item's question
 KEYS = {  # of a line of a file: the field of an item
@@ -182,11 +182,9 @@ def read_items(path: Path | str) -> JsonLines[Item]:
 def write_items(items: Iterable[Item], path: Path | str) -> Path:
     """Write items as JSON lines, atomically."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
     lines = [json.dumps(item.as_dict(), ensure_ascii=False) + "\n" for item in items]
-    partial.write_text("".join(lines), encoding="utf-8", newline="")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8", newline="")
     return path
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from jaxrl_llm import text
+from jaxrl_llm import runtime, text
 from jaxrl_llm.analysis.sycophancy.questions import Asked, check_type, letter_of, words
 from jaxrl_llm.language_model import Cache, LanguageModel, Params, params_dtype
 from jaxrl_llm.models import Loaded
@@ -215,7 +215,7 @@ def answer_log_probs(
     found = np.zeros((len(rows), len(rows[0].answers) if rows else 0))
     groups = sorted(groups_of(rows), key=lambda group: (len(group.places), group.shared))
     size = min(batch_size, max(len(groups), 1))
-    with tqdm(total=len(rows), unit="question", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(rows), unit="question", disable=not progress or runtime.is_file(), leave=False) as bar:
         for start in range(0, len(groups), size):
             for places, scores in _score_batch(lm, params, rows, groups[start : start + size], size):
                 found[places] = scores
