@@ -48,8 +48,8 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "lm": "model",
     "log_every": "logging_steps",
     "lora_rank": "rank peft_config use_peft",
-    "loss": "loss_type",
-    "loss_kwargs": "label_smoothing",
+    "loss": "loss_type ld_alpha use_weighting",
+    "loss_kwargs": "label_smoothing f_divergence_type f_alpha_divergence_coef simpo_gamma alpha_param",
     "mask_truncated": "mask_truncated_completions overlong_filtering",
     "max_length": "max_seq_length max_prompt_length",
     "max_new_tokens": "max_length max_tokens max_completion_length response_length",
@@ -67,6 +67,8 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "out": "output_dir",
     "overlong_buffer": "soft_punish_cache overlong_buffer_len",
     "prompts": "train_dataset dataset",
+    "precompute_reference": "precompute_ref_log_probs precompute_ref_batch_size",
+    "reference": "ref_model ref_model_init_kwargs",
     "resume": "resume_from_checkpoint",
     "reward": "reward_funcs reward_function",
     "save_every": "save_steps eval_steps",
@@ -86,6 +88,13 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "whiten": "whiten_rewards whiten_advantages",
     **{"dpo": "sigmoid", "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "robust_dpo": "robust"},
     **{"sppo": "sppo_hard", "length_normalised_dpo": "sigmoid_norm"},
+}
+
+
+WORDS = {  # what takes the place of an option of other libraries, where it is not an option
+    "reference_free": "losses without a reference are simpo, alphapo, orpo and cpo",
+    "margin": "the margin of a pair is the entry 'margin' of its row, one for all pairs is loss_kwargs={'margin': ...}",
+    "rpo_alpha": "it is the sum loss=['dpo', 'sft'] with loss_weights=[1, rpo_alpha]",
 }
 
 
@@ -207,6 +216,7 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
 def _unexpected(called: str, name: str, names: Iterable[str]) -> TypeError:
     near = nearest(name, names)
     hint = f": did you mean {near!r}?" if near else ""
+    hint = f": {WORDS[name]}" if name in WORDS else hint
     return TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 

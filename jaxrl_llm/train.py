@@ -118,7 +118,9 @@ def dpo(
     verbose: bool = True,
     **options: Any,
 ) -> LM:
-    """Optimise preferences, by DPO, any other preference loss or a sum of them. The reference is `lm` as it is given.
+    """Optimise preferences, by DPO, any other preference loss or a sum of them.
+
+    The reference is `lm` as it is given, unless `reference` is another model, its name or its path.
 
         pairs = [{"prompt": "The king", "chosen": " is wise.", "rejected": " is."}]
         jl.train.dpo("tiny-gpt2", pairs, batch_size=1)
@@ -145,7 +147,7 @@ def dpo(
     Raises:
         TypeError: if an argument is of the wrong type, or an option is unknown.
         ValueError: for an unknown loss or hyperparameter, an option out of range, malformed data (rows and lines are
-            named), or a model that cannot be trained.
+            named), a model that cannot be trained, or a reference with another tokenizer.
         FloatingPointError: if a metric becomes infinite or NaN.
     """
     config = _configured(DPOConfig, config, options)
@@ -167,16 +169,24 @@ def dpo(
             f"microbatches must be 1 for {name}, which compares all rows of a batch, but is {config.microbatches}."
         )
     taken = {name for function in functions for name in OF_PAIRS if name in function.hyperparameters}
+    for name, default in (("reference", None), ("precompute_reference", False)):
+        if getattr(config, name) != default and "reference" not in needs:
+            of = "+".join(map(name_of, functions))
+            raise ValueError(f"{name} must be {default} for {of}, which has no reference.")
     run = recipes.begin(lm, config, out, verbose=verbose)
+    reference = recipes.reference_of(run, config.reference) if "reference" in needs else None
+    ahead = reference if config.precompute_reference else None
+    ref_lm = None if config.reference is None else reference.lm
     objective = Objective(
         "dpo",
-        preference_loss(run.lm, losses, weights=config.loss_weights, **kwargs),
+        preference_loss(run.lm, losses, weights=config.loss_weights, ref_lm=ref_lm, **kwargs),
         "unpaired-preference" if is_kto else "preference",
         ("loss", "margin", "chosen_logp", "rejected_logp"),
-        {"loss_kwargs": kwargs},
+        {"loss_kwargs": kwargs, "reference_sha256": reference and reference.sha256},
         fields=frozenset(taken - set(kwargs)) if len(named) == len(losses) else True,
+        ahead=ahead,
     )
-    return _offline(run, data, objective, reference="reference" in needs)
+    return _offline(run, data, objective, reference=False if reference is None or ahead else reference.params)
 
 
 @takes(RewardConfig)
@@ -320,7 +330,7 @@ def ppo(
     return _online(PPOConfig, "ppo", lm, prompts, out, config, verbose, options)
 
 
-def _offline(run: recipes.Run, data: Data, objective: Objective, *, reference: bool = False) -> LM:
+def _offline(run: recipes.Run, data: Data, objective: Objective, *, reference: Any = False) -> LM:
     trained = recipes.trained_of(run, reference=reference)
     return _model(recipes.finish(run, trained, recipes.fit(run, data, objective, trained)), run)
 

@@ -1,6 +1,8 @@
 """Runs of preferences, from files and from Python: sums of losses, margins, references, distillation."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -10,6 +12,8 @@ import pytest
 import jaxrl_llm as jl
 from jaxrl_llm import models, train
 from jaxrl_llm.models import GPT2, GPT2Config
+from jaxrl_llm.scoring import completion_log_probs
+from jaxrl_llm.training import recipes
 from jaxrl_llm.training.loop import RunLog
 
 PAIRS = [{"prompt": f"Say {i}:", "chosen": " yes", "rejected": " no, " * (i % 2 + 1)} for i in range(4)]
@@ -24,9 +28,11 @@ def folder(tmp_path_factory):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PAIRS))
     loaded = models.load("tiny-gpt2")
     lm = GPT2(GPT2Config(vocab_size=4096, n_positions=64, n_embd=16, n_layer=1, n_head=2))
-    for name, seed in (("model", 0), ("other", 1)):
-        params = lm.init(jax.random.key(seed))
-        models.save(folder / name, lm, params, loaded.tokenizer, config={"eos_token_id": 0, "bos_token_id": 0})
+    wider, shorter = (dataclasses.replace(lm.config, **each) for each in ({"n_embd": 24}, {"n_positions": 16}))
+    for name, config, seed in (("model", lm.config, 0), ("other", wider, 1), ("short", shorter, 1)):
+        each = GPT2(config)
+        params = each.init(jax.random.key(seed))
+        models.save(folder / name, each, params, loaded.tokenizer, config={"eos_token_id": 0, "bos_token_id": 0})
     return folder
 
 
@@ -123,3 +129,102 @@ def test_the_shift_of_bco_is_kept_by_a_run_and_by_one_that_is_resumed(model, tmp
     resumed = train.dpo(model, PAIRS, out=tmp_path / "whole", resume=True, **options)
     same(resumed.params, whole.params)
     assert [row["reward_shift"] for row in rows(tmp_path / "whole")] == [row["reward_shift"] for row in found]
+
+
+# The reference --------------------------------------------------------------------------------------------------------
+
+
+def log_probs_of(lm, side):
+    prompts, completions = [row["prompt"] for row in PAIRS], [row[side] for row in PAIRS]
+    encode = lambda texts: [lm.tokenizer(each, add_special_tokens=False)["input_ids"] for each in texts]  # noqa: E731
+    rows = completion_log_probs(lm.model, lm.params, encode(prompts), [[*each, 0] for each in encode(completions)])
+    return np.asarray([row.sum() for row in rows])
+
+
+def test_another_reference_of_another_size_is_used(model, folder, tmp_path):
+    other = jl.load(folder / "other")
+    found = {}
+    for name, reference in (("path", folder / "other"), ("loaded", other)):
+        train.dpo(model, PAIRS, reference=reference, out=tmp_path / name, **QUIET | {"steps": 1, "beta": 0.5})
+        found[name] = rows(tmp_path / name)[0]
+    ratios = [log_probs_of(model, side) - log_probs_of(other, side) for side in ("chosen", "rejected")]
+    expected = np.log1p(np.exp(-0.5 * (ratios[0] - ratios[1]))).mean()
+    for row in found.values():
+        assert row["loss"] == pytest.approx(expected, rel=1e-4) and abs(expected - np.log(2)) > 1e-3
+        assert row["kl_chosen"] == pytest.approx(ratios[0].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"reference": "short"}, ValueError, "a context of at least max_length, 64 tokens, but has 16"),
+        ({"reference": 3}, TypeError, "reference must be a model, its name or its path, but is a int"),
+        (
+            {"reference": "other", "loss": "simpo"},
+            ValueError,
+            "reference must be None for simpo, which has no reference",
+        ),
+        ({"precompute_reference": True, "loss": "orpo"}, ValueError, "precompute_reference must be False for orpo"),
+        ({"precompute_reference": True, "loss": "kto"}, ValueError, "precompute_reference must be False for kto"),
+    ],
+)
+def test_references_that_do_not_fit_are_refused(model, folder, options, error, said):
+    if isinstance(options.get("reference"), str):
+        options = options | {"reference": folder / options["reference"]}
+    with pytest.raises(error, match=said):
+        train.dpo(model, PAIRS, **QUIET | options)
+
+
+def test_a_reference_of_another_tokenizer_is_refused(model, folder):
+    """Of the same size, but with other words."""
+    words = models.load("tiny-gpt2-verses").tokenizer
+    other = dataclasses.replace(models.load(folder / "model"), tokenizer=words)
+    with pytest.raises(ValueError, match="the reference must have the tokenizer of the model, but has another one"):
+        train.dpo(model, PAIRS, reference=other, **QUIET)
+    other = dataclasses.replace(other, tokenizer=None)
+    with pytest.raises(ValueError, match="the reference must have the tokenizer of the model, but has none"):
+        train.dpo(model, PAIRS, reference=other, **QUIET)
+
+
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("ld_dpo", marks=pytest.mark.slow)])
+def test_a_reference_once_ahead_gives_the_same_losses_and_is_read_again_on_resuming(
+    model, folder, tmp_path, monkeypatch, loss
+):
+    options = QUIET | {"steps": 3, "batch_size": 2, "keep": 3, "eval_data": PAIRS[:3], "loss": loss}
+    options |= {"reference": folder / "other"}
+    plain = train.dpo(model, PAIRS, out=tmp_path / "plain", **options)
+    ahead = train.dpo(model, PAIRS, out=tmp_path / "ahead", precompute_reference=True, **options)
+    for one, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "ahead"), strict=True):
+        for name in ("loss", "held_out_loss", "kl_chosen", "margin"):
+            assert other[name] == pytest.approx(one[name], rel=1e-6, abs=1e-6)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), plain.params, ahead.params)
+    shutil.rmtree(tmp_path / "ahead" / "checkpoints" / "3")
+    monkeypatch.setattr(recipes, "with_reference", lambda *_: pytest.fail("it is in the folder"))
+    resumed = train.dpo(model, PAIRS, out=tmp_path / "ahead", precompute_reference=True, resume=True, **options)
+    same(resumed.params, ahead.params)
+
+
+def test_the_weights_of_a_reference_once_ahead_are_freed(model, monkeypatch):
+    kept, reference_of = [], recipes.reference_of
+    monkeypatch.setattr(recipes, "reference_of", lambda *given: kept.append(reference_of(*given)) or kept[-1])
+    frozen = []
+    monkeypatch.setattr(recipes, "make_step", lambda *_, **__: lambda state, batch, held: frozen.append(held) or 1 / 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        train.dpo(model, PAIRS, precompute_reference=True, **QUIET)
+    assert kept[0].params is None and frozen[0].ref is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ref_model", "did you mean 'reference'"),
+        ("reference_free", "losses without a reference are simpo"),
+        ("margin", "the margin of a pair is the entry 'margin' of its row"),
+        ("precompute_ref_log_probs", "did you mean 'precompute_reference'"),
+        ("rpo_alpha", "the sum loss=['dpo', 'sft']"),
+        ("ld_alpha", "did you mean 'loss'"),
+    ],
+)
+def test_a_name_of_trl_is_answered_by_ours(name, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        train.dpo("nowhere", [], **{name: 1})

@@ -383,10 +383,14 @@ class Batches:
         self._multiple, self._room, self._vocab_size = multiple, room, vocab_size
         self._mismatched, self._fields = None, None
         self._takes, self.columns = fields, set()  # the numbers beside the text of some records
+        self.added: Mapping[str, np.ndarray] = {}  # arrays [records, ...] that batches receive by name, row by row
         sizes = np.asarray([self._size(self.rows(place)) for place in range(len(records))], int).reshape(-1, 4)
         self._prompts, self._longest, self._sequences, self._real = sizes.T
         self.order = EpochOrder(self._longest, batch_size=batch_size, seed=seed, unit="records")
         self._tokens = np.zeros(1, int)  # of the first n steps, as far as they were asked for
+
+    def __len__(self) -> int:
+        return len(self._records)
 
     def __call__(self, step: int) -> PyTree:
         """Return the batch of a step."""
@@ -396,6 +400,8 @@ class Batches:
         """Return the batch of these records."""
         rows = [self.rows(place) for place in places]
         batch = self._kind.collate(rows, self._multiple)
+        if self.added:
+            batch = batch._replace(**{name: values[np.asarray(places)] for name, values in self.added.items()})
         if not self._fields:
             return batch
         columns = {name: np.asarray([row.fields[name] for row in rows], np.float32) for name in sorted(self._fields)}

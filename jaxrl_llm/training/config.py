@@ -18,9 +18,11 @@ Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dict
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
     Losses = Function | Sequence[Function]
+    ModelPath = Any  # a loaded model, its name or its path
 else:  # on the command line
     DataOption, Function = Path | None, str
     Losses = str | tuple[str, ...]
+    ModelPath = str | None
 Cut = Literal["left", "right", "raise"]
 OnBad = Literal["raise", "skip"]
 KL = Literal["reward", "reverse", "forward"]
@@ -173,6 +175,8 @@ FREE = (
     "microbatches",
     "checkpoint_blocks",
     "model",
+    "reference",
+    "precompute_reference",
 )  # a run can be resumed with others: its steps are the same
 
 
@@ -210,6 +214,11 @@ class DPOConfig(OfflineConfig):
     """Weight of the KL, in units of reward per nat; by default the loss's own, which is 0.1."""
     loss_kwargs: dict[str, float | str] = dataclasses.field(default_factory=dict)
     """Further hyperparameters of the loss, such as label_smoothing 0.1, or divergence jensen_shannon of f_dpo."""
+    reference: ModelPath = None
+    """The reference model, with the tokenizer of the trained one; by default the trained model as it was given."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probabilities once, before the first step, and keep them in the output folder: the
+    same losses, without the reference's weights."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -226,6 +235,11 @@ class DPOConfig(OfflineConfig):
         if self.loss == "kto" and self.microbatches > 1:
             raise ValueError(
                 f"microbatches must be 1 for kto, which compares all rows of a batch, but is {self.microbatches}."
+            )
+        if self.loss == "kto" and self.precompute_reference:
+            raise ValueError(
+                "precompute_reference must be False for kto, whose reference point is of completions that change "
+                "their prompts with the batch, but is True."
             )
 
     @property

@@ -66,7 +66,12 @@ Given = str | Callable[..., Array]
 
 
 def preference_loss(
-    lm: LanguageModel, loss: Given | Sequence[Given] = "dpo", *, weights: Sequence[float] = (), **hyperparameters: Any
+    lm: LanguageModel,
+    loss: Given | Sequence[Given] = "dpo",
+    *,
+    weights: Sequence[float] = (),
+    ref_lm: LanguageModel | None = None,
+    **hyperparameters: Any,
 ) -> LossFn:
     """Return the mean of a preference loss over a batch of pairs, or for "kto" over an `UnpairedBatch`.
 
@@ -87,6 +92,7 @@ def preference_loss(
             Each keyword argument of a function that `batch.fields` holds is taken from there; of the losses of `NAMES`
             that is `margin` alone.
         weights: of the losses of a sum, in their order; by default 1 each.
+        ref_lm: the model of the reference's parameters, if it is another one than `lm`, of the same tokens.
         hyperparameters: of the loss, such as beta; its own defaults otherwise. Numbers, or traced scalars. In a sum
             each loss takes those that it has.
 
@@ -99,8 +105,9 @@ def preference_loss(
     weights = [float(weight) for weight in weights] or [1.0] * len(functions)
     if len(weights) != len(functions):
         raise ValueError(f"there must be one weight for each of {len(functions)} losses, but there are {len(weights)}.")
+    ref_lm = lm if ref_lm is None else ref_lm
     if functions == [preference.kto_loss]:
-        return _kto_loss(lm, hyperparameters)
+        return _kto_loss(lm, ref_lm, hyperparameters)
     name, needs = "+".join(map(name_of, functions)), needs_of(functions)
     shifts = preference.bco_loss in functions and "reward_shift" not in hyperparameters
 
@@ -112,7 +119,7 @@ def preference_loss(
         if not isinstance(batch, PairBatch):
             raise ValueError(f"the batch of the loss {name} must be a PairBatch, but is {type(batch).__name__}.")
         policy = pair_sums(lm, params, batch, needs=needs)
-        ref = _reference_sums(lm, batch, frozen, policy, needs) if "reference" in needs else None
+        ref = _reference_sums(ref_lm, batch, frozen, policy, needs) if "reference" in needs else None
         if "batch" in needs and batch.weight is not None:
             raise ValueError(f"the loss {name}, which sorts the pairs of a batch, must not be given their weights.")
         weights_of_pairs = _weights(batch.weight, policy.chosen)
@@ -304,7 +311,7 @@ def _reference(frozen: Frozen | None) -> Params:
     return frozen.ref
 
 
-def _kto_loss(lm: LanguageModel, hyperparameters: Mapping[str, Any]) -> LossFn:
+def _kto_loss(lm: LanguageModel, ref_lm: LanguageModel, hyperparameters: Mapping[str, Any]) -> LossFn:
     """Return KTO's loss. Its reference point is that of the whole batch, so microbatches are refused."""
 
     def loss(params: Params, batch: UnpairedBatch, frozen: Frozen | None, key: Array) -> Loss:
@@ -314,7 +321,7 @@ def _kto_loss(lm: LanguageModel, hyperparameters: Mapping[str, Any]) -> LossFn:
         mismatched = _sum(lm, jax.lax.stop_gradient(params), batch.mismatched)
         if batch.logp_ref is None:
             both = stacked(batch.completions, batch.mismatched)
-            logp_ref, ref_mismatched = jnp.split(jax.lax.stop_gradient(_sum(lm, _reference(frozen), both)), 2)
+            logp_ref, ref_mismatched = jnp.split(jax.lax.stop_gradient(_sum(ref_lm, _reference(frozen), both)), 2)
         else:
             logp_ref, ref_mismatched = batch.logp_ref, batch.logp_ref_mismatched
         reference_point = preference.kto_reference_point(mismatched, ref_mismatched)

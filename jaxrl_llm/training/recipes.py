@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Key
+from tqdm import tqdm
 
-from jaxrl_llm import models, text
+from jaxrl_llm import models, runtime, text
 from jaxrl_llm.data import records
 from jaxrl_llm.decoding.transforms import TopP
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
 from jaxrl_llm.training import loop, rewards
@@ -27,6 +30,7 @@ from jaxrl_llm.training.batches import KINDS, Batches, Columns, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
 from jaxrl_llm.training.policy import Method, method_of, online
+from jaxrl_llm.training.preference import OF_REFERENCE, with_reference
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
 from jaxrl_llm.training.steps import (
     Frozen,
@@ -51,6 +55,7 @@ OF_A_RUN = (
     "wandb",
     "wandb_id",
 )  # before its first checkpoint, in this order
+AHEAD = {"data": "reference.npz", "eval_data": "reference_eval_data.npz"}  # the reference's sums, written before those
 
 
 class Keys(NamedTuple):
@@ -207,7 +212,7 @@ def _check_folder(read: list[str | Path], config: Config, out: Path | None) -> b
         raise ValueError(f"out must be a folder, but {out} is a file.")
     if out.is_dir() and not begun:  # a run that ended before its first checkpoint begins anew
         names = sorted(each.name for each in out.iterdir() if not each.name.startswith("."))
-        own = OF_A_RUN if "run.json" in names else OF_A_RUN[:1]
+        own = (*AHEAD.values(), *(OF_A_RUN if "run.json" in names else OF_A_RUN[:1]))
         others = [name for name in names if name not in own]
         if others:
             shown = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
@@ -320,10 +325,12 @@ class Trained(NamedTuple):
         return policy if self.lora is None else self.lora.merge(self.frozen.base, policy)
 
 
-def trained_of(run: Run, *, reference: bool = False, critic: ScalarHead | None = None) -> Trained:
+def trained_of(run: Run, *, reference: bool | Params = False, critic: ScalarHead | None = None) -> Trained:
     """Return all weights or adapters to be trained, and a critic's.
 
-    The reference is the model as it was given, in the type that the policy computes in: at first they are equal.
+    Args:
+        reference: the parameters of the reference; True is the model as it was given, in the type that the policy
+            computes in, so that at first they are equal.
     """
     config, params = run.config, run.loaded.params
     narrow = compute_in(config.dtype) if config.dtype == "bfloat16" else None
@@ -333,8 +340,8 @@ def trained_of(run: Run, *, reference: bool = False, critic: ScalarHead | None =
         merged = lora.view()
         view = merged if narrow is None else lambda trained, frozen: narrow(merged(trained, frozen), frozen)
         trained, base = lora.init(run.keys.adapters), params
-    ref = None
-    if reference:
+    ref = None if isinstance(reference, bool) else reference
+    if reference is True:
         ref = params if narrow is None else narrow(params, None)
     if critic is not None:
         of_policy = view
@@ -367,6 +374,78 @@ class Objective(NamedTuple):
     watch: tuple[str, ...]
     identity: Mapping[str, Any] = {}
     fields: Columns = False  # the loss takes numbers beside the text of each row: all, or those of some names
+    ahead: Reference | None = None  # its log-probabilities are computed before the first step
+
+
+@dataclasses.dataclass
+class Reference:
+    """A model that stays as it is, beside the trained one: a reference or a teacher."""
+
+    lm: LanguageModel
+    params: Params | None  # None once they are not needed any more
+    sha256: str
+
+
+def reference_of(run: Run, given: Any, *, name: str = "reference") -> Reference:
+    """Return another model, which must read the same tokens as the trained one; None is the trained model as it began.
+
+    Raises:
+        TypeError, ValueError: if it is not a model, or has another vocabulary, tokenizer, or too short a context.
+    """
+    narrow = compute_in(run.config.dtype) if run.config.dtype == "bfloat16" else lambda params, frozen: params
+    if given is None:
+        return Reference(run.lm, narrow(run.loaded.params, None), run.sha256)
+    if isinstance(given, str | os.PathLike):
+        found = models.load(given)
+    elif hasattr(given, "params"):
+        found = _as_loaded(given)
+    else:
+        raise TypeError(f"{name} must be a model, its name or its path, but is a {type(given).__name__}.")
+    if found.model.vocab_size != run.lm.vocab_size:
+        raise ValueError(
+            f"the {name} must have the model's vocabulary of {run.lm.vocab_size} tokens, but has "
+            f"{found.model.vocab_size}."
+        )
+    if found.tokenizer is None or found.tokenizer.get_vocab() != run.loaded.tokenizer.get_vocab():
+        raise ValueError(f"the {name} must have the tokenizer of the model, but has {_other(found.tokenizer)}.")
+    most = min(run.config.max_length or run.lm.max_length, run.lm.max_length)
+    if found.model.max_length < most:
+        raise ValueError(
+            f"the {name} must have a context of at least max_length, {most} tokens, but has {found.model.max_length}."
+        )
+    sha256 = "" if run.out is None else _digest(found.params)
+    return Reference(found.model, narrow(_in(jnp.float32, found.params), None), sha256)
+
+
+def _other(tokenizer: Any) -> str:
+    return "none" if tokenizer is None else f"another one, of {len(tokenizer.get_vocab())} tokens"
+
+
+def add_reference(run: Run, batches: Batches, digest: str, reference: Reference, *, name: str = "data") -> None:
+    """Let batches of pairs have the reference's log-probabilities: those in the run's folder, else computed now."""
+    path = None if run.out is None else run.out / AHEAD[name]
+    encoded = {each: getattr(run.config, each) for each in ("max_length", "cut", "dtype", "on_bad")}
+    identity = json.dumps({"data": digest, "reference": reference.sha256, **encoded})
+    if path is not None and path.is_file():
+        with np.load(path) as kept:
+            if str(kept["identity"]) == identity:
+                batches.added = {each: kept[each] for each in kept.files if each != "identity"}
+                return
+    order = sorted(range(len(batches)), key=lambda place: batches.rows(place).length)
+    size = max(1, run.config.batch_size // run.config.microbatches)
+    found: dict[str, np.ndarray] = {}
+    hidden = not run.verbose or runtime.is_file()
+    for start in tqdm(range(0, len(order), size), desc="reference", unit="batch", disable=hidden):
+        places = order[start : start + size]
+        filled = places + places[-1:] * (size - len(places))  # batches of one size
+        batch = with_reference(reference.lm, reference.params, jax.tree.map(jnp.asarray, batches.collate(filled)))
+        for column in OF_REFERENCE:
+            values = np.asarray(getattr(batch, column))
+            found.setdefault(column, np.zeros(len(order), values.dtype))[places] = values[: len(places)]
+    if path is not None:
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, identity=identity, **found)
+    batches.added = found
 
 
 def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples: bool = True) -> Params:
@@ -376,6 +455,8 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         samples: report a sample of the model's text with each checkpoint.
     """
     batches, found = batches_of(run, data, objective.kind, batch_size=run.config.batch_size, fields=objective.fields)
+    if objective.ahead is not None:
+        add_reference(run, batches, found.digest(), objective.ahead)
     run = _counted(run, batches)
     config: OfflineConfig = run.config
     rate, optimizer = optimizer_for(config, config.steps)
@@ -383,6 +464,8 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     measures: list[Callable[[Params], Mapping[str, float | str]]] = []
     if config.eval_data is not None:
         measures.append(held_out(run, objective, trained))
+    if objective.ahead is not None:
+        objective.ahead.params = None
     if samples and run.reports:
         sample = sampler_of(run, *_start_of(run, batches))
         measures.append(lambda params: {"sample": sample(trained.model(params))})
@@ -427,9 +510,11 @@ def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Para
         ValueError: for a single row, if the loss compares rows; or if `keep_best` is not one of the numbers.
     """
     config, least = run.config, 2 if getattr(objective.loss, "needs_whole_batch", False) else 1
-    batches, _ = batches_of(
+    batches, found = batches_of(
         run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
     )
+    if objective.ahead is not None:
+        add_reference(run, batches, found.digest(), objective.ahead, name="eval_data")
     count, size = batches.order.steps_per_epoch, config.batch_size // config.microbatches
     if count < least:
         raise ValueError(f"eval_data must have at least 2 records for a loss that compares rows, but has {count}.")
