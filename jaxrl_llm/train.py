@@ -1,4 +1,4 @@
-"""Trainers: `sft`, `reward`, `dpo`, `grpo` and `ppo`, from a model and data to a trained model.
+"""Trainers: `sft`, `reward`, `dpo`, `distill`, `grpo` and `ppo`, from a model and data to a trained model.
 
     tuned = jl.train.dpo("tiny-gpt2", "pairs.jsonl", beta=0.1, steps=100)
     tuned = jl.train.grpo(tuned, [{"prompt": "The king"}], reward=lambda prompts, completions: [...], steps=20)
@@ -36,12 +36,14 @@ from jaxrl_llm.training.batches import Encoder, rounded
 from jaxrl_llm.training.config import (
     Config,
     Data,
+    DistillConfig,
     DPOConfig,
     GRPOConfig,
     PPOConfig,
     RewardConfig,
     SFTConfig,
 )
+from jaxrl_llm.training.distillation import distill_loss
 from jaxrl_llm.training.policy import Method
 from jaxrl_llm.training.preference import OF_PAIRS, find_losses, name_of, needs_of, preference_loss
 from jaxrl_llm.training.recipes import Objective, Trained
@@ -50,7 +52,7 @@ from jaxrl_llm.training.rewards import function_at
 from jaxrl_llm.training.steps import Frozen, compute_in
 from jaxrl_llm.training.supervised import sft_loss
 
-__all__ = ["RewardModel", "dpo", "grpo", "ppo", "reward", "sft"]
+__all__ = ["RewardModel", "distill", "dpo", "grpo", "ppo", "reward", "sft"]
 Model = Any  # a loaded model, its name or its path
 Folder = str | os.PathLike[str]
 
@@ -187,6 +189,57 @@ def dpo(
         ahead=ahead,
     )
     return _offline(run, data, objective, reference=False if reference is None or ahead else reference.params)
+
+
+@takes(DistillConfig)
+def distill(
+    lm: Model,
+    data: Data,
+    *,
+    out: Folder | None = None,
+    config: DistillConfig | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> LM:
+    """Distil a teacher into a model, on given completions and on the model's own (generalised knowledge distillation).
+
+        loss = D(teacher, π) of next-token distributions, the mean over the completion tokens of a batch, in nats
+
+        jl.train.distill("tiny-gpt2", [{"prompt": "The king"}] * 16, teacher=larger, on_policy=1)
+
+    Args:
+        lm: a model (`jl.load`), its name or its path: the student.
+        data: a path or dicts as in `sft`; with on_policy=1 prompts alone will do.
+        out: a folder for checkpoints, log and model; None writes nothing.
+        config: all options in one object.
+        verbose: print what is done, with a progress bar.
+
+    Options: listed here.
+
+    Returns:
+        The trained student. `lm` and the teacher stay valid.
+
+    Metrics: `loss`; `length`, the tokens of a completion; `on_policy`, the share of steps on the model's own
+    completions; `completion_tokens`; `grad_norm`; and with `eval_data` `held_out_loss`, on its completions.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an option is unknown.
+        ValueError: for an option out of range, malformed data (rows and lines are named), a model that cannot be
+            trained, or a teacher with another vocabulary or tokenizer.
+        FloatingPointError: if a metric becomes infinite or NaN.
+
+    Source: Agarwal et al. 2024 (GKD), arXiv 2306.13649.
+    """
+    config = _configured(DistillConfig, config, options)
+    run = recipes.begin(lm, config, out, verbose=verbose)
+    teacher = recipes.reference_of(run, config.teacher, name="teacher")
+    loss = distill_loss(
+        run.lm, teacher.lm, divergence=config.divergence, mixture=config.mixture, temperature=config.temperature
+    )
+    identity = {"teacher_sha256": teacher.sha256}
+    objective = Objective("distill", loss, "prompt-completion", ("loss", "length"), identity)
+    trained = recipes.trained_of(run, reference=teacher.params)
+    return _model(recipes.finish(run, trained, recipes.fit_on_policy(run, data, objective, trained)), run)
 
 
 @takes(RewardConfig)

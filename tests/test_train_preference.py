@@ -228,3 +228,50 @@ def test_the_weights_of_a_reference_once_ahead_are_freed(model, monkeypatch):
 def test_a_name_of_trl_is_answered_by_ours(name, said):
     with pytest.raises(TypeError, match=re.escape(said)):
         train.dpo("nowhere", [], **{name: 1})
+
+
+# Distillation ---------------------------------------------------------------------------------------------------------
+
+GIVEN = [{"prompt": f"Say {i}:", "completion": " it is"} for i in range(4)]
+
+
+def test_a_student_learns_from_a_teacher_on_given_and_on_its_own_completions(model, folder, tmp_path, capsys):
+    options = OPTIONS | {"steps": 4, "save_every": 2, "max_new_tokens": 3, "teacher": folder / "other", "warmup": 0.0}
+    out, eval_data = tmp_path / "student", {"eval_data": GIVEN}
+    student = train.distill(model, iter(GIVEN), out=out, **options, **eval_data)
+    found = rows(out)
+    assert [row["on_policy"] for row in found] == [1.0, 0.0, 0.0, 1.0]
+    assert found[3]["held_out_loss"] < found[1]["held_out_loss"]
+    assert found[1]["length"] == 3 and found[0]["tokens_per_second"] > 0
+    assert models.load(out).tokenizer is not None and "prompts and 0 completions truncated" in capsys.readouterr().out
+    shutil.rmtree(out / "checkpoints" / "4")
+    resumed = train.distill(model, GIVEN, out=out, resume=True, **options | {"verbose": False}, **eval_data)
+    same(resumed.params, student.params)
+
+
+def test_the_command_line_distils_on_prompts_alone(folder, run):
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in GIVEN))
+    words = ["--data", folder / "prompts.jsonl", "--out", folder / "distilled", "--model", folder / "model"]
+    words += ["--steps", 1, "--batch-size", 4, "--max-new-tokens", 4, "--on-policy", 1, "--divergence", "reverse_kl"]
+    status, _, err = run("train", "distill", *words)
+    assert status == 2 and "teacher must be a model, its name or its path, but is None" in err
+    status, *_ = run("train", "distill", *words, "--teacher", folder / "other")
+    assert status == 0 and rows(folder / "distilled")[0]["on_policy"] == 1.0
+    identity = json.loads((folder / "distilled" / "run.json").read_text())
+    assert identity["kind"] == "distill" and len(identity["teacher_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"divergence": "forward_kl", "mixture": 0.3},
+            "mixture must be None for forward_kl, which has none, but is 0.3",
+        ),
+        ({"mixture": 1.0}, "mixture must be below 1, but is 1.0"),
+        ({"teacher": "short"}, "the teacher must have a context of at least max_length, 64 tokens, but has 16"),
+    ],
+)
+def test_settings_of_distillation_that_do_not_fit_are_refused(model, folder, options, said):
+    with pytest.raises(ValueError, match=said):
+        train.distill(model, GIVEN, **QUIET | options | {"teacher": folder / options.get("teacher", "other")})

@@ -282,6 +282,11 @@ KINDS: dict[str, Kind] = {  # by the names of TRL, where it has them
     "prompt-only": Kind(
         records.prompt, lambda encoder, record, room: Rows(encoder.prompt(record.prompt, room=room), []), prompts
     ),
+    "prompt-of-completion": Kind(  # of the lines of prompt-completion the prompts alone
+        records.prompt_completion,
+        lambda encoder, record, room: Rows(encoder.prompt(record.prompt, room=room), []),
+        prompts,
+    ),
     "prompt-completion": Kind(
         records.prompt_completion,
         lambda encoder, record, room: Rows(*encoder(record.prompt, [record.completion])),

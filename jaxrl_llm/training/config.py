@@ -177,6 +177,7 @@ FREE = (
     "model",
     "reference",
     "precompute_reference",
+    "teacher",
 )  # a run can be resumed with others: its steps are the same
 
 
@@ -246,6 +247,33 @@ class DPOConfig(OfflineConfig):
     def losses(self) -> list[Any]:
         """The losses of the sum, or the one loss."""
         return list(self.loss) if isinstance(self.loss, list | tuple) else [self.loss]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(OfflineConfig):
+    """Learn the next-token distributions of a teacher (GKD): examples of prompt and completion, or prompts alone."""
+
+    teacher: ModelPath = None
+    """The teacher, a model with the tokenizer of the trained one."""
+    divergence: Literal["jensen_shannon", "forward_kl", "reverse_kl"] = "jensen_shannon"
+    """The divergence of teacher and student at each token: the generalised Jensen-Shannon divergence,
+    KL(teacher‖student) or KL(student‖teacher)."""
+    mixture: float | None = number(None, 0, 1, above=True)
+    """The teacher's share of the mixture of jensen_shannon, below 1; by default 0.5."""
+    on_policy: float = number(0.5, 0, 1)
+    """Share of the steps whose completions the student samples itself; at 1 the examples need no completions."""
+    max_new_tokens: int = number(64, 1)
+    """Most tokens of a sampled completion."""
+    temperature: float = number(1.0, 0, above=True)
+    """Temperature of student and teacher, in sampling and in the divergence."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher is None:
+            raise ValueError("teacher must be a model, its name or its path, but is None.")
+        if self.mixture is not None and (self.divergence != "jensen_shannon" or self.mixture == 1):
+            wanted = "below 1" if self.mixture == 1 else f"None for {self.divergence}, which has none"
+            raise ValueError(f"mixture must be {wanted}, but is {self.mixture}.")
 
 
 # Online methods -------------------------------------------------------------------------------------------------------

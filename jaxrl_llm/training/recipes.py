@@ -24,11 +24,12 @@ from jaxrl_llm.decoding.transforms import TopP
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
+from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training import loop, rewards
 from jaxrl_llm.training import lora as adapters
 from jaxrl_llm.training.batches import KINDS, Batches, Columns, Encoder
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
+from jaxrl_llm.training.config import FREE, Config, Data, DistillConfig, GRPOConfig, OfflineConfig, direction
 from jaxrl_llm.training.policy import Method, method_of, online
 from jaxrl_llm.training.preference import OF_REFERENCE, with_reference
 from jaxrl_llm.training.rollout import Prompts, Sampler, rollout
@@ -461,24 +462,79 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     config: OfflineConfig = run.config
     rate, optimizer = optimizer_for(config, config.steps)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
-    measures: list[Callable[[Params], Mapping[str, float | str]]] = []
-    if config.eval_data is not None:
-        measures.append(held_out(run, objective, trained))
+    measured = _evaluation(run, objective, trained, batches if samples else None)
     if objective.ahead is not None:
         objective.ahead.params = None
-    if samples and run.reports:
-        sample = sampler_of(run, *_start_of(run, batches))
-        measures.append(lambda params: {"sample": sample(trained.model(params))})
     copy = trained.frozen.ref is not None or not run.owned
     state = run.loop(
         initial_state(trained.params, optimizer, run.keys.state, copy=copy, loss=objective.loss),
         lambda state, done: step(state, jax.tree.map(jnp.asarray, batches(done)), trained.frozen),
         tokens=batches.tokens,
         numbers=progress(rate, batches),
-        evaluate=lambda params: dict(item for measure in measures for item in measure(params).items()),
+        evaluate=measured,
         config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
         watch=objective.watch,
         describe=batches.describe,
+    )
+    return state.params
+
+
+def _evaluation(
+    run: Run, objective: Objective, trained: Trained, batches: Batches | None
+) -> Callable[[Params], dict[str, float | str]]:
+    """Return the held-out numbers, and a sample from the batches' first prompt, as a function of the parameters."""
+    measures: list[Callable[[Params], Mapping[str, float | str]]] = []
+    if run.config.eval_data is not None:
+        measures.append(held_out(run, objective, trained))
+    if batches is not None and run.reports:
+        sample = sampler_of(run, *_start_of(run, batches))
+        measures.append(lambda params: {"sample": sample(trained.model(params))})
+    return lambda params: dict(item for measure in measures for item in measure(params).items())
+
+
+def fit_on_policy(run: Run, data: Data, objective: Objective, trained: Trained) -> Params:
+    """Minimise an objective over completions that the model samples itself in a share of the steps; see `fit`.
+
+    The steps of that share are drawn from the seed. With `on_policy` 1, `data` need no completions. No gradient flows
+    through the sampling.
+    """
+    config: DistillConfig = run.config
+    data = data if isinstance(data, str | os.PathLike) else list(data)
+    sampler = Sampler(config.max_new_tokens, config.temperature, eos_ids=run.eos)
+    given = asked = None
+    if config.on_policy < 1:
+        given, found = batches_of(run, data, objective.kind, batch_size=config.batch_size)
+    if config.on_policy > 0:
+        kind = "prompt-only" if given is None else "prompt-of-completion"
+        asked, found = batches_of(run, data, kind, batch_size=config.batch_size, room=config.max_new_tokens)
+    first = asked if given is None else given
+    run = _counted(run, first)
+    rate, optimizer = optimizer_for(config, run.config.steps)
+    step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
+
+    @jax.jit
+    def drawn(state: TrainState, prompts: Prompts, frozen: Frozen) -> Sequences:
+        policy = state.params if trained.view is None else trained.view(state.params, frozen)
+        return rollout(run.lm, policy, prompts, jax.random.fold_in(state.step_key, 0), sampler).sequences
+
+    def is_own(done: int) -> bool:
+        return np.random.default_rng([config.seed, done, 1]).random() < config.on_policy
+
+    def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
+        own = is_own(done)
+        batch = drawn(state, asked(done), trained.frozen) if own else jax.tree.map(jnp.asarray, given(done))
+        state, metrics = step(state, batch, trained.frozen)
+        return state, metrics | {"on_policy": own, "completion_tokens": metrics["length"] * config.batch_size}
+
+    state = run.loop(
+        initial_state(trained.params, optimizer, run.keys.state, copy=not run.owned, loss=objective.loss),
+        advance,
+        tokens="completion_tokens",
+        numbers=progress(rate, first),
+        evaluate=_evaluation(run, objective, trained, first),
+        config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
+        watch=objective.watch,
+        describe=lambda done: (asked if is_own(done) else given).describe(done),
     )
     return state.params
 
