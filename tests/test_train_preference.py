@@ -235,6 +235,7 @@ def test_a_name_of_trl_is_answered_by_ours(name, said):
 GIVEN = [{"prompt": f"Say {i}:", "completion": " it is"} for i in range(4)]
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_on_given_and_on_its_own_completions(model, folder, tmp_path, capsys):
     options = OPTIONS | {"steps": 4, "save_every": 2, "max_new_tokens": 3, "teacher": folder / "other", "warmup": 0.0}
     out, eval_data = tmp_path / "student", {"eval_data": GIVEN}

@@ -224,7 +224,9 @@ def test_losses_of_sorted_pairs_refuse_parts_of_a_batch_and_weights():
         jax.eval_shape(preference_loss(LM, "aot"), POLICY, PAIRS, Frozen(ref=REFERENCE), KEY)
 
 
-@pytest.mark.parametrize(("loss", "weights"), [("bco", ()), (["dpo", "bco"], (0.5, 2.0))])
+@pytest.mark.parametrize(
+    ("loss", "weights"), [("bco", ()), pytest.param(["dpo", "bco"], (0.5, 2.0), marks=pytest.mark.slow)]
+)
 def test_the_shift_of_bco_is_the_mean_reward_of_the_steps_before_and_does_not_see_microbatches(loss, weights):
     optimizer, beta = optax.sgd(0.05), 0.5
     mean_loss = preference_loss(LM, loss, weights=weights, beta=beta)
