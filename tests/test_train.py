@@ -15,6 +15,7 @@ import pytest
 import jaxrl_llm as jl
 from jaxrl_llm import models, train
 from jaxrl_llm.models import GPT2, GPT2Config
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.objectives.preference import kto_loss
 from jaxrl_llm.options import field_docs
 from jaxrl_llm.training import recipes
@@ -240,6 +241,98 @@ def test_a_reward_model_scores_completions_and_is_saved(model, tmp_path):
         scorer.score(["a"], [" word" * 64])
 
 
+# Online runs ----------------------------------------------------------------------------------------------------------
+
+
+def lengths(prompts, completions, gold):
+    return [None if right == 3 else len(each) / 10 for each, right in zip(completions, gold, strict=True)]
+
+
+ONLINE = OPTIONS | {
+    "steps": 2, "max_new_tokens": 6, "group_size": 2, "verbose": False, "dynamic_sampling": 2, "stop": "e", "top_k": 40,
+    "min_p": 1e-4, "reward_weights": (1, -0.5), "eval_data": LINES["prompts"][:5],
+}  # fmt: skip
+
+
+def test_online_runs_log_each_reward_and_measure_held_out_prompts(folder):
+    """One of five held-out completions is not judged by `lengths`, so that 4/5 of its mean is in the sum."""
+    seen = []
+
+    def letters(prompts, completions):
+        seen.append((prompts, completions))
+        return [float("a" in each) for each in completions]
+
+    out = folder / "online"
+    train.grpo(folder / "model", LINES["prompts"], reward=[letters, lengths], out=out, **ONLINE)
+    rows = RunLog(out / "log.jsonl").rows()
+    for row in rows:
+        expected = row["held_out_reward/letters"] - 0.5 * 4 / 5 * row["held_out_reward/lengths"]
+        assert row["held_out_reward"] == pytest.approx(expected, abs=1e-6)
+        for each in ("reward", "reward/letters", "reward/lengths", "held_out_kl", "held_out_length", "held_out_ended"):
+            assert np.isfinite(row[each]), each
+        assert row["sample"].startswith("Say 0:") and row["sample_2"].startswith("Say 1:")
+        assert 0 <= row["redraws"] <= 2 and row["judged"] == 1
+    assert len(rows) == 2 and rows[-1]["held_out_kl"] > rows[0]["held_out_kl"] > 0
+    drawn = sum(len(completions) for _, completions in seen)
+    assert drawn == 2 * 5 + sum(4 * (1 + row["redraws"]) for row in rows)
+    assert all(len(set(prompts)) == 2 for prompts, _ in seen if len(prompts) == 4), "two prompts of two completions"
+    assert json.loads((out / "run.json").read_text())["reward"].endswith(f"letters, {__name__}:lengths")
+
+
+@pytest.mark.slow
+def test_an_online_run_with_dynamic_sampling_is_resumed_bit_for_bit(folder, model):
+    def letters(prompts, completions):
+        if len(calls) >= limit:
+            raise RuntimeError("stopped")
+        calls.append(len(completions))
+        return [float("a" in each) for each in completions]
+
+    options = ONLINE | {"steps": 4, "reward": [letters, lengths], "reward_weights": (1.0, 0.0), "eval_data": None}
+    calls, limit = [], 99
+    whole = train.grpo(model, LINES["prompts"], **options)
+    calls, limit = [], len(calls) - 1
+    with pytest.raises(RuntimeError, match="the reward letters raised RuntimeError: stopped"):
+        train.grpo(model, LINES["prompts"], out=folder / "halted", **options)
+    limit = 99
+    resumed = train.grpo(model, LINES["prompts"], out=folder / "halted", **options | {"resume": True})
+    assert_same(resumed.params, whole.params)
+
+
+@pytest.mark.slow
+def test_a_batch_that_no_reward_judged_moves_nothing_and_has_no_mean_reward(folder, model):
+    out = folder / "unjudged"
+    few = {"reward": lambda prompts, completions: [None] * len(completions), "beta": 0.0, "max_new_tokens": 4}
+    tuned = train.grpo(model, LINES["prompts"], out=out, eval_data=LINES["prompts"], **OPTIONS | few, verbose=False)
+    assert_same(leaves(tuned.params), leaves(model.params))
+    row = RunLog(out / "log.jsonl").rows()[0]
+    assert row["judged"] == 0 and not {"reward", "reward_std", "kl", "held_out_reward"} & set(row)
+
+
+def test_reward_models_that_cannot_read_the_completions_are_refused(folder, model):
+    """Before anything is compiled: a shorter context, and one of another tokenizer that is too short."""
+    other = models.load("tiny-gpt2-verses").tokenizer
+    short = GPT2(GPT2Config(vocab_size=4096, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    scorer = ScalarHead(short)
+    for tokenizer, said in (
+        (model.tokenizer, "context of the reward model must hold the longest prompt, 5 tokens, and .* 14, but is 16"),
+        (other, "the reward model has a tokenizer of its own: a prompt of . tokens leaves no room for 14 more in 16"),
+    ):
+        found = LoadedReward(scorer, scorer.init(jax.random.key(0)), tokenizer, {})
+        with pytest.raises(ValueError, match=said):
+            train.grpo(model, LINES["prompts"], reward=[vowels, found], max_new_tokens=14, batch_size=4)
+    small = ScalarHead(GPT2(GPT2Config(vocab_size=23, n_positions=64, n_embd=16, n_layer=1, n_head=2)))
+    found = LoadedReward(small, small.init(jax.random.key(0)), None, {})
+    with pytest.raises(ValueError, match=r"without a tokenizer must have the policy's vocabulary of 4096 .* has 23"):
+        train.grpo(model, LINES["prompts"], reward=found, batch_size=4)
+    run = recipes.begin(model, GRPOConfig(reward=[vowels, vowels, "jaxrl_llm.rewards:number"]), verbose=False)
+    judges = recipes.judges_of(run)
+    assert list(judges.each) == ["vowels", "vowels_2", "number"]
+    assert [recipes._reads_tokens_of(run, LoadedReward(scorer, {}, each, {})) for each in (model.tokenizer, other)] == [
+        True,
+        False,
+    ]
+
+
 # What identifies a run, what it measures ------------------------------------------------------------------------------
 
 
@@ -451,7 +544,7 @@ def test_what_data_leave_out_is_reported(model, capsys):
             ValueError,
             "microbatches must be 1 for kto",
         ),
-        ("grpo", ("model", "prompts"), {}, ValueError, "one of reward and reward_model must be given, but neither is"),
+        ("grpo", ("model", "prompts"), {}, ValueError, "reward or reward_model must be given, or both, but neither is"),
         (
             "grpo",
             ("model", LINES["prompts"][:2]),
@@ -469,6 +562,55 @@ def test_what_data_leave_out_is_reported(model, capsys):
             "gamma and text must be given tog",
         ),
         ("grpo", ("model", "prompts"), {"reward": vowels, "text": "a"}, ValueError, "gamma and text must be given"),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "temperature": 0.0},
+            ValueError,
+            "temperature must be a finite",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "stop": ("a", "")},
+            ValueError,
+            "stop must be strings that are",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "top_k": 0},
+            ValueError,
+            "top_k must be an integer of at least",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": [vowels, vowels], "reward_weights": (1.0,)},
+            ValueError,
+            r"reward_weights must be 2 finite numbers, one for each reward, but are \[1.0\]",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": jl.rewards.number, "batch_size": 4, "max_new_tokens": 4},
+            ValueError,
+            "the reward function takes solution or answer, but the data have gold",
+        ),
+        (
+            "grpo",
+            ("model", "prompts"),
+            {"reward": vowels, "batch_size": 4, "eval_data": [{"text": "a"}], "max_new_tokens": 4},
+            ValueError,
+            "eval_data has 1 bad row: row 0: prompt is missing",
+        ),
+        (
+            "ppo",
+            ("model", "prompts"),
+            {"reward": vowels, "dynamic_sampling": 1},
+            ValueError,
+            "dynamic_sampling must be 0 for a group_size of 1",
+        ),
         ("grpo", ("model", "prompts"), {"reward": vowels, "group_size": 3}, ValueError, "group_size must divide batch"),
         ("grpo", ("model", "prompts"), {"reward": vowels, "minibatches": 3}, ValueError, "minibatches × microbatches"),
         ("ppo", ("model", "prompts"), {"reward": vowels, "lambda_": 2.0}, ValueError, "lambda_ must be a number in"),

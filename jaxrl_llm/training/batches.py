@@ -429,6 +429,11 @@ class Batches:
         return int(self._tokens[steps])
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._longest.max())
+
+    @property
     def pad_waste(self) -> float:
         """The share of places that are padding in the first epoch, free places of rankings included."""
         real, places = self._counts(self.order.epoch(0))

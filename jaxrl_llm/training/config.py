@@ -6,6 +6,7 @@ Imports nothing heavy, so that `jaxrl-llm train --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,10 +18,12 @@ from jaxrl_llm.options import STATIC, Checked, Range, number
 Data = str | Path | Iterable[Mapping[str, Any]]  # a file of JSON lines, or dicts
 if TYPE_CHECKING:
     DataOption, Function = Data | None, str | Callable[..., Any]
+    Functions, Strings, Numbers = Function | Sequence[Any], str | Sequence[str], Sequence[float]
     Losses = Function | Sequence[Function]
     ModelPath = Any  # a loaded model, its name or its path
 else:  # on the command line
     DataOption, Function = Path | None, str
+    Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
     Losses = str | tuple[str, ...]
     ModelPath = str | None
 Cut = Literal["left", "right", "raise"]
@@ -347,10 +350,16 @@ class GRPOConfig(PolicyOptions, Config):
     method: Literal["grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = "grpo"
     """Advantage and surrogate loss."""
     reward_model: Path | None = None
-    """Folder of a reward model that `train reward` wrote, with the policy's tokenizer."""
-    reward: Function | None = None
-    """A function(prompts, completions) that returns a number for each completion, at "file.py:function" or
-    "module:function". Its further parameters receive the entries of these names in the prompts' lines."""
+    """Folder of a reward model that `train reward` wrote."""
+    reward: Functions = ()
+    """One or more functions(prompts, completions) that return a number for each completion, or None for one that they
+    do not judge, at "file.py:function" or "module:function", such as jaxrl_llm.rewards:exact_match; further parameters
+    receive the entries of these names in the prompts' lines. Or folders of reward models."""
+    reward_weights: Numbers = ()
+    """Weights of the rewards, in their order, that of reward_model last; by default 1 each."""
+    dynamic_sampling: int | None = number(None, 0)
+    """Most further draws of a step, in which groups without a difference in reward are replaced by groups of further
+    prompts; by default 0, of dapo 9."""
     max_new_tokens: int = number(64, 1)
     """Most tokens of a completion."""
     temperature: float = number(1.0, 0, above=True)
@@ -370,6 +379,15 @@ class GRPOConfig(PolicyOptions, Config):
     overlong_buffer: float | None = number(None, 0, 1)
     """Share of max_new_tokens, at its end, over which a completion's reward falls by up to 1, linearly; by default 0,
     of dapo 0.2."""
+    top_k: int | None = number(None, 1)
+    """Sample from the k most probable tokens; importance weights correct for it."""
+    min_p: float | None = number(None, 0, 1)
+    """Sample from the tokens of at least this share of the most probable one's probability; importance weights correct
+    for it."""
+    stop: Strings = ()
+    """Strings that end a completion; they belong to it."""
+    eval_data: DataOption = None
+    """Held-out prompts: their mean rewards, KL and lengths, and samples, at every checkpoint."""
     clip_low: float | None = number(None, 0)
     """Probability ratios are clipped below 1 - clip_low; by default 0.2, of gspo 3e-4, of cispo 1."""
     clip_high: float | None = number(None, 0)
@@ -379,9 +397,25 @@ class GRPOConfig(PolicyOptions, Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.reward is None) == (self.reward_model is None):
-            given = "neither" if self.reward is None else "both"
-            raise ValueError(f"one of reward and reward_model must be given, but {given} is.")
+        count = len(self.rewards)
+        if not count:
+            raise ValueError("reward or reward_model must be given, or both, but neither is.")
+        weights = tuple(self.reward_weights)
+        if len(weights) not in (0, count) or not all(_is_finite(each) for each in weights):
+            raise ValueError(
+                f"reward_weights must be {count} finite number{'s' * (count > 1)}, one for each reward, "
+                f"but are {list(weights)}."
+            )
+        object.__setattr__(self, "reward_weights", weights)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(each, str) and each for each in stop):
+            raise ValueError(f"stop must be strings that are not empty, but is {list(stop)}.")
+        object.__setattr__(self, "stop", stop)
+        if self.dynamic_sampling and self.group_size < 2:
+            raise ValueError(
+                f"dynamic_sampling must be 0 for a group_size of {self.group_size}, in which no completions differ, "
+                f"but is {self.dynamic_sampling}."
+            )
         if (self.gamma > 0) != (self.text is not None):
             raise ValueError(
                 f"gamma and text must be given together, but gamma is {self.gamma} and text is {self.text}."
@@ -403,6 +437,22 @@ class GRPOConfig(PolicyOptions, Config):
                 f"minibatches × microbatches must divide batch_size, {self.batch_size}, "
                 f"but is {self.minibatches} × {self.microbatches}."
             )
+
+    @property
+    def rewards(self) -> tuple[Any, ...]:
+        """All rewards, the reward model last."""
+        several = isinstance(self.reward, Sequence) and not isinstance(self.reward, str)
+        given = tuple(self.reward) if several else () if self.reward is None else (self.reward,)
+        return given if self.reward_model is None else (*given, Path(self.reward_model))
+
+    @property
+    def redraws(self) -> int:
+        """Most further draws of a step."""
+        return {"dapo": 9}.get(self.method, 0) if self.dynamic_sampling is None else self.dynamic_sampling
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

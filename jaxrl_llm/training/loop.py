@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -236,9 +237,16 @@ class _Window:
         self._rows.append(metrics)
 
     def row(self, step: int) -> dict[str, float]:
-        """Return the means of the metrics, the tokens predicted so far, the seconds, and the tokens per second."""
+        """Return the means of the metrics, the tokens predicted so far, the seconds, and the tokens per second.
+
+        A metric that a step does not have, such as a reward that judged none of its completions, is not in the mean.
+        """
         seconds = clock.perf_counter() - self._started
-        row = {name: math.fsum(row[name] for row in self._rows) / len(self._rows) for name in self._rows[-1]}
+        columns = {
+            name: [row[name] for row in self._rows if name in row]
+            for name in dict.fromkeys(itertools.chain(*self._rows))
+        }
+        row = {name: math.fsum(column) / len(column) for name, column in columns.items()}
         row["seconds"] = round(seconds, 1)
         if self._tokens is None:
             return row

@@ -22,7 +22,7 @@ from jaxrl_llm.options import STATIC, Range
 from jaxrl_llm.scoring import Measures, Sequences, log_probs, log_probs_and_entropy, measures
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.config import CriticOptions, GRPOConfig, PolicyOptions, PPOConfig
-from jaxrl_llm.training.rewards import RewardFn, rewards_of
+from jaxrl_llm.training.rewards import RewardFn, only_judged, rewards_of
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, View
 
@@ -289,6 +289,9 @@ def _compared(
     return jnp.where(sequences.completion_mask, whole.reshape(-1, 1), 0)
 
 
+DESCRIBED = ("reward", "reward_std", "frac_reward_zero_std", "kl_k1", "kl_k3", "kl", "entropy", "length", "ended")
+
+
 def _described(method: Method, found: Measures, rollout: Rollout, rewards: Array) -> Metrics:
     mask = rollout.sequences.completion_mask
     tokens, judged = jnp.maximum(mask.sum(), 1), mask.any(axis=1)  # others have no reward
@@ -334,7 +337,7 @@ def _explained_variance(returns: Array, values: Array, mask: Array) -> Float[Arr
 class Trainer(NamedTuple):
     """The three jitted parts of an online step; the reward is computed between the first two."""
 
-    draw: Callable[[TrainState, Prompts, Sampler, Frozen], Rollout]
+    draw: Callable[..., Rollout]  # (state, prompts, sampler, frozen, again), `again` of draws for the same step
     score: Callable[..., tuple[Experience, Metrics]]  # (state, rollout, rewards, method, frozen, temperature)
     update: Callable[..., tuple[TrainState, Metrics]]  # (state, experience, method, frozen, text), donates the state
 
@@ -367,6 +370,24 @@ class Trainer(NamedTuple):
             raise ValueError("mask_truncated must be False without EOS, as no completion ends, but is True.")
         drawn = self.draw(state, prompts, sampler, frozen, group_size=method.group_size, critic=method.has_critic)
         rewards = rewards_of(reward, drawn)
+        return self.learn(state, drawn, rewards, method=method, sampler=sampler, frozen=frozen, text=text)
+
+    def learn(
+        self,
+        state: TrainState,
+        drawn: Rollout,
+        rewards: Float[Array, "batch"],
+        *,
+        method: Method,
+        sampler: Sampler,
+        frozen: Frozen,
+        text: Sequences | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        """Do the rest of a step, with completions that `draw` has sampled and their rewards, NaN where there is none.
+
+        Completions without a reward count neither in the loss, nor in the mean of their group, nor in the metrics.
+        """
+        drawn, rewards = only_judged(drawn, rewards)
         batch, described = self.score(state, drawn, rewards, method, frozen, sampler.temperature)
         state, metrics = self.update(state, batch, method, frozen, text, sampler.temperature)
         return state, described | metrics
@@ -394,17 +415,17 @@ def online(
         return state.params if view is None else view(state.params, frozen)
 
     @functools.partial(jax.jit, static_argnames=("group_size", "critic"))
-    def drawn(state, prompts, sampler, frozen, *, group_size, critic):
+    def drawn(state, prompts, sampler, frozen, again, *, group_size, critic):
         params = seen(state, frozen)
         policy = params["policy"] if critic else params
-        key = jax.random.fold_in(state.step_key, 0)
+        key = jax.random.fold_in(state.step_key, jnp.where(again > 0, again + 1, 0))  # 1 is of the minibatches
         return rollout(lm, policy, prompts, key, sampler, group_size=group_size)
 
-    def draw(state, prompts, sampler, frozen, *, group_size, critic):
+    def draw(state, prompts, sampler, frozen, again=0, *, group_size, critic):
         # Unknown to this process: a traced mask, which does not even say where it lies, or another process's part.
         if is_concrete(prompts.mask) and getattr(prompts.mask, "is_fully_addressable", True):
             check_room(lm, prompts.mask, sampler.max_new_tokens)
-        return drawn(state, prompts, sampler, frozen, group_size=group_size, critic=critic)
+        return drawn(state, prompts, sampler, frozen, again, group_size=group_size, critic=critic)
 
     @jax.jit
     def score(state, drawn, rewards, method, frozen, temperature=1.0):

@@ -1,75 +1,153 @@
-"""Rewards of completions: functions of text or tokens, or a reward model."""
+"""Rewards of completions: functions of text or tokens, reward models, and weighted sums of several."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxrl_llm.data.records import Prompt, Text
 from jaxrl_llm.language_model import Params
-from jaxrl_llm.models.heads import ScalarHead
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.numerics import is_concrete
-from jaxrl_llm.scoring import Sequences
+from jaxrl_llm.scoring import Sequences, pad_completions
+from jaxrl_llm.training.batches import Encoder, rounded
 from jaxrl_llm.training.rollout import Rollout
 
 RewardFn = Callable[[Rollout], Float[Array, "batch"]]
-TextReward = Callable[..., Sequence[float]]  # (prompts, completions, and the entries of the lines that it takes)
+TextReward = Callable[..., Sequence[float | None]]  # (prompts, completions, and the entries of the lines that it takes)
+GIVEN = ("prompts", "completions", "completion_ids")  # parameters of a reward of text that are no entries of a line
+
+# Functions of text ----------------------------------------------------------------------------------------------------
 
 
-def of_text(function: TextReward, tokenizer: Any, *, fields: Sequence[Mapping[str, Any]] | None = None) -> RewardFn:
+def of_text(function: TextReward, tokenizer: Any, *, records: Sequence[Prompt] | None = None) -> RewardFn:
     """Return the reward `function(prompts, completions)` of texts, which runs on the host.
 
-    It returns one number for each completion. Its further parameters, or `**fields`, receive the entries of these names
-    as lists, one value for each completion, None for a prompt without the entry.
+    It returns one number for each completion, or None for one that it does not judge. Its parameters are given by name
+    if `completions` or `completion_ids` is one of them, else the first two are prompts and completions. Its further
+    parameters, or `**fields`, receive the entries of these names as lists, one value for each completion, None for a
+    prompt without the entry.
+
+    Completions are strings, decoded without special tokens. With `records`, a prompt is as its record has it: a string,
+    or a list of messages, neither cut nor in the chat template; without, it is decoded from the tokens.
 
     Args:
-        function: of two lists of strings.
+        function: of two lists.
         tokenizer: decodes the tokens.
-        fields: the entries beside each prompt, such as its solution.
+        records: the prompts of the batch, with the entries beside them, such as solutions.
 
     Raises:
-        ValueError: if the function takes an entry that no prompt has, or if the completions are spread over several
-            processes; `of_tokens` is for these.
+        ValueError: if the function takes an entry that no prompt has, or too few parameters; or if the completions are
+            spread over several processes; `of_tokens` is for these.
     """
-    names = _taken(function, dict.fromkeys(name for each in fields or [] for name in each))
+    check_entries(function, records or [])
 
-    def reward(rollout: Rollout) -> Sequence[float]:
+    def reward(rollout: Rollout) -> Sequence[float | None]:
         prompts, completions = texts(rollout.sequences, tokenizer)
-        columns = {
-            name: [each.get(name) for each in fields for _ in range(len(completions) // len(fields))] for name in names
-        }
-        return function(prompts, completions, **columns)
+        each = len(completions) // len(records) if records else 1
+        if records:
+            prompts = [_as_given(record.prompt) for record in records for _ in range(each)]
+        entries = dict.fromkeys(name for record in records or [] for name in record.fields)
+        columns = {name: [record.fields.get(name) for record in records for _ in range(each)] for name in entries}
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids(rollout.sequences)}
+        by_name, named, required, any_name = _parameters(function)
+        columns |= {name: [None] * len(completions) for name in required if name not in columns}
+        taken = {name: column for name, column in columns.items() if any_name or name in named}
+        if not by_name:
+            return function(prompts, completions, **{name: taken[name] for name in taken if name not in GIVEN})
+        return function(**taken | {name: given[name] for name in GIVEN if any_name or name in named})
 
     return reward
 
 
-def _taken(function: TextReward, there: Iterable[str]) -> list[str]:
-    """Return the names of entries that a function has parameters for, among those that there are."""
-    try:
-        further = list(inspect.signature(function).parameters.values())[2:]
-    except ValueError:  # some functions written in C have no signature
-        return []
-    if any(each.kind == each.VAR_KEYWORD for each in further):
-        return list(there)
-    named = [each for each in further if each.kind != each.VAR_POSITIONAL]
-    missing = [each.name for each in named if each.default is each.empty and each.name not in there]
+def check_entries(function: TextReward, records: Iterable[Prompt]) -> None:
+    """Raise ValueError if a reward of text requires an entry that no record has, or does not take completions.
+
+    A function requires the entries that its parameters without a default name, and one of its attribute `one_of`.
+    """
+    missing = [(name,) for name in _parameters(function)[2]]
+    one_of = getattr(getattr(function, "func", function), "one_of", ())  # of a partial
+    missing += [one_of] if one_of and not set(one_of) & set(getattr(function, "keywords", ())) else []
+    known: dict[str, None] = {}
+    for record in records if missing else ():
+        known |= dict.fromkeys(record.fields)
+        missing = [names for names in missing if not known.keys() & set(names)]
+        if not missing:
+            return
     if missing:
-        known = ", ".join(there) or "no entry beside the prompt"
-        raise ValueError(f"the reward function takes {', '.join(missing)}, but the data have {known}.")
-    return [each.name for each in named if each.name in there]
+        known = ", ".join(known) or "no entry beside the prompt"
+        wanted = ", ".join(" or ".join(names) for names in missing)
+        raise ValueError(f"the reward function takes {wanted}, but the data have {known}.")
+
+
+def _parameters(function: TextReward) -> tuple[bool, list[str], list[str], bool]:
+    """Return whether texts are given by name, the entries that it can take, those that it must, and if it takes any."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return False, [], [], False
+    plain = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    by_name = any(each.name in GIVEN[1:] and each.kind != each.POSITIONAL_ONLY for each in plain)
+    if not by_name:
+        positional = [each for each in plain if each.kind != each.KEYWORD_ONLY]
+        if len(positional) < 2 and not any(each.kind == each.VAR_POSITIONAL for each in parameters):
+            raise ValueError(f"a reward function must take (prompts, completions), but takes {_names(parameters)}.")
+        plain = plain[2:]
+    further = [each for each in plain if each.name not in GIVEN or not by_name]
+    required = [each.name for each in further if each.default is each.empty]
+    return by_name, [each.name for each in plain], required, any(each.kind == each.VAR_KEYWORD for each in parameters)
+
+
+def _names(parameters: Iterable[inspect.Parameter]) -> str:
+    return f"({', '.join(str(each).split(':')[0] for each in parameters)})"
+
+
+def _as_given(asked: Text) -> str | list[dict[str, Any]]:
+    return asked if isinstance(asked, str) else list(asked)
+
+
+def texts(sequences: Sequences, tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Return prompts and completions as text, without special tokens."""
+    tokens, mask, scored = _on_host(sequences)
+    sides = [[row[real].tolist() for row, real in zip(tokens, each, strict=True)] for each in (mask & ~scored, scored)]
+    return tuple([tokenizer.decode(row, skip_special_tokens=True) for row in side] for side in sides)
+
+
+def completion_ids(sequences: Sequences) -> list[list[int]]:
+    """Return the tokens of each completion, its EOS token among them."""
+    tokens, _, scored = _on_host(sequences)
+    return [row[real].tolist() for row, real in zip(tokens, scored, strict=True)]
+
+
+def _on_host(sequences: Sequences) -> tuple[np.ndarray, ...]:
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in sequences):
+        raise ValueError("completions of several processes need a reward of tokens: `of_tokens` or `of_model`.")
+    return tuple(map(np.asarray, sequences))
+
+
+# Functions by their place ---------------------------------------------------------------------------------------------
 
 
 def function_at(place: str, *, name: str = "reward") -> Callable[..., Any]:
     """Return the function at "file.py:function" or "module:function".
+
+    A file is imported as the module of its name, so that worker processes can import it too, and its folder is put on
+    the path, so that it can import what lies beside it. Modules are found in the current folder too.
 
     Args:
         place: a file or a module, and the function's name.
@@ -80,13 +158,7 @@ def function_at(place: str, *, name: str = "reward") -> Callable[..., Any]:
     """
     where, _, function = place.rpartition(":")
     try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        found = getattr(module, function)
+        found = getattr(_file_module(where) if where.endswith(".py") else _module(where), function)
     except Exception as error:  # whatever a module raises when it is run
         raise ValueError(
             f'{name} must be a function at "file.py:function" or "module:function", but is {place}: '
@@ -95,6 +167,47 @@ def function_at(place: str, *, name: str = "reward") -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{name} must be a function, but {place} is a {type(found).__name__}.")
     return found
+
+
+_LOADED: dict[str, tuple[ModuleType, bytes]] = {}  # by path, with their source
+
+
+def _module(where: str) -> ModuleType:
+    importlib.invalidate_caches()
+    if os.getcwd() not in sys.path:  # a console script does not have it
+        sys.path.append(os.getcwd())
+    return importlib.import_module(where)
+
+
+def _file_module(where: str) -> ModuleType:
+    """Import a file as Python does what lies beside a script; a file that has not changed is run once."""
+    path = Path(where).expanduser().resolve()
+    source = path.read_bytes()
+    module, before = _LOADED.get(str(path), (None, None))
+    if before == source:
+        return module
+    name = path.stem
+    other = sys.modules.get(name)
+    if other is not None and Path(getattr(other, "__file__", None) or "").resolve() != path:
+        name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # another module has the name
+        other = sys.modules.get(name)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    importlib.invalidate_caches()
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    sys.modules[name] = module  # before it is run: dataclasses look their module up there
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)  # not from bytecode, which can be of another edit
+    except BaseException:
+        del sys.modules[name]
+        if other is not None:
+            sys.modules[name] = other
+        raise
+    _LOADED[str(path)] = module, source
+    return module
+
+
+# Functions of tokens, and reward models -------------------------------------------------------------------------------
 
 
 def of_tokens(function: Callable[[Sequences], Float[Array, "batch"]]) -> RewardFn:
@@ -108,20 +221,52 @@ def of_model(head: ScalarHead, params: Params) -> RewardFn:
     return lambda rollout: scores(params, rollout.sequences)
 
 
-def texts(sequences: Sequences, tokenizer: Any) -> tuple[list[str], list[str]]:
-    """Return prompts and completions as text, without special tokens."""
-    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in sequences):
-        raise ValueError("completions of several processes need a reward of tokens: `of_tokens` or `of_model`.")
-    tokens, mask, scored = map(np.asarray, sequences)
-    sides = [[row[real].tolist() for row, real in zip(tokens, each, strict=True)] for each in (mask & ~scored, scored)]
-    return tuple([tokenizer.decode(row, skip_special_tokens=True) for row in side] for side in sides)
+def of_other_model(
+    found: LoadedReward, tokenizer: Any, *, eos_ids: Sequence[int] = ()
+) -> Callable[[Sequence[Prompt]], RewardFn]:
+    """Return the score of a reward model with a tokenizer of its own, as a function of the records of a batch.
+
+    Completions are decoded and encoded again.
+
+    Prompts are encoded as their records have them, conversations in the reward model's own chat template. A completion
+    that was cut off by its limit ends where it was cut, without EOS. One that is too long for the model's context
+    loses the beginning of its prompt.
+
+    Args:
+        found: the reward model, with its tokenizer.
+        tokenizer: of the policy, decodes the tokens.
+        eos_ids: tokens that end a completion of the policy.
+    """
+    encode = Encoder(found.tokenizer, max_length=found.head.lm.max_length)
+    eos = found.tokenizer.eos_token_id
+    scores = jax.jit(lambda params, rows: found.head.scores(params, rows.tokens, mask=rows.mask))
+
+    def of_records(records: Sequence[Prompt], rollout: Rollout) -> Float[Array, "batch"]:
+        _, completions = texts(rollout.sequences, tokenizer)
+        each, rows = len(completions) // len(records), []
+        for place, (written, ids) in enumerate(zip(completions, completion_ids(rollout.sequences), strict=True)):
+            asked = records[place // each].prompt
+            prompt, (row,) = encode(
+                asked, [written if isinstance(asked, str) else ({"role": "assistant", "content": written},)]
+            )
+            whole = not ids or ids[-1] in eos_ids or row == [eos]
+            rows.append((prompt, row if whole or row[-1] != eos else row[:-1]))
+        longest = max(len(prompt) + len(row) for prompt, row in rows)
+        length = min(rounded(longest, 32), found.head.lm.max_length)
+        batch = pad_completions([prompt for prompt, _ in rows], [row for _, row in rows], length=length)
+        return scores(found.params, jax.tree.map(jnp.asarray, batch))
+
+    return lambda records: functools.partial(of_records, records)
 
 
-def rewards_of(reward: RewardFn, rollout: Rollout) -> Float[Array, "batch"]:
-    """Return the rewards of a rollout, checked.
+# Rewards of a batch ---------------------------------------------------------------------------------------------------
+
+
+def rewards_of(reward: RewardFn, rollout: Rollout, *, name: str = "the reward function") -> Float[Array, "batch"]:
+    """Return the rewards of a rollout, checked: NaN for each completion that was not judged, whose reward is None.
 
     Raises:
-        ValueError: unless there is one finite number for each completion, naming the first row without.
+        ValueError: unless there is one finite number, or None, for each completion, naming the first row without.
         RuntimeError: from any error that the function itself raises.
     """
     count = rollout.sequences.tokens.shape[0]
@@ -130,18 +275,65 @@ def rewards_of(reward: RewardFn, rollout: Rollout) -> Float[Array, "batch"]:
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}, line {at.lineno}"
-        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error} ({place})") from error
+        raise RuntimeError(f"{name} raised {type(error).__name__}: {error} ({place})") from error
+    unjudged = np.zeros(count, bool)
     try:
-        found = jnp.asarray(given if isinstance(given, jax.Array) else np.asarray(given))
+        if isinstance(given, jax.Array):
+            found = given
+        else:
+            values = list(given)
+            unjudged = np.asarray([each is None for each in values], bool)
+            found = jnp.asarray(np.asarray([0.0 if each is None else each for each in values]))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the reward function must return {count} numbers, but returned {given!r}.") from error
+        raise ValueError(f"{name} must return {count} numbers, but returned {given!r}.") from error
     if found.shape != (count,) or not (jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "iub"):
         raise ValueError(
-            f"the reward function must return one number for each of {count} completions, "
+            f"{name} must return one number for each of {count} completions, "
             f"but returned {found.dtype}{list(found.shape)}."
         )
     found = found.astype(jnp.promote_types(found.dtype, jnp.float32) if found.dtype.kind == "f" else jnp.float32)
     if is_concrete(found) and not bool(jnp.isfinite(found).all()):  # of all processes
         row = int(jnp.isfinite(found).argmin())
         raise ValueError(f"rewards must be finite, but that of completion {row} is {float(found[row])}.")
-    return found
+    return jnp.where(unjudged, jnp.nan, found) if unjudged.any() else found
+
+
+class Judged(NamedTuple):
+    """The rewards of completions; NaN where none was given."""
+
+    total: Float[Array, "batch"]
+    each: Mapping[str, Float[Array, "batch"]]  # of each reward by itself, by name
+
+
+def judge(rewards: Mapping[str, RewardFn], rollout: Rollout, *, weights: Sequence[float] = ()) -> Judged:
+    """Return the rewards of a rollout by several functions, and their weighted sum.
+
+        r_i = Σ_k w_k r_ki          over the rewards k that judge completion i
+
+    A completion that none judges has the sum NaN.
+
+    Args:
+        rewards: by name.
+        weights: of each reward; by default 1.
+
+    Raises:
+        ValueError, RuntimeError: as `rewards_of`, naming the reward.
+    """
+    spoken = {name: "the reward function" if len(rewards) == 1 else f"the reward {name}" for name in rewards}
+    each = {name: rewards_of(reward, rollout, name=spoken[name]) for name, reward in rewards.items()}
+    weighted = jnp.stack([w * r for w, r in zip(weights or [1.0] * len(each), each.values(), strict=True)])
+    none = jnp.isnan(weighted).all(axis=0)
+    return Judged(jnp.where(none, jnp.nan, jnp.nansum(weighted, axis=0)), each)
+
+
+def only_judged(rollout: Rollout, rewards: Float[Array, "batch"]) -> tuple[Rollout, Float[Array, "batch"]]:
+    """Take completions without a reward, NaN, out of the batch: none of their tokens counts, and the reward is 0.
+
+    They then count neither in the loss nor in the mean of their group.
+    """
+    if not is_concrete(rewards) or not bool(jnp.isnan(rewards).any()):
+        return rollout, rewards
+    judged = ~jnp.isnan(rewards)
+    sequences = rollout.sequences._replace(completion_mask=rollout.sequences.completion_mask & judged[:, None])
+    logp_sampler = jnp.where(sequences.completion_mask, rollout.logp_sampler, 0)
+    return rollout._replace(sequences=sequences, logp_sampler=logp_sampler), jnp.where(judged, rewards, 0)

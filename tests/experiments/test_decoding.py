@@ -39,7 +39,7 @@ def test_gains_over_greedy_decoding_that_chance_explains_are_not_held():
     assert all(each["value"] > each["interval"][1] for each in numbers)
 
 
-@pytest.mark.parametrize("name", ["decoding_strategies", "decoding_strategies.smollm2-135m-instruct"])
+@pytest.mark.parametrize("name", ["decoding_strategies" + of for of in ("", ".smollm2-135m-instruct", ".gemma-3-270m")])
 def test_every_strategy_has_every_metric_with_an_interval(name):
     rows = entry(name)["data"]["rows"]
     assert rows[0]["name"] == "human"

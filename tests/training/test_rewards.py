@@ -1,0 +1,249 @@
+"""Rewards of completions: functions of text by their place, what they receive, weights, and reward models."""
+
+import concurrent.futures
+import math
+import multiprocessing
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import models, scoring
+from jaxrl_llm.data.records import Prompt
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead
+from jaxrl_llm.scoring import Sequences
+from jaxrl_llm.training import rewards
+from jaxrl_llm.training.rollout import Rollout
+from tests.conftest import TINY, random_params
+
+LM = TINY["gpt2"]
+KEY = jax.random.key(0)
+
+
+def drawn_of(count):
+    whole = jnp.ones((count, 2), bool)
+    return Rollout(Sequences(jnp.zeros((count, 2), jnp.int32), whole, whole), jnp.zeros((count, 2)), whole[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "said"),
+    [
+        ([1.0, float("nan"), 2.0], ValueError, "rewards must be finite, but that of completion 1 is nan"),
+        ([1.0, 2.0], ValueError, r"one number for each of 3 completions, but returned float32\[2\]"),
+        (["a", "b", "c"], ValueError, "must return 3 numbers, but returned"),
+        (None, ValueError, "must return 3 numbers, but returned None"),
+        (
+            ZeroDivisionError("by zero"),
+            RuntimeError,
+            r"raised ZeroDivisionError: by zero \(test_rewards\.py, line \d+\)",
+        ),
+        ([[1.0], [2.0, 3.0], [1.0]], ValueError, "must return 3 numbers, but returned"),
+    ],
+)
+def test_a_reward_function_that_fails_is_named(returned, error, said):
+    def reward(rollout):
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    with pytest.raises(error, match=said):
+        rewards.rewards_of(reward, drawn_of(3))
+
+
+def test_rewards_may_be_whole_numbers_or_truths():
+    for given in ([1, 0, 2], [True, False, True], np.asarray([1.5, 2, 3], np.float64)):
+        found = rewards.rewards_of(lambda rollout, given=given: given, drawn_of(3))
+        np.testing.assert_allclose(found, np.asarray(given, float))
+        assert found.dtype == jnp.float32
+
+
+RECORDS = [Prompt("ask", {"gold": 1}), Prompt(({"role": "user", "content": "me"},), {"gold": 2, "unit": "kg"})]
+
+
+class Words:
+    def decode(self, row, *, skip_special_tokens):
+        return " ".join(map(str, row))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda prompts, completions: [1.0] * len(completions), [1, 1, 1, 1]),
+        (lambda prompts, completions, gold: gold, [1, 1, 2, 2]),
+        (lambda prompts, completions, *, gold, odd=None: [g if odd is None else 9 for g in gold], [1, 1, 2, 2]),
+        (lambda prompts, completions, **fields: fields["gold"], [1, 1, 2, 2]),
+        (lambda prompts, completions, unit: [len(each or "") for each in unit], [0, 0, 2, 2]),
+        (lambda asked, written, /, gold: gold, [1, 1, 2, 2]),
+        (
+            lambda completions, **others: [2.0 * (each == "0 0") + len(others["prompts"]) for each in completions],
+            [6] * 4,
+        ),
+        (
+            lambda completion_ids, gold: [g + len(ids) for g, ids in zip(gold, completion_ids, strict=True)],
+            [3, 3, 4, 4],
+        ),
+    ],
+)
+def test_a_reward_of_text_receives_the_entries_that_it_has_parameters_for(function, expected):
+    """By name, in any order, if completions are called so, else prompts and completions first."""
+    found = rewards.rewards_of(rewards.of_text(function, Words(), records=RECORDS), drawn_of(4))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_prompts_are_those_of_the_records_strings_and_messages():
+    taken = []
+    reward = lambda prompts, completions: taken.extend(prompts) or [0] * 4  # noqa: E731
+    rewards.rewards_of(rewards.of_text(reward, Words(), records=RECORDS), drawn_of(4))
+    assert taken == ["ask"] * 2 + [[{"role": "user", "content": "me"}]] * 2
+    rewards.rewards_of(rewards.of_text(reward, Words()), drawn_of(4))
+    assert taken[4:] == [""] * 4, "without records, decoded from the tokens: here there are none before completions"
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda prompts, completions, glod: [], "the reward function takes glod, but the data have gold, unit"),
+        (lambda completions: [], None),
+        (lambda texts: [], r"must take \(prompts, completions\), but takes \(texts\)"),
+        (lambda prompts, completions, unit: [], None),  # a later record has it
+    ],
+)
+def test_a_reward_of_text_that_takes_what_there_is_not_is_refused(function, said):
+    if said is None:
+        rewards.check_entries(function, RECORDS)
+        return
+    with pytest.raises(ValueError, match=said):
+        rewards.check_entries(function, RECORDS)
+
+
+def test_a_reward_function_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("def reward(:")
+    (tmp_path / "exits.py").write_text("1 / 0")
+    for place, said in [
+        (f"{tmp_path / 'broken.py'}:reward", "SyntaxError"),
+        (f"{tmp_path / 'exits.py'}:reward", "ZeroDivisionError"),
+        (f"{tmp_path / 'none.py'}:reward", "FileNotFoundError"),
+        ("math:nothing", "AttributeError"),
+        ("math:pi", "reward must be a function, but math:pi is a float"),
+        ("nothing", "reward must be a function at .*, but is nothing: ValueError"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            rewards.function_at(place)
+
+
+SCORER = """
+from __future__ import annotations
+
+import dataclasses
+
+from helper_of_a_reward import half
+
+
+@dataclasses.dataclass
+class Score:
+    value: float
+
+
+def reward(prompts, completions):
+    return [Score(half(len(each))).value for each in completions]
+"""
+
+
+@pytest.fixture
+def clean():
+    """Modules and path as before."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def test_a_file_is_a_module_with_siblings_and_classes_that_workers_can_import(tmp_path, monkeypatch, clean):
+    (tmp_path / "helper_of_a_reward.py").write_text("def half(number):\n    return number / 2\n")
+    (tmp_path / "scorer.py").write_text(SCORER)
+    found = rewards.function_at(f"{tmp_path / 'scorer.py'}:reward")
+    assert found([], ["four"]) == [2.0]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        assert pool.submit(found, [], ["four", ""]).result() == [2.0, 0.0]
+    assert rewards.function_at(f"{tmp_path / 'scorer.py'}:reward") is found, "a file that has not changed is run once"
+    (tmp_path / "scorer.py").write_text(SCORER.replace("len(each)", "4 * len(each)"))
+    assert rewards.function_at(f"{tmp_path / 'scorer.py'}:reward")([], ["four"]) == [8.0], "an edit counts"
+    monkeypatch.chdir(tmp_path)
+    assert rewards.function_at("scorer:reward")([], ["four"]) == [8.0]
+
+
+def test_a_module_of_the_current_folder_is_found_and_names_of_others_are_not_taken(tmp_path, monkeypatch, clean):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])  # as of a console script
+    (tmp_path / "in_the_current_folder.py").write_text("def f(prompts, completions):\n    return []\n")
+    assert rewards.function_at("in_the_current_folder:f")([], []) == []
+    (tmp_path / "math.py").write_text("def f(prompts, completions):\n    return [1]\n")
+    assert rewards.function_at("math.py:f")([], []) == [1] and sys.modules["math"] is math
+    (tmp_path / "fails.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        rewards.function_at("fails.py:f")
+    assert "fails" not in sys.modules
+
+
+# Several rewards, and completions that are not judged -----------------------------------------------------------------
+
+
+def test_rewards_are_weighed_over_those_that_judge():
+    given = {
+        "a": lambda _: [1.0, None, 2, None],
+        "b": lambda _: jnp.asarray([3.0, 4.0, 5.0, 6.0]),
+        "c": lambda _: [None] * 4,
+    }
+    found = rewards.judge(given, drawn_of(4), weights=(2.0, -1.0, 7.0))
+    np.testing.assert_array_equal(found.total, [-1, -4, -1, -6])
+    np.testing.assert_array_equal(found.each["a"], [1, np.nan, 2, np.nan])
+    alone = rewards.judge({"a": given["a"]}, drawn_of(4))
+    np.testing.assert_array_equal(alone.total, [1, np.nan, 2, np.nan])
+    with pytest.raises(ValueError, match="the reward b must return one number for each of 3 completions"):
+        rewards.judge({"a": lambda _: [1, 2, None], "b": given["b"]}, drawn_of(3))
+    with pytest.raises(ValueError, match="rewards must be finite, but that of completion 1 is nan"):
+        rewards.rewards_of(lambda _: [None, float("nan"), 1.0], drawn_of(3))
+
+
+# Reward models of other tokenizers ------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_of_another_tokenizer_reads_the_texts():
+    """One that was cut off ends without EOS, as it was written."""
+    policy, other = (models.load(name).tokenizer for name in ("tiny-gpt2", "tiny-gpt2-verses"))
+    small = models.GPT2(models.GPT2Config(vocab_size=4096, n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    found = LoadedReward(ScalarHead(small), ScalarHead(small).init(KEY), other, {})
+    asked, written = ["The king", "And he"], [" was a good man", " said"]
+    prompts = [policy(each)["input_ids"] for each in asked]
+    completions = [[*policy(written[0])["input_ids"], 0], policy(written[1])["input_ids"]]
+    rows = jax.tree.map(jnp.asarray, scoring.pad_completions(prompts, completions, length=16))
+    drawn = Rollout(rows, jnp.zeros((2, 16)), jnp.asarray([True, False]))
+    scores = rewards.of_other_model(found, policy, eos_ids=(0,))([Prompt(each) for each in asked])(drawn)
+    for place, ending in enumerate(([other.eos_token_id], [])):
+        ids = [*other(asked[place])["input_ids"], *other(written[place])["input_ids"], *ending]
+        expected = jax.jit(found.head.scores)(found.params, jnp.asarray([ids]))
+        assert float(scores[place]) == pytest.approx(float(expected[0]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_texts_are_without_special_tokens_and_a_reward_model_reads_the_tokens():
+    from jaxrl_llm import models
+
+    tokenizer = models.load("tiny-gpt2").tokenizer
+    asked, given = tokenizer("The sea")["input_ids"], tokenizer(" is wide.")["input_ids"]
+    rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[0, *asked]], [[*given, 0]], length=16))
+    drawn = Rollout(rows, jnp.zeros((1, 16)), jnp.ones(1, bool))
+    assert rewards.texts(rows, tokenizer) == (["The sea"], [" is wide."])
+    longer = rewards.of_text(lambda prompts, answers: [len(prompts[0]) + 100 * len(answers[0])], tokenizer)
+    assert float(rewards.rewards_of(longer, drawn)[0]) == 7 + 100 * 9
+    head = ScalarHead(LM)
+    params = head.init(KEY, random_params(LM))
+    small = scoring.pad_completions([[1, 2]], [[3, 4]], length=6)
+    found = rewards.of_model(head, params)(
+        Rollout(jax.tree.map(jnp.asarray, small), jnp.zeros((1, 6)), jnp.ones(1, bool))
+    )
+    np.testing.assert_allclose(found, head.scores(params, jnp.asarray([[1, 2, 3, 4]])), rtol=1e-5)
