@@ -118,6 +118,18 @@ def _bounded_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
     return value, value * tangents[0]
 
 
+@jax.custom_jvp
+def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """σ(x), with the derivative σ(x) σ(−x): as σ(x) (1 − σ(x)) it is 0 in float32 where σ(x) rounds to 1."""
+    return jax.nn.sigmoid(x)
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    value = sigmoid(*primals)
+    return value, value * sigmoid(-primals[0]) * tangents[0]
+
+
 def exp_minus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """exp x − 1 without cancellation near 0, bounded as `bounded_exp` is."""
     near = jnp.abs(x) < 1

@@ -53,8 +53,8 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "lora_rank": "rank r lora_r peft_config use_peft",
     "lora_rslora": "use_rslora",
     "lora_targets": "target_modules lora_target_modules",
-    "loss": "loss_type",
-    "loss_kwargs": "label_smoothing",
+    "loss": "loss_type ld_alpha use_weighting",
+    "loss_kwargs": "label_smoothing f_divergence_type f_alpha_divergence_coef simpo_gamma alpha_param",
     "mask_truncated": "mask_truncated_completions overlong_filtering",
     "max_length": "max_seq_length max_prompt_length",
     "max_new_tokens": "max_length max_tokens max_completion_length response_length",
@@ -63,15 +63,19 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "minibatches": "num_mini_batches",
     "mirostat": "mirostat_tau",
     "n": "num_return_sequences num_samples num_generations",
+    "mixture": "jsd_beta",
     "no_repeat_ngram": "no_repeat_ngram_size",
     "num_beams": "beam_width beam_size",
     "num_candidates": "best_of",
     "num_draft": "num_assistant_tokens num_speculative_tokens prompt_lookup_num_tokens",
     "num_groups": "num_beam_groups",
     "num_samples": "n num_return_sequences num_generations",
+    "on_policy": "lmbda",
     "out": "output_dir",
     "overlong_buffer": "soft_punish_cache overlong_buffer_len",
     "prompts": "train_dataset dataset",
+    "precompute_reference": "precompute_ref_log_probs precompute_ref_batch_size",
+    "reference": "ref_model ref_model_init_kwargs",
     "resume": "resume_from_checkpoint",
     "reward": "reward_funcs reward_function",
     "save_every": "save_steps eval_steps",
@@ -84,6 +88,7 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "schedule": "lr_scheduler_type lr_scheduler scheduler",
     "steps": "max_steps num_steps",
     "stop": "stop_strings stop_sequences",
+    "teacher": "teacher_model teacher_model_name_or_path",
     "tensorboard": "report_to",
     "train_on": "assistant_only_loss completion_only_loss train_on_inputs mask_prompt train_on_responses_only",
     "value_clip": "cliprange_value",
@@ -92,6 +97,13 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "whiten": "whiten_rewards whiten_advantages",
     **{"dpo": "sigmoid", "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "robust_dpo": "robust"},
     **{"sppo": "sppo_hard", "length_normalised_dpo": "sigmoid_norm"},
+}
+
+
+WORDS = {  # what takes the place of an option of other libraries, where it is not an option
+    "reference_free": "losses without a reference are simpo, alphapo, orpo and cpo",
+    "margin": "the margin of a pair is the entry 'margin' of its row, one for all pairs is loss_kwargs={'margin': ...}",
+    "rpo_alpha": "it is the sum loss=['dpo', 'sft'] with loss_weights=[1, rpo_alpha]",
 }
 
 
@@ -213,6 +225,7 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
 def _unexpected(called: str, name: str, names: Iterable[str]) -> TypeError:
     near = nearest(name, names)
     hint = f": did you mean {near!r}?" if near else ""
+    hint = f": {WORDS[name]}" if name in WORDS else hint
     return TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 

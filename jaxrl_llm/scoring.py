@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm import text
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens, segment_starts, several_texts
-from jaxrl_llm.numerics import is_concrete
+from jaxrl_llm.numerics import is_concrete, log_softmax, wide
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
 
@@ -140,6 +140,24 @@ def log_probs(
     tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
     found = by_chunks(of_chunk, lm.vocab_size, hidden, tokens)
     return jnp.where(sequences.completion_mask, found, 0)
+
+
+def log_probs_and_collisions(
+    lm: LanguageModel, params: Params, sequences: Sequences
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+    """Return `log_probs`, and log Σ_v π(v | x, y_<t)² at the same tokens: the mean probability of the policy's own.
+
+    No gradient flows through the second.
+    """
+
+    def of_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
+        logits = lm.logits(params, hidden)
+        collision = jax.nn.logsumexp(2 * log_softmax(wide(jax.lax.stop_gradient(logits))), axis=-1)
+        return token_log_probs(logits, tokens), collision
+
+    hidden = hidden_before(lm, params, sequences)
+    found = by_chunks(of_chunk, lm.vocab_size, hidden, jnp.where(sequences.completion_mask, sequences.tokens, 0))
+    return tuple(jnp.where(sequences.completion_mask, each, 0) for each in found)
 
 
 def log_probs_and_entropy(

@@ -1,4 +1,4 @@
-"""Trainers: `sft`, `reward`, `dpo`, `grpo` and `ppo`, from a model and data to a trained model.
+"""Trainers: `sft`, `reward`, `dpo`, `distill`, `grpo` and `ppo`, from a model and data to a trained model.
 
     tuned = jl.train.dpo("tiny-gpt2", "pairs.jsonl", beta=0.1, steps=100)
     tuned = jl.train.grpo(tuned, [{"prompt": "The king"}], reward=lambda prompts, completions: [...], steps=20)
@@ -30,20 +30,22 @@ from jaxrl_llm.training import recipes
 from jaxrl_llm.training.config import (
     Config,
     Data,
+    DistillConfig,
     DPOConfig,
     GRPOConfig,
     PPOConfig,
     RewardConfig,
     SFTConfig,
 )
+from jaxrl_llm.training.distillation import distill_loss
 from jaxrl_llm.training.policy import Method, method_of
-from jaxrl_llm.training.preference import find_loss, preference_loss
+from jaxrl_llm.training.preference import OF_PAIRS, find_losses, name_of, needs_of, preference_loss
 from jaxrl_llm.training.recipes import Objective
 from jaxrl_llm.training.reward_model import reward_loss
 from jaxrl_llm.training.rewards import function_at
 from jaxrl_llm.training.supervised import sft_loss
 
-__all__ = ["RewardModel", "dpo", "grpo", "ppo", "reward", "sft"]
+__all__ = ["RewardModel", "distill", "dpo", "grpo", "ppo", "reward", "sft"]
 Model = Any  # a loaded model, its name or its path
 Folder = str | os.PathLike[str]
 
@@ -112,14 +114,19 @@ def dpo(
     verbose: bool = True,
     **options: Any,
 ) -> LM:
-    """Optimise preferences, by DPO or any other preference loss. The reference is `lm` as it is given.
+    """Optimise preferences, by DPO, any other preference loss or a sum of them.
 
-        jl.train.dpo("tiny-gpt2", [{"prompt": "The king", "chosen": " is wise.", "rejected": " is."}], batch_size=1)
+    The reference is `lm` as it is given, unless `reference` is another model, its name or its path.
+
+        pairs = [{"prompt": "The king", "chosen": " is wise.", "rejected": " is."}]
+        jl.train.dpo("tiny-gpt2", pairs, batch_size=1)
+        jl.train.dpo("tiny-gpt2", pairs, batch_size=1, loss=["dpo", "sft"], loss_weights=[1, 0.1])
 
     Args:
         lm: a model (`jl.load`), its name or its path.
         data: a path or dicts {"prompt", "chosen", "rejected"}; texts are strings or lists of messages. Without
-            "prompt" it is what the two share. For "kto": {"prompt", "completion", "label"}.
+            "prompt" it is what the two share. A number "margin" of a pair is the lead that "dpo" asks of its reward
+            (ODPO). For "kto": {"prompt", "completion", "label"}.
         out: a folder for checkpoints, log and model; None writes nothing.
         config: all options in one object.
         verbose: print what is done, with a progress bar.
@@ -136,31 +143,97 @@ def dpo(
     Raises:
         TypeError: if an argument is of the wrong type, or an option is unknown.
         ValueError: for an unknown loss or hyperparameter, an option out of range, malformed data (rows and lines are
-            named), or a model that cannot be trained.
+            named), a model that cannot be trained, or a reference with another tokenizer.
         FloatingPointError: if a metric becomes infinite or NaN.
     """
     config = _configured(DPOConfig, config, options)
-    loss = config.loss
-    if isinstance(loss, str) and ":" in loss:
-        loss = function_at(loss, name="loss")
+    named = [each for each in config.losses if isinstance(each, str) and ":" not in each]
+    losses = [
+        function_at(each, name="loss") if isinstance(each, str) and ":" in each else each for each in config.losses
+    ]
     if config.beta is not None and "beta" in config.loss_kwargs:
         raise ValueError("beta must be given once, but is also in loss_kwargs.")
     beta = {} if config.beta is None else {"beta": config.beta}
     kwargs = dict(sorted((beta | config.loss_kwargs).items()))
-    function = find_loss(loss, kwargs)  # an unknown name is an error before anything is loaded
-    loss = "kto" if function is kto_loss else loss
-    if loss == "kto" and config.batch_size < 2:
+    functions = find_losses(losses, kwargs)  # an unknown name is an error before anything is loaded
+    needs, is_kto = needs_of(functions), functions == [kto_loss]
+    if is_kto and config.batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 for kto, which compares rows, but is {config.batch_size}.")
+    if "batch" in needs and config.microbatches > 1:
+        name = "+".join(map(name_of, functions))
+        raise ValueError(
+            f"microbatches must be 1 for {name}, which compares all rows of a batch, but is {config.microbatches}."
+        )
+    taken = {name for function in functions for name in OF_PAIRS if name in function.hyperparameters}
+    for name, default in (("reference", None), ("precompute_reference", False)):
+        if getattr(config, name) != default and "reference" not in needs:
+            of = "+".join(map(name_of, functions))
+            raise ValueError(f"{name} must be {default} for {of}, which has no reference.")
     run = recipes.begin(lm, config, out, verbose=verbose)
+    reference = recipes.reference_of(run, config.reference) if "reference" in needs else None
+    ahead = reference if config.precompute_reference else None
+    ref_lm = None if config.reference is None else reference.lm
     objective = Objective(
         "dpo",
-        preference_loss(run.lm, loss, **kwargs),
-        "unpaired-preference" if loss == "kto" else "preference",
+        preference_loss(run.lm, losses, weights=config.loss_weights, ref_lm=ref_lm, **kwargs),
+        "unpaired-preference" if is_kto else "preference",
         ("loss", "margin", "chosen_logp", "rejected_logp"),
-        {"loss": recipes.place_of(config.loss), "loss_kwargs": kwargs},
-        fields=not isinstance(loss, str),
+        {"loss_kwargs": kwargs, "reference_sha256": reference and reference.sha256},
+        fields=frozenset(taken - set(kwargs)) if len(named) == len(losses) else True,
+        ahead=ahead,
     )
-    return _offline(run, data, objective, reference=loss == "kto" or "reference" in function.needs)
+    return _offline(run, data, objective, reference=False if reference is None or ahead else reference.params)
+
+
+@takes(DistillConfig)
+def distill(
+    lm: Model,
+    data: Data,
+    *,
+    out: Folder | None = None,
+    config: DistillConfig | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> LM:
+    """Distil a teacher into a model, on given completions and on the model's own (generalised knowledge distillation).
+
+        loss = D(teacher, π) of next-token distributions, the mean over the completion tokens of a batch, in nats
+
+        jl.train.distill("tiny-gpt2", [{"prompt": "The king"}] * 16, teacher=larger, on_policy=1)
+
+    Args:
+        lm: a model (`jl.load`), its name or its path: the student.
+        data: a path or dicts as in `sft`; with on_policy=1 prompts alone will do.
+        out: a folder for checkpoints, log and model; None writes nothing.
+        config: all options in one object.
+        verbose: print what is done, with a progress bar.
+
+    Options: listed here.
+
+    Returns:
+        The trained student. `lm` and the teacher stay valid.
+
+    Metrics: `loss`; `length`, the tokens of a completion; `on_policy`, the share of steps on the model's own
+    completions; `completion_tokens`; `grad_norm`; and with `eval_data` `held_out_loss`, on its completions.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an option is unknown.
+        ValueError: for an option out of range, malformed data (rows and lines are named), a model that cannot be
+            trained, or a teacher with another vocabulary or tokenizer.
+        FloatingPointError: if a metric becomes infinite or NaN.
+
+    Source: Agarwal et al. 2024 (GKD), arXiv 2306.13649.
+    """
+    config = _configured(DistillConfig, config, options)
+    run = recipes.begin(lm, config, out, verbose=verbose)
+    teacher = recipes.reference_of(run, config.teacher, name="teacher")
+    loss = distill_loss(
+        run.lm, teacher.lm, divergence=config.divergence, mixture=config.mixture, temperature=config.temperature
+    )
+    identity = {"teacher_sha256": teacher.sha256}
+    objective = Objective("distill", loss, "prompt-completion", ("loss", "length"), identity)
+    trained = recipes.trained_of(run, reference=teacher.params)
+    return _model(recipes.finish(run, trained, recipes.fit_on_policy(run, data, objective, trained)), run)
 
 
 @takes(RewardConfig)
@@ -314,7 +387,7 @@ def ppo(
     return _online(PPOConfig, "ppo", lm, prompts, out, config, verbose, options)
 
 
-def _offline(run: recipes.Run, data: Data, objective: Objective, *, reference: bool = False) -> LM:
+def _offline(run: recipes.Run, data: Data, objective: Objective, *, reference: Any = False) -> LM:
     trained = recipes.trained_of(run, reference=reference)
     return _model(recipes.finish(run, trained, recipes.fit(run, data, objective, trained)), run)
 

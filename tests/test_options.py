@@ -13,7 +13,7 @@ from jaxrl_llm.sampling import Sampling
 from jaxrl_llm.training.config import GRPOConfig, SFTConfig
 from jaxrl_llm.training.preference import NAMES
 
-FUNCTIONS = [LM.generate, train.sft, train.reward, train.dpo, train.grpo, train.ppo]
+FUNCTIONS = [LM.generate, train.sft, train.reward, train.dpo, train.distill, train.grpo, train.ppo]
 
 
 @pytest.mark.parametrize(

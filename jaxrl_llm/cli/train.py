@@ -55,6 +55,11 @@ class Dpo(Command, config.DPOConfig, Files):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(Command, config.DistillConfig, Files):
+    """Learn the next-token distributions of a teacher (GKD): lines of prompt and completion, or prompts alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Grpo(Command, config.GRPOConfig, Files):
     """Optimise rewards of the model's own completions, each compared with the others of its prompt."""
 
@@ -72,6 +77,7 @@ class Train:
         Annotated[Sft, tyro.conf.subcommand("sft")]
         | Annotated[Reward, tyro.conf.subcommand("reward")]
         | Annotated[Dpo, tyro.conf.subcommand("dpo")]
+        | Annotated[Distill, tyro.conf.subcommand("distill")]
         | Annotated[Grpo, tyro.conf.subcommand("grpo")]
         | Annotated[Ppo, tyro.conf.subcommand("ppo")]
     )

@@ -158,6 +158,12 @@ def prompt_completion(line: Fields) -> PromptCompletion:
     return PromptCompletion(asked, completion, others, {} if "text" in line else _template(line))
 
 
+def prompt_of_completion(line: Fields) -> Prompt:
+    """Parse a line as `prompt_completion` does, and keep its prompt alone."""
+    found = prompt_completion(line)
+    return Prompt(found.prompt, found.fields, found.template)
+
+
 def preference(line: Fields) -> Preference:
     """Parse {"prompt", "chosen", "rejected"}; without a prompt, it is what the two completions share.
 

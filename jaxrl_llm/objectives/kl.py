@@ -173,6 +173,44 @@ def _(logits_policy, logits_ref):
     return of_policy, of_ref
 
 
+@objective(mixture="(0, 1)")
+def jensen_shannon(
+    logits_policy: Float[Array, "*batch vocab"], logits_ref: Float[Array, "*batch vocab"], *, mixture: float = 0.5
+) -> Float[Array, "*batch"]:
+    """The generalised Jensen-Shannon divergence of two next-token distributions, in nats; at most H(β).
+
+        JSD = β KL(ref‖m) + (1 − β) KL(π‖m),   m = β ref + (1 − β) π
+
+    Divided by β it passes into KL(ref‖π) as β → 0, and divided by 1 − β into KL(π‖ref) as β → 1. It is finite where one
+    of the two excludes a token, too. The arguments are in the order of `exact_kl`, the policy first.
+
+    Args:
+        mixture: β, the share of the reference in the mixture.
+
+    Source: Agarwal et al. 2024, eq. 1 (there P is the reference, a teacher).
+    """
+    log_policy, log_ref = log_softmax(logits_policy), log_softmax(logits_ref)
+    log_mixture = _log_mixture(log_policy, log_ref, mixture)
+    return mixture * _divergence(log_ref, log_mixture) + (1 - mixture) * _divergence(log_policy, log_mixture)
+
+
+@jensen_shannon.gradient
+def _(logits_policy, logits_ref, *, mixture):
+    """((1 − β) π_v (log π_v/m_v − KL(π‖m)), β ref_v (log ref_v/m_v − KL(ref‖m)))."""
+    logs = log_softmax(logits_policy), log_softmax(logits_ref)
+    log_mixture = _log_mixture(*logs, mixture)
+
+    def slope(log_p: Array) -> Array:
+        excess = log_p - log_mixture - _divergence(log_p, log_mixture)[..., None]
+        return jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, excess, 0)
+
+    return (1 - mixture) * slope(logs[0]), mixture * slope(logs[1])
+
+
+def _log_mixture(log_policy: Array, log_ref: Array, mixture: float | Array) -> Array:
+    return jnp.logaddexp(jnp.log(mixture) + log_ref, jnp.log1p(-jnp.asarray(mixture)) + log_policy)
+
+
 @objective
 def rao_blackwell_kl(
     logits_policy: Float[Array, "*batch time vocab"],

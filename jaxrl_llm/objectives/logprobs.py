@@ -1,6 +1,8 @@
 """Log-probabilities of tokens and sequences under logits, and entropy, in nats.
 
 The fused form of a large vocabulary goes over it in chunks: neither forward nor backward ever holds [places, vocab].
+Trainers use `scoring.log_probs` instead, which goes over the *positions* in chunks, for the same memory: it takes any
+model's logits, also those with a bias or a soft cap, where the fused form needs them to be `hidden @ unembedding.T`.
 The forward pass is an online log Σ exp over the chunks. The backward pass recomputes the logits of each chunk: four
 matrix products where the plain form has three, with the memory of one chunk.
 """
@@ -49,19 +51,29 @@ def _(logits, tokens):
 @jax.custom_jvp
 def _of_tokens(logits: Array, tokens: Array) -> Array:
     """`token_log_probs` of tokens of the vocabulary. The derivative is one pass over the logits, without a scatter."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-    return jnp.where(log_normaliser == -jnp.inf, -jnp.inf, chosen - log_normaliser)
+    largest, log_normaliser, empty = _normaliser(logits)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return jnp.where(empty, -jnp.inf, chosen - largest - log_normaliser)[..., 0]
 
 
 @_of_tokens.defjvp
 def _of_tokens_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     logits, tokens = primals
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    empty = log_normaliser == -jnp.inf
+    largest, log_normaliser, empty = _normaliser(logits)
     chosen = jnp.arange(logits.shape[-1]) == tokens[..., None]
-    derivative = jnp.where(empty, 0, chosen - jnp.exp(logits - jnp.where(empty, 0, log_normaliser)))
+    derivative = jnp.where(empty, 0, chosen - jnp.exp(logits - largest - log_normaliser))
     return _of_tokens(logits, tokens), (derivative * tangents[0]).sum(axis=-1)
+
+
+def _normaliser(logits: Array) -> tuple[Array, Array, Bool[Array, "... 1"]]:
+    """max z (0 in a row that is all `-inf`), log Σ_v exp(z_v − max z), and those rows.
+
+    Subtracted one after the other they cost no digits where all logits have a large offset.
+    """
+    largest = logits.max(axis=-1, keepdims=True)
+    empty = largest == -jnp.inf
+    largest = jnp.where(empty, 0, largest)
+    return largest, jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True)), empty
 
 
 def _outside(tokens: Array, vocab_size: int) -> Bool[Array, "..."]:
@@ -197,20 +209,25 @@ def _chunked(
 def _chunked_forward(
     hidden: Array, unembedding: Array, tokens: Array, chunk_size: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The log-probabilities, and the residuals of the backward pass: the inputs and log Σ_v exp z_v of each place."""
+    """The log-probabilities, and the residuals of the backward pass: the inputs, max z and log Σ_v exp(z_v − max z).
+
+    The chosen logit is read from the same matrix product as the others, so that no log-probability is above 0.
+    """
     dtype = _wide(hidden, unembedding)
 
-    def read(carry: tuple[Array, Array], rows: Array, start: Any) -> tuple[Array, Array]:
-        largest, total = carry
+    def read(carry: tuple[Array, Array, Array], rows: Array, start: Any) -> tuple[Array, Array, Array]:
+        largest, total, chosen = carry
         logits = _matmul("nd,vd->nv", hidden, rows)
         new = jnp.maximum(largest, logits.max(axis=-1))
-        return new, total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
+        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
+        place = tokens - start
+        there = jnp.take_along_axis(logits, jnp.clip(place, 0, rows.shape[0] - 1)[:, None], axis=-1)[:, 0]
+        return new, total, jnp.where((place >= 0) & (place < rows.shape[0]), there, chosen)
 
-    nothing = jnp.full(tokens.shape, jnp.finfo(dtype).min, dtype), jnp.zeros(tokens.shape, dtype)
-    largest, total = _over_chunks(read, nothing, unembedding, chunk_size)
-    log_normaliser = largest + jnp.log(total)
-    chosen = (hidden.astype(dtype) * unembedding[tokens].astype(dtype)).sum(axis=-1)
-    return chosen - log_normaliser, (hidden, unembedding, tokens, log_normaliser)
+    nothing = jnp.full(tokens.shape, jnp.finfo(dtype).min, dtype), *[jnp.zeros(tokens.shape, dtype)] * 2
+    largest, total, chosen = _over_chunks(read, nothing, unembedding, chunk_size)
+    log_normaliser = jnp.log(total)
+    return (chosen - largest) - log_normaliser, (hidden, unembedding, tokens, largest, log_normaliser)
 
 
 def _chunked_backward(chunk_size: int, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, None]:
@@ -224,6 +241,7 @@ def _chunked_gradients(
     hidden: Float[Array, "place width"],
     unembedding: Float[Array, "vocab width"],
     tokens: Int[Array, "place"],
+    largest: Float[Array, "place"],
     log_normaliser: Float[Array, "place"],
     cotangent: Float[Array, "place"],
     chunk_size: int,
@@ -233,7 +251,8 @@ def _chunked_gradients(
 
     def read(carry: tuple[Array, Array], rows: Array, start: Any) -> tuple[Array, Array]:
         of_hidden, of_unembedding = carry
-        probabilities = jnp.exp(_matmul("nd,vd->nv", hidden, rows) - log_normaliser[:, None])
+        logits = _matmul("nd,vd->nv", hidden, rows)
+        probabilities = jnp.exp(logits - largest[:, None] - log_normaliser[:, None])
         chosen = jnp.arange(rows.shape[0]) + start == tokens[:, None]
         of_logits = (cotangent[:, None] * (chosen - probabilities)).astype(rows.dtype)
         of_hidden = of_hidden + _matmul("nv,vd->nd", of_logits, rows)

@@ -1,16 +1,17 @@
 """Preference losses: DPO and its relatives, one value per pair, and KTO, one value per completion.
 
-Log-probabilities are those of whole completions, *summed* over their tokens, in nats; SimPO and ORPO alone take them
-averaged. The arguments of a loss are the two log-ratios to the reference, of the chosen and the rejected completion,
+Log-probabilities are those of whole completions, *summed* over their tokens, in nats; `length_normalised_ipo`, SimPO,
+AlphaPO, ORPO and SFT alone take them averaged. The arguments of a loss are the two log-ratios to the reference, of the
+chosen and the rejected completion,
 
     a = log π(y_w) − log ref(y_w),   b = log π(y_l) − log ref(y_l),   Δ = a − b,   x = βΔ,
 
 or, without a reference, the two log-probabilities w = log π(y_w) and l = log π(y_l). `@pair_loss` makes of such a
 function one of the log-probabilities, all of them differentiable. A loss of Δ alone has the gradient
 dL/dΔ · (1, −1, −1, 1). TRL has these losses too, some by other names (its `sigmoid` is `dpo`; docs/training.md lists
-them), with these differences: `ipo_loss` takes sums where TRL's divides by the lengths of the completions, and the
-likelihood terms of ORPO and CPO are one value per pair where TRL's are means over the tokens of a batch. A
-hyperparameter is one number; under `jit` its range cannot be checked.
+them), with these differences: `ipo_loss` takes sums, where TRL's is `length_normalised_ipo_loss`, and the likelihood
+terms of SFT, ORPO and CPO are one value per pair where TRL's are means over the tokens of a batch. A hyperparameter is
+one number (`margin` of DPO also one per pair); under `jit` its range cannot be checked.
 
 | loss | of one pair | at policy = reference | minimum at |
 |---|---|---|---|
@@ -21,6 +22,11 @@ hyperparameter is one number; under `jit` its range cannot be checked.
 | exo | KL of (σ(x), σ(−x)) from (1 − ε, ε) | −log 2 − ½ log(ε(1 − ε)) | x = log((1 − ε)/ε) |
 | discopop | −(1 − m) log σ(x) + m e^{−x}, m = σ(x/τ) | ½ log 2 + ½ | x → ∞ |
 | length_normalised_dpo | dpo with a/|y_w| − b/|y_l| for Δ | log 2 | as dpo |
+| length_normalised_ipo | ipo with a/|y_w| − b/|y_l| for Δ | 1/(4β²) | as ipo |
+| ld_dpo | dpo with a − (1 − α)a′ − b + (1 − α)b′ for Δ, a′ and b′ beyond the shorter length | log 2 | as dpo |
+| wpo | min(1, e^{s_w + s_l}) · dpo, s of a completion's tokens under the policy | ≤ log 2 | as dpo |
+| aot | dpo with the k-th largest of log π(y_w) − log π(y_l) minus that of ref for Δ | log 2 | as dpo |
+| aot_unpaired | dpo with the k-th largest a minus the k-th largest b for Δ | log 2 | as dpo |
 | f_dpo | −log σ(β f′(π/ref of y_w) − β f′(π/ref of y_l)) | log 2 | as far apart as f′ goes |
 | nca | −log σ(βa) − ½ log σ(−βa) − ½ log σ(−βb) | 2 log 2 | βa = log 2, b → −∞ |
 | bco | −log σ(βa − δ) − log σ(δ − βb) | 2 log 2 (δ = 0) | a → ∞, b → −∞ |
@@ -28,6 +34,8 @@ hyperparameter is one number; under `jit` its range cannot be checked.
 | apo_zero | σ(−βa) + σ(βb) | 1 | a → ∞, b → −∞ |
 | apo_down | σ(βa) + σ(−x) | 1 | a → −∞, Δ → ∞ |
 | simpo | −log σ(β(w − l) − γ), no reference | | w − l → ∞ |
+| alphapo | −log σ(β (e^{−αl} − e^{−αw})/α − γ), no reference | | w − l → ∞ |
+| sft | −w, no reference | | w → 0 |
 | orpo | −w − β log σ(log odds w − log odds l), no reference | | w → 0, l → −∞ |
 | cpo | −w − log σ(β(w − l)), no reference | | w → 0, l → −∞ |
 | kto | λ_D σ(β(z − a)) or λ_U σ(β(a − z)), no pair | λ/2 (z = 0) | a → ±∞ |
@@ -40,26 +48,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.nn import log_sigmoid, relu, sigmoid
+from jax.nn import log_sigmoid, relu
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.numerics import (
     bounded_exp,
     checked,
-    exp_minus_one,
     finite_gradient,
     log_ratio,
+    sigmoid,
     times,
     violated,
 )
 from jaxrl_llm.objectives.objective import objective
 
 FLOATS, NUMBERS = 'Float[Array, "*batch"]', 'Real[Array, "*batch"]'
+FURTHER = {"lengths": NUMBERS, "alignments": FLOATS}  # needs with an argument of each completion
 
 
 def pair_loss(
@@ -85,8 +94,11 @@ def pair_loss(
     Args:
         function: the loss, if the decorator is used without arguments.
         needs: "reference" for log-ratios to a reference, else the first two arguments are the policy's own
-            log-probabilities; "means" for log-probabilities averaged over tokens instead of summed; "lengths" for two
-            further arguments, the numbers of tokens of the two completions.
+            log-probabilities; "margins" for the two log-ratios of chosen to rejected, the policy's and the reference's,
+            instead; "means" for log-probabilities averaged over tokens instead of summed; "tails" for two further
+            log-ratios, of the tokens beyond the length of the shorter completion; "lengths" for two further arguments,
+            the numbers of tokens of the two completions; "alignments" for two, the mean of log π(y_t) − log Σ_v π(v)²
+            over the tokens of each; "batch" for a loss that compares the pairs of a batch.
         constants: keyword arguments through which no gradient flows.
         ranges: the interval of a hyperparameter, such as label_smoothing="[0, 1]"; beta is positive by default.
 
@@ -95,25 +107,38 @@ def pair_loss(
     """
     if function is None:
         return lambda function: pair_loss(function, needs=needs, constants=constants, **ranges)
-    of = [each for each in ("policy", "ref") if each == "policy" or "reference" in needs]
-    logps = [f"logp_{whose}_{side}" for whose in of for side in ("chosen", "rejected")]
-    lengths = ["length_chosen", "length_rejected"] if "lengths" in needs else []
+    logps = _log_probs_of(needs)
+    further = {name: kind for part, kind in FURTHER.items() if part in needs for name in _sides(part.removesuffix("s"))}
+    of_logps = ["a", "b", "tail_a", "tail_b"][: 4 if "tails" in needs else 2]
     given = list(inspect.signature(function).parameters.values())
-    if len([each for each in given if each.kind == each.POSITIONAL_OR_KEYWORD]) < 2 + len(lengths):
-        wanted = ", ".join(["a", "b", *lengths])
+    taken = len(of_logps) + len(further)
+    if len([each for each in given if each.kind == each.POSITIONAL_OR_KEYWORD]) < taken:
+        wanted = ", ".join([*of_logps, *further])
         raise ValueError(f"a preference loss must take {wanted}, but {function.__name__} takes {len(given)} arguments.")
     hyperparameters = [
-        each if each.kind == each.VAR_KEYWORD else each.replace(kind=each.KEYWORD_ONLY)
-        for each in given[2 + len(lengths) :]
+        each if each.kind == each.VAR_KEYWORD else each.replace(kind=each.KEYWORD_ONLY) for each in given[taken:]
     ]
     if "beta" in [each.name for each in hyperparameters]:
         ranges = {"beta": "(0, inf)", **ranges}
 
     def of_pair(*arrays: Array) -> tuple[Array, ...]:
-        """The log-ratios, or log-probabilities, and the lengths."""
-        policy, ref = arrays[:2], arrays[2 : len(logps)]
-        a, b = (log_ratio(*each) for each in zip(policy, ref, strict=True)) if ref else map(finite_gradient, policy)
-        return (a, b, *(_length(*each, a.dtype) for each in zip(lengths, arrays[len(logps) :], strict=True)))
+        """The log-ratios, or log-probabilities, and the further arguments."""
+        found = [ratio for start in range(0, len(logps), 4) for ratio in ratios(*arrays[start : len(logps)][:4])]
+        rest = zip(further, arrays[len(logps) :], strict=True)
+        return (*found, *(_length(*each, found[0].dtype) if "length" in each[0] else each[1] for each in rest))
+
+    def ratios(chosen: Array, rejected: Array, *ref: Array) -> tuple[Array, Array]:
+        if "margins" in needs:
+            return log_ratio(chosen, rejected), log_ratio(*ref)
+        if "reference" in needs:
+            return log_ratio(chosen, ref[0]), log_ratio(rejected, ref[1])
+        return finite_gradient(chosen), finite_gradient(rejected)
+
+    def slopes_of_log_probs(first: Array, second: Array) -> tuple[Array, ...]:
+        """The slopes of two ratios as those of their log-probabilities."""
+        if "margins" in needs:
+            return first, -first, second, -second
+        return (first, second, -first, -second) if "reference" in needs else (first, second)
 
     @functools.wraps(function)
     def loss(*arrays: Array, **keywords: Any) -> Array:
@@ -122,33 +147,50 @@ def pair_loss(
     loss.__signature__ = inspect.Signature(
         [
             *(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=FLOATS) for name in logps),
-            *(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=NUMBERS) for name in lengths),
+            *(
+                inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+                for name, kind in further.items()
+            ),
             *hyperparameters,
         ],
         return_annotation=FLOATS,
     )
     loss.__doc__ = _documented(function, needs)
-    declared = objective(loss, constants=constants, **ranges)
+    aligned = [name for name in further if "alignment" in name]
+    declared = objective(loss, constants=(*constants, *aligned), **ranges)
     register = declared.gradient
 
     def gradient(slopes: Callable[..., Any]) -> Callable[..., tuple[Array, ...]]:
-        """Register ∂L/∂Δ, or ∂L/∂a and ∂L/∂b; none flows through what is not finite, as in `log_ratio`."""
+        """Register ∂L/∂Δ, or ∂L/∂a, ∂L/∂b, ...; none flows through what is not finite, as in `log_ratio`."""
 
         @functools.wraps(slopes)
         def of_log_probs(*arrays: Array, **keywords: Any) -> tuple[Array, ...]:
-            a, b, *rest = of_pair(*arrays)
-            found = slopes(a, b, *rest, **keywords)
+            given = of_pair(*arrays)
+            a, b = given[:2]
+            found = slopes(*given, **keywords)
             if not isinstance(found, tuple):
                 of_margin = jnp.where(jnp.isfinite(a - b), found, 0)
                 found = of_margin, -of_margin
-            of_a, of_b = (jnp.where(jnp.isfinite(x), slope, 0) for x, slope in zip((a, b), found, strict=True))
-            return (of_a, of_b, -of_a, -of_b)[: len(logps)]
+            found = [jnp.where(jnp.isfinite(x), slope, 0) for x, slope in zip(given, found, strict=False)]
+            return tuple(of for pair in zip(found[::2], found[1::2], strict=True) for of in slopes_of_log_probs(*pair))
 
         return register(of_log_probs)
 
     declared.gradient = gradient
-    declared.needs = frozenset(needs)
+    declared.needs, declared.log_probs = frozenset(needs), tuple(logps)
     return declared
+
+
+def _log_probs_of(needs: Collection[str]) -> list[str]:
+    """Return the names of the log-probabilities that a loss of these needs takes, in their order."""
+    of = ["policy", "ref"] if "reference" in needs else ["policy"]
+    parts = ["", "tail_"] if "tails" in needs else [""]
+    return [f"logp_{whose}_{side}" for part in parts for whose in of for side in _sides(part)]
+
+
+def _sides(part: str) -> list[str]:
+    """chosen and rejected, after `part_`."""
+    return [f"{part.rstrip('_')}_{side}".lstrip("_") for side in ("chosen", "rejected")]
 
 
 def _length(name: str, length: Array, dtype: Any) -> Array:
@@ -166,8 +208,15 @@ def _documented(function: Callable[..., Array], needs: tuple[str, ...]) -> str:
     shared = "    logp_policy_chosen, logp_policy_rejected"
     shared += ", logp_ref_chosen, logp_ref_rejected" if "reference" in needs else ""
     shared += f":\n        log-probabilities of the completions, {scale}.\n"
+    if "tails" in needs:
+        tails = _log_probs_of(needs)[4:]
+        shared += (
+            f"    {', '.join(tails)}:\n        their parts beyond the number of tokens that both completions have.\n"
+        )
     if "lengths" in needs:
         shared += "    length_chosen, length_rejected: numbers of tokens of the completions, at least 1; constants.\n"
+    if "alignments" in needs:
+        shared += "    alignment_chosen, alignment_rejected: s of the completions; constants.\n"
     if "beta" in inspect.signature(function).parameters and "    beta: " not in own:
         shared += "    beta: β, the price of a nat of KL, in units of the reward.\n"
     found = "Returns:\n    One value per pair; no mean is taken.\n"
@@ -179,27 +228,32 @@ def _documented(function: Callable[..., Array], needs: tuple[str, ...]) -> str:
 # Losses of the margin Δ alone -----------------------------------------------------------------------------------------
 
 
-@pair_loss(label_smoothing="[0, 1]")
-def dpo_loss(a, b, *, beta: float = 0.1, label_smoothing: float = 0.0):
-    """Direct preference optimisation, and with label smoothing its conservative form (cDPO).
+@pair_loss(constants=("margin",), label_smoothing="[0, 1]")
+def dpo_loss(a, b, *, beta: float = 0.1, label_smoothing: float = 0.0, margin: float | Float[Array, "*batch"] = 0.0):
+    """Direct preference optimisation; its conservative form (cDPO) with label smoothing; ODPO with a margin.
 
-        L = −(1 − ε) log σ(x) − ε log σ(−x),   x = βΔ          (eq. 7, where ε = 0)
+        L = −(1 − ε) log σ(x) − ε log σ(−x),   x = βΔ − m          (eq. 7, where ε = m = 0)
 
-    At Δ = 0 it is log 2, with the slope −(½ − ε) per unit of x; with ε > 0 its minimum is at x = log((1 − ε)/ε).
+    At Δ = m = 0 it is log 2, with the slope −(½ − ε) per unit of x; with ε > 0 its minimum is at x = log((1 − ε)/ε).
 
     Args:
         label_smoothing: ε, the assumed share of flipped labels.
+        margin: m, the lead in reward that the chosen one should have: a number, or one per pair; a constant.
 
-    Source: Rafailov et al. 2023; label smoothing: Mitchell 2023.
+    Source: Rafailov et al. 2023; label smoothing: Mitchell 2023; margin: Amini et al. 2024 (ODPO), arXiv 2402.10571.
     """
-    x = beta * log_ratio(a, b)
-    return times(1 - label_smoothing, -log_sigmoid(x)) + times(label_smoothing, -log_sigmoid(-x))
+    return _smoothed(beta * log_ratio(a, b) - margin, label_smoothing)
 
 
 @dpo_loss.gradient
-def _(a, b, *, beta, label_smoothing):
+def _(a, b, *, beta, label_smoothing, margin):
     """β (ε − σ(−x)) · (1, −1, −1, 1)."""
-    return beta * (label_smoothing - sigmoid(-beta * log_ratio(a, b)))
+    return beta * (label_smoothing - sigmoid(margin - beta * log_ratio(a, b)))
+
+
+def _smoothed(x: Array, label_smoothing: float) -> Array:
+    """−(1 − ε) log σ(x) − ε log σ(−x), whose slope is ε − σ(−x)."""
+    return times(1 - label_smoothing, -log_sigmoid(x)) + times(label_smoothing, -log_sigmoid(-x))
 
 
 @pair_loss(label_smoothing="[0, 0.5)")
@@ -233,8 +287,8 @@ def ipo_loss(a, b, *, beta: float = 0.1):
 
         L = (Δ − 1/(2β))²          (eq. 17, where β is called τ)
 
-    At Δ = 0 it is 1/(4β²). Of log-probabilities averaged over tokens it is *another* loss, with another β: pass
-    averages for that one.
+    At Δ = 0 it is 1/(4β²). Of log-probabilities averaged over tokens it is *another* loss, with another β:
+    `length_normalised_ipo_loss`.
 
     Source: Azar et al. 2023.
     """
@@ -354,8 +408,7 @@ def length_normalised_dpo_loss(
 
     Source: Lambert et al. 2024 (Tülu 3), arXiv 2411.15124; TRL's `sigmoid_norm`.
     """
-    x = beta * log_ratio(a / length_chosen, b / length_rejected)
-    return times(1 - label_smoothing, -log_sigmoid(x)) + times(label_smoothing, -log_sigmoid(-x))
+    return _smoothed(beta * log_ratio(a / length_chosen, b / length_rejected), label_smoothing)
 
 
 @length_normalised_dpo_loss.gradient
@@ -366,11 +419,151 @@ def _(a, b, length_chosen, length_rejected, *, beta, label_smoothing):
     return slope / length_chosen, -slope / length_rejected
 
 
+@pair_loss(needs=("reference", "means"))
+def length_normalised_ipo_loss(a, b, *, beta: float = 0.1):
+    """IPO of log-ratios per token: a margin of a fixed size, in nats² per token².
+
+        L = (Δ − 1/(2β))²          (eq. 17, of averages)
+
+    At the reference it is 1/(4β²). TRL's `ipo` is this one; by its authors' word to TRL, so are the paper's results.
+
+    Source: Azar et al. 2023; TRL's `ipo`.
+    """
+    return jnp.square(log_ratio(a, b) - 1 / (2 * beta))
+
+
+@length_normalised_ipo_loss.gradient
+def _(a, b, *, beta):
+    """(2Δ − 1/β) · (1, −1, −1, 1), with respect to the averages."""
+    return 2 * (log_ratio(a, b) - 1 / (2 * beta))
+
+
+@pair_loss(needs=("reference", "tails"), label_smoothing="[0, 1]", alpha="[0, 1]")
+def ld_dpo_loss(a, b, tail_a, tail_b, *, beta: float = 0.1, alpha: float = 0.5, label_smoothing: float = 0.0):
+    """Length-desensitised DPO: what the longer completion has beyond the length of the other counts less.
+
+        L = −(1 − ε) log σ(x) − ε log σ(−x),   x = β ((a − (1 − α) a′) − (b − (1 − α) b′))
+
+    with a′ and b′ the parts of the log-ratios beyond the number of tokens that both completions have, 0 for the shorter
+    one. With α = 1 it is DPO; with α = 0 nothing beyond that number counts. At the reference it is log 2.
+
+    Args:
+        alpha: α, the weight of those tokens (TRL's `ld_alpha`).
+        label_smoothing: ε, as in `dpo_loss`.
+
+    Source: Liu et al. 2024, arXiv 2409.06411.
+    """
+    return _smoothed(beta * _desensitised(a, b, tail_a, tail_b, alpha), label_smoothing)
+
+
+@ld_dpo_loss.gradient
+def _(a, b, tail_a, tail_b, *, beta, alpha, label_smoothing):
+    """s = β (ε − σ(−x)) for a, −s for b, −(1 − α) s for a′, (1 − α) s for b′; the opposite for the reference."""
+    margin = _desensitised(a, b, tail_a, tail_b, alpha)
+    slope = jnp.where(jnp.isfinite(margin), beta * (label_smoothing - sigmoid(-beta * margin)), 0)
+    return slope, -slope, (alpha - 1) * slope, (1 - alpha) * slope
+
+
+def _desensitised(a: Array, b: Array, tail_a: Array, tail_b: Array, alpha: float) -> Array:
+    less = [times(1 - alpha, jnp.where(jnp.isfinite(each), tail, 0)) for each, tail in ((a, tail_a), (b, tail_b))]
+    return log_ratio(a - less[0], b - less[1])
+
+
+@pair_loss(needs=("reference", "alignments"), label_smoothing="[0, 1]")
+def wpo_loss(a, b, alignment_chosen, alignment_rejected, *, beta: float = 0.1, label_smoothing: float = 0.0):
+    """Weighted preference optimisation: DPO, with a smaller weight for pairs that the policy would not have written.
+
+        L = min(1, e^{s_w + s_l}) · (−(1 − ε) log σ(x) − ε log σ(−x)),   x = βΔ
+        s = 1/|y| Σ_t [log π(y_t | y_<t) − log Σ_v π(v | y_<t)²]
+
+    The weight is a constant. s is 0 if every token is as probable as the policy's own tokens are in the mean.
+
+    Args:
+        label_smoothing: ε, as in `dpo_loss`.
+
+    Source: Zhou et al. 2024, arXiv 2406.11827 (its "sampled alignment"); TRL's `use_weighting`.
+    """
+    return times(_weight(alignment_chosen, alignment_rejected), _smoothed(beta * log_ratio(a, b), label_smoothing))
+
+
+@wpo_loss.gradient
+def _(a, b, alignment_chosen, alignment_rejected, *, beta, label_smoothing):
+    """min(1, e^{s_w + s_l}) β (ε − σ(−x)) · (1, −1, −1, 1)."""
+    slope = beta * (label_smoothing - sigmoid(-beta * log_ratio(a, b)))
+    return times(_weight(alignment_chosen, alignment_rejected), slope)
+
+
+def _weight(alignment_chosen: Array, alignment_rejected: Array) -> Array:
+    return jnp.exp(jnp.minimum(alignment_chosen + alignment_rejected, 0))
+
+
+# Losses of the sorted margins of a batch ------------------------------------------------------------------------------
+
+
+@pair_loss(needs=("reference", "margins", "batch"), label_smoothing="[0, 1]")
+def aot_loss(policy_margin, ref_margin, *, beta: float = 0.1, label_smoothing: float = 0.0):
+    """Alignment by optimal transport, paired: the policy's margins exceed the reference's in every quantile.
+
+        L_k = −(1 − ε) log σ(x_k) − ε log σ(−x_k),   x_k = β (p_(k) − r_(k))
+        p = log π(y_w) − log π(y_l),   r = log ref(y_w) − log ref(y_l)
+
+    with p_(k) and r_(k) the k-th smallest of all the pairs given: value k is of a quantile, not of a pair. With one
+    pair it is DPO. At the reference it is log 2.
+
+    Args:
+        label_smoothing: ε, as in `dpo_loss`.
+
+    Source: Melnyk et al. 2024, arXiv 2406.05882; TRL's `aot`.
+    """
+    return _smoothed(beta * log_ratio(_sorted(policy_margin), _sorted(ref_margin)), label_smoothing)
+
+
+@aot_loss.gradient
+def _(policy_margin, ref_margin, *, beta, label_smoothing):
+    """β (ε − σ(−x_k)) for the k-th smallest p, and the opposite for the k-th smallest r."""
+    return _slopes_of_sorted(policy_margin, ref_margin, beta, label_smoothing)
+
+
+@pair_loss(needs=("reference", "batch"), label_smoothing="[0, 1]")
+def aot_unpaired_loss(a, b, *, beta: float = 0.1, label_smoothing: float = 0.0):
+    """Alignment by optimal transport, unpaired: chosen log-ratios exceed rejected ones in every quantile.
+
+        L_k = −(1 − ε) log σ(x_k) − ε log σ(−x_k),   x_k = β (a_(k) − b_(k))
+
+    with a_(k) and b_(k) the k-th smallest of all the pairs given. With one pair it is DPO; at the reference, log 2.
+
+    Args:
+        label_smoothing: ε, as in `dpo_loss`.
+
+    Source: Melnyk et al. 2024, arXiv 2406.05882; TRL's `aot_unpaired`.
+    """
+    return _smoothed(beta * log_ratio(_sorted(a), _sorted(b)), label_smoothing)
+
+
+@aot_unpaired_loss.gradient
+def _(a, b, *, beta, label_smoothing):
+    """β (ε − σ(−x_k)) for the k-th smallest a, and the opposite for the k-th smallest b."""
+    return _slopes_of_sorted(a, b, beta, label_smoothing)
+
+
+def _sorted(array: Array) -> Array:
+    """All values, the smallest first, in the same shape."""
+    return jnp.sort(array, axis=None).reshape(array.shape)
+
+
+def _slopes_of_sorted(first: Array, second: Array, beta: float, label_smoothing: float) -> tuple[Array, Array]:
+    margin = log_ratio(_sorted(first), _sorted(second)).ravel()
+    slope = jnp.where(jnp.isfinite(margin), beta * (label_smoothing - sigmoid(-beta * margin)), 0)
+    places = [jnp.argsort(each, axis=None) for each in (first, second)]
+    of_first, of_second = (jnp.zeros_like(slope).at[place].set(slope).reshape(first.shape) for place in places)
+    return of_first, -of_second
+
+
 # Losses that push each completion for itself --------------------------------------------------------------------------
 
 
 @pair_loss(alpha="[0, inf)")
-def f_dpo_loss(a, b, *, beta: float = 0.1, divergence: str = "reverse_kl", alpha: float = 0.5):
+def f_dpo_loss(a, b, *, beta: float = 0.1, divergence: str = "reverse_kl", alpha: float | None = None):
     """DPO where an f-divergence other than the reverse KL holds the policy at the reference.
 
         L = −log σ(β f′(u_w) − β f′(u_l)),   u = π(y)/ref(y)
@@ -381,11 +574,11 @@ def f_dpo_loss(a, b, *, beta: float = 0.1, divergence: str = "reverse_kl", alpha
 
     Args:
         divergence: one of the four names, a Python string; another one raises ValueError.
-        alpha: α, of `"alpha"` alone.
+        alpha: α, of `"alpha"` alone, by default ½; with another divergence it raises ValueError.
 
     Source: Wang et al. 2023.
     """
-    return -log_sigmoid(beta * log_ratio(_f_prime(a, divergence, alpha), _f_prime(b, divergence, alpha)))
+    return -log_sigmoid(beta * _f_prime_difference(a, b, _power(divergence, alpha)))
 
 
 @f_dpo_loss.gradient
@@ -394,31 +587,48 @@ def _(a, b, *, beta, divergence, alpha):
 
     u f″(u) is 1 (reverse KL), 1/u (forward KL), 1/(1 + u) (Jensen-Shannon) or u^{α−1} (alpha).
     """
-    margin = _f_prime(a, divergence, alpha) - _f_prime(b, divergence, alpha)
+    power = _power(divergence, alpha)
+    margin = _f_prime_difference(a, b, power)
     slope = jnp.where(jnp.isfinite(margin), -beta * sigmoid(-beta * margin), 0)
-    return slope * _u_f_second(a, divergence, alpha), -slope * _u_f_second(b, divergence, alpha)
+    of_a, of_b = (sigmoid(-a), sigmoid(-b)) if power is None else _powers(a, b, power)
+    return times(slope, of_a), -times(slope, of_b)
 
 
-def _f_prime(log_u: Array, divergence: str, alpha: float) -> Array:
-    """f′(u): (u^c − 1)/c for all divergences but the Jensen-Shannon one, log u at c = 0."""
-    power = _power(divergence, alpha)
-    if divergence == "jensen_shannon":
-        return jnp.log(2.0) + log_sigmoid(log_u)
-    straight = jnp.asarray(power) == 0
-    return jnp.where(straight, log_u, exp_minus_one(power * log_u) / jnp.where(straight, 1, power))
-
-
-def _u_f_second(log_u: Array, divergence: str, alpha: float) -> Array:
-    """u f″(u), the derivative of `_f_prime` with respect to log u."""
-    power = _power(divergence, alpha)
-    return sigmoid(-log_u) if divergence == "jensen_shannon" else bounded_exp(power * log_u)
-
-
-def _power(divergence: str, alpha: float) -> float:
-    powers = {"reverse_kl": 0.0, "forward_kl": -1.0, "jensen_shannon": 0.0, "alpha": alpha - 1}
+def _power(divergence: str, alpha: float | None) -> float | Array | None:
+    """The c of f′(u) = (u^c − 1)/c, which is log u at c = 0; None for the Jensen-Shannon divergence."""
+    powers = {"reverse_kl": 0.0, "forward_kl": -1.0, "jensen_shannon": None, "alpha": None}
     if divergence not in powers:
         raise ValueError(f"divergence must be one of {', '.join(powers)}, but is {divergence!r}.")
+    if divergence == "alpha":
+        return (0.5 if alpha is None else alpha) - 1
+    if alpha is not None:
+        raise ValueError(f'alpha must be given with the divergence "alpha" alone, but is {alpha} with {divergence!r}.')
     return powers[divergence]
+
+
+def _f_prime_difference(a: Array, b: Array, power: float | Array | None) -> Array:
+    """f′(u_w) − f′(u_l)."""
+    return log_ratio(log_sigmoid(a), log_sigmoid(b)) if power is None else _power_difference(a, b, power)
+
+
+def _power_difference(a: Array, b: Array, power: float | Array) -> Array:
+    """(e^{ca} − e^{cb})/c, a − b at c = 0: e^{cb} (e^{c(a − b)} − 1)/c where the two are near each other, and large."""
+    straight, known = jnp.asarray(power) == 0, ~jnp.isnan(a - b)
+    c = jnp.where(straight, 1, power)
+    a, b = (jnp.where(known, each, 0) for each in (a, b))
+    lead = c * (a - b)
+    near = jnp.abs(lead) < 1
+    of_near = bounded_exp(c * b) * jnp.expm1(jnp.where(near, lead, 0))
+    difference = jnp.where(near, of_near, bounded_exp(c * a) - bounded_exp(c * b)) / c
+    return finite_gradient(jnp.where(known, jnp.where(straight, a - b, difference), jnp.nan))
+
+
+def _powers(a: Array, b: Array, power: float | Array) -> tuple[Array, Array]:
+    """e^{ca} and e^{cb}, the slopes of `_power_difference` but for the sign."""
+    a, b = times(power, a), times(power, b)
+    near = jnp.abs(a - b) < 1
+    of_b = bounded_exp(b)
+    return jnp.where(near, of_b * jnp.exp(jnp.where(near, a - b, 0)), bounded_exp(a)), of_b
 
 
 @pair_loss
@@ -449,7 +659,7 @@ def bco_loss(a, b, *, beta: float = 0.1, reward_shift: float | Array = 0.0):
     At the reference, with δ = 0, it is 2 log 2.
 
     Args:
-        reward_shift: δ, in the paper the running mean of the rewards βa and βb, which the caller keeps; a constant.
+        reward_shift: δ, in the paper the mean of the rewards βa and βb, which the trainer keeps; a constant.
 
     Source: Jung et al. 2024.
     """
@@ -545,6 +755,51 @@ def simpo_loss(w, l, *, beta: float = 0.1, gamma: float = 0.5):  # noqa: E741
 def _(w, l, *, beta, gamma):  # noqa: E741
     """−β σ(γ − β (w − l)) · (1, −1)."""
     return -beta * sigmoid(gamma - beta * log_ratio(w, l))
+
+
+@pair_loss(needs=("means",), alpha="(-inf, inf)")
+def alphapo_loss(w, l, *, beta: float = 0.1, gamma: float = 0.5, alpha: float = 0.25):  # noqa: E741
+    """SimPO with a reward of another shape, a power of the probability per token in place of its logarithm.
+
+        L = −log σ(r(w) − r(l) − γ),   r(w) = β (1 − e^{−αw})/α
+
+    As α → 0 it is SimPO. With α > 0 the reward is steeper where the completion is improbable, with α < 0 where it is
+    probable. The paper's models have α near 0.25, and β and γ as SimPO's: set all three.
+
+    Args:
+        beta: β, the scale of the reward, which is per token.
+        gamma: γ, the target lead, in units of the reward.
+        alpha: α, the shape of the reward.
+
+    Source: Gupta et al. 2025, arXiv 2501.03884; TRL's `alpha_param`.
+    """
+    return -log_sigmoid(beta * _power_difference(w, l, -alpha) - gamma)
+
+
+@alphapo_loss.gradient
+def _(w, l, *, beta, gamma, alpha):  # noqa: E741
+    """−β σ(−x) · (e^{−αw}, −e^{−αl})."""
+    lead = _power_difference(w, l, -alpha)
+    slope = jnp.where(jnp.isfinite(lead), -beta * sigmoid(gamma - beta * lead), 0)
+    of_w, of_l = _powers(w, l, -alpha)
+    return times(slope, of_w), -times(slope, of_l)
+
+
+@pair_loss(needs=("means",))
+def sft_loss(w, l):  # noqa: E741
+    """The negative log-likelihood of the chosen completion, in nats per token: a term beside a preference loss.
+
+        L = −w
+
+    Source: Pang et al. 2024 (RPO), arXiv 2404.19733, eq. 1; TRL's `sft`, which is a mean over the tokens of a batch.
+    """
+    return -w
+
+
+@sft_loss.gradient
+def _(w, l):  # noqa: E741
+    """(−1, 0)."""
+    return -jnp.ones_like(w), jnp.zeros_like(l)
 
 
 @pair_loss(needs=("means",), nll_weight="[0, inf)")

@@ -69,15 +69,17 @@ def _(score_chosen, score_rejected, *, coefficient):
     return slope, slope
 
 
-@objective
+@objective(constants=("margin",))
 def k_choose_2_loss(
     scores: Float[Array, "*batch completion"],
     ranks: Int[Array, "*batch completion"],
     mask: Bool[Array, "*batch completion"] | None = None,
+    *,
+    margin: float | Float[Array, "*batch"] = 0.0,
 ) -> Float[Array, "*batch"]:
     """The mean pairwise loss over all pairs of K ranked completions of one prompt: one value per prompt.
 
-        L = 1/|P| Σ_{(i, j) ∈ P} −log σ(r_i − r_j),   P the pairs where i ranks before j          (eq. 1)
+        L = 1/|P| Σ_{(i, j) ∈ P} −log σ(r_i − r_j − m),   P the pairs where i ranks before j          (eq. 1, if m = 0)
 
     P has K(K − 1)/2 pairs if nothing ties; a tie makes no pair, and where no pair is left the loss is 0. No derivative
     is larger than (K − 1)/|P|, which is 2/K without ties: all pairs of a prompt weigh as one example.
@@ -86,18 +88,21 @@ def k_choose_2_loss(
         scores: r, of each completion.
         ranks: 0 for the best; equal ranks are ties.
         mask: the completions that count; masked entries may hold anything.
+        margin: m, the lead that the better one should have: a number, or one per prompt; a constant.
 
-    Source: Ouyang et al. 2022.
+    Source: Ouyang et al. 2022; the margin: Touvron et al. 2023.
     """
     lead, pairs = _pairs(scores, ranks, mask)
+    lead = lead - jnp.asarray(margin)[..., None, None]
     losses = jnp.where(pairs, jax.nn.softplus(-lead), 0).sum(axis=(-2, -1))
     return losses / jnp.maximum(pairs.sum(axis=(-2, -1)), 1)
 
 
 @k_choose_2_loss.gradient
-def _(scores, ranks, mask):
-    """1/|P| (Σ_{i before k} σ(r_k − r_i) − Σ_{j after k} σ(r_j − r_k))."""
+def _(scores, ranks, mask, *, margin):
+    """1/|P| (Σ_{i before k} σ(r_k − r_i + m) − Σ_{j after k} σ(r_j − r_k + m))."""
     lead, pairs = _pairs(scores, ranks, mask)
+    lead = lead - jnp.asarray(margin)[..., None, None]
     of_pair = jnp.where(pairs & jnp.isfinite(lead), jax.nn.sigmoid(-lead), 0)
     return (of_pair.sum(axis=-2) - of_pair.sum(axis=-1)) / jnp.maximum(pairs.sum(axis=(-2, -1)), 1)[..., None]
 

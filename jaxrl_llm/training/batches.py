@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from jaxrl_llm.training.reward_model import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
 
 Length = TypeVar("Length", int, Int[np.ndarray, "batch"])
+Columns = bool | frozenset[str]  # numbers beside the text that a loss takes: all, none, or those of these names
 
 
 # Formats of records: parse, encode, collate ---------------------------------------------------------------------------
@@ -110,6 +111,7 @@ def rounded(length: Length, multiple: int) -> Length:
 
 KINDS: dict[str, Kind] = {  # by the names of TRL, where it has them
     "prompt-only": Kind(records.prompt, prompts),
+    "prompt-of-completion": Kind(records.prompt_of_completion, prompts),  # of the lines of prompt-completion
     "prompt-completion": Kind(records.prompt_completion, prompt_completions),
     "preference": Kind(records.preference, preferences),
     "unpaired-preference": Kind(records.unpaired_preference, unpaired_preferences),
@@ -186,7 +188,7 @@ class Batches:
         multiple: padded lengths are multiples of it, so that few programs serve all batches.
         room: tokens that a prompt alone leaves for its completion.
         vocab_size: of the model; with it, tokens that the model does not have are refused.
-        fields: carry the numbers beside the text that every record has into the batch's `fields`.
+        fields: carry the numbers beside the text that every record has into the batch's `fields`, all or those named.
         cache: keep the tokens for the next time, if they took long.
         say: print how it goes.
 
@@ -209,7 +211,7 @@ class Batches:
         multiple: int = 32,
         room: int = 0,
         vocab_size: int | None = None,
-        fields: bool = False,
+        fields: Columns = False,
         cache: bool = False,
         say: Callable[[str], None] | None = None,
     ):
@@ -229,8 +231,10 @@ class Batches:
         elif self.bad:
             raise ValueError("; ".join(f"{self._unit} {each.number}: {each.reason}" for each in self.bad))
         numbers = ~np.isnan(self.data.fields)
-        self._fields = [i for i, each in enumerate(numbers.all(axis=0)) if each] if fields else []
-        self._some_fields = {self.data.columns[i] for i in range(numbers.shape[1])} if fields else set()
+        taken = [i for i, name in enumerate(self.data.columns) if fields is True or name in (fields or ())]
+        self._fields = [i for i in taken if numbers[:, i].all()]
+        self._some_fields = {self.data.columns[i] for i in taken}
+        self.added: Mapping[str, np.ndarray] = {}  # arrays [rows, ...] that batches receive by name, row by row
         lengths, first = self.data.lengths, self.data.rows[:-1]
         self._prompts, count = lengths[first], np.diff(self.data.rows) - 1
         self._longest = self._prompts.copy()
@@ -259,6 +263,8 @@ class Batches:
         """Return the batch of these rows."""
         rows = [self.rows(place) for place in places]
         batch = self._kind.collate(rows, self._multiple)
+        if self.added:
+            batch = batch._replace(**{name: values[np.asarray(places)] for name, values in self.added.items()})
         if not self._fields:
             return batch
         columns = {self.data.columns[i]: np.asarray(self.data.fields[places, i], np.float32) for i in self._fields}
@@ -310,8 +316,7 @@ class Batches:
         """The entries of lines that nothing reads, and the number of records with each; a reward may read them all."""
         if self._kind.collate is prompts:
             return {}
-        read = self.data.columns if self._some_fields else []
-        return {name: count for name, count in sorted(self.data.others.items()) if name not in read}
+        return {name: count for name, count in sorted(self.data.others.items()) if name not in self._some_fields}
 
     def _counts(self, places: Int[np.ndarray, "step batch"]) -> tuple[Int[np.ndarray, "step"], Int[np.ndarray, "step"]]:
         """Return the real tokens of batches, and the places they take."""

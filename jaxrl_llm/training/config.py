@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxrl_llm.options import STATIC, Checked, number
+from jaxrl_llm.options import STATIC, Checked, Range, number
 
 Data = str | Path | Iterable[Mapping[str, Any]]  # a file, or dicts
 if TYPE_CHECKING:
     DataOption, Function, ModelOption = Data | None, str | Callable[..., Any], Any
     Functions, Strings, Numbers = Function | Sequence[Any], str | Sequence[str], Sequence[float]
     Targets = str | Sequence[str] | None
+    Losses = Function | Sequence[Function]
 else:  # on the command line
     DataOption, Function, ModelOption = Path | None, str, str | None
     Functions, Strings, Numbers = tuple[str, ...], tuple[str, ...], tuple[float, ...]
     Targets = tuple[str, ...] | None
+    Losses = str | tuple[str, ...]
 Cut = Literal["left", "right", "raise", "skip"]
 TrainOn = Literal["all", "last", "completion"]
 OnBad = Literal["raise", "skip"]
@@ -235,6 +237,9 @@ FREE = (
     "model",
     "reward_model",
     "lora_from",
+    "reference",
+    "precompute_reference",
+    "teacher",
 )  # a run can be resumed with others: its steps are the same
 
 
@@ -266,23 +271,81 @@ class RewardConfig(OfflineConfig):
 class DPOConfig(OfflineConfig):
     """Optimise preferences: prompt, chosen and rejected (for kto: prompt, completion and label)."""
 
-    loss: Function = "dpo"
+    loss: Losses = "dpo"
     """dpo, robust_dpo, ipo, hinge, exo, nca, bco, sppo, apo_zero, apo_down, discopop, f_dpo, length_normalised_dpo,
-    simpo, orpo, cpo or kto; or your own loss(a, b, *, beta, ...) of the two log-ratios to the reference: the function,
-    or on the command line its place "file.py:function". Further numbers of a row are given to its keywords."""
+    length_normalised_ipo, ld_dpo, wpo, aot, aot_unpaired, simpo, alphapo, orpo, cpo, sft or kto; or your own
+    loss(a, b, *, beta, ...) of the two log-ratios to the reference: the function, or on the command line its place
+    "file.py:function". Further numbers of a row are given to its keywords; dpo takes margin. Of several losses the sum
+    is minimised."""
+    loss_weights: tuple[float, ...] = ()
+    """Weights of several losses, in their order; by default 1 each."""
     beta: float | None = number(None, 0, above=True)
     """Weight of the KL, in units of reward per nat; by default the loss's own, which is 0.1."""
     loss_kwargs: dict[str, float | str] = dataclasses.field(default_factory=dict)
-    """Further hyperparameters of the loss, such as label_smoothing 0.1."""
+    """Further hyperparameters of the loss, such as label_smoothing 0.1, or divergence jensen_shannon of f_dpo."""
+    reference: ModelOption = None
+    """The reference model, with the tokenizer of the trained one; by default the trained model as it was given."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probabilities once, before the first step, and keep them in the output folder: the
+    same losses, without the reference's weights."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.loss, str) and not callable(self.loss):
-            raise TypeError(f"loss must be a name or a function, but is {self.loss!r}.")
+        for each in self.losses:
+            if not isinstance(each, str) and not callable(each):
+                raise TypeError(f"loss must be a name or a function, or several, but is {self.loss!r}.")
+        if self.loss_weights and len(self.loss_weights) != len(self.losses):
+            raise ValueError(
+                f"loss_weights must have a weight for each of {len(self.losses)} losses, "
+                f"but has {len(self.loss_weights)}."
+            )
+        for weight in self.loss_weights:
+            Range(0).check("loss_weights", weight, integer=False)
         if self.loss == "kto" and self.microbatches > 1:
             raise ValueError(
                 f"microbatches must be 1 for kto, which compares all rows of a batch, but is {self.microbatches}."
             )
+        if self.packing and self.precompute_reference:
+            raise ValueError("precompute_reference must be False with packing, but is True.")
+        if self.loss == "kto" and self.precompute_reference:
+            raise ValueError(
+                "precompute_reference must be False for kto, whose reference point is of completions that change "
+                "their prompts with the batch, but is True."
+            )
+
+    @property
+    def losses(self) -> list[Any]:
+        """The losses of the sum, or the one loss."""
+        return list(self.loss) if isinstance(self.loss, list | tuple) else [self.loss]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(OfflineConfig):
+    """Learn the next-token distributions of a teacher (GKD): examples of prompt and completion, or prompts alone."""
+
+    teacher: ModelOption = None
+    """The teacher, a model with the tokenizer of the trained one."""
+    divergence: Literal["jensen_shannon", "forward_kl", "reverse_kl"] = "jensen_shannon"
+    """The divergence of teacher and student at each token: the generalised Jensen-Shannon divergence,
+    KL(teacher‖student) or KL(student‖teacher)."""
+    mixture: float | None = number(None, 0, 1, above=True)
+    """The teacher's share of the mixture of jensen_shannon, below 1; by default 0.5."""
+    on_policy: float = number(0.5, 0, 1)
+    """Share of the steps whose completions the student samples itself; at 1 the examples need no completions."""
+    max_new_tokens: int = number(64, 1)
+    """Most tokens of a sampled completion."""
+    temperature: float = number(1.0, 0, above=True)
+    """Temperature of student and teacher, in sampling and in the divergence."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.packing:
+            raise ValueError("packing must be False for distillation, but is True.")
+        if self.teacher is None:
+            raise ValueError("teacher must be a model, its name or its path, but is None.")
+        if self.mixture is not None and (self.divergence != "jensen_shannon" or self.mixture == 1):
+            wanted = "below 1" if self.mixture == 1 else f"None for {self.divergence}, which has none"
+            raise ValueError(f"mixture must be {wanted}, but is {self.mixture}.")
 
 
 # Online methods -------------------------------------------------------------------------------------------------------

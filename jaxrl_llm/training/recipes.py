@@ -16,22 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Key
+from tqdm import tqdm
 
-from jaxrl_llm import models, text
+from jaxrl_llm import models, runtime, text
 from jaxrl_llm.data import records
 from jaxrl_llm.decoding.constraints import stop_strings
 from jaxrl_llm.decoding.transforms import Chain, MinP, TopK, TopP
+from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models import lora as adapters
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, stored_head
 from jaxrl_llm.options import nearest
-from jaxrl_llm.scoring import measures
+from jaxrl_llm.scoring import Sequences, measures
 from jaxrl_llm.training import loop, rewards
-from jaxrl_llm.training.batches import KINDS, Batches, Encoder, TooFew, show_mask
+from jaxrl_llm.training.batches import KINDS, Batches, Columns, Encoder, TooFew, show_mask
 from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.config import FREE, Config, Data, GRPOConfig, OfflineConfig, direction
+from jaxrl_llm.training.config import FREE, Config, Data, DistillConfig, GRPOConfig, OfflineConfig, direction
 from jaxrl_llm.training.packing import PackedBatches
 from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
+from jaxrl_llm.training.preference import OF_REFERENCE, with_reference
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import (
     Frozen,
@@ -73,6 +76,7 @@ OF_A_RUN = (
     "wandb",
     "wandb_id",
 )  # before its first checkpoint, in this order
+AHEAD = {"data": "reference.npz", "eval_data": "reference_eval_data.npz"}  # the reference's sums, written before those
 
 
 class Keys(NamedTuple):
@@ -245,7 +249,7 @@ def _check_folder(read: list[str | Path], config: Config, out: Path | None) -> b
         raise ValueError(f"out must be a folder, but {out} is a file.")
     if out.is_dir() and not begun:  # a run that ended before its first checkpoint begins anew
         names = sorted(each.name for each in out.iterdir() if not each.name.startswith("."))
-        own = (*(OF_A_RUN if "run.json" in names else OF_A_RUN[:1]), SKIPPED)
+        own = (*AHEAD.values(), *(OF_A_RUN if "run.json" in names else OF_A_RUN[:1]), SKIPPED)
         others = [name for name in names if name not in own]
         if others:
             shown = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
@@ -297,7 +301,7 @@ def batches_of(
     batch_size: int,
     room: int = 0,
     name: str = "data",
-    fields: bool = False,
+    fields: Columns = False,
     packing: bool = False,
 ) -> tuple[Batches | PackedBatches, records.Records]:
     """Return a data loader with its records, and print what was skipped, truncated, padded and left out.
@@ -344,6 +348,9 @@ def batches_of(
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
+    if isinstance(fields, frozenset) and batches.left_out:
+        named = " and ".join(sorted(batches.left_out))
+        raise ValueError(f"{found.source}: {named} must be in every {found.unit} or in none, but is in some.")
     for column in sorted(batches.left_out):
         run.say(f"{found.source}: {column} is not a number in every {found.unit}, so the loss does not receive it.")
     for entry, count in batches.unread.items():
@@ -399,13 +406,20 @@ class Trained(NamedTuple):
 
 
 def trained_of(
-    run: Run, *, reference: bool = False, critic: ScalarHead | None = None, head: ScalarHead | None = None
+    run: Run,
+    *,
+    reference: bool | Params = False,
+    critic: ScalarHead | None = None,
+    head: ScalarHead | None = None,
 ) -> Trained:
     """Return all weights or adapters to be trained, and a critic's, or with `head` those of a reward model.
 
-    The reference is the model that training starts from, in the type that the policy computes in: at first they are
-    equal. A critic computes in float32. A reward model starts from its head, if the model or the adapter that training
-    goes on from has one, else from a random one.
+    A critic computes in float32. A reward model starts from its head, if the model or the adapter that training goes on
+    from has one, else from a random one.
+
+    Args:
+        reference: the parameters of the reference; True is the model that training starts from, in the type that the
+            policy computes in, so that at first they are equal.
 
     Raises:
         ValueError: if a reward model is to be trained as a language model.
@@ -425,8 +439,8 @@ def trained_of(
         own = {"model": trained} | ({} if start is None else {"head": start})
         trained, view = head.init(run.keys.head, params) | own, _within("model", view)
     view = _then(view, narrow)
-    ref = None
-    if reference:
+    ref = None if isinstance(reference, bool) else reference
+    if reference is True:
         ref = params if config.lora_from is None else lora.merge(params, adapter)
         ref = ref if narrow is None else narrow(ref, None)
     if critic is not None:
@@ -510,7 +524,81 @@ class Objective(NamedTuple):
     kind: str
     watch: tuple[str, ...]
     identity: Mapping[str, Any] = {}
-    fields: bool = False  # the loss takes numbers beside the text of each row
+    fields: Columns = False  # the loss takes numbers beside the text of each row: all, or those of some names
+    ahead: Reference | None = None  # its log-probabilities are computed before the first step
+
+
+@dataclasses.dataclass
+class Reference:
+    """A model that stays as it is, beside the trained one: a reference or a teacher."""
+
+    lm: LanguageModel
+    params: Params | None  # None once they are not needed any more
+    sha256: str
+
+
+def reference_of(run: Run, given: Any, *, name: str = "reference") -> Reference:
+    """Return another model, which must read the same tokens as the trained one; None is the trained model as it began.
+
+    Raises:
+        TypeError, ValueError: if it is not a model, or has another vocabulary, tokenizer, or too short a context.
+    """
+    narrow = compute_in(run.config.dtype) if run.config.dtype == "bfloat16" else lambda params, frozen: params
+    if given is None:
+        lora, adapter = (None, None) if run.config.lora_from is None else _adapters(run)
+        params = run.loaded.params if lora is None else lora.merge(run.loaded.params, adapter)
+        return Reference(run.lm, narrow(params, None), run.sha256)
+    if isinstance(given, str | os.PathLike):
+        found = models.load(given)
+    elif hasattr(given, "params"):
+        found = _as_loaded(given)
+    else:
+        raise TypeError(f"{name} must be a model, its name or its path, but is a {type(given).__name__}.")
+    if found.model.vocab_size != run.lm.vocab_size:
+        raise ValueError(
+            f"the {name} must have the model's vocabulary of {run.lm.vocab_size} tokens, but has "
+            f"{found.model.vocab_size}."
+        )
+    if found.tokenizer is None or found.tokenizer.get_vocab() != run.loaded.tokenizer.get_vocab():
+        raise ValueError(f"the {name} must have the tokenizer of the model, but has {_other(found.tokenizer)}.")
+    most = min(run.config.max_length or run.lm.max_length, run.lm.max_length)
+    if found.model.max_length < most:
+        raise ValueError(
+            f"the {name} must have a context of at least max_length, {most} tokens, but has {found.model.max_length}."
+        )
+    sha256 = "" if run.out is None else _digest(found.params)
+    return Reference(found.model, narrow(_in(jnp.float32, found.params), None), sha256)
+
+
+def _other(tokenizer: Any) -> str:
+    return "none" if tokenizer is None else f"another one, of {len(tokenizer.get_vocab())} tokens"
+
+
+def add_reference(run: Run, batches: Batches, digest: str, reference: Reference, *, name: str = "data") -> None:
+    """Let batches of pairs have the reference's log-probabilities: those in the run's folder, else computed now."""
+    path = None if run.out is None else run.out / AHEAD[name]
+    encoded = {each: getattr(run.config, each) for each in ("max_length", "cut", "train_on", "dtype", "on_bad")}
+    identity = json.dumps({"data": digest, "reference": reference.sha256, **encoded})
+    if path is not None and path.is_file():
+        with np.load(path) as kept:
+            if str(kept["identity"]) == identity:
+                batches.added = {each: kept[each] for each in kept.files if each != "identity"}
+                return
+    order = sorted(range(len(batches)), key=lambda place: batches.rows(place).length)
+    size = max(1, run.config.batch_size // run.config.microbatches)
+    found: dict[str, np.ndarray] = {}
+    hidden = not run.verbose or runtime.is_file()
+    for start in tqdm(range(0, len(order), size), desc="reference", unit="batch", disable=hidden):
+        places = order[start : start + size]
+        filled = places + places[-1:] * (size - len(places))  # batches of one size
+        batch = with_reference(reference.lm, reference.params, jax.tree.map(jnp.asarray, batches.collate(filled)))
+        for column in OF_REFERENCE:
+            values = np.asarray(getattr(batch, column))
+            found.setdefault(column, np.zeros(len(order), values.dtype))[places] = values[: len(places)]
+    if path is not None:
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, identity=identity, **found)
+    batches.added = found
 
 
 def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples: bool = True) -> Params:
@@ -523,16 +611,15 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         raise ValueError("packing must be False for a loss that compares all examples of a batch, but is True.")
     options = {"fields": objective.fields, "packing": run.config.packing}
     batches, found = batches_of(run, data, objective.kind, batch_size=run.config.batch_size, **options)
+    if objective.ahead is not None:
+        add_reference(run, batches, found.digest(), objective.ahead)
     run = _counted(run, batches)
     config: OfflineConfig = run.config
     rate, optimizer = optimizer_for(config, config.steps)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
-    measures: list[Callable[[Params], Mapping[str, float | str]]] = []
-    if config.eval_data is not None:
-        measures.append(held_out(run, objective, trained))
-    if samples and run.reports:
-        sample = sampler_of(run, *_start_of(run, batches))
-        measures.append(lambda params: {"sample": sample(trained.model(params))})
+    measured = _evaluation(run, objective, trained, batches if samples else None)
+    if objective.ahead is not None:
+        objective.ahead.params = None
     copy = trained.frozen.ref is not None or not run.owned
     absent = getattr(objective.loss, "absent", lambda batch: ())  # metrics that are means over nothing
 
@@ -543,14 +630,74 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         return state, {name: value for name, value in metrics.items() if name not in missing}
 
     state = run.loop(
-        initial_state(trained.params, optimizer, run.keys.state, copy=copy),
+        initial_state(trained.params, optimizer, run.keys.state, copy=copy, loss=objective.loss),
         advance,
         tokens=batches.tokens,
         numbers=progress(rate, batches),
-        evaluate=lambda params: dict(item for measure in measures for item in measure(params).items()),
+        evaluate=measured,
         config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
         watch=objective.watch,
         describe=batches.describe,
+    )
+    return state.params
+
+
+def _evaluation(
+    run: Run, objective: Objective, trained: Trained, batches: Batches | None
+) -> Callable[[Params], dict[str, float | str]]:
+    """Return the held-out numbers, and a sample from the batches' first prompt, as a function of the parameters."""
+    measures: list[Callable[[Params], Mapping[str, float | str]]] = []
+    if run.config.eval_data is not None:
+        measures.append(held_out(run, objective, trained))
+    if batches is not None and run.reports:
+        sample = sampler_of(run, *_start_of(run, batches))
+        measures.append(lambda params: {"sample": sample(trained.model(params))})
+    return lambda params: dict(item for measure in measures for item in measure(params).items())
+
+
+def fit_on_policy(run: Run, data: Data, objective: Objective, trained: Trained) -> Params:
+    """Minimise an objective over completions that the model samples itself in a share of the steps; see `fit`.
+
+    The steps of that share are drawn from the seed. With `on_policy` 1, `data` need no completions. No gradient flows
+    through the sampling.
+    """
+    config: DistillConfig = run.config
+    data = data if isinstance(data, str | os.PathLike) else list(data)
+    sampler = Sampler(config.max_new_tokens, config.temperature, eos_ids=run.eos)
+    given = asked = None
+    if config.on_policy < 1:
+        given, found = batches_of(run, data, objective.kind, batch_size=config.batch_size)
+    if config.on_policy > 0:
+        kind = "prompt-only" if given is None else "prompt-of-completion"
+        asked, found = batches_of(run, data, kind, batch_size=config.batch_size, room=config.max_new_tokens)
+    first = asked if given is None else given
+    run = _counted(run, first)
+    rate, optimizer = optimizer_for(config, run.config.steps)
+    step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
+
+    @jax.jit
+    def drawn(state: TrainState, prompts: Prompts, frozen: Frozen) -> Sequences:
+        policy = state.params if trained.view is None else trained.view(state.params, frozen)
+        return rollout(run.lm, policy, prompts, jax.random.fold_in(state.step_key, 0), sampler).sequences
+
+    def is_own(done: int) -> bool:
+        return np.random.default_rng([config.seed, done, 1]).random() < config.on_policy
+
+    def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
+        own = is_own(done)
+        batch = drawn(state, asked(done), trained.frozen) if own else jax.tree.map(jnp.asarray, given(done))
+        state, metrics = step(state, batch, trained.frozen)
+        return state, metrics | {"on_policy": own, "completion_tokens": metrics["length"] * config.batch_size}
+
+    state = run.loop(
+        initial_state(trained.params, optimizer, run.keys.state, copy=not run.owned, loss=objective.loss),
+        advance,
+        tokens="completion_tokens",
+        numbers=progress(rate, first),
+        evaluate=_evaluation(run, objective, trained, first),
+        config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
+        watch=objective.watch,
+        describe=lambda done: (asked if is_own(done) else given).describe(done),
     )
     return state.params
 
@@ -582,9 +729,11 @@ def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Para
         ValueError: for a single row, if the loss compares rows; or if `keep_best` is not one of the numbers.
     """
     config, least = run.config, 2 if getattr(objective.loss, "needs_whole_batch", False) else 1
-    batches, _ = batches_of(
+    batches, found = batches_of(
         run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
     )
+    if objective.ahead is not None:
+        add_reference(run, batches, found.digest(), objective.ahead, name="eval_data")
     count, size = len(batches), config.batch_size // config.microbatches
     if count < least:
         raise ValueError(f"eval_data must have at least 2 records for a loss that compares rows, but has {count}.")

@@ -39,8 +39,9 @@ def reward_loss(head: ScalarHead, *, centering: float = 0.0, margin_scale: float
 
         L = −log σ(r_i − r_j − c (m_i − m_j)),   i better than j, m the batch's margins, c their scale
 
-    The batch is a `RankedBatch`; the parameters are the head's. Metrics: `accuracy`, the share of pairs in the right
-    order (a tie of scores counts half), `margin`, their mean difference in score, and `score`, the mean.
+    The batch is a `RankedBatch`, whose field `margin` is m, else 0; the parameters are the head's. Metrics: `accuracy`,
+    the share of pairs in the right order (a tie of scores counts half), `margin`, their mean difference in score, and
+    `score`, the mean.
 
     Args:
         centering: weight of (r_i + r_j)², averaged as the loss is. It holds the scores around 0, as comparisons leave

@@ -24,6 +24,7 @@ class Frozen(NamedTuple):
 
     ref: Params | None = None  # of the reference policy
     base: Params | None = None  # of the model that adapters are merged into
+    running: PyTree = None  # the statistic of a loss that keeps one, as it was before the step: see `Running`
 
 
 # (trained, frozen, key=None) -> the parameters that the loss sees. The key is the step's; without it nothing is random.
@@ -37,6 +38,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: Key[Array, ""]
+    running: PyTree = ()  # the statistic of a loss that keeps one: see `Running`
 
     @property
     def step_key(self) -> Key[Array, ""]:
@@ -64,12 +66,29 @@ class Loss(NamedTuple):
 LossFn = Callable[[Params, PyTree, Frozen | None, Array], Loss]  # (params, batch, frozen, key) -> Loss
 
 
+class Running(NamedTuple):
+    """A statistic over the steps of a run, such as BCO's mean reward: the attribute `running` of a loss that keeps one.
+
+    It is part of the state, and the loss reads it as `frozen.running`. It is advanced by the metrics of whole batches,
+    so that it does not depend on microbatches.
+    """
+
+    start: float
+    advance: Callable[[Array, Metrics, Array], Array]  # (statistic, metrics of a step, number of steps before it)
+
+
 def initial_state(
-    params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, copy: bool = True
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    copy: bool = True,
+    loss: LossFn | None = None,
 ) -> TrainState:
     """Return the state before the first step. Of parameters in bfloat16 the optimiser's state is in float32.
 
     Args:
+        loss: a loss that may keep a `Running` statistic, which is then begun; without it, it keeps none.
         copy: copy `params`, so that they stay valid. Without it the first step donates them: nothing may read them any
             more, and the memory never holds them twice.
     """
@@ -77,7 +96,9 @@ def initial_state(
         params, key = jax.tree.map(jnp.copy, (params, key))
     # Compiled, so that no wide copy of narrow parameters is made.
     init = jax.jit(lambda params: optimizer.init(_wide(params))) if _is_narrow(params) else optimizer.init
-    return TrainState(params, init(params), jnp.zeros((), jnp.int32), key)
+    running = getattr(loss, "running", None)
+    statistic = () if running is None else jnp.asarray(running.start, jnp.float32)
+    return TrainState(params, init(params), jnp.zeros((), jnp.int32), key, statistic)
 
 
 def make_step(
@@ -130,6 +151,10 @@ def update(
             f"microbatches must be 1 for a loss that compares with all rows of a batch, but is {microbatches}."
         )
 
+    running = getattr(loss, "running", None) if jax.tree.leaves(state.running) else None
+    if running is not None:
+        frozen = (frozen or Frozen())._replace(running=state.running)
+
     def found(loss: LossFn, batch: PyTree) -> tuple[Params, Metrics]:
         def seen(params: Params, part: PyTree, key: Array) -> Loss:
             return loss(params if view is None else view(params, frozen, key), part, frozen, key)
@@ -145,7 +170,8 @@ def update(
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, _wide(state.params))
     params = _added(state.params, updates, jax.random.fold_in(state.step_key, ROUNDING))
-    return TrainState(params, opt_state, state.step + 1, state.key), metrics
+    statistic = state.running if running is None else running.advance(state.running, metrics, state.step)
+    return TrainState(params, opt_state, state.step + 1, state.key, statistic), metrics
 
 
 def gradients(

@@ -12,6 +12,10 @@ def two_distributions(rng, n):
     return Case((rng.normal(size=(n.batch, n.vocab)), rng.normal(size=(n.batch, n.vocab))))
 
 
+def mixed_distributions(rng, n):
+    return Case(two_distributions(rng, n).differentiable, (), {"mixture": rng.uniform(0.05, 0.95)})
+
+
 def masked_distributions(rng, n):
     shape = (n.batch, n.time, n.vocab)
     return Case((rng.normal(size=shape), rng.normal(size=shape)), (mask(rng, n.batch, n.time, kept=n.kept),))
@@ -42,6 +46,7 @@ CASES = {
     kl.k3: pair,
     kl.exact_kl: two_distributions,
     kl.exact_forward_kl: two_distributions,
+    kl.jensen_shannon: mixed_distributions,
     kl.rao_blackwell_kl: masked_distributions,
     logprobs.token_log_probs: tokens_of_logits,
     logprobs.sequence_log_prob: masked_tokens_of_logits,

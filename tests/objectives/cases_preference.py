@@ -20,6 +20,16 @@ def pairs_of_lengths(rng, n):
     return Case(case.differentiable, tuple(rng.integers(1, 9, (2, n.batch))), case.settings)
 
 
+def pairs_with_tails(rng, n):
+    case = pairs(label_smoothing=0.1, alpha=lambda rng: rng.uniform(0, 1))(rng, n)
+    return Case((*case.differentiable, *(log_probs(rng, n.batch) for _ in range(4))), (), case.settings)
+
+
+def aligned_pairs(rng, n):
+    case = pairs(label_smoothing=0.1)(rng, n)
+    return Case(case.differentiable, tuple(rng.normal(0, 1, (2, n.batch))), case.settings)
+
+
 def without_reference(**settings):
     return lambda rng, n: Case((log_probs(rng, n.batch), log_probs(rng, n.batch)), (), {"beta": n.beta, **settings})
 
@@ -31,7 +41,7 @@ def single_answers(rng, n):
 
 
 CASES = {
-    preference.dpo_loss: pairs(label_smoothing=0.1),
+    preference.dpo_loss: pairs(label_smoothing=0.1, margin=0.4),
     preference.robust_dpo_loss: pairs(label_smoothing=0.2),
     preference.ipo_loss: pairs(),
     preference.hinge_loss: pairs(),
@@ -43,11 +53,18 @@ CASES = {
     preference.apo_down_loss: pairs(),
     preference.discopop_loss: pairs(temperature=lambda rng: rng.uniform(0.05, 2.0)),
     preference.f_dpo_loss: {
-        divergence: pairs(divergence=divergence, alpha=lambda rng: rng.uniform(0.0, 1.5))
-        for divergence in ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
+        **{each: pairs(divergence=each) for each in ("reverse_kl", "forward_kl", "jensen_shannon")},
+        "alpha": pairs(divergence="alpha", alpha=lambda rng: rng.uniform(0.0, 1.5)),
     },
     preference.length_normalised_dpo_loss: pairs_of_lengths,
+    preference.length_normalised_ipo_loss: pairs(),
+    preference.ld_dpo_loss: pairs_with_tails,
+    preference.wpo_loss: aligned_pairs,
+    preference.aot_loss: pairs(label_smoothing=0.1),
+    preference.aot_unpaired_loss: pairs(label_smoothing=0.1),
     preference.simpo_loss: without_reference(gamma=0.7),
+    preference.alphapo_loss: {"": without_reference(gamma=0.7, alpha=0.3), "below 0": without_reference(alpha=-0.8)},
+    preference.sft_loss: lambda rng, n: Case((log_probs(rng, n.batch), log_probs(rng, n.batch)), (), {}),
     preference.orpo_loss: without_reference(nll_weight=0.8),
     preference.cpo_loss: without_reference(label_smoothing=0.1, nll_weight=0.8),
     preference.kto_loss: single_answers,

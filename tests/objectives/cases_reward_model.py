@@ -11,7 +11,7 @@ def scores(**settings):
 def ranked(rng, n):
     shape = (n.batch, n.time)
     ranks = rng.integers(0, 4, shape)  # with ties
-    return Case((3 * rng.normal(size=shape),), (ranks, mask(rng, *shape, kept=n.kept)))
+    return Case((3 * rng.normal(size=shape),), (ranks, mask(rng, *shape, kept=n.kept)), {"margin": 0.4})
 
 
 def in_order(rng, n):

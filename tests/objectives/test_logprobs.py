@@ -68,6 +68,18 @@ def test_gradient_is_one_hot_minus_softmax():
     )
 
 
+@pytest.mark.parametrize("offset", [0, 3000, -1e6])
+def test_an_offset_of_all_logits_costs_no_digits(offset):
+    logits = np.round(np.float32(LOGITS) * 16) / 16  # which the sum with the offset holds exactly
+    found, expected = compiled(np.float32(logits + offset), TOKENS), taken(logits, TOKENS)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(slope(np.float32(logits + offset), TOKENS), slope(logits, TOKENS), atol=1e-6)
+
+
+def test_a_log_probability_near_zero_is_not_zero():
+    assert float(compiled(np.float32([[100, 85, 80]]), np.array([0]))[0]) == pytest.approx(-3.1e-7, abs=6e-8)
+
+
 # Entropy and sequences ------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +166,17 @@ def test_fused_accumulates_bfloat16_in_float32():
     for gradient, other in zip(gradients, exact, strict=True):
         assert gradient.dtype == jnp.bfloat16
         np.testing.assert_allclose(gradient.astype(jnp.float32), other, atol=0.02 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("chunk_size", [100, None])
+def test_no_fused_log_probability_is_above_zero(chunk_size):
+    """At logits near 83, whose rounding errors are far larger than the log-probabilities."""
+    unembedding = np.random.default_rng(0).normal(0, 1, (1000, 768)).astype(np.float32)
+    hidden, tokens = unembedding[:64] * np.float32(3 / 768**0.5), np.arange(64)
+    fused = jax.jit(functools.partial(fused_token_log_probs, chunk_size=chunk_size))(hidden, unembedding, tokens)
+    assert (fused <= 0).all()
+    exact = taken(hidden.astype(np.float64) @ unembedding.T.astype(np.float64), tokens)
+    np.testing.assert_allclose(fused, exact, atol=2e-4)  # the rounding of the matrix product
 
 
 def test_fused_never_holds_the_logits_of_all_places():

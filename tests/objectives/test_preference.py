@@ -17,6 +17,7 @@ from jaxrl_llm.objectives.preference import PAIR_LOSSES
 BETA = 0.3
 OF_REFERENCE = {name: loss for name, loss in PAIR_LOSSES.items() if loss.needs == {"reference"}}
 RATIOS = [(0.7, -1.1), (-2.0, 1.5), (3.0, 2.5), (0.0, 0.0)]  # (a, b)
+MARGIN_ALONE = ("dpo", "robust_dpo", "ipo", "hinge", "exo", "discopop", "f_dpo")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
 
@@ -98,11 +99,15 @@ def test_the_arguments_of_a_loss_have_names():
     policy, ref = ["logp_policy_chosen", "logp_policy_rejected"], ["logp_ref_chosen", "logp_ref_rejected"]
     for loss in PAIR_LOSSES.values():
         names = policy + (ref if "reference" in loss.needs else [])
-        names += ["length_chosen", "length_rejected"] if "lengths" in loss.needs else []
+        names += [name.replace("_c", "_tail_c").replace("_rej", "_tail_rej") for name in names] * (
+            "tails" in loss.needs
+        )
+        names += ["length_chosen", "length_rejected"] * ("lengths" in loss.needs)
+        names += ["alignment_chosen", "alignment_rejected"] * ("alignments" in loss.needs)
         assert list(inspect.signature(loss).parameters) == [*names, *loss.hyperparameters]
         assert all(name in loss.__doc__ for name in [*names, "Raises:", "Source:"])
     assert preference.simpo_loss.needs == preference.orpo_loss.needs == {"means"} and not preference.cpo_loss.needs
-    assert preference.dpo_loss.hyperparameters == {"beta": 0.1, "label_smoothing": 0.0}
+    assert preference.dpo_loss.hyperparameters == {"beta": 0.1, "label_smoothing": 0.0, "margin": 0.0}
     logps = four(0.7, -1.1)
     by_name = preference.dpo_loss(**dict(zip(policy + ref, logps, strict=True)))
     np.testing.assert_array_equal(by_name, preference.dpo_loss(*logps))
@@ -265,6 +270,52 @@ def test_f_dpo_passes_into_the_reverse_divergence_as_alpha_nears_one_and_takes_a
     assert (abs(slope_at(0.5) - slope_at(1.0)) > 1e-3).all()
 
 
+FLAT = np.float32([-40, -30, -20, -5, 0.5, 5, 20, 40])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, {}) for name in OF_REFERENCE if name in MARGIN_ALONE]
+    + [("f_dpo", {"divergence": each}) for each in DIVERGENCES[1:]]
+    + [("f_dpo", {"divergence": "alpha", "alpha": each}) for each in (0.3, 0.0, 1.7)],
+)
+def test_at_equal_log_ratios_of_any_size_the_loss_is_that_of_the_reference_under_jit_too(name, settings):
+    """A difference of two large equal terms would be the rounding error of one of them, by a fused multiply-add."""
+    loss, zero = PAIR_LOSSES[name], np.zeros_like(FLAT)
+    found = [jax.jit(functools.partial(loss, **settings))(each, each.copy(), zero, zero) for each in (FLAT, zero)]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("c", [-1.0, -0.7, 0.5, 1.0])
+def test_a_difference_of_powers_keeps_its_digits(c):
+    a = np.float32([-40, -20, 3, 30])
+    step = np.float32([1e-3, -1e-2, 1e-4, -1e-3])
+    b = (a + step).astype(np.float32)
+    found = jax.jit(preference._power_difference, static_argnums=2)(a, b, c)
+    wide = [each.astype(np.float64) for each in (a, b)]
+    expected = -np.exp(c * wide[0]) * np.expm1(c * (wide[1] - wide[0])) / c
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*sorted(set(OF_REFERENCE) - {"ipo", "sppo"}), "simpo", "cpo", "kto"])
+def test_autodiff_of_a_saturated_loss_has_its_digits(name):
+    """Of σ(x) (1 − σ(x)) nothing is left in float32 from x = 17 on."""
+    x = np.float32([-40, -20, -16, -12, -3, 3, 12, 16, 20, 40])
+    loss, zero = getattr(preference, f"{name}_loss"), np.zeros_like(x)
+    policy = (x, zero + 1) if name != "kto" else (x,)
+    reference = (zero,) * len(policy) if "reference" in getattr(loss, "needs", ("reference",)) else ()
+    constants = (np.arange(x.size) % 2 == 0, zero) if name == "kto" else ()
+
+    @jax.jit
+    def slopes(*given):
+        total = lambda first: loss(first, *given[1:], *constants, beta=1.0).sum()  # noqa: E731
+        return jax.grad(total)(given[0]), loss.grad(*given, *constants, beta=1.0)[0]
+
+    by_autodiff, closed = slopes(*policy, *reference)
+    np.testing.assert_allclose(by_autodiff, closed, rtol=1e-5, atol=1e-37)
+    assert np.count_nonzero(closed) >= x.size // 2
+
+
 def test_length_normalised_dpo_is_dpo_of_log_ratios_per_token():
     logps, lengths = four([6.0, -2.0], [2.0, 1.0]), (np.array([3, 4] * 2), np.array([2, 5] * 2))
     per_token = four([2.0, -0.5], [1.0, 0.2])
@@ -280,6 +331,66 @@ def test_length_normalised_dpo_wants_lengths_of_at_least_one():
         preference.length_normalised_dpo_loss(*logps, jnp.ones(4, int), jnp.array([2, 0, 1, 1]))
     traced = compiled(preference.length_normalised_dpo_loss)(*logps, np.array([1, 0, 1, 1]), np.ones(4, int))
     np.testing.assert_allclose(traced, compiled(preference.dpo_loss)(*logps), rtol=1e-6)
+
+
+def test_a_margin_of_dpo_is_an_offset_of_its_reward_and_may_be_one_for_each_pair():
+    margins = np.array([0.5, -0.2, 0.0, 2.0], np.float32)
+    moved = compiled(preference.dpo_loss)(*four(0.7, -1.1), beta=BETA, margin=margins)
+    for found, margin in zip(moved, margins, strict=True):
+        assert float(found) == pytest.approx(-log_sigmoid(BETA * 1.8 - float(margin)), rel=1e-5)
+    total = lambda margin: preference.dpo_loss(*four(0.7, -1.1), margin=margin).sum()  # noqa: E731
+    assert (jax.jit(jax.grad(total))(margins) == 0).all()
+    with pytest.raises(ValueError, match=r"margin must be a number or \[\*batch\] = \[4\] as in logp_policy_chosen"):
+        preference.dpo_loss(*four(0.7, -1.1), margin=margins[:3])
+
+
+def test_ld_dpo_is_dpo_at_alpha_one_and_without_the_tails_at_alpha_zero():
+    a, b = np.array(RATIOS).T
+    whole, tails = four(a, b), four(a / 3, 0 * b)
+    loss, dpo = compiled(preference.ld_dpo_loss), compiled(preference.dpo_loss)
+    np.testing.assert_allclose(loss(*whole, *tails, beta=BETA, alpha=1.0), dpo(*whole, beta=BETA), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(*whole, *tails, beta=BETA, alpha=0.0), dpo(*four(2 * a / 3, b), beta=BETA), rtol=1e-5
+    )
+
+
+def test_the_weight_of_wpo_is_at_most_one_and_the_product_of_both_alignments():
+    pairs, s_w, s_l = four(0.7, -1.1), np.float32([-1, -1, 2, 0.5]), np.float32([-0.5, 0.25, -3, 1])
+    found = compiled(preference.wpo_loss)(*pairs, s_w, s_l, beta=BETA)
+    dpo = compiled(preference.dpo_loss)(*pairs, beta=BETA)
+    np.testing.assert_allclose(found / dpo, [math.exp(-1.5), math.exp(-0.75), math.exp(-1), 1], rtol=1e-5)
+
+
+def test_aot_compares_quantiles_of_a_batch_and_of_one_pair_is_dpo():
+    a, b = np.array([1.0, -2.0, 0.5, 3.0]), np.array([0.2, 0.1, -4.0, 1.0])
+    pairs = four(a, b)  # whose reference prefers the chosen ones by 11
+    policy = np.sort(np.asarray(pairs[0]) - pairs[1]) - 11
+    paired = compiled(preference.aot_loss)(*pairs, beta=BETA)
+    np.testing.assert_allclose(paired, [-log_sigmoid(BETA * each) for each in policy], rtol=1e-5)
+    unpaired = compiled(preference.aot_unpaired_loss)(*pairs, beta=BETA)
+    np.testing.assert_allclose(unpaired, [-log_sigmoid(BETA * each) for each in np.sort(a) - np.sort(b)], rtol=1e-5)
+    one = [each[:1] for each in pairs]
+    for loss in (preference.aot_loss, preference.aot_unpaired_loss):
+        np.testing.assert_allclose(loss(*one, beta=BETA), preference.dpo_loss(*one, beta=BETA), rtol=1e-6)
+
+
+def test_the_aot_gradient_is_that_of_the_pair_with_the_quantile():
+    policy = np.float32([3, 1, 2, 0])
+    slopes = compiled(preference.aot_loss.grad)(policy, *[np.zeros(4, np.float32)] * 3, beta=1.0)
+    np.testing.assert_allclose(slopes[0], [-sigmoid(-float(each)) for each in policy], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, -1e-6, 0.0])
+def test_alphapo_passes_into_simpo(alpha):
+    w, l = of_four([-1.0, -0.5]), of_four([-2.0, -0.75])  # noqa: E741
+    found = compiled(preference.alphapo_loss)(w, l, beta=2.0, gamma=0.5, alpha=alpha)
+    np.testing.assert_allclose(found, compiled(preference.simpo_loss)(w, l, beta=2.0, gamma=0.5), rtol=1e-5)
+
+
+def test_alphapo_by_hand():
+    found = preference.alphapo_loss(of_four(-1.0), of_four(-2.0), beta=2.0, gamma=0.5, alpha=0.25)
+    lead = 2 * (math.exp(0.5) - math.exp(0.25)) / 0.25
+    np.testing.assert_allclose(found, -log_sigmoid(lead - 0.5), rtol=1e-5)
 
 
 def test_simpo_at_equal_averages_and_at_its_target_margin():
@@ -369,7 +480,12 @@ def test_kto_with_a_batch_of_one_would_cancel_its_own_signal():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        *[(name, {"beta": beta}, r"beta must lie in \(0, inf\)") for name in PAIR_LOSSES for beta in (0.0, -1.0)],
+        *[
+            (name, {"beta": beta}, r"beta must lie in \(0, inf\)")
+            for name in sorted({*PAIR_LOSSES} - {"sft"})
+            for beta in (0.0, -1.0)
+        ],
+        ("ld_dpo", {"alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
         ("dpo", {"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 1\]"),
         ("cpo", {"label_smoothing": 1.1}, r"label_smoothing must lie in \[0, 1\]"),
         ("robust_dpo", {"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\)"),
@@ -377,6 +493,8 @@ def test_kto_with_a_batch_of_one_would_cancel_its_own_signal():
         ("discopop", {"temperature": 0.0}, "temperature must lie in"),
         ("f_dpo", {"divergence": "hellinger"}, "reverse_kl, forward_kl, jensen_shannon, alpha.*hellinger"),
         ("f_dpo", {"divergence": "alpha", "alpha": -1.0}, "alpha must lie in"),
+        ("f_dpo", {"divergence": "forward_kl", "alpha": 0.3}, 'alpha must be given with the divergence "alpha" alone'),
+        ("f_dpo", {"alpha": 0.3}, 'alpha must be given with the divergence "alpha" alone'),
         ("orpo", {"nll_weight": -1.0}, "nll_weight must lie in"),
         ("cpo", {"nll_weight": -1.0}, "nll_weight must lie in"),
     ],
@@ -386,6 +504,7 @@ def test_hyperparameters_out_of_range_are_refused_by_loss_and_gradient(name, set
         np.full(2, -1.0, np.float32) for each in inspect.signature(PAIR_LOSSES[name]).parameters if each[:4] == "logp"
     ]
     arrays += [np.ones(2, int)] * 2 if "lengths" in PAIR_LOSSES[name].needs else []
+    arrays += [np.zeros(2, np.float32)] * 2 if "alignments" in PAIR_LOSSES[name].needs else []
     for function in (PAIR_LOSSES[name], PAIR_LOSSES[name].grad):
         with pytest.raises(ValueError, match=message):
             function(*arrays, **settings)
@@ -407,7 +526,7 @@ SETTINGS = {
     **{name: {} for name in (*PAIR_LOSSES, "kto")},
     "dpo smoothed": {"label_smoothing": 0.1},
     "discopop": {"temperature": 1.5},
-    **{f"f_dpo {divergence}": {"divergence": divergence, "alpha": 0.4} for divergence in DIVERGENCES},
+    **{f"f_dpo {each}": {"divergence": each} | ({"alpha": 0.4} if each == "alpha" else {}) for each in DIVERGENCES},
 }
 
 
@@ -416,20 +535,25 @@ def test_extreme_log_probabilities(name):
     """At -1e4 all is finite; at -inf the gradient is, is what autodiff finds, and one -inf gives no NaN."""
     loss = getattr(preference, f"{name.split()[0]}_loss")
     count = 4 if "reference" in getattr(loss, "needs", ()) else 2
-    arrays = list(GRID[:count])
+    tails = "tails" in getattr(loss, "needs", ())
+    grid = GRID[:, np.isfinite(GRID).all(axis=0)] if name.startswith("aot") else GRID  # which mixes the pairs
+    arrays = list(grid[:count]) + list(grid / 2) * tails
     size = arrays[0].size
     constants = {
         "kto": (np.arange(size) % 2 == 0, np.ones(size, np.float32)),
         "length_normalised_dpo": (np.full(size, 3), np.full(size, 2)),
+        "wpo": (np.float32(GRID[1]), np.ones(size, np.float32)),
     }.get(name, ())
+
+    settings = SETTINGS[name] | ({"beta": BETA} if name != "sft" else {})
 
     @jax.jit
     def everything(*arrays):
-        value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, beta=BETA, **SETTINGS[name]), *arrays)
-        return value, pull_back(jnp.ones_like(value)), loss.grad(*arrays, *constants, beta=BETA, **SETTINGS[name])
+        value, pull_back = jax.vjp(lambda *logps: loss(*logps, *constants, **settings), *arrays)
+        return value, pull_back(jnp.ones_like(value)), loss.grad(*arrays, *constants, **settings)
 
     value, by_autodiff, closed = everything(*arrays)
-    infinite = np.isinf(arrays).sum(axis=0)
+    infinite = np.isinf(arrays[:count]).sum(axis=0)
     assert np.isfinite(value[infinite == 0]).all()
     assert not np.isnan(value[infinite <= 1]).any()
     assert np.isfinite(by_autodiff).all() and np.isfinite(closed).all()

@@ -159,3 +159,10 @@ def test_extreme_scores_are_finite_and_an_infinite_one_has_a_finite_gradient():
         by_autodiff = jax.jit(jax.grad(lambda scores: loss(scores, *constants).sum()))(extremes)  # noqa: B023
         assert np.isfinite(by_autodiff).all()
         np.testing.assert_allclose(gradient(extremes, *constants)[0], by_autodiff, rtol=1e-5, atol=1e-6)
+
+
+def test_a_margin_of_a_prompt_is_the_lead_that_each_of_its_pairs_should_have():
+    scores, margin = np.float32([[1.0, 0.2], [0.5, 2.0]]), np.float32([0.7, 0.1])
+    ranks = np.array([[0, 1], [0, 1]])
+    expected = pairwise_loss(scores[:, 0], scores[:, 1], margin=margin)
+    np.testing.assert_allclose(k_choose_2_loss(scores, ranks, margin=margin), expected, rtol=1e-6)

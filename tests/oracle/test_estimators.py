@@ -319,3 +319,38 @@ def test_only_dpo_and_robust_dpo_under_the_noise_it_undoes_have_no_gradient_at_t
 
     for name, slope in at_the_optimum().items():
         assert slope < 1e-12 if name in list(slopes)[:2] else slope > 1e-3, name
+
+
+def test_weights_of_pairs_leave_the_optimum_of_dpo_where_it_is_and_margins_tails_and_likelihood_move_it():
+    """A weight of WPO is the same for both orders of a pair."""
+    ref, _ = distributions()[1].sequences, labels()  # outside jit
+    alignment, tail = np.random.default_rng(0).normal(0, 1, (2, len(ref)))
+
+    def slope(loss):
+        return jax.grad(lambda log_p: population(lambda i, j: loss(log_p, i, j)))
+
+    def four(log_p, i, j):
+        return log_p[i], log_p[j], ref[i], ref[j]
+
+    def with_tails(alpha):
+        def loss(log_p, i, j):
+            tails = log_p[i] * tail[i], log_p[j] * tail[j], ref[i] * tail[i], ref[j] * tail[j]
+            return preference.ld_dpo_loss(*four(log_p, i, j), *tails, beta=BETA, alpha=alpha)
+
+        return loss
+
+    losses = {
+        "wpo": lambda *of: preference.wpo_loss(*four(*of), alignment[of[1]], alignment[of[2]], beta=BETA),
+        "ld_dpo, alpha 1": with_tails(1.0),
+        "ld_dpo": with_tails(0.5),
+        "odpo": lambda *of: preference.dpo_loss(*four(*of), beta=BETA, margin=0.5),
+        "dpo and sft": lambda *of: preference.dpo_loss(*four(*of), beta=BETA) + preference.sft_loss(*four(*of)[:2]),
+    }
+
+    @jax.jit
+    def at_the_optimum():
+        optimum = rlhf.gibbs_optimum(ref, jnp.asarray(REWARDS), beta=BETA)
+        return {name: jnp.abs(slope(loss)(optimum)).max() for name, loss in losses.items()}
+
+    for name, found in at_the_optimum().items():
+        assert found < 1e-12 if name in list(losses)[:2] else found > 1e-3, name

@@ -238,6 +238,7 @@ def ragged(kind, count=7):
             {
                 "prompt-only": Prompt(asked, {"solution": i}),
                 "prompt-completion": PromptCompletion(asked, answers[0]),
+                "prompt-of-completion": Prompt(asked),
                 "preference": Preference(asked, *answers[:2]),
                 "unpaired-preference": UnpairedPreference(asked, answers[0], i % 2 == 0),
                 "ranked": Ranked(asked, answers, tuple(range(len(answers)))),
@@ -271,7 +272,7 @@ def test_batches_hold_the_texts_of_their_records(kind):
     batch, found = batches(1), batches.records(1)
     prompts = [record.prompt for record in found]
     match kind:
-        case "prompt-only":
+        case "prompt-only" | "prompt-of-completion":
             assert rows_as_text(batch) == prompts
         case "prompt-completion":
             assert rows_as_text(batch) == [f"{record.prompt}{record.completion}`" for record in found]
