@@ -106,7 +106,7 @@ def test_a_margin_of_each_row_enters_dpo_and_the_reward_models_loss_and_is_not_d
     first = rows(tmp_path / "reward")[0]  # −log σ(r_w − r_l − 100) is 100 − (r_w − r_l)
     assert first["loss"] == pytest.approx(100 - first["margin"], rel=1e-6)
     train.dpo(model, margins, loss="ipo", **options | {"verbose": True})
-    assert "the loss takes no margin, so that of each row is not used" in capsys.readouterr().out
+    assert "margin is in 4 rows, but nothing reads it" in capsys.readouterr().out
     with pytest.raises(ValueError, match="margin must be in every row or in none, but is in some"):
         train.dpo(model, [*margins[:3], PAIRS[3]], **options)
     with pytest.raises(ValueError, match="row 3: margin must be a finite number, but is '1'"):
