@@ -112,7 +112,7 @@ def test_a_margin_of_each_row_enters_dpo_and_the_reward_models_loss_and_is_not_d
     with pytest.raises(ValueError, match="row 3: margin must be a finite number, but is '1'"):
         train.reward(model, [*margins[:3], PAIRS[3] | {"margin": "1"}], **options)
     ranked = [{"prompt": "Say", "answers": [" a", " b", " c"], "margin": 1.0}] * 4
-    with pytest.raises(ValueError, match="margin must be that of a pair, but there are 3 completions"):
+    with pytest.raises(ValueError, match="margin must be that of a pair, chosen and rejected, but there are answers"):
         train.reward(model, ranked, **options)
 
 
