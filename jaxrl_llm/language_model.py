@@ -113,10 +113,10 @@ class LanguageModel(Protocol):
 
 
 def several_texts(lm: LanguageModel, segments: Array | None) -> dict[str, Array]:
-    """Return `segments` as the keyword arguments of `lm.hidden`: none if there are no segments.
+    """Return the keyword arguments of `lm.hidden` for these segments: {} for None.
 
     Raises:
-        ValueError: if there are, and the model reads one text a row.
+        ValueError: for segments, if the model reads one text a row.
     """
     if segments is None:
         return {}

@@ -175,13 +175,13 @@ def _divided_by_prefixes(tokenizer: Any, parts: Sequence[str], ids: list[int]) -
 def _separated(tokenizer: Any, parts: Sequence[str], count: int) -> list[list[int]]:
     """Return the tokens of the first parts and, encoded by themselves, of those that continue them."""
     before = encode_parts(tokenizer, [parts[:count]])[0]
-    if parts[0] == ANCHOR or not _puts_space(tokenizer):  # an anchor that joins with what follows is no use
+    if parts[0] == ANCHOR or not _puts_space(tokenizer):  # the anchor joined with what follows it
         return before + encode_parts(tokenizer, [parts[count:]])[0]
     return before + encode_parts(tokenizer, [[ANCHOR, *parts[count:]]])[0][1:]
 
 
 def check_characters(string: str, name: str) -> None:
-    """Raise ValueError for a string that UTF-8 cannot encode: it holds a byte, or half a pair, that is no character."""
+    """Raise ValueError for a string that UTF-8 cannot encode: with a stray byte, or half a surrogate pair."""
     try:
         string.encode()
     except UnicodeEncodeError as error:

@@ -179,7 +179,7 @@ def preference(line: Fields) -> Preference:
         asked, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not asked:
             kind = "strings" if isinstance(asked, str) else "conversations"
-            raise ValueError(f"there is no prompt, and the two {kind} do not begin alike")
+            raise ValueError(f"there must be a prompt, or a common beginning of the two {kind}, but there is neither")
     else:
         raise ValueError(f"prompt is missing: there are {', '.join(line)}")
     asked, (chosen, rejected) = alike(_with_system(asked, line), (chosen, rejected))
@@ -507,7 +507,7 @@ class Records(Sequence[Record], Generic[Record]):
         """Parse all lines or rows, and return the same object.
 
         Raises:
-            ValueError: naming the number of each bad one and its reason, or if there is no record.
+            ValueError: for bad lines or rows, with their numbers and reasons, or for data without a record.
         """
         numbers, places, bad = [], [], []
         for number, place, raw in self.raw():
@@ -642,7 +642,7 @@ class JsonLines(Records[Record]):
         on_bad: "raise" names the first bad lines; "skip" leaves them out and lists them in `bad_lines`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
     """
 
     unit = "line"
@@ -697,7 +697,7 @@ def read(
 
     Raises:
         TypeError: if `data`, called `name`, is neither.
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ModuleNotFoundError: for a Parquet file without pyarrow.
         ValueError: naming each bad line, or for a file that cannot be read.
     """

@@ -94,7 +94,7 @@ class LoadedReward:
         """Return the tokens that are scored: of a prompt with its completion, or of a whole text or conversation.
 
         Raises:
-            ValueError: if there is no tokenizer, or they are longer than the context.
+            ValueError: for a reward model without a tokenizer, or texts longer than its context.
         """
         if self.tokenizer is None:
             raise ValueError("the reward model must have a tokenizer to score texts, but has none.")

@@ -232,7 +232,7 @@ def load(folder: str | os.PathLike[str], model: Network) -> tuple[Lora, Adapter]
     The layers are those of which the file holds A and B; each may have its own rank and α.
 
     Raises:
-        FileNotFoundError: if there is no adapter.
+        FileNotFoundError: if the folder has no adapter.
         ValueError: if it is of another kind or of another model, or damaged, naming what does not fit.
     """
     folder = Path(folder)
@@ -288,7 +288,7 @@ def base_of(folder: Path) -> str:
     """Return the name or path of the base model that an adapter records.
 
     Raises:
-        FileNotFoundError: if there is no adapter.
+        FileNotFoundError: if the folder has no adapter.
         ValueError: if it records none.
     """
     base = huggingface.read_config(folder, CONFIG).get("base_model_name_or_path")

@@ -128,7 +128,7 @@ Hidden = Float[Array, "batch time width"]
 
 
 class Context(NamedTuple):
-    """What a block reads beside hidden states."""
+    """The arrays that a block reads beside hidden states."""
 
     turns: tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]] | None  # cosines and sines
     mask: Bool[Array, "batch time slot"]

@@ -28,7 +28,7 @@ def run_figure(run: str | Path | Sequence[Mapping[str, Any]], *, metrics: Sequen
         metrics: those that are drawn, in this order; by default all. `held_out_x` is drawn in the panel of `x`.
 
     Raises:
-        FileNotFoundError: if there is no log.
+        FileNotFoundError: if the folder has no log.
         ValueError: for a log without rows, or a metric that it does not have.
     """
     rows = read_log(run) if isinstance(run, str | Path) else list(run)

@@ -507,7 +507,7 @@ PART = 2048  # lines or rows that are encoded together
 
 
 class Job(NamedTuple):
-    """How lines or rows become rows of tokens; it can be sent to another process."""
+    """The way from lines to rows of tokens; it can be sent to another process."""
 
     encoder: Encoder
     parse: Callable[[Fields], Any] | None  # None: they are records already

@@ -173,7 +173,7 @@ def read_items(path: Path | str) -> JsonLines[Item]:
     """Return the items of a file of JSON lines, read on demand.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if a line is not an item, naming its number, or if the file has no item.
     """
     return JsonLines(Path(path), parse_item).check()

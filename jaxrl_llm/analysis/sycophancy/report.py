@@ -254,7 +254,7 @@ def read_probabilities(path: Path | str) -> dict[str, list[dict[str, float]]]:
     """Read a file of one JSON object: the name of each source, and its list with `{token: probability}` for each item.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it has another form, or names a source or a token twice.
     """
     path = Path(path)
