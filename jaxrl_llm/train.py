@@ -26,7 +26,7 @@ from jaxrl_llm.interface import LM
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model, save_reward_model
 from jaxrl_llm.objectives.preference import kto_loss
 from jaxrl_llm.options import takes
-from jaxrl_llm.training import recipes
+from jaxrl_llm.training import online, recipes
 from jaxrl_llm.training.config import (
     Config,
     Data,
@@ -156,19 +156,20 @@ def dpo(
     beta = {} if config.beta is None else {"beta": config.beta}
     kwargs = dict(sorted((beta | config.loss_kwargs).items()))
     functions = find_losses(losses, kwargs)  # an unknown name is an error before anything is loaded
-    needs, is_kto = needs_of(functions), functions == [kto_loss]
+    needs, is_kto, called = needs_of(functions), functions == [kto_loss], "+".join(map(name_of, functions))
     if is_kto and config.batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 for kto, which compares rows, but is {config.batch_size}.")
+    if config.packing and needs & {"batch", "alignments"}:
+        how = "compares all examples of a batch" if "batch" in needs else "weighs examples by the policy"
+        raise ValueError(f"packing must be False for {called}, which {how}, but is True.")
     if "batch" in needs and config.microbatches > 1:
-        name = "+".join(map(name_of, functions))
         raise ValueError(
-            f"microbatches must be 1 for {name}, which compares all rows of a batch, but is {config.microbatches}."
+            f"microbatches must be 1 for {called}, which compares all rows of a batch, but is {config.microbatches}."
         )
     taken = {name for function in functions for name in OF_PAIRS if name in function.hyperparameters}
     for name, default in (("reference", None), ("precompute_reference", False)):
         if getattr(config, name) != default and "reference" not in needs:
-            of = "+".join(map(name_of, functions))
-            raise ValueError(f"{name} must be {default} for {of}, which has no reference.")
+            raise ValueError(f"{name} must be {default} for {called}, which has no reference.")
     run = recipes.begin(lm, config, out, verbose=verbose)
     reference = recipes.reference_of(run, config.reference) if "reference" in needs else None
     ahead = reference if config.precompute_reference else None
@@ -415,7 +416,7 @@ def _online(
     configured = _configured(cls, config, options)
     method = method_of(configured) if method is None else method
     run = recipes.begin(lm, configured, out, verbose=verbose)
-    return _model(recipes.optimise_rewards(run, prompts, kind, method=method), run)
+    return _model(online.optimise_rewards(run, prompts, kind, method=method), run)
 
 
 class RewardModel(LoadedReward):

@@ -21,7 +21,7 @@ from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.objectives.preference import kto_loss
 from jaxrl_llm.options import field_docs
-from jaxrl_llm.training import recipes
+from jaxrl_llm.training import online, recipes
 from jaxrl_llm.training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.policy import METHODS, method_of
@@ -394,7 +394,7 @@ def test_reward_models_that_cannot_read_the_completions_are_refused(folder, mode
     with pytest.raises(ValueError, match=r"without a tokenizer must have the policy's vocabulary of 4096 .* has 23"):
         train.grpo(model, LINES["prompts"], reward=found, batch_size=4)
     run = recipes.begin(model, GRPOConfig(reward=[vowels, vowels, "jaxrl_llm.rewards:number"]), verbose=False)
-    judges = recipes.judges_of(run)
+    judges = online.judges_of(run)
     assert list(judges.each) == ["vowels", "vowels_2", "number"]
     talk = [{"prompt": [{"role": "user", "content": "a"}]}]
     found = LoadedReward(scorer, scorer.init(jax.random.key(0)), other, {})

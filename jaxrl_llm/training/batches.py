@@ -15,10 +15,11 @@ from jaxrl_llm import text
 from jaxrl_llm.data import records
 from jaxrl_llm.data.records import Fields, Records
 from jaxrl_llm.scoring import Sequences, pad_completions
-from jaxrl_llm.training.encoding import Encoded, Encoder, Job, Rows, cached, tokenise
+from jaxrl_llm.training.encoding import Encoded, Encoder
 from jaxrl_llm.training.preference import PairBatch, UnpairedBatch
 from jaxrl_llm.training.reward_model import RankedBatch
 from jaxrl_llm.training.rollout import Prompts
+from jaxrl_llm.training.tokenised import Job, Rows, cached, tokenise
 
 Length = TypeVar("Length", int, Int[np.ndarray, "batch"])
 Columns = bool | frozenset[str]  # numbers beside the text that a loss takes: all, none, or those of these names

@@ -126,7 +126,11 @@ def test_a_line_is_parsed(kind, line, record):
         ("completion", {"messages": [USER, GOOD], "answer": "b"}, "one format, but has messages and answer"),
         ("unpaired", {"prompt": "a", "text": "b", "label": True}, "one format, but has text and prompt"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same completion"),
-        ("preference", {"chosen": "b", "rejected": "c"}, "or a common beginning of the two strings, but there is neither"),
+        (
+            "preference",
+            {"chosen": "b", "rejected": "c"},
+            "common beginning of the two strings, but there is neither",
+        ),
         ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "or a common beginning of the two conversations"),
         ("preference", {"prompt": "a", "chosen": "b"}, "rejected is missing"),
         ("preference", {"prompt": "Hi", "chosen": "No", "rejected": [USER, BAD]}, "are the same completion"),

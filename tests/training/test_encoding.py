@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from jaxrl_llm.data import records
-from jaxrl_llm.training import encoding
+from jaxrl_llm.training import tokenised
 from jaxrl_llm.training.batches import KINDS, Batches, show_mask
 from jaxrl_llm.training.encoding import Encoder
 from tests.training import chats
@@ -352,9 +352,9 @@ def test_show_mask_marks_exactly_what_is_trained_on():
 def kept(tmp_path, monkeypatch):
     """A cache of one's own that keeps everything, and the number of times that something was tokenised."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(encoding, "SLOW", -1.0)
-    counted, real = [], encoding.tokenise
-    monkeypatch.setattr(encoding, "tokenise", lambda *given, **options: counted.append(1) or real(*given, **options))
+    monkeypatch.setattr(tokenised, "SLOW", -1.0)
+    counted, real = [], tokenised.tokenise
+    monkeypatch.setattr(tokenised, "tokenise", lambda *given, **options: counted.append(1) or real(*given, **options))
     return counted
 
 
@@ -372,9 +372,9 @@ def test_tokens_are_read_from_the_cache_and_never_stale(tmp_path, kept):
 
     first, again = made(), made()
     assert len(kept) == 1, "the second was read"
-    for name in encoding.ARRAYS:
+    for name in tokenised.ARRAYS:
         np.testing.assert_array_equal(getattr(first.data, name), getattr(again.data, name))
-    assert first.data[len(encoding.ARRAYS) :] == again.data[len(encoding.ARRAYS) :]
+    assert first.data[len(tokenised.ARRAYS) :] == again.data[len(tokenised.ARRAYS) :]
     assert [each.number for each in again.bad] == [4] and again.collate([4]).fields["gap"] == [4.0]
     assert again.records(0) == first.records(0)
     other = copy.deepcopy(tokenizer)
@@ -392,7 +392,7 @@ def test_tokens_are_read_from_the_cache_and_never_stale(tmp_path, kept):
     assert tokenizer.decode(made().rows(0).completions[0]) == " was fair<|im_end|>"
     assert len(kept) == len(changes) + 2
     folders = sorted((tmp_path / "cache" / "jaxrl_llm" / "tokens").iterdir())
-    assert len(folders) == encoding.KEPT, "those used last"
+    assert len(folders) == tokenised.KEPT, "those used last"
     made()
     for folder in folders:
         if (folder / "tokens.npy").exists():
@@ -406,7 +406,7 @@ def test_tokens_are_read_from_the_cache_and_never_stale(tmp_path, kept):
 
 
 def test_fast_runs_are_not_kept(tmp_path, kept, monkeypatch):
-    monkeypatch.setattr(encoding, "SLOW", 60.0)
+    monkeypatch.setattr(tokenised, "SLOW", 60.0)
     found = records.read([{"text": "The king"}], KINDS["prompt-completion"].parse, check=False)
     made = encoder(chats.FORMS["qwen2"]())
     Batches(found, KINDS["prompt-completion"], made, batch_size=1, seed=0, cache=True)
@@ -422,7 +422,7 @@ def test_parts_are_joined_as_one_is_made(monkeypatch):
     ]
     data += [{"prompt": "A", "completion": " b", "n": i, "m": 0.5} for i in range(3)]
     whole = batches_of(data, on_bad="skip", max_length=16)
-    monkeypatch.setattr(encoding, "PART", 2)
+    monkeypatch.setattr(tokenised, "PART", 2)
     parts = batches_of(data, on_bad="skip", max_length=16)
     for name, one, other in zip(whole.data._fields, whole.data, parts.data, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=name)
@@ -433,8 +433,8 @@ def test_parts_are_joined_as_one_is_made(monkeypatch):
 def test_other_processes_give_the_same_tokens(monkeypatch):
     data = [{"messages": [message("user", f"The king {i}"), CHOSEN[1]], "n": i} for i in range(40)]
     alone = batches_of(data)
-    monkeypatch.setattr(encoding, "PART", 4)
-    monkeypatch.setattr(encoding, "ALONE", -1.0)
-    monkeypatch.setattr(encoding, "_cores", lambda: 2)
+    monkeypatch.setattr(tokenised, "PART", 4)
+    monkeypatch.setattr(tokenised, "ALONE", -1.0)
+    monkeypatch.setattr(tokenised, "_cores", lambda: 2)
     for name, one, other in zip(alone.data._fields, alone.data, batches_of(data).data, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=name)

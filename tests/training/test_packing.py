@@ -58,7 +58,8 @@ def cases(lm):
         "sft": (sft_loss(lm), "prompt-completion", 1),
         "dpo": (preference_loss(lm, "dpo"), "preference", 2),
         "orpo": (preference_loss(lm, "orpo"), "preference", 2),
-        "length-averaged ipo": (preference_loss(lm, "ipo"), "preference", 2),
+        "length-averaged ipo": (preference_loss(lm, "length_normalised_ipo"), "preference", 2),
+        "ld_dpo, bco and sft": (preference_loss(lm, ["ld_dpo", "bco", "sft"]), "preference", 2),
         "reward": (reward_loss(ScalarHead(lm), centering=0.1), "ranked", 3),
     }
 
@@ -76,7 +77,7 @@ def gradients(lm, name, kind_of_rows, microbatches, dtype):
 
     @jax.jit
     def of(params, batch):
-        frozen = Frozen(ref=jax.tree.map(lambda leaf: 0.7 * leaf, params))
+        frozen = Frozen(ref=jax.tree.map(lambda leaf: 0.7 * leaf, params), running=jnp.asarray(0.3))
         return steps.gradients(
             lambda *given: loss(*given[:2], frozen, KEY), params, batch, KEY, microbatches=microbatches
         )
@@ -246,5 +247,7 @@ def test_a_packed_run_of_all_data_at_once_is_the_unpacked_one(small, kind, tmp_p
 def test_data_that_fill_too_few_rows_and_losses_that_compare_rows_are_refused(small):
     with pytest.raises(ValueError, match="batch_size must be from 1 to 1, the rows of 64 tokens that"):
         train.sft(small, DATA["sft"][:1], packing=True, batch_size=2, max_length=64)
-    with pytest.raises(ValueError, match="packing must be False for a loss that compares all examples of a batch"):
+    with pytest.raises(ValueError, match="packing must be False for kto, which compares all examples of a batch"):
         train.dpo(small, DATA["dpo"], loss="kto", packing=True)
+    with pytest.raises(ValueError, match=r"packing must be False for dpo\+wpo, which weighs examples by the policy"):
+        train.dpo(small, DATA["dpo"], loss=["dpo", "wpo"], packing=True)

@@ -15,7 +15,7 @@ from jaxrl_llm.data.records import Prompt
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.text import encode
-from jaxrl_llm.training import recipes, rewards
+from jaxrl_llm.training import online, recipes, rewards
 from jaxrl_llm.training.config import GRPOConfig
 from jaxrl_llm.training.rollout import Rollout
 from tests.conftest import TINY, random_params
@@ -249,7 +249,7 @@ def test_a_reward_model_reads_a_policys_conversations_where_it_was_trained_to_be
     eos = tokenizer.eos_token_id
     config = GRPOConfig(reward=found, max_new_tokens=4)
     run = recipes.begin(models.Loaded(lm, lm.init(KEY), tokenizer, {}), config, verbose=False)
-    judge = recipes.judges_of(run)
+    judge = online.judges_of(run)
     chats = [({"role": "user", "content": each},) for each in ("the cat", "a")]
     for asked, shown in ((chats, [encode(tokenizer, each, chat=True) for each in chats]), (["the", "a"], None)):
         shown = shown or [tokenizer(each)["input_ids"] for each in asked]
