@@ -197,6 +197,7 @@ def test_adapters_are_saved_beside_the_merged_model(folder, model):
     assert saved["base_model_name_or_path"] == str(folder / "model")
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_trained_by_adapters_and_an_adapter_is_trained_on(folder, model):
     """Its adapter holds the head; training goes on from it, and the whole is a model anywhere."""
     first, again = folder / "reward_lora", folder / "sft_lora"
@@ -607,7 +608,9 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("form", SHOWN)
+@pytest.mark.parametrize(
+    "form", [next(iter(SHOWN)), *(pytest.param(form, marks=pytest.mark.slow) for form in [*SHOWN][1:])]
+)
 def test_two_turn_preferences_train_chat_models_on_the_assistants_words(form, tmp_path, capsys):
     """As one printed example shows; what nothing reads of a line is counted."""
     tokenizer = chats.FORMS[form]()

@@ -116,6 +116,7 @@ def test_a_margin_of_each_row_enters_dpo_and_the_reward_models_loss_and_is_not_d
         train.reward(model, ranked, **options)
 
 
+@pytest.mark.slow
 def test_the_shift_of_bco_is_kept_by_a_run_and_by_one_that_is_resumed(model, tmp_path):
     options = QUIET | {"steps": 4, "loss": "bco", "beta": 0.5, "warmup": 0.0, "eval_data": PAIRS, "keep": 4}
     whole = train.dpo(model, PAIRS, out=tmp_path / "whole", **options)

@@ -36,6 +36,11 @@ def table():
     return LM, random_params(LM)
 
 
+def some_slow(cases, fast):
+    """All of a table as parameters; those of which no name is given take long together."""
+    return [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name not in fast)) for name, case in cases.items()]
+
+
 def drawn(rows=EMPTY, **options):
     return generate(*table(), rows, **COMMON | options)
 
@@ -72,12 +77,17 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.mark.parametrize("turn", [1, -1], ids=["in order", "reversed"])
+@pytest.mark.parametrize("turn", [1, pytest.param(-1, marks=pytest.mark.slow)], ids=["in order", "reversed"])
 @pytest.mark.parametrize("chain", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_constraints_that_contradict_are_an_error_in_any_order(chain, turn):
     with pytest.raises(FloatingPointError, match="no token could be drawn in row 0 at new token 0"):
         drawn(transform=chain[::turn])
-    assert not beam_search(*table(), EMPTY, num_beams=2, max_new_tokens=4, transform=chain[::turn]).mask.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_beams_have_no_hypothesis_where_constraints_contradict(chain):
+    assert not beam_search(*table(), EMPTY, num_beams=2, max_new_tokens=4, transform=chain).mask.any()
 
 
 def test_a_constraint_may_be_closed_over_by_jit():
@@ -99,7 +109,7 @@ REWEIGHING = {
 }
 
 
-@pytest.mark.parametrize("transform", REWEIGHING.values(), ids=REWEIGHING)
+@pytest.mark.parametrize("transform", some_slow(REWEIGHING, fast=("a penalty, then a filter",)))
 def test_wide_beams_find_the_most_probable_texts_of_the_transformed_distribution(transform):
     found = beam_search(*table(), EMPTY[:1], num_beams=81, max_new_tokens=4, transform=transform)
     exact = np.sort(oracle.sequence_log_probs(*table(), transform=transform))[::-1]
@@ -117,7 +127,7 @@ PER_ROW = {
 }
 
 
-@pytest.mark.parametrize("transform", PER_ROW.values(), ids=PER_ROW)
+@pytest.mark.parametrize("transform", some_slow(PER_ROW, fast=("biases", "forced tokens")))
 def test_a_value_for_each_row_is_that_of_the_row_with_beams_too(transform):
     every, rows = transform(jnp.arange(3)), EMPTY[:3]
     options = {"num_beams": 2, "max_new_tokens": 4}

@@ -183,6 +183,7 @@ def test_the_expected_update_of_every_method_is_that_of_the_oracle_on_every_tabl
     np.testing.assert_allclose(found[name]["logits"], expected, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_fixed_points_are_the_optimum_of_rlhf_or_another_policy(name):
     _, slope, left = fixed_point(name, BETA)

@@ -91,7 +91,7 @@ def assert_close(found, expected, tolerance):
 
 
 SLOW = [
-    *[(name, "dpo") for name in ("learned positions", "experts", "llama")],
+    *[(name, "dpo") for name in ("windows", "learned positions", "experts", "llama")],
     *[(name, loss) for name in ("gpt2", "windows", "alibi") for loss in ("sft", "reward")],
 ]
 
@@ -100,7 +100,7 @@ SLOW = [
     ("model", "name"),
     [
         *[("tabular", name) for name in cases(TABLE)],
-        *[(model, "dpo") for model in ("gpt2", "windows", "alibi")],
+        *[(model, "dpo") for model in ("gpt2", "alibi")],
         *[pytest.param(*each, marks=pytest.mark.slow) for each in SLOW],
     ],
 )
@@ -119,7 +119,7 @@ def test_packed_rows_have_the_gradients_of_the_rows_they_hold_in_float32(name):
     assert_close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("ipo", marks=pytest.mark.slow)])
 def test_stored_log_probabilities_of_the_reference_are_those_of_the_step(name):
     loss, rows = preference_loss(TABLE, name), rows_of(TABLE, 2)
     batch = packed(preferences(rows, 1), rows)

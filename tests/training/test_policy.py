@@ -229,6 +229,7 @@ def steps_to_half(name, **changes):
     return np.median((curves > 0.5).argmax(axis=2) + 130 * (curves <= 0.5).all(axis=2), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, pytest.param({"kl": "reward"}, marks=pytest.mark.slow)])
 def test_a_small_penalty_does_not_slow_learning_where_most_groups_fail(changes):
     found = steps_to_half("grpo", **changes)
@@ -326,6 +327,7 @@ def test_without_eos_no_completion_ends_and_none_can_be_left_out():
         TRAINERS[TABLE].step(None, PROMPTS[TABLE], VARIED, method=method, sampler=Sampler(5), frozen=Frozen())
 
 
+@pytest.mark.slow
 def test_the_entropy_bonus_moves_the_optimum_as_it_must():
     """Of one token: J = E[r] − β KL + c H is largest at ref^{β/(β + c)} e^{r/(β + c)}; its gradient is 0 there."""
     lm, beta, weight = TabularLM(5, 1), 0.5, 0.2
