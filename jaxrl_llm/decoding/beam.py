@@ -121,7 +121,7 @@ def beam_search(
             beam without a possible token dies.
         transform: applied after `no_repeat_ngram`. One that only removes tokens leaves the others their `log_prob`,
             the model's. If one re-weighs them (`Transform.reweighs`: temperatures, penalties, biases), p is the
-            distribution after all transforms, and `log_prob` and `score` are of it.
+            distribution after all transforms, blocked n-grams included, and `log_prob` and `score` are of it.
 
     The other arguments are those of `generate`.
 
@@ -218,7 +218,8 @@ def _choose(
     left = logits if blocked is None else jnp.where(blocked, -jnp.inf, logits)
     processed = request.transform.apply(state.transform, left)
     if request.transform.reweighs:
-        left, normaliser = processed, jax.nn.logsumexp(processed, axis=-1)
+        whole = processed if blocked is None else request.transform.apply(state.transform, logits)
+        left, normaliser = processed, jax.nn.logsumexp(whole, axis=-1)
         normaliser = jnp.where(normaliser > -jnp.inf, normaliser, 0)  # no token is left: the beam dies
     else:
         left = jnp.where(processed > -jnp.inf, left, -jnp.inf)

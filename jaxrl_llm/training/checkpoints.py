@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
+import os
 import re
 import shutil
 import sys
@@ -42,20 +44,21 @@ class Checkpoints:
         Raises:
             OSError: if it cannot be written (for example on a full disk), naming the last good checkpoint.
         """
-        try:
-            with _quiet():
+        reason = None
+        with _quiet():
+            try:
                 self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
-        except Exception as error:  # orbax and the libraries below it raise many kinds
-            for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-            last = self.latest_step()
-            remains = "and there is none yet" if last is None else f"the last good one is that of step {last}"
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            if told := re.search(r"([^:]+) \[os_error_code", reason):  # behind the names of many temporary files
-                reason = told[1].strip()
-            raise OSError(
-                f"the checkpoint of step {step} could not be written to {self._folder}: {reason}; {remains}."
-            ) from error
+            except Exception as error:  # orbax and the libraries below it raise many kinds
+                reason = _reason(error)
+            if reason is not None:
+                gc.collect()  # orbax's tasks: each logs its own traceback where it is collected
+        if reason is None:
+            return
+        for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        last = self.latest_step()
+        remains = "and there is none yet" if last is None else f"the last good one is that of step {last}"
+        raise OSError(f"the checkpoint of step {step} could not be written to {self._folder}: {reason}; {remains}.")
 
     def restore(self, like: State) -> State:
         """Return the newest checkpoint, with the structure, shapes, dtypes and shardings of `like`.
@@ -86,23 +89,35 @@ class Checkpoints:
             )
 
 
+def _reason(error: Exception) -> str:
+    """Return the system's word for an error of orbax's, which stands behind the names of many temporary files."""
+    told = re.search(r"([^:\n]+?) \[os_error_code", str(error)) or re.search(r"os_error_code='(\d+)'", str(error))
+    if told:
+        return os.strerror(int(told[1])) if told[1].isdigit() else told[1].strip()
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the tracebacks of orbax's and tensorstore's threads from the terminal: the error itself is raised."""
-    logger = logging.getLogger("absl")
-    level, of_threads, hook = logger.level, threading.excepthook, sys.unraisablehook
-    logger.setLevel(logging.CRITICAL)
+    loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    of_threads, hook = threading.excepthook, sys.unraisablehook
+    if getattr(hook, "func", None) is not _unless_late:  # it stays: tensorstore's threads are late
+        sys.unraisablehook = functools.partial(_unless_late, hook)
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
     threading.excepthook = lambda raised: None
-    sys.unraisablehook = functools.partial(_unless_late, hook)
     try:
         yield
-        sys.unraisablehook = hook
-    finally:  # after an error, tensorstore's threads go on to say that nobody listens any more
-        logger.setLevel(level)
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
         threading.excepthook = of_threads
 
 
 def _unless_late(hook: Callable[[Any], None], raised: Any) -> None:
+    """Call the hook, but for a thread that says that nobody listens any more."""
     if str(raised.exc_value) != "Event loop is closed":
         hook(raised)
 
