@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,13 +14,13 @@ from jaxtyping import Array
 
 from jaxrl_llm import models
 from jaxrl_llm.data import records
-from jaxrl_llm.interface import LM
+from jaxrl_llm.interface import LM, Completion
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import huggingface, loading
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.options import takes
 from jaxrl_llm.train import RewardModel
-from jaxrl_llm.training import recipes
+from jaxrl_llm.training import recipes, rewards
 from jaxrl_llm.training.config import Data, EvaluateConfig, OfflineConfig
 from jaxrl_llm.training.preference import PairBatch, pair_sums
 from jaxrl_llm.training.recipes import Objective, Trained
@@ -58,9 +57,9 @@ def evaluate(
         `implicit_accuracy` and `implicit_margin` of the log-ratios log p − log p_ref, DPO's implicit rewards. Of a
         reward model `accuracy`, `margin` and `score` over all pairs, and its `loss`.
         With a reward `reward`, the mean over one completion of each prompt (of those that it judges), `reward_stderr`,
-        its standard error, and `length` in tokens; with `against` its `against_reward`, `win_rate`, the share of
-        prompts where the model's reward is larger (a tie counts half), and Wilson's 95% interval from `win_rate_low` to
-        `win_rate_high`.
+        its standard error where there are several, and `length` in tokens; with `against` its `against_reward`,
+        `win_rate`, the share of prompts where the model's reward is larger (a tie counts half), and Wilson's 95%
+        interval from `win_rate_low` to `win_rate_high`.
         Everywhere `rows`, their number.
 
     Raises:
@@ -113,7 +112,7 @@ def evaluate(
     if judged is not None:
         against = None if config.against is None else _as_lm(config.against)
         found |= _completed(LM(run.loaded, run.name), against, data, judged, config)
-    return found | {"rows": len(records.read(data, dict, on_bad=config.on_bad))}
+    return found
 
 
 def _as_lm(lm: Any) -> LM:
@@ -135,8 +134,8 @@ def _scorer(lm: Any) -> LoadedReward | None:
 
 
 def _held_out(run: recipes.Run, objective: Objective, params: Params, ref: Params | None) -> dict[str, float]:
-    measured = recipes.held_out(run, objective, Trained(params, Frozen(ref)))(params)
-    return {name.removeprefix("held_out_"): value for name, value in measured.items()}
+    measured = recipes.held_out(run, objective, Trained(params, Frozen(ref)), name="data")
+    return {name.removeprefix("held_out_"): value for name, value in measured(params).items()} | {"rows": measured.rows}
 
 
 def pair_measures(lm: Any, reference: Any = None) -> LossFn:
@@ -171,7 +170,7 @@ def _positive(differences: Array) -> Array:
 
 # Completions of the model ---------------------------------------------------------------------------------------------
 
-Judged = Callable[[Sequence[records.Prompt], Sequence[str]], Sequence[float]]
+Judged = Callable[[Sequence[records.Prompt], Sequence[Completion]], Sequence[float | None]]
 
 
 def _reward_of(config: EvaluateConfig) -> Judged | None:
@@ -186,21 +185,20 @@ def _reward_of(config: EvaluateConfig) -> Judged | None:
         found = given if isinstance(given, LoadedReward) else RewardModel.load(given)
         scorer = RewardModel(found.head, found.params, found.tokenizer, found.config)
         return lambda asked, written: scorer.score(
-            [each.prompt for each in asked], list(written), batch_size=config.batch_size
+            [each.prompt for each in asked], [each.text for each in written], batch_size=config.batch_size
         )
     function = function_at(given) if isinstance(given, str) else given
     if not callable(function):
         raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")
 
-    def judged(asked: Sequence[records.Prompt], written: Sequence[str]) -> Sequence[float]:
+    def judged(asked: Sequence[records.Prompt], written: Sequence[Completion]) -> Sequence[float | None]:
         names = dict.fromkeys(name for each in asked for name in each.fields)
-        further = list(inspect.signature(function).parameters.values())[2:]
-        taken = [each.name for each in further if each.name in names]
-        if any(each.kind == each.VAR_KEYWORD for each in further):
-            taken = list(names)
-        columns = {name: [each.fields.get(name) for each in asked] for name in taken}
+        columns = {name: [each.fields.get(name) for each in asked] for name in names}
         prompts = [each.prompt if isinstance(each.prompt, str) else list(each.prompt) for each in asked]
-        return function(prompts, list(written), **columns)
+        texts, ids = [each.text for each in written], [each.tokens for each in written]
+        rewards.check_entries(function, asked)
+        with rewards.told("the reward function"):
+            return rewards.call(function, prompts, texts, ids, columns)
 
     return judged
 
@@ -208,22 +206,20 @@ def _reward_of(config: EvaluateConfig) -> Judged | None:
 def _completed(lm: LM, against: LM | None, data: Data, judged: Judged, config: EvaluateConfig) -> dict[str, float]:
     """Return the rewards of one completion of each prompt, and of another model's."""
     asked = list(records.read(data, records.prompt, on_bad=config.on_bad))
-    rewards, length = _rewards(lm, asked, judged, config)
-    known = rewards[~np.isnan(rewards)]
+    own, length = _rewards(lm, asked, judged, config)
+    known = own[~np.isnan(own)]
     if not known.size:
         raise ValueError(f"the reward must judge one of the {len(asked)} completions, but is None for all.")
-    found = {
-        "reward": float(known.mean()),
-        "reward_stderr": float(known.std(ddof=1) / math.sqrt(known.size)) if known.size > 1 else 0.0,
-        "length": length,
-    }
+    found = {"reward": float(known.mean()), "length": length, "rows": len(asked)}
+    if known.size > 1:
+        found["reward_stderr"] = float(known.std(ddof=1) / math.sqrt(known.size))
     if against is None:
         return found
     others, _ = _rewards(against, asked, judged, config)
-    both = ~np.isnan(rewards) & ~np.isnan(others)
+    both = ~np.isnan(own) & ~np.isnan(others)
     if not both.any():
         raise ValueError("the reward must judge completions of both models for one prompt, but does for none.")
-    rate = float(((rewards > others) + (rewards == others) / 2)[both].mean())
+    rate = float(((own > others) + (own == others) / 2)[both].mean())
     low, high = wilson(rate, int(both.sum()))
     return found | {
         "against_reward": float(np.nanmean(others)),
@@ -247,11 +243,11 @@ def _rewards(
         for part in _alike(asked)
     ]
     written = [each for part in written for each in part]
-    given = judged(asked, [each.text for each in written])
-    rewards = np.asarray(given, np.float64)  # None, not judged, is NaN
-    if rewards.shape != (len(asked),) or not all(one is None or np.isfinite(one) for one in given):
+    given = judged(asked, written)
+    found = np.asarray(given, np.float64)  # None, not judged, is NaN
+    if found.shape != (len(asked),) or not all(one is None or np.isfinite(one) for one in given):
         raise ValueError(f"the reward must be one finite number for each of {len(asked)} completions, but is {given}.")
-    return rewards, float(np.mean([len(each.tokens) for each in written]))
+    return found, float(np.mean([len(each.tokens) for each in written]))
 
 
 def _alike(asked: Sequence[records.Prompt]) -> list[Sequence[records.Prompt]]:

@@ -114,6 +114,35 @@ def test_completions_are_judged_and_compared(folder, lm):
     assert few["reward"] == 3.0 and few["reward_stderr"] == pytest.approx(1.0)
 
 
+def test_rewards_are_called_as_in_training(lm):
+    """By name if completions or their tokens are asked for, with the entries of the prompts."""
+    seen = {}
+
+    def ids(completion_ids, prompts, gold):
+        seen.update(ids=completion_ids, prompts=prompts, gold=gold)
+        return [float(len(each)) for each in completion_ids]
+
+    found = jl.evaluate(lm, PROMPTS, reward=ids, max_new_tokens=3)
+    assert found["reward"] == found["length"] and seen["gold"] == [0, 1, 2, 3, 4]
+    assert seen["prompts"] == [row["prompt"] for row in PROMPTS] and all(type(each) is int for each in seen["ids"][0])
+    named = jl.evaluate(lm, PROMPTS, reward=lambda completions, **entries: [len(entries["gold"])] * 5, max_new_tokens=2)
+    assert named["reward"] == 5
+    one = jl.evaluate(lm, PROMPTS[:1], reward=lambda prompts, completions: [2.0], max_new_tokens=2)
+    assert one["reward"] == 2 and one["rows"] == 1 and "reward_stderr" not in one
+    with pytest.raises(
+        RuntimeError, match=r"the reward function raised ZeroDivisionError: .* \(test_evaluation.py, line"
+    ):
+        jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions: 1 / 0, max_new_tokens=2)
+    with pytest.raises(ValueError, match="the reward function takes solution, but the data have gold"):
+        jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions, solution: [1.0] * 5, max_new_tokens=2)
+
+
+def test_rows_that_were_skipped_are_not_counted(lm):
+    bad, long = {"prompt": "a"}, {"prompt": "a" * 200, "completion": "b"}
+    found = jl.evaluate(lm, [*ROWS, bad, long], on_bad="skip", cut="skip", max_length=40)
+    assert found == jl.evaluate(lm, ROWS) and found["rows"] == 5
+
+
 def test_wilsons_interval_is_that_of_scipy():
     for wins, count in ((0, 5), (3, 7), (40, 40)):
         expected = scipy.stats.binomtest(wins, count).proportion_ci(method="wilson")

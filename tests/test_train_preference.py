@@ -107,7 +107,7 @@ def test_a_margin_of_each_row_enters_dpo_and_the_reward_models_loss_and_is_not_d
     assert first["loss"] == pytest.approx(100 - first["margin"], rel=1e-6)
     train.dpo(model, margins, loss="ipo", **options | {"verbose": True})
     assert "margin is in 4 rows, but nothing reads it" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="margin must be in every row or in none, but is in some"):
+    with pytest.raises(ValueError, match="margin must be in every row or in none, but is in 3"):
         train.dpo(model, [*margins[:3], PAIRS[3]], **options)
     with pytest.raises(ValueError, match="row 3: margin must be a finite number, but is '1'"):
         train.reward(model, [*margins[:3], PAIRS[3] | {"margin": "1"}], **options)
@@ -117,6 +117,44 @@ def test_a_margin_of_each_row_enters_dpo_and_the_reward_models_loss_and_is_not_d
 
 
 @pytest.mark.slow
+def test_margins_that_are_no_numbers_and_held_out_data_of_another_kind_are_refused(model):
+    wrong = [line | {"margin": "0,5"} for line in PAIRS]
+    with pytest.raises(ValueError, match="margin must be a finite number, but is not in rows 0, 1, 2, 3"):
+        train.dpo(model, wrong, **QUIET)
+    with pytest.raises(ValueError, match="margin must be a finite number, but is not in row 1"):
+        train.dpo(
+            model, [line | {"margin": [1.0, np.nan, 2.0, 0.0][place]} for place, line in enumerate(PAIRS)], **QUIET
+        )
+    right = [line | {"margin": 2.0} for line in PAIRS]
+    for data, held, said in ((right, PAIRS, "margin, but has none"), (PAIRS, right, "none, but has margin")):
+        with pytest.raises(
+            ValueError, match=f"eval_data must have the numbers that the loss takes of the data, {said}"
+        ):
+            train.dpo(model, data, eval_data=held, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": ["kto"], "precompute_reference": True}, "precompute_reference must be False for kto"),
+        ({"loss": ["dpo", "sft"], "loss_weights": (0, 0)}, "loss_weights must not all be 0"),
+        ({"lora_alpha": 8}, "lora_alpha is of adapters, which lora_rank asks for, but lora_rank is 0"),
+        ({"lora_from": "x", "lora_alpha": 8}, "lora_alpha, .* must be left out with lora_from"),
+    ],
+)
+def test_options_without_effect_are_refused(model, options, said):
+    with pytest.raises(ValueError, match=said):
+        train.dpo(model, PAIRS, **QUIET | options)
+
+
+def test_an_adapter_is_not_added_to_the_model_that_has_it(model, tmp_path):
+    out, options = tmp_path / "run", QUIET | {"steps": 1}
+    train.dpo(model, PAIRS, out=out, lora_rank=1, **options)
+    for merged in (out, out / "adapter"):
+        with pytest.raises(ValueError, match="is the model, with the adapter merged: give its base model"):
+            train.dpo(str(merged), PAIRS, lora_from=out / "adapter", **options)
+
+
 def test_the_shift_of_bco_is_kept_by_a_run_and_by_one_that_is_resumed(model, tmp_path):
     options = QUIET | {"steps": 4, "loss": "bco", "beta": 0.5, "warmup": 0.0, "eval_data": PAIRS, "keep": 4}
     whole = train.dpo(model, PAIRS, out=tmp_path / "whole", **options)

@@ -308,9 +308,20 @@ class Batches:
         return float(1 - real.sum() / places.sum())
 
     @property
+    def taken(self) -> set[str]:
+        """The columns that a loss receives."""
+        return {self.data.columns[i] for i in self._fields}
+
+    def without_number(self, column: str) -> list[int]:
+        """Return the rows in which a column has no finite number."""
+        at = self.data.columns.index(column) if column in self.data.columns else None
+        known = np.zeros(len(self), bool) if at is None else np.isfinite(self.data.fields[:, at])
+        return np.flatnonzero(~known).tolist()
+
+    @property
     def left_out(self) -> set[str]:
         """The columns that are numbers in some rows only, which a loss of one's own does not receive."""
-        return self._some_fields - {self.data.columns[i] for i in self._fields}
+        return self._some_fields - self.taken
 
     @property
     def unread(self) -> dict[str, int]:

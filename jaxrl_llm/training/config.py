@@ -133,8 +133,8 @@ class Config(Checked):
     and updated weights are rounded at random, so that small steps add up."""
     lora_rank: int = number(0, 0)
     """Train LoRA adapters of this rank instead of all weights; 0 trains all weights."""
-    lora_alpha: float = number(16.0, 0, above=True)
-    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_alpha: float | None = number(None, 0, above=True)
+    """Adapters are scaled by lora_alpha / lora_rank; by default it is 16."""
     lora_targets: Targets = None
     """Layers that have adapters: names or their ends, such as c_attn or mlp.up_proj, regular expressions of whole
     names, or all-linear; by default those of attention queries and values."""
@@ -172,11 +172,11 @@ class Config(Checked):
             raise ValueError(f"microbatches must divide batch_size, {self.batch_size}, but is {self.microbatches}.")
         if isinstance(self.lora_targets, str):
             object.__setattr__(self, "lora_targets", (self.lora_targets,))
-        if self.lora_from is not None and (self.lora_rank or self.lora_targets or self.lora_rslora):
+        if self.lora_from is not None and (self.lora_rank or self.lora_alpha or self.lora_targets or self.lora_rslora):
             raise ValueError(
-                "lora_rank, lora_targets and lora_rslora must be left out with lora_from, which has its own."
+                "lora_rank, lora_alpha, lora_targets and lora_rslora must be left out with lora_from, which has them."
             )
-        for name in ("lora_targets", "lora_rslora"):
+        for name in ("lora_alpha", "lora_targets", "lora_rslora"):
             if getattr(self, name) and not self.lora_rank:
                 raise ValueError(f"{name} is of adapters, which lora_rank asks for, but lora_rank is 0.")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
@@ -290,6 +290,8 @@ class DPOConfig(OfflineConfig):
     same losses, without the reference's weights."""
 
     def __post_init__(self):
+        if isinstance(self.loss, list | tuple) and len(self.loss) == 1:
+            object.__setattr__(self, "loss", self.loss[0])
         super().__post_init__()
         for each in self.losses:
             if not isinstance(each, str) and not callable(each):
@@ -299,6 +301,8 @@ class DPOConfig(OfflineConfig):
                 f"loss_weights must have a weight for each of {len(self.losses)} losses, "
                 f"but has {len(self.loss_weights)}."
             )
+        if self.loss_weights and not any(self.loss_weights):
+            raise ValueError("loss_weights must not all be 0.")
         for weight in self.loss_weights:
             Range(0).check("loss_weights", weight, integer=False)
         if self.loss == "kto" and self.microbatches > 1:

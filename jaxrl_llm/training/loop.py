@@ -141,9 +141,10 @@ def run(
         print(summary(rows))
     if best is None:
         return state
+    params = best.params(state.params)
     if verbose:
         print(f"The best {best.name} is that of step {best.step}, {best.value:.4g}: the model is that of this step.")
-    return state._replace(params=best.params(state.params))
+    return state._replace(params=params)
 
 
 def _told(evaluated: Mapping[str, float | str]) -> Iterator[str]:
@@ -197,9 +198,16 @@ class _Best:
         self.name, self._sign = direction(metric)
         self._checkpoints = None if folder is None else Checkpoints(folder / "best", keep=1)
         self.step: int | None = None
+        self._known: list[str] = []  # numbers of the last evaluation
         self.value, self._params = math.nan, None
         values = {row["step"]: row[self.name] for row in rows if self.name in row}
         kept = None if self._checkpoints is None else self._checkpoints.latest_step()
+        best = max(values, key=lambda step: (self._sign * values[step], -step), default=None)
+        if best not in (None, kept, int(state.step)):
+            raise ValueError(
+                f"keep_best must stay as it was in a resumed run: the best {self.name} so far is that of step {best}, "
+                f"whose parameters were not kept."
+            )
         if kept in values:
             self.step, self.value = kept, values[kept]
         if int(state.step) in values:
@@ -207,13 +215,9 @@ class _Best:
 
     def offer(self, found: Mapping[str, float | str], state: TrainState) -> None:
         """Keep the parameters of a state if the number is better than before; the first of equals stays."""
-        known = [name for name, value in found.items() if not isinstance(value, str)]
-        if self.name not in known and self.step is not None:  # a mean over nothing this time
-            return
-        if self.name not in known:
-            listed = f"one of {', '.join(known)}" if known else "a number of the evaluation, which has none"
-            raise ValueError(f"keep_best must be {listed}, but is {self.name}.")
-        self._take(found[self.name], state)
+        self._known = [name for name, value in found.items() if not isinstance(value, str)]
+        if self.name in self._known:  # else a mean over nothing this time
+            self._take(found[self.name], state)
 
     def _take(self, value: float, state: TrainState) -> None:
         if self.step is not None and self._sign * (value - self.value) <= 0:
@@ -225,7 +229,10 @@ class _Best:
             self._checkpoints.save(self.step, state.params)
 
     def params(self, like: Params) -> Params:
-        """Return the best parameters."""
+        """Return the best parameters; ValueError if no evaluation had the number."""
+        if self.step is None:
+            listed = f"one of {', '.join(self._known)}" if self._known else "a number of the evaluation, which has none"
+            raise ValueError(f"keep_best must be {listed}, but is {self.name}.")
         return self._params if self._checkpoints is None else self._checkpoints.restore(like)
 
 

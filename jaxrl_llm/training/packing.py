@@ -137,7 +137,7 @@ class PackedBatches:
         self.order = PackedOrder(self._lengths, length=self.length, batch_size=batch_size, seed=seed)
         self._most = max(map(len, self.order.all))  # records of a bin
         self._tokens = np.zeros(1, int)  # of the first n steps, as far as they were asked for
-        self.rows = batches.rows
+        self.rows, self.taken = batches.rows, batches.taken
 
     def __call__(self, step: int) -> PyTree:
         """Return the batch of a step."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ from jaxrl_llm.training.steps import (
     schedule_of,
 )
 
+ALPHA = 16.0  # of adapters, if none is given
+LARGEST = 700.0  # nats: exp of more is out of range
 SHOWN = 48  # tokens of a sample
 NAMED = 5  # files that an error names
 PRINTED = 20  # skipped lines or rows that are printed; all are written to the run's folder
@@ -345,13 +347,19 @@ def batches_of(
         + (f", {left} records, chosen at random, left out of each epoch" if left else "")
         + "."
     )
-    if isinstance(fields, frozenset) and batches.left_out:
-        named = " and ".join(sorted(batches.left_out))
-        raise ValueError(f"{found.source}: {named} must be in every {found.unit} or in none, but is in some.")
+    for column in sorted(fields) if isinstance(fields, frozenset) else ():
+        there, wrong = made.others.get(column, 0), batches.without_number(column)
+        if 0 < there < len(batches):
+            raise ValueError(f"{found.source}: {column} must be in every {found.unit} or in none, but is in {there}.")
+        if there and wrong:
+            raise ValueError(
+                f"{found.source}: {column} must be a finite number, but is not in {batches.named(wrong[:NAMED])}"
+                f"{', ...' if len(wrong) > NAMED else ''}."
+            )
     for column in sorted(batches.left_out):
         run.say(f"{found.source}: {column} is not a number in every {found.unit}, so the loss does not receive it.")
     for entry, count in batches.unread.items():
-        near = nearest(entry, KNOWN)
+        near = None if entry in KNOWN else nearest(entry, KNOWN)
         hint = f" Did you mean {near}?" if near else ""
         run.say(f"{found.source}: {entry} is in {count} {found.unit}{'s' * (count > 1)}, but nothing reads it.{hint}")
     _report_skipped(run, found, [*found.bad_lines, *made.too_long])
@@ -459,7 +467,8 @@ def _adapters(run: Run) -> tuple[adapters.Lora | None, adapters.Adapter | None]:
     config, model = run.config, run.loaded.model
     dropout = getattr(config, "lora_dropout", 0.0)
     if config.lora_from is not None:
-        if run.path and Path(run.path).expanduser().resolve() == Path(config.lora_from).expanduser().resolve():
+        folder = Path(config.lora_from).expanduser().resolve()  # a run's folder holds the merged model and adapter/
+        if run.path and Path(run.path).expanduser().resolve() in (folder, folder.parent):
             raise ValueError(
                 f"lora_from must be an adapter of the model, but {run.path} is the model, with the adapter merged: "
                 f"give its base model, {adapters.base_of(Path(config.lora_from))}."
@@ -471,7 +480,7 @@ def _adapters(run: Run) -> tuple[adapters.Lora | None, adapters.Adapter | None]:
     lora = adapters.lora(
         model,
         rank=config.lora_rank,
-        alpha=config.lora_alpha,
+        alpha=ALPHA if config.lora_alpha is None else config.lora_alpha,
         targets=config.lora_targets,
         rslora=config.lora_rslora,
         dropout=dropout,
@@ -612,7 +621,7 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
     config: OfflineConfig = run.config
     rate, optimizer = optimizer_for(config, config.steps)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
-    measured = _evaluation(run, objective, trained, batches if samples else None)
+    measured = _evaluation(run, objective, trained, batches if samples else None, batches.taken)
     if objective.ahead is not None:
         objective.ahead.params = None
     copy = trained.frozen.ref is not None or not run.owned
@@ -638,12 +647,12 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
 
 
 def _evaluation(
-    run: Run, objective: Objective, trained: Trained, batches: Batches | None
+    run: Run, objective: Objective, trained: Trained, batches: Batches | None, taken: Collection[str]
 ) -> Callable[[Params], dict[str, float | str]]:
     """Return the held-out numbers, and a sample from the batches' first prompt, as a function of the parameters."""
     measures: list[Callable[[Params], Mapping[str, float | str]]] = []
     if run.config.eval_data is not None:
-        measures.append(held_out(run, objective, trained))
+        measures.append(held_out(run, objective, trained, taken=taken))
     if batches is not None and run.reports:
         sample = sampler_of(run, *_start_of(run, batches))
         measures.append(lambda params: {"sample": sample(trained.model(params))})
@@ -689,7 +698,7 @@ def fit_on_policy(run: Run, data: Data, objective: Objective, trained: Trained) 
         advance,
         tokens="completion_tokens",
         numbers=progress(rate, first),
-        evaluate=_evaluation(run, objective, trained, first),
+        evaluate=_evaluation(run, objective, trained, first, first.taken),
         config=run.identity(objective.name, data_sha256=found.digest(), **objective.identity),
         watch=objective.watch,
         describe=lambda done: (asked if is_own(done) else given).describe(done),
@@ -713,20 +722,32 @@ def progress(rate: Callable[[int], Any], batches: Batches, *, updates: int = 1) 
     return lambda step: {"epoch": round(step / size, 4), "learning_rate": float(rate(step * updates - 1))}
 
 
-def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Params], dict[str, float]]:
+def held_out(
+    run: Run, objective: Objective, trained: Trained, *, taken: Collection[str] | None = None, name: str = "eval_data"
+) -> Callable[[Params], dict[str, float]]:
     """Return the loss and its metrics over all held-out data as a function of the parameters, `held_out_` before names.
 
     It is computed in parts of a microbatch's rows; each number is the mean over all rows, tokens or pairs, whatever
     the parts (of a loss that compares the rows of a batch, the mean over parts). "sft" also has `held_out_perplexity`,
-    exp(loss).
+    exp(loss), unless that is out of range.
+
+    Args:
+        taken: the columns that the training loss receives, which held-out data must have too, and no others.
+        name: of the data, in what is printed.
+
+    The function's attribute `rows` is the number of rows.
 
     Raises:
-        ValueError: for a single row, if the loss compares rows; or if `keep_best` is not one of the numbers.
+        ValueError: for a single row, if the loss compares rows; for other columns; or if `keep_best` is not one of the
+            numbers.
     """
     config, least = run.config, 2 if getattr(objective.loss, "needs_whole_batch", False) else 1
-    batches, found = batches_of(
-        run, config.eval_data, objective.kind, batch_size=1, name="eval_data", fields=objective.fields
-    )
+    batches, found = batches_of(run, config.eval_data, objective.kind, batch_size=1, name=name, fields=objective.fields)
+    if taken is not None and batches.taken != set(taken):
+        wanted, given = (", ".join(sorted(each)) or "none" for each in (taken, batches.taken))
+        raise ValueError(
+            f"{found.source} must have the numbers that the loss takes of the data, {wanted}, but has {given}."
+        )
     if objective.ahead is not None:
         add_reference(run, batches, found.digest(), objective.ahead, name="eval_data")
     count, size = len(batches), config.batch_size // config.microbatches
@@ -748,9 +769,11 @@ def held_out(run: Run, objective: Objective, trained: Trained) -> Callable[[Para
         # Compiled functions return dicts in the order of their names: the loss first again.
         sums = {"loss": sums.pop("loss")} | sums
         found = {f"held_out_{name}": float(total / weight) for name, (total, weight) in sums.items() if weight}
-        if objective.name == "sft":
+        if objective.name == "sft" and found["held_out_loss"] < LARGEST:
             found["held_out_perplexity"] = math.exp(found["held_out_loss"])
         return found
+
+    measured.rows = count
 
     if config.keep_best is not None:  # a wrong name is an error now, not after the first steps
         names = [f"held_out_{name}" for name in jax.eval_shape(of_part, trained.params, parts[0], trained.frozen)]

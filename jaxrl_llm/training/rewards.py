@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -9,7 +10,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -63,15 +64,26 @@ def of_text(function: TextReward, tokenizer: Any, *, records: Sequence[Prompt] |
             prompts = [_as_given(record.prompt) for record in records for _ in range(each)]
         entries = dict.fromkeys(name for record in records or [] for name in record.fields)
         columns = {name: [record.fields.get(name) for record in records for _ in range(each)] for name in entries}
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids(rollout.sequences)}
-        by_name, named, required, any_name = _parameters(function)
-        columns |= {name: [None] * len(completions) for name in required if name not in columns}
-        taken = {name: column for name, column in columns.items() if any_name or name in named}
-        if not by_name:
-            return function(prompts, completions, **{name: taken[name] for name in taken if name not in GIVEN})
-        return function(**taken | {name: given[name] for name in GIVEN if any_name or name in named})
+        return call(function, prompts, completions, completion_ids(rollout.sequences), columns)
 
     return reward
+
+
+def call(
+    function: TextReward,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> Sequence[float | None]:
+    """Call a reward of text, as `of_text` says, with the entries beside the prompts as columns."""
+    given = {"prompts": prompts, "completions": completions, "completion_ids": ids}
+    by_name, named, required, any_name = _parameters(function)
+    columns = {name: [None] * len(completions) for name in required} | dict(columns)
+    taken = {name: column for name, column in columns.items() if any_name or name in named}
+    if not by_name:
+        return function(prompts, completions, **{name: taken[name] for name in taken if name not in GIVEN})
+    return function(**taken | {name: given[name] for name in GIVEN if any_name or name in named})
 
 
 def check_entries(function: TextReward, records: Iterable[Prompt]) -> None:
@@ -254,6 +266,17 @@ def of_loaded(found: LoadedReward, tokenizer: Any, *, records: Sequence[Prompt],
 # Rewards of a batch ---------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def told(name: str) -> Iterator[None]:
+    """Raise what a reward raises as RuntimeError, with its name and place."""
+    try:
+        yield
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(at.filename).name}, line {at.lineno}"
+        raise RuntimeError(f"{name} raised {type(error).__name__}: {error} ({place})") from error
+
+
 def rewards_of(reward: RewardFn, rollout: Rollout, *, name: str = "the reward function") -> Float[Array, "batch"]:
     """Return the rewards of a rollout, checked: NaN for each completion that was not judged, whose reward is None.
 
@@ -262,12 +285,8 @@ def rewards_of(reward: RewardFn, rollout: Rollout, *, name: str = "the reward fu
         RuntimeError: from any error that the function itself raises.
     """
     count = rollout.sequences.tokens.shape[0]
-    try:
+    with told(name):
         given = reward(rollout)
-    except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(at.filename).name}, line {at.lineno}"
-        raise RuntimeError(f"{name} raised {type(error).__name__}: {error} ({place})") from error
     unjudged = np.zeros(count, bool)
     try:
         if isinstance(given, jax.Array):

@@ -388,6 +388,27 @@ def test_the_best_parameters_are_kept_and_returned_also_of_a_resumed_run(tmp_pat
     assert latest(tmp_path) == 6 and Checkpoints(tmp_path / "best").latest_step() == 3
 
 
+def test_another_best_cannot_be_asked_for_when_its_parameters_are_gone(tmp_path):
+    options = {"evaluate": lambda params: to_the_half(params) | {"kl": float(params["w"][0])}, "evaluate_every": 1}
+    go(tmp_path, **options, keep_best="held_out_loss")
+    with pytest.raises(ValueError, match=r"keep_best must stay as it was .* best kl so far is that of step 1, whose"):
+        go(tmp_path, **options, keep_best="kl")
+    go(tmp_path / "without", **options)
+    with pytest.raises(ValueError, match="best held_out_loss so far is that of step 3, whose parameters were not kept"):
+        go(tmp_path / "without", **options, keep_best="held_out_loss")
+    assert float(go(tmp_path / "without", **options, keep_best="max:kl").params["w"][0]) > 0.7, "the last one"
+
+
+def test_a_number_that_an_evaluation_lacks_waits_for_the_next(tmp_path):
+    steps = []
+
+    def evaluate(params):
+        steps.append(len(steps))
+        return {"length": 1.0} | ({"held_out_reward": float(params["w"][0])} if len(steps) > 1 else {})
+
+    assert float(go(None, evaluate=evaluate, keep_best="held_out_reward", verbose=False).params["w"][0]) > 0.7
+
+
 def test_the_best_is_the_largest_or_the_smallest_value_by_the_metric(tmp_path):
     def best(keep_best, name):
         evaluate = lambda params: {name: float(params["w"][0])}  # noqa: E731
