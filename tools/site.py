@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import latex2mathml.converter
+import nbconvert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -72,6 +73,8 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_relinked(text, "", page, files, config)))
+    for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        _add_notebook(notebook, files, config)
     files.append(File.generated(config, "site.css", abs_src_path=str(ROOT / "tools" / "site.css")))
     files.append(File.generated(config, "results/index.md", content=_claims()))
     for name in sorted(_results.result_names(_results.RESULTS)):
@@ -84,6 +87,18 @@ def on_files(files: Files, config: Any) -> Files:
         for name in names:
             files.append(File.generated(config, _reference(name), content=_reference_page(name)))
     return files
+
+
+def _add_notebook(path: Path, files: Files, config: Any) -> None:
+    """Add a notebook as a page, with its pictures beside it and a link to the file itself."""
+    text, found = nbconvert.MarkdownExporter().from_filename(str(path))
+    folder = f"notebooks/{path.stem}_files"
+    for name, picture in found["outputs"].items():
+        files.append(File.generated(config, f"{folder}/{name}", content=picture))
+    text = re.sub(r"!\[[^\]]*\]\((output_[^)]+)\)", rf"![]({path.stem}_files/\1)", text)
+    heading, rest = text.lstrip().split("\n", 1)
+    link = f"[As a notebook]({path.name}), to download and run\n"
+    files.append(File.generated(config, f"notebooks/{path.stem}.md", content=f"{heading}\n\n{link}{rest}"))
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
