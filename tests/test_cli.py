@@ -21,6 +21,7 @@ import transformers
 import jaxrl_llm
 from jaxrl_llm import cli, models
 from jaxrl_llm.analysis.attention import Link
+from jaxrl_llm.analysis.bleu import corpus_bleu, corpus_chrf
 from jaxrl_llm.cli.attention import print_links
 from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding import generate, transforms
@@ -113,7 +114,7 @@ def test_info_names_versions_devices_and_models(run):
         ("tree", "--model --depth --branching --select --out"),
         ("attention", "--model --kind --layer --head --target --links --out"),
         ("score", "MODEL --data --batch-size --dtype"),
-        ("translate", "--model --file --num-beams --length-penalty --max-new-tokens --prefix"),
+        ("translate", "--model --file --num-beams --length-penalty --max-new-tokens --prefix --references --against"),
     ],
 )
 def test_help_of_a_command_names_its_options(run, command, options):
@@ -461,10 +462,38 @@ def test_a_decoder_only_model_continues_the_prompt_form_to_the_end_of_the_line(r
         (["  "], "there is nothing to translate in the text"),
         (["-"], "there is nothing to translate in standard input"),
         (["one", "--model", "./nowhere"], "there is no folder or .gguf file ./nowhere"),
+        (["one", "--references", "nowhere.txt"], "nowhere.txt"),
+        (["one", "--tokenize", "zh"], "--against and --tokenize are for scores: give --references"),
     ],
 )
 def test_a_wrong_translation_is_one_line(run, arguments, said):
     assert_one_line(run("translate", *arguments, stdin="\n"), said)
+
+
+def test_translations_are_scored_against_references_and_against_other_translations(run, tmp_path):
+    source, german = tmp_path / "source.txt", tmp_path / "german.txt"
+    source.write_text("forty-two\n\nseven\n")
+    german.write_text("zwei-und-vierzig\n\nacht\n")
+    (tmp_path / "others.txt").write_text("zwei-und-vierzig\n\n\n")
+    given = ("translate", "--file", source, "--references", german)
+    code, out, said = run(*given, "--tokenize", "char", "--against", tmp_path / "others.txt")
+    texts, references = ["zwei-und-vierzig", "sieben"], ["zwei-und-vierzig", "acht"]
+    scores = [corpus_bleu(each, references, tokenize="char") for each in (texts, [texts[0], ""])]
+    scores += [corpus_chrf(each, references) for each in (texts, [texts[0], ""])]
+    assert (code, out) == (0, "zwei-und-vierzig\n\nsieben\n")
+    assert said == (
+        f"jaxrl-llm: BLEU {scores[0]:.1f}, chrF {scores[2]:.1f} of 2 sentences.\n"
+        f"jaxrl-llm: higher than --against by BLEU {scores[0] - scores[1]:+.1f}, chrF {scores[2] - scores[3]:+.1f}.\n"
+    )
+    said = run(*given)[2]
+    assert "BLEU of the translations is 0 because no sentence has 4 tokens, whatever matches: see chrF." in said
+    source.write_text("seven\n" * 30)
+    german.write_text("sieben\n" * 29 + "acht\n")
+    said = run(*given, german, "--tokenize", "char")[2]
+    assert re.fullmatch(r"jaxrl-llm: BLEU 9\d\.\d \(.* to 100\.0\), chrF 9.* to 100\.0\) of 30 sentences\.\n", said)
+    for lines, wrong in (("sieben\n" * 29, "each of 30 sentences, but has 29"), ("\n" * 30, "line 1 of .* is empty")):
+        german.write_text(lines)
+        assert re.search(wrong, run(*given)[2])
 
 
 def test_lines_of_translate_end_in_a_line_feed_alone_and_a_byte_order_mark_is_none_of_them(run, tmp_path):
