@@ -111,7 +111,7 @@ def test_info_names_versions_devices_and_models(run):
     ("command", "options"),
     [
         ("generate", "--prompts --model --strategy --num-samples --chat --temperature --top-k --seed --regex"),
-        ("tree", "--model --depth --branching --select --out"),
+        ("tree", "--model --depth --branching --select --out --color --bars --score-length"),
         ("attention", "--model --kind --layer --head --target --links --out"),
         ("score", "MODEL --data --batch-size --dtype"),
         ("translate", "--model --file --num-beams --length-penalty --max-new-tokens --prefix --references --against"),
@@ -658,9 +658,21 @@ def test_a_drawn_tree_follows_from_its_seed(run, model, tmp_path):
     assert first[1] != other[1] and b"<svg" in first[1]
 
 
+def test_tree_draws_the_bars_of_its_nodes_and_colours_by_probability(run, model, tmp_path):
+    options = ("--select", "nucleus", "--min-tokens-to-keep", 2, "--color", "probability", "--bars", "all")
+    options += ("--score-length", "all", "--out", tmp_path / "tree.svg")
+    status, printed, err = run("tree", "the cat", "--model", model, "--depth", 2, *options)
+    assert (status, err) == (0, "") and printed.startswith("best of 4 leaves, -")
+    assert f"drawn: {tmp_path}/tree.svg, {tmp_path}/tree.bars.svg\n" in printed
+    assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("tree.svg", "tree.bars.svg"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--bars", "root"], "--bars must be numbers of nodes such as 0 or 0,1,2, or all, but is 'root'"),
+        (["--bars", "6"], "a node must have children, but 6 is a leaf"),
+        (["--min-tokens-to-keep", "2"], "the selection best does not use min_tokens_to_keep"),
         (["--out", "tree.bmp"], "cannot write a figure to tree.bmp: the suffix must be one of"),
         (["--out", "tree"], "cannot write a figure to tree: the suffix must be one of"),
         (["--depth", "0"], "depth"),
