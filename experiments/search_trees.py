@@ -27,7 +27,6 @@ from jaxrl_llm.decoding import tree as trees
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
-BARS = 25  # tokens shown in a panel of probabilities
 # OpenAI's GPT-2 small after "I have a dream": the greedy chain's probabilities in per cent, and the best leaf's score.
 GPT2_SMALL = ("gpt2", "openai-community/gpt2")
 GPT2_SMALL_GREEDY = (15.20, 9.68, 30.59, 2.86, 22.93)
@@ -60,13 +59,14 @@ def run(config: Config) -> dict[str, Any]:
     prompt = jnp.asarray(text.encode(loaded.tokenizer, config.prompt), jnp.int32)
     filters = {
         "top_k": Chain((Temperature(config.temperature), TopK(config.top_k))),
-        "nucleus": Chain((Temperature(config.temperature), TopP(config.top_p))),
+        "nucleus": Chain((Temperature(config.temperature), TopP(config.top_p, config.branching))),
     }
     titles = {
         "greedy": "greedy chain",
         "full": f"the {config.branching} most probable tokens of every node",
         "top_k": f"{config.branching} distinct tokens drawn from the {config.top_k} most probable",
-        "nucleus": f"{config.branching} distinct tokens drawn from the nucleus, p = {config.top_p:g}",
+        "nucleus": f"{config.branching} distinct tokens drawn from the nucleus, p = {config.top_p:g}, "
+        f"at least {config.branching} kept",
     }
     grown = {
         name: grow(config, loaded, prompt, select=filters.get(name, "best"), branching=1 if name == "greedy" else None)
@@ -81,9 +81,12 @@ def run(config: Config) -> dict[str, Any]:
     logits = loaded.model.apply(loaded.params, prompt[None])[0][0, -1]
     drawn = {name: {node.token for node in tree.nodes() if node.level == 1} for name, tree in grown.items()}
     panels = [
-        bar_panel(loaded, "next token", logits, logits, drawn["full"]),
-        bar_panel(loaded, f"top-k, k = {config.top_k}", logits, filters["top_k"](logits), drawn["top_k"]),
-        bar_panel(loaded, f"nucleus, p = {config.top_p:g}", logits, filters["nucleus"](logits), drawn["nucleus"]),
+        trees.describe_distribution(loaded.tokenizer, logits, left, drawn[name], title=title)
+        for name, left, title in (
+            ("full", logits, "next token"),
+            ("top_k", filters["top_k"](logits), f"top-k, k = {config.top_k}"),
+            ("nucleus", filters["nucleus"](logits), f"nucleus, p = {config.top_p:g}"),
+        )
     ]
     works = first_tokens(loaded.tokenizer, chosen(config.passages), config.prompt_tokens)
     gains = [gain(tree) for tree in (grown["full"], *(grow(config, loaded, jnp.asarray(work)) for work in works))]
@@ -138,27 +141,6 @@ def gain(tree: Tree) -> float:
 def missed(gains: list[float]) -> int:
     """Return the number of prompts after which the best leaf is not greedy decoding's."""
     return sum(each > 0 for each in gains)
-
-
-def bar_panel(
-    loaded: models.Loaded, title: str, logits: jax.Array, filtered: jax.Array, drawn: set[int]
-) -> dict[str, Any]:
-    """Return the most probable next tokens: which of them the filter keeps, and which the tree drew."""
-    probabilities = np.asarray(jax.nn.softmax(logits))
-    kept = np.asarray(filtered > -jnp.inf)
-    order = np.argsort(-probabilities, kind="stable")
-    shown = [*order[:BARS], *(token for token in order[BARS:] if token in drawn)]
-    texts = text.token_texts(loaded.tokenizer, shown)
-    tokens = [
-        {
-            "text": label,
-            "prob": float(probabilities[token]),
-            "kept": bool(kept[token]),
-            "drawn": int(token) in drawn,
-        }
-        for token, label in zip(map(int, shown), texts, strict=True)
-    ]
-    return {"title": title, "kept_mass": float(probabilities[kept].sum()), "tokens": tokens}
 
 
 def rescored(loaded: models.Loaded, prompt: jax.Array, grown: list[Tree]) -> float:
@@ -232,12 +214,15 @@ def numbers(
         ),
     ]
     if config.model in GPT2_SMALL and config.prompt == "I have a dream" and config.depth == 5:
-        entries += known_numbers(greedy, full)
+        entries += known_numbers(greedy, full, len(prompt))
     return entries
 
 
-def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
-    """Test the published probabilities of OpenAI's GPT-2 small after this prompt."""
+def known_numbers(greedy: Tree, full: Tree, prompt_length: int) -> list[dict[str, Any]]:
+    """Test the published probabilities of OpenAI's GPT-2 small after this prompt.
+
+    The published score of a leaf is Σ log p of the generated tokens over the number of all tokens, with the prompt's.
+    """
     source = "M. Labonne, Decoding Strategies in Large Language Models (2023)"
     chain = [
         ledger.test(
@@ -252,4 +237,5 @@ def known_numbers(greedy: Tree, full: Tree) -> list[dict[str, Any]]:
         for node, expected in zip(greedy.nodes(), GPT2_SMALL_GREEDY, strict=True)
     ]
     score = {"expected": GPT2_SMALL_BEST, "tolerance": 0.005, "wrong": -1.0, "unit": "nats per token"}
-    return [*chain, ledger.test("best leaf", full.best()[1], source=source, **score)]
+    best = dataclasses.replace(full, prompt_length=prompt_length).best()[1]
+    return [*chain, ledger.test("best leaf, over prompt and generated tokens", best, source=source, **score)]

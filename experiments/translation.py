@@ -470,7 +470,8 @@ def report(
         "examples": examples(found, pairs, Decoder(*at.values())),
         "logs": {name: record["log"] for name, record in records.items()},
     }
-    text = claim(config, labels, lead, scores, len(pairs), ours=bool(records))
+    short = all(too_short(decoded[Decoder(*at.values())].texts, pairs) for decoded in found.values())
+    text = claim(config, labels, lead, scores, len(pairs), ours=bool(records), short=short)
     return {"claim": text, "numbers": numbers, "data": data}
 
 
@@ -539,22 +540,39 @@ def examples(found: dict[str, dict], pairs: Sequence[SentencePair], decoder: Dec
     ]
 
 
+def too_short(texts: Sequence[str], pairs: Sequence[SentencePair]) -> bool:
+    """Return True if BLEU is 0 because no translation has four tokens, although some tokens match."""
+    return bleu.summed(bleu.count(texts, [pair.target for pair in pairs])).too_short
+
+
 def claim(
-    config: Config, labels: dict[str, str], lead: dict[str, Any], scores: dict[str, dict], sentences: int, *, ours: bool
+    config: Config,
+    labels: dict[str, str],
+    lead: dict[str, Any],
+    scores: dict[str, dict],
+    sentences: int,
+    *,
+    ours: bool,
+    short: bool = False,
 ) -> str:
-    """Return both scores and their difference, with its interval if there are enough sentences."""
-    bleu_of = {kind: scores[kind]["bleu"]["estimate"] for kind in NAMES}
-    difference = lead["bleu"]
+    """Return both scores and their difference, with its interval if there are enough sentences.
+
+    The scores are BLEU, or chrF if the translations of both models are too `short` for BLEU.
+    """
+    measure = "chrF" if short else "BLEU"
+    score_of = {kind: scores[kind][measure.lower()]["estimate"] for kind in NAMES}
+    difference = lead[measure.lower()]
     certain = (
         f"95% interval {difference['low']:.1f} to {difference['high']:.1f}"
         if "low" in difference
         else f"{sentences} sentences are too few for an interval"
     )
     training = " They are one training run each, on the same batches, tuned for neither." if ours else ""
+    why = " BLEU is 0 for both because no translation has four tokens." if short else ""
     return (
-        f"On {sentences} held-out sentences {labels['gpt2']} has {bleu_of['gpt2']:.1f} BLEU with beam "
-        f"{config.beams_of_penalties} and {labels['t5']} {bleu_of['t5']:.1f}: a paired difference of "
-        f"{difference['estimate']:.1f} ({certain}).{training}"
+        f"On {sentences} held-out sentences {labels['gpt2']} has {score_of['gpt2']:.1f} {measure} with beam "
+        f"{config.beams_of_penalties} and {labels['t5']} {score_of['t5']:.1f}: a paired difference of "
+        f"{difference['estimate']:.1f} ({certain}).{why}{training}"
     )
 
 

@@ -39,6 +39,7 @@ from jaxrl_llm.models.heads import is_reward
 from jaxrl_llm.options import Range, takes
 from jaxrl_llm.plots import interactive, style
 from jaxrl_llm.plots.attention import attention_figure
+from jaxrl_llm.plots.charts import bars_figure
 from jaxrl_llm.plots.landscape import landscape_figure
 from jaxrl_llm.plots.tree import tree_figure
 from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
@@ -48,6 +49,7 @@ Prompt = str | Sequence[int] | Conversation
 Prompts = str | Sequence[Prompt] | Int[np.ndarray, "..."] | Sequence[int]
 
 SHOWN = 100  # characters of a text in a repr
+NODES = 64  # of a tree whose distributions are computed together
 SCORED_BUCKET = 32  # tokens to a multiple of which a text is padded
 _top = jax.jit(scoring.top_log_probs, static_argnames=("lm", "k"))
 
@@ -93,6 +95,8 @@ class TextTree:
     described: dict[str, Any]
     """Nodes with text, probability and score, as plain data (`decoding.tree.describe`)."""
     model: str
+    describe_nodes: Callable[[Sequence[int]], list[dict[str, Any]]]
+    """The distributions over the token after nodes, as plain data."""
 
     @property
     def best(self) -> str:
@@ -104,9 +108,31 @@ class TextTree:
         """Σ log p / length of that leaf, in nats per token."""
         return self.described["best_score"]
 
-    def plot(self) -> Figure:
-        """Draw the tree; a notebook shows the figure."""
-        return style.shown(tree_figure(self.described, model=self.model))
+    def distributions(self, nodes: int | Sequence[int] | Literal["all"] = 0) -> list[dict[str, Any]]:
+        """Return the most probable tokens after nodes, with those that the selection keeps and those in the tree.
+
+        Args:
+            nodes: 0 is the prompt; the others are numbered level by level from 1, in the order of `described["nodes"]`,
+                in which the figure has them from top to bottom. "all" are all that have children.
+
+        Raises:
+            ValueError: for a node that is not in the tree or has no children.
+        """
+        if nodes == "all":
+            nodes = sorted({node.parent for node in self.tree.nodes()})
+        return self.describe_nodes([nodes] if isinstance(nodes, numbers.Integral) else list(nodes))
+
+    def plot(self, *, color: Literal["score", "probability"] = "score") -> Figure:
+        """Draw the tree, with nodes in the colour of their score or of their token's probability.
+
+        A notebook shows the figure.
+        """
+        return style.shown(tree_figure(self.described, model=self.model, color=color))
+
+    def plot_bars(self, nodes: int | Sequence[int] | Literal["all"] = 0) -> Figure:
+        """Draw `distributions` as bars, with tokens that are kept and drawn; a notebook shows the figure."""
+        title = f"{self.described['title']}, {self.model}"
+        return style.shown(bars_figure(self.distributions(nodes), title=title))
 
     def __repr__(self) -> str:
         leaves = len(self.tree.leaves())
@@ -507,18 +533,22 @@ class LM:
         given, rows = self._encoded(prompt)
         if len(rows) > 1:
             raise ValueError(f"search_tree takes one prompt, but is given {len(rows)}.")
-        filters = {"top-k": lambda: TopK(options.top_k), "nucleus": lambda: TopP(options.top_p)}
+        filters = {
+            "top-k": lambda: TopK(options.top_k),
+            "nucleus": lambda: TopP(options.top_p, options.min_tokens_to_keep),
+        }
         kept = [filters[options.select]()] if options.select in filters else []
         task = self._task(rows)
+        select = "best" if options.select == "best" else Chain((Temperature(options.temperature), *kept))
+        given_model = (task.lm, task.params, task.prompts[0][task.mask[0]])
         found = decoding.search_tree(
-            task.lm,
-            task.params,
-            task.prompts[0][task.mask[0]],
+            *given_model,
             branching=options.branching,
             depth=options.depth,
-            select="best" if options.select == "best" else Chain((Temperature(options.temperature), *kept)),
+            select=select,
             key=jax.random.key(options.seed),
             eos_id=self.eos_ids,
+            score_length=options.score_length,
         )
         titles = {
             "best": "most probable",
@@ -535,7 +565,25 @@ class LM:
             prompt=f"{start} → " if self._translates else start,
             prompt_tokens=() if self._translates else rows[0],
         )
-        return TextTree(found, described, self.name)
+        texts = {}
+        for node in described["nodes"]:
+            texts[node["id"]] = texts.get(node["parent"], "") + node["text"]
+        children: dict[int, set[int]] = {}
+        for node in found.nodes():
+            children.setdefault(node.parent, set()).add(node.token)
+
+        def describe_nodes(nodes: Sequence[int]) -> list[dict[str, Any]]:
+            panels = []
+            for start in range(0, len(nodes), NODES):
+                some = nodes[start : start + NODES]
+                with meshes.on_mesh_of(self.params):
+                    pairs = tree.node_logits(*given_model, found, some, select=select)
+                for node, logits, left in zip(some, *pairs, strict=True):
+                    title = f"{node}: {texts[node]}"
+                    panels.append(tree.describe_distribution(tokenizer, logits, left, children[node], title=title))
+            return panels
+
+        return TextTree(found, described, self.name, describe_nodes)
 
     @_on_its_mesh
     def translate(

@@ -41,6 +41,8 @@ class Sampling(Checked):
     """Keep the k most probable tokens."""
     top_p: float | None = number(None, 0, 1, above=True)
     """Keep the smallest set of most probable tokens with this mass."""
+    min_tokens_to_keep: int | None = number(None, 1)
+    """Keep at least so many tokens of --top-p."""
     min_p: float | None = number(None, 0, 1)
     """Keep the tokens of at least this share of the most probable one's probability."""
     typical_p: float | None = number(None, 0, 1, above=True)
@@ -112,6 +114,8 @@ class Sampling(Checked):
             )
         if len(self.whole_text) > 1:
             raise ValueError(f"give either {' or '.join(self.whole_text)}, not both.")
+        if self.min_tokens_to_keep is not None and self.top_p is None:
+            raise ValueError("min_tokens_to_keep needs top_p.")
         if self.guidance_prompt is None and self.guidance_scale != Sampling.guidance_scale:
             raise ValueError("guidance_scale needs guidance_prompt.")
 
@@ -181,19 +185,24 @@ class TreeSearch(Checked):
     """For top-k; 20 if not given."""
     top_p: float | None = number(None, 0, 1, above=True)
     """For nucleus; 0.5 if not given."""
+    min_tokens_to_keep: int | None = number(None, 1)
+    """For nucleus: keep at least so many tokens; with as many as the branching, every node has all its children."""
     temperature: float = number(1.0, 0, above=True)
     """For children that are drawn."""
     seed: int = number(0, 0, 2**32 - 1)
     """Random seed, for children that are drawn."""
+    score_length: Literal["generated", "all"] = "generated"
+    """A score is the log-probability of the generated tokens over their number, or over that of all tokens, those of
+    the prompt too."""
 
     def __post_init__(self):
         super().__post_init__()
-        filters = {"best": set(), "sample": set(), "top-k": {"top_k"}, "nucleus": {"top_p"}}
+        filters = {"best": set(), "sample": set(), "top-k": {"top_k"}, "nucleus": {"top_p", "min_tokens_to_keep"}}
         if self.select not in filters:
             raise ValueError(f"select must be one of {', '.join(filters)}, but is {self.select!r}.")
         if self.select == "best" and self.temperature != 1.0:
             raise ValueError("temperature is for children that are drawn: select sample, top-k or nucleus.")
-        for name, default in (("top_k", 20), ("top_p", 0.5)):
+        for name, default in (("top_k", 20), ("top_p", 0.5), ("min_tokens_to_keep", None)):
             if name not in filters[self.select] and getattr(self, name) is not None:
                 raise ValueError(f"the selection {self.select} does not use {name}.")
             if name in filters[self.select] and getattr(self, name) is None:
@@ -204,7 +213,8 @@ Group = TypeVar("Group", Sampling, Search)
 
 COMPLETIONS = Range(1)
 EVERYWHERE = {"max_new_tokens", "seed", "cut"}  # a strategy that draws nothing gives the same for every seed
-FILTERS = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta", "top_n_sigma", "mirostat"}
+FILTERS = {"temperature", "top_k", "top_p", "min_tokens_to_keep", "min_p", "typical_p", "epsilon", "eta"}
+FILTERS |= {"top_n_sigma", "mirostat"}
 PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty", "bias"}
 CONSTRAINTS = {"no_repeat_ngram", "min_new_tokens", "ban", *WHOLE_TEXT}
 DRAWING = FILTERS | PENALTIES | CONSTRAINTS

@@ -135,7 +135,7 @@ def transforms_of(
         "no_repeat_ngram": transforms.NoRepeatNgram,
         "temperature": transforms.Temperature,
         "top_k": transforms.TopK,
-        "top_p": transforms.TopP,
+        "top_p": lambda p: transforms.TopP(p, sampling.min_tokens_to_keep),
         "min_p": transforms.MinP,
         "typical_p": transforms.Typical,
         "epsilon": transforms.Epsilon,

@@ -21,6 +21,7 @@ import transformers
 import jaxrl_llm
 from jaxrl_llm import cli, models
 from jaxrl_llm.analysis.attention import Link
+from jaxrl_llm.analysis.bleu import corpus_bleu, corpus_chrf
 from jaxrl_llm.cli.attention import print_links
 from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding import generate, transforms
@@ -110,10 +111,10 @@ def test_info_names_versions_devices_and_models(run):
     ("command", "options"),
     [
         ("generate", "--prompts --model --strategy --num-samples --chat --temperature --top-k --seed --regex"),
-        ("tree", "--model --depth --branching --select --out"),
+        ("tree", "--model --depth --branching --select --out --color --bars --score-length"),
         ("attention", "--model --kind --layer --head --target --links --out"),
         ("score", "MODEL --data --batch-size --dtype"),
-        ("translate", "--model --file --num-beams --length-penalty --max-new-tokens --prefix"),
+        ("translate", "--model --file --num-beams --length-penalty --max-new-tokens --prefix --references --against"),
     ],
 )
 def test_help_of_a_command_names_its_options(run, command, options):
@@ -461,10 +462,38 @@ def test_a_decoder_only_model_continues_the_prompt_form_to_the_end_of_the_line(r
         (["  "], "there is nothing to translate in the text"),
         (["-"], "there is nothing to translate in standard input"),
         (["one", "--model", "./nowhere"], "there is no folder or .gguf file ./nowhere"),
+        (["one", "--references", "nowhere.txt"], "nowhere.txt"),
+        (["one", "--tokenize", "zh"], "--against and --tokenize are for scores: give --references"),
     ],
 )
 def test_a_wrong_translation_is_one_line(run, arguments, said):
     assert_one_line(run("translate", *arguments, stdin="\n"), said)
+
+
+def test_translations_are_scored_against_references_and_against_other_translations(run, tmp_path):
+    source, german = tmp_path / "source.txt", tmp_path / "german.txt"
+    source.write_text("forty-two\n\nseven\n")
+    german.write_text("zwei-und-vierzig\n\nacht\n")
+    (tmp_path / "others.txt").write_text("zwei-und-vierzig\n\n\n")
+    given = ("translate", "--file", source, "--references", german)
+    code, out, said = run(*given, "--tokenize", "char", "--against", tmp_path / "others.txt")
+    texts, references = ["zwei-und-vierzig", "sieben"], ["zwei-und-vierzig", "acht"]
+    scores = [corpus_bleu(each, references, tokenize="char") for each in (texts, [texts[0], ""])]
+    scores += [corpus_chrf(each, references) for each in (texts, [texts[0], ""])]
+    assert (code, out) == (0, "zwei-und-vierzig\n\nsieben\n")
+    assert said == (
+        f"jaxrl-llm: BLEU {scores[0]:.1f}, chrF {scores[2]:.1f} of 2 sentences.\n"
+        f"jaxrl-llm: higher than --against by BLEU {scores[0] - scores[1]:+.1f}, chrF {scores[2] - scores[3]:+.1f}.\n"
+    )
+    said = run(*given)[2]
+    assert "BLEU of the translations is 0 because no sentence has 4 tokens, whatever matches: see chrF." in said
+    source.write_text("seven\n" * 30)
+    german.write_text("sieben\n" * 29 + "acht\n")
+    said = run(*given, german, "--tokenize", "char")[2]
+    assert re.fullmatch(r"jaxrl-llm: BLEU 9\d\.\d \(.* to 100\.0\), chrF 9.* to 100\.0\) of 30 sentences\.\n", said)
+    for lines, wrong in (("sieben\n" * 29, "each of 30 sentences, but has 29"), ("\n" * 30, "line 1 of .* is empty")):
+        german.write_text(lines)
+        assert re.search(wrong, run(*given)[2])
 
 
 def test_lines_of_translate_end_in_a_line_feed_alone_and_a_byte_order_mark_is_none_of_them(run, tmp_path):
@@ -629,9 +658,21 @@ def test_a_drawn_tree_follows_from_its_seed(run, model, tmp_path):
     assert first[1] != other[1] and b"<svg" in first[1]
 
 
+def test_tree_draws_the_bars_of_its_nodes_and_colours_by_probability(run, model, tmp_path):
+    options = ("--select", "nucleus", "--min-tokens-to-keep", 2, "--color", "probability", "--bars", "all")
+    options += ("--score-length", "all", "--out", tmp_path / "tree.svg")
+    status, printed, err = run("tree", "the cat", "--model", model, "--depth", 2, *options)
+    assert (status, err) == (0, "") and printed.startswith("best of 4 leaves, -")
+    assert f"drawn: {tmp_path}/tree.svg, {tmp_path}/tree.bars.svg\n" in printed
+    assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("tree.svg", "tree.bars.svg"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--bars", "root"], "--bars must be numbers of nodes such as 0 or 0,1,2, or all, but is 'root'"),
+        (["--bars", "6"], "a node must have children, but 6 is a leaf"),
+        (["--min-tokens-to-keep", "2"], "the selection best does not use min_tokens_to_keep"),
         (["--out", "tree.bmp"], "cannot write a figure to tree.bmp: the suffix must be one of"),
         (["--out", "tree"], "cannot write a figure to tree: the suffix must be one of"),
         (["--depth", "0"], "depth"),

@@ -383,6 +383,15 @@ def test_search_tree_is_the_functional_one(lm, select):
     assert found.best == "the cat" + lm.decode([*lm.encode("the cat"), *tokens])[len("the cat") :]
     assert found.score == pytest.approx(score, rel=1e-5)
     np.testing.assert_array_equal(found.tree.tokens, expected.tokens)
+    panels = found.distributions("all")
+    assert [int(panel["title"].split(":")[0]) for panel in panels] == sorted({node.parent for node in expected.nodes()})
+    (root,) = found.distributions()
+    assert root["title"] == panels[0]["title"] == "0: the cat"
+    drawn = {each["text"]: each["prob"] for each in root["tokens"] if each["drawn"]}
+    first = [node for node in found.described["nodes"] if node["parent"] == 0]
+    assert set(drawn) == {node["text"] for node in first}
+    assert [drawn[node["text"]] for node in first] == pytest.approx([node["prob"] for node in first], rel=1e-4)
+    assert all(token["kept"] for panel in panels for token in panel["tokens"] if token["drawn"])
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------
@@ -670,6 +679,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "the selection best does not use top_k", lambda lm: lm.search_tree("x", top_k=3)),
         (ValueError, "the selection top-k does not use top_p", lambda lm: lm.search_tree(
             "x", select="top-k", top_p=0.5)),
+        (ValueError, "min_tokens_to_keep needs top_p", lambda lm: lm.generate("x", min_tokens_to_keep=2)),
         (ValueError, "temperature is for children that are drawn", lambda lm: lm.search_tree("x", temperature=2.0)),
         (ValueError, "text 0 has too few tokens", lambda lm: lm.log_probs("")),
         (ValueError, "there are 3 for 2", lambda lm: lm.log_probs(["x", "y"], ["a", "b", "c"])),

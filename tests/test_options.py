@@ -70,7 +70,7 @@ def test_a_name_that_means_nothing_has_no_hint():
             "there is no option --num-return-sequences: did you mean --num-samples?",
         ),
         ("tree hi --temperatur 3", "there is no option --temperatur: did you mean --temperature?"),
-        ("tree hi --colour", "there is no option --colour."),
+        ("tree hi --hue", "there is no option --hue."),
         ("tree hi there", "there is no further argument there."),
     ],
 )

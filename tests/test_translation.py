@@ -1,6 +1,9 @@
 """Translating texts: batches and padding change nothing, beams are beam search's, a line is a line, and refusals."""
 
 import dataclasses
+import itertools
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +11,12 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxrl_llm import models, translation
+from jaxrl_llm import models, text, translation
 from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding.beam import beam_search
-from jaxrl_llm.models import GPT2, GPT2Config, Loaded
+from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded
 from jaxrl_llm.translation import Form, translate
+from tests.conftest import TINY_T5, random_params
 
 pytestmark = pytest.mark.slow
 
@@ -151,3 +155,45 @@ def test_a_decoder_only_model_translates_to_the_end_of_its_line():
 def test_an_unknown_token_that_is_also_the_end_says_nothing():
     loaded = writer(byte_tokenizer(), "the cat<|endoftext|>", "mat")
     assert translation.translate(loaded, ["the cat<|endoftext|>"], max_new_tokens=8) == ["mat"]
+
+
+# Models from folders --------------------------------------------------------------------------------------------------
+
+
+def mgpt(folder):
+    """mGPT's kind: GPT-2's architecture with special tokens of its own, and more embeddings than tokens."""
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe.train(["the cat sat"] * 3, SIZE), **roles)
+    lm = GPT2(GPT2Config(len(tokenizer) + 6, 64, n_embd=16, n_layer=1, n_head=2))
+    models.save(folder, lm, random_params(lm), tokenizer)
+
+
+def mt5(folder):
+    """MT5ForConditionalGeneration of random weights, with a SentencePiece model."""
+    lm = T5(dataclasses.replace(TINY_T5.config, model_type="mt5", vocab_size=1300, decoder_start_token_id=0))
+    models.save(folder, lm, random_params(lm))
+    shutil.copy(Path(__file__).parent / "goldens" / "spiece" / "spiece.model", folder)
+
+
+@pytest.mark.parametrize("write", [mgpt, mt5])
+def test_models_of_a_folder_translate_greedily_by_the_most_probable_tokens(write, tmp_path):
+    """Token by token without a cache, from the prompt form and the first token of the decoder."""
+    write(tmp_path)
+    loaded, form = models.load(tmp_path), Form("in words ", " is")
+    source = jnp.asarray([text.encode(loaded.tokenizer, "in words the cat is")])
+    lm, params, tokens = loaded.model, loaded.params, source
+    if isinstance(lm, T5):
+        assert lm.config.model_type == "mt5" and lm.config.output_scale == 1
+        lm, params = lm.start(params, source, jnp.ones(source.shape, bool))
+        tokens = jnp.zeros((1, 1), jnp.int32)
+    first = tokens.shape[1]
+    tokens = jnp.pad(tokens, ((0, 0), (0, 5)))
+    apply = jax.jit(lm.apply)
+    for place in range(first, first + 5):
+        tokens = tokens.at[0, place].set(jnp.argmax(apply(params, tokens)[0][0, place - 1]))
+    ends = text.eos_ids(loaded.tokenizer, loaded.config)
+    new = list(itertools.takewhile(lambda token: token not in ends, tokens[0, first:].tolist()))
+    expected = loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
+    if not isinstance(loaded.model, T5):
+        expected = expected.split("\n")[0].strip()
+    assert new and translate(loaded, ["the cat"], form=form, max_new_tokens=5) == [expected]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -182,6 +183,12 @@ class SearchTree:
     out: Path = Path("tree.png")
     """The file of the figure; its suffix decides the format (.png, .svg, .pdf). A missing folder is
     made."""
+    color: Literal["score", "probability"] = "score"
+    """The colour of a node: its score, or the probability of its token."""
+    bars: str | None = None
+    """Nodes whose distributions over the next token are drawn as bars, with the tokens that are kept and drawn: 0 is
+    the prompt, others are numbered level by level, top to bottom; several as 0,1,2, or all. The file is that of --out
+    with .bars before its suffix."""
     search: Annotated[TreeSearch, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TreeSearch)
 
     def run(self) -> None:
@@ -190,8 +197,21 @@ class SearchTree:
         from jaxrl_llm.plots import style
 
         style.check_suffix(self.out)
+        nodes = None if self.bars is None else numbers_of(self.bars)
         tree = jl.load(self.model).search_tree(self.prompt, **vars(self.search))
-        style.save_as(tree.plot(), self.out)
+        bars = None if nodes is None else tree.plot_bars(nodes)
+        drawn = [style.save_as(tree.plot(color=self.color), self.out)]
+        if bars is not None:
+            drawn.append(style.save_as(bars, self.out.with_name(f"{self.out.stem}.bars{self.out.suffix}")))
         print(f"best of {len(tree.tree.leaves())} leaves, {tree.score:.4f} nats per token:")
         print(tree.best)
-        print(f"drawn: {self.out}")
+        print(f"drawn: {', '.join(map(str, drawn))}")
+
+
+def numbers_of(nodes: str) -> str | list[int]:
+    """Return the numbers of nodes, or "all"."""
+    if nodes == "all":
+        return nodes
+    if not re.fullmatch(r"\d+(,\d+)*", nodes):
+        raise ValueError(f"--bars must be numbers of nodes such as 0 or 0,1,2, or all, but is {nodes!r}.")
+    return [int(each) for each in nodes.split(",")]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from jaxrl_llm.cli import devices
+
+ENOUGH = 25  # sentences, below which a bootstrap interval is too narrow to be shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,22 @@ class Translate:
     """Dtype of the parameters."""
     mesh: str | None = None
     """Devices that share the work, as in `generate`."""
+    references: tuple[Path, ...] = ()
+    """Files of reference translations, one a line, from which BLEU and chrF are computed; they are printed on standard
+    error, with 95% intervals over the sentences from 25 on."""
+    against: Path | None = None
+    """A file of another model's translations, one a line: print by how much this model scores higher, paired by
+    sentence."""
+    tokenize: Literal["13a", "intl", "char", "zh", "none"] = "13a"
+    """BLEU's tokens, as in sacreBLEU: zh for Chinese, char for text without spaces, intl for other scripts."""
 
     def run(self) -> None:
-        """Print the translations, one a line; an empty line stays empty."""
+        """Print the translations, one a line; an empty line stays empty. Print scores against references."""
         lines = read_lines(self.text, self.file)
+        if not self.references and (self.against is not None or self.tokenize != "13a"):
+            raise ValueError("--against and --tokenize are for scores: give --references.")
+        references = [aligned(path, lines) for path in self.references]
+        against = None if self.against is None else aligned(self.against, lines, may_be_empty=True)
         if self.num_beams < 1:
             raise ValueError(f"--num-beams must be at least 1, but is {self.num_beams}.")
         if self.num_beams == 1 and self.length_penalty != 1:
@@ -62,9 +76,58 @@ class Translate:
                 "break. --prefix and --suffix ask it in other words.",
                 file=sys.stderr,
             )
-        found = iter(lm.translate(sentences, **options))
+        translations = lm.translate(sentences, **options)
+        found = iter(translations)
         for line in lines:
             print(next(found).replace("\n", " ") if line.strip() else "")
+        if references:
+            print_scores(translations, list(zip(*references, strict=True)), against, tokenize=self.tokenize)
+
+
+def print_scores(
+    translations: list[str], references: list[tuple[str, ...]], against: list[str] | None, *, tokenize: str
+) -> None:
+    """Print BLEU and chrF, and the differences from other translations, with paired bootstrap intervals."""
+    from jaxrl_llm.analysis import bleu, bootstrap
+
+    sys.stdout.flush()
+    intervals = len(translations) >= ENOUGH
+    options = {"seed": 0, "resamples": 1000 if intervals else 1}
+
+    def shown(found: Any, sign: str = "") -> str:
+        ends = f" ({found.low:{sign}.1f} to {found.high:{sign}.1f})" if intervals else ""
+        return f"{found.estimate:{sign}.1f}{ends}"
+
+    of_bleu = bootstrap.bleu_interval(translations, references, tokenize=tokenize, **options)
+    of_chrf = bootstrap.chrf_interval(translations, references, **options)
+    says = [f"BLEU {shown(of_bleu)}, chrF {shown(of_chrf)} of {len(translations)} sentences"]
+    if against is not None:
+        of_bleu = bootstrap.bleu_difference(translations, against, references, tokenize=tokenize, **options)
+        of_chrf = bootstrap.chrf_difference(translations, against, references, **options)
+        says.append(f"higher than --against by BLEU {shown(of_bleu, '+')}, chrF {shown(of_chrf, '+')}")
+    systems = {"the translations": translations, "--against": against or []}
+    counts = {name: bleu.count(texts, references[: len(texts)], tokenize=tokenize) for name, texts in systems.items()}
+    if short := [name for name, each in counts.items() if bleu.summed(each).too_short]:
+        says.append(
+            f"BLEU of {' and of '.join(short)} is 0 because no sentence has 4 tokens, whatever matches: see chrF"
+        )
+    for line in says:
+        print(f"jaxrl-llm: {line}.", file=sys.stderr)
+
+
+def aligned(path: Path, lines: list[str], *, may_be_empty: bool = False) -> list[str]:
+    """Return the lines of a file that belong to the lines that are not empty.
+
+    Raises:
+        ValueError: if the file has another number of lines, or one of these is empty.
+    """
+    found = split_lines(path.read_bytes().decode("utf-8"))
+    if len(found) != len(lines):
+        raise ValueError(f"{path} must have a line for each of {len(lines)} sentences, but has {len(found)}.")
+    for number, (line, sentence) in enumerate(zip(found, lines, strict=True), 1):
+        if sentence.strip() and not line.strip() and not may_be_empty:
+            raise ValueError(f"line {number} of {path} must be a translation, but is empty.")
+    return [line for line, sentence in zip(found, lines, strict=True) if sentence.strip()]
 
 
 def read_lines(text: str | None, file: Path | None) -> list[str]:

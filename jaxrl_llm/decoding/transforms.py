@@ -101,8 +101,9 @@ class Transform:
     def check(self, limits: Int[np.ndarray, "batch"]) -> None:
         """Raise a ValueError if rows that may have so many new tokens cannot be served; called before decoding."""
         for field in dataclasses.fields(self):
-            shape, axes = jnp.shape(getattr(self, field.name)), self.axes.get(field.name, 0)
-            if len(shape) != axes and shape[: -axes or None] != limits.shape:
+            value, axes = getattr(self, field.name), self.axes.get(field.name, 0)
+            shape = () if value is None else jnp.shape(value)
+            if value is not None and len(shape) != axes and shape[: -axes or None] != limits.shape:
                 one = "number" if axes == 0 else f"array of {axes} {'axis' if axes == 1 else 'axes'}"
                 raise ValueError(
                     f"{field.name} of {type(self).__name__} must be one {one}, or one for each of {len(limits)} rows, "
@@ -124,7 +125,7 @@ class Transform:
         for field in dataclasses.fields(self):
             annotation = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
             value, kind = getattr(self, field.name), _KINDS.get(annotation.split("[")[0])
-            if kind and self.axes.get(field.name, 0) == 0 and is_concrete(value):
+            if kind and value is not None and self.axes.get(field.name, 0) == 0 and is_concrete(value):
                 array = jnp.asarray(value)
                 if array.ndim and not jnp.issubdtype(array.dtype, jnp.floating if kind is float else jnp.integer):
                     array = array.astype(jnp.result_type(kind))
@@ -326,8 +327,7 @@ class TopK(Transform):
     k: Int[Array, "..."] | int
 
     def __post_init__(self):
-        k = jnp.asarray(self.k)
-        require(jnp.issubdtype(k.dtype, jnp.integer) and k >= 1, "k", "an integer of at least 1", self.k)
+        _check_count(self.k, "k")
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
         return jnp.where(logits >= kth_largest(logits, self.k)[..., None], logits, -jnp.inf)
@@ -338,19 +338,28 @@ class TopP(Transform):
 
     The token that crosses p is kept, and all that tie with it; p = 1 keeps every token of positive probability.
 
+    Args:
+        min_tokens_to_keep: keep at least so many of the most probable tokens, as far as their probability is positive.
+
     Raises:
-        ValueError: unless 0 < p ≤ 1.
+        ValueError: unless 0 < p ≤ 1, and min_tokens_to_keep is an integer of at least 1.
     """
 
     reweighs: ClassVar[bool] = False
 
     p: Float[Array, "..."] | float
+    min_tokens_to_keep: Int[Array, "..."] | int | None = None
 
     def __post_init__(self):
         require((self.p > 0) & (self.p <= 1), "p", "in (0, 1]", self.p)
+        if self.min_tokens_to_keep is not None:
+            _check_count(self.min_tokens_to_keep, "min_tokens_to_keep")
 
     def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-        return jnp.where(logits >= nucleus_threshold(logits, self.p)[..., None], logits, -jnp.inf)
+        threshold = nucleus_threshold(logits, self.p)
+        if self.min_tokens_to_keep is not None:
+            threshold = jnp.minimum(threshold, kth_largest(logits, self.min_tokens_to_keep))
+        return jnp.where(logits >= threshold[..., None], logits, -jnp.inf)
 
 
 class MinP(Transform):
@@ -477,6 +486,11 @@ class TopNSigma(Transform):
 
 def _check_interval(number: Float[Array, "..."] | float, name: str) -> None:
     require((number >= 0) & (number <= 1), name, "in [0, 1]", number)
+
+
+def _check_count(count: Int[Array, "..."] | int, name: str) -> None:
+    array = jnp.asarray(count)
+    require(jnp.issubdtype(array.dtype, jnp.integer) and array >= 1, name, "an integer of at least 1", count)
 
 
 def _log(number: Float[Array, "..."] | float, like: Float[Array, "*batch vocab"]) -> Float[Array, "*#batch 1"]:
@@ -718,8 +732,7 @@ class NoRepeatNgram(Transform):
     n: Int[Array, "..."] | int
 
     def __post_init__(self):
-        n = jnp.asarray(self.n)
-        require(jnp.issubdtype(n.dtype, jnp.integer) and n >= 1, "n", "an integer of at least 1", self.n)
+        _check_count(self.n, "n")
 
     @looking_back
     def __call__(self, logits: Array, tokens: Array, mask: Array) -> Array:

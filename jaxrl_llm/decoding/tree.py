@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,12 @@ class Node(NamedTuple):
     log_prob: float  # of the token given its parent, in nats
     total_log_prob: float  # Σ log p from the root to here
     ended: bool  # the token is EOS
+    length: int  # tokens that its score is divided by
 
     @property
     def score(self) -> float:
-        """Σ log p / length, over the generated tokens: nats per token."""
-        return self.total_log_prob / self.level
+        """Σ log p / length: the log-probability of the generated tokens in nats per token."""
+        return self.total_log_prob / self.length
 
 
 @core.result
@@ -58,6 +59,7 @@ class Tree:
     exists: Bool[Array, "depth slot"]
     ended: Bool[Array, "depth slot"]
     branching: int = dataclasses.field(metadata={"static": True})
+    prompt_length: int = dataclasses.field(default=0, metadata={"static": True})  # tokens that scores count too
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents before children, numbered from 1."""
@@ -77,6 +79,7 @@ class Tree:
                     float(log_probs[level, slot]),
                     float(totals[level, slot]),
                     bool(ended[level, slot]),
+                    level + 1 + self.prompt_length,
                 )
             above = here
 
@@ -95,7 +98,7 @@ class Tree:
         return path[::-1]
 
     def best(self) -> tuple[Int[np.ndarray, "length"], float]:
-        """Tokens and score (Σ log p / length, nats per token) of the leaf with the highest score."""
+        """Tokens and score (nats per token) of the leaf with the highest score."""
         leaf = max(self.leaves(), key=lambda node: node.score)
         return np.asarray([node.token for node in self.path(leaf)], np.int32), leaf.score
 
@@ -110,6 +113,7 @@ def search_tree(
     select: Transform | Sequence[Transform] | str = "best",
     key: Key[Array, ""] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    score_length: Literal["generated", "all"] = "generated",
 ) -> Tree:
     """Continue a prompt by a tree of `depth` levels, with `branching` distinct tokens after each node.
 
@@ -121,6 +125,8 @@ def search_tree(
             `branching` tokens, the node has fewer children.
         key: needed with a transform.
         eos_id: the token, or any of the tokens, that has no children.
+        score_length: the score of a node is Σ log p of the generated tokens divided by their number, or by the number
+            of all tokens with those of the prompt. The ranks of leaves of one length are the same.
 
     Raises:
         ValueError: for an empty prompt (where the model has no root state), one that leaves no room, a `branching` or
@@ -137,6 +143,8 @@ def search_tree(
     best = isinstance(select, str)
     if best and select != "best":
         raise ValueError(f'select must be "best" or a transform, but is {select!r}.')
+    if score_length not in ("generated", "all"):
+        raise ValueError(f"score_length must be generated or all, but is {score_length!r}.")
     request = core.request(
         lm, prompts, max_new_tokens=depth, transform=None if best else select, greedy=best, key=key, eos_id=eos_id,
         align=True,
@@ -149,7 +157,7 @@ def search_tree(
         childless = ~exists[1:].reshape(depth - 1, width, branching).any(axis=2)
         if (exists[:-1, :width] & ~np.asarray(tree.ended)[:-1, :width] & childless).any():
             raise FloatingPointError("no token could be chosen after a node: the transforms together leave none.")
-    return tree
+    return dataclasses.replace(tree, prompt_length=prompts.shape[1] if score_length == "all" else 0)
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "branching", "depth"))
@@ -197,13 +205,108 @@ def _select(
     return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(values, order, axis=1) > -jnp.inf
 
 
+def node_logits(
+    lm: LanguageModel,
+    params: Params,
+    prompt: Int[Array, "prompt"] | Sequence[int],
+    tree: Tree,
+    nodes: Sequence[int],
+    *,
+    select: Transform | Sequence[Transform] | str = "best",
+) -> tuple[Float[Array, "node vocab"], Float[Array, "node vocab"]]:
+    """Return the model's logits after nodes of a tree, and those from which their children were drawn.
+
+    Args:
+        prompt: that of the tree, as is `select`.
+        nodes: numbers of nodes; 0 is the prompt.
+
+    Raises:
+        ValueError: for a node that is not in the tree or has no children.
+    """
+    by_id = {node.id: node for node in tree.nodes()}
+    parents = {node.parent for node in by_id.values()}
+    for node in nodes:
+        if node != 0 and node not in by_id:
+            raise ValueError(f"a node must be in [0, {len(by_id)}], but is {node}.")
+        if node not in parents:
+            raise ValueError(f"a node must have children, but {node} is a leaf.")
+    depth = tree.tokens.shape[0]
+    paths = [[each.token for each in tree.path(by_id[node])] if node else [] for node in nodes]
+    tokens = np.zeros((len(nodes), depth), np.int32)
+    for row, path in zip(tokens, paths, strict=True):
+        row[: len(path)] = path
+    best = isinstance(select, str)
+    request = core.request(
+        lm, core.one_prompt(prompt), max_new_tokens=depth, transform=None if best else select, greedy=True, align=True
+    )
+    return _replay(lm, params, request, jnp.asarray(tokens), jnp.asarray([len(path) for path in paths], jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="lm")
+def _replay(
+    lm: LanguageModel,
+    params: Params,
+    request: Request,
+    tokens: Int[Array, "node depth"],
+    levels: Int[Array, "node"],
+) -> tuple[Float[Array, "node vocab"], Float[Array, "node vocab"]]:
+    """Feed the path of each node, and keep the logits where it ends."""
+    depth = tokens.shape[1]
+    prompt = core.prefill(lm, params, request, num_slots=request.prompts.shape[1] + depth)
+    root = jnp.zeros(tokens.shape[0], jnp.int32)
+    steered = jax.tree.map(lambda leaf: leaf[root], request.initial_state())
+    transform = request.transform.take(root)
+    found = jnp.zeros((2, tokens.shape[0], lm.vocab_size))
+
+    def step(state: tuple[Array, Cache, PyTree, Array], time: Array) -> tuple[tuple, None]:
+        hidden, cache, steered, found = state
+        logits = wide(lm.logits(params, hidden))
+        both = jnp.stack([logits, transform.apply(steered, logits)])
+        found = jnp.where((levels == time)[:, None], both, found)
+        token = tokens[:, time]
+        hidden, cache = lm.hidden(params, token[:, None], cache)
+        steered = update_alive(transform, steered, token, logits, levels > time)
+        return (hidden[:, 0], cache, steered, found), None
+
+    state = (prompt.last[root], prompt.cache.take(root), steered, found)
+    own, left = everywhere(jax.lax.scan(step, state, jnp.arange(depth))[0][3])
+    return own, left
+
+
+def describe_distribution(
+    tokenizer: Any,
+    logits: Float[Array, "vocab"],
+    left: Float[Array, "vocab"],
+    drawn: Collection[int],
+    *,
+    title: str,
+    count: int = 25,
+) -> dict[str, Any]:
+    """Return a distribution over the next token as JSON: the most probable tokens, and further ones that were drawn.
+
+    Args:
+        logits: the model's own, which give the probabilities.
+        left: the logits after filters; a token of −inf is not kept.
+        drawn: the tokens to be marked.
+        count: the number of most probable tokens.
+    """
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    kept = np.asarray(left > -jnp.inf)
+    order = np.argsort(-probabilities, kind="stable")
+    shown = [*order[:count], *(token for token in order[count:] if token in drawn)]
+    tokens = [
+        {"text": label, "prob": float(probabilities[token]), "kept": bool(kept[token]), "drawn": int(token) in drawn}
+        for token, label in zip(map(int, shown), token_texts(tokenizer, shown), strict=True)
+    ]
+    return {"title": title, "kept_mass": float(probabilities[kept].sum()), "tokens": tokens}
+
+
 def describe(
     tree: Tree, tokenizer: Any, *, name: str, title: str, prompt: str, prompt_tokens: Sequence[int]
 ) -> dict[str, Any]:
     """Return the tree as JSON: nodes with token text, probability and score, and the path to the best leaf.
 
-    Node 0 is the prompt, token texts are those of `token_texts`. A score is Σ log p / length over the generated tokens,
-    in nats per token.
+    Node 0 is the prompt, token texts are those of `token_texts`. Scores are those of the nodes, in nats per token.
     """
     best = max(tree.leaves(), key=lambda node: node.score)
     path = tree.path(best)

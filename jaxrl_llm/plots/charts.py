@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from jaxrl_llm.plots import style
-from jaxrl_llm.plots.style import LITERAL, Sheet, per_cent, size_in_points, text_width, token_label
+from jaxrl_llm.plots.style import LITERAL, Sheet, per_cent, sentence, size_in_points, text_width, token_label
 
 KEPT, REMOVED = style.PALETTE[0], "#cfd4d9"
 LABEL_SIZE, LABEL_WIDTH, VALUE_WIDTH = 7.0, 58.0, 44.0
 HEADING, ROW = 34.0, 13.6
+COLUMN, GAP, MARGIN = 170.0, 16.0, 14.0
 
 
 def draw_bars(axes: Axes, bars: dict[str, Any], *, largest: float | None = None) -> None:
@@ -66,21 +68,56 @@ def needed_height(panels: list[dict[str, Any]]) -> float:
 
 
 def draw_panels(
-    sheet: Sheet, x: float, y: float, panels: list[dict[str, Any]], *, width: float, height: float, prefix: str = ""
+    sheet: Sheet,
+    x: float,
+    y: float,
+    panels: list[dict[str, Any]],
+    *,
+    width: float,
+    height: float,
+    prefix: str = "",
+    largest: float | None = None,
 ) -> None:
-    """Draw distributions side by side in a rectangle of the sheet, each with its title and its kept mass."""
+    """Draw distributions side by side in a rectangle of the sheet, each with its title and its kept mass.
+
+    A title that is too long loses its beginning. `largest` is that of `draw_bars`, by default of these distributions.
+    """
     tokens = [token for panel in panels for token in panel["tokens"]]
-    largest = max((token["prob"] for token in tokens), default=0.0)
+    largest = largest or max((token["prob"] for token in tokens), default=0.0)
     labels = 6 + max((text_width(_label(token, LABEL_SIZE), LABEL_SIZE, "bold") for token in tokens), default=0.0)
     column = width / len(panels)
     for index, panel in enumerate(panels):
         left, room = x + index * column, column - 14
         title = f"{prefix}{panel['title']}" if index == 0 else panel["title"]
+        title = sentence(title, size=9.5, width=room, weight="bold", keep_end=True)
         sheet.line(left, y + 9, title, size=9.5, width=room, weight="bold")
         kept = f"kept mass {per_cent(panel['kept_mass'])}"
         sheet.line(left, y + 23, kept, size=8, width=room, color=style.MUTED)
         axes = sheet.axes(left + labels, y + HEADING, room - labels, height - HEADING)
         draw_bars(axes, panel, largest=largest)
+
+
+@style.look()
+def bars_figure(panels: Sequence[dict[str, Any]], *, title: str = "", columns: int = 4) -> Figure:
+    """Draw distributions in rows of `columns`, each as large as it needs, all at one scale.
+
+    Raises:
+        ValueError: if there is none, or there are more than fit into a figure.
+    """
+    rows = [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
+    heights = [needed_height(row) + GAP for row in rows]
+    top, width = 2 * MARGIN + 8, COLUMN * min(columns, len(panels)) + MARGIN
+    if not rows or top + sum(heights) > style.TALLEST:
+        most = columns * int((style.TALLEST - top) / max(heights, default=style.TALLEST))
+        raise ValueError(f"a figure must have 1 to {most} distributions, but is given {len(panels)}.")
+    sheet = Sheet(width, top + sum(heights))
+    sheet.line(MARGIN, MARGIN + 6, title, size=9.5, width=width - 2 * MARGIN, weight="bold")
+    largest = max(token["prob"] for panel in panels for token in panel["tokens"])
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        draw_panels(sheet, MARGIN, y, row, width=COLUMN * len(row), height=height - GAP, largest=largest)
+        y += height
+    return sheet.figure
 
 
 def draw_training_curve(

@@ -308,6 +308,9 @@ def signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
+TALLEST = 7200.0  # points; what is taller is scaled down, for a PNG is limited to 65536 pixels
+
+
 class Sheet:
     """A figure of `width` × `height` points on which axes and lines of text are placed from the top left."""
 

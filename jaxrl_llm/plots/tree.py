@@ -7,7 +7,7 @@ column is as wide as its widest label. So nodes of a level are at least one row 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -24,9 +24,14 @@ ROW, BOX_HEIGHT, HEADER = 14.6, 11.8, 15.0
 PADDING, TOKEN_WIDTH, PROMPT_WIDTH = 4.5, 62.0, 110.0
 
 TITLE_SIZE, SUBTITLE_SIZE = 9.5, 8.0
-LEAST_WIDTH, TALLEST = 360.0, 7200.0  # points; a taller tree is scaled down, for a PNG is limited to 65536 pixels
+LEAST_WIDTH = 360.0  # points
 
 Node = dict[str, Any]
+Colour = Literal["score", "probability"]
+SCALES = {
+    "score": "score: mean log-probability per token (nats)",
+    "probability": "probability of the token given those before it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +65,24 @@ class Layout:
         return [node for node in self.boxes if not self.children[node] and self.nodes[node]["parent"] is not None]
 
 
-def score_norm(trees: list[dict[str, Any]]) -> Normalize:
-    """Return one colour scale for all nodes of these trees."""
-    scores = [node["score"] for tree in trees for node in tree["nodes"] if node["score"] is not None] or [0.0]
-    spare = 0.0 if max(scores) > min(scores) else 0.05
-    return Normalize(min(scores) - spare, max(scores) + spare)
+def score_norm(trees: list[dict[str, Any]], *, color: Colour = "score") -> Normalize:
+    """Return one colour scale for all nodes of these trees, from the smallest to the largest value of `color`."""
+    values = [_value(node, color) for tree in trees for node in tree["nodes"]]
+    values = [value for value in values if value is not None] or [0.0]
+    spare = 0.0 if max(values) > min(values) else 0.05
+    return Normalize(min(values) - spare, max(values) + spare)
 
 
-def draw_tree(axes: Axes, tree: dict[str, Any], *, norm: Normalize, cmap: Colormap) -> None:
+def _value(node: Node, color: Colour) -> float | None:
+    """Return what the colour of a node shows; None for the prompt."""
+    return None if node["parent"] is None else node["prob" if color == "probability" else "score"]
+
+
+def draw_tree(axes: Axes, tree: dict[str, Any], *, norm: Normalize, cmap: Colormap, color: Colour = "score") -> None:
     """Draw a tree into axes of final size, scaled down only if it does not fit.
 
     A box shows a token ("·" is a space, "↵" a line break) and its probability given the tokens before it. Its colour is
-    its score, and so is the number of a leaf. Wider edges are more probable.
+    its score or this probability; the number of a leaf is its score. Wider edges are more probable.
 
     Args:
         tree: `nodes`, each with `id`, `parent` (or None), `text`, `prob`, `score` (or None) and `ended`; and `best`,
@@ -86,7 +97,9 @@ def draw_tree(axes: Axes, tree: dict[str, Any], *, norm: Normalize, cmap: Colorm
     for node, box in layout.boxes.items():
         for child in layout.children[node]:
             _edge(axes, box, layout.boxes[child], layout.nodes[child]["prob"], on_best_path=child in best, scale=scale)
-        _node(axes, layout, node, norm, cmap, on_best_path=node in best, scale=scale)
+        value = _value(layout.nodes[node], color)
+        fill = "white" if value is None else cmap(norm(value))
+        _node(axes, layout, node, fill, on_best_path=node in best, scale=scale)
     for leaf in layout.leaves:
         _score(axes, layout, leaf, is_best=leaf in best, scale=scale)
     _header(axes, layout, scale)
@@ -101,11 +114,8 @@ def _edge(axes: Axes, parent: Box, child: Box, probability: float, *, on_best_pa
     axes.add_patch(PathPatch(path, fill=False, edgecolor=colour, linewidth=width, zorder=3 if on_best_path else 1))
 
 
-def _node(
-    axes: Axes, layout: Layout, node: int, norm: Normalize, cmap: Colormap, *, on_best_path: bool, scale: float
-) -> None:
+def _node(axes: Axes, layout: Layout, node: int, fill: Any, *, on_best_path: bool, scale: float) -> None:
     box, entry = layout.boxes[node], layout.nodes[node]
-    fill = "white" if entry["score"] is None else cmap(norm(entry["score"]))
     edge, width = (style.ACCENT, 1.5) if on_best_path else (style.EDGE, 0.6)
     outline = f"round,pad=0,rounding_size={BOX_HEIGHT * 0.3}"
     corner = (box.x, box.y - BOX_HEIGHT / 2)
@@ -145,26 +155,37 @@ def _header(axes: Axes, layout: Layout, scale: float) -> None:
     axes.text(layout.score_x, HEADER / 2 - 2, "score", ha="right", **fonts)
 
 
-def add_colour_bar(axes: Axes, *, norm: Normalize, cmap: Colormap) -> None:
-    """Draw the colour scale of the scores into these axes, horizontally."""
+def add_colour_bar(axes: Axes, *, norm: Normalize, cmap: Colormap, color: Colour = "score") -> None:
+    """Draw the colour scale into these axes, horizontally."""
     bar = axes.get_figure().colorbar(ScalarMappable(norm, cmap), cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
-    axes.set_xlabel("score: mean log-probability per token (nats)", fontsize=7.5)
+    axes.set_xlabel(SCALES[color], fontsize=7.5)
     axes.tick_params(labelsize=7, length=2.5)
 
 
 @style.look()
-def tree_figure(tree: dict[str, Any], *, model: str = "", norm: Normalize | None = None) -> Figure:
-    """Draw a figure of one tree, as large as the tree needs, with title, best continuation and colour scale."""
-    norm, cmap = norm or score_norm([tree]), style.score_colours()
+def tree_figure(
+    tree: dict[str, Any], *, model: str = "", norm: Normalize | None = None, color: Colour = "score"
+) -> Figure:
+    """Draw a figure of one tree, as large as the tree needs, with title, best continuation and colour scale.
+
+    Args:
+        color: the score of a node, or the probability of its token given those before it.
+
+    Raises:
+        ValueError: for another `color`.
+    """
+    if color not in SCALES:
+        raise ValueError(f"color must be one of {', '.join(SCALES)}, but is {color!r}.")
+    norm, cmap = norm or score_norm([tree], color=color), style.score_colours()
     layout = place(tree, width=LEAST_WIDTH)
     margin, top, bottom = 14.0, 42.0, 46.0
-    height = min(layout.height, TALLEST)
+    height = min(layout.height, style.TALLEST)
     sheet = Sheet(layout.width + 2 * margin, top + height + bottom)
     title = f"{tree['title']}, {model}" if model else tree["title"]
     draw_heading(sheet, margin, 8, tree, title=title, width=layout.width)
-    draw_tree(sheet.axes(margin, top, layout.width, height), tree, norm=norm, cmap=cmap)
-    add_colour_bar(sheet.axes(margin, top + height + 12, 200, 7), norm=norm, cmap=cmap)
+    draw_tree(sheet.axes(margin, top, layout.width, height), tree, norm=norm, cmap=cmap, color=color)
+    add_colour_bar(sheet.axes(margin, top + height + 12, 200, 7), norm=norm, cmap=cmap, color=color)
     return sheet.figure
 
 

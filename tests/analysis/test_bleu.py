@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ CORPUS = ["It is a guide to action.", "the dog, the cat: 1,000 of them - here", 
 # sacreBLEU's numbers (tests/goldens/make_bleu_goldens.py) -------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::jaxrl_llm.analysis.bleu.TooShortForBleu")
 @pytest.mark.parametrize("case", GOLDENS, ids=range(len(GOLDENS)))
 def test_scores_are_those_of_sacrebleu(case):
     texts = case["hypotheses"], case["references"]
@@ -95,7 +97,6 @@ def test_brevity_is_measured_against_the_closest_reference(lengths, closest):
 
 
 def test_a_short_text_is_scored_by_the_orders_that_it_has():
-    assert corpus_bleu(["a cat"], ["a cat"]) == 0
     assert corpus_bleu(["a cat"], ["a cat"], effective_order=True) == pytest.approx(100)
     assert sentence_bleu("a cat", "a cat") == pytest.approx(100)
     assert sentence_bleu("a dog", ["a cat", "a dog"]) == pytest.approx(100)
@@ -122,6 +123,34 @@ def test_case_matters_unless_told():
 def test_tokens_of_mteval_13a(text, tokens):
     assert bleu.tokenise(text) == tokens.split()
     assert bleu.tokenise(text, "none") == text.split()
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "text", "tokens"),
+    [  # checked against sacreBLEU 2.6
+        ("intl", "„Ja“, 1,000.5 km – 3€ (or 5%)?\n", "„ Ja “ , 1,000.5 km – 3 € ( or 5 % ) ?"),
+        ("intl", "&quot;x&quot; a.b 2.x, in 1990. ", "& quot ; x & quot ; a . b 2 . x , in 1990."),
+        ("zh", "今天，是2024年。abc-d, 1,000 “好”に", "今 天 ， 是 2024 年 。 abc-d , 1,000 “ 好 ” に"),
+        ("zh", " <skipped>㐀龻 3-4.", "< skipped > 㐀 龻 3 - 4."),
+        ("char", "ab 今\u00a0c\n.", "a b 今 c ."),
+    ],
+)
+def test_tokens_of_other_languages(tokenize, text, tokens):
+    assert bleu.tokenise(text, tokenize) == tokens.split()
+
+
+def test_a_corpus_that_is_too_short_for_bleu_says_so():
+    short = (["sieben", "neun"], ["sieben", "neun"])
+    with pytest.warns(bleu.TooShortForBleu, match="no hypothesis has 4 tokens"):
+        assert corpus_bleu(*short) == 0
+    counts = bleu.summed(bleu.count(*short))
+    assert counts.too_short and counts == ([2, 0, 0, 0], [2, 0, 0, 0], 2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert corpus_bleu(*short, tokenize="char") == pytest.approx(100)
+        assert corpus_bleu(*short, max_order=1) == corpus_bleu(*short, effective_order=True) == pytest.approx(100)
+        assert corpus_bleu(*short, smoothing="add-k") > 0
+        assert corpus_bleu(["acht"], ["neun"]) == corpus_bleu(["a b c x"], ["d e f g"]) == corpus_bleu([], []) == 0
 
 
 def test_chrf_by_hand():
@@ -168,7 +197,7 @@ def test_mistakes_are_named(score):
         (corpus_bleu, {"smoothing": "laplace"}, "smoothing must be one of exp, none, floor, add-k, but is 'laplace'"),
         (corpus_bleu, {"smooth_value": 1.0}, "'exp' has none"),
         (corpus_bleu, {"smoothing": "floor", "smooth_value": -1.0}, "smooth_value must be finite and not negative"),
-        (corpus_bleu, {"tokenize": "intl"}, "tokenize must be '13a' or 'none', but is 'intl'"),
+        (corpus_bleu, {"tokenize": "ja"}, "tokenize must be one of 13a, intl, char, zh, none, but is 'ja'"),
         (corpus_bleu, {"max_order": 0}, "max_order must be at least 1, but is 0"),
         (corpus_chrf, {"char_order": 0}, "not both 0"),
         (corpus_chrf, {"word_order": -1}, "must be counts"),

@@ -1,5 +1,7 @@
 """Filters and their thresholds, against sorting and against their definitions in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,6 +218,17 @@ def test_top_k_and_top_p_keep_what_sorting_keeps():
         for number in numbers[kind]:
             expected = [np.where(by_sorting(row, number), row, -np.inf) for row in LOGITS]
             np.testing.assert_array_equal(call(kind(number), LOGITS), expected)
+
+
+def test_top_p_keeps_at_least_so_many_tokens_as_asked():
+    """And all that tie with the last of them; one number for each row is that of the row."""
+    for p, least in itertools.product((0.01, 0.6, 0.999, 1.0), (1, 2, 4, 10**6)):
+        rows = [kept_by_top_p(row, p) | kept_by_top_k(row, least) for row in LOGITS]
+        expected = np.where(rows, LOGITS, -np.inf)
+        np.testing.assert_array_equal(call(TopP(p, least), LOGITS), expected)
+    each = np.arange(1, len(LOGITS) + 1)
+    rows = [kept_by_top_p(row, 0.01) | kept_by_top_k(row, least) for row, least in zip(LOGITS, each, strict=True)]
+    np.testing.assert_array_equal(call(TopP(0.01, jnp.asarray(each)), LOGITS), np.where(rows, LOGITS, -np.inf))
 
 
 def threshold(transform, row):

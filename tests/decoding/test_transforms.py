@@ -239,6 +239,7 @@ OUT_OF_RANGE = [
         for t in (0, 1e-320, 1e-38, -1.0, np.inf, -np.inf, np.nan)
     ],
     *[(kind, p, r"p must be in \(0, 1\]") for kind in (TopP, Typical) for p in (0, 0.0, -0.1, 1.0001, np.inf, np.nan)],
+    *[(functools.partial(TopP, 0.5), k, "min_tokens_to_keep must be an integer of at least 1") for k in (0, 1.5)],
     *[(MinP, p, r"p must be in \[0, 1\]") for p in (-0.1, 1.0001, np.inf, np.nan)],
     *[(kind, e, r"ε must be in \[0, 1\]") for kind in (Epsilon, Eta) for e in (-0.1, 1.0001, np.nan)],
     *[(TopNSigma, n, "n must be a finite number of at least 0") for n in (-0.1, np.inf, np.nan)],

@@ -10,12 +10,14 @@ from jaxrl_llm import oracle
 from jaxrl_llm.decoding import generate, search_tree
 from jaxrl_llm.decoding.constraints import Constrained, from_regex
 from jaxrl_llm.decoding.transforms import MinLength, NoRepeatNgram, Temperature, TopK, TopP
+from jaxrl_llm.decoding.tree import node_logits
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import CONTEXT, TINY, VOCAB, assert_follows, kept_by_top_k, log_softmax, random_params
 from tests.decoding.decoders import ended_distribution, exact_log_probs
 
 ROOT = jnp.zeros(0, jnp.int32)  # the empty prompt
 PROMPT = jnp.asarray([3, 1, 4, 1, 5])
+forward = jax.jit(lambda lm, params, tokens: lm.apply(params, tokens), static_argnums=0)
 
 
 def children_of(tree):
@@ -194,6 +196,67 @@ def test_a_nucleus_of_fewer_tokens_gives_fewer_children():
     np.testing.assert_allclose(
         sorted(np.exp(totals)), sorted([0.4 * 0.95, 0.3 * 0.95, *0.28 * np.asarray([0.4, 0.3, 0.28])]), rtol=1e-5
     )
+
+
+def test_a_nucleus_that_keeps_as_many_tokens_as_the_branching_gives_every_node_its_children():
+    lm = TabularLM(vocab_size=4, horizon=5)
+    params = {"logits": 4 * random_params(lm)["logits"]}  # peaked
+    grow = functools.partial(search_tree, lm, params, ROOT, branching=2, depth=5, key=jax.random.key(0))
+    nodes = [len(list(grow(select=TopP(0.5, least)).nodes())) for least in (None, 1, 2)]
+    assert nodes[0] == nodes[1] < nodes[2] == 2 + 4 + 8 + 16 + 32
+
+
+def test_a_score_counts_the_tokens_of_the_prompt_when_asked(gpt2):
+    """So that a leaf that has ended is not divided by fewer tokens alone: the best leaf may be another."""
+    lm, params = gpt2
+    grow = functools.partial(search_tree, lm, params, PROMPT, branching=2, depth=3)
+    plain, whole = grow(), grow(score_length="all")
+    for one, other in zip(plain.nodes(), whole.nodes(), strict=True):
+        assert one.score == one.total_log_prob / one.level
+        assert other.score == one.total_log_prob / (one.level + len(PROMPT)) and other.id == one.id
+    assert plain.best()[0].tolist() == whole.best()[0].tolist(), "all leaves have one length"
+    np.testing.assert_allclose(whole.best()[1], plain.best()[1] * 3 / (3 + len(PROMPT)), rtol=1e-6)
+    with pytest.raises(ValueError, match="score_length must be generated or all, but is 'prompt'"):
+        grow(score_length="prompt")
+
+
+@pytest.mark.parametrize("select", ["best", [TopK(2)], [NoRepeatNgram(1)]], ids=str)
+def test_the_distributions_after_nodes_are_the_tables_and_what_the_selection_leaves_of_them(tabular, select):
+    lm, params = tabular
+    tree = search_tree(lm, params, ROOT, branching=2, depth=3, select=select, key=jax.random.key(0))
+    nodes, distribution = list(tree.nodes()), table_distribution(lm, params)
+    inner = sorted({node.parent for node in nodes})[::-1]
+    logits, left = node_logits(lm, params, ROOT, tree, inner, select=select)
+    for node, own, kept in zip(inner, log_softmax(logits), np.asarray(left) > -np.inf, strict=True):
+        path = tokens_to(tree, nodes[node - 1]) if node else ()
+        np.testing.assert_allclose(own, distribution[path], atol=1e-5)
+        expected = np.ones(3, bool)
+        if select == [TopK(2)]:
+            expected = kept_by_top_k(distribution[path], 2)
+        elif select != "best":
+            expected = [token not in path for token in range(3)]
+        assert kept.tolist() == list(expected), path
+        assert all(kept[child.token] for child in nodes if child.parent == node)
+    last = len(nodes)
+    for node, said in (
+        (last, f"must have children, but {last} is a leaf"),
+        (99, rf"must be in \[0, {last}\], but is 99"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            node_logits(lm, params, ROOT, tree, [0, node], select=select)
+
+
+def test_the_distributions_after_nodes_of_a_transformer_are_those_of_a_forward_pass(gpt2):
+    lm, params = gpt2
+    tree = search_tree(lm, params, PROMPT, branching=2, depth=3)
+    logits, left = node_logits(lm, params, PROMPT, tree, range(7))
+    np.testing.assert_array_equal(logits, left)
+    for node, found in zip([None, *tree.nodes()][:7], log_softmax(logits), strict=True):
+        row = np.zeros(len(PROMPT) + 3, int)
+        path = [*PROMPT, *(tokens_to(tree, node) if node else ())]
+        row[: len(path)] = path
+        expected, _ = forward(lm, params, row[None])
+        np.testing.assert_allclose(found, log_softmax(expected[0, len(path) - 1]), atol=1e-4)
 
 
 @pytest.mark.parametrize("select", ["best", Temperature(1.0)], ids=str)

@@ -12,6 +12,7 @@ from experiments import ledger, translation
 from experiments.embedded import EMBEDDED
 from figures import translation as figure
 from jaxrl_llm import models
+from jaxrl_llm.data.parallel import SentencePair
 from jaxrl_llm.translation import Form, translate
 from tests.experiments import entry
 
@@ -168,6 +169,16 @@ def test_the_length_ratio_is_of_the_corpus():
     found = {"t5": {decoder: translation.Decoded(["one two", "four"], 0.5)}}
     (row,) = translation.table(translation.Config(resamples=10), {"t5": "x"}, found, pairs)
     assert row["length_ratio"] == 3 / 4 and row["seconds"] == 0.5
+
+
+def test_translations_that_are_too_short_for_bleu_are_compared_by_chrf():
+    pairs = [SentencePair("seven", "sieben"), SentencePair("nine", "neun")]
+    assert translation.too_short(["sieben", "neun"], pairs) and not translation.too_short(["acht", "acht"], pairs)
+    scores = {"bleu": {"estimate": 0.0}, "chrf": {"estimate": 100.0}}
+    given = (translation.Config(), {"t5": "A", "gpt2": "B"}, scores, {"t5": scores, "gpt2": scores}, 2)
+    said = translation.claim(*given, ours=False, short=True)
+    assert "B has 100.0 chrF with beam 2 and A 100.0" in said and "no translation has four tokens" in said
+    assert "B has 0.0 BLEU" in translation.claim(*given, ours=False)
 
 
 def test_the_lead_is_tested_where_it_was_predicted():

@@ -1,6 +1,8 @@
 """BLEU and chrF against sacreBLEU, live; run by `make parity`."""
 
+import unicodedata
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from jaxrl_llm.analysis.bootstrap import bleu_interval, chrf_interval
 from jaxrl_llm.data import verses
 from tests.goldens import make_bleu_goldens as goldens
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::jaxrl_llm.analysis.bleu.TooShortForBleu")]
 ROOT = Path(__file__).parents[2]
 
 
@@ -61,6 +63,30 @@ def test_verses_score_the_same(side):
             )
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
             assert 30 < expected[0] < 99
+
+
+@pytest.mark.parametrize("tokenize", get_args(bleu.Tokenizer))
+def test_texts_of_all_scripts_have_the_same_tokens_and_score_the_same(tokenize):
+    """Of the characters that Python's Unicode knows."""
+    from sacrebleu.metrics import BLEU
+
+    rng = np.random.default_rng(7)
+    ranges = (range(0x20, 0x250), range(0x600, 0x700), range(0x1F00, 0x3400), range(0x3400, 0xA000, 7))
+    ranges += (range(0xF900, 0x10000), range(0x1F300, 0x1F700), range(0x20000, 0x2FA20, 5))
+    every = [chr(code) for each in ranges for code in each if unicodedata.category(chr(code)) != "Cn"]
+    theirs = BLEU(tokenize=tokenize, force=True)
+
+    def sentence() -> str:
+        kinds = [every, list("aB1 2.,-;!?'&\n "), list("今天，。你好3"), goldens.PIECES]
+        return "".join(str(rng.choice(kinds[kind])) for kind in rng.choice(4, rng.integers(0, 30)))
+
+    texts = [sentence() for _ in range(2000)]
+    for text in texts:
+        assert bleu.tokenise(text, tokenize) == theirs.tokenizer(text.rstrip()).split(), ascii(text)
+    hypotheses = [goldens.perturbed(rng, text) for text in texts]
+    expected = theirs.corpus_score(hypotheses, [texts]).score
+    assert bleu.corpus_bleu(hypotheses, texts, tokenize=tokenize) == pytest.approx(expected, abs=1e-6)
+    assert 20 < expected < 99
 
 
 def test_bootstrap_intervals_are_as_wide():

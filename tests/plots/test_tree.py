@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from PIL import Image, ImageChops
 
 from figures import search_trees
@@ -124,6 +125,40 @@ def test_bars_do_not_overlap():
     with style.look():
         charts.draw_panels(sheet, 10, 10, panels, width=400, height=charts.needed_height(panels))
     assert_legible(sheet.figure)
+
+
+def test_bars_of_many_nodes_are_in_rows_at_one_scale():
+    panels = [make_bars(kept) | {"title": f"{kept}: {'a long text ' * 9}"} for kept in (25, 5, 3)]
+    figure = charts.bars_figure(panels, title="nucleus", columns=2)
+    assert_legible(figure)
+    assert len({round(axes.get_xlim()[1], 9) for axes in figure.axes}) == 1
+    tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
+    assert tops[0] == tops[1] > tops[2]
+    for wrong in ([], panels * 40):
+        with pytest.raises(ValueError, match=f"must have 1 to .* distributions, but is given {len(wrong)}"):
+            charts.bars_figure(wrong)
+
+
+def test_nodes_have_the_colour_of_their_score_or_of_their_probability():
+    tree = make_tree(depth=2)
+    colours = {}
+    for color, values in (
+        ("score", [node["score"] for node in tree["nodes"][1:]]),
+        ("probability", [node["prob"] for node in tree["nodes"][1:]]),
+    ):
+        figure = trees.tree_figure(tree, color=color)
+        norm, cmap = trees.score_norm([tree], color=color), style.score_colours()
+        assert (norm.vmin, norm.vmax) == (min(values), max(values))
+        fills = [patch.get_facecolor() for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
+        assert fills[0] == (1, 1, 1, 1), "the prompt"
+        placed = list(trees.place(tree).boxes)
+        expected = [cmap(norm(dict(zip(range(1, 7), values, strict=True))[node])) for node in placed[1:]]
+        np.testing.assert_allclose(fills[1:], expected)
+        assert figure.axes[1].get_xlabel() == trees.SCALES[color]
+        colours[color] = fills
+    assert colours["score"] != colours["probability"]
+    with pytest.raises(ValueError, match="color must be one of score, probability, but is 'level'"):
+        trees.tree_figure(tree, color="level")
 
 
 @pytest.mark.parametrize("size", [(3, 2), (12, 9)])
