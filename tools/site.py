@@ -32,6 +32,7 @@ FOLDERS = {  # that pages link to
     "results": "results/index.md",
     "figures/gallery": "results/index.md",
     "docs/trainers": "training.md",
+    "docs/notebooks": "notebooks/theory.md",
 }
 REFERENCE = {  # of the public modules, by subject
     "Python interface": ["interface", "chat", "train", "evaluation", "rewards", "sampling"],

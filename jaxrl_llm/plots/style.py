@@ -148,7 +148,7 @@ def shown(figure: Figure) -> Figure:
         with look():
             figure.savefig(buffer, format="png", dpi=DPI)
         width, height = (round(100 * inches) for inches in figure.get_size_inches())  # on the screen; dpi make it crisp
-        return buffer.getvalue(), {"width": width, "height": height}
+        return _with_palette(buffer.getvalue()), {"width": width, "height": height}
 
     figure._repr_png_ = png
     return figure
