@@ -597,6 +597,7 @@ class LM:
         batch_size: int = translation.BATCH,
         prefix: str | None = None,
         suffix: str | None = None,
+        allow_unknown: bool = False,
     ) -> str | list[str]:
         """Translate a sentence, or each of several, greedily or by beam search.
 
@@ -608,6 +609,7 @@ class LM:
             batch_size: sentences that are translated together.
             prefix, suffix: text before and after each sentence; by default what `config.json` says, and a line break
                 after a sentence for a decoder-only model.
+            allow_unknown: read a word that is not in the tokenizer's vocabulary as the unknown token.
 
         Raises:
             ValueError: as `translation.translate` does.
@@ -621,6 +623,7 @@ class LM:
             length_penalty=length_penalty,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            allow_unknown=allow_unknown,
         )
         return found[0] if isinstance(sentences, str) else found
 
