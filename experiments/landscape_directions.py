@@ -70,7 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     return {
         "claim": "The directions decide how a landscape looks. A tenth of their length away from the same model, the "
         f"loss is at least {out['hessian']:.2f} times the model's along the Hessian's top eigenvectors, "
-        f"and at most {out['random']:.2f} times along random directions of the same length.",
+        f"and at most {out['random']:.2f} times along random directions of the same length."
+        + ("" if top.converged.all() else f" The eigenvectors did not converge: residual {max(top.residuals):.2g}."),
         "numbers": [
             *spectrum_numbers(top),
             *flatness(place, planes["hessian"][0], sharpness, flatter),

@@ -112,7 +112,7 @@ def _mark_end(axes: Axes, data: dict[str, Any]) -> None:
 
 def _draw_paths(axes: Axes, data: dict[str, Any], names: list[str], title: str) -> None:
     """Draw the gain of gold on the way, and the gain that the proxy's predicts."""
-    axes.set(title=title, xlabel="√KL(π‖π_ref) (√nats)", ylabel="gain in gold reward (log-odds)")
+    axes.set(title=title, xlabel=r"√KL(π‖π$_\mathrm{ref}$) (√nats)", ylabel="gain in gold reward (log-odds)")
     for name in names:
         method = data["methods"][name]
         root = np.sqrt(np.maximum([0.0, *method["kl"]["mean"]], 0))
@@ -135,7 +135,7 @@ def _draw_paths(axes: Axes, data: dict[str, Any], names: list[str], title: str) 
 def _draw_levels(axes: Axes, data: dict[str, Any]) -> None:
     """Draw gold where each method's path reaches a KL; below, list methods that miss it at some seed."""
     axes.set(title="(e) gold at equal KL, interpolated (colours: f)", ylabel="gain in gold reward (log-odds)",
-             xlabel="KL(π‖π_ref) (nats)")  # fmt: skip
+             xlabel=r"KL(π‖π$_\mathrm{ref}$) (nats)")  # fmt: skip
     names, levels = list(data["methods"]), sorted({row["kl"] for row in data["levels"]})
     ticks = [f"{level:g}" for level in levels]
     for row in data["levels"]:

@@ -186,7 +186,8 @@ class TextLandscape:
         loss = self.surface.loss
         return (
             f"TextLandscape({_short(self.surface.title)}: {loss.shape[0]} × {loss.shape[1]} points, "
-            f"{self.surface.centre:.4f} {self.surface.unit} at the centre, {np.nanmin(loss):.4f} at the minimum)"
+            f"{self.surface.centre:.4f} {self.surface.unit} at the centre, {np.nanmin(loss):.4f} at the minimum"
+            f"{'' if self.surface.residuals is None else ', directions not converged'})"
         )
 
 
@@ -596,6 +597,7 @@ class LM:
         batch_size: int = translation.BATCH,
         prefix: str | None = None,
         suffix: str | None = None,
+        allow_unknown: bool = False,
     ) -> str | list[str]:
         """Translate a sentence, or each of several, greedily or by beam search.
 
@@ -607,6 +609,7 @@ class LM:
             batch_size: sentences that are translated together.
             prefix, suffix: text before and after each sentence; by default what `config.json` says, and a line break
                 after a sentence for a decoder-only model.
+            allow_unknown: read a word that is not in the tokenizer's vocabulary as the unknown token.
 
         Raises:
             ValueError: as `translation.translate` does.
@@ -620,6 +623,7 @@ class LM:
             length_penalty=length_penalty,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            allow_unknown=allow_unknown,
         )
         return found[0] if isinstance(sentences, str) else found
 
@@ -731,6 +735,7 @@ class LM:
         radius: float = 1.0,
         seed: int = 0,
         iterations: int = 40,
+        vectors: int | None = None,
         memory_budget: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
@@ -745,6 +750,7 @@ class LM:
             radius: the grid reaches from −radius to radius, in lengths of the directions.
             seed: of the random directions, and of the first Lanczos vector.
             iterations: the most Lanczos iterations, for "hessian".
+            vectors: for "hessian", Lanczos vectors that are held at once, each as large as the model; by default all.
             memory_budget, checkpoint, progress: as in `analysis.landscape.loss_surface`.
 
         Raises:
@@ -758,7 +764,9 @@ class LM:
         given, rows = self._encoded(texts, name="texts")
         tokens, mask = text.right_pad(rows)
         loss = landscape.next_token_loss(self.model, tokens, None if mask.all() else mask)
-        plane, sharpness = self._plane(loss, directions, jax.random.key(seed), iterations)
+        if vectors is not None and directions != "hessian":
+            raise ValueError('vectors is for directions="hessian".')
+        plane, known = self._plane(loss, directions, jax.random.key(seed), max_iterations=iterations, vectors=vectors)
         one = given[0] if len(given) == 1 and isinstance(given[0], str) else None
         surface = landscape.surface_of(
             loss,
@@ -767,7 +775,7 @@ class LM:
             axis,
             axis,
             title=f"Loss of {len(rows)} texts" if one is None else f"Loss of “{one}”",
-            sharpness=sharpness,
+            **known,
             memory_budget=memory_budget,
             checkpoint=checkpoint,
             progress=progress,
@@ -972,15 +980,16 @@ class LM:
         return found[: len(prompts)]
 
     def _plane(
-        self, loss: Callable[[Params], Array], directions: str, key: Array, iterations: int
-    ) -> tuple[tuple[Params, Params], float | None]:
-        """Two directions, and the sharpness where it comes with them."""
+        self, loss: Callable[[Params], Array], directions: str, key: Array, **iterations: int | None
+    ) -> tuple[tuple[Params, Params], dict[str, Any]]:
+        """Two directions, and what is known of the Hessian where they are its eigenvectors."""
         if directions != "hessian":
-            return landscape.random_directions(self.params, key, scale=directions), None
-        top = landscape.top_eigenpairs(loss, self.params, key, max_iterations=iterations, progress=True)
+            return landscape.random_directions(self.params, key, scale=directions), {}
+        top = landscape.top_eigenpairs(loss, self.params, key, progress=True, **iterations)
         length = landscape.norm(self.params)
         first, second = (landscape.rescaled(vector, length) for vector in top.vectors)
-        return (first, second), float(top.values[0])
+        residuals = None if top.converged.all() else tuple(map(float, top.residuals))
+        return (first, second), {"sharpness": float(top.values[0]), "residuals": residuals}
 
 
 def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None, mesh: str | Mesh | None = None) -> LM:

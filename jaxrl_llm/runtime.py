@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -34,3 +35,21 @@ def quiet_transformers() -> None:
 def is_file() -> bool:
     """Return True if progress bars would go to a file or a pipe, not to a terminal or a notebook."""
     return "ipykernel" not in sys.modules and not sys.stderr.isatty()
+
+
+def available_memory() -> int | None:
+    """Return the bytes that new arrays can take: on the first device, or of this machine; None where it is unknown."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if jax.default_backend() != "cpu" or not (meminfo := Path("/proc/meminfo")).is_file():
+        return None
+    found = re.search(r"^MemAvailable: *(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    left = [1024 * int(found[1])] if found else []
+    group = Path("/sys/fs/cgroup")  # of a container
+    if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()).isdigit():
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        left.append(int(most) - int((group / "memory.current").read_text()) + (int(cached[1]) if cached else 0))
+    return min(left, default=None)

@@ -50,6 +50,7 @@ def translate(
     length_penalty: float = 1.0,
     max_new_tokens: int = 64,
     batch_size: int = BATCH,
+    allow_unknown: bool = False,
 ) -> list[str]:
     """Translate each sentence by greedy decoding (one beam) or beam search.
 
@@ -60,16 +61,17 @@ def translate(
         length_penalty: beams are ranked by log p / length**length_penalty.
         max_new_tokens: the largest number of tokens of a translation.
         batch_size: sentences per batch.
+        allow_unknown: read a word that is not in the tokenizer's vocabulary as the unknown token.
 
     Raises:
-        ValueError: if the model has no tokenizer; if a sentence (reported by number, from 1) is empty or has a word
-            that is not in the tokenizer's vocabulary; or as `generate` and `beam_search`.
+        ValueError: if the model has no tokenizer; if a sentence (reported by number, from 1) is empty or, without
+            `allow_unknown`, has a word that is not in the tokenizer's vocabulary; or as `generate` and `beam_search`.
     """
     if loaded.tokenizer is None:
         raise ValueError("the model must have a tokenizer, but its folder has no tokenizer files.")
     form = Form.of(loaded) if form is None else form
     rows = [
-        known_tokens(loaded.tokenizer, sentence, form=form, name=f"sentence {number}")
+        known_tokens(loaded.tokenizer, sentence, form=form, name=f"sentence {number}", allow_unknown=allow_unknown)
         for number, sentence in enumerate(sentences, 1)
     ]
     eos = text.eos_ids(loaded.tokenizer, loaded.config | {"vocab_size": loaded.model.vocab_size})
@@ -112,12 +114,15 @@ def decoded(
     return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
 
-def known_tokens(tokenizer: Any, sentence: str, *, form: Form | None = None, name: str = "the text") -> list[int]:
+def known_tokens(
+    tokenizer: Any, sentence: str, *, form: Form | None = None, name: str = "the text", allow_unknown: bool = False
+) -> list[int]:
     """Return the tokens of a sentence in its form; unknown words are an error, for a model would translate others.
 
     Args:
         form: prefix and suffix; by default none.
         name: of the sentence, for errors.
+        allow_unknown: read unknown words as the unknown token.
 
     Raises:
         ValueError: if the sentence is empty, or a word is not in the tokenizer's vocabulary.
@@ -129,7 +134,7 @@ def known_tokens(tokenizer: Any, sentence: str, *, form: Form | None = None, nam
     tokens = text.encode(tokenizer, whole)
     # A byte-level tokenizer knows every word; its unknown token is often the token that begins or ends a text.
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    if unknown & set(tokens):
+    if unknown & set(tokens) and not allow_unknown:
         words = ", ".join(map(repr, _unknown_words(tokenizer, whole))) or "a word of it"
         raise ValueError(f"{name}, {sentence!r}: the model's tokenizer does not know {words}.")
     return tokens

@@ -77,10 +77,26 @@ def test_hessian_directions_come_with_the_sharpness(monkeypatch, capsys):
         return found
 
     monkeypatch.setattr(landscape, "top_eigenpairs", eigenpairs)
-    (directions, sharpness) = interface.LM(loaded)._plane(None, "hessian", jax.random.key(0), 7)
-    assert sharpness == 5.5 and asked["max_iterations"] == 7
+    (directions, known) = interface.LM(loaded)._plane(None, "hessian", jax.random.key(0), max_iterations=7, vectors=4)
+    assert known == {"sharpness": 5.5, "residuals": None}
+    assert (asked["max_iterations"], asked["vectors"]) == (7, 4)
     for direction in directions:
         np.testing.assert_allclose(landscape.norm(direction), landscape.norm(loaded.params), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharpness_that_has_not_converged_says_so(run, model, monkeypatch, tmp_path):
+    loaded = models.load(model)
+    directions = landscape.random_directions(loaded.params, jax.random.key(3))
+    found = landscape.Eigenpairs(np.asarray([5.5, 2.0]), list(directions), np.asarray([0.5, 1e-4]), -1.0, 2)
+    monkeypatch.setattr(landscape, "top_eigenpairs", lambda *arguments, **options: found)
+    options = ("--directions", "hessian", "--iterations", 2, "--out", tmp_path / "it.svg")
+    status, out, _ = run("the cat", "--model", model, *SMALL, *options)
+    said = "not converged: the residuals of the two eigenvectors are 0.5 and 0.0001 after 2 iterations"
+    assert status == 0 and "sharpness (largest Hessian eigenvalue) 5.5\n" in out and said in out
+    shown = interface.LM(loaded, "model").landscape("the cat", points=3, directions="hessian", progress=False)
+    assert repr(shown).endswith("at the minimum, directions not converged)")
+    assert shown.surface.as_dict()["residuals"] == [0.5, 1e-4]
 
 
 @pytest.mark.slow
@@ -95,6 +111,7 @@ def test_holes_are_counted_and_nothing_else_is_said(run):
     [
         (("hi", "--points", "0"), "points must be at least 2, but is 0"),
         (("hi", "--points", "1"), "points must be at least 2, but is 1"),
+        (("hi", "--vectors", "4"), 'vectors is for directions="hessian"'),
         (("hi", "--radius", "-1"), "radius must be positive and finite, but is -1.0"),
         (("hi", "--out", "x.docx"), "cannot write a figure to x.docx"),
         (("",), "nothing to predict"),

@@ -94,6 +94,14 @@ def test_a_sentence_with_an_unknown_word_is_refused_by_its_number(tiny_t5, sente
     assert str(error.value) == f"sentence 2, {sentence!r}: the model's tokenizer does not know {unknown}."
 
 
+def test_an_unknown_word_is_read_as_the_unknown_token_when_asked(tiny_t5):
+    tokenizer = tiny_t5.tokenizer
+    tokens = translation.known_tokens(tokenizer, "twenty hello", allow_unknown=True)
+    assert tokens == text.encode(tokenizer, "twenty hello") and tokenizer.unk_token_id in tokens
+    found = translate(tiny_t5, ["one", "twenty hello", "two"], allow_unknown=True)
+    assert (found[0], found[2]) == ("eins", "zwei") and len(found) == 3
+
+
 def test_an_empty_sentence_is_refused_by_its_number(tiny_t5):
     with pytest.raises(ValueError, match="sentence 3 is empty"):
         translation.translate(tiny_t5, ["one", "two", " "])

@@ -28,7 +28,10 @@ class Landscape:
     seed: int = 0
     """Random seed of the directions."""
     iterations: int = 40
-    """The most Lanczos iterations, for --directions hessian; each holds one copy of the parameters."""
+    """The most Lanczos iterations, for --directions hessian."""
+    vectors: int | None = None
+    """Lanczos vectors that are held at once, for --directions hessian, each as large as the model; by default one for
+    each iteration. Fewer take less memory and more iterations."""
     memory_budget: int | None = None
     """Bytes for the points that are evaluated together; by default one point at a time on a CPU."""
     checkpoint: Path | None = None
@@ -60,7 +63,7 @@ class Landscape:
         """Compute it; holes are reported with the other numbers, and an interruption with how to resume."""
         from jaxrl_llm.analysis.landscape import LossHole
 
-        names = ("directions", "points", "radius", "seed", "iterations", "memory_budget", "checkpoint")
+        names = ("directions", "points", "radius", "seed", "iterations", "vectors", "memory_budget", "checkpoint")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", LossHole)
@@ -77,5 +80,11 @@ class Landscape:
         print(f"cosine of the directions {surface['cosine']:.1e}")
         if "sharpness" in surface:
             print(f"sharpness (largest Hessian eigenvalue) {surface['sharpness']:.4g}")
+        if "residuals" in surface:
+            first, second = surface["residuals"]
+            print(
+                f"not converged: the residuals of the two eigenvectors are {first:.2g} and {second:.2g} after "
+                f"{self.iterations} iterations; give more --iterations"
+            )
         if surface["holes"]:
             print(f"no finite loss at {surface['holes']} of {self.points**2} points")

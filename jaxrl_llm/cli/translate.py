@@ -37,6 +37,8 @@ class Translate:
     """Text after each sentence; a line break for a decoder-only model, if config.json says nothing."""
     batch_size: int = 32
     """Sentences that are translated together."""
+    allow_unknown: bool = False
+    """Read words that the tokenizer does not know as its unknown token; by default their sentence is refused."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters."""
     mesh: str | None = None
@@ -65,7 +67,7 @@ class Translate:
         import jaxrl_llm as jl
         from jaxrl_llm import models
 
-        names = ("num_beams", "length_penalty", "max_new_tokens", "batch_size", "prefix", "suffix")
+        names = ("num_beams", "length_penalty", "max_new_tokens", "batch_size", "prefix", "suffix", "allow_unknown")
         sentences = [line for line in lines if line.strip()]
         options = {name: getattr(self, name) for name in names}
         lm = jl.load(self.model, dtype=self.dtype, mesh=mesh)

@@ -3,14 +3,16 @@
 A *surface* is `jaxrl_llm.analysis.landscape.Surface`, or a mapping with its fields, as results files have it: `alphas`
 [A] and `betas` [B], the steps along the two directions; `loss` [A][B], None or not finite at a hole; `centre`, the loss
 at the origin; `unit` (by default nats per token); and for a whole figure `title`, `cosine` (of the directions) and,
-where it is known, `sharpness` (the Hessian's largest eigenvalue). Alpha runs along x, beta along y.
+where it is known, `sharpness` (the Hessian's largest eigenvalue) and, if it did not converge, `residuals`. Alpha runs
+along x, beta along y.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -183,18 +185,25 @@ def _round(loss: float) -> float:
     return float(power * min(_ROUND, key=lambda mantissa: abs(np.log(loss / power / mantissa))))
 
 
-def digits(loss: float, *, padded: bool = False) -> str:
+def digits(loss: float, *, padded: bool = False, among: Iterable[float] = ()) -> str:
     """Return a number in four digits with a true minus sign, below 0.001 and from 10⁴ as a multiple of a power of ten.
 
     Args:
         padded: keep trailing zeros, so that numbers in a column have equally many digits.
+        among: numbers, such as the ticks of a scale, that are to be told apart: more than four digits if that needs it.
     """
-    if loss and not 1e-3 <= abs(loss) < 9999.5:
-        mantissa, power = f"{loss:.3e}".split("e")
+    several = np.unique(np.asarray([*among], float))
+    count = next((n for n in range(4, MOST_DIGITS) if len({_digits(each, n) for each in several}) == len(several)), 4)
+    return _digits(loss, count, padded=padded)
+
+
+def _digits(loss: float, count: int, *, padded: bool = False) -> str:
+    if loss and not 1e-3 <= abs(loss) < 10 ** max(4, count - 1) - 0.5:
+        mantissa, power = f"{loss:.{count - 1}e}".split("e")
         mantissa = mantissa if padded else mantissa.rstrip("0").rstrip(".")
         text = f"{mantissa}×10" + str(int(power)).translate(_RAISED)
     else:
-        text = f"{loss:{'#' if padded else ''}.4g}".rstrip(".")
+        text = f"{loss:{'#' if padded else ''}.{count}g}".rstrip(".")
     return text.replace("-", "−")
 
 
@@ -233,9 +242,10 @@ def add_colour_bar(
     extend = _EXTEND[any(end in ("min", "both") for end in ends), any(end in ("max", "both") for end in ends)]
     figure = np.ravel(axes)[0].get_figure()
     bar = figure.colorbar(several[0], ax=axes, extend=extend, **options)
-    bar.set_ticks(ticks(several[0].norm), minor=False)
+    at = ticks(several[0].norm)
+    bar.set_ticks(at, minor=False)
     bar.minorticks_off()
-    bar.formatter = lambda loss, _: digits(loss)
+    bar.formatter = lambda loss, _: digits(loss, among=at)
     bar.outline.set_visible(False)
     note = "" if extend == "neither" else "\ngrey: beyond the scale"
     bar.set_label(f"{scaled(label, several[0].norm)}{note}")
@@ -243,6 +253,7 @@ def add_colour_bar(
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+MOST_DIGITS = 15
 _ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 _EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
 
@@ -306,10 +317,14 @@ def _write(figure: Figure, y: float, text: str, *, size: float, **properties: An
 
 
 def _facts(grid: LossGrid, fields: Mapping[str, Any]) -> str:
-    facts = [f"loss at the origin {digits(grid.centre)}, lowest {digits(grid.minimum[2])}"]
-    facts += [f"highest {digits(float(grid.loss.max()))}", f"cosine of the directions {digits(fields['cosine'])}"]
+    losses = (grid.centre, grid.minimum[2], float(grid.loss.max()))
+    origin, lowest, highest = (digits(loss, among=losses) for loss in losses)
+    facts = [f"loss at the origin {origin}, lowest {lowest}, highest {highest}"]
+    facts += [f"cosine of the directions {digits(fields['cosine'])}"]
     if fields.get("sharpness") is not None:
-        facts.append(f"sharpness {digits(fields['sharpness'])}")
+        far = fields.get("residuals")
+        note = f" (not converged: residual {digits(far[0])})" if far else ""
+        facts.append(f"sharpness {digits(fields['sharpness'])}{note}")
     facts.append(f"{grid.holes} of {grid.loss.size} points without a finite loss")
     return ", ".join(facts)
 
@@ -382,7 +397,8 @@ def _fill_contours(axes: Axes, grid: LossGrid, colours: ScalarMappable, taken: n
     if at:
         lines = axes.contour(grid.alphas, grid.betas, losses, at, colors="white", linewidths=0.7, corner_mask=True)
         places = _places(axes, lines, taken)
-        for text in axes.clabel(lines, fmt=digits, fontsize=7, colors=style.INK, inline=False, manual=places):
+        label = functools.partial(digits, among=at)
+        for text in axes.clabel(lines, fmt=label, fontsize=7, colors=style.INK, inline=False, manual=places):
             text.set_path_effects(halo())
 
 
@@ -410,7 +426,7 @@ def _mark_points(axes: Axes, grid: LossGrid) -> list[Artist]:
     between = "" if grid.has_origin else ", between grid points"
     edge = ", at its edge" if alpha in grid.alphas[[0, -1]] or beta in grid.betas[[0, -1]] else ""
     shared = {"linestyle": "", "clip_on": False}
-    lowest_is, origin_is = (digits(loss, padded=True) for loss in (lowest, grid.centre))
+    lowest_is, origin_is = (digits(loss, padded=True, among=(lowest, grid.centre)) for loss in (lowest, grid.centre))
     (low,) = axes.plot([alpha], [beta], **MINIMUM, **shared, zorder=6, label=f"lowest of the grid: {lowest_is}{edge}")
     (origin,) = axes.plot([0], [0], **ORIGIN, **shared, zorder=7, label=f"origin: {origin_is}{between}")
     return [origin, low]
@@ -532,8 +548,10 @@ def _dress(axes: Any, grid: LossGrid, norm: Normalize, label: str) -> None:
     axes.set_zlabel("\n".join(lines), labelpad=0, fontsize=7.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.zaxis.set_major_locator(FixedLocator(_heights(ticks(norm, count=4), norm)))
-    axes.zaxis.set_major_formatter(FuncFormatter(lambda height, _: digits(10**height if is_log(norm) else height)))
+    at = ticks(norm, count=4)
+    axes.zaxis.set_major_locator(FixedLocator(_heights(at, norm)))
+    shown = functools.partial(digits, among=at)
+    axes.zaxis.set_major_formatter(FuncFormatter(lambda height, _: shown(10**height if is_log(norm) else height)))
     axes.tick_params(pad=-1)
 
 

@@ -79,6 +79,13 @@ def test_the_gain_of_the_best_leaf_is_over_the_path_of_most_probable_tokens():
     assert search_trees.missed([0.0, 0.1, 0.2]) == 2
 
 
+def test_the_published_score_of_the_best_leaf_counts_the_tokens_of_the_prompt():
+    tree = full_tree([[0.5, 0.4], [0.3, 0.2, 0.9, 0.05]])
+    best = search_trees.known_numbers(full_tree([[0.5]] * 5), tree, 4)[-1]
+    assert best["value"] == pytest.approx(np.log(0.4 * 0.9) / (2 + 4), abs=1e-6) and "prompt" in best["name"]
+    assert tree.best()[1] == pytest.approx(np.log(0.4 * 0.9) / 2, abs=1e-6)
+
+
 def test_a_pruned_tree_holds_its_best_leaves_and_their_ancestors():
     parents = {0: None, 1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2}
     scores = {3: -1.0, 4: -4.0, 5: -2.0, 6: -3.0}

@@ -359,6 +359,31 @@ def test_labels_of_contour_lines_keep_apart_and_off_the_path():
 
 
 @pytest.mark.parametrize(
+    "limits", [(100.0, 100.04), (3.8845, 3.8851), (3.884812, 3.8848131), (1e4, 1e4 + 0.5), (1, 50)]
+)
+def test_ticks_are_told_apart_by_as_many_digits_as_they_need(limits):
+    at = landscape.ticks(landscape.loss_norm(limits))
+    labels = [landscape.digits(each, among=at) for each in at]
+    assert len(set(labels)) == len(at) >= 4 and all(
+        float(label) == pytest.approx(each) for label, each in zip(labels, at, strict=True)
+    )
+    assert landscape.digits(3.5, among=(3.5, 3.5)) == "3.5", "equal numbers need no more digits"
+
+
+def test_a_figure_of_nearly_equal_losses_labels_them_apart():
+    surface = make_surface()
+    loss = np.asarray(surface["loss"])
+    surface |= {"loss": (100 + 0.04 * (loss - loss.min()) / np.ptp(loss)).tolist(), "centre": 100.001}
+    figure = landscape.landscape_figure(surface)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        scales = [axes.get_yticklabels(), getattr(axes, "get_zticklabels", list)()]
+        for labels in ([each.get_text() for each in scale if each.get_text()] for scale in scales):
+            assert len(set(labels)) == len(labels)
+    assert "highest 100.04" in figure.texts[1].get_text()
+
+
+@pytest.mark.parametrize(
     ("value", "short", "padded"),
     [
         (3.7, "3.7", "3.700"),

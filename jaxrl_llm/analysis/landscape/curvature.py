@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 from tqdm import tqdm
 
 from jaxrl_llm import runtime
@@ -30,6 +30,17 @@ class Eigenpairs(NamedTuple):
     residuals: Float[np.ndarray, "count"]  # ‖Hv − λv‖: an eigenvalue of H lies within this distance of λ
     smallest: float  # the smallest eigenvalue that the iterations found: an upper bound of the smallest one
     iterations: int
+    tolerance: float = 1e-3  # of residuals, relative to the largest |λ| found
+
+    @property
+    def converged(self) -> Bool[np.ndarray, "count"]:
+        """False for pairs whose residual is above the tolerance: there were too few iterations."""
+        return self.residuals <= self.tolerance * max(abs(self.values[0]), abs(self.smallest))
+
+    def __repr__(self) -> str:
+        rows = zip(self.values, self.residuals, self.converged, strict=True)
+        pairs = (f"{value:.6g} ({'' if fine else 'not converged, '}residual {far:.2g})" for value, far, fine in rows)
+        return f"Eigenpairs({', '.join(pairs)}; {self.iterations} iterations)"
 
 
 def hessian_vector_product(loss_fn: LossFn, params: Params, vector: Params) -> Params:
@@ -97,6 +108,7 @@ def top_eigenpairs(
     *,
     count: int = 2,
     max_iterations: int = 64,
+    vectors: int | None = None,
     tolerance: float = 1e-3,
     progress: bool = False,
 ) -> Eigenpairs:
@@ -105,18 +117,22 @@ def top_eigenpairs(
     An orthonormal basis Q of the Krylov space of a random vector makes Qᵀ H Q tridiagonal. Its eigenpairs (λ, s) give
     the eigenpairs (λ, Q s) of H, with residual β |s_m|. Each new vector is orthogonalised twice against all earlier
     ones, so that a simple eigenvalue does not appear twice. If the space is exhausted, the iterations continue from a
-    new random vector, so that multiple eigenvalues are found too. The basis takes `max_iterations` times the memory of
-    the parameters. Parameters narrower than float32 are widened.
+    new random vector, so that multiple eigenvalues are found too. Parameters narrower than float32 are widened.
+
+    With fewer `vectors` than iterations, a full basis is replaced by about half as many vectors, the eigenvectors of
+    its largest eigenvalues, from which the iterations go on (thick restart). More iterations are then needed.
 
     Args:
+        max_iterations: the most products of the Hessian with a vector.
+        vectors: basis vectors that are held at once, each as large as the parameters; by default all.
         tolerance: stop when the residuals are below this fraction of the largest |λ| found.
 
     Raises:
-        ValueError: if params are not finite and floating or have fewer numbers than `count`, or a keyword argument is
-            out of range.
+        ValueError: if params are not finite and floating or have fewer numbers than `count`, a keyword argument is
+            out of range, or the basis needs more memory than there is: the error says how many `vectors` fit.
         FloatingPointError: if the loss has no finite curvature at `params`.
 
-    Source: Parlett 1980, chapter 13.
+    Source: Parlett 1980, chapter 13; restarts: Wu and Simon 2000.
     """
     check_params(params)
     params = jax.tree.map(lambda leaf: wide(jnp.asarray(leaf)), params)
@@ -128,32 +144,73 @@ def top_eigenpairs(
             f"but is {count}."
         )
     most = min(max_iterations, size)
-    basis = jnp.zeros((most, size), dtype)
-    diagonal, beside = [], []
+    if vectors is not None and vectors <= count:
+        raise ValueError(f"vectors must be at least {count + 1}, one more than count, but is {vectors}.")
+    held = most if vectors is None else min(vectors, most)
+    kept = (held + count) // 2  # by a restart
+    step_of = _compiled_step(loss_fn, unravel, params, flat, held, kept if held < most else 0)
+    basis, matrix, place, smallest = jnp.zeros((held, size), dtype), np.zeros((held, held)), 0, np.inf
     start_key, restart_key = jax.random.split(key)
     vector, _ = _orthonormal(basis, jax.random.normal(start_key, (size,), dtype))
     bar = tqdm(range(most), unit="product", desc="Lanczos", leave=False, disable=not progress or runtime.is_file())
     for step in bar:
-        basis, image, alpha = _lanczos_step(loss_fn, unravel, params, basis, vector, step)
-        diagonal.append(float(alpha))
-        if not np.isfinite(diagonal[-1]):
+        basis, image, alpha = step_of(params, basis, vector, place)
+        matrix[place, place] = alpha
+        if not np.isfinite(matrix[place, place]):
             raise FloatingPointError("the loss has no finite curvature at params.")
         vector, beta = _orthonormal(basis, image)
-        values, shares = _tridiagonal_eigh(diagonal, beside)
-        scale = np.abs(values).max()
+        values, shares = np.linalg.eigh(matrix[: place + 1, : place + 1])
+        values, shares = values[::-1], shares[:, ::-1]  # in descending order
+        smallest = min(smallest, float(values[-1]))
+        scale = max(abs(values[0]), abs(smallest))
         exhausted = float(beta) <= 8 * float(jnp.finfo(dtype).eps) * scale
         residuals = np.abs(shares[-1]) * float(beta)
         # An exhausted space has only one vector of a multiple eigenvalue: further ones are needed.
-        if step + 1 >= count and not exhausted and (residuals[:count] <= tolerance * scale).all():
+        if step + 1 == most or (step + 1 >= count and not exhausted and (residuals[:count] <= tolerance * scale).all()):
             break
-        if exhausted and step + 1 < most:
+        if exhausted:
             vector, _ = _orthonormal(basis, jax.random.normal(jax.random.fold_in(restart_key, step), (size,), dtype))
-        beside.append(0.0 if exhausted else float(beta))
+        beside = np.zeros(place + 1)  # of the new vector with those of the basis
+        beside[-1] = 0.0 if exhausted else float(beta)
+        if place + 1 == held:
+            basis = _mixed(basis, jnp.asarray(shares[:, :kept].T, dtype))
+            matrix[:] = np.diag(np.append(values[:kept], np.zeros(held - kept)))
+            beside, place = beside[-1] * shares[-1, :kept], kept - 1
+        place += 1
+        matrix[place, :place] = matrix[:place, place] = beside
     bar.close()
-    used = basis[: len(diagonal)]
     # Orthonormal up to the rounding of long sums in the basis; accurate sums remove that.
-    vectors = orthonormal([unravel(jnp.asarray(shares[:, i], dtype) @ used) for i in range(count)])
-    return Eigenpairs(values[:count], vectors, residuals[:count], float(values[-1]), len(diagonal))
+    unused = np.zeros(held - len(shares))
+    found = [unravel(jnp.asarray(np.append(shares[:, i], unused), dtype) @ basis) for i in range(count)]
+    del basis
+    return Eigenpairs(values[:count], orthonormal(found), residuals[:count], smallest, step + 1, tolerance)
+
+
+def _compiled_step(
+    loss_fn: LossFn, unravel: Any, params: Params, flat: Float[Array, "size"], held: int, kept: int
+) -> Any:
+    """Return the program of an iteration, after a look at the memory that the iterations need beside the parameters.
+
+    Raises:
+        ValueError: if there is less.
+    """
+    basis = jax.ShapeDtypeStruct((held, flat.size), flat.dtype)
+    program = _lanczos_step.lower(loss_fn, unravel, params, basis, flat, 0).compile()
+    available, one = runtime.available_memory(), flat.nbytes
+    aside = program.memory_analysis().temp_size_in_bytes + 3 * one  # a vector, its image and one between
+    needed = aside + (held + kept) * one
+    if available is not None and needed > available:
+        fitting = int((available - aside) / (1.5 * one)) - 1
+        way_out = f"with vectors={fitting} they fit" if fitting > 2 else "not even 3 of them would fit"
+        raise ValueError(
+            f"the Lanczos iterations must fit into memory, but {held} vectors of {flat.size} numbers need "
+            f"{_gibibytes(needed)}, and {_gibibytes(available)} are available: {way_out}."
+        )
+    return program
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count} bytes ({count / 2**30:.1f} GiB)"
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "unravel"), donate_argnames="basis")
@@ -184,8 +241,7 @@ def _orthonormal(
     return vector, lengths[0] * lengths[1]
 
 
-def _tridiagonal_eigh(diagonal: list[float], beside: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues in descending order, and eigenvectors as columns."""
-    matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
-    values, vectors = np.linalg.eigh(matrix)
-    return values[::-1], vectors[:, ::-1]
+@functools.partial(jax.jit, donate_argnames="basis")
+def _mixed(basis: Float[Array, "held size"], shares: Float[Array, "kept held"]) -> Float[Array, "held size"]:
+    """Return a basis of mixtures of the vectors of another, with room for as many as before."""
+    return basis.at[: len(shares)].set(shares @ basis).at[len(shares) :].set(0)

@@ -131,6 +131,8 @@ class Surface:
         centre: the loss at the origin, which an even grid does not hold.
         cosine: of the two directions.
         sharpness: the largest eigenvalue of the Hessian at the centre, if it is known.
+        residuals: ‖Hv − λv‖ of the two directions, if they are to be eigenvectors but did not converge; the sharpness
+            is then no more than a lower bound.
 
     Raises:
         ValueError: if the shapes do not match, or no loss is finite.
@@ -144,6 +146,7 @@ class Surface:
     centre: float
     cosine: float
     sharpness: float | None = None
+    residuals: tuple[float, float] | None = None
 
     def __post_init__(self):
         if np.shape(self.loss) != (len(self.alphas), len(self.betas)):
@@ -169,7 +172,8 @@ class Surface:
             "cosine": self.cosine,
             "centre_on_grid": bool(np.any(self.alphas == 0) and np.any(self.betas == 0)),
         }
-        return fields if self.sharpness is None else fields | {"sharpness": self.sharpness}
+        known = {"sharpness": self.sharpness, "residuals": self.residuals and list(self.residuals)}
+        return fields | {name: value for name, value in known.items() if value is not None}
 
 
 def surface_of(
@@ -182,13 +186,14 @@ def surface_of(
     title: str = "Loss",
     unit: str = "nats per token",
     sharpness: float | None = None,
+    residuals: tuple[float, float] | None = None,
     **options: Any,
 ) -> Surface:
     """Compute `loss_surface` with the numbers that belong to it: what `jaxrl_llm.plots.landscape` draws.
 
     Args:
         alphas, betas: by default `axis()` each.
-        title, unit, sharpness: as in `Surface`.
+        title, unit, sharpness, residuals: as in `Surface`.
         options: of `loss_surface`.
 
     Raises:
@@ -197,7 +202,7 @@ def surface_of(
     alphas, betas = (axis() if steps is None else np.asarray(steps, np.float64) for steps in (alphas, betas))
     losses = loss_surface(loss_fn, params, directions, alphas, betas, **options)
     centre, angle = float(jax.jit(loss_fn)(params)), float(cosine(*directions))
-    return Surface(title, unit, alphas, betas, losses, centre, angle, sharpness)
+    return Surface(title, unit, alphas, betas, losses, centre, angle, sharpness, residuals)
 
 
 def loss_section(

@@ -1,9 +1,14 @@
+import functools
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from jaxrl_llm import runtime
 from jaxrl_llm.analysis import landscape
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from tests.analysis.landscape.conftest import flat
@@ -126,6 +131,62 @@ def test_residuals_are_those_of_the_pairs_also_when_iterations_were_few():
     assert found.residuals[1] > 1e-5  # not converged, and said so
 
 
+def test_lanczos_with_few_vectors_restarts_and_finds_the_same():
+    with jax.enable_x64(True):
+        spectrum = jnp.concatenate([jnp.linspace(-3.0, 1.0, 200), jnp.asarray([2.0, 2.5, 4.0])])
+
+        def loss(params):
+            return 0.5 * (spectrum * params["w"] ** 2).sum()
+
+        find = functools.partial(
+            landscape.top_eigenpairs, loss, {"w": jnp.ones(203)}, jax.random.key(0), max_iterations=200, tolerance=1e-9
+        )
+        every, few, fewest = find(), find(vectors=8), find(vectors=3)
+        for found in (every, few, fewest):
+            np.testing.assert_allclose(found.values, [4.0, 2.5], rtol=1e-9)
+            for value, vector, residual in zip(found.values, found.vectors, found.residuals, strict=True):
+                true = np.linalg.norm((np.asarray(spectrum) - value) * flat(vector))
+                np.testing.assert_allclose(true, residual, atol=1e-10)
+            assert found.converged.all() and found.smallest >= -3 - 1e-9
+        assert every.iterations < few.iterations < fewest.iterations < 200
+
+
+def test_what_has_not_converged_says_so():
+    spectrum = jnp.concatenate([jnp.asarray([10.0]), jnp.linspace(0, 0.002, 999)])
+    find = functools.partial(
+        landscape.top_eigenpairs, lambda p: 0.5 * (spectrum * p["w"] ** 2).sum(), {"w": jnp.ones(1000)}
+    )
+    found = find(jax.random.key(0), max_iterations=8, tolerance=1e-7)
+    assert found.converged.tolist() == [True, False]
+    assert re.fullmatch(
+        r"Eigenpairs\(10 \(residual \S+\), 0.00\d+ \(not converged, residual \S+\); 8 iterations\)", repr(found)
+    )
+    assert find(jax.random.key(0), tolerance=1e-3).converged.all()
+
+
+def test_iterations_that_do_not_fit_into_memory_are_refused_with_what_does(quadratic, monkeypatch):
+    """17 numbers: 68 bytes a vector; beside the basis some vectors and the program's own memory."""
+    find = functools.partial(landscape.top_eigenpairs, quadratic.loss, quadratic.params, jax.random.key(0))
+    monkeypatch.setattr(runtime, "available_memory", lambda: 0)
+    with pytest.raises(ValueError, match=r"17 vectors of 17 numbers need .* bytes .*, and 0 bytes .*: not even 3 of"):
+        find()
+    with pytest.raises(ValueError) as error:
+        find()
+    needed = int(re.search(r"need (\d+) bytes", str(error.value))[1])
+    monkeypatch.setattr(runtime, "available_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=f"and {needed - 1} bytes") as error:
+        find()
+    fitting = int(re.search(r"with vectors=(\d+) they fit", str(error.value))[1])
+    assert 3 <= fitting < 17 and find(vectors=fitting).iterations > 0
+    monkeypatch.setattr(runtime, "available_memory", lambda: needed)
+    assert find().iterations == 17
+
+
+def test_the_available_memory_is_known_where_the_system_tells_it():
+    if Path("/proc/meminfo").is_file() and jax.default_backend() == "cpu":
+        assert 2**20 < runtime.available_memory() < 2**50
+
+
 def test_bfloat16_parameters_are_widened():
     params = random_params(SMALL, dtype=jnp.bfloat16)
     found = landscape.top_eigenpairs(small_loss(), params, jax.random.key(0), max_iterations=6)
@@ -158,6 +219,8 @@ def test_wrong_inputs_are_named(quadratic):
     for count in (0, 18):
         with pytest.raises(ValueError, match=r"count must lie in \[1, 17\]"):
             landscape.top_eigenpairs(loss, params, jax.random.key(0), count=count)
+    with pytest.raises(ValueError, match="vectors must be at least 3, one more than count, but is 2"):
+        landscape.top_eigenpairs(loss, params, jax.random.key(0), vectors=2)
     with pytest.raises(FloatingPointError, match="no finite curvature"):
         landscape.top_eigenpairs(lambda p: jnp.sqrt(jnp.abs(p["gain"] - p["gain"])), params, jax.random.key(0))
     for values, message in ((np.zeros(8), "odd number"), (np.zeros(7), "at least 9"), (np.full(9, np.inf), "finite")):
