@@ -140,7 +140,8 @@ class Run:
     @contextlib.contextmanager
     def on_mesh(self) -> Iterator[None]:
         """Return the context in which all of the run's computations are done."""
-        with meshes.one_run(), contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+        on_mesh = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        with meshes.one_run(resume=self.out is not None), on_mesh:
             yield
 
     def placed(self, params: Params) -> Params:
