@@ -270,12 +270,12 @@ def test_a_batch_is_placed_by_the_rows_that_a_process_has():
 
 
 def test_held_out_rows_are_split_into_parts_that_the_devices_divide():
-    for count, size, shards in [(7, 4, 1), (7, 4, 2), (23, 8, 4), (3, 8, 4), (8, 8, 8)]:
-        order, whole = np.arange(count), count - count % shards
-        parts = recipes._parts(order[:whole], size, shards=shards) + recipes._parts(order[whole:], size // shards)
+    for count, size, shards in [(7, 4, 1), (7, 4, 2), (23, 8, 4), (3, 8, 4), (8, 8, 8), (5, 2, 4), (12, 6, 4)]:
+        order, whole, most = np.arange(count), count - count % shards, max(1, size // shards)
+        parts = recipes._parts(order[:whole], size, shards=shards) + recipes._parts(order[whole:], most)
         np.testing.assert_array_equal(np.concatenate(parts), order)
-        assert all(len(part) <= size for part in parts)
-        assert all(len(part) % shards == 0 or len(part) <= size // shards for part in parts)
+        assert all(0 < len(part) <= max(size, shards) for part in parts)
+        assert all(len(part) % shards == 0 or len(part) <= most for part in parts)
 
 
 @pytest.mark.parametrize(
