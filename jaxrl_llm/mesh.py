@@ -75,7 +75,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, *, devices: Sequenc
         sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         found = " × ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"the mesh must be of the {_devices(len(devices))} that there are, but is {found}.")
+        raise ValueError(f"the sizes of the mesh must multiply to all devices, {len(devices)}, but are {found}.")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

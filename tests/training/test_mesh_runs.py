@@ -203,7 +203,7 @@ def test_a_killed_process_ends_the_others_of_a_command(folder, victim):
 
 def test_a_mesh_is_checked_before_the_run(monkeypatch):
     for config, match in [
-        (SFTConfig(mesh="data=2"), "the mesh must be of the 1 device that there are, but is data 2"),
+        (SFTConfig(mesh="data=2"), "the sizes of the mesh must multiply to all devices, 1, but are data 2"),
         (SFTConfig(mesh="rows=2"), "mesh must be sizes of data, fsdp, model, each once, such as data=4,fsdp=2"),
     ]:
         with pytest.raises(ValueError, match=match):
