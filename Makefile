@@ -17,6 +17,7 @@ help:
 	@echo "make slow       run those that take long: other processes, kills, meshes, whole runs"
 	@echo "make optimised  run some of the tests with all of XLA's optimisations"
 	@echo "make lint       check format and style"
+	@echo "make format     format the code, and renew the tables of docs/ that are made from it"
 	@echo "make docs       build the documentation site, in build/site"
 	@echo "make notebooks  run the notebooks of docs/notebooks and compare with the outputs in them"
 	@echo "make parity     compare with transformers + torch, and try SmolLM2 and Gemma 3 (installs all into $(PARITY))"
@@ -94,6 +95,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m tools.tables
 
 parity: setup $(PARITY)/.ready
 	@echo "==> comparing with transformers + torch"

@@ -78,10 +78,6 @@ def evaluate(
             malformed data (rows and lines are named), or a reference of another tokenizer.
     """
     config = EvaluateConfig(**options) if config is None else dataclasses.replace(config, **options)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"evaluate runs in one process, which may have many devices, but is one of {jax.process_count()}."
-        )
     sharding = meshes.sharding_of(mesh)
     if sharding is not None:
         if not isinstance(lm, str | os.PathLike):
@@ -196,7 +192,7 @@ def _positive(differences: Array) -> Array:
 
 # Completions of the model ---------------------------------------------------------------------------------------------
 
-Judged = Callable[[Sequence[records.Prompt], Sequence[Completion]], Sequence[float | None]]
+Judged = Callable[[Sequence[records.Prompt], Sequence[Completion]], np.ndarray]  # NaN where it judges none
 
 
 def _reward_of(config: EvaluateConfig, sharding: huggingface.ShardingRule | None) -> Judged | None:
@@ -210,21 +206,43 @@ def _reward_of(config: EvaluateConfig, sharding: huggingface.ShardingRule | None
     if isinstance(given, LoadedReward) or config.reward_model is not None or is_folder:
         found = given if isinstance(given, LoadedReward) else models.load_reward_model(given, sharding=sharding)
         scorer = RewardModel(found.head, found.params, found.tokenizer, found.config)
-        return lambda asked, written: scorer.score(
-            [each.prompt for each in asked], [each.text for each in written], batch_size=config.batch_size
+        return lambda asked, written: np.asarray(
+            scorer.score(
+                [each.prompt for each in asked], [each.text for each in written], batch_size=config.batch_size
+            ),
+            np.float64,
         )
     function = function_at(given) if isinstance(given, str) else given
     if not callable(function):
         raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")
 
-    def judged(asked: Sequence[records.Prompt], written: Sequence[Completion]) -> Sequence[float | None]:
+    def called(asked: Sequence[records.Prompt], written: Sequence[Completion]) -> np.ndarray:
         names = dict.fromkeys(name for each in asked for name in each.fields)
         columns = {name: [each.fields.get(name) for each in asked] for name in names}
         prompts = [each.prompt if isinstance(each.prompt, str) else list(each.prompt) for each in asked]
         texts, ids = [each.text for each in written], [each.tokens for each in written]
-        rewards.check_entries(function, asked)
         with rewards.told("the reward function"):
-            return rewards.call(function, prompts, texts, ids, columns)
+            given = rewards.call(function, prompts, texts, ids, columns)
+        found = np.asarray(given, np.float64)  # None, not judged, is NaN
+        if found.shape != (len(asked),) or not all(one is None or np.isfinite(one) for one in given):
+            raise ValueError(
+                f"the reward must be one finite number for each of {len(asked)} completions, but is {given}."
+            )
+        return found
+
+    def judged(asked: Sequence[records.Prompt], written: Sequence[Completion]) -> np.ndarray:
+        """Of several processes each calls the function for its share, without the mesh."""
+        own = np.array_split(np.arange(len(asked)), jax.process_count())[jax.process_index()]
+
+        def of_own() -> np.ndarray:
+            found = np.zeros(len(asked))
+            if own.size:
+                found[own] = called([asked[row] for row in own], [written[row] for row in own])
+            return found.view(np.uint32)  # arrays of jax would be rounded
+
+        rewards.check_entries(function, asked)
+        with meshes.without_mesh():
+            return meshes.together(of_own).view(np.float64).sum(axis=0)
 
     return judged
 
@@ -269,11 +287,7 @@ def _rewards(
         for part in _alike(asked)
     ]
     written = [each for part in written for each in part]
-    given = judged(asked, written)
-    found = np.asarray(given, np.float64)  # None, not judged, is NaN
-    if found.shape != (len(asked),) or not all(one is None or np.isfinite(one) for one in given):
-        raise ValueError(f"the reward must be one finite number for each of {len(asked)} completions, but is {given}.")
-    return found, float(np.mean([len(each.tokens) for each in written]))
+    return judged(asked, written), float(np.mean([len(each.tokens) for each in written]))
 
 
 def _alike(asked: Sequence[records.Prompt]) -> list[Sequence[records.Prompt]]:

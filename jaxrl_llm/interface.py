@@ -689,12 +689,16 @@ class LM:
             as its id.
 
         Raises:
+            TypeError: for another completion, such as a list of them.
             ValueError: if k is not in the range of the vocabulary, or as `log_probs`.
         """
         Range(1, self.model.vocab_size).check("k", k, integer=True)
         if self._translates:
             raise ValueError("alternatives are of decoder-only models.")
         given = completion.tokens if isinstance(completion, Completion) else completion
+        ids = hasattr(given, "__iter__") and all(isinstance(each, int | np.integer) for each in given)
+        if not isinstance(given, str) and not ids:
+            raise TypeError(f"completion must be a Completion, a text or token ids, but is {given!r:.60}.")
         prompts, completions = [self._ids(prompt, "prompt", chat=False)], [self._completion_ids(given, 0)]
         length = min(
             -(-(len(prompts[0]) + len(completions[0])) // SCORED_BUCKET) * SCORED_BUCKET, self.model.max_length
@@ -992,6 +996,7 @@ class LM:
         return (first, second), {"sharpness": float(top.values[0]), "residuals": residuals}
 
 
+@takes()
 def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None, mesh: str | Mesh | None = None) -> LM:
     """Load a language model with its tokenizer, as an `LM` with methods on text.
 

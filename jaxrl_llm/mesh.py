@@ -12,10 +12,17 @@ XLA inserts the communication.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import math
 import os
 import re
+import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -68,7 +75,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, *, devices: Sequenc
         sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         found = " × ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"the mesh must be of the {_devices(len(devices))} that there are, but is {found}.")
+        raise ValueError(f"the sizes of the mesh must multiply to all devices, {len(devices)}, but are {found}.")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -352,7 +359,8 @@ def initialize(coordinator: str | None = None, *, processes: int | None = None, 
     """Join several processes to one run. Call it before anything else of jax; each then sees all devices.
 
     What is not given is read from the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or else
-    found by jax, under Slurm, Open MPI or on a TPU pod. If a process ends, the others end within a minute.
+    found by jax, under Slurm, Open MPI or on a TPU pod. If a process ends before its work is done, the others end
+    within a minute, and the last line that they print says so.
 
     Args:
         coordinator: "host:port" of process 0.
@@ -377,6 +385,7 @@ def initialize(coordinator: str | None = None, *, processes: int | None = None, 
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPUs; other platforms have their own
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=30)
+    _watch()
 
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -421,26 +430,94 @@ def wait(name: str, seconds: float = 24 * 3600) -> bool:
 
 
 LOST = re.compile("gloo|nccl|connection (closed|reset)|unavailable|heartbeat|barrier", re.IGNORECASE)
+_again = ""  # how to start the run again, beyond its command
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return True for what jax raises, here or below, when another process has ended."""
+    if jax.process_count() == 1:
+        return False
+    below = [error]
+    while (cause := below[-1].__cause__ or below[-1].__context__) is not None and cause not in below:
+        below.append(cause)
+    return any(isinstance(each, jax.errors.JaxRuntimeError) and LOST.search(str(each)) for each in below)
+
+
+def ended() -> str:
+    """Return the sentence for a process of which another has ended."""
+    return (
+        "another process of this run has ended: what it printed says why. "
+        f"Run the same command in every process again{_again}."
+    )
 
 
 @contextlib.contextmanager
-def one_run() -> Iterator[None]:
+def one_run(*, resume: bool = False) -> Iterator[None]:
     """Say in plain words that another process has ended, as long as the context lasts.
+
+    Args:
+        resume: the run has a folder, from which it can be resumed.
 
     Raises:
         RuntimeError: instead of what the libraries below raise.
     """
+    global _again
+    before, _again = _again, ", with resume (--resume) to go on from the last checkpoint" if resume else _again
     try:
         yield
     except Exception as error:
-        causes = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
-        of_jax = [str(each) for each in causes if isinstance(each, jax.errors.JaxRuntimeError)]
-        if jax.process_count() > 1 and any(map(LOST.search, of_jax)):
-            raise RuntimeError(
-                "another process of the run has ended: what it printed says why. All must be started again, "
-                "with resume (--resume) to go on from the last checkpoint."
-            ) from error
+        if is_lost(error):  # `ended` stays as it is: this process ends too
+            raise RuntimeError(ended()) from error
+        _again = before
         raise
+    _again = before
+
+
+def _watch() -> None:
+    """End this process, with `ended` on standard error, when another ends before its work is done.
+
+    Two barriers are waited for from the start, one by process 0, one by the others. Each passes when the other side
+    has done its work too, and fails if a process is lost. If process 0 is lost, nobody answers at its address. In both
+    cases jax calls abort(), which runs no Python: its signal is handled by sleep(), which leaves the sentence time.
+    """
+    state, done = distributed.global_state, threading.Event()
+    host, _, port = state.coordinator_address.rpartition(":")
+    side = min(state.process_id, 1)
+
+    def wait(side: int) -> bool:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            state.client.wait_at_barrier(f"jaxrl_llm/watch {side}", timeout_in_ms=10**12)
+            return True
+        return False
+
+    def tell() -> None:
+        time.sleep(1)  # in which the main thread says it, if it has noticed
+        if not done.is_set():
+            print(f"jaxrl-llm: {ended()}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    def watch_all() -> None:
+        if wait(side):
+            done.set()
+        tell()
+
+    def watch_first() -> None:
+        while not done.is_set():
+            try:
+                with socket.create_connection((host.strip("[]"), int(port))) as held:
+                    while held.recv(4096):  # until the other side closes it, by itself after minutes
+                        pass
+            except ConnectionRefusedError:
+                return tell()
+            except OSError:
+                time.sleep(1)
+
+    if os.name == "posix":
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGABRT, libc.sleep)  # of 6 seconds: its argument is the signal's number
+    for watch in (watch_all, watch_first)[: 1 + side]:
+        threading.Thread(target=watch, daemon=True).start()
+    atexit.register(wait, 1 - side)  # called before jax's own, which was registered when jax was imported
 
 
 def _row_shards_set() -> int:

@@ -59,6 +59,7 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "mask_truncated": "mask_truncated_completions overlong_filtering",
     "max_length": "max_seq_length max_prompt_length",
     "max_new_tokens": "max_length max_tokens max_completion_length response_length",
+    "mesh": "device_map tensor_parallel_size",
     "microbatches": "gradient_accumulation_steps",
     "min_new_tokens": "min_length min_tokens",
     "minibatches": "num_mini_batches",
@@ -105,6 +106,9 @@ WORDS = {  # what takes the place of an option of other libraries, where it is n
     "reference_free": "losses without a reference are simpo, alphapo, orpo and cpo",
     "margin": "the margin of a pair is the entry 'margin' of its row, one for all pairs is loss_kwargs={'margin': ...}",
     "rpo_alpha": "it is the sum loss=['dpo', 'sft'] with loss_weights=[1, rpo_alpha]",
+    "generate_many.strategy": "it samples, or takes the most probable tokens with greedy=True; generate has strategies",
+    "generate_many.num_beams": "generate(..., strategy='beam', batch_size=...) searches with beams",
+    "generate_many.batch_size": "rows is the number of completions that are decoded together",
 }
 
 
@@ -227,7 +231,8 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
 def _unexpected(called: str, name: str, names: Iterable[str]) -> TypeError:
     near = nearest(name, names)
     hint = f": did you mean {near!r}?" if near else ""
-    hint = f": {WORDS[name]}" if name in WORDS else hint
+    words = WORDS.get(f"{called}.{name}") or WORDS.get(name)
+    hint = f": {words}" if words else hint
     return TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 

@@ -1,6 +1,7 @@
 """Measures of finished models, against the same by hand; and the figure of a run's log."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import scipy.stats
 
 import jaxrl_llm as jl
-from jaxrl_llm import evaluation, models, train
+from jaxrl_llm import cli, evaluation, models, train
 from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.plots.run import panels, run_figure
+from tests.models.test_memory import both
 
 PAIRS = [{"prompt": f"Say {i}:", "chosen": " yes", "rejected": " no, " * (i % 2 + 1)} for i in range(5)]
 ROWS = [{"prompt": f"Say {i}:", "completion": " it is" * (i % 3 + 1)} for i in range(5)]
@@ -134,6 +136,31 @@ def test_rewards_are_called_as_in_training(lm):
         jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions: 1 / 0, max_new_tokens=2)
     with pytest.raises(ValueError, match="the reward function takes solution, but the data have gold"):
         jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions, solution: [1.0] * 5, max_new_tokens=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", ["0 pairs reference=1", "0 prompts reward=thirds.py:thirds against=1", "reward pairs"]
+)
+def test_two_processes_give_the_numbers_of_one(folder, words, monkeypatch, capsys):
+    reward = "def thirds(prompts, completions, gold):\n"
+    reward += "    return [None if i == 2 else len(text) / 3 for text, i in zip(completions, gold)]\n"
+    (folder / "thirds.py").write_text(reward)
+    model, data, *options = words.split()
+    command = ["evaluate", str(folder / model), "--data", f"{folder / data}.jsonl", "--batch-size", "2"]
+    for name, value in (each.split("=") for each in options):
+        command += [f"--{name}", str(folder / value)]
+    command += ["--max-new-tokens", "6", "--temperature", "0.7"] if data == "prompts" else []
+    first, other = both(["jaxrl_llm.cli", *command, "--mesh", "data=2,fsdp=2"], devices=2, JAX_NUM_PROCESSES="2")
+    monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *command])
+    cli.main()
+    found, one = (
+        dict(line.split() for line in text.splitlines() if "records" not in line)
+        for text in (first, capsys.readouterr().out)
+    )
+    assert found.keys() == one.keys() and other == ""
+    for name, value in one.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
 
 
 def test_rows_that_were_skipped_are_not_counted(lm):

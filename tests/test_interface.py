@@ -671,6 +671,17 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "temperature must be a finite number above 0", lambda lm: lm.generate("x", temperature=0.0)),
         (ValueError, "rows must be an integer of at least 1, but is 0", lambda lm: lm.generate_many("x", rows=0)),
         (ValueError, "n must be 1 for greedy", lambda lm: lm.generate_many("x", greedy=True, n=2)),
+        (TypeError, r"'strategy': it samples, .* greedy=True; generate has", lambda lm: lm.generate_many(
+            "x", strategy="beam")),
+        (TypeError, r"'num_beams': generate\(..., strategy='beam', batch_size", lambda lm: lm.generate_many(
+            "x", num_beams=2)),
+        (TypeError, "'batch_size': rows is the number of completions", lambda lm: lm.generate_many("x", batch_size=2)),
+        (ValueError, r"the model's context of .*: the option cut \(--cut left\) shortens it", lambda lm: lm.generate(
+            "x", max_new_tokens=500)),
+        (TypeError, r"completion must be a Completion, a text or token ids, but is \['a'\]", lambda lm: lm.alternatives(
+            "x", ["a"])),
+        (TypeError, "completion must be a Completion, a text or token ids, but is None", lambda lm: lm.alternatives(
+            "x", None)),
         (ValueError, "generate_many does not use guidance_prompt", lambda lm: lm.generate_many(
             "x", guidance_prompt="y")),
         (ValueError, "stream takes one prompt, but is given 2", lambda lm: lm.stream(["x", "y"])),

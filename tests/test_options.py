@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 
+import jaxrl_llm as jl
 from jaxrl_llm import train
 from jaxrl_llm.cli import Generate
 from jaxrl_llm.interface import LM
@@ -23,6 +24,8 @@ FUNCTIONS = [LM.generate, train.sft, train.reward, train.dpo, train.distill, tra
         (LM.generate, "do_sample", "greedy"),
         (LM.generate, "max_length", "max_new_tokens"),
         (LM.stream, "stop_strings", "stop"),
+        (jl.load, "torch_dtype", "dtype"),
+        (jl.load, "device_map", "mesh"),
         (train.sft, "lr", "learning_rate"),
         (train.dpo, "per_device_train_batch_size", "batch_size"),
         (train.dpo, "loss_type", "loss"),

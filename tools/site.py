@@ -1,4 +1,4 @@
-"""Hooks of the documentation site (`make docs`): pages and tables made from the README, the results and the code.
+"""Hooks of the documentation site (`make docs`): pages made from the README, the results and the code.
 
 Pages link to files of the repository as they do on a code host. Here those files become part of the site, and a link to
 a file that is not there ends the build.
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import catalogue  # noqa: E402
 from figures import __main__ as gallery  # noqa: E402
 from figures import _page, _results  # noqa: E402
-from tools import reference, tables  # noqa: E402
+from tools import reference  # noqa: E402
 
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 FOLDERS = {  # that pages link to
@@ -103,11 +103,11 @@ def _add_notebook(path: Path, files: Files, config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Fill in the tables of a page of docs/, and link it to pages and files of the site."""
+    """Link a page of docs/ to pages and files of the site."""
     if page.file.generated_by:
         return markdown
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
-    return _relinked(tables.filled(markdown), folder, page.file.src_uri, files, config)
+    return _relinked(markdown, folder, page.file.src_uri, files, config)
 
 
 def on_page_content(html: str, **_: Any) -> str:

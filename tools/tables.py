@@ -1,13 +1,16 @@
-"""Tables of the documentation site that are made from the code: options, preference losses, online methods.
+"""Tables of docs/ that are made from the code: options, preference losses, online methods.
 
-A line `<!-- options: DPOConfig beyond OfflineConfig -->`, `<!-- losses -->` or `<!-- methods -->` of a page becomes its
-table on the site; on a code host it is invisible.
+    python -m tools.tables
+
+writes the table of each line `<!-- options: DPOConfig beyond OfflineConfig -->`, `<!-- losses -->` or
+`<!-- methods -->`, which readers do not see, below it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import get_type_hints
 
 from jaxrl_llm.objectives import preference
@@ -16,13 +19,16 @@ from jaxrl_llm.training import config
 from jaxrl_llm.training.policy import METHODS, Method
 from jaxrl_llm.training.preference import LOSSES
 
-MARKER = re.compile(r"^<!-- (options|losses|methods)(?:: (\w+)(?: beyond (\w+))?)? -->$", re.MULTILINE)
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+MARKER = re.compile(
+    r"^(<!-- (options|losses|methods)(?:: (\w+)(?: beyond (\w+))?)? -->)$(?:\n\n\|.*(?:\n\|.*)*)?", re.MULTILINE
+)
 
 
 def filled(page: str) -> str:
-    """Return a page with its tables in the place of the markers."""
+    """Return a page with the tables of its markers, in the place of those that it has."""
     made = {"options": options, "losses": losses, "methods": methods}
-    return MARKER.sub(lambda found: made[found[1]](*filter(None, found.groups()[1:])), page)
+    return MARKER.sub(lambda found: f"{found[1]}\n\n{made[found[2]](*filter(None, found.groups()[2:]))}", page)
 
 
 def options(name: str, beyond: str | None = None) -> str:
@@ -83,3 +89,8 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table; a bar within a cell is not the end of it."""
     lines = [titles, ("---",) * len(titles), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    for path in DOCS.rglob("*.md"):
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

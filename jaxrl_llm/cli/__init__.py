@@ -7,12 +7,14 @@ import dataclasses
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
 
 from jaxrl_llm import __version__
+from jaxrl_llm.cli import devices
 from jaxrl_llm.cli.attention import Attention
 from jaxrl_llm.cli.chat import Talk
 from jaxrl_llm.cli.evaluate import Evaluate, Plot
@@ -93,10 +95,13 @@ def main() -> None:
         print(
             f"jaxrl-llm: there is no file {error.filename}." if error.errno else f"jaxrl-llm: {error}", file=sys.stderr
         )
-        raise SystemExit(2) from None
+        devices.leave(2)
     except (ValueError, FloatingPointError, OSError, OverflowError, ModuleNotFoundError, RuntimeError) as error:
-        print(f"jaxrl-llm: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"jaxrl-llm: {devices.reason(error)}", file=sys.stderr)
+        devices.leave(2)
+    except Exception:  # an error of the program's own
+        traceback.print_exc()
+        devices.leave(1)
     except KeyboardInterrupt as interrupt:  # a run says that it can be resumed
         if str(interrupt):
             print(f"jaxrl-llm: {interrupt}", file=sys.stderr)

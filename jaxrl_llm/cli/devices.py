@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 
 def mesh_of(layout: str | None) -> Any:
@@ -31,6 +32,23 @@ def mesh_of(layout: str | None) -> Any:
     if sentence := meshes.idle():
         print(f"jaxrl-llm: {sentence}", file=sys.stderr)
     return None
+
+
+def reason(error: Exception) -> Exception | str:
+    """Return an error as it is printed: one that comes of the end of another process as a sentence."""
+    meshes = sys.modules.get("jaxrl_llm.mesh")
+    return meshes.ended() if meshes is not None and meshes.is_lost(error) else error
+
+
+def leave(status: int) -> NoReturn:
+    """End the program, as one of several processes at once: others would be waited for, which wait for this one."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status) from None
 
 
 def is_first() -> bool:

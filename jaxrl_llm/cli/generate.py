@@ -49,8 +49,8 @@ class Generate:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters."""
     mesh: str | None = None
-    """Devices that share the work, such as data=-1 for all, or data=4,model=2: rows are split over data and fsdp,
-    parameters over fsdp and model."""
+    """Devices that share the work, such as data=-1, or data=4,model=2: rows are split over data and fsdp,
+    parameters over fsdp and model. The product must be the number of all devices; -1 is as many as are left."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     search: Annotated[Search, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Search)
 

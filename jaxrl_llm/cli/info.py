@@ -39,7 +39,7 @@ class Info:
             "processors": str(os.cpu_count()),
             "cache": str(runtime.cache()),
             "compiled programs": f"{cached}, {_size(cached)}",
-            "embedded models": ", ".join(loading.EMBEDDED),
+            "embedded models": ", ".join(filter(loading.is_embedded, loading.EMBEDDED)),
             "models in packages": ", ".join(
                 f"{name} ({'installed' if loading.is_installed(name) else each.requirements[0] + ' is not installed'})"
                 for name, each in loading.PACKAGED.items()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +31,6 @@ class Command:
 
     def run(self) -> None:
         """Train, and write the model; several processes do it together."""
-        import jax
-
         from jaxrl_llm import mesh
 
         mesh.join()  # before anything else of jax
@@ -43,14 +39,7 @@ class Command:
         kind = next(each for each in type(self).__mro__ if each.__module__ == config.__name__)
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
         trainer = getattr(train, type(self).__name__.lower())
-        try:
-            trainer(self.model, self.data, out=self.out, config=kind(**options))
-        except Exception as error:
-            if not jax.distributed.is_initialized():
-                raise
-            print(f"jaxrl-llm: {error}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(2)  # at once: Python's own way out would wait for the others, which wait for this process
+        trainer(self.model, self.data, out=self.out, config=kind(**options))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

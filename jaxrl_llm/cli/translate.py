@@ -23,8 +23,8 @@ class Translate:
     file: Path | None = None
     """A file of sentences, one a line."""
     model: str = "tiny-t5"
-    """A folder, tiny-t5 (English to German number names), tiny-t5-verses or tiny-gpt2-verses (to Spanish, badly),
-    or a name on the Hugging Face hub."""
+    """A folder, tiny-t5 (English to German number names), in a clone of the repository tiny-t5-verses or
+    tiny-gpt2-verses (to Spanish, badly), or a name on the Hugging Face hub."""
     num_beams: int = 1
     """Hypotheses of the search; 1 is greedy decoding."""
     length_penalty: float = 1.0

@@ -1,7 +1,7 @@
 """31,079 English-Spanish sentence pairs: the King James Bible and the Reina-Valera of 1909, verse by verse.
 
-`embedded/verses.tsv.xz`, a part of the package, holds one pair a line: reference, English and Spanish, separated by
-tabs. `tools/verses.py` made it.
+`embedded/verses.tsv.xz` holds one pair a line: reference, English and Spanish, separated by tabs. `tools/verses.py`
+made it. It is in the repository, not in the installed package.
 
 Both texts are in the public domain (in the United Kingdom the King James Bible is printed under letters patent). They
 are the electronic editions of eBible.org (King James: with the CrossWire Bible Society), from Debian's packages
@@ -42,7 +42,13 @@ class Split(NamedTuple):
 
 
 def load() -> list[VersePair]:
-    """Return all pairs in the order of the Bible."""
+    """Return all pairs in the order of the Bible.
+
+    Raises:
+        FileNotFoundError: outside a clone of the repository.
+    """
+    if not FILE.is_file():
+        raise FileNotFoundError("verses.tsv.xz is not in the installed package: a clone of the repository has it.")
     return unpack(FILE.read_bytes())
 
 

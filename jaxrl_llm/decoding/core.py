@@ -311,7 +311,7 @@ def check_room(
         row = totals.argmax()
         raise ValueError(
             f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
-            f"with it in the model's context of {lm.max_length}."
+            f"with it in the model's context of {lm.max_length}: the option cut (--cut left) shortens it."
         )
 
 

@@ -26,7 +26,7 @@ from jaxrl_llm.models import configuration, gguf, huggingface, lora, tokenizers
 from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 
-EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")
+EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")  # the last two are not in the wheel
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # follow from other fields
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -202,12 +202,30 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     if path.is_file():
         raise ValueError(f"{path} must be a folder or a .gguf file, but is neither.")
     if name in EMBEDDED:
-        return Path(str(importlib.resources.files("jaxrl_llm.models") / "embedded" / name))
+        return _embedded(name)
     if name in PACKAGED:
         return _packaged(name)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or path.suffix == ".gguf":
         raise FileNotFoundError(f"there is no folder or .gguf file {name}.")
     return _from_hub(name)
+
+
+def is_embedded(name: str) -> bool:
+    """Return True if one of `EMBEDDED` is here: all are in a clone of the repository, the small ones in the package."""
+    return _folder(name).is_dir()
+
+
+def _folder(name: str) -> Path:
+    return Path(str(importlib.resources.files("jaxrl_llm.models") / "embedded" / name))
+
+
+def _embedded(name: str) -> Path:
+    if not is_embedded(name):
+        raise FileNotFoundError(
+            f"{name} is not in the installed package: load its folder jaxrl_llm/models/embedded/{name} in a clone of "
+            "the repository."
+        )
+    return _folder(name)
 
 
 def _packaged(name: str) -> Path:

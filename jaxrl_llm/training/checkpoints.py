@@ -19,6 +19,8 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxrl_llm import mesh as meshes
+
 State = TypeVar("State")
 
 
@@ -49,6 +51,8 @@ class Checkpoints:
             try:
                 self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
             except Exception as error:  # orbax and the libraries below it raise many kinds
+                if meshes.is_lost(error):
+                    raise
                 reason = _reason(error)
             if reason is not None:
                 gc.collect()  # orbax's tasks: each logs its own traceback where it is collected

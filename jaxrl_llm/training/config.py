@@ -151,9 +151,9 @@ class Config(Checked):
     keep: int = number(2, 1)
     """Number of checkpoints that are kept."""
     mesh: str | None = None
-    """Devices as data=4,fsdp=2,model=1, of which -1 takes the rest, such as data=-1: a batch is split over data × fsdp,
-    the weights over fsdp × model; by default one device, or those of a model in memory. batch_size is that of all
-    devices together."""
+    """Devices as data=4,fsdp=2,model=1: a batch is split over data × fsdp, the weights over fsdp × model. The product
+    must be the number of all devices; -1 is as many as are left, such as data=-1. By default one device, or those of a
+    model in memory. batch_size is that of all devices together."""
     seed: int = number(0, 0, 2**32 - 1)
     """Random seed: of the order of the examples, of new parameters and of samples."""
     resume: bool = False

@@ -356,10 +356,16 @@ def interruptions() -> Iterator[list[int]]:
 # run.json -------------------------------------------------------------------------------------------------------------
 
 
-LONGER = (
-    " A run can be made longer if its learning rate does not depend on the number of steps: begin it with the schedule "
-    "constant or inverse_sqrt, and with a warmup in steps."
-)
+def _longer(config: Mapping[str, Any]) -> str:
+    """Return what a run needs so that it can be made longer."""
+    if config.get("schedule") in ("constant", "inverse_sqrt"):
+        return (
+            f" Its warmup, {config.get('warmup')}, is a share of the steps: a run with one in steps can be made longer."
+        )
+    return (
+        " A run can be made longer if its learning rate does not depend on the number of steps: begin it with the "
+        "schedule constant or inverse_sqrt, and with a warmup in steps."
+    )
 
 
 def claim(path: Path, config: Mapping[str, Any], *, resumed: bool, free: Collection[str] = ()) -> None:
@@ -402,7 +408,7 @@ def _compare(path: Path, config: dict[str, Any], free: Collection[str]) -> None:
         if before.get(name) != now.get(name)
     ]
     if different:
-        longer = "" if before.get("steps") == now.get("steps") else LONGER
+        longer = "" if before.get("steps") == now.get("steps") else _longer(stored)
         raise ValueError(
             f"{path.parent} has a run of another configuration: {'; '.join(different)}. "
             f"Resume it with its own, or choose another folder.{longer}"

@@ -140,7 +140,8 @@ class Run:
     @contextlib.contextmanager
     def on_mesh(self) -> Iterator[None]:
         """Return the context in which all of the run's computations are done."""
-        with meshes.one_run(), contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+        on_mesh = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        with meshes.one_run(resume=self.out is not None), on_mesh:
             yield
 
     def placed(self, params: Params) -> Params:
@@ -250,7 +251,7 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
     run = Run(config, loaded, name, path, owned, out, verbose, sha256, head, mesh)
     if mesh is None and (sentence := meshes.idle()):
         run.say(sentence)
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and out is not None:
         run.say(f"{jax.process_count()} processes share the run: if one ends, all end, and the run can be resumed.")
     if jnp.finfo(given).bits < jnp.finfo(wanted).bits:
         run.say(f"the weights are widened from {given} to {wanted} for training.")
@@ -857,8 +858,9 @@ def held_out(
 def _parts(order: np.ndarray, size: int, *, least: int = 1, shards: int = 1) -> list[np.ndarray]:
     """Split rows into as few parts as possible, of multiples of `shards` rows as like in size as these allow.
 
-    A part has at most `size` rows; one more where one would have fewer than `least`.
+    A part has at most `size` rows, or `shards`; one more where one would have fewer than `least`.
     """
+    size = max(1, size // shards) * shards
     count = min(-(-len(order) // size), len(order) // least)
     return [part.reshape(-1) for part in np.array_split(order.reshape(-1, shards), count)] if count else []
 

@@ -62,7 +62,7 @@ def test_a_mesh_of_one_device_changes_nothing_and_others_are_refused(tmp_path, m
     generated = [[each.tokens for each in lm.generate("the cat", max_new_tokens=6)] for lm in (one, on_mesh)]
     assert generated[0] == generated[1]
     for mesh, error, match in [
-        ("data=2", ValueError, "the mesh must be of the 1 device that there are, but is data 2"),
+        ("data=2", ValueError, "the sizes of the mesh must multiply to all devices, 1, but are data 2"),
         ("rows=2", ValueError, "mesh must be sizes of data, fsdp, model, each once, such as"),
         (8, TypeError, "mesh must be sizes such as 'data=4,fsdp=2', or a jax Mesh, but is 8"),
         (jax.make_mesh((1,), ("rows",)), ValueError, "the mesh must have the axes data, fsdp, model, but has r"),

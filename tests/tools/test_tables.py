@@ -1,8 +1,7 @@
-"""Tables of the documentation site: each option, loss and method is in one, as it is written on the command line."""
+"""Tables of docs/ made from the code: each option, loss and method is in one, as it is written on the command line."""
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import tyro
@@ -13,7 +12,6 @@ from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.preference import NAMES
 from tools import tables
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 SHARED = ["training.md"]
 PAGES = {  # of each trainer, with those whose options it has too
     "Sft": ["sft.md"],
@@ -26,11 +24,7 @@ PAGES = {  # of each trainer, with those whose options it has too
 
 
 def rows_of(page):
-    text = (DOCS / page).read_text(encoding="utf-8")
-    assert text.count("<!-- options") + text.count("<!-- losses") + text.count("<!-- methods") == len(
-        tables.MARKER.findall(text)
-    )
-    found = "".join(f"{tables.options(*filter(None, each[1:]))}\n" for each in tables.MARKER.findall(text) if each[1])
+    found = (tables.DOCS / page).read_text(encoding="utf-8")
     return re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \| `(--[a-z-]+)` \|$", found, flags=re.MULTILINE)
 
 
@@ -64,4 +58,16 @@ def test_all_losses_and_methods_have_a_row():
     assert set(re.findall(r"^\| `(\w+)`", tables.losses(), flags=re.MULTILINE)) == set(NAMES)
     assert re.findall(r"^\| `(\w+)`", tables.methods(), flags=re.MULTILINE) == list(METHODS)
     assert "| `simpo` | −log σ(β(w − l) − γ), no reference | `beta` 0.1, `gamma` 0.5 |" in tables.losses()
-    assert tables.filled("a\n\n<!-- methods -->\n\nb") == f"a\n\n{tables.methods()}\n\nb"
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(tables.DOCS) for path in tables.DOCS.rglob("*.md")), ids=str)
+def test_the_tables_of_a_page_are_up_to_date(page):
+    text = (tables.DOCS / page).read_text(encoding="utf-8")
+    assert tables.filled(text) == text, "python -m tools.tables writes them"
+    kinds = ("<!-- options", "<!-- losses", "<!-- methods")
+    assert sum(map(text.count, kinds)) == len(tables.MARKER.findall(text)), "no marker is misspelt"
+
+
+def test_a_table_is_written_below_its_marker_once():
+    once = f"a\n\n<!-- methods -->\n\n{tables.methods()}\n\nb\n"
+    assert tables.filled("a\n\n<!-- methods -->\n\nb\n") == once == tables.filled(once)

@@ -453,6 +453,15 @@ def test_fields_that_are_free_may_change_and_the_last_are_kept(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["data"] == "b"
 
 
+def test_a_run_whose_warmup_is_a_share_of_the_steps_cannot_be_made_longer(tmp_path):
+    config = CONFIG | {"schedule": "constant", "warmup": 0.1}
+    go(tmp_path, config=config | {"steps": 4})
+    with pytest.raises(
+        ValueError, match=r"steps was 4 and is 8.* Its warmup, 0\.1, is a share of the steps: a run with"
+    ):
+        go(tmp_path, config=config | {"steps": 8}, steps=8)
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

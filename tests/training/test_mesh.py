@@ -94,7 +94,7 @@ def test_every_matrix_of_every_family_is_shared_out(name):
 
 
 def test_what_does_not_fit_the_devices_is_refused():
-    with pytest.raises(ValueError, match="must be of the 1 device that there are, but is data 2 × fsdp 1 × model 1"):
+    with pytest.raises(ValueError, match="must multiply to all devices, 1, but are data 2 × fsdp 1 × model 1"):
         meshes.make_mesh(2, 1)
     for layout in ("", "data", "data=0", "rows=2", "data=2x2", "data=1,,fsdp=1", "data=1,data=1"):
         with pytest.raises(

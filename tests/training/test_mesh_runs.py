@@ -66,8 +66,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, *runs, devices, processes=1):
-    """Start the commands, one after the other, in each of several processes."""
+def start(folder, *runs, devices, processes=1, first=""):
+    """Start the commands, trainers or others, one after the other, in each of several processes, after some lines."""
     address = "127.0.0.1:1"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,10 +75,11 @@ def start(folder, *runs, devices, processes=1):
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     environment = os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
     environment["PYTHONPATH"] = str(ROOT)
-    program = "import json, sys\nfrom jaxrl_llm import cli\n"
-    program += "for words in json.loads(sys.argv[1]):\n    sys.argv = ['jaxrl-llm', 'train', *words]\n    cli.main()"
+    program = f"{first}\nimport json, sys\nfrom jaxrl_llm import cli\n"
+    program += "for words in json.loads(sys.argv[1]):\n    sys.argv = ['jaxrl-llm', *words]\n    cli.main()"
     common = ["--model", "model", *COMMON]
-    command = [sys.executable, "-c", program, json.dumps([[*words[:1], *common, *words[1:]] for words in runs])]
+    words = [["train", each[0], *common, *each[1:]] if each[0] in RUNS else [*each, *common[:2]] for each in runs]
+    command = [sys.executable, "-c", program, json.dumps(words)]
     started = []
     for process in range(processes):
         several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
@@ -147,19 +148,37 @@ def test_a_run_that_was_cut_on_four_devices_goes_on_on_one_two_and_eight(folder)
         assert_same(folder / out, folder / "whole")
 
 
+ENDED = (
+    "jaxrl-llm: another process of this run has ended: what it printed says why. Run the same command in every process"
+)
+KILLED = """
+import os, signal
+from jaxrl_llm.training.checkpoints import Checkpoints
+save = Checkpoints.save
+def save_or_die(self, step, state):
+    if step == 6 and os.environ["JAX_PROCESS_ID"] == "{}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, step, state)
+Checkpoints.save = save_or_die
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step", "checkpoint"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_others_and_the_run_is_resumed(folder, victim):
-    name = f"killed_{victim}"
+def test_a_killed_process_ends_the_others_and_the_run_is_resumed(folder, victim, moment):
+    name = f"killed_{victim}_{moment}"
     run = [*RUNS["sft"], "--steps", "300", "--schedule", "constant", "--mesh", "data=2,fsdp=2", "--out", name]
-    both = start(folder, run, devices=2, processes=2)
+    both = start(folder, run, devices=2, processes=2, first=KILLED.format(victim) if moment == "checkpoint" else "")
     while not (folder / name / "checkpoints" / "4").is_dir():
         assert all(process.poll() is None for process in both)
         time.sleep(0.1)
-    both[victim].send_signal(signal.SIGKILL)
+    if moment == "step":
+        both[victim].send_signal(signal.SIGKILL)
     said, _ = both[1 - victim].communicate(timeout=60)
-    assert both[1 - victim].returncode != 0
-    assert re.search("another process of the run has ended|another task died", said), said[-3000:]
+    assert both[1 - victim].returncode == 2
+    last = said.strip().splitlines()[-1]
+    assert last == f"{ENDED} again, with resume (--resume) to go on from the last checkpoint.", said[-3000:]
     last = max(int(each.name) for each in (folder / name / "checkpoints").iterdir() if each.name.isdecimal())
     again = [*run, "--steps", str(last + 2), "--resume"]
     done(start(folder, again, devices=2, processes=2))
@@ -167,12 +186,24 @@ def test_a_killed_process_ends_the_others_and_the_run_is_resumed(folder, victim)
     assert_same(folder / name, folder / f"{name}_alone")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_of_a_command(folder, victim):
+    command = ["generate", "Say", "--max-new-tokens", "60", "--mesh", "data=-1"]
+    both = start(folder, command, devices=2, processes=2)
+    while "[Gloo]" not in (line := both[victim].stdout.readline()):  # they are connected, and nothing is decoded
+        assert line
+    both[victim].send_signal(signal.SIGKILL)
+    said, _ = both[1 - victim].communicate(timeout=60)
+    assert both[1 - victim].returncode == 2 and said.strip().splitlines()[-1] == f"{ENDED} again.", said[-3000:]
+
+
 # On one device --------------------------------------------------------------------------------------------------------
 
 
 def test_a_mesh_is_checked_before_the_run(monkeypatch):
     for config, match in [
-        (SFTConfig(mesh="data=2"), "the mesh must be of the 1 device that there are, but is data 2"),
+        (SFTConfig(mesh="data=2"), "the sizes of the mesh must multiply to all devices, 1, but are data 2"),
         (SFTConfig(mesh="rows=2"), "mesh must be sizes of data, fsdp, model, each once, such as data=4,fsdp=2"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -239,12 +270,12 @@ def test_a_batch_is_placed_by_the_rows_that_a_process_has():
 
 
 def test_held_out_rows_are_split_into_parts_that_the_devices_divide():
-    for count, size, shards in [(7, 4, 1), (7, 4, 2), (23, 8, 4), (3, 8, 4), (8, 8, 8)]:
-        order, whole = np.arange(count), count - count % shards
-        parts = recipes._parts(order[:whole], size, shards=shards) + recipes._parts(order[whole:], size // shards)
+    for count, size, shards in [(7, 4, 1), (7, 4, 2), (23, 8, 4), (3, 8, 4), (8, 8, 8), (5, 2, 4), (12, 6, 4)]:
+        order, whole, most = np.arange(count), count - count % shards, max(1, size // shards)
+        parts = recipes._parts(order[:whole], size, shards=shards) + recipes._parts(order[whole:], most)
         np.testing.assert_array_equal(np.concatenate(parts), order)
-        assert all(len(part) <= size for part in parts)
-        assert all(len(part) % shards == 0 or len(part) <= size // shards for part in parts)
+        assert all(0 < len(part) <= max(size, shards) for part in parts)
+        assert all(len(part) % shards == 0 or len(part) <= most for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +298,7 @@ def test_processes_are_found_in_the_environment(environment, match, monkeypatch)
 
 def test_jobs_of_several_processes_are_known(monkeypatch):
     joined = []
+    monkeypatch.setattr(meshes, "_watch", lambda: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given["num_processes"]))
     for environment, known in [
         ({"SLURM_NTASKS": "4"}, False),  # a script of sbatch, not a step of srun
@@ -290,7 +322,10 @@ def test_what_ends_with_another_process_is_said_in_plain_words(monkeypatch):
     with pytest.raises(RuntimeError, match="step 3 failed"), meshes.one_run():
         raise raised
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(RuntimeError, match="another process of the run has ended"), meshes.one_run():
-        raise raised
-    with pytest.raises(ValueError, match="of its own"), meshes.one_run():
+    monkeypatch.setattr(meshes, "_again", "")
+    with pytest.raises(ValueError, match="of its own"), meshes.one_run(resume=True):
         raise ValueError("an error of its own: barrier unavailable")
+    for resume, match in [(False, "in every process again.$"), (True, r"again, with resume \(--resume\) to go on")]:
+        with pytest.raises(RuntimeError, match=f"^another process of this run has ended.*{match}"):  # noqa: SIM117
+            with meshes.one_run(), meshes.one_run(resume=resume):
+                raise raised
