@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrl_llm.models import rotary, t5
 from jaxrl_llm.models.decoder import Network, check_value
-from jaxrl_llm.models.families import FAMILIES, Family, Maybe
+from jaxrl_llm.models.families import FAMILIES, Family, Maybe, pairs
 from jaxrl_llm.models.transformer import Decoder, Description
 
 ROPE_FIELDS = (*rotary.SEPARATE, "rope_scaling", "rope_local_base_freq")  # of older forms, beside `rope_parameters`
@@ -34,7 +34,7 @@ class Config(Mapping[str, Any]):
 
     def __init__(self, model_type: str, **given: Any):
         family = FAMILIES[model_type]
-        if unknown := [name for name in given if name not in family.spellings and not _known(family, name)]:
+        if unknown := [name for name in given if name not in pairs(family.spellings) and not _known(family, name)]:
             raise ValueError(f"{model_type} has no field {', '.join(unknown)}.")
         given, values = _renamed(family, given), {}
         for name, default in family.fields.items():
@@ -49,7 +49,8 @@ class Config(Mapping[str, Any]):
         if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if "rope_parameters" in values:
-            values["rope_parameters"] = rotary.rope_parameters(given | values, family.rope)
+            said = {**given, **values, "rope_parameters": given.get("rope_parameters")}
+            values["rope_parameters"] = rotary.rope_parameters(said, defaults=family.fields["rope_parameters"])
         self.__dict__.update(model_type=model_type, _values=_frozen(values))
         self.description  # noqa: B018 (what does not fit together raises now)
 
@@ -112,9 +113,9 @@ def _known(family: Family, name: str) -> bool:
 
 def _renamed(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that the family has, under its own names."""
-    spelt = {family.spellings[name]: value for name, value in config.items() if name in family.spellings}
-    present = {name: value for name, value in spelt.items() if value is not None}
-    return {name: value for name, value in (config | present).items() if _known(family, name)}
+    spellings = pairs(family.spellings)
+    spelt = {spellings[name]: value for name, value in config.items() if name in spellings and value is not None}
+    return {name: value for name, value in (config | spelt).items() if _known(family, name)}
 
 
 def _frozen(value: Any) -> Any:
@@ -169,8 +170,8 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{source}: model_type must be one of {', '.join(FAMILIES)}, but is {model_type!r}.")
     family = FAMILIES[model_type]
-    for field, harmless in family.refused.items():
-        if config.get(field) not in harmless:
+    for field, only in family.refused.items():
+        if config.get(field) not in (None, only.harmless):
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
     values = _renamed(family, config)
     if missing := [name for name, kind in family.fields.items() if kind is int and values.get(name) is None]:

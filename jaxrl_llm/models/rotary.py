@@ -22,7 +22,6 @@ class Rotary:
 
     frequencies: tuple[float, ...]  # radians per position of each pair of coordinates
     amplitude: float = 1.0  # of cosines and sines
-    interleaved: bool = False  # pairs are (2i, 2i + 1), not (i, i + half)
     long: tuple[float, ...] = ()
     original: int = 0
 
@@ -75,7 +74,7 @@ class Scaling(NamedTuple):
     scale: Callable[[np.ndarray, Settings, int], Rotary]  # of plain frequencies, settings, and the context length
 
 
-def rotary(settings: Settings, head_dim: int, *, max_length: int, interleaved: bool = False) -> Rotary:
+def rotary(settings: Settings, head_dim: int, *, max_length: int) -> Rotary:
     """Return the rotation that the rotary settings of a `config.json` describe.
 
     Args:
@@ -105,7 +104,7 @@ def rotary(settings: Settings, head_dim: int, *, max_length: int, interleaved: b
             f"but is {share!r}."
         )
     plain = float(settings["rope_theta"]) ** (-np.arange(dim // 2) / (dim // 2))
-    return dataclasses.replace(scaling.scale(plain, settings, max_length), interleaved=interleaved)
+    return scaling.scale(plain, settings, max_length)
 
 
 def _llama3(plain: np.ndarray, settings: Settings, max_length: int) -> Rotary:

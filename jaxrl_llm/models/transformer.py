@@ -108,6 +108,7 @@ class Description:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     clip: float | None = None  # of queries, keys and values
+    interleaved: bool = False  # rotary pairs are (2i, 2i + 1), not (i, i + half)
     learned_positions: int | None = None  # row of the table for position 0
     alibi: tuple[float, ...] = ()  # slope of each head (Press et al. 2022)
     tied: bool = True
@@ -153,9 +154,9 @@ class HeadsNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query causal attention (Ainslie et al. 2023)."""
 
-    def __init__(self, config: Description, layer: Layer, *, rngs: nnx.Rngs | None):
-        self.config, self.layer = config, layer
-        d, queries, keys = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    def __init__(self, config: Description, *, rngs: nnx.Rngs | None):
+        d = self.config = config
+        queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
         widths = {"qkv_proj": queries + 2 * keys} if d.fused else {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         for name, width in widths.items():
             setattr(self, name, Linear(d.width, width, std=d.std, use_bias=name[0] in d.biases, rngs=rngs))
@@ -192,14 +193,10 @@ class Attention(nnx.Module):
         )
         if d.head_norm in ("head", "each"):
             query, key = self.q_norm(query), self.k_norm(key)
-        if (rotary := self.layer.rotary) is not None:
-            query, key = (rotate(each, *at.turns, interleaved=rotary.interleaved) for each in (query, key))
+        if at.turns is not None:
+            query, key = (rotate(each, *at.turns, interleaved=d.interleaved) for each in (query, key))
         dtype = self.o_proj.kernel[...].dtype
-        kept = (
-            (key.astype(dtype), value.astype(dtype))
-            if at.cache is None
-            else write_slots(at.cache, key, value, at.index)
-        )
+        kept = write_slots(at.cache, key, value, at.index) if at.cache else (key.astype(dtype), value.astype(dtype))
         scale = d.head_dim**-0.5 if d.score_scale is None else d.score_scale
         options = {"scale": scale, "cap": d.score_cap, "bias": at.bias, "intermediates": at.intermediates}
         return self.o_proj(attend(attention_weights(query, kept[0], at.mask, **options), kept[1])), kept
@@ -272,7 +269,7 @@ class Block(nnx.Module):
         for name in config.norms:
             if name:
                 setattr(self, name, config.norm.over(config.width))
-        self.self_attn = Attention(config, layer, rngs=rngs)
+        self.self_attn = Attention(config, rngs=rngs)
         self.mlp = (MixtureOfExperts if config.experts and not layer.dense else MLP)(config, rngs=rngs)
         self.config = config
 
