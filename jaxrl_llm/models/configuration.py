@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.models import rotary, t5
-from jaxrl_llm.models.decoder import Network, check_value
+from jaxrl_llm.models.decoder import Network, check_choice, check_value
 from jaxrl_llm.models.families import FAMILIES, Family, Maybe, pairs
 from jaxrl_llm.models.transformer import Decoder, Description
 
@@ -33,6 +33,7 @@ class Config(Mapping[str, Any]):
     """
 
     def __init__(self, model_type: str, **given: Any):
+        check_choice("model_type", model_type, FAMILIES)
         family = FAMILIES[model_type]
         if unknown := [name for name in given if name not in pairs(family.spellings) and not _known(family, name)]:
             raise ValueError(f"{model_type} has no field {', '.join(unknown)}.")
@@ -99,9 +100,8 @@ class Config(Mapping[str, Any]):
         return isinstance(other, Config) and (self.model_type, self._values) == (other.model_type, other._values)
 
     def __repr__(self) -> str:
-        return (
-            f"Config({self.model_type!r}, {', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
-        )
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"Config({self.model_type!r}, {fields})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(Config, self.model_type, **self.to_dict()), ()
@@ -167,8 +167,7 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
         ValueError: for an architecture or a setting that is not supported.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{source}: model_type must be one of {', '.join(FAMILIES)}, but is {model_type!r}.")
+    check_choice(f"{source}: model_type", model_type, FAMILIES)
     family = FAMILIES[model_type]
     for field, only in family.refused.items():
         if config.get(field) not in (None, only.harmless):
@@ -221,18 +220,16 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
 
 
-DEPTHS = {
-    "num_decoder_layers",
-    *(family.own.get("num_hidden_layers", "num_hidden_layers") for family in FAMILIES.values()),
-}
-CLAIMED = {
-    family.own.get(name, name)
-    for family in FAMILIES.values()
-    for name in (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-        *("num_kv_heads", "moe_intermediate_size", "num_experts"),
-    )
-}
+def _named(names: str) -> set[str]:
+    """Return all names that families have for these fields."""
+    return {family.own.get(name, name) for family in FAMILIES.values() for name in names.split()}
+
+
+DEPTHS = _named("num_hidden_layers num_decoder_layers")
+CLAIMED = _named(
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_key_value_heads "
+    "num_kv_heads head_dim num_experts"
+)
 
 
 # The language model of a multimodal checkpoint ------------------------------------------------------------------------

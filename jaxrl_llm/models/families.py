@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_llm.models import rotary
-from jaxrl_llm.models.decoder import Network
+from jaxrl_llm.models.decoder import Network, check_multiple
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.t5 import T5, T5Config
 from jaxrl_llm.models.transformer import Decoder, Description, Experts, Layer, Norm, Norms, alibi_slopes
@@ -48,7 +48,6 @@ class Family:
     head: str = "ForCausalLM"  # the end of the architecture's name
     model: type[Network] = Decoder
     config: type | None = None  # of a model that is not a `Decoder`
-    prefix: str = "model."  # of every tensor but the head; some files lack it
     names: str = ""  # the fields and modules that have other names, as `pairs`
     spellings: str = ""  # further names of fields in some files, as `pairs`
     transposed: bool = True  # linear kernels are stored [out, in]
@@ -60,6 +59,11 @@ class Family:
     def own(self) -> dict[str, str]:
         """The family's own names of fields and modules, where they are not Llama's."""
         return pairs(self.names)
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of the name of every tensor but the head; some files lack it."""
+        return "" if self.model is T5 else f"{self.own.get('model', 'model')}."
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
@@ -121,10 +125,8 @@ SAID = pairs(  # what a configuration says of its description in so many words, 
 NOWHERE, QKV, QKVO, MLP = map(frozenset, ("", "qkv", "qkvo", ["mlp"]))  # where biases are
 EVERYWHERE = QKVO | MLP
 ONE_NORM = Norms(mlp_in=None)
-FOUR_NORMS = Norms(
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-)
 NORMS_AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+FOUR_NORMS = NORMS_AFTER._replace(attention_in="input_layernorm", mlp_in="pre_feedforward_layernorm")
 NO_LIMIT = 1 << 20  # ALiBi has no longest position
 
 
@@ -135,7 +137,7 @@ def decoder(c: Any, norm: Norm | None = None, **others: Any) -> Description:
     """
     said = {ours: getattr(c, theirs) for ours, theirs in SAID.items() if getattr(c, theirs, None) is not None}
     usual = {"inner": 4 * c.hidden_size, "kv_heads": c.num_attention_heads, "head_dim": head_dim(c)}
-    usual["biases"] = QKVO if getattr(c, "attention_bias", False) else NOWHERE
+    usual["norms"], usual["biases"] = Norms(), QKVO if getattr(c, "attention_bias", False) else NOWHERE
     usual["biases"] |= MLP if getattr(c, "mlp_bias", False) else NOWHERE
     if hasattr(c, "num_experts"):
         width = getattr(c, "moe_intermediate_size", c.intermediate_size)
@@ -153,8 +155,8 @@ def layer_norm(c: Any, **others: Any) -> Description:
 def head_dim(c: Any) -> int:
     """Return the dimension of a head."""
     given, width, heads = getattr(c, "head_dim", None), c.hidden_size, c.num_attention_heads
-    if given is None and width % heads:
-        raise ValueError(f"hidden_size must be a multiple of num_attention_heads, but they are {width} and {heads}.")
+    if given is None:
+        check_multiple("hidden_size", width, "num_attention_heads", heads)
     return given or width // heads
 
 
@@ -211,6 +213,8 @@ def every(c: Any, period: int) -> list[bool]:
 
 def gemma(c: Any, **others: Any) -> Description:
     """Return Gemma (Gemma Team 2024): scales are 1 + w, and embeddings are multiplied by √width."""
+    if c.get("hidden_act") == "gelu":  # in old files of Gemma 1, which mean the other form
+        others["activation"] = "gelu_pytorch_tanh"
     norm = Norm("rms", c.rms_norm_eps, offset=1.0)
     return decoder(c, norm, embedding_scale=math.sqrt(c.hidden_size), **others)
 
@@ -245,8 +249,9 @@ def stablelm(c: Any) -> Description:
 
 def cohere(c: Any, **others: Any) -> Description:
     """Return Cohere's Command R: parallel with one LayerNorm without bias, interleaved rotary pairs, scaled logits."""
-    norm = Norm("layer", c.layer_norm_eps)
-    return decoder(c, norm, norms=ONE_NORM, parallel=True, interleaved=True, **others)
+    options = {"norms": ONE_NORM, "parallel": True, "interleaved": True}
+    options["head_norm"] = "each" if getattr(c, "use_qk_norm", False) else None
+    return decoder(c, Norm("layer", c.layer_norm_eps), **options, **others)
 
 
 def cohere2(c: Any) -> Description:
@@ -316,9 +321,9 @@ def falcon(c: Any) -> Description:
 
 SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), int)
 BASE = SIZES | {"initializer_range": 0.02, "tie_word_embeddings": True}
-CONTEXT = {"max_position_embeddings": 2048, "rope_parameters": {}}  # the default: what `rotary.rope_parameters` takes
-GPT = BASE | {"intermediate_size": Maybe(int), "max_position_embeddings": 2048, "hidden_act": "gelu_new"}
-GPT |= {"layer_norm_eps": 1e-5}
+LAYER = {"layer_norm_eps": 1e-5}
+GPT = BASE | LAYER | {"intermediate_size": Maybe(int), "max_position_embeddings": 2048, "hidden_act": "gelu_new"}
+CONTEXT = {"max_position_embeddings": 2048, "rope_parameters": {}}
 UNTIED = BASE | CONTEXT | {"intermediate_size": int, "hidden_act": "silu", "tie_word_embeddings": False}
 
 
@@ -328,8 +333,13 @@ def llama(length: int, kv_heads: int | None = None, **others: Any) -> dict[str, 
     return UNTIED | heads | {"max_position_embeddings": length} | others
 
 
+def rope(**defaults: Any) -> dict[str, Any]:
+    """Return the field of rotary settings with a family's defaults, which `rotary.rope_parameters` describes."""
+    return {"rope_parameters": defaults}
+
+
 RMS = {"rms_norm_eps": 1e-6, "attention_bias": False}
-LAYER = {"layer_norm_eps": 1e-5}
+UNTIED_QUARTER = UNTIED | LAYER | rope(partial_rotary_factor=0.25)
 WINDOW = {"sliding_window": Maybe(int, 4096), "layer_types": Maybe(tuple)}
 QWEN = WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)}
 GEMMA = RMS | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
@@ -338,19 +348,21 @@ GEMMA2 = GEMMA | WINDOW | {"query_pre_attn_scalar": 256}
 CAPS = {"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping": Maybe(float, 50.0)}
 COHERE = LAYER | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True}
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+GRANITE = RMS | {"mlp_bias": False} | dict.fromkeys(MULTIPLIERS, 1.0)
 OLMO = RMS | {"rms_norm_eps": 1e-5}
 EXPERTS = {"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False}
 T5_FIELDS = {"head_dim": int, "intermediate_size": int} | SIZES
 T5_FIELDS |= {"is_encoder_decoder": Only(True), "is_decoder": Only(False)}
 
+EPSILON = "layer_norm_eps layer_norm_epsilon"
 FUSED = ("query_key_value",)
 LARGER = "mlp.up_proj mlp.dense_h_to_4h, mlp.down_proj mlp.dense_4h_to_h"  # the MLP's names in three families
 BLOCK = (  # BLOOM's and Falcon's
-    f"{LARGER}, layers h, norm ln_f, embed_tokens word_embeddings, embed_norm word_embeddings_layernorm, "
-    "self_attn.qkv_proj self_attention.query_key_value, self_attn.o_proj self_attention.dense"
+    f"{LARGER}, model transformer, layers h, norm ln_f, embed_tokens word_embeddings, "
+    "embed_norm word_embeddings_layernorm, self_attn.qkv_proj self_attention.query_key_value, "
+    f"self_attn.o_proj self_attention.dense, {EPSILON}"
 )
-GPT_NAMES = "layers h, norm ln_f, embed_tokens wte, embed_positions wpe"
-EPSILON = "layer_norm_eps layer_norm_epsilon"
+GPT_NAMES = "model transformer, layers h, norm ln_f, embed_tokens wte, embed_positions wpe"
 GPT_FIELDS = (
     "hidden_size n_embd, intermediate_size n_inner, num_hidden_layers n_layer, num_attention_heads n_head, "
     f"max_position_embeddings n_positions, hidden_act activation_function, {EPSILON}"
@@ -365,7 +377,6 @@ def t5(name: str, **defaults: Any) -> Family:
         head="ForConditionalGeneration",
         model=T5,
         config=T5Config,
-        prefix="",
         names="embed_tokens shared, hidden_size d_model, head_dim d_kv, intermediate_size d_ff, "
         "num_hidden_layers num_layers, num_attention_heads num_heads",
         buffers=re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
@@ -381,8 +392,7 @@ FAMILIES: dict[str, Family] = {
         head="LMHeadModel",
         model=GPT2,
         config=GPT2Config,
-        prefix="transformer.",
-        names=f"embed_tokens wte, {GPT_FIELDS}",
+        names=f"{GPT_NAMES}, {GPT_FIELDS}",
         transposed=False,
         targets=("c_attn",),
     ),
@@ -390,17 +400,12 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", llama(131072, 8, rms_norm_eps=1e-6, **WINDOW), decoder),
     "qwen2": Family("Qwen2", llama(32768, 32, rms_norm_eps=1e-6, **QWEN), lambda c: decoder(c, biases=QKV)),
     "qwen3": Family("Qwen3", llama(32768, 32, **RMS, **QWEN, head_dim=128), lambda c: decoder(c, head_norm="head")),
-    "gemma": Family(
-        "Gemma",
-        llama(8192, 16, **GEMMA),
-        lambda c: gemma(c, activation="gelu_pytorch_tanh" if c.hidden_act == "gelu" else c.hidden_act),  # in old files
-    ),
+    "gemma": Family("Gemma", llama(8192, 16, **GEMMA), gemma),
     "gemma2": Family("Gemma2", llama(8192, 4, **GEMMA2, **CAPS), gemma2, names="hidden_act hidden_activation"),
     "gemma3_text": Family(
         "Gemma3",
-        llama(131072, 4, **GEMMA2, final_logit_softcapping=Maybe(float), sliding_window_pattern=6)
-        | {"rope_parameters": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}}
-        | {"attn_logit_softcapping": Only(None)},
+        llama(131072, 4, **GEMMA2, **rope(rope_theta=1000000.0, rope_local_base_freq=10000.0))
+        | {"sliding_window_pattern": 6, "final_logit_softcapping": Maybe(float), "attn_logit_softcapping": Only(None)},
         lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
         names="hidden_act hidden_activation",
     ),
@@ -412,39 +417,34 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("Olmo2", llama(2048, **OLMO), lambda c: decoder(c, norms=NORMS_AFTER, head_norm="all")),
     "olmo3": Family(
         "Olmo3",
-        llama(2048, **OLMO, **WINDOW, rope_parameters={"rope_theta": 500000.0, "rope_local_base_freq": None}),
+        llama(2048, **OLMO, **WINDOW, **rope(rope_theta=500000.0, rope_local_base_freq=None)),
         lambda c: decoder(c, layers=layers(c, every(c, 4)), norms=NORMS_AFTER, head_norm="all"),
     ),
     "smollm3": Family(
         "SmolLM3",
-        llama(32768, 4, **RMS, mlp_bias=False, layer_types=Maybe(tuple), sliding_window=Maybe(int))
-        | {"use_sliding_window": False, "no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4}
-        | {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 2000000.0}},
+        llama(32768, 4, **RMS, **WINDOW | {"sliding_window": Maybe(int)}, **rope(rope_theta=2000000.0))
+        | {"mlp_bias": False, "use_sliding_window": False, "tie_word_embeddings": True}
+        | {"no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4},
         smollm3,
     ),
     "phi": Family(
         "Phi",
-        llama(2048, **LAYER, hidden_act="gelu_new", qk_layernorm=Only(False))
-        | {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        llama(2048, **LAYER, hidden_act="gelu_new", qk_layernorm=Only(False), **rope(partial_rotary_factor=0.5)),
         phi,
         names="norm final_layernorm, self_attn.o_proj self_attn.dense, mlp.up_proj mlp.fc1, mlp.down_proj mlp.fc2",
     ),
     "phi3": Family(
         "Phi3",
         llama(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096)
-        | {"rope_parameters": {"partial_rotary_factor": 1.0, "older_types": {"yarn": "longrope"}}},
+        | rope(partial_rotary_factor=1.0, older_types={"yarn": "longrope"}),
         lambda c: decoder(c, fused="blocks", fused_gate=True),
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(
         "GPTNeoX",
-        UNTIED
-        | LAYER
-        | {"attention_bias": True, "use_parallel_residual": True, "hidden_act": "gelu"}
-        | {"rope_parameters": {"partial_rotary_factor": 0.25}},
+        UNTIED_QUARTER | {"attention_bias": True, "use_parallel_residual": True, "hidden_act": "gelu"},
         gpt_neox,
-        prefix="gpt_neox.",
-        names=f"{LARGER}, embed_tokens embed_in, norm final_layer_norm, lm_head embed_out, "
+        names=f"{LARGER}, model gpt_neox, embed_tokens embed_in, norm final_layer_norm, lm_head embed_out, "
         "self_attn.qkv_proj attention.query_key_value, self_attn.o_proj attention.dense",
         spellings="rotary_emb_base rope_theta, rotary_pct partial_rotary_factor",
         copies=("embed_out.weight",),
@@ -452,11 +452,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "stablelm": Family(
         "StableLm",
-        UNTIED
-        | LAYER
+        UNTIED_QUARTER
         | {"num_key_value_heads": Maybe(int), "max_position_embeddings": 4096}
-        | dict.fromkeys(("use_qkv_bias", "qk_layernorm", "use_parallel_residual"), False)
-        | {"rope_parameters": {"partial_rotary_factor": 0.25}},
+        | dict.fromkeys(("use_qkv_bias", "qk_layernorm", "use_parallel_residual"), False),
         stablelm,
         names="self_attn.q_norm self_attn.q_layernorm.norms.{}, self_attn.k_norm self_attn.k_layernorm.norms.{}",
     ),
@@ -464,7 +462,6 @@ FAMILIES: dict[str, Family] = {
         "GPTNeo",
         GPT | {"window_size": 256, "attention_layers": Maybe(tuple), "attention_types": ((("global", "local"), 12),)},
         gpt_neo,
-        prefix="transformer.",
         names=f"{GPT_NAMES}, self_attn attn.attention, self_attn.o_proj attn.attention.out_proj, mlp.up_proj mlp.c_fc, "
         "mlp.down_proj mlp.c_proj, num_hidden_layers num_layers, num_attention_heads num_heads, "
         f"hidden_act activation_function, {EPSILON}",
@@ -473,7 +470,6 @@ FAMILIES: dict[str, Family] = {
         "GPTJ",
         GPT | {"rotary_dim": 64, "tie_word_embeddings": False},
         gptj,
-        prefix="transformer.",
         names=f"{GPT_NAMES}, {GPT_FIELDS}, self_attn attn, self_attn.o_proj attn.out_proj, mlp.up_proj mlp.fc_in, "
         "mlp.down_proj mlp.fc_out",
     ),
@@ -484,9 +480,8 @@ FAMILIES: dict[str, Family] = {
         | {"enable_bias": True, "layer_norm_elementwise_affine": True}
         | {"do_layer_norm_before": Only(True), "_remove_final_layer_norm": Only(False)},
         opt,
-        prefix="model.decoder.",
-        names="norm final_layer_norm, self_attn.o_proj self_attn.out_proj, mlp.up_proj fc1, mlp.down_proj fc2, "
-        "intermediate_size ffn_dim, hidden_act activation_function, initializer_range init_std",
+        names="model model.decoder, norm final_layer_norm, self_attn.o_proj self_attn.out_proj, mlp.up_proj fc1, "
+        "mlp.down_proj fc2, intermediate_size ffn_dim, hidden_act activation_function, initializer_range init_std",
     ),
     "falcon": Family(
         "Falcon",
@@ -497,8 +492,7 @@ FAMILIES: dict[str, Family] = {
         | {"hidden_act": "gelu", "alibi": False, "new_decoder_architecture": False, "bias": False}
         | {"multi_query": True, "parallel_attn": True},
         falcon,
-        prefix="transformer.",
-        names=f"{BLOCK}, intermediate_size ffn_hidden_size, hidden_act activation, {EPSILON}",
+        names=f"{BLOCK}, intermediate_size ffn_hidden_size, hidden_act activation",
         spellings="n_embed hidden_size",
         targets=FUSED,
     ),
@@ -506,26 +500,17 @@ FAMILIES: dict[str, Family] = {
         "Bloom",
         BASE | LAYER | {"apply_residual_connection_post_layernorm": Only(False)},
         bloom,
-        prefix="transformer.",
-        names=f"{BLOCK}, num_hidden_layers n_layer, num_attention_heads n_head, {EPSILON}",
+        names=f"{BLOCK}, num_hidden_layers n_layer, num_attention_heads n_head",
         spellings="n_embed hidden_size, num_hidden_layers n_layer, num_attention_heads n_head",
         targets=FUSED,
     ),
-    "cohere": Family(
-        "Cohere",
-        llama(8192, **COHERE, use_qk_norm=False, rope_parameters={"rope_theta": 500000.0}),
-        lambda c: cohere(c, head_norm="each" if c.use_qk_norm else None),
-    ),
+    "cohere": Family("Cohere", llama(8192, **COHERE, use_qk_norm=False, **rope(rope_theta=500000.0)), cohere),
     "cohere2": Family("Cohere2", llama(8192, **COHERE, **WINDOW, sliding_window_pattern=4), cohere2),
-    "granite": Family(
-        "Granite",
-        llama(2048, **RMS, mlp_bias=False, **dict.fromkeys(MULTIPLIERS, 1.0)),
-        lambda c: decoder(c, logit_scale=1 / c.logits_scaling),
-    ),
+    "granite": Family("Granite", llama(2048, **GRANITE), lambda c: decoder(c, logit_scale=1 / c.logits_scaling)),
     "mixtral": Family(
         "Mixtral",
-        llama(131072, 8, rms_norm_eps=1e-5, sliding_window=Maybe(int), num_experts_per_tok=2, num_experts=8)
-        | {"rope_parameters": {"rope_theta": 1000000.0}},
+        llama(131072, 8, rms_norm_eps=1e-5, sliding_window=Maybe(int), **rope(rope_theta=1000000.0))
+        | {"num_experts_per_tok": 2, "num_experts": 8},
         decoder,
         names="num_experts num_local_experts, mlp.gate block_sparse_moe.gate, "
         "mlp.experts.gate_proj block_sparse_moe.experts.{}.w1, mlp.experts.up_proj block_sparse_moe.experts.{}.w3, "

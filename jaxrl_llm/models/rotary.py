@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.models.decoder import check_choice
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
@@ -86,8 +88,7 @@ def rotary(settings: Settings, head_dim: int, *, max_length: int) -> Rotary:
         ValueError: for an unknown type, or a factor that is missing or out of range.
     """
     kind = settings.get("rope_type", "default")
-    if kind not in SCALINGS:
-        raise ValueError(f"rope_type must be one of {', '.join(SCALINGS)}, but is {kind!r}.")
+    check_choice("rope_type", kind, SCALINGS)
     scaling = SCALINGS[kind]
     if lacking := [name for name in scaling.needed if settings.get(name) is None]:
         raise ValueError(f"rope_type {kind} needs {' and '.join(lacking)}.")

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.mesh import over_rows
-from jaxrl_llm.models.decoder import DecoderLM, Placed, checkpointed
+from jaxrl_llm.models.decoder import DecoderLM, Placed, check_choice, check_multiple, checkpointed
 from jaxrl_llm.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -58,9 +58,6 @@ class Norms(NamedTuple):
     mlp_out: str | None = None
 
 
-LLAMA_NORMS = Norms()
-
-
 class Layer(NamedTuple):
     """The parts in which the layers of one model differ."""
 
@@ -91,7 +88,7 @@ class Description:
     head_dim: int
     layers: tuple[Layer, ...]
     norm: Norm
-    norms: Norms = LLAMA_NORMS
+    norms: Norms
     embedding_norm: bool = False
     head_norm: str | None = None  # of queries and keys: over a "head", "each" with a scale of its own, or "all" at once
     parallel: bool = False  # attention and MLP both read the block's input (Wang and Komatsuzaki 2021)
@@ -115,15 +112,10 @@ class Description:
     std: float = 0.02
 
     def __post_init__(self):
-        heads, keys = self.heads, self.kv_heads
-        if heads % keys:
-            raise ValueError(
-                f"num_attention_heads must be a multiple of num_key_value_heads, but they are {heads} and {keys}."
-            )
+        check_multiple("num_attention_heads", self.heads, "num_key_value_heads", self.kv_heads)
         if self.experts and self.experts.chosen > self.experts.count:
             raise ValueError(f"{self.experts.chosen} experts for each token must be at most {self.experts.count}.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"the activation must be one of {', '.join(ACTIVATIONS)}, but is {self.activation!r}.")
+        check_choice("the activation", self.activation, ACTIVATIONS)
 
 
 Hidden = Float[Array, "batch time width"]
@@ -170,15 +162,13 @@ class Attention(nnx.Module):
     def project(self, x: Hidden) -> list[Float[Array, "batch time features"]]:
         """Return queries, keys and values, heads side by side."""
         d = self.config
-        queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
         if not d.fused:
             return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        groups = d.kv_heads if d.fused == "groups" else 1  # each: its queries, its keys, its values
+        queries, keys = d.heads * d.head_dim // groups, d.kv_heads * d.head_dim // groups
+        fused = self.qkv_proj(x).reshape(*x.shape[:2], groups, queries + 2 * keys)
         # Split, not indexed: the gradient of an index is a padded copy of the whole array.
-        if d.fused == "blocks":
-            return jnp.split(self.qkv_proj(x), [queries, queries + keys], axis=-1)
-        group = d.heads // d.kv_heads  # each group: its queries, its key, its value
-        groups = self.qkv_proj(x).reshape(*x.shape[:2], d.kv_heads, (group + 2) * d.head_dim)
-        parts = jnp.split(groups, [group * d.head_dim, (group + 1) * d.head_dim], axis=-1)
+        parts = jnp.split(fused, [queries, queries + keys], axis=-1)
         return [part.reshape(*x.shape[:2], -1) for part in parts]
 
     def __call__(self, x: Hidden, at: Context) -> tuple[Hidden, KeyValue]:
@@ -188,9 +178,8 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if d.clip is not None:
             query, key, value = (jnp.clip(each, -d.clip, d.clip) for each in (query, key, value))
-        query, key, value = (  # [batch, head, time, head_dim]
-            each.reshape(*x.shape[:2], -1, d.head_dim).swapaxes(1, 2) for each in (query, key, value)
-        )
+        shape = (*x.shape[:2], -1, d.head_dim)  # [batch, time, head, head_dim]
+        query, key, value = (each.reshape(shape).swapaxes(1, 2) for each in (query, key, value))
         if d.head_norm in ("head", "each"):
             query, key = self.q_norm(query), self.k_norm(key)
         if at.turns is not None:
