@@ -189,9 +189,9 @@ def rope_parameters(config: Settings, defaults: Settings) -> dict[str, Any]:
     """
     scaling, given = (_settings(config, form) for form in ("rope_scaling", "rope_parameters"))
     nested = {name: value for name, value in {**scaling, **given}.items() if isinstance(value, Mapping)}
+    # What stands beside the kinds of layers in `rope_parameters` has no effect, as in transformers.
     flat = {name: value for name, value in scaling.items() if name not in nested}
-    if not nested:  # else what stands beside the kinds of layers has no effect, as in transformers
-        flat = _joined(scaling, given)
+    flat = _joined(flat, {} if nested else given)
     if "rope_local_base_freq" not in defaults:
         kinds = {name: _joined(flat, _settings(nested, name)) for name in nested}
         return {name: _complete(config, kinds[name], defaults) for name in kinds} or _complete(config, flat, defaults)
@@ -228,12 +228,10 @@ def _joined(scaling: Settings, given: Settings) -> dict[str, Any]:
     Raises:
         ValueError: if they contradict each other.
     """
-    for name in scaling.keys() & given.keys():
-        if scaling[name] != given[name]:
-            raise ValueError(
-                f"rope_scaling and rope_parameters must agree, but have the {name} "
-                f"{scaling[name]!r} and {given[name]!r}."
-            )
+    for name, value in given.items():
+        if name in scaling and scaling[name] != value:
+            both = f"{scaling[name]!r} and {value!r}"
+            raise ValueError(f"rope_scaling and rope_parameters must agree, but have the {name} {both}.")
     return {**scaling, **given}
 
 
