@@ -136,8 +136,8 @@ def decoder(c: Any, norm: Norm | None = None, **others: Any) -> Description:
     By default that is Llama's: RMS norms, and rotary positions in every layer.
     """
     said = {ours: getattr(c, theirs) for ours, theirs in SAID.items() if getattr(c, theirs, None) is not None}
-    usual = {"inner": 4 * c.hidden_size, "kv_heads": c.num_attention_heads, "head_dim": head_dim(c)}
-    usual["norms"], usual["biases"] = Norms(), QKVO if getattr(c, "attention_bias", False) else NOWHERE
+    usual = {"norms": Norms(), "inner": 4 * c.hidden_size, "kv_heads": c.num_attention_heads, "head_dim": head_dim(c)}
+    usual["biases"] = QKVO if getattr(c, "attention_bias", False) else NOWHERE
     usual["biases"] |= MLP if getattr(c, "mlp_bias", False) else NOWHERE
     if hasattr(c, "num_experts"):
         width = getattr(c, "moe_intermediate_size", c.intermediate_size)
