@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrl_llm.models import rotary, t5
 from jaxrl_llm.models.decoder import Network, check_choice, check_value
-from jaxrl_llm.models.families import FAMILIES, Family, Maybe, pairs
+from jaxrl_llm.models.families import FAMILIES, Family, Maybe, Only, pairs
 from jaxrl_llm.models.transformer import Decoder, Description
 
 ROPE_FIELDS = (*rotary.SEPARATE, "rope_scaling", "rope_local_base_freq")  # of older forms, beside `rope_parameters`
@@ -169,8 +169,8 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
     model_type = config.get("model_type")
     check_choice(f"{source}: model_type", model_type, FAMILIES)
     family = FAMILIES[model_type]
-    for field, only in family.refused.items():
-        if config.get(field) not in (None, only.harmless):
+    for field, kind in family.kinds.items():
+        if isinstance(kind, Only) and config.get(field) not in (None, kind.harmless):
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
     values = _renamed(family, config)
     if missing := [name for name, kind in family.fields.items() if kind is int and values.get(name) is None]:

@@ -71,11 +71,6 @@ class Family:
         return {self.own.get(name, name): kind for name, kind in self.kinds.items() if not isinstance(kind, Only)}
 
     @property
-    def refused(self) -> dict[str, Only]:
-        """The fields that must not have an effect."""
-        return {name: kind for name, kind in self.kinds.items() if isinstance(kind, Only)}
-
-    @property
     def embedding(self) -> str:
         """The name of the token embedding's tensor."""
         return self.stored_name(("embed_tokens", "embedding"))
@@ -103,10 +98,10 @@ class Family:
         have a name for the module or for what it is in.
         """
         *modules, leaf = map(str, path)
-        head, tail = (modules[:2], modules[2:]) if modules[0] == "layers" else ([], modules)
-        table, parent = {"mlp.experts": "mlp.experts.{}"} | self.own, ".".join(tail[:-1])
+        layer = [self.own.get("layers", "layers"), modules[1]] if modules[0] == "layers" else []
+        table, tail = {"mlp.experts": "mlp.experts.{}"} | self.own, modules[len(layer) :]
+        parent = ".".join(tail[:-1])
         name = table.get(".".join(tail)) or ".".join([*filter(None, [table.get(parent, parent)]), tail[-1]])
-        layer = [self.own.get("layers", "layers"), *head[1:]] if head else []
         return ".".join([*layer, name, "bias" if leaf == "bias" else "weight"])
 
 
