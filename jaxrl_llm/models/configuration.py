@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.models import rotary, t5
-from jaxrl_llm.models.decoder import Network, check_value
-from jaxrl_llm.models.families import FAMILIES, Family, Maybe
+from jaxrl_llm.models.decoder import Network, check_choice, check_value
+from jaxrl_llm.models.families import FAMILIES, Family, Maybe, Only, pairs
 from jaxrl_llm.models.transformer import Decoder, Description
 
 ROPE_FIELDS = (*rotary.SEPARATE, "rope_scaling", "rope_local_base_freq")  # of older forms, beside `rope_parameters`
@@ -33,8 +33,9 @@ class Config(Mapping[str, Any]):
     """
 
     def __init__(self, model_type: str, **given: Any):
+        check_choice("model_type", model_type, FAMILIES)
         family = FAMILIES[model_type]
-        if unknown := [name for name in given if name not in family.spellings and not _known(family, name)]:
+        if unknown := [name for name in given if name not in pairs(family.spellings) and not _known(family, name)]:
             raise ValueError(f"{model_type} has no field {', '.join(unknown)}.")
         given, values = _renamed(family, given), {}
         for name, default in family.fields.items():
@@ -49,7 +50,8 @@ class Config(Mapping[str, Any]):
         if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if "rope_parameters" in values:
-            values["rope_parameters"] = rotary.rope_parameters(given | values, family.rope)
+            said = {**given, **values, "rope_parameters": given.get("rope_parameters")}
+            values["rope_parameters"] = rotary.rope_parameters(said, defaults=family.fields["rope_parameters"])
         self.__dict__.update(model_type=model_type, _values=_frozen(values))
         self.description  # noqa: B018 (what does not fit together raises now)
 
@@ -98,9 +100,8 @@ class Config(Mapping[str, Any]):
         return isinstance(other, Config) and (self.model_type, self._values) == (other.model_type, other._values)
 
     def __repr__(self) -> str:
-        return (
-            f"Config({self.model_type!r}, {', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
-        )
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"Config({self.model_type!r}, {fields})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(Config, self.model_type, **self.to_dict()), ()
@@ -112,9 +113,9 @@ def _known(family: Family, name: str) -> bool:
 
 def _renamed(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that the family has, under its own names."""
-    spelt = {family.spellings[name]: value for name, value in config.items() if name in family.spellings}
-    present = {name: value for name, value in spelt.items() if value is not None}
-    return {name: value for name, value in (config | present).items() if _known(family, name)}
+    spellings = pairs(family.spellings)
+    spelt = {spellings[name]: value for name, value in config.items() if name in spellings and value is not None}
+    return {name: value for name, value in (config | spelt).items() if _known(family, name)}
 
 
 def _frozen(value: Any) -> Any:
@@ -166,11 +167,10 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
         ValueError: for an architecture or a setting that is not supported.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{source}: model_type must be one of {', '.join(FAMILIES)}, but is {model_type!r}.")
+    check_choice(f"{source}: model_type", model_type, FAMILIES)
     family = FAMILIES[model_type]
-    for field, harmless in family.refused.items():
-        if config.get(field) not in harmless:
+    for field, kind in family.kinds.items():
+        if isinstance(kind, Only) and config.get(field) not in (None, kind.harmless):
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
     values = _renamed(family, config)
     if missing := [name for name, kind in family.fields.items() if kind is int and values.get(name) is None]:
@@ -220,18 +220,16 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
 
 
-DEPTHS = {
-    "num_decoder_layers",
-    *(family.own.get("num_hidden_layers", "num_hidden_layers") for family in FAMILIES.values()),
-}
-CLAIMED = {
-    family.own.get(name, name)
-    for family in FAMILIES.values()
-    for name in (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-        *("num_kv_heads", "moe_intermediate_size", "num_experts"),
-    )
-}
+def _named(names: str) -> set[str]:
+    """Return all names that families have for these fields."""
+    return {family.own.get(name, name) for family in FAMILIES.values() for name in names.split()}
+
+
+DEPTHS = _named("num_hidden_layers num_decoder_layers")
+CLAIMED = _named(
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_key_value_heads "
+    "num_kv_heads head_dim num_experts"
+)
 
 
 # The language model of a multimodal checkpoint ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,18 @@ def check_value(name: str, value: Any, kind: str) -> None:
     expected, fits = KINDS[kind]
     if not fits(value) or (isinstance(value, bool) and kind != "bool"):
         raise ValueError(f"{name} must be {expected}, but is {value!r}.")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise ValueError unless the value of a field is one of the known names."""
+    if value not in list(known):
+        raise ValueError(f"{name} must be one of {', '.join(known)}, but is {value!r}.")
+
+
+def check_multiple(name: str, value: int, other: str, divisor: int) -> None:
+    """Raise ValueError unless the value of a field is a multiple of that of another one."""
+    if value % divisor:
+        raise ValueError(f"{name} must be a multiple of {other}, but they are {value} and {divisor}.")
 
 
 def check_config(config: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_llm.models import rotary
-from jaxrl_llm.models.decoder import Network
+from jaxrl_llm.models.decoder import Network, check_multiple
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.t5 import T5, T5Config
 from jaxrl_llm.models.transformer import Decoder, Description, Experts, Layer, Norm, Norms, alibi_slopes
@@ -23,13 +23,19 @@ class Maybe(NamedTuple):
     absent: Any = None
 
 
+class Only(NamedTuple):
+    """A field that must be absent, null or this value, which has no effect."""
+
+    harmless: Any = None
+
+
 class Count(int):
     """The default of a field that may also be 0."""
 
 
-def names(table: str) -> dict[str, str]:
-    """Return a table of names, Llama's and the family's: "norm ln_f, layers h" is {"norm": "ln_f", "layers": "h"}."""
-    return dict(pair.split() for pair in table.split(", "))
+def pairs(table: str) -> dict[str, str]:
+    """Return a table of names: "norm ln_f, layers h" is {"norm": "ln_f", "layers": "h"}."""
+    return dict(pair.split() for pair in table.split(", ") if pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +43,32 @@ class Family:
     """The Hugging Face format of one architecture. Fields and modules go by Llama's names."""
 
     name: str
-    defaults: Mapping[str, Any]  # of the fields: a type if it is required, `Maybe` if it may be null, else the default
+    kinds: Mapping[str, Any]  # of fields: a type if it is required, `Maybe` if it may be null, `Only`, else the default
     describe: Callable[[Any], Description] | None = None  # of a `Decoder`, from a `configuration.Config`
     head: str = "ForCausalLM"  # the end of the architecture's name
     model: type[Network] = Decoder
     config: type | None = None  # of a model that is not a `Decoder`
-    prefix: str = "model."  # of every tensor but the head; some files lack it
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the modules that have other names
-    own: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the fields that have other names
-    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further names of fields in some files
-    rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # defaults of `rotary.rope_parameters`
+    names: str = ""  # the fields and modules that have other names, as `pairs`
+    spellings: str = ""  # further names of fields in some files, as `pairs`
     transposed: bool = True  # linear kernels are stored [out, in]
     buffers: re.Pattern[str] = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attention\.bias|masked_bias)")
-    refused: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields, with values that have no effect
     copies: tuple[str, ...] = ("lm_head.weight",)  # tensors, without prefix, that may repeat the embedding
     targets: tuple[str, ...] = ("q_proj", "v_proj")  # of adapters, by default
 
     @functools.cached_property
+    def own(self) -> dict[str, str]:
+        """The family's own names of fields and modules, where they are not Llama's."""
+        return pairs(self.names)
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of the name of every tensor but the head; some files lack it."""
+        return "" if self.model is T5 else f"{self.own.get('model', 'model')}."
+
+    @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The defaults by the family's own names of the fields."""
-        return {self.own.get(name, name): default for name, default in self.defaults.items()}
+        """The kinds of the fields that have an effect, by the family's own names."""
+        return {self.own.get(name, name): kind for name, kind in self.kinds.items() if not isinstance(kind, Only)}
 
     @property
     def embedding(self) -> str:
@@ -86,10 +98,10 @@ class Family:
         have a name for the module or for what it is in.
         """
         *modules, leaf = map(str, path)
-        head, tail = (modules[:2], modules[2:]) if modules[0] == "layers" else ([], modules)
-        table, parent = {"mlp.experts": "mlp.experts.{}"} | self.names, ".".join(tail[:-1])
+        layer = [self.own.get("layers", "layers"), modules[1]] if modules[0] == "layers" else []
+        table, tail = {"mlp.experts": "mlp.experts.{}"} | self.own, modules[len(layer) :]
+        parent = ".".join(tail[:-1])
         name = table.get(".".join(tail)) or ".".join([*filter(None, [table.get(parent, parent)]), tail[-1]])
-        layer = [self.names.get("layers", "layers"), *head[1:]] if head else []
         return ".".join([*layer, name, "bias" if leaf == "bias" else "weight"])
 
 
@@ -98,7 +110,7 @@ NO_REWARD = ("Cohere", "Cohere2", "Granite", "Olmoe")
 
 # Descriptions ---------------------------------------------------------------------------------------------------------
 
-SAID = names(  # what a configuration says of its description in so many words, where the family has the field
+SAID = pairs(  # what a configuration says of its description in so many words, where the family has the field
     "vocab_size vocab_size, max_length max_position_embeddings, width hidden_size, inner intermediate_size, "
     "heads num_attention_heads, kv_heads num_key_value_heads, activation hidden_act, tied tie_word_embeddings, "
     "std initializer_range, parallel use_parallel_residual, clip clip_qkv, score_cap attn_logit_softcapping, "
@@ -108,10 +120,8 @@ SAID = names(  # what a configuration says of its description in so many words, 
 NOWHERE, QKV, QKVO, MLP = map(frozenset, ("", "qkv", "qkvo", ["mlp"]))  # where biases are
 EVERYWHERE = QKVO | MLP
 ONE_NORM = Norms(mlp_in=None)
-FOUR_NORMS = Norms(
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-)
 NORMS_AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+FOUR_NORMS = NORMS_AFTER._replace(attention_in="input_layernorm", mlp_in="pre_feedforward_layernorm")
 NO_LIMIT = 1 << 20  # ALiBi has no longest position
 
 
@@ -121,14 +131,14 @@ def decoder(c: Any, norm: Norm | None = None, **others: Any) -> Description:
     By default that is Llama's: RMS norms, and rotary positions in every layer.
     """
     said = {ours: getattr(c, theirs) for ours, theirs in SAID.items() if getattr(c, theirs, None) is not None}
-    usual = {"inner": 4 * c.hidden_size, "kv_heads": c.num_attention_heads, "head_dim": head_dim(c)}
+    usual = {"norms": Norms(), "inner": 4 * c.hidden_size, "kv_heads": c.num_attention_heads, "head_dim": head_dim(c)}
     usual["biases"] = QKVO if getattr(c, "attention_bias", False) else NOWHERE
     usual["biases"] |= MLP if getattr(c, "mlp_bias", False) else NOWHERE
-    if "layers" not in others:
-        usual["layers"] = rotary_layers(c)
     if hasattr(c, "num_experts"):
         width = getattr(c, "moe_intermediate_size", c.intermediate_size)
         usual["experts"] = Experts(c.num_experts, c.num_experts_per_tok, width, getattr(c, "norm_topk_prob", True))
+    if "layers" not in others:
+        usual["layers"] = layers(c)
     return Description(norm=norm or Norm("rms", c.rms_norm_eps), **usual | said | others)
 
 
@@ -140,12 +150,12 @@ def layer_norm(c: Any, **others: Any) -> Description:
 def head_dim(c: Any) -> int:
     """Return the dimension of a head."""
     given, width, heads = getattr(c, "head_dim", None), c.hidden_size, c.num_attention_heads
-    if given is None and width % heads:
-        raise ValueError(f"hidden_size must be a multiple of num_attention_heads, but they are {width} and {heads}.")
+    if given is None:
+        check_multiple("hidden_size", width, "num_attention_heads", heads)
     return given or width // heads
 
 
-def turning(c: Any, full: bool = True, *, interleaved: bool = False) -> rotary.Rotary:
+def turning(c: Any, full: bool) -> rotary.Rotary:
     """Return the rotation of layers with full attention, or of those with a window."""
     settings, kind = c.rope_parameters, "full_attention" if full else "sliding_attention"
     settings = settings if "rope_type" in settings else settings.get(kind)
@@ -154,22 +164,41 @@ def turning(c: Any, full: bool = True, *, interleaved: bool = False) -> rotary.R
     size = head_dim(c)
     if size % 2 and settings.get("partial_rotary_factor", 1) == 1:
         raise ValueError(f"the heads' dimension must be even for rotary positions, but is {size}.")
-    return rotary.rotary(settings, size, max_length=c.max_position_embeddings, interleaved=interleaved)
+    return rotary.rotary(settings, size, max_length=c.max_position_embeddings)
 
 
-def is_full(c: Any, full: Sequence[bool] | None = None) -> list[bool]:
+def layers(c: Any, full: Sequence[bool] | None = None, turns: Sequence[bool] | None = None) -> tuple[Layer, ...]:
+    """Return the layers: `full` tells which have no window (see `is_full`), `turns` which have rotary positions.
+
+    By default all layers of a family with rotary positions have them.
+    """
+    full, window = is_full(c, full), getattr(c, "sliding_window", None)
+    turns = [hasattr(c, "rope_parameters")] * len(full) if turns is None else turns
+    return tuple(
+        Layer(turning(c, whole) if turn else None, None if whole else window)
+        for whole, turn in zip(full, turns, strict=True)
+    )
+
+
+def is_full(c: Any, full: Sequence[bool] | None = None) -> Sequence[bool]:
     """Return True for each layer with full attention, False for one with a window.
 
-    `layer_types` tells, else `full`; by default all layers have the window if there is one.
+    `layer_types` tells, else `full`; by default the layers from `max_window_layers` on have the window if there is one.
     """
-    given, count = getattr(c, "layer_types", None), c.num_hidden_layers
-    if given is None:
-        return [getattr(c, "sliding_window", None) is None] * count if full is None else list(full)
-    if len(given) != count or not set(given) <= {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"layer_types must be full_attention or sliding_attention for each of {count} layers, but is {list(given)}."
-        )
-    return [kind == "full_attention" for kind in given]
+    count = c.num_hidden_layers
+    if (given := getattr(c, "layer_types", None)) is not None:
+        check_kinds("layer_types", given, count, "full_attention", "sliding_attention")
+        return [kind == "full_attention" for kind in given]
+    if not getattr(c, "use_sliding_window", True):
+        return [True] * count
+    first = getattr(c, "max_window_layers", 0) if getattr(c, "sliding_window", None) else count
+    return [i < first for i in range(count)] if full is None else full
+
+
+def check_kinds(name: str, given: Sequence[str], count: int, *known: str) -> None:
+    """Raise ValueError unless each layer is given a known kind."""
+    if len(given) != count or not set(given) <= set(known):
+        raise ValueError(f"{name} must be {' or '.join(known)} for each of {count} layers, but is {list(given)}.")
 
 
 def every(c: Any, period: int) -> list[bool]:
@@ -177,51 +206,34 @@ def every(c: Any, period: int) -> list[bool]:
     return [(i + 1) % period == 0 for i in range(c.num_hidden_layers)]
 
 
-def rotary_layers(c: Any, full: Sequence[bool] | None = None, *, interleaved: bool = False) -> tuple[Layer, ...]:
-    """Return layers with rotary positions, and windows where attention is not full."""
-    window, full = getattr(c, "sliding_window", None), is_full(c, full)
-    turns = {each: turning(c, each, interleaved=interleaved) for each in dict.fromkeys(full)}
-    return tuple(Layer(turns[each], None if each else window) for each in full)
-
-
 def gemma(c: Any, **others: Any) -> Description:
     """Return Gemma (Gemma Team 2024): scales are 1 + w, and embeddings are multiplied by √width."""
+    if c.get("hidden_act") == "gelu":  # in old files of Gemma 1, which mean the other form
+        others["activation"] = "gelu_pytorch_tanh"
     norm = Norm("rms", c.rms_norm_eps, offset=1.0)
     return decoder(c, norm, embedding_scale=math.sqrt(c.hidden_size), **others)
 
 
 def gemma2(c: Any, period: int = 2, **others: Any) -> Description:
     """Return Gemma 2: four norms, capped scores and logits, a window in every other layer."""
-    layers, scale = rotary_layers(c, every(c, period)), c.query_pre_attn_scalar**-0.5
-    return gemma(c, layers=layers, norms=FOUR_NORMS, score_scale=scale, **others)
+    scale = c.query_pre_attn_scalar**-0.5
+    return gemma(c, layers=layers(c, every(c, period)), norms=FOUR_NORMS, score_scale=scale, **others)
 
 
 def smollm3(c: Any) -> Description:
     """Return SmolLM3: no rotary positions in every fourth layer."""
-    turns = [not each for each in every(c, c.no_rope_layer_interval)]
-    turns = turns if c.no_rope_layers is None else c.no_rope_layers[: c.num_hidden_layers]
-    if len(turns) != c.num_hidden_layers:
-        raise ValueError(f"no_rope_layers must have {c.num_hidden_layers} values, but has {len(turns)}.")
-    used = c.use_sliding_window or c.layer_types is not None  # types that are given hold whether it is "used" or not
-    layers = [
-        Layer(turning(c) if turn else None, c.sliding_window if used and not full else None)
-        for turn, full in zip(turns, is_full(c, turns), strict=True)
-    ]
-    return decoder(c, layers=tuple(layers))
-
-
-def qwen2(c: Any, **others: Any) -> Description:
-    """Return Qwen 2: biases of q, k and v; a window, if used, from layer `max_window_layers` on."""
-    first = c.max_window_layers if c.use_sliding_window and c.sliding_window else c.num_hidden_layers
-    layers = rotary_layers(c, [i < first for i in range(c.num_hidden_layers)])
-    return decoder(c, **{"layers": layers, "biases": QKV} | others)
+    count, turns = c.num_hidden_layers, [not each for each in every(c, c.no_rope_layer_interval)]
+    turns = turns if c.no_rope_layers is None else c.no_rope_layers[:count]
+    if len(turns) != count:
+        raise ValueError(f"no_rope_layers must have {count} values, but has {len(turns)}.")
+    return decoder(c, layers=layers(c, turns, turns))
 
 
 def qwen3_moe(c: Any) -> Description:
     """Return Qwen 3 with experts in every `decoder_sparse_step`-th layer."""
-    window = c.sliding_window if c.use_sliding_window else None
     sparse = [each and i not in c.mlp_only_layers for i, each in enumerate(every(c, c.decoder_sparse_step))]
-    return decoder(c, layers=tuple(Layer(turning(c), window, dense=not each) for each in sparse), head_norm="head")
+    parts = tuple(layer._replace(dense=not each) for layer, each in zip(layers(c), sparse, strict=True))
+    return decoder(c, layers=parts, head_norm="head")
 
 
 def stablelm(c: Any) -> Description:
@@ -232,15 +244,15 @@ def stablelm(c: Any) -> Description:
 
 def cohere(c: Any, **others: Any) -> Description:
     """Return Cohere's Command R: parallel with one LayerNorm without bias, interleaved rotary pairs, scaled logits."""
-    options = {"layers": rotary_layers(c, interleaved=True), "norms": ONE_NORM, "parallel": True}
-    return decoder(c, Norm("layer", c.layer_norm_eps), **options | others)
+    options = {"norms": ONE_NORM, "parallel": True, "interleaved": True}
+    options["head_norm"] = "each" if getattr(c, "use_qk_norm", False) else None
+    return decoder(c, Norm("layer", c.layer_norm_eps), **options, **others)
 
 
 def cohere2(c: Any) -> Description:
     """Return Command R7B: rotary positions in the layers with a window alone."""
     full = is_full(c, every(c, c.sliding_window_pattern))
-    layers = zip(rotary_layers(c, full, interleaved=True), full, strict=True)
-    return cohere(c, layers=tuple(Layer() if each else layer for layer, each in layers))
+    return cohere(c, layers=layers(c, full, [not each for each in full]))
 
 
 def gpt_neox(c: Any) -> Description:
@@ -257,58 +269,56 @@ def gptj(c: Any) -> Description:
     """Return GPT-J (Wang and Komatsuzaki 2021): parallel with one norm, interleaved rotary pairs, a head with bias."""
     if c.rotary_dim % 2 or c.rotary_dim > head_dim(c):
         raise ValueError(f"rotary_dim must be even and at most the heads' {head_dim(c)}, but is {c.rotary_dim}.")
-    turn = rotary.rotary({"rope_theta": 10000.0}, c.rotary_dim, max_length=c.max_position_embeddings, interleaved=True)
+    turn = rotary.rotary({"rope_theta": 10000.0}, c.rotary_dim, max_length=c.max_position_embeddings)
     options = {"norms": Norms("ln_1", mlp_in=None), "parallel": True, "biases": MLP | {"head"}}
-    return layer_norm(c, layers=(Layer(turn),) * c.num_hidden_layers, **options)
+    return layer_norm(c, layers=(Layer(turn),) * c.num_hidden_layers, interleaved=True, **options)
 
 
 def gpt_neo(c: Any) -> Description:
     """Return GPT-Neo (Black et al. 2021): scores are not scaled, and every other layer has a window."""
-    kinds, count = c.attention_layers, c.num_hidden_layers
+    kinds = c.attention_layers
     if kinds is None:
         kinds = [kind for pattern, times in c.attention_types for kind in tuple(pattern) * times]
-    if len(kinds) != count or not set(kinds) <= {"global", "local"}:
-        raise ValueError(f"attention_layers must be global or local for each of {count} layers, but is {kinds}.")
-    layers = tuple(Layer(window=c.window_size if kind == "local" else None) for kind in kinds)
+    check_kinds("attention_layers", kinds, c.num_hidden_layers, "global", "local")
+    windows = tuple(Layer(window=c.window_size if kind == "local" else None) for kind in kinds)
     options = {"norms": Norms("ln_1", mlp_in="ln_2"), "biases": MLP | {"o"}, "score_scale": 1.0}
-    return layer_norm(c, layers=layers, learned_positions=0, **options)
+    return layer_norm(c, layers=windows, learned_positions=0, **options)
 
 
 def opt(c: Any) -> Description:
     """Return OPT (Zhang et al. 2022): learned positions from row 2 of their table on."""
     norm = Norm("layer", 1e-5, scale=c.layer_norm_elementwise_affine, bias=c.layer_norm_elementwise_affine)
-    options = {"gated": False, "biases": EVERYWHERE if c.enable_bias else NOWHERE, "learned_positions": 2}
     norms = Norms("self_attn_layer_norm", mlp_in="final_layer_norm")
-    return decoder(c, norm, layers=(Layer(),) * c.num_hidden_layers, norms=norms, **options)
+    biases = EVERYWHERE if c.enable_bias else NOWHERE
+    return decoder(c, norm, norms=norms, gated=False, biases=biases, learned_positions=2)
 
 
 def bloom(c: Any) -> Description:
     """Return BLOOM (BigScience 2022): ALiBi, a norm of the embeddings, q, k and v fused head by head."""
     options = {"alibi": alibi_slopes(c.num_attention_heads), "max_length": NO_LIMIT, "activation": "gelu_new"}
-    layers = (Layer(),) * c.num_hidden_layers
-    return layer_norm(c, layers=layers, fused="groups", embedding_norm=True, **options)
+    return layer_norm(c, fused="groups", embedding_norm=True, **options)
 
 
 def falcon(c: Any) -> Description:
     """Return Falcon (Almazrouei et al. 2023): one key head for all (7B), or for each group (40B), fused."""
-    heads, new = c.num_attention_heads, c.new_decoder_architecture
-    options = {"kv_heads": (c.num_kv_heads or heads) if new else 1 if c.multi_query else heads, "fused": "groups"}
-    options |= {"parallel": new or c.parallel_attn, "biases": EVERYWHERE if c.bias else NOWHERE}
+    heads, new, parallel = c.num_attention_heads, c.new_decoder_architecture, c.parallel_attn
+    keys = (c.num_kv_heads or heads) if new else 1 if c.multi_query else heads
+    options = {"kv_heads": keys, "fused": "groups", "biases": EVERYWHERE if c.bias else NOWHERE}
     if c.alibi:
         slopes = tuple(slope * head_dim(c) ** -0.5 for slope in alibi_slopes(heads))
-        options |= {"layers": (Layer(),) * c.num_hidden_layers, "alibi": slopes}
+        options |= {"alibi": slopes, "layers": layers(c, turns=[False] * c.num_hidden_layers)}
     two = new and c.num_ln_in_parallel_attn in (None, 2)
-    norms = Norms("ln_attn", mlp_in="ln_mlp") if two else ONE_NORM if options["parallel"] else Norms()
-    return layer_norm(c, norms=norms, **options)
+    norms = Norms("ln_attn", mlp_in="ln_mlp") if two else ONE_NORM if new or parallel else Norms()
+    return layer_norm(c, norms=norms, parallel=new or parallel, **options)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), int)
 BASE = SIZES | {"initializer_range": 0.02, "tie_word_embeddings": True}
-CONTEXT = {"max_position_embeddings": 2048, "rope_parameters": Maybe(dict)}
-GPT = BASE | {"intermediate_size": Maybe(int), "max_position_embeddings": 2048, "hidden_act": "gelu_new"}
-GPT |= {"layer_norm_eps": 1e-5}
+LAYER = {"layer_norm_eps": 1e-5}
+GPT = BASE | LAYER | {"intermediate_size": Maybe(int), "max_position_embeddings": 2048, "hidden_act": "gelu_new"}
+CONTEXT = {"max_position_embeddings": 2048, "rope_parameters": {}}
 UNTIED = BASE | CONTEXT | {"intermediate_size": int, "hidden_act": "silu", "tie_word_embeddings": False}
 
 
@@ -318,11 +328,17 @@ def llama(length: int, kv_heads: int | None = None, **others: Any) -> dict[str, 
     return UNTIED | heads | {"max_position_embeddings": length} | others
 
 
+def rope(**defaults: Any) -> dict[str, Any]:
+    """Return the field of rotary settings with a family's defaults, which `rotary.rope_parameters` describes."""
+    return {"rope_parameters": defaults}
+
+
 RMS = {"rms_norm_eps": 1e-6, "attention_bias": False}
-LAYER = {"layer_norm_eps": 1e-5}
+UNTIED_QUARTER = UNTIED | LAYER | rope(partial_rotary_factor=0.25)
 WINDOW = {"sliding_window": Maybe(int, 4096), "layer_types": Maybe(tuple)}
 QWEN = WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)}
 GEMMA = RMS | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
+GEMMA |= {"use_bidirectional_attention": Only(False)}
 GEMMA2 = GEMMA | WINDOW | {"query_pre_attn_scalar": 256}
 CAPS = {"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping": Maybe(float, 50.0)}
 COHERE = LAYER | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True}
@@ -330,19 +346,21 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multipl
 GRANITE = RMS | {"mlp_bias": False} | dict.fromkeys(MULTIPLIERS, 1.0)
 OLMO = RMS | {"rms_norm_eps": 1e-5}
 EXPERTS = {"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False}
+T5_FIELDS = {"head_dim": int, "intermediate_size": int} | SIZES
+T5_FIELDS |= {"is_encoder_decoder": Only(True), "is_decoder": Only(False)}
 
-ONE_WAY = {"use_bidirectional_attention": (None, False)}
+EPSILON = "layer_norm_eps layer_norm_epsilon"
 FUSED = ("query_key_value",)
-LARGER = names("mlp.up_proj mlp.dense_h_to_4h, mlp.down_proj mlp.dense_4h_to_h")  # the MLP's names in three families
-BLOCK = LARGER | names(  # BLOOM's and Falcon's
-    "layers h, norm ln_f, embed_tokens word_embeddings, embed_norm word_embeddings_layernorm, "
-    "self_attn.qkv_proj self_attention.query_key_value, self_attn.o_proj self_attention.dense"
+LARGER = "mlp.up_proj mlp.dense_h_to_4h, mlp.down_proj mlp.dense_4h_to_h"  # the MLP's names in three families
+BLOCK = (  # BLOOM's and Falcon's
+    f"{LARGER}, model transformer, layers h, norm ln_f, embed_tokens word_embeddings, "
+    "embed_norm word_embeddings_layernorm, self_attn.qkv_proj self_attention.query_key_value, "
+    f"self_attn.o_proj self_attention.dense, {EPSILON}"
 )
-GEMMA_FIELDS = names("hidden_act hidden_activation")
-GPT_NAMES = names("layers h, norm ln_f, embed_tokens wte, embed_positions wpe")
-GPT_FIELDS = names(
+GPT_NAMES = "model transformer, layers h, norm ln_f, embed_tokens wte, embed_positions wpe"
+GPT_FIELDS = (
     "hidden_size n_embd, intermediate_size n_inner, num_hidden_layers n_layer, num_attention_heads n_head, "
-    "max_position_embeddings n_positions, hidden_act activation_function, layer_norm_eps layer_norm_epsilon"
+    f"max_position_embeddings n_positions, hidden_act activation_function, {EPSILON}"
 )
 
 
@@ -350,18 +368,13 @@ def t5(name: str, **defaults: Any) -> Family:
     """Return the row of T5 or of its kin, with what differs in the defaults of the format."""
     return Family(
         name,
-        {"head_dim": int, "intermediate_size": int} | SIZES | defaults,
+        T5_FIELDS | defaults,
         head="ForConditionalGeneration",
         model=T5,
         config=T5Config,
-        prefix="",
-        names=names("embed_tokens shared"),
-        own=names(
-            "hidden_size d_model, head_dim d_kv, intermediate_size d_ff, num_hidden_layers num_layers, "
-            "num_attention_heads num_heads"
-        ),
+        names="embed_tokens shared, hidden_size d_model, head_dim d_kv, intermediate_size d_ff, "
+        "num_hidden_layers num_layers, num_attention_heads num_heads",
         buffers=re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
-        refused={"is_encoder_decoder": (None, True), "is_decoder": (None, False)},
         copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
         targets=("q", "v"),
     )
@@ -370,45 +383,26 @@ def t5(name: str, **defaults: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2",
-        SIZES,
+        SIZES | {"add_cross_attention": Only(False)},
         head="LMHeadModel",
         model=GPT2,
         config=GPT2Config,
-        prefix="transformer.",
-        names=names("embed_tokens wte"),
-        own=GPT_FIELDS,
+        names=f"{GPT_NAMES}, {GPT_FIELDS}",
         transposed=False,
-        refused={"add_cross_attention": (None, False)},
         targets=("c_attn",),
     ),
     "llama": Family("Llama", llama(2048, **RMS, mlp_bias=False), decoder),
     "mistral": Family("Mistral", llama(131072, 8, rms_norm_eps=1e-6, **WINDOW), decoder),
-    "qwen2": Family("Qwen2", llama(32768, 32, rms_norm_eps=1e-6, **QWEN), qwen2),
-    "qwen3": Family(
-        "Qwen3",
-        llama(32768, 32, **RMS, **QWEN) | {"head_dim": 128},
-        lambda c: qwen2(c, head_norm="head", biases=QKVO if c.attention_bias else NOWHERE),
-    ),
-    "gemma": Family(
-        "Gemma",
-        llama(8192, 16, **GEMMA),
-        lambda c: gemma(c, activation="gelu_pytorch_tanh" if c.hidden_act == "gelu" else c.hidden_act),  # in old files
-        refused=ONE_WAY,
-    ),
-    "gemma2": Family(
-        "Gemma2",
-        llama(8192, 4, **GEMMA2, **CAPS),
-        gemma2,
-        own=GEMMA_FIELDS,
-        refused=ONE_WAY,
-    ),
+    "qwen2": Family("Qwen2", llama(32768, 32, rms_norm_eps=1e-6, **QWEN), lambda c: decoder(c, biases=QKV)),
+    "qwen3": Family("Qwen3", llama(32768, 32, **RMS, **QWEN, head_dim=128), lambda c: decoder(c, head_norm="head")),
+    "gemma": Family("Gemma", llama(8192, 16, **GEMMA), gemma),
+    "gemma2": Family("Gemma2", llama(8192, 4, **GEMMA2, **CAPS), gemma2, names="hidden_act hidden_activation"),
     "gemma3_text": Family(
         "Gemma3",
-        llama(131072, 4, **GEMMA2, final_logit_softcapping=Maybe(float), sliding_window_pattern=6),
+        llama(131072, 4, **GEMMA2, **rope(rope_theta=1000000.0, rope_local_base_freq=10000.0))
+        | {"sliding_window_pattern": 6, "final_logit_softcapping": Maybe(float), "attn_logit_softcapping": Only(None)},
         lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
-        own=GEMMA_FIELDS,
-        rope={"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
-        refused=ONE_WAY | {"attn_logit_softcapping": (None,)},
+        names="hidden_act hidden_activation",
     ),
     "olmo": Family(
         "Olmo",
@@ -418,94 +412,71 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("Olmo2", llama(2048, **OLMO), lambda c: decoder(c, norms=NORMS_AFTER, head_norm="all")),
     "olmo3": Family(
         "Olmo3",
-        llama(2048, **OLMO, **WINDOW),
-        lambda c: decoder(c, layers=rotary_layers(c, every(c, 4)), norms=NORMS_AFTER, head_norm="all"),
-        rope={"rope_theta": 500000.0, "rope_local_base_freq": None},
+        llama(2048, **OLMO, **WINDOW, **rope(rope_theta=500000.0, rope_local_base_freq=None)),
+        lambda c: decoder(c, layers=layers(c, every(c, 4)), norms=NORMS_AFTER, head_norm="all"),
     ),
     "smollm3": Family(
         "SmolLM3",
-        llama(32768, 4, **RMS, mlp_bias=False, layer_types=Maybe(tuple), sliding_window=Maybe(int))
-        | {"use_sliding_window": False, "no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4}
-        | {"tie_word_embeddings": True},
+        llama(32768, 4, **RMS, **WINDOW | {"sliding_window": Maybe(int)}, **rope(rope_theta=2000000.0))
+        | {"mlp_bias": False, "use_sliding_window": False, "tie_word_embeddings": True}
+        | {"no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4},
         smollm3,
-        rope={"rope_theta": 2000000.0},
     ),
     "phi": Family(
         "Phi",
-        llama(2048, **LAYER) | {"hidden_act": "gelu_new"},
+        llama(2048, **LAYER, hidden_act="gelu_new", qk_layernorm=Only(False), **rope(partial_rotary_factor=0.5)),
         phi,
-        names=names(
-            "norm final_layernorm, self_attn.o_proj self_attn.dense, mlp.up_proj mlp.fc1, mlp.down_proj mlp.fc2"
-        ),
-        refused={"qk_layernorm": (None, False)},
-        rope={"partial_rotary_factor": 0.5},
+        names="norm final_layernorm, self_attn.o_proj self_attn.dense, mlp.up_proj mlp.fc1, mlp.down_proj mlp.fc2",
     ),
     "phi3": Family(
         "Phi3",
-        llama(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096),
+        llama(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096)
+        | rope(partial_rotary_factor=1.0, older_types={"yarn": "longrope"}),
         lambda c: decoder(c, fused="blocks", fused_gate=True),
-        rope={"partial_rotary_factor": 1.0, "older_types": {"yarn": "longrope"}},
         targets=("qkv_proj",),
     ),
     "gpt_neox": Family(
         "GPTNeoX",
-        UNTIED | LAYER | {"attention_bias": True, "use_parallel_residual": True, "hidden_act": "gelu"},
+        UNTIED_QUARTER | {"attention_bias": True, "use_parallel_residual": True, "hidden_act": "gelu"},
         gpt_neox,
-        prefix="gpt_neox.",
-        names=LARGER
-        | names(
-            "embed_tokens embed_in, norm final_layer_norm, lm_head embed_out, "
-            "self_attn.qkv_proj attention.query_key_value, self_attn.o_proj attention.dense"
-        ),
+        names=f"{LARGER}, model gpt_neox, embed_tokens embed_in, norm final_layer_norm, lm_head embed_out, "
+        "self_attn.qkv_proj attention.query_key_value, self_attn.o_proj attention.dense",
+        spellings="rotary_emb_base rope_theta, rotary_pct partial_rotary_factor",
         copies=("embed_out.weight",),
-        spellings=names("rotary_emb_base rope_theta, rotary_pct partial_rotary_factor"),
-        rope={"partial_rotary_factor": 0.25},
         targets=FUSED,
     ),
     "stablelm": Family(
         "StableLm",
-        UNTIED
-        | LAYER
+        UNTIED_QUARTER
         | {"num_key_value_heads": Maybe(int), "max_position_embeddings": 4096}
         | dict.fromkeys(("use_qkv_bias", "qk_layernorm", "use_parallel_residual"), False),
         stablelm,
-        names=names("self_attn.q_norm self_attn.q_layernorm.norms.{}, self_attn.k_norm self_attn.k_layernorm.norms.{}"),
-        rope={"partial_rotary_factor": 0.25},
+        names="self_attn.q_norm self_attn.q_layernorm.norms.{}, self_attn.k_norm self_attn.k_layernorm.norms.{}",
     ),
     "gpt_neo": Family(
         "GPTNeo",
         GPT | {"window_size": 256, "attention_layers": Maybe(tuple), "attention_types": ((("global", "local"), 12),)},
         gpt_neo,
-        prefix="transformer.",
-        names=GPT_NAMES
-        | names(
-            "self_attn attn.attention, self_attn.o_proj attn.attention.out_proj, mlp.up_proj mlp.c_fc, "
-            "mlp.down_proj mlp.c_proj"
-        ),
-        own=names(
-            "num_hidden_layers num_layers, num_attention_heads num_heads, hidden_act activation_function, "
-            "layer_norm_eps layer_norm_epsilon"
-        ),
+        names=f"{GPT_NAMES}, self_attn attn.attention, self_attn.o_proj attn.attention.out_proj, mlp.up_proj mlp.c_fc, "
+        "mlp.down_proj mlp.c_proj, num_hidden_layers num_layers, num_attention_heads num_heads, "
+        f"hidden_act activation_function, {EPSILON}",
     ),
     "gptj": Family(
         "GPTJ",
         GPT | {"rotary_dim": 64, "tie_word_embeddings": False},
         gptj,
-        prefix="transformer.",
-        names=GPT_NAMES
-        | names("self_attn attn, self_attn.o_proj attn.out_proj, mlp.up_proj mlp.fc_in, mlp.down_proj mlp.fc_out"),
-        own=GPT_FIELDS,
+        names=f"{GPT_NAMES}, {GPT_FIELDS}, self_attn attn, self_attn.o_proj attn.out_proj, mlp.up_proj mlp.fc_in, "
+        "mlp.down_proj mlp.fc_out",
     ),
     "opt": Family(
         "OPT",
         BASE
         | {"intermediate_size": int, "max_position_embeddings": 2048, "hidden_act": "relu"}
-        | {"enable_bias": True, "layer_norm_elementwise_affine": True},
+        | {"enable_bias": True, "layer_norm_elementwise_affine": True}
+        | {"do_layer_norm_before": Only(True), "_remove_final_layer_norm": Only(False)},
         opt,
-        prefix="model.decoder.",
-        names=names("norm final_layer_norm, self_attn.o_proj self_attn.out_proj, mlp.up_proj fc1, mlp.down_proj fc2"),
-        own=names("intermediate_size ffn_dim, hidden_act activation_function, initializer_range init_std"),
-        refused={"do_layer_norm_before": (None, True), "_remove_final_layer_norm": (None, False)},
+        names="model model.decoder, norm final_layer_norm, self_attn.o_proj self_attn.out_proj, mlp.up_proj fc1, "
+        "mlp.down_proj fc2, intermediate_size ffn_dim, hidden_act activation_function, initializer_range init_std",
     ),
     "falcon": Family(
         "Falcon",
@@ -516,54 +487,42 @@ FAMILIES: dict[str, Family] = {
         | {"hidden_act": "gelu", "alibi": False, "new_decoder_architecture": False, "bias": False}
         | {"multi_query": True, "parallel_attn": True},
         falcon,
-        prefix="transformer.",
-        names=BLOCK,
-        own=names("intermediate_size ffn_hidden_size, hidden_act activation, layer_norm_eps layer_norm_epsilon"),
-        spellings=names("n_embed hidden_size"),
+        names=f"{BLOCK}, intermediate_size ffn_hidden_size, hidden_act activation",
+        spellings="n_embed hidden_size",
         targets=FUSED,
     ),
     "bloom": Family(
         "Bloom",
-        BASE | LAYER,
+        BASE | LAYER | {"apply_residual_connection_post_layernorm": Only(False)},
         bloom,
-        prefix="transformer.",
-        names=BLOCK,
-        own=names("num_hidden_layers n_layer, num_attention_heads n_head, layer_norm_eps layer_norm_epsilon"),
-        spellings=names("n_embed hidden_size, num_hidden_layers n_layer, num_attention_heads n_head"),
-        refused={"apply_residual_connection_post_layernorm": (None, False)},
+        names=f"{BLOCK}, num_hidden_layers n_layer, num_attention_heads n_head",
+        spellings="n_embed hidden_size, num_hidden_layers n_layer, num_attention_heads n_head",
         targets=FUSED,
     ),
-    "cohere": Family(
-        "Cohere",
-        llama(8192, **COHERE, use_qk_norm=False),
-        lambda c: cohere(c, head_norm="each" if c.use_qk_norm else None),
-        rope={"rope_theta": 500000.0},
-    ),
+    "cohere": Family("Cohere", llama(8192, **COHERE, use_qk_norm=False, **rope(rope_theta=500000.0)), cohere),
     "cohere2": Family("Cohere2", llama(8192, **COHERE, **WINDOW, sliding_window_pattern=4), cohere2),
     "granite": Family("Granite", llama(2048, **GRANITE), lambda c: decoder(c, logit_scale=1 / c.logits_scaling)),
     "mixtral": Family(
         "Mixtral",
-        llama(131072, 8, rms_norm_eps=1e-5, sliding_window=Maybe(int), num_experts_per_tok=2, num_experts=8),
+        llama(131072, 8, rms_norm_eps=1e-5, sliding_window=Maybe(int), **rope(rope_theta=1000000.0))
+        | {"num_experts_per_tok": 2, "num_experts": 8},
         decoder,
-        names=names(
-            "mlp.gate block_sparse_moe.gate, mlp.experts.gate_proj block_sparse_moe.experts.{}.w1, "
-            "mlp.experts.up_proj block_sparse_moe.experts.{}.w3, mlp.experts.down_proj block_sparse_moe.experts.{}.w2"
-        ),
-        own=names("num_experts num_local_experts"),
-        rope={"rope_theta": 1000000.0},
+        names="num_experts num_local_experts, mlp.gate block_sparse_moe.gate, "
+        "mlp.experts.gate_proj block_sparse_moe.experts.{}.w1, mlp.experts.up_proj block_sparse_moe.experts.{}.w3, "
+        "mlp.experts.down_proj block_sparse_moe.experts.{}.w2",
     ),
     "olmoe": Family(
         "Olmoe",
         llama(4096, **OLMO, **EXPERTS | {"num_experts": 64}, clip_qkv=Maybe(float)),
         lambda c: decoder(c, head_norm="all"),
-        spellings=names("num_local_experts num_experts"),
+        spellings="num_local_experts num_experts",
     ),
     "qwen3_moe": Family(
         "Qwen3Moe",
         llama(32768, 4, **RMS, **EXPERTS, sliding_window=Maybe(int, 4096), use_sliding_window=False)
         | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": ()},
         qwen3_moe,
-        spellings=names("num_local_experts num_experts"),
+        spellings="num_local_experts num_experts",
     ),
     "t5": t5("T5"),
     "mt5": t5("MT5", feed_forward_proj="gated-gelu", decoder_start_token_id=0),

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.mesh import over_rows
-from jaxrl_llm.models.decoder import DecoderLM, Placed, check_config, checkpointed
+from jaxrl_llm.models.decoder import DecoderLM, Placed, check_choice, check_config, check_multiple, checkpointed
 from jaxrl_llm.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -45,11 +45,8 @@ class GPT2Config:
 
     def __post_init__(self):
         check_config(self)
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, but they are {self.n_embd} and {self.n_head}.")
-        if self.activation_function not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation_function must be one of {known}, but is {self.activation_function!r}.")
+        check_multiple("n_embd", self.n_embd, "n_head", self.n_head)
+        check_choice("activation_function", self.activation_function, ACTIVATIONS)
 
 
 class Attention(nnx.Module):

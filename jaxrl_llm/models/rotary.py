@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.models.decoder import check_choice
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
@@ -22,7 +24,6 @@ class Rotary:
 
     frequencies: tuple[float, ...]  # radians per position of each pair of coordinates
     amplitude: float = 1.0  # of cosines and sines
-    interleaved: bool = False  # pairs are (2i, 2i + 1), not (i, i + half)
     long: tuple[float, ...] = ()
     original: int = 0
 
@@ -75,7 +76,7 @@ class Scaling(NamedTuple):
     scale: Callable[[np.ndarray, Settings, int], Rotary]  # of plain frequencies, settings, and the context length
 
 
-def rotary(settings: Settings, head_dim: int, *, max_length: int, interleaved: bool = False) -> Rotary:
+def rotary(settings: Settings, head_dim: int, *, max_length: int) -> Rotary:
     """Return the rotation that the rotary settings of a `config.json` describe.
 
     Args:
@@ -87,8 +88,7 @@ def rotary(settings: Settings, head_dim: int, *, max_length: int, interleaved: b
         ValueError: for an unknown type, or a factor that is missing or out of range.
     """
     kind = settings.get("rope_type", "default")
-    if kind not in SCALINGS:
-        raise ValueError(f"rope_type must be one of {', '.join(SCALINGS)}, but is {kind!r}.")
+    check_choice("rope_type", kind, SCALINGS)
     scaling = SCALINGS[kind]
     if lacking := [name for name in scaling.needed if settings.get(name) is None]:
         raise ValueError(f"rope_type {kind} needs {' and '.join(lacking)}.")
@@ -105,7 +105,7 @@ def rotary(settings: Settings, head_dim: int, *, max_length: int, interleaved: b
             f"but is {share!r}."
         )
     plain = float(settings["rope_theta"]) ** (-np.arange(dim // 2) / (dim // 2))
-    return dataclasses.replace(scaling.scale(plain, settings, max_length), interleaved=interleaved)
+    return scaling.scale(plain, settings, max_length)
 
 
 def _llama3(plain: np.ndarray, settings: Settings, max_length: int) -> Rotary:
@@ -189,9 +189,9 @@ def rope_parameters(config: Settings, defaults: Settings) -> dict[str, Any]:
     """
     scaling, given = (_settings(config, form) for form in ("rope_scaling", "rope_parameters"))
     nested = {name: value for name, value in {**scaling, **given}.items() if isinstance(value, Mapping)}
+    # What stands beside the kinds of layers in `rope_parameters` has no effect, as in transformers.
     flat = {name: value for name, value in scaling.items() if name not in nested}
-    if not nested:  # else what stands beside the kinds of layers has no effect, as in transformers
-        flat = _joined(scaling, given)
+    flat = _joined(flat, {} if nested else given)
     if "rope_local_base_freq" not in defaults:
         kinds = {name: _joined(flat, _settings(nested, name)) for name in nested}
         return {name: _complete(config, kinds[name], defaults) for name in kinds} or _complete(config, flat, defaults)
@@ -228,12 +228,10 @@ def _joined(scaling: Settings, given: Settings) -> dict[str, Any]:
     Raises:
         ValueError: if they contradict each other.
     """
-    for name in scaling.keys() & given.keys():
-        if scaling[name] != given[name]:
-            raise ValueError(
-                f"rope_scaling and rope_parameters must agree, but have the {name} "
-                f"{scaling[name]!r} and {given[name]!r}."
-            )
+    for name, value in given.items():
+        if name in scaling and scaling[name] != value:
+            both = f"{scaling[name]!r} and {value!r}"
+            raise ValueError(f"rope_scaling and rope_parameters must agree, but have the {name} {both}.")
     return {**scaling, **given}
 
 

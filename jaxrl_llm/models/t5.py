@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm import language_model
 from jaxrl_llm.language_model import Cache, Params
 from jaxrl_llm.mesh import over_rows
-from jaxrl_llm.models.decoder import Network, TokenId, check_config, empty_slots, place
+from jaxrl_llm.models.decoder import Network, TokenId, check_choice, check_config, empty_slots, place
 from jaxrl_llm.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -69,8 +69,7 @@ class T5Config:
 
     def __post_init__(self):
         check_config(self)
-        if self.model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, but is {self.model_type!r}.")
+        check_choice("model_type", self.model_type, MODEL_TYPES)
         if self.model_type == "mt5" and self.scale_decoder_outputs:
             raise ValueError("scale_decoder_outputs must be false in mt5, but is true.")
         if self.activation not in ACTIVATIONS:

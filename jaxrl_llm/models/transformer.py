@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.mesh import over_rows
-from jaxrl_llm.models.decoder import DecoderLM, Placed, checkpointed
+from jaxrl_llm.models.decoder import DecoderLM, Placed, check_choice, check_multiple, checkpointed
 from jaxrl_llm.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -58,9 +58,6 @@ class Norms(NamedTuple):
     mlp_out: str | None = None
 
 
-LLAMA_NORMS = Norms()
-
-
 class Layer(NamedTuple):
     """The parts in which the layers of one model differ."""
 
@@ -91,7 +88,7 @@ class Description:
     head_dim: int
     layers: tuple[Layer, ...]
     norm: Norm
-    norms: Norms = LLAMA_NORMS
+    norms: Norms
     embedding_norm: bool = False
     head_norm: str | None = None  # of queries and keys: over a "head", "each" with a scale of its own, or "all" at once
     parallel: bool = False  # attention and MLP both read the block's input (Wang and Komatsuzaki 2021)
@@ -108,21 +105,17 @@ class Description:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     clip: float | None = None  # of queries, keys and values
+    interleaved: bool = False  # rotary pairs are (2i, 2i + 1), not (i, i + half)
     learned_positions: int | None = None  # row of the table for position 0
     alibi: tuple[float, ...] = ()  # slope of each head (Press et al. 2022)
     tied: bool = True
     std: float = 0.02
 
     def __post_init__(self):
-        heads, keys = self.heads, self.kv_heads
-        if heads % keys:
-            raise ValueError(
-                f"num_attention_heads must be a multiple of num_key_value_heads, but they are {heads} and {keys}."
-            )
+        check_multiple("num_attention_heads", self.heads, "num_key_value_heads", self.kv_heads)
         if self.experts and self.experts.chosen > self.experts.count:
             raise ValueError(f"{self.experts.chosen} experts for each token must be at most {self.experts.count}.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"the activation must be one of {', '.join(ACTIVATIONS)}, but is {self.activation!r}.")
+        check_choice("the activation", self.activation, ACTIVATIONS)
 
 
 Hidden = Float[Array, "batch time width"]
@@ -153,9 +146,9 @@ class HeadsNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query causal attention (Ainslie et al. 2023)."""
 
-    def __init__(self, config: Description, layer: Layer, *, rngs: nnx.Rngs | None):
-        self.config, self.layer = config, layer
-        d, queries, keys = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    def __init__(self, config: Description, *, rngs: nnx.Rngs | None):
+        d = self.config = config
+        queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
         widths = {"qkv_proj": queries + 2 * keys} if d.fused else {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         for name, width in widths.items():
             setattr(self, name, Linear(d.width, width, std=d.std, use_bias=name[0] in d.biases, rngs=rngs))
@@ -169,15 +162,13 @@ class Attention(nnx.Module):
     def project(self, x: Hidden) -> list[Float[Array, "batch time features"]]:
         """Return queries, keys and values, heads side by side."""
         d = self.config
-        queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
         if not d.fused:
             return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        groups = d.kv_heads if d.fused == "groups" else 1  # each: its queries, its keys, its values
+        queries, keys = d.heads * d.head_dim // groups, d.kv_heads * d.head_dim // groups
+        fused = self.qkv_proj(x).reshape(*x.shape[:2], groups, queries + 2 * keys)
         # Split, not indexed: the gradient of an index is a padded copy of the whole array.
-        if d.fused == "blocks":
-            return jnp.split(self.qkv_proj(x), [queries, queries + keys], axis=-1)
-        group = d.heads // d.kv_heads  # each group: its queries, its key, its value
-        groups = self.qkv_proj(x).reshape(*x.shape[:2], d.kv_heads, (group + 2) * d.head_dim)
-        parts = jnp.split(groups, [group * d.head_dim, (group + 1) * d.head_dim], axis=-1)
+        parts = jnp.split(fused, [queries, queries + keys], axis=-1)
         return [part.reshape(*x.shape[:2], -1) for part in parts]
 
     def __call__(self, x: Hidden, at: Context) -> tuple[Hidden, KeyValue]:
@@ -187,19 +178,14 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if d.clip is not None:
             query, key, value = (jnp.clip(each, -d.clip, d.clip) for each in (query, key, value))
-        query, key, value = (  # [batch, head, time, head_dim]
-            each.reshape(*x.shape[:2], -1, d.head_dim).swapaxes(1, 2) for each in (query, key, value)
-        )
+        shape = (*x.shape[:2], -1, d.head_dim)  # [batch, time, head, head_dim]
+        query, key, value = (each.reshape(shape).swapaxes(1, 2) for each in (query, key, value))
         if d.head_norm in ("head", "each"):
             query, key = self.q_norm(query), self.k_norm(key)
-        if (rotary := self.layer.rotary) is not None:
-            query, key = (rotate(each, *at.turns, interleaved=rotary.interleaved) for each in (query, key))
+        if at.turns is not None:
+            query, key = (rotate(each, *at.turns, interleaved=d.interleaved) for each in (query, key))
         dtype = self.o_proj.kernel[...].dtype
-        kept = (
-            (key.astype(dtype), value.astype(dtype))
-            if at.cache is None
-            else write_slots(at.cache, key, value, at.index)
-        )
+        kept = write_slots(at.cache, key, value, at.index) if at.cache else (key.astype(dtype), value.astype(dtype))
         scale = d.head_dim**-0.5 if d.score_scale is None else d.score_scale
         options = {"scale": scale, "cap": d.score_cap, "bias": at.bias, "intermediates": at.intermediates}
         return self.o_proj(attend(attention_weights(query, kept[0], at.mask, **options), kept[1])), kept
@@ -272,7 +258,7 @@ class Block(nnx.Module):
         for name in config.norms:
             if name:
                 setattr(self, name, config.norm.over(config.width))
-        self.self_attn = Attention(config, layer, rngs=rngs)
+        self.self_attn = Attention(config, rngs=rngs)
         self.mlp = (MixtureOfExperts if config.experts and not layer.dense else MLP)(config, rngs=rngs)
         self.config = config
 

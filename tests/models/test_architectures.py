@@ -274,6 +274,7 @@ def scaled(**settings):
             "short_factor must be 32 numbers",
         ),
         (lambda: LlamaConfig(width=3), "llama has no field width"),
+        (lambda: Config("lama", width=3), "model_type must be one of gpt2, llama, .*, but is 'lama'"),
         (lambda: Config("opt", **SMALL, rope_theta=5.0), "no field intermediate_size, num_key_value_heads, rope_theta"),
         *(
             (
