@@ -221,8 +221,12 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 
 def _named(names: str) -> set[str]:
-    """Return all names that families have for these fields."""
-    return {family.own.get(name, name) for family in FAMILIES.values() for name in names.split()}
+    """Return all names that families have for these fields, and their other spellings."""
+    own = {family.own.get(name, name) for family in FAMILIES.values() for name in names.split()}
+    spelled = {
+        spelling for family in FAMILIES.values() for spelling, name in pairs(family.spellings).items() if name in own
+    }
+    return own | spelled
 
 
 DEPTHS = _named("num_hidden_layers num_decoder_layers")

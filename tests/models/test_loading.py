@@ -306,6 +306,7 @@ def test_a_reward_model_needs_no_head(tmp_path):
         ({"num_hidden_layers": 2000}, "num_hidden_layers is 2000, but the files hold 21 tensors"),
         ({"hidden_size": 10**15}, "hidden_size is 1000000000000000, but no tensor has more than 65536 numbers"),
         ({"num_attention_heads": 10**12}, "num_attention_heads is 1000000000000, but no tensor"),
+        ({"n_embed": 10**12, "model_type": "bloom"}, "n_embed is 1000000000000, but no tensor"),
         ({"text_config": [], "model_type": "gemma3"}, r"text_config must be an object, but is \[\]"),
     ],
 )
