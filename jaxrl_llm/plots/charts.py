@@ -107,6 +107,7 @@ def bars_figure(panels: Sequence[dict[str, Any]], *, title: str = "", columns: i
     rows = [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
     heights = [needed_height(row) + GAP for row in rows]
     top, width = 2 * MARGIN + 8, COLUMN * min(columns, len(panels)) + MARGIN
+    width = max(width, 2 * MARGIN + style.text_width(title, 9.5, "bold"))
     if not rows or top + sum(heights) > style.TALLEST:
         most = columns * int((style.TALLEST - top) / max(heights, default=style.TALLEST))
         raise ValueError(f"a figure must have 1 to {most} distributions, but is given {len(panels)}.")
