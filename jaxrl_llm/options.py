@@ -37,6 +37,7 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "epsilon": "epsilon_cutoff",
     "eta": "eta_cutoff",
     "eval_data": "eval_dataset",
+    "grammar": "guided_grammar",
     "greedy": "do_sample",
     "group_size": "num_generations num_return_sequences",
     "guidance_prompt": "negative_prompt negative_prompt_ids",

@@ -24,7 +24,7 @@ Strategy = Literal[
     "mbr",
 ]
 
-WHOLE_TEXT = ("regex", "choices", "json_schema")
+WHOLE_TEXT = ("regex", "choices", "json_schema", "grammar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,9 @@ class Sampling(Checked):
     """The new text must be one of these."""
     json_schema: str | None = dataclasses.field(default=None, metadata={"any_type": True})
     """The new text must be JSON that is valid by the JSON schema in this file (in Python also by a mapping)."""
+    grammar: str | None = dataclasses.field(default=None, metadata={"any_type": True})
+    """The new text must be of the context-free grammar in this file, in Lark syntax (in Python also the grammar); one
+    that reaches max_new_tokens is cut. It needs the extra `grammar`."""
     ban: tuple[str, ...] = ()
     """Strings that the new text must not contain, however it is cut into tokens: " king" bars " kingdom" too."""
     bias: tuple[str, ...] = dataclasses.field(default=(), metadata={"any_type": True})

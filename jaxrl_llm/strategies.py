@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def transforms_of(
         "regex": constrained(constraints.from_regex),
         "choices": constrained(constraints.from_choices),
         "json_schema": constrained(lambda schema, pieces: constraints.from_json_schema(_schema(schema), pieces)),
+        "grammar": lambda given: constraints.from_grammar(_grammar(given), vocabulary(), eos_ids),
         "ban": lambda texts: transforms.Chain(constraints.banned_text(vocabulary(), each) for each in texts),
         "min_new_tokens": lambda count: transforms.MinLength(count, eos_ids),
         "bias": lambda given: transforms.Chain(biases(given)),
@@ -157,6 +159,20 @@ def _schema(schema: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
         return json.loads(Path(schema).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"json_schema must be a file of JSON, but {schema} is not: {error}.") from error
+
+
+def _grammar(grammar: str | os.PathLike) -> str:
+    """A grammar as Lark text, read from a file unless it is text with a rule `start`."""
+    if not isinstance(grammar, str | os.PathLike):
+        raise TypeError(f"grammar must be a grammar in Lark syntax, or the path of its file, but is {grammar!r}.")
+    if isinstance(grammar, str) and re.search(r"^\s*start\b[^:\n]*:", grammar, re.MULTILINE):
+        return grammar
+    try:
+        return Path(grammar).read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"grammar must be Lark text with a rule start, or the path of its file, but is {str(grammar)!r}."
+        ) from error
 
 
 def with_draft(search: Search, params: language_model.Params) -> Search:

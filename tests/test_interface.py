@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -280,6 +281,12 @@ def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     assert lm.generate("the cat", choices="on", max_new_tokens=8)[0].text == "on", "a single string is one choice"
     written = lm.generate("the cat", json_schema={"type": "boolean"}, max_new_tokens=8)[0]
     assert isinstance(json.loads(written.text), bool)
+    nested = lm.generate("the cat", grammar='start: "s" start "t" | "a"', max_new_tokens=8, n=4)
+    assert all(re.fullmatch("s*at*", each.text) for each in nested)
+    assert all(each.text.count("s") == each.text.count("t") for each in nested if each.finish_reason == "eos")
+    assert {each.finish_reason for each in nested} >= {"eos"}
+    beams = lm.beam_search("the cat", grammar='start: " sat" | " mat"', num_beams=4, max_new_tokens=8)
+    assert {each.text for each in beams} <= {" sat", " mat"} and len({each.text for each in beams}) == len(beams)
 
 
 def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
@@ -655,6 +662,10 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "give either regex or choices", lambda lm: lm.generate("x", regex="a", choices=["b"])),
         (ValueError, "give either choices or json_schema", lambda lm: lm.generate("x", choices=["b"], json_schema={})),
         (ValueError, "the JSON schema has the keyword 'x'", lambda lm: lm.generate("x", json_schema={"x": 1})),
+        (ValueError, "give either regex or grammar", lambda lm: lm.generate("x", regex="a", grammar="start: x")),
+        (ValueError, "grammar must be Lark text with a rule start, or the path of its file, but is 'x: \"a\"'",
+            lambda lm: lm.generate("x", grammar='x: "a"')),
+        (TypeError, "grammar must be a grammar in Lark", lambda lm: lm.generate("x", grammar=5)),
         (TypeError, "json_schema must be a JSON schema as a mapping", lambda lm: lm.generate("x", json_schema=5)),
         (ValueError, "guidance_scale needs guidance_prompt", lambda lm: lm.generate("x", guidance_scale=2.0)),
         (ValueError, "stop must be strings that are not empty", lambda lm: lm.generate("x", stop=[""])),
