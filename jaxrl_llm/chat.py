@@ -57,6 +57,8 @@ class Chat:
         options_of.check("greedy" if greedy else "sample", self.sampling, Search())
         if self.sampling.cut is not None or self.sampling.guidance_prompt is not None:
             raise ValueError("a chat does not use cut and guidance_prompt: undo makes room in its context.")
+        if self.sampling.heal:
+            raise ValueError("a chat does not use heal: its prompts end where a reply begins.")
         self.system = system
         self.clear()
         text.encode(self.lm.tokenizer, [*self.messages, {"role": "user", "content": ""}], chat=True)  # or an error now

@@ -35,6 +35,9 @@ class Sampling(Checked):
     """Maximum number of new tokens."""
     cut: Literal["left", "right"] | None = None
     """Cut prompts that do not fit the context with the new tokens, on this side; otherwise they are refused."""
+    heal: bool = False
+    """Take the last tokens of a prompt back, as many as begin a longer token, and write their text again (they count as
+    new tokens), so that the prompt may end within a word. For sample, greedy and beams (but stochastic-beam)."""
     temperature: float = number(1.0, 0, above=True)
     """Divides the logits: below 1 sharper, above 1 flatter."""
     top_k: int | None = number(None, 1)
@@ -113,6 +116,8 @@ class Sampling(Checked):
                 f"ban must be empty with {self.whole_text[0]}, but is {list(self.ban)}: "
                 "together they can leave no text."
             )
+        if self.heal and (left := [*self.whole_text, *(["ban"] if self.ban else [])]):
+            raise ValueError(f"heal does not go with {left[0]}, which is for the text after the prompt.")
         if len(self.whole_text) > 1:
             raise ValueError(f"give either {' or '.join(self.whole_text)}, not both.")
         if self.guidance_prompt is None and self.guidance_scale != Sampling.guidance_scale:
@@ -211,8 +216,8 @@ FILTERS = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "et
 PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty", "bias"}
 CONSTRAINTS = {"no_repeat_ngram", "min_new_tokens", "ban", *WHOLE_TEXT}
 DRAWING = FILTERS | PENALTIES | CONSTRAINTS
-TOKEN_BY_TOKEN = {"stop", "guidance_prompt", "guidance_scale"}
-BEAMS = {"num_beams", "length_penalty", "no_repeat_in", "stop"}
+TOKEN_BY_TOKEN = {"heal", "stop", "guidance_prompt", "guidance_scale"}
+BEAMS = {"num_beams", "length_penalty", "no_repeat_in", "stop", "heal"}
 USED: dict[Strategy, set[str]] = {
     "sample": DRAWING | TOKEN_BY_TOKEN,
     "greedy": PENALTIES | CONSTRAINTS | TOKEN_BY_TOKEN,

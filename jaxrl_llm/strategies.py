@@ -19,6 +19,7 @@ from jaxrl_llm import decoding, language_model, models
 from jaxrl_llm import mesh as meshes
 from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import constraints, transforms
+from jaxrl_llm.decoding.healing import Healing
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.sampling import Sampling, Search, Strategy
 
@@ -58,6 +59,8 @@ class Request:
     """Index of its first row among those of all batches: rows draw by their index, however they are batched."""
     n: int = 1
     """Samples of each row, for sample."""
+    healing: Healing | None = None
+    """Of each row, where the ends of prompts are written again."""
 
     @property
     def model(self) -> tuple[Any, Any, Any]:
@@ -73,7 +76,17 @@ class Request:
     @property
     def drawing(self) -> dict[str, Any]:
         """The common arguments, the transform, and a key."""
-        return self.common | {"transform": self.transform, "key": self.keys()}
+        return self.common | {"transform": self.whole_transform, "key": self.keys()}
+
+    @property
+    def whole_transform(self) -> transforms.Transform | None:
+        """The transform after that of healing, of which each sample has its own."""
+        if self.healing is None:
+            return self.transform
+        starts = jnp.repeat(self.healing.start, self.n)
+        return transforms.Chain(
+            (dataclasses.replace(self.healing, start=starts), transforms.as_transform(self.transform))
+        )
 
     def keys(self) -> Key[Array, "*#rows"]:
         """Return the key of all samples, or one for each of a later batch: every sample has an index of its own."""
@@ -230,7 +243,7 @@ def _beam(request: Request, **kind: Any) -> list[list[Hypothesis]]:
     rules = {"num_beams": search.num_beams, "length_penalty": search.length_penalty, "stop": request.stop, **kind}
     if search.no_repeat_in == "beam":
         rules |= {"no_repeat_ngram": request.sampling.no_repeat_ngram, "no_repeat_in": "beam"}
-    beams = decoding.beam_search(*request.model, transform=request.transform, **rules, **request.common)
+    beams = decoding.beam_search(*request.model, transform=request.whole_transform, **rules, **request.common)
     found = _hypotheses(beams.tokens, beams.mask, beams.logp, beams.log_prob)
     if not request.sampling.whole_text:
         return found

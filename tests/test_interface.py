@@ -289,6 +289,38 @@ def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     assert {each.text for each in beams} <= {" sat", " mat"} and len({each.text for each in beams}) == len(beams)
 
 
+HEALED = {"heal": True, "max_new_tokens": LENGTH, "seed": 1}
+
+
+def assert_healed(lm, prompt, found):
+    """The text goes on where the prompt ends, though its last tokens are others."""
+    read, taken = lm.tokenizer(prompt)["input_ids"], int(found.details.get("healed", 0))
+    assert lm.decode(read[: len(read) - taken] + found.tokens) == prompt + found.text
+    return taken
+
+
+def test_healing_writes_the_end_of_the_prompt_again(lm):
+    prompts = ["the cat sat on t", "the cat sat on the"]
+    found = lm.generate(prompts, n=2, **HEALED)
+    assert [assert_healed(lm, prompts[each.index], each) > 0 for each in found] == [True, True, False, False]
+    plain = lm.generate(prompts, n=2, max_new_tokens=LENGTH, seed=1)
+    assert [one.tokens == other.tokens for one, other in zip(found, plain, strict=True)][2:] == [True, True]
+
+
+@pytest.mark.slow
+def test_healing_is_the_same_in_batches_in_streams_and_in_beams(lm):
+    prompts = ["the cat sat on t", "the c", "the cat sat on the"]
+    found = lm.generate(prompts, n=2, **HEALED)
+    several = [lm.generate(prompts, n=2, batch_size=size, **HEALED) for size in (2, 3)]
+    for others in (*several, lm.generate_many(prompts, n=2, rows=2, progress=False, **HEALED)):
+        assert [(each.tokens, each.text) for each in others] == [(each.tokens, each.text) for each in found]
+    alone = lm.generate(prompts[0], **HEALED)[0]
+    stream = lm.stream(prompts[0], **HEALED)
+    assert "".join(stream) == alone.text == stream.completion.text
+    for beam in lm.beam_search(prompts[0], heal=True, num_beams=3, max_new_tokens=LENGTH):
+        assert assert_healed(lm, prompts[0], beam)
+
+
 def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
     before, after = (lm.tokenizer(each)["input_ids"] for each in ("the cat ", "the cat sat"))
     options = {"transforms": ForcedTokens([*before, *after]), "max_new_tokens": len(before + after), "stop": "cat"}
@@ -662,6 +694,10 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "give either regex or choices", lambda lm: lm.generate("x", regex="a", choices=["b"])),
         (ValueError, "give either choices or json_schema", lambda lm: lm.generate("x", choices=["b"], json_schema={})),
         (ValueError, "the JSON schema has the keyword 'x'", lambda lm: lm.generate("x", json_schema={"x": 1})),
+        (ValueError, "heal does not go with regex", lambda lm: lm.generate("x", heal=True, regex="a")),
+        (ValueError, "heal does not go with ban", lambda lm: lm.generate("x", heal=True, ban="a")),
+        (ValueError, "a chat does not use heal", lambda lm: jl.Chat(lm, heal=True)),
+        (ValueError, "the strategy mbr does not use heal", lambda lm: lm.generate("x", heal=True, strategy="mbr")),
         (ValueError, "give either regex or grammar", lambda lm: lm.generate("x", regex="a", grammar="start: x")),
         (ValueError, "grammar must be Lark text with a rule start, or the path of its file, but is 'x: \"a\"'",
             lambda lm: lm.generate("x", grammar='x: "a"')),
@@ -703,6 +739,7 @@ def test_refusals(lm, error, said, use):
         ("guidance_prompt is for decoder-only models", lambda t5: t5.generate("one", guidance_prompt="two")),
         ("an encoder-decoder scores completions given texts", lambda t5: t5.perplexity("one")),
         ("completion 1, 'hello'", lambda t5: t5.log_probs("one", ["eins", "hello"])),
+        ("heal is for decoder-only models", lambda t5: t5.generate("one", heal=True)),
         ("landscape needs a model of one text", lambda t5: t5.landscape("one")),
     ],
 )
