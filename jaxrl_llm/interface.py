@@ -370,6 +370,8 @@ class LM:
         options_of.check(strategy, sampling, search, n=n)
         if sampling.guidance_prompt is not None:
             raise ValueError("generate_many does not use guidance_prompt: generate does.")
+        if sampling.context == "slide":
+            raise ValueError("generate_many does not use context='slide': generate does.")
         if self._translates:
             raise ValueError("generate_many is for decoder-only models: translate takes a batch_size.")
         given, encoded = self._encoded(prompts, chat=chat, sampling=sampling)
@@ -424,7 +426,8 @@ class LM:
         Args:
             prompt: a single one.
             greedy, chat, transforms: as in `generate`.
-            memory: what earlier calls have read; of a prompt that begins with it only the rest is read.
+            memory: what earlier calls have read; of a prompt that begins with it only the rest is read. It is not used
+                if the context slides.
 
         Options: listed here.
 
@@ -450,7 +453,10 @@ class LM:
             (rows,) = _parts(rows, 1) if memory is None else [rows]
             request = self._request(strategy, rows, sampling, search, transforms, chat=chat)
             greedily = strategy == "greedy"
-            pieces = decoding.stream(*request.model, greedy=greedily, memory=memory, **request.token_by_token)
+            if sampling.context == "slide":
+                pieces = decoding.slide_stream(*request.model, greedy=greedily, **request.token_by_token)
+            else:
+                pieces = decoding.stream(*request.model, greedy=greedily, memory=memory, **request.token_by_token)
         return Stream(self._each(pieces), texts(), completed)
 
     @takes(Sampling, Search)
@@ -885,6 +891,8 @@ class LM:
                     )
         if strategy == "speculative":
             search = strategies.with_draft(search, self.params)
+        if sampling.context == "slide" and self._translates:
+            raise ValueError("a context that slides is for decoder-only models.")
         stop_ids, strings = self._stops(sampling)
         ends = [*self.eos_ids, *stop_ids]
         own = sampling if search.no_repeat_in == "sequence" else dataclasses.replace(sampling, no_repeat_ngram=None)

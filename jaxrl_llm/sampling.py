@@ -35,6 +35,9 @@ class Sampling(Checked):
     """Maximum number of new tokens."""
     cut: Literal["left", "right"] | None = None
     """Cut prompts that do not fit the context with the new tokens, on this side; otherwise they are refused."""
+    context: Literal["refuse", "slide"] = "refuse"
+    """A text that does not fit the model's context is refused, or its window slides: each time that it is full, its
+    last half is read anew. For sample and greedy."""
     heal: bool = False
     """Take the last tokens of a prompt back, as many as begin a longer token, and write their text again (they count as
     new tokens), so that the prompt may end within a word. For sample, greedy and beams (but stochastic-beam)."""
@@ -97,6 +100,10 @@ class Sampling(Checked):
             )
         if self.cut not in (None, "left", "right"):
             raise ValueError(f"cut must be left or right, or None, but is {self.cut!r}.")
+        if self.context not in ("refuse", "slide"):
+            raise ValueError(f"context must be refuse or slide, but is {self.context!r}.")
+        if self.context == "slide" and (self.cut is not None or self.guidance_prompt is not None):
+            raise ValueError("a context that slides does not go with cut and guidance_prompt.")
         if self.top_k == 0:
             raise ValueError("top_k must be an integer of at least 1, but is 0: leave it out to keep all tokens.")
         super().__post_init__()
@@ -216,7 +223,7 @@ FILTERS = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "et
 PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty", "bias"}
 CONSTRAINTS = {"no_repeat_ngram", "min_new_tokens", "ban", *WHOLE_TEXT}
 DRAWING = FILTERS | PENALTIES | CONSTRAINTS
-TOKEN_BY_TOKEN = {"heal", "stop", "guidance_prompt", "guidance_scale"}
+TOKEN_BY_TOKEN = {"context", "heal", "stop", "guidance_prompt", "guidance_scale"}
 BEAMS = {"num_beams", "length_penalty", "no_repeat_in", "stop", "heal"}
 USED: dict[Strategy, set[str]] = {
     "sample": DRAWING | TOKEN_BY_TOKEN,

@@ -97,8 +97,14 @@ class Request:
 
     @property
     def token_by_token(self) -> dict[str, Any]:
-        """The arguments of `generate` and `stream`."""
-        return self.drawing | {"stop": self.stop, "guidance": self.guidance}
+        """The arguments of `generate` and `stream`; of those whose context slides, without guidance."""
+        guided = {} if self.sampling.context == "slide" else {"guidance": self.guidance}
+        return self.drawing | {"stop": self.stop} | guided
+
+    @property
+    def generate(self) -> Callable[..., decoding.Generation]:
+        """The decoder of sample and greedy."""
+        return decoding.slide if self.sampling.context == "slide" else decoding.generate
 
 
 def run(strategy: Strategy, request: Request) -> list[list[Hypothesis]]:
@@ -231,11 +237,11 @@ def _hypotheses(
 
 
 def _sample(request: Request) -> list[list[Hypothesis]]:
-    return rows_of(decoding.generate(*request.model, n=request.n, **request.token_by_token))
+    return rows_of(request.generate(*request.model, n=request.n, **request.token_by_token))
 
 
 def _greedy(request: Request) -> list[list[Hypothesis]]:
-    return rows_of(decoding.generate(*request.model, greedy=True, **request.token_by_token))
+    return rows_of(request.generate(*request.model, greedy=True, **request.token_by_token))
 
 
 def _beam(request: Request, **kind: Any) -> list[list[Hypothesis]]:

@@ -130,6 +130,7 @@ def request(
     guidance: Guidance | None = None,
     n: int = 1,
     align: bool = False,
+    bounded: bool = True,
 ) -> Request:
     """Check the arguments of a decoder, and bring them into the shapes for which programs are compiled.
 
@@ -137,6 +138,7 @@ def request(
 
     Args:
         align: move all padding to the left.
+        bounded: refuse prompts that do not fit the model's context with their new tokens.
 
     Raises:
         ValueError: as `generate`.
@@ -149,7 +151,7 @@ def request(
     batch = prompts.shape[0] if prompts.ndim else 1
     limits, transform = row_limits(max_new_tokens, batch), as_transform(transform).plain()
     transform.check(limits)
-    prompts, mask = _bucketed(lm, prompts, prompt_mask, limits)
+    prompts, mask = _bucketed(lm, prompts, prompt_mask, limits, bounded=bounded)
     if align:
         order = jnp.argsort(mask, axis=1, stable=True)
         prompts, mask = (jnp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
@@ -248,11 +250,12 @@ def _bucketed(
     limits: Int[np.ndarray, "batch"],
     *,
     name: str = "prompts",
+    bounded: bool = True,
 ) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"]]:
     """The prompts and their mask, checked, and padded on the left to a bucket."""
-    language_model.check_tokens(lm, prompts, mask, name=name)
+    language_model.check_tokens(lm, prompts, mask, name=name, bounded=bounded)
     mask = jnp.ones(prompts.shape, bool) if mask is None else mask
-    check_room(lm, mask, limits)
+    check_room(lm, mask, limits, bounded=bounded)
     padding = ((0, 0), (prompt_bucket(prompts.shape[1]) - prompts.shape[1], 0))
     return jnp.pad(prompts.astype(jnp.int32), padding), jnp.pad(mask, padding)
 
@@ -298,16 +301,23 @@ def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.
 
 
 def check_room(
-    lm: LanguageModel, prompt_mask: Bool[Array, "batch prompt"], max_new_tokens: int | Int[np.ndarray, "batch"]
+    lm: LanguageModel,
+    prompt_mask: Bool[Array, "batch prompt"],
+    max_new_tokens: int | Int[np.ndarray, "batch"],
+    *,
+    bounded: bool = True,
 ) -> None:
-    """Raise ValueError for a prompt that is too short for the model or too long for its context, where it is known."""
+    """Raise ValueError for a prompt that is too short for the model or, if `bounded`, too long for its context.
+
+    Where the mask is traced nothing is known.
+    """
     if not is_concrete(prompt_mask) or prompt_mask.shape[0] == 0:
         return
     lengths = np.asarray(prompt_mask).sum(axis=1)
     if lengths.min() < lm.min_prompt_length:
         raise ValueError(f"prompt {lengths.argmin()} is empty: this model needs at least one token to start from.")
     totals = lengths + max_new_tokens
-    if totals.max() > lm.max_length:
+    if bounded and totals.max() > lm.max_length:
         row = totals.argmax()
         raise ValueError(
             f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
