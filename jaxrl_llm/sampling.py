@@ -84,10 +84,10 @@ class Sampling(Checked):
     """Numbers added to the logits of the tokens that complete a string, such as " king=-2" (in Python also a mapping
     from strings to numbers)."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. For sample, greedy and
-    beams (but stochastic-beam)."""
+    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. For sample, greedy,
+    best-of-n and beams (but stochastic-beam)."""
     guidance_prompt: str | None = None
-    """Move away from what would follow this prompt too (classifier-free guidance). For sample and greedy."""
+    """Move away from what would follow this prompt too (classifier-free guidance). For sample, greedy and best-of-n."""
     guidance_scale: float = number(1.5, -math.inf)
     """Strength of the guidance; 1 is none."""
     seed: int = number(0, 0, 2**32 - 1)
@@ -235,7 +235,7 @@ USED: dict[Strategy, set[str]] = {
     "contrastive": {"candidates", "alpha"},
     "speculative": DRAWING | {"num_draft", "draft_model"},
     "lookup": DRAWING | {"num_draft", "lookup_ngram"},
-    "best-of-n": DRAWING | {"num_candidates"},
+    "best-of-n": DRAWING | {"num_candidates", "stop", "guidance_prompt", "guidance_scale"},
     "mbr": DRAWING | {"num_candidates"},
 }
 

@@ -317,7 +317,8 @@ def _best_of_n(request: Request) -> list[list[Hypothesis]]:
     def mean_log_prob(samples: decoding.Generation) -> Any:
         return (samples.logp * samples.mask).sum(axis=-1) / samples.mask.sum(axis=-1).clip(1)
 
-    found = decoding.best_of_n(*request.model, n=request.search.num_candidates, score=mean_log_prob, **request.drawing)
+    n = request.search.num_candidates
+    found = decoding.best_of_n(*request.model, n=n, score=mean_log_prob, **request.token_by_token)
     return rows_of(found.generation, lambda row: {"log_prob_per_token": float(found.scores[row].max())})
 
 

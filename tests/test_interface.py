@@ -289,6 +289,22 @@ def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     assert {each.text for each in beams} <= {" sat", " mat"} and len({each.text for each in beams}) == len(beams)
 
 
+def test_the_best_of_n_ends_at_stop_strings_and_takes_guidance(lm):
+    options = {"strategy": "best-of-n", "num_candidates": 3, "max_new_tokens": LENGTH, "guidance_prompt": "the"}
+    prompts, stop = PROMPTS[:2], [*"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    found = lm.generate(prompts, stop=stop, **options)
+
+    def score(samples):
+        return samples.logp.sum(axis=-1) / samples.mask.sum(axis=-1)
+
+    arguments, common = padded(lm, prompts)
+    common |= {"stop": decoding.stop_strings(lm.token_bytes, stop), "max_new_tokens": LENGTH, "score": score}
+    guidance = decoding.Guidance([lm.encode("the")] * 2, 1.5)
+    expected = decoding.best_of_n(*arguments, n=3, key=jax.random.key(0), guidance=guidance, **common)
+    assert [each.tokens for each in found] == rows(expected.generation)
+    assert {each.finish_reason for each in found} >= {"stop"} and not any({*each.text} & {*stop} for each in found)
+
+
 HEALED = {"heal": True, "max_new_tokens": LENGTH, "seed": 1}
 
 
