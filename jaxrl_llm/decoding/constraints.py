@@ -401,12 +401,9 @@ class InGrammar(Transform):
         if logits.shape[-1] != vocab:
             raise ValueError(f"the model has {logits.shape[-1]} tokens, but the grammar was compiled for {vocab}.")
         words = _words(vocab)
-        first = jnp.argsort(~mask, axis=-1, stable=True)
-        written, lengths = jnp.take_along_axis(tokens, first, axis=-1), mask.sum(axis=-1)
         shapes = jax.ShapeDtypeStruct((*rows, words), jnp.uint32), jax.ShapeDtypeStruct(rows, jnp.uint8)
-        masks = functools.partial(grammars.places, words=words)
-        numbers = jnp.broadcast_to(self.number, rows)
-        given = everywhere((numbers, written, lengths))  # the host is asked once, whatever the mesh
+        given = everywhere((jnp.broadcast_to(self.number, rows), jnp.where(mask, tokens, grammars.NOTHING)))
+        masks = functools.partial(grammars.places, words=words)  # the host is asked once, whatever the mesh
         bits, status = everywhere(jax.pure_callback(masks, shapes, *given, vmap_method="broadcast_all"))
         follows = (bits[..., self.pieces // 32] >> (self.pieces % 32).astype(jnp.uint32)) & 1 == 1
         is_eos = (jnp.arange(vocab)[:, None] == self.eos_ids).any(axis=1)

@@ -18,6 +18,7 @@ from jaxtyping import Int, UInt8, UInt32
 KEPT = 4096  # matchers of a grammar; others are computed anew, from the longest of their prefixes that is kept
 NO_FORCING = '\n%llguidance {"no_forcing": true}'  # else of a text that is certain only the longest tokens are allowed
 NO_WAY_ON = ("NoExtension", "NoExtensionBias")  # of the tokens, though a text of the grammar would go on
+NOTHING = -1  # where a row has no token
 OPEN, MAY_END, LOST = range(3)  # the text must go on; it may end here; it is not of the grammar
 
 
@@ -130,20 +131,20 @@ def compiled(lark: str, pieces: tuple[bytes, ...], vocabulary: tuple[int, ...]) 
 
 
 def places(
-    numbers: Int[np.ndarray, "*#batch"],
-    tokens: Int[np.ndarray, "*batch slot"],
-    lengths: Int[np.ndarray, "*batch"],
-    *,
-    words: int,
+    numbers: Int[np.ndarray, "*batch"], tokens: Int[np.ndarray, "*batch slot"], *, words: int
 ) -> tuple[UInt32[np.ndarray, "*batch word"], UInt8[np.ndarray, "*batch"]]:
-    """Return the pieces that may follow the first tokens of each row, as bits of `words` words, and its status."""
-    shape, slots = np.shape(lengths), np.shape(tokens)[-1]
-    lengths, numbers = (np.broadcast_to(np.asarray(each), shape).reshape(-1, 1) for each in (lengths, numbers))
-    written = np.where(np.arange(slots) < lengths, np.asarray(tokens).reshape(-1, slots), 0)
-    distinct, which = np.unique(np.concatenate([numbers, lengths, written], axis=1), axis=0, return_inverse=True)
-    bits, status = np.zeros((len(distinct), 4 * words), np.uint8), np.zeros(len(distinct), np.uint8)
-    for row, (number, length, *tokens) in enumerate(distinct.tolist()):
-        place = _compiled[number].after(tokens[:length])
-        bits[row, : len(place.pieces)], status[row] = place.pieces, place.status
-    which = which.reshape(-1)
-    return bits.view(np.uint32)[which].reshape(*shape, words), status[which].reshape(shape)
+    """Return the pieces that may follow the tokens of each row, as bits of `words` words, and its status.
+
+    Args:
+        tokens: NOTHING where there is none.
+    """
+    shape = np.shape(numbers)
+    rows = np.concatenate([np.reshape(numbers, (-1, 1)), np.reshape(tokens, (-1, np.shape(tokens)[-1]))], axis=1)
+    known: dict[bytes, Place] = {}
+    bits, status = np.zeros((len(rows), 4 * words), np.uint8), np.zeros(len(rows), np.uint8)
+    for row, written in enumerate(rows):
+        if (key := written.tobytes()) not in known:
+            number, *tokens = written.tolist()
+            known[key] = _compiled[number].after([token for token in tokens if token != NOTHING])
+        bits[row, : len(known[key].pieces)], status[row] = known[key].pieces, known[key].status
+    return bits.view(np.uint32).reshape(*shape, words), status.reshape(shape)
