@@ -41,6 +41,7 @@ ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transfor
     "greedy": "do_sample",
     "group_size": "num_generations num_return_sequences",
     "guidance_prompt": "negative_prompt negative_prompt_ids",
+    "heal": "token_healing",
     "importance_cap": "vllm_importance_sampling_cap tis_imp_ratio_cap",
     "importance_mode": "vllm_importance_sampling_mode",
     "keep": "save_total_limit",
