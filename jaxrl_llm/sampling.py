@@ -84,8 +84,8 @@ class Sampling(Checked):
     """Numbers added to the logits of the tokens that complete a string, such as " king=-2" (in Python also a mapping
     from strings to numbers)."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. For sample, greedy,
-    best-of-n and beams (but stochastic-beam)."""
+    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. Not for stochastic-beam
+    and mbr."""
     guidance_prompt: str | None = None
     """Move away from what would follow this prompt too (classifier-free guidance). For sample, greedy and best-of-n."""
     guidance_scale: float = number(1.5, -math.inf)
@@ -232,9 +232,9 @@ USED: dict[Strategy, set[str]] = {
     "diverse-beam": PENALTIES | CONSTRAINTS | BEAMS | {"num_groups", "diversity_penalty", "diversity_by"},
     "sampled-beam": DRAWING | BEAMS,
     "stochastic-beam": DRAWING | {"num_beams"},
-    "contrastive": {"candidates", "alpha"},
-    "speculative": DRAWING | {"num_draft", "draft_model"},
-    "lookup": DRAWING | {"num_draft", "lookup_ngram"},
+    "contrastive": {"candidates", "alpha", "stop"},
+    "speculative": DRAWING | {"num_draft", "draft_model", "stop"},
+    "lookup": DRAWING | {"num_draft", "lookup_ngram", "stop"},
     "best-of-n": DRAWING | {"num_candidates", "stop", "guidance_prompt", "guidance_scale"},
     "mbr": DRAWING | {"num_candidates"},
 }

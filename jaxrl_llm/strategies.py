@@ -291,8 +291,8 @@ def _stochastic_beam(request: Request) -> list[list[Hypothesis]]:
 
 def _contrastive(request: Request) -> list[list[Hypothesis]]:
     search = request.search
-    found = decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **request.common)
-    return rows_of(found)
+    options = request.common | {"stop": request.stop}
+    return rows_of(decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **options))
 
 
 def _speculative(request: Request) -> list[list[Hypothesis]]:
@@ -305,9 +305,8 @@ def _lookup(request: Request) -> list[list[Hypothesis]]:
 
 
 def _speculate(request: Request, draft: decoding.Draft) -> list[list[Hypothesis]]:
-    found = decoding.speculative_generate(
-        *request.model, draft=draft, num_draft=request.search.num_draft, **request.drawing
-    )
+    options = request.drawing | {"stop": request.stop}
+    found = decoding.speculative_generate(*request.model, draft=draft, num_draft=request.search.num_draft, **options)
     return rows_of(
         found.generation, lambda row: {"accepted": int(found.accepted[row]), "rounds": int(found.rounds[row])}
     )

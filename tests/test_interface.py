@@ -305,6 +305,17 @@ def test_the_best_of_n_ends_at_stop_strings_and_takes_guidance(lm):
     assert {each.finish_reason for each in found} >= {"stop"} and not any({*each.text} & {*stop} for each in found)
 
 
+def test_the_strategies_that_look_ahead_end_at_stop_strings(lm):
+    stop = [*"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    plain = lm.generate(PROMPTS, greedy=True, max_new_tokens=LENGTH, stop=stop)
+    found = lm.generate(PROMPTS, strategy="contrastive", alpha=0.0, max_new_tokens=LENGTH, stop=stop)
+    assert [(each.tokens, each.text, each.finish_reason) for each in found] == [
+        (each.tokens, each.text, each.finish_reason) for each in plain
+    ]
+    found = lm.generate(PROMPTS, strategy="lookup", max_new_tokens=LENGTH, stop=stop)
+    assert not any({*each.text} & {*stop} for each in found) and {each.finish_reason for each in found} >= {"stop"}
+
+
 HEALED = {"heal": True, "max_new_tokens": LENGTH, "seed": 1}
 
 
