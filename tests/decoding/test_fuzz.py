@@ -13,8 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.decoding import constraints, core, generate, generate_many, stop_strings, transforms
+from jaxrl_llm.decoding import (
+    PromptLookup,
+    constraints,
+    core,
+    generate,
+    generate_many,
+    speculative_generate,
+    stop_strings,
+    transforms,
+)
 from jaxrl_llm.decoding.beam import beam_search
+from jaxrl_llm.decoding.healing import healing
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import TINY, log_softmax, random_params
 from tests.decoding.decoders import apply, params_of
@@ -130,14 +140,20 @@ def lse(logits):
     return np.logaddexp.reduce(logits)
 
 
+def writes(piece, text):
+    """True if a token writes a part of a text, or all of it and more."""
+    return bool(piece) and (piece.startswith(text) or text.startswith(piece))
+
+
 class Case:
     """A random request, for the library and for the plain decoder."""
 
     def __init__(self, structure, number):
         shape, self.value = np.random.default_rng(structure), np.random.default_rng([structure, number])
         self.name = shape.choice(["table", "gpt2"])
-        self.decoder = ["sample", "greedy", "many", "beam"][structure % 4]
+        self.decoder = ["sample", "greedy", "many", "beam", "look-up"][structure % 5]
         self.pieces, self.vocab = encoded(self.name), len(PIECES[self.name])
+        self.greedy = self.decoder in ("greedy", "look-up")
         self.n = int(shape.integers(1, 3)) if self.decoder == "sample" else 1
         self.rows = ROWS * self.n
         self.per_row, self.padding = bool(shape.integers(2)), shape.choice(["left", "right", "between", "lists"])
@@ -147,7 +163,9 @@ class Case:
         self.limits = np.broadcast_to(self.value.integers(1, new + 1, self.rows), self.rows)
         self.eos = [END, int(self.value.choice([NEVER, self.value.integers(self.vocab)]))]
         self.least, self.chain, self.steps = 0, [], []
-        constraint = shape.choice(["none", "regex", "star", "choices", "grammar", "json"], p=[0.25, *[0.15] * 5])
+        self.texts = [b""] * self.rows
+        kinds = ["none", "regex", "star", "choices", "grammar", "json", "heal"]
+        constraint = shape.choice(kinds, p=[0.22, *[0.13] * 6])
         if constraint != "none":
             self._constrain(constraint)
         kinds = [*NUMERIC, *WHOLE, "bias", "bad words", "least", "ban", "text bias", "mirostat"]
@@ -233,9 +251,26 @@ class Case:
 
             self.steps.append(lambda row, text, new, z: keep(z, np.isin(np.arange(self.vocab), list(allowed(new)))))
             return
+        if kind == "heal":
+            self.texts = [
+                "".join(self.value.choice(list(LETTERS), self.value.integers(0, 4))) for _ in range(self.rows)
+            ]
+            self.texts = [text.encode() for text in self.texts]
+            self.chain.append(healing(self.pieces, self.texts))
+            self.limits = np.maximum(self.limits, [self.to_write(text) for text in self.texts])
+
+            def begun(row, new):
+                rest, left = self.texts[row][len(self.written(new)) :], self.limits[row] - len(new) - 1
+                return [
+                    not rest or (writes(piece, rest) and self.to_write(rest[len(piece) :]) <= left)
+                    for piece in self.pieces
+                ]
+
+            self.steps.append(lambda row, text, new, z: keep(z, begun(row, new)))
+            return
         if kind == "json" and self.name == "gpt2":
-            low = int(self.value.integers(-3, 3))
-            high = low + int(self.value.integers(0, 30))
+            low = int(self.value.choice([-3, 1, 11, 21]))
+            high = low + int(self.value.integers(0, 20))
             schema = self.value.choice(
                 [{"type": "integer", "minimum": low, "maximum": high}, {"enum": [True, low, 12]}, {"type": "boolean"}]
             )
@@ -268,6 +303,11 @@ class Case:
 
         self.steps.append(lambda row, text, new, z: keep(z, fits(new, self.limits[row] - len(new))))
 
+    def to_write(self, text):
+        """The fewest tokens that write a text, or more than it."""
+        ways = [self.to_write(text[len(piece) :]) for piece in self.pieces if writes(piece, text)] if text else [-1]
+        return 1 + min(ways)
+
     # The plain decoder -----------------------------------------------------------------------------------------------
 
     def prompt(self, row):
@@ -285,7 +325,8 @@ class Case:
 
     def ends(self, row, new):
         """Why a row ends after these tokens, or None."""
-        searched = self.written(new[max(self.least - 1, 0) :])
+        within = sum(len(self.written(new[:end])) < len(self.texts[row]) for end in range(len(new)))
+        searched = self.written(new[max(self.least - 1, within, 0) :])
         if new and new[-1] in self.eos:
             return "eos"
         if new and any(each.encode() in searched for each in self.strings):
@@ -299,13 +340,13 @@ class Case:
             warped = self.warped(row, new)
             if not (warped > -np.inf).any():
                 return new, logps, sampled, "none"
-            if self.decoder == "greedy":
+            if self.greedy:
                 token = int(warped.argmax())
             else:
                 key = jax.random.fold_in(jax.random.fold_in(self.key, row), len(new))
                 token = int(draw(key[None], warped.astype(np.float32)[None])[0])
             logps.append(log_softmax(self.logits(row, new))[token])
-            sampled.append(0.0 if self.decoder == "greedy" else log_softmax(warped)[token])
+            sampled.append(0.0 if self.greedy else log_softmax(warped)[token])
             new = [*new, token]
         return new, logps, sampled, self.ends(row, new)
 
@@ -361,6 +402,8 @@ class Case:
             return beam_search(*model, num_beams=self.width, length_penalty=self.penalty, **options)
         if self.decoder == "many":
             return generate_many(*model, rows=2, key=self.key, **options)
+        if self.decoder == "look-up":
+            return speculative_generate(*model, draft=PromptLookup(2), greedy=True, **options).generation
         if self.decoder == "greedy":
             return generate(*model, greedy=True, **options)
         return generate(*model, key=self.key, n=self.n, **options)
