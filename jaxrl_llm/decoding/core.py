@@ -61,11 +61,12 @@ class Guidance:
     """Classifier-free guidance: z + (scale − 1) (log p − log p_u), z the logits of p; p_u follows the second prompt.
 
     A scale of 1 is plain generation; above 1 it moves away from what would follow the second prompt anyway. A token
-    that either distribution excludes is then excluded. The new tokens are fed to both.
+    that either distribution excludes is then excluded. The new tokens are fed to both. The scale is one number, or one
+    for each row.
     """
 
     prompts: Prompts
-    scale: float | Float[Array, ""]
+    scale: float | Float[Array, "*#batch"]
     prompt_mask: Bool[Array, "batch unguided"] | None = None
 
     def repeat(self, n: int) -> Guidance:
@@ -89,7 +90,7 @@ class Request:
     transform: Transform
     keys: Key[Array, "batch"] | None  # None: greedy
     stop: StopStrings | None
-    guidance_scale: Float[Array, ""] | None
+    guidance_scale: Float[Array, "batch"] | None
     num_steps: int = dataclasses.field(metadata={"static": True})  # compiled for, after the first token
     copies: int = dataclasses.field(default=1, metadata={"static": True})  # adjacent rows of one prompt
 
@@ -266,13 +267,13 @@ def _with_guidance(
     mask: Bool[Array, "batch bucket"],
     guidance: Guidance,
     limits: Int[np.ndarray, "batch"],
-) -> tuple[Int[Array, "rows bucket"], Bool[Array, "rows bucket"], Float[Array, ""]]:
-    """The prompts, then those of the unguided rows, of one bucket; and the scale."""
+) -> tuple[Int[Array, "rows bucket"], Bool[Array, "rows bucket"], Float[Array, "batch"]]:
+    """The prompts, then those of the unguided rows, of one bucket; and the scale of each row."""
     name = "guidance.prompts"
     others, other_mask = _batch_of(name, guidance.prompts, guidance.prompt_mask)
     if others.shape[:1] != prompts.shape[:1]:
         raise ValueError(f"guidance needs a second prompt for each of {prompts.shape[0]} rows.")
-    scale = finite_number("the guidance scale", guidance.scale)
+    scale = finite_number("the guidance scale", guidance.scale, rows=prompts.shape[0])
     others, other_mask = _bucketed(lm, others, other_mask, limits, name=name)
     bucket = max(prompts.shape[1], others.shape[1])
 

@@ -262,7 +262,7 @@ def choose(request: Request, logits: Float[Array, "rows vocab"], state: State) -
 
 
 def _guide(
-    logits: Float[Array, "rows vocab"], scale: Float[Array, ""] | None
+    logits: Float[Array, "rows vocab"], scale: Float[Array, "batch"] | None
 ) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch vocab"]]:
     """The model's own logits z of each row, and those under guidance, with the same zero.
 
@@ -271,6 +271,7 @@ def _guide(
     if scale is None:
         return logits, logits
     own, unguided = jnp.split(logits, 2)
+    scale = scale[:, None]
     # A token that either excludes is excluded, since −inf has no multiples; but scale 1 ignores the second prompt.
     possible = (own > -jnp.inf) & (unguided > -jnp.inf)
     away = jnp.where(possible, log_softmax(own), 0) - jnp.where(possible, log_softmax(unguided), 0)
