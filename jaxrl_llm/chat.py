@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ class Chat:
 
     `messages` is the conversation so far, a list of {"role": ..., "content": ...}; `completion` the last reply with its
     tokens and log-probabilities. The cache of the model is kept: a turn reads the new message alone, as long as the
-    conversation begins with the tokens that were read. A reply never takes more tokens than the context has left.
+    conversation begins with the tokens that were read. A reply never takes more tokens than the context has left, and a
+    warning says when it was cut for that; with `context="slide"` it goes on, and what came before is forgotten.
     """
 
     @takes(Sampling)
@@ -57,6 +59,8 @@ class Chat:
         options_of.check("greedy" if greedy else "sample", self.sampling, Search())
         if self.sampling.cut is not None or self.sampling.guidance_prompt is not None:
             raise ValueError("a chat does not use cut and guidance_prompt: undo makes room in its context.")
+        if self.sampling.heal:
+            raise ValueError("a chat does not use heal: its prompts end where a reply begins.")
         self.system = system
         self.clear()
         text.encode(self.lm.tokenizer, [*self.messages, {"role": "user", "content": ""}], chat=True)  # or an error now
@@ -96,19 +100,28 @@ class Chat:
             raise TypeError(f"message must be a string, but is a {type(message).__name__}.")
         text.check_characters(message, "the message")
         asked = [*self.messages, {"role": "user", "content": message}]
+        sampling = self.sampling
+        if sampling.context == "slide":
+            return self._turn(asked, self.lm.stream([asked], chat=True, **self._how, **vars(sampling)))
         used, most = len(text.encode(self.lm.tokenizer, asked, chat=True)), self.lm.model.max_length
         if used >= most:
             raise ValueError(
                 f"a conversation must leave room for a reply in the context of {most} tokens, but has {used}: "
                 "undo turns, or clear it."
             )
-        sampling = dataclasses.replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, most - used))
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, most - used))
         reply = self.lm.stream([asked], chat=True, memory=self._memory, **self._how, **vars(sampling))
-        return self._turn(asked, reply)
+        return self._turn(asked, reply, full=sampling.max_new_tokens < self.sampling.max_new_tokens)
 
-    def _turn(self, asked: list[dict[str, str]], reply: Any) -> Iterator[str]:
+    def _turn(self, asked: list[dict[str, str]], reply: Any, *, full: bool = False) -> Iterator[str]:
         yield from reply
         self.completion = reply.completion
+        if full and self.completion.finish_reason == "length":
+            warnings.warn(
+                f"the reply was cut after {len(self.completion.tokens)} tokens, with which the context of "
+                f"{self.lm.model.max_length} is full: undo turns, clear the conversation, or let the context slide.",
+                stacklevel=2,
+            )
         self.messages = [*asked, {"role": "assistant", "content": self.completion.text}]
 
     def __repr__(self) -> str:

@@ -31,7 +31,7 @@ from jaxrl_llm import decoding, models, scoring, strategies, text, translation
 from jaxrl_llm import mesh as meshes
 from jaxrl_llm import sampling as options_of
 from jaxrl_llm.analysis import attention, landscape
-from jaxrl_llm.decoding import tree
+from jaxrl_llm.decoding import healing, tree
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
@@ -59,9 +59,11 @@ class Completion:
     """The continuation of one prompt; `print` writes its text."""
 
     text: str | None
-    """The new text, without the prompt and without a stop string; None if the model has no tokenizer."""
+    """The new text, without the prompt (all of it, with `heal` too) and without a stop string; None if the model has no
+    tokenizer."""
     tokens: list[int]
-    """The new tokens; a final EOS, or the token that completes a stop string, is one of them."""
+    """The new tokens; a final EOS, or the token that completes a stop string, is one of them. With `heal` they follow
+    the prompt without its last tokens (`details["healed"]` many), whose text they begin with."""
     logp: Float[np.ndarray, "time"]
     """Log-probability of each new token under the model at temperature 1, in nats."""
     log_prob: float
@@ -349,7 +351,7 @@ class LM:
         request = dataclasses.replace(request, n=copies)
         found = strategies.run(strategy, request)
         for part in parts[1:]:
-            request = dataclasses.replace(request, task=self._task(part), first=request.first + len(part))
+            request = dataclasses.replace(request, **self._read(part, sampling), first=request.first + len(part))
             found += strategies.run(strategy, request)
         return [
             self._completion(hypothesis, given[index], index, request, self._stream(rows[index], sampling, chat=chat))
@@ -395,6 +397,8 @@ class LM:
         options_of.check(strategy, sampling, search, n=n)
         if sampling.guidance_prompt is not None:
             raise ValueError("generate_many does not use guidance_prompt: generate does.")
+        if sampling.context == "slide":
+            raise ValueError("generate_many does not use context='slide': generate does.")
         if self._translates:
             raise ValueError("generate_many is for decoder-only models: translate takes a batch_size.")
         given, encoded = self._encoded(prompts, chat=chat, sampling=sampling)
@@ -449,7 +453,8 @@ class LM:
         Args:
             prompt: a single one.
             greedy, chat, transforms: as in `generate`.
-            memory: what earlier calls have read; of a prompt that begins with it only the rest is read.
+            memory: what earlier calls have read; of a prompt that begins with it only the rest is read. It is not used
+                if the context slides.
 
         Options: listed here.
 
@@ -475,7 +480,10 @@ class LM:
             (rows,) = _parts(rows, 1) if memory is None else [rows]
             request = self._request(strategy, rows, sampling, search, transforms, chat=chat)
             greedily = strategy == "greedy"
-            pieces = decoding.stream(*request.model, greedy=greedily, memory=memory, **request.token_by_token)
+            if sampling.context == "slide":
+                pieces = decoding.slide_stream(*request.model, greedy=greedily, **request.token_by_token)
+            else:
+                pieces = decoding.stream(*request.model, greedy=greedily, memory=memory, **request.token_by_token)
         return Stream(self._each(pieces), texts(), completed)
 
     @takes(Sampling, Search)
@@ -866,12 +874,36 @@ class LM:
         """The model with the prompts; of an encoder-decoder, with the encoded sources."""
         return next(translation.conditionals(self.loaded, rows, batch_size=len(rows)))
 
+    def _read(self, rows: Sequence[Sequence[int]], sampling: Sampling) -> dict[str, Any]:
+        """The parts of a request that depend on its prompts: all tokens are read but those that are written again."""
+        if not sampling.heal:
+            return {"task": self._task(rows)}
+        places = [len(row) - self._healed(row, sampling) for row in rows]
+        texts = [
+            b"".join(self.token_bytes[token] for token in row[place:]) for row, place in zip(rows, places, strict=True)
+        ]
+        task = self._task([row[:place] for row, place in zip(rows, places, strict=True)])
+        return {"task": task, "healing": healing.healing(self.token_bytes, texts)}
+
+    @functools.cached_property
+    def _beginnings(self) -> frozenset[bytes]:
+        return healing.beginnings(self.token_bytes)
+
+    def _healed(self, row: Sequence[int], sampling: Sampling) -> int:
+        """The number of a prompt's last tokens that are written again."""
+        if not sampling.heal:
+            return 0
+        if self._translates:
+            raise ValueError("heal is for decoder-only models.")
+        return healing.taken_back(self._beginnings, self.token_bytes, row, least=self.model.min_prompt_length)
+
     def _stream(self, row: Sequence[int], sampling: Sampling, *, chat: bool) -> text.TextStream | None:
         """The text of a completion, which continues that of the prompt; a translation is a text of its own."""
         if self.tokenizer is None:
             return None
         before, unsearched = () if self._translates else row, max(0, (sampling.min_new_tokens or 0) - 1)
-        return text.TextStream(self.tokenizer, before, sampling.stop, unsearched=unsearched, reply=chat)
+        healed = self._healed(row, sampling)
+        return text.TextStream(self.tokenizer, before, sampling.stop, unsearched=unsearched, reply=chat, healed=healed)
 
     def _each(self, pieces: Iterator[decoding.Generation]) -> Iterator[decoding.Generation]:
         while True:
@@ -919,15 +951,17 @@ class LM:
                     )
         if strategy == "speculative":
             search = strategies.with_draft(search, self.params)
+        if sampling.context == "slide" and self._translates:
+            raise ValueError("a context that slides is for decoder-only models.")
         stop_ids, strings = self._stops(sampling)
         ends = [*self.eos_ids, *stop_ids]
         own = sampling if search.no_repeat_in == "sequence" else dataclasses.replace(sampling, no_repeat_ngram=None)
         warps = [*strategies.transforms_of(own, ends, lambda: self.token_bytes), *further]
         return strategies.Request(
-            self._task(rows),
-            sampling,
-            search,
-            ends,
+            sampling=sampling,
+            search=search,
+            eos_ids=ends,
+            **self._read(rows, sampling),
             transform=Chain(tuple(warps)) if warps else None,
             stop=decoding.stop_strings(self.token_bytes, strings) if strings else None,
             guidance=self._guidance(sampling, len(rows), chat=chat),
@@ -964,7 +998,7 @@ class LM:
             finish_reason="eos" if tokens[-1] in self.eos_ids else reason,
             prompt=prompt,
             index=index,
-            details=hypothesis.details,
+            details=hypothesis.details | ({"healed": float(stream.healed)} if stream and stream.healed else {}),
         )
 
     def _scored(

@@ -160,11 +160,13 @@ def check_tokens(
     *,
     segments: Array | None = None,
     name: str = "tokens",
+    bounded: bool = True,
 ) -> None:
     """Check that tokens are valid input of `lm`.
 
     Rank, dtype and mask shape are always checked. Values are checked unless they are traced: ids must be in the
-    vocabulary, and rows, with the tokens in the cache, must fit the context; of rows with segments, each segment.
+    vocabulary, and if `bounded` rows, with the tokens in the cache, must fit the context; of rows with segments, each
+    segment.
 
     Raises:
         ValueError: naming what is wrong.
@@ -194,7 +196,7 @@ def check_tokens(
         return
     held = 0 if cache is None else np.asarray(cache.valid).sum(axis=1)
     lengths = np.atleast_1d(held + (tokens.shape[1] if mask is None else np.asarray(mask).sum(axis=1)))
-    if lengths.max() > lm.max_length:
+    if bounded and lengths.max() > lm.max_length:
         raise ValueError(
             f"row {lengths.argmax()} of {name} comes to {lengths.max()} tokens, "
             f"which do not fit the model's context of {lm.max_length}."

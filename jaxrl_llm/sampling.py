@@ -24,7 +24,7 @@ Strategy = Literal[
     "mbr",
 ]
 
-WHOLE_TEXT = ("regex", "choices", "json_schema")
+WHOLE_TEXT = ("regex", "choices", "json_schema", "grammar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,12 @@ class Sampling(Checked):
     """Maximum number of new tokens."""
     cut: Literal["left", "right"] | None = None
     """Cut prompts that do not fit the context with the new tokens, on this side; otherwise they are refused."""
+    context: Literal["refuse", "slide"] = "refuse"
+    """A text that does not fit the model's context is refused, or its window slides: each time that it is full, its
+    last half is read anew. For sample and greedy."""
+    heal: bool = False
+    """Take the last tokens of a prompt back, as many as begin a longer token, and write their text again (they count as
+    new tokens), so that the prompt may end within a word. For sample, greedy and beams (but stochastic-beam)."""
     temperature: float = number(1.0, 0, above=True)
     """Divides the logits: below 1 sharper, above 1 flatter."""
     top_k: int | None = number(None, 1)
@@ -71,16 +77,19 @@ class Sampling(Checked):
     """The new text must be one of these."""
     json_schema: str | None = dataclasses.field(default=None, metadata={"any_type": True})
     """The new text must be JSON that is valid by the JSON schema in this file (in Python also by a mapping)."""
+    grammar: str | None = dataclasses.field(default=None, metadata={"any_type": True})
+    """The new text must be of the context-free grammar in this file, in Lark syntax (in Python also the grammar); one
+    that reaches max_new_tokens is cut. It needs the extra `grammar`."""
     ban: tuple[str, ...] = ()
     """Strings that the new text must not contain, however it is cut into tokens: " king" bars " kingdom" too."""
     bias: tuple[str, ...] = dataclasses.field(default=(), metadata={"any_type": True})
     """Numbers added to the logits of the tokens that complete a string, such as " king=-2" (in Python also a mapping
     from strings to numbers)."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. For sample, greedy and
-    beams (but stochastic-beam)."""
+    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. Not for stochastic-beam
+    and mbr."""
     guidance_prompt: str | None = None
-    """Move away from what would follow this prompt too (classifier-free guidance). For sample and greedy."""
+    """Move away from what would follow this prompt too (classifier-free guidance). For sample, greedy and best-of-n."""
     guidance_scale: float = number(1.5, -math.inf)
     """Strength of the guidance; 1 is none."""
     seed: int = number(0, 0, 2**32 - 1)
@@ -93,6 +102,10 @@ class Sampling(Checked):
             )
         if self.cut not in (None, "left", "right"):
             raise ValueError(f"cut must be left or right, or None, but is {self.cut!r}.")
+        if self.context not in ("refuse", "slide"):
+            raise ValueError(f"context must be refuse or slide, but is {self.context!r}.")
+        if self.context == "slide" and (self.cut is not None or self.guidance_prompt is not None):
+            raise ValueError("a context that slides does not go with cut and guidance_prompt.")
         if self.top_k == 0:
             raise ValueError("top_k must be an integer of at least 1, but is 0: leave it out to keep all tokens.")
         super().__post_init__()
@@ -112,6 +125,8 @@ class Sampling(Checked):
                 f"ban must be empty with {self.whole_text[0]}, but is {list(self.ban)}: "
                 "together they can leave no text."
             )
+        if self.heal and (left := [*self.whole_text, *(["ban"] if self.ban else [])]):
+            raise ValueError(f"heal does not go with {left[0]}, which is for the text after the prompt.")
         if len(self.whole_text) > 1:
             raise ValueError(f"give either {' or '.join(self.whole_text)}, not both.")
         if self.min_tokens_to_keep is not None and self.top_p is None:
@@ -218,8 +233,8 @@ FILTERS |= {"top_n_sigma", "mirostat"}
 PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty", "bias"}
 CONSTRAINTS = {"no_repeat_ngram", "min_new_tokens", "ban", *WHOLE_TEXT}
 DRAWING = FILTERS | PENALTIES | CONSTRAINTS
-TOKEN_BY_TOKEN = {"stop", "guidance_prompt", "guidance_scale"}
-BEAMS = {"num_beams", "length_penalty", "no_repeat_in", "stop"}
+TOKEN_BY_TOKEN = {"context", "heal", "stop", "guidance_prompt", "guidance_scale"}
+BEAMS = {"num_beams", "length_penalty", "no_repeat_in", "stop", "heal"}
 USED: dict[Strategy, set[str]] = {
     "sample": DRAWING | TOKEN_BY_TOKEN,
     "greedy": PENALTIES | CONSTRAINTS | TOKEN_BY_TOKEN,
@@ -227,10 +242,10 @@ USED: dict[Strategy, set[str]] = {
     "diverse-beam": PENALTIES | CONSTRAINTS | BEAMS | {"num_groups", "diversity_penalty", "diversity_by"},
     "sampled-beam": DRAWING | BEAMS,
     "stochastic-beam": DRAWING | {"num_beams"},
-    "contrastive": {"candidates", "alpha"},
-    "speculative": DRAWING | {"num_draft", "draft_model"},
-    "lookup": DRAWING | {"num_draft", "lookup_ngram"},
-    "best-of-n": DRAWING | {"num_candidates"},
+    "contrastive": {"candidates", "alpha", "stop"},
+    "speculative": DRAWING | {"num_draft", "draft_model", "stop"},
+    "lookup": DRAWING | {"num_draft", "lookup_ngram", "stop"},
+    "best-of-n": DRAWING | {"num_candidates", "stop", "guidance_prompt", "guidance_scale"},
     "mbr": DRAWING | {"num_candidates"},
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxrl_llm import decoding, language_model, models
 from jaxrl_llm import mesh as meshes
 from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import constraints, transforms
+from jaxrl_llm.decoding.healing import Healing
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.sampling import Sampling, Search, Strategy
 
@@ -57,6 +59,8 @@ class Request:
     """Index of its first row among those of all batches: rows draw by their index, however they are batched."""
     n: int = 1
     """Samples of each row, for sample."""
+    healing: Healing | None = None
+    """Of each row, where the ends of prompts are written again."""
 
     @property
     def model(self) -> tuple[Any, Any, Any]:
@@ -72,7 +76,17 @@ class Request:
     @property
     def drawing(self) -> dict[str, Any]:
         """The common arguments, the transform, and a key."""
-        return self.common | {"transform": self.transform, "key": self.keys()}
+        return self.common | {"transform": self.whole_transform, "key": self.keys()}
+
+    @property
+    def whole_transform(self) -> transforms.Transform | None:
+        """The transform after that of healing, of which each sample has its own."""
+        if self.healing is None:
+            return self.transform
+        starts = jnp.repeat(self.healing.start, self.n)
+        return transforms.Chain(
+            (dataclasses.replace(self.healing, start=starts), transforms.as_transform(self.transform))
+        )
 
     def keys(self) -> Key[Array, "*#rows"]:
         """Return the key of all samples, or one for each of a later batch: every sample has an index of its own."""
@@ -83,8 +97,14 @@ class Request:
 
     @property
     def token_by_token(self) -> dict[str, Any]:
-        """The arguments of `generate` and `stream`."""
-        return self.drawing | {"stop": self.stop, "guidance": self.guidance}
+        """The arguments of `generate` and `stream`; of those whose context slides, without guidance."""
+        guided = {} if self.sampling.context == "slide" else {"guidance": self.guidance}
+        return self.drawing | {"stop": self.stop} | guided
+
+    @property
+    def generate(self) -> Callable[..., decoding.Generation]:
+        """The decoder of sample and greedy."""
+        return decoding.slide if self.sampling.context == "slide" else decoding.generate
 
 
 def run(strategy: Strategy, request: Request) -> list[list[Hypothesis]]:
@@ -126,6 +146,7 @@ def transforms_of(
         "regex": constrained(constraints.from_regex),
         "choices": constrained(constraints.from_choices),
         "json_schema": constrained(lambda schema, pieces: constraints.from_json_schema(_schema(schema), pieces)),
+        "grammar": lambda given: constraints.from_grammar(_grammar(given), vocabulary(), eos_ids),
         "ban": lambda texts: transforms.Chain(constraints.banned_text(vocabulary(), each) for each in texts),
         "min_new_tokens": lambda count: transforms.MinLength(count, eos_ids),
         "bias": lambda given: transforms.Chain(biases(given)),
@@ -157,6 +178,20 @@ def _schema(schema: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
         return json.loads(Path(schema).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"json_schema must be a file of JSON, but {schema} is not: {error}.") from error
+
+
+def _grammar(grammar: str | os.PathLike) -> str:
+    """A grammar as Lark text, read from a file unless it is text with a rule `start`."""
+    if not isinstance(grammar, str | os.PathLike):
+        raise TypeError(f"grammar must be a grammar in Lark syntax, or the path of its file, but is {grammar!r}.")
+    if isinstance(grammar, str) and re.search(r"^\s*start\b[^:\n]*:", grammar, re.MULTILINE):
+        return grammar
+    try:
+        return Path(grammar).read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"grammar must be Lark text with a rule start, or the path of its file, but is {str(grammar)!r}."
+        ) from error
 
 
 def with_draft(search: Search, params: language_model.Params) -> Search:
@@ -202,11 +237,11 @@ def _hypotheses(
 
 
 def _sample(request: Request) -> list[list[Hypothesis]]:
-    return rows_of(decoding.generate(*request.model, n=request.n, **request.token_by_token))
+    return rows_of(request.generate(*request.model, n=request.n, **request.token_by_token))
 
 
 def _greedy(request: Request) -> list[list[Hypothesis]]:
-    return rows_of(decoding.generate(*request.model, greedy=True, **request.token_by_token))
+    return rows_of(request.generate(*request.model, greedy=True, **request.token_by_token))
 
 
 def _beam(request: Request, **kind: Any) -> list[list[Hypothesis]]:
@@ -214,7 +249,7 @@ def _beam(request: Request, **kind: Any) -> list[list[Hypothesis]]:
     rules = {"num_beams": search.num_beams, "length_penalty": search.length_penalty, "stop": request.stop, **kind}
     if search.no_repeat_in == "beam":
         rules |= {"no_repeat_ngram": request.sampling.no_repeat_ngram, "no_repeat_in": "beam"}
-    beams = decoding.beam_search(*request.model, transform=request.transform, **rules, **request.common)
+    beams = decoding.beam_search(*request.model, transform=request.whole_transform, **rules, **request.common)
     found = _hypotheses(beams.tokens, beams.mask, beams.logp, beams.log_prob)
     if not request.sampling.whole_text:
         return found
@@ -256,8 +291,8 @@ def _stochastic_beam(request: Request) -> list[list[Hypothesis]]:
 
 def _contrastive(request: Request) -> list[list[Hypothesis]]:
     search = request.search
-    found = decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **request.common)
-    return rows_of(found)
+    options = request.common | {"stop": request.stop}
+    return rows_of(decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **options))
 
 
 def _speculative(request: Request) -> list[list[Hypothesis]]:
@@ -270,9 +305,8 @@ def _lookup(request: Request) -> list[list[Hypothesis]]:
 
 
 def _speculate(request: Request, draft: decoding.Draft) -> list[list[Hypothesis]]:
-    found = decoding.speculative_generate(
-        *request.model, draft=draft, num_draft=request.search.num_draft, **request.drawing
-    )
+    options = request.drawing | {"stop": request.stop}
+    found = decoding.speculative_generate(*request.model, draft=draft, num_draft=request.search.num_draft, **options)
     return rows_of(
         found.generation, lambda row: {"accepted": int(found.accepted[row]), "rounds": int(found.rounds[row])}
     )
@@ -282,7 +316,8 @@ def _best_of_n(request: Request) -> list[list[Hypothesis]]:
     def mean_log_prob(samples: decoding.Generation) -> Any:
         return (samples.logp * samples.mask).sum(axis=-1) / samples.mask.sum(axis=-1).clip(1)
 
-    found = decoding.best_of_n(*request.model, n=request.search.num_candidates, score=mean_log_prob, **request.drawing)
+    n = request.search.num_candidates
+    found = decoding.best_of_n(*request.model, n=n, score=mean_log_prob, **request.token_by_token)
     return rows_of(found.generation, lambda row: {"log_prob_per_token": float(found.scores[row].max())})
 
 

@@ -453,6 +453,7 @@ class TextStream:
         unsearched: number of first tokens whose text is not searched for stop strings.
         reply: a text of its own, as a chat model's: a space that the tokenizer drops before its first word is dropped,
             after the search for stop strings.
+        healed: number of the prompt's last tokens that are not read before, but whose text the new tokens write again.
 
     `stopped` says whether a stop string was found.
     """
@@ -465,13 +466,15 @@ class TextStream:
         *,
         unsearched: int = 0,
         reply: bool = False,
+        healed: int = 0,
     ):
-        self._tokenizer, self._stop, self.stopped = tokenizer, stop, False
+        self._tokenizer, self._stop, self.stopped, self.healed = tokenizer, stop, False, healed
         self._unsearched, self._reply, self._start = unsearched, reply, []  # the first tokens of a reply
         # Decoded anew at each push: some tokens that were read, on which the text of the next ones depends, and those.
         self._window = [int(token) for token in prompt]
-        self._read = len(self._window)  # tokens of the window whose characters are complete
         self._seen = len(self._decoded().rstrip("\ufffd"))  # characters of the window's text that were taken
+        del self._window[len(self._window) - healed :]
+        self._read = len(self._window)  # tokens of the window whose characters are complete
         self._held = ""  # taken, but not given yet: perhaps the beginning of a stop string
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -490,7 +493,7 @@ class TextStream:
         self._take(complete, stop)
         if complete == text and (context := self._decoded(self._window[self._read :])):  # "": special tokens alone
             self._window = self._window[self._read :]
-            self._read, self._seen = len(self._window), len(context)
+            self._read, self._seen = len(self._window), len(context) + self._seen - len(text)
         begun = [len(part) for part in _beginnings(stop) if self._held.endswith(part)]  # it waits too
         return self._give(0 if self.stopped else max(begun, default=0))
 

@@ -48,12 +48,25 @@ def test_an_abandoned_reply_does_not_count(lm):
 
 def test_a_full_context_says_so(lm):
     chat = jl.Chat(lm, max_new_tokens=CONTEXT, greedy=True)
-    chat.send("a" * (CONTEXT - 5))
-    assert len(chat.completion.tokens) <= 3
+    with pytest.warns(UserWarning, match=rf"the reply was cut after 3 tokens, .* context of {CONTEXT} is full: undo"):
+        chat.send("a" * (CONTEXT - 5))
+    assert len(chat.completion.tokens) == 3
     with pytest.raises(
         ValueError, match=f"room for a reply in the context of {CONTEXT} tokens, but has .*: undo turns"
     ):
         chat.send("cat")
+
+
+def test_a_context_that_slides_is_never_full(lm):
+    """The window: the last half of the conversation, then half of that and what is new."""
+    chat = jl.Chat(lm, max_new_tokens=CONTEXT, greedy=True, context="slide")
+    for message in ("a" * (CONTEXT + 2), "cat"):
+        reply = chat.send(message)
+        expected = lm.chat(chat.messages[:-1], max_new_tokens=CONTEXT, greedy=True, context="slide")
+        assert reply == expected.text and chat.completion.tokens == expected.tokens
+    half = lm.tokenizer("".join(f"<{each['content']}>" for each in chat.messages[:-1]))["input_ids"][-(CONTEXT // 2) :]
+    read_anew = lm.generate([half], greedy=True, max_new_tokens=CONTEXT - CONTEXT // 2)[0]
+    assert expected.tokens[: len(read_anew.tokens)] == read_anew.tokens
 
 
 def test_what_cannot_chat_is_refused(folder):

@@ -251,6 +251,9 @@ def test_constraints_and_stop_strings(run, model, tmp_path):
     assert_one_line(
         run(*command, "--json-schema", tmp_path / "schema.json"), "json_schema must be a file of JSON, but "
     )
+    (tmp_path / "pairs.lark").write_text('start: pair\npair: "(" pair ")" | "at"')
+    status, out, err = run(*command, "--grammar", tmp_path / "pairs.lark")
+    assert (status, err) == (0, "") and re.fullmatch(r"the cat\(*(at\)*)?\n", out)
     _, plain, _ = run(*command, "--greedy")
     text = plain.removeprefix("the cat").rstrip("\n")
     status, out, err = run(*command, "--greedy", "--stop", text[3:5])

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -280,6 +281,71 @@ def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     assert lm.generate("the cat", choices="on", max_new_tokens=8)[0].text == "on", "a single string is one choice"
     written = lm.generate("the cat", json_schema={"type": "boolean"}, max_new_tokens=8)[0]
     assert isinstance(json.loads(written.text), bool)
+    nested = lm.generate("the cat", grammar='start: "s" start "t" | "a"', max_new_tokens=8, n=4)
+    assert all(re.fullmatch("s*at*", each.text) for each in nested)
+    assert all(each.text.count("s") == each.text.count("t") for each in nested if each.finish_reason == "eos")
+    assert {each.finish_reason for each in nested} >= {"eos"}
+    beams = lm.beam_search("the cat", grammar='start: " sat" | " mat"', num_beams=4, max_new_tokens=8)
+    assert {each.text for each in beams} <= {" sat", " mat"} and len({each.text for each in beams}) == len(beams)
+
+
+def test_the_best_of_n_ends_at_stop_strings_and_takes_guidance(lm):
+    options = {"strategy": "best-of-n", "num_candidates": 3, "max_new_tokens": LENGTH, "guidance_prompt": "the"}
+    prompts, stop = PROMPTS[:2], [*"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    found = lm.generate(prompts, stop=stop, **options)
+
+    def score(samples):
+        return samples.logp.sum(axis=-1) / samples.mask.sum(axis=-1)
+
+    arguments, common = padded(lm, prompts)
+    common |= {"stop": decoding.stop_strings(lm.token_bytes, stop), "max_new_tokens": LENGTH, "score": score}
+    guidance = decoding.Guidance([lm.encode("the")] * 2, 1.5)
+    expected = decoding.best_of_n(*arguments, n=3, key=jax.random.key(0), guidance=guidance, **common)
+    assert [each.tokens for each in found] == rows(expected.generation)
+    assert {each.finish_reason for each in found} >= {"stop"} and not any({*each.text} & {*stop} for each in found)
+
+
+def test_the_strategies_that_look_ahead_end_at_stop_strings(lm):
+    stop = [*"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    plain = lm.generate(PROMPTS, greedy=True, max_new_tokens=LENGTH, stop=stop)
+    found = lm.generate(PROMPTS, strategy="contrastive", alpha=0.0, max_new_tokens=LENGTH, stop=stop)
+    assert [(each.tokens, each.text, each.finish_reason) for each in found] == [
+        (each.tokens, each.text, each.finish_reason) for each in plain
+    ]
+    found = lm.generate(PROMPTS, strategy="lookup", max_new_tokens=LENGTH, stop=stop)
+    assert not any({*each.text} & {*stop} for each in found) and {each.finish_reason for each in found} >= {"stop"}
+
+
+HEALED = {"heal": True, "max_new_tokens": LENGTH, "seed": 1}
+
+
+def assert_healed(lm, prompt, found):
+    """The text goes on where the prompt ends, though its last tokens are others."""
+    read, taken = lm.tokenizer(prompt)["input_ids"], int(found.details.get("healed", 0))
+    assert lm.decode(read[: len(read) - taken] + found.tokens) == prompt + found.text
+    return taken
+
+
+def test_healing_writes_the_end_of_the_prompt_again(lm):
+    prompts = ["the cat sat on t", "the cat sat on the"]
+    found = lm.generate(prompts, n=2, **HEALED)
+    assert [assert_healed(lm, prompts[each.index], each) > 0 for each in found] == [True, True, False, False]
+    plain = lm.generate(prompts, n=2, max_new_tokens=LENGTH, seed=1)
+    assert [one.tokens == other.tokens for one, other in zip(found, plain, strict=True)][2:] == [True, True]
+
+
+@pytest.mark.slow
+def test_healing_is_the_same_in_batches_in_streams_and_in_beams(lm):
+    prompts = ["the cat sat on t", "the c", "the cat sat on the"]
+    found = lm.generate(prompts, n=2, **HEALED)
+    several = [lm.generate(prompts, n=2, batch_size=size, **HEALED) for size in (2, 3)]
+    for others in (*several, lm.generate_many(prompts, n=2, rows=2, progress=False, **HEALED)):
+        assert [(each.tokens, each.text) for each in others] == [(each.tokens, each.text) for each in found]
+    alone = lm.generate(prompts[0], **HEALED)[0]
+    stream = lm.stream(prompts[0], **HEALED)
+    assert "".join(stream) == alone.text == stream.completion.text
+    for beam in lm.beam_search(prompts[0], heal=True, num_beams=3, max_new_tokens=LENGTH):
+        assert assert_healed(lm, prompts[0], beam)
 
 
 def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
@@ -664,6 +730,18 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "give either regex or choices", lambda lm: lm.generate("x", regex="a", choices=["b"])),
         (ValueError, "give either choices or json_schema", lambda lm: lm.generate("x", choices=["b"], json_schema={})),
         (ValueError, "the JSON schema has the keyword 'x'", lambda lm: lm.generate("x", json_schema={"x": 1})),
+        (ValueError, "context must be refuse or slide, but is 'grow'", lambda lm: lm.generate("x", context="grow")),
+        (ValueError, "slides does not go with cut", lambda lm: lm.generate("x", context="slide", cut="left")),
+        (ValueError, "generate_many does not use context", lambda lm: lm.generate_many("x", context="slide")),
+        (ValueError, "beam does not use context", lambda lm: lm.beam_search("x", context="slide")),
+        (ValueError, "heal does not go with regex", lambda lm: lm.generate("x", heal=True, regex="a")),
+        (ValueError, "heal does not go with ban", lambda lm: lm.generate("x", heal=True, ban="a")),
+        (ValueError, "a chat does not use heal", lambda lm: jl.Chat(lm, heal=True)),
+        (ValueError, "the strategy mbr does not use heal", lambda lm: lm.generate("x", heal=True, strategy="mbr")),
+        (ValueError, "give either regex or grammar", lambda lm: lm.generate("x", regex="a", grammar="start: x")),
+        (ValueError, "grammar must be Lark text with a rule start, or the path of its file, but is 'x: \"a\"'",
+            lambda lm: lm.generate("x", grammar='x: "a"')),
+        (TypeError, "grammar must be a grammar in Lark", lambda lm: lm.generate("x", grammar=5)),
         (TypeError, "json_schema must be a JSON schema as a mapping", lambda lm: lm.generate("x", json_schema=5)),
         (ValueError, "guidance_scale needs guidance_prompt", lambda lm: lm.generate("x", guidance_scale=2.0)),
         (ValueError, "stop must be strings that are not empty", lambda lm: lm.generate("x", stop=[""])),
@@ -713,6 +791,7 @@ def test_refusals(lm, error, said, use):
         ("guidance_prompt is for decoder-only models", lambda t5: t5.generate("one", guidance_prompt="two")),
         ("an encoder-decoder scores completions given texts", lambda t5: t5.perplexity("one")),
         ("completion 1, 'hello'", lambda t5: t5.log_probs("one", ["eins", "hello"])),
+        ("heal is for decoder-only models", lambda t5: t5.generate("one", heal=True)),
         ("landscape needs a model of one text", lambda t5: t5.landscape("one")),
     ],
 )

@@ -13,7 +13,13 @@ from pathlib import Path
 import jaxrl_llm
 
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors")
-EXTRAS = {"interactive": "plotly", "parquet": "pyarrow", "tensorboard": "tensorboardX", "wandb": "wandb"}
+EXTRAS = {
+    "grammar": "llguidance",
+    "interactive": "plotly",
+    "parquet": "pyarrow",
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jaxrl_llm.decoding.exact import exact_search
 from jaxrl_llm.decoding.generate import Memory, generate, stream
 from jaxrl_llm.decoding.many import generate_many
 from jaxrl_llm.decoding.reranking import MBR, BestOfN, Vote, best_of_n, minimum_bayes_risk, self_consistency
+from jaxrl_llm.decoding.sliding import slide, slide_stream
 from jaxrl_llm.decoding.speculative import Draft, DraftModel, PromptLookup, Speculation, speculative_generate
 from jaxrl_llm.decoding.stochastic_beam import StochasticBeams, inclusion_probability, stochastic_beam_search
 from jaxrl_llm.decoding.tree import Tree, search_tree
@@ -39,6 +40,8 @@ __all__ = [
     "minimum_bayes_risk",
     "search_tree",
     "self_consistency",
+    "slide",
+    "slide_stream",
     "speculative_generate",
     "stochastic_beam_search",
     "stop_strings",

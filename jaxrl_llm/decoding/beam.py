@@ -336,11 +336,11 @@ def _stops(
 def _noise(
     request: Request, time: Int[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "batch group beam vocab"] | None:
-    """Gumbel noise, if continuations are drawn; of 46 bits, since that of 23 is below 16 and leaves out rare tokens."""
+    """Gumbel noise, if continuations are drawn."""
     if request.keys is None:
         return None
     keys = jax.vmap(lambda key: jax.random.fold_in(key, time))(request.keys)
-    return jax.vmap(lambda key: jax.random.gumbel(key, shape[1:], dtype, mode="high"))(keys)
+    return core.gumbel(keys, shape[1:], dtype)
 
 
 def _rank_groups(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.decoding import automata, json_schema
+from jaxrl_llm.decoding import automata, grammars, json_schema
 from jaxrl_llm.decoding.automata import NOWHERE, padded
 from jaxrl_llm.decoding.transforms import Transform, per_row, pytree, require, token_ids
+from jaxrl_llm.mesh import everywhere
 from jaxrl_llm.numerics import is_concrete, wide
 
 UNREACHABLE = 2**30  # the distance of a state from which no accepting state can be reached
@@ -367,6 +370,91 @@ def _before(tables: automata.OverTokens) -> Callable[[Bool[np.ndarray, "state"]]
         return result.reshape(-1)
 
     return before
+
+
+# Grammars -------------------------------------------------------------------------------------------------------------
+
+
+class InGrammar(Transform):
+    """Keep the tokens that continue a text of a context-free grammar. Build it with `from_grammar`.
+
+    EOS is allowed where the text is one of the grammar, and counts as a token. A row that reaches its limit before is
+    cut there: how many tokens a text of the grammar still needs is not known, as it is for `Constrained`. After a token
+    that was not allowed, as of a decoder without this transform, all are kept; after EOS only EOS.
+
+    The masks are computed on the host, inside the compiled loop (`jax.pure_callback`), from the new tokens of a row.
+    """
+
+    looks_back: ClassVar[bool] = True
+    sees_prompt: ClassVar[bool] = False
+    reweighs: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, int]] = {"pieces": 1, "eos_ids": 1}
+
+    number: Int[Array, "..."] | int  # of the compiled grammar; or one for each row
+    pieces: Int[Array, "vocab"]  # of each token
+    eos_ids: Int[Array, "eos"]
+
+    def __call__(
+        self, logits: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch slot"], mask: Bool[Array, "*batch slot"]
+    ) -> Float[Array, "*batch vocab"]:
+        vocab, rows = self.pieces.shape[0], logits.shape[:-1]
+        if logits.shape[-1] != vocab:
+            raise ValueError(f"the model has {logits.shape[-1]} tokens, but the grammar was compiled for {vocab}.")
+        words = _words(vocab)
+        shapes = jax.ShapeDtypeStruct((*rows, words), jnp.uint32), jax.ShapeDtypeStruct(rows, jnp.uint8)
+        given = everywhere((jnp.broadcast_to(self.number, rows), jnp.where(mask, tokens, grammars.NOTHING)))
+        masks = functools.partial(grammars.places, words=words)  # the host is asked once, whatever the mesh
+        bits, status = everywhere(jax.pure_callback(masks, shapes, *given, vmap_method="broadcast_all"))
+        follows = (bits[..., self.pieces // 32] >> (self.pieces % 32).astype(jnp.uint32)) & 1 == 1
+        is_eos = (jnp.arange(vocab)[:, None] == self.eos_ids).any(axis=1)
+        ended = (((tokens[..., None] == self.eos_ids).any(axis=-1)) & mask).any(axis=-1)[..., None]
+        kept = follows | (is_eos & (status == grammars.MAY_END)[..., None]) | (status == grammars.LOST)[..., None]
+        return jnp.where(jnp.where(ended, is_eos, kept), logits, -jnp.inf)
+
+
+def from_grammar(lark: str, vocabulary: Sequence[bytes | str], eos_ids: Sequence[int] | int) -> InGrammar:
+    """Return the transform that keeps the new text in a context-free grammar. It needs the package llguidance.
+
+    Every way to split a text into tokens is allowed, as by `from_regex`. Where a token that the grammar allows leads
+    to a text that this vocabulary cannot continue (one without all 256 bytes), the decoder raises.
+
+    In a chain, put it first, as `Constrained`. For each row another one: `dataclasses.replace(one, number=[...])` with
+    the numbers of several grammars over the same vocabulary.
+
+    Args:
+        lark: a grammar in llguidance's variant of Lark; its texts are those of the rule `start`. It may contain JSON
+            schemas, recursive ones too: `start: %json {...}`.
+        vocabulary: the text of each token (`text.token_bytes`); tokens without text are never allowed.
+        eos_ids: the tokens that end a row; they are not part of the text.
+
+    Raises:
+        ModuleNotFoundError: without llguidance; `pip install 'jaxrl_llm[grammar]'` installs it.
+        ValueError: if the grammar is not one, the vocabulary can spell none of its texts, there is no EOS token in the
+            vocabulary, or there are several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"grammars need a single process, but there are {jax.process_count()}: use a regex or a schema."
+        )
+    eos = np.asarray(token_ids("eos_ids", eos_ids))
+    if not eos.size or not 0 <= eos.min() <= eos.max() < len(vocabulary):
+        raise ValueError(
+            f"eos_ids must be tokens in [0, {len(vocabulary)}), the vocabulary, by which a text of the grammar ends, "
+            f"but are {eos.tolist()}."
+        )
+    texts = [token.encode() if isinstance(token, str) else bytes(token) for token in vocabulary]
+    for token in eos:
+        texts[token] = b""
+    numbers = {piece: number for number, piece in enumerate(dict.fromkeys(filter(None, texts)))}
+    of_token = tuple(numbers.get(piece, -1) for piece in texts)
+    number = grammars.compiled(lark, tuple(numbers), of_token)
+    nothing = 32 * _words(len(texts)) - 1  # a bit that is never set
+    return InGrammar(number, jnp.asarray([nothing if piece < 0 else piece for piece in of_token]), jnp.asarray(eos))
+
+
+def _words(vocab: int) -> int:
+    """Words of 32 bits for the pieces of a vocabulary, for llguidance's end of text, and for one that never is."""
+    return -(-(vocab + 2) // 32)
 
 
 # Stop strings ---------------------------------------------------------------------------------------------------------

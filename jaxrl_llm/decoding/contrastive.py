@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.decoding import core
+from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.core import Generation, Request
 from jaxrl_llm.decoding.transforms import require
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
@@ -28,6 +29,7 @@ def contrastive_search(
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
     pad_id: int | Int[Array, ""] = 0,
+    stop: StopStrings | None = None,
 ) -> Generation:
     """Continue each prompt by the most probable tokens that do not repeat (Su et al. 2022; Su and Xu 2022).
 
@@ -51,7 +53,7 @@ def contrastive_search(
     """
     top_k = core.check_size("top_k", top_k, 1, lm.vocab_size)
     request = core.request(
-        lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, greedy=True, eos_id=eos_id, pad_id=pad_id
+        lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, greedy=True, eos_id=eos_id, pad_id=pad_id, stop=stop
     )
     batch, length = request.limits.shape[0], core.longest(max_new_tokens)
     if jnp.shape(alpha) not in ((), (batch,)):
@@ -77,6 +79,7 @@ class State:
     counts: Bool[Array, "batch slot"]  # which slots are real tokens
     done: Bool[Array, "batch"]
     time: Int[Array, ""]
+    stop: Int[Array, "batch"] | None  # how far each row is into a stop string
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "top_k", "num_steps"))
@@ -94,9 +97,11 @@ def decode(
         hidden, cache = _try(lm, params, state, candidates)
         directions = _direction(hidden)
         chosen = core.greedy(_scores(logits, values, directions, state, alpha))
-        emitted, done = core.emit(
-            request, logits, candidates[rows, chosen], jnp.zeros_like(logits[:, 0]), state.done, state.time
-        )
+        token, stop = candidates[rows, chosen], state.stop
+        emitted, done = core.emit(request, logits, token, jnp.zeros_like(logits[:, 0]), state.done, state.time)
+        if stop is not None:
+            stop = jnp.where(emitted.mask, request.stop.advance(stop, token), stop)
+            done |= request.stop.reached(stop)
         slot = length + state.time
         state = State(
             cache=cache,
@@ -106,6 +111,7 @@ def decode(
             counts=state.counts.at[:, slot].set(emitted.mask),
             done=done,
             time=state.time + 1,
+            stop=stop,
         )
         return state, emitted
 
@@ -117,6 +123,7 @@ def decode(
         counts=jnp.pad(request.mask, ((0, 0), (0, num_steps))),
         done=jnp.zeros(batch, bool),
         time=jnp.zeros((), jnp.int32),
+        stop=None if request.stop is None else request.stop.start(batch),
     )
     emitted = core.run_blocks(step, state, lambda state: ~state.done.all(), num_steps=num_steps, block=1)[1]
     return everywhere(core.by_row(request, emitted))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt
 
 from jaxrl_llm import language_model, text
 from jaxrl_llm.decoding.constraints import StopStrings
@@ -61,11 +61,12 @@ class Guidance:
     """Classifier-free guidance: z + (scale − 1) (log p − log p_u), z the logits of p; p_u follows the second prompt.
 
     A scale of 1 is plain generation; above 1 it moves away from what would follow the second prompt anyway. A token
-    that either distribution excludes is then excluded. The new tokens are fed to both.
+    that either distribution excludes is then excluded. The new tokens are fed to both. The scale is one number, or one
+    for each row.
     """
 
     prompts: Prompts
-    scale: float | Float[Array, ""]
+    scale: float | Float[Array, "*#batch"]
     prompt_mask: Bool[Array, "batch unguided"] | None = None
 
     def repeat(self, n: int) -> Guidance:
@@ -89,7 +90,7 @@ class Request:
     transform: Transform
     keys: Key[Array, "batch"] | None  # None: greedy
     stop: StopStrings | None
-    guidance_scale: Float[Array, ""] | None
+    guidance_scale: Float[Array, "batch"] | None
     num_steps: int = dataclasses.field(metadata={"static": True})  # compiled for, after the first token
     copies: int = dataclasses.field(default=1, metadata={"static": True})  # adjacent rows of one prompt
 
@@ -130,6 +131,7 @@ def request(
     guidance: Guidance | None = None,
     n: int = 1,
     align: bool = False,
+    bounded: bool = True,
 ) -> Request:
     """Check the arguments of a decoder, and bring them into the shapes for which programs are compiled.
 
@@ -137,6 +139,7 @@ def request(
 
     Args:
         align: move all padding to the left.
+        bounded: refuse prompts that do not fit the model's context with their new tokens.
 
     Raises:
         ValueError: as `generate`.
@@ -149,7 +152,7 @@ def request(
     batch = prompts.shape[0] if prompts.ndim else 1
     limits, transform = row_limits(max_new_tokens, batch), as_transform(transform).plain()
     transform.check(limits)
-    prompts, mask = _bucketed(lm, prompts, prompt_mask, limits)
+    prompts, mask = _bucketed(lm, prompts, prompt_mask, limits, bounded=bounded)
     if align:
         order = jnp.argsort(mask, axis=1, stable=True)
         prompts, mask = (jnp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
@@ -248,11 +251,12 @@ def _bucketed(
     limits: Int[np.ndarray, "batch"],
     *,
     name: str = "prompts",
+    bounded: bool = True,
 ) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"]]:
     """The prompts and their mask, checked, and padded on the left to a bucket."""
-    language_model.check_tokens(lm, prompts, mask, name=name)
+    language_model.check_tokens(lm, prompts, mask, name=name, bounded=bounded)
     mask = jnp.ones(prompts.shape, bool) if mask is None else mask
-    check_room(lm, mask, limits)
+    check_room(lm, mask, limits, bounded=bounded)
     padding = ((0, 0), (prompt_bucket(prompts.shape[1]) - prompts.shape[1], 0))
     return jnp.pad(prompts.astype(jnp.int32), padding), jnp.pad(mask, padding)
 
@@ -263,13 +267,13 @@ def _with_guidance(
     mask: Bool[Array, "batch bucket"],
     guidance: Guidance,
     limits: Int[np.ndarray, "batch"],
-) -> tuple[Int[Array, "rows bucket"], Bool[Array, "rows bucket"], Float[Array, ""]]:
-    """The prompts, then those of the unguided rows, of one bucket; and the scale."""
+) -> tuple[Int[Array, "rows bucket"], Bool[Array, "rows bucket"], Float[Array, "batch"]]:
+    """The prompts, then those of the unguided rows, of one bucket; and the scale of each row."""
     name = "guidance.prompts"
     others, other_mask = _batch_of(name, guidance.prompts, guidance.prompt_mask)
     if others.shape[:1] != prompts.shape[:1]:
         raise ValueError(f"guidance needs a second prompt for each of {prompts.shape[0]} rows.")
-    scale = finite_number("the guidance scale", guidance.scale)
+    scale = finite_number("the guidance scale", guidance.scale, rows=prompts.shape[0])
     others, other_mask = _bucketed(lm, others, other_mask, limits, name=name)
     bucket = max(prompts.shape[1], others.shape[1])
 
@@ -298,16 +302,23 @@ def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.
 
 
 def check_room(
-    lm: LanguageModel, prompt_mask: Bool[Array, "batch prompt"], max_new_tokens: int | Int[np.ndarray, "batch"]
+    lm: LanguageModel,
+    prompt_mask: Bool[Array, "batch prompt"],
+    max_new_tokens: int | Int[np.ndarray, "batch"],
+    *,
+    bounded: bool = True,
 ) -> None:
-    """Raise ValueError for a prompt that is too short for the model or too long for its context, where it is known."""
+    """Raise ValueError for a prompt that is too short for the model or, if `bounded`, too long for its context.
+
+    Where the mask is traced nothing is known.
+    """
     if not is_concrete(prompt_mask) or prompt_mask.shape[0] == 0:
         return
     lengths = np.asarray(prompt_mask).sum(axis=1)
     if lengths.min() < lm.min_prompt_length:
         raise ValueError(f"prompt {lengths.argmin()} is empty: this model needs at least one token to start from.")
     totals = lengths + max_new_tokens
-    if totals.max() > lm.max_length:
+    if bounded and totals.max() > lm.max_length:
         row = totals.argmax()
         raise ValueError(
             f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
@@ -582,8 +593,38 @@ def sample_distinct(
     """`count` distinct tokens of each row, as if drawn one after the other without replacement from softmax(logits).
 
     The Gumbel-top-k trick (Kool et al. 2019): the largest of logits + Gumbel noise. If a row has fewer tokens of
-    positive probability, these come first, followed by tokens of logit −inf.
+    positive probability, these come first, followed by tokens of logit −inf. Rare tokens are drawn as often as they
+    should be (see `gumbel`).
     """
     logits = wide(logits)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)
+    noise = gumbel(keys, logits.shape[-1:], logits.dtype)
     return jax.lax.top_k(logits + noise, count)[1]
+
+
+def gumbel(keys: Key[Array, "batch"], shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "batch *shape"]:
+    """Gumbel noise of this shape for each key, from two random words a number.
+
+    To a rounding of 2^-22 it is `jax.random.gumbel`, whose 23 bits are never above 16: the maximum of logits + noise is
+    then a token of probability 1e-9 too often, or never. Here tokens of 1e-15 have their share.
+    """
+    bits = jnp.finfo(dtype).bits
+
+    def draw(key: Key[Array, ""]) -> Float[Array, "*shape"]:
+        kind = f"uint{bits}"
+        return gumbel_of(
+            jax.random.bits(key, shape, kind), jax.random.bits(jax.random.fold_in(key, 1), shape, kind), dtype
+        )
+
+    return jax.vmap(draw)(keys)
+
+
+def gumbel_of(high: UInt[Array, "..."], low: UInt[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """−log(−log u), u the number in (0, 1) that has these words as its digits; it rises with them."""
+    bits = jnp.finfo(dtype).bits
+
+    def fraction(high: Array, low: Array) -> Array:
+        return (high.astype(dtype) + (low.astype(dtype) + 0.5) * 2.0**-bits) * 2.0**-bits
+
+    from_above = jnp.minimum(fraction(~high, ~low), 0.75)  # precise near 1, where u is not
+    information = jnp.where(high >> (bits - 1) > 0, -jnp.log1p(-from_above), -jnp.log(fraction(high, low)))
+    return -jnp.log(information)

@@ -157,7 +157,7 @@ def _pieces(
     for start in range(1, length, tokens_at_a_time):
         if bool(state.done.all()):
             break
-        state, piece = _advance_jit(lm, params, state, request, num_steps=tokens_at_a_time)
+        state, piece = advance_jit(lm, params, state, request, num_steps=tokens_at_a_time)
         pieces.append(jax.tree.map(lambda leaf, count=length - start: leaf[:, :count], piece))
         yield core.check_generation(pieces[-1], start=start)
     if memory is not None:
@@ -220,7 +220,7 @@ def start(request: Request, logits: Float[Array, "rows vocab"], cache: Cache) ->
         transform=request.initial_state(),
         stop=None if request.stop is None else request.stop.start(batch),
     )
-    state, first = _choose(request, logits, state)
+    state, first = choose(request, logits, state)
     return state, everywhere(first)
 
 
@@ -238,10 +238,10 @@ def step(lm: LanguageModel, params: Params, request: Request, state: State) -> t
     copies = 1 if request.guidance_scale is None else 2
     token, fed = jnp.tile(state.token, copies), jnp.tile(state.fed, copies)
     hidden, cache = lm.hidden(params, token[:, None], state.cache, mask=fed[:, None])
-    return _choose(request, lm.logits(params, hidden[:, 0]), dataclasses.replace(state, cache=cache))
+    return choose(request, lm.logits(params, hidden[:, 0]), dataclasses.replace(state, cache=cache))
 
 
-def _choose(request: Request, logits: Float[Array, "rows vocab"], state: State) -> tuple[State, Generation]:
+def choose(request: Request, logits: Float[Array, "rows vocab"], state: State) -> tuple[State, Generation]:
     """Choose the next token of each row."""
     logits, guided = _guide(wide(logits), request.guidance_scale)
     warped = request.transform.apply(state.transform, guided)
@@ -262,7 +262,7 @@ def _choose(request: Request, logits: Float[Array, "rows vocab"], state: State) 
 
 
 def _guide(
-    logits: Float[Array, "rows vocab"], scale: Float[Array, ""] | None
+    logits: Float[Array, "rows vocab"], scale: Float[Array, "batch"] | None
 ) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch vocab"]]:
     """The model's own logits z of each row, and those under guidance, with the same zero.
 
@@ -271,6 +271,7 @@ def _guide(
     if scale is None:
         return logits, logits
     own, unguided = jnp.split(logits, 2)
+    scale = scale[:, None]
     # A token that either excludes is excluded, since −inf has no multiples; but scale 1 ignores the second prompt.
     possible = (own > -jnp.inf) & (unguided > -jnp.inf)
     away = jnp.where(possible, log_softmax(own), 0) - jnp.where(possible, log_softmax(unguided), 0)
@@ -280,4 +281,4 @@ def _guide(
 
 _begin_jit = functools.partial(jax.jit, static_argnames=("lm", "num_slots"))(begin)
 _continue_jit = functools.partial(jax.jit, static_argnames="lm", donate_argnames="cache")(_continue)
-_advance_jit = functools.partial(jax.jit, static_argnames=("lm", "num_steps"), donate_argnames="state")(advance)
+advance_jit = functools.partial(jax.jit, static_argnames=("lm", "num_steps"), donate_argnames="state")(advance)

@@ -93,10 +93,7 @@ class Work:
 def decode_many(lm: LanguageModel, params: Params, request: Request, *, rows: int, progress: bool) -> Generation:
     """Decode the prompts of a request in fewer rows."""
     batch = request.limits.shape[0]
-    chunks = -(-request.mask.sum(axis=1) // CHUNK)
-    order = jnp.lexsort((-request.limits, -chunks))  # those of a refill have as many chunks
-    bucket = 1 << (batch - 1).bit_length()
-    ordered = request.take(order[jnp.minimum(jnp.arange(bucket), batch - 1)])
+    order, ordered = _sorted(request)
     work = _begin(lm, params, ordered, rows=rows)
     readable = all(map(is_concrete, jax.tree.leaves((params, request))))  # else in one piece, under an outer `jit`
     with tqdm(total=batch, unit="prompt", disable=not progress or runtime.is_file()) as bar:
@@ -105,8 +102,24 @@ def decode_many(lm: LanguageModel, params: Params, request: Request, *, rows: in
             work = advance(lm, params, ordered, work, np.int32(batch), PIECE if readable else np.iinfo(np.int32).max)
             ended = int(work.taken - (~work.state.done).sum()) if readable else batch
             bar.update(ended - bar.n)
+    return _as_given(work.found, order)
+
+
+@jax.jit
+def _sorted(request: Request) -> tuple[Int[Array, "batch"], Request]:
+    """Return the order of the prompts, and a bucket of them in that order."""
+    batch = request.limits.shape[0]
+    chunks = -(-request.mask.sum(axis=1) // CHUNK)
+    order = jnp.lexsort((-request.limits, -chunks))  # those of a refill have as many chunks
+    bucket = 1 << (batch - 1).bit_length()
+    return order, request.take(order[jnp.minimum(jnp.arange(bucket), batch - 1)])
+
+
+@jax.jit
+def _as_given(found: Generation, order: Int[Array, "batch"]) -> Generation:
+    """Return the rows in the order of the prompts as they were given."""
     place = jnp.argsort(order)
-    return jax.tree.map(lambda leaf: leaf[place], work.found)
+    return jax.tree.map(lambda leaf: leaf[place], found)
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "rows"))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxrl_llm.decoding import core
+from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.core import Generation, Request
 from jaxrl_llm.decoding.generate import begin
 from jaxrl_llm.decoding.transforms import Transform, as_transform, update_alive
@@ -60,6 +61,7 @@ def speculative_generate(
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
     pad_id: int | Int[Array, ""] = 0,
+    stop: StopStrings | None = None,
 ) -> Speculation:
     """Continue each prompt as `generate` does, with fewer calls of the model (Leviathan et al. 2023; Chen et al. 2023).
 
@@ -85,7 +87,7 @@ def speculative_generate(
     num_draft = core.check_size("num_draft", num_draft, 1)
     request = core.request(
         lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, transform=transform, greedy=greedy, key=key,
-        eos_id=eos_id, pad_id=pad_id,
+        eos_id=eos_id, pad_id=pad_id, stop=stop,
     )  # fmt: skip
     draft.check(lm, request)
     speculation, broken = decode(lm, params, request, draft, num_draft=num_draft)
@@ -430,6 +432,7 @@ class State:
     result: Speculation
     broken: Bool[Array, "batch"]
     round: Int[Array, ""]
+    stop: Int[Array, "batch"] | None  # how far each row is into a stop string
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "num_draft"))
@@ -456,6 +459,7 @@ def decode(
         result=Speculation(found, accepted=zeros, judged=zeros, drafted=zeros, rounds=zeros),
         broken=zeros > 0,
         round=jnp.zeros((), jnp.int32),
+        stop=first.stop,
     )
     play = functools.partial(_round, lm, params, request, draft, num_draft)
     state = jax.lax.while_loop(lambda state: ~state.done.all(), play, state)
@@ -476,7 +480,9 @@ def _round(lm: LanguageModel, params: Params, request: Request, draft: Draft, nu
     logits = wide(lm.logits(params, hidden))
     warped, states = _apply_all(request.transform, state.transform, logits, drafts.tokens, counts[:, 1:])
     accepted, token = _judge(keys, drafts, warped)
-    tokens, mask, ended = _emitted(request, drafts, accepted, token, alive, room)
+    tokens = jnp.where(places < accepted[:, None], jnp.pad(drafts.tokens, ((0, 0), (0, 1))), token[:, None])
+    stops = None if state.stop is None else _stops(request, state.stop, states, tokens)
+    mask, ended = _emitted(request, tokens, stops, accepted, alive, room)
 
     rows, count = jnp.arange(accepted.shape[0]), mask.sum(axis=1, dtype=jnp.int32)
     seen = places[:-1] < jnp.minimum(accepted + 1, count)[:, None]  # the drafts that decided anything
@@ -498,6 +504,7 @@ def _round(lm: LanguageModel, params: Params, request: Request, draft: Draft, nu
         ),
         broken=state.broken | (drafts.broken & seen).any(axis=1),
         round=state.round + 1,
+        stop=None if stops is None else jnp.where(count > 0, stops[rows, count - 1], state.stop),
     )
 
 
@@ -534,21 +541,34 @@ def _judge(
     return verify(keys, drafts.tokens, p, jnp.where(drafts.exists[..., None], q, 0))
 
 
+def _stops(
+    request: Request, state: Int[Array, "batch"], states: PyTree[Array], tokens: Int[Array, "batch draft+1"]
+) -> Int[Array, "batch draft+1"]:
+    """How far each row is into a stop string after each token; `states` of the transform are those before them."""
+
+    def step(stop: Array, column: tuple[PyTree, Array]) -> tuple[Array, Array]:
+        transform, token = column
+        searched = request.transform.may_end(transform)
+        stop = jnp.where(searched, request.stop.advance(stop, token), stop)
+        return stop, stop
+
+    return jax.lax.scan(step, state, (states, tokens.T))[1].T
+
+
 def _emitted(
     request: Request,
-    drafts: Drafts,
+    tokens: Int[Array, "batch draft+1"],
+    stops: Int[Array, "batch draft+1"] | None,
     accepted: Int[Array, "batch"],
-    token: Int[Array, "batch"],
     alive: Bool[Array, "batch"],
     room: Int[Array, "batch"],
-) -> tuple[Int[Array, "batch draft+1"], Bool[Array, "batch draft+1"], Bool[Array, "batch"]]:
-    """The tokens of the round, the mask of those that are emitted, up to EOS, and the rows that end."""
-    place = jnp.arange(drafts.tokens.shape[1] + 1)
-    tokens = jnp.where(place < accepted[:, None], jnp.pad(drafts.tokens, ((0, 0), (0, 1))), token[:, None])
-    ends = request.ends(tokens)
+) -> tuple[Bool[Array, "batch draft+1"], Bool[Array, "batch"]]:
+    """The mask of the tokens of a round that are emitted, up to the first that ends the row; and the rows that end."""
+    place = jnp.arange(tokens.shape[1])
+    ends = request.ends(tokens) if stops is None else request.ends(tokens) | request.stop.reached(stops)
     after_end = jnp.cumsum(ends, axis=1) - ends > 0
     mask = alive[:, None] & (place <= accepted[:, None]) & (place < room[:, None]) & ~after_end
-    return tokens, mask, (mask & ends).any(axis=1) | (mask.sum(axis=1) >= room)
+    return mask, (mask & ends).any(axis=1) | (mask.sum(axis=1) >= room)
 
 
 def _write(

@@ -147,7 +147,7 @@ def _start(request: Request, cache: Cache, every_beam: Int[Array, "row"], width:
     rows = every_beam.shape[0]
     shape = (request.limits.shape[0], width)
     none = jnp.full(shape, -jnp.inf, dtype)
-    root = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, 0), (), dtype))(request.keys)
+    root = core.gumbel(jax.vmap(lambda key: jax.random.fold_in(key, 0))(request.keys), (), dtype)
     return State(
         cache=cache.take(every_beam, groups=shape[0]),
         parents=jnp.arange(rows),
@@ -194,7 +194,7 @@ def _continue(
     Among siblings the perturbed value rises with G̃, so only the largest need be conditioned.
     """
     keys = jax.vmap(lambda key: jax.random.fold_in(key, state.time + 1))(request.keys)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    noise = core.gumbel(keys, logits.shape[1:], logits.dtype)
     values, tokens = jax.lax.top_k(logits + noise, min(logits.shape[1], logits.shape[2]))
     values, tokens = jax.lax.optimization_barrier((values, tokens))
     above = (state.log_prob - normaliser)[..., None]

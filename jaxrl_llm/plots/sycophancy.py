@@ -63,7 +63,7 @@ def report_figure(reports: Sequence[dict[str, Any]], *, title: str) -> Figure:
         draw_report(figure.subplots(1, len(WIDTHS), width_ratios=WIDTHS), reports)
     else:
         _draw_matching(figure.subplots(), reports, controls=0)
-    return figure
+    return style.shown(figure)
 
 
 def _draw_matching(axes: Axes, reports: Sequence[dict[str, Any]], controls: int) -> None:

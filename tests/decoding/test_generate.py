@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import itertools
 import os
@@ -465,13 +466,22 @@ def test_guidance_mixes_the_two_distributions_whatever_the_padding():
     found = generate(lm, params, np.zeros((400, 1), int), max_new_tokens=1, key=keys, guidance=padded)
     np.testing.assert_allclose(found.logp_sampler[0, 0], expected[found.tokens[0, 0]], rtol=1e-5)
     np.testing.assert_allclose(found.logp[0, 0], own[found.tokens[0, 0]], rtol=1e-5)
+    scales = np.where(np.arange(400) % 2, 2.5, 1.0).astype(np.float32)
+    each = dataclasses.replace(padded, scale=scales)
+    mixed = generate(lm, params, np.zeros((400, 1), int), max_new_tokens=1, key=keys, guidance=each)
+    np.testing.assert_array_equal(mixed.tokens[1::2], found.tokens[1::2])
+    plain = own[np.asarray(mixed.tokens)[::2, 0]]
+    np.testing.assert_allclose(mixed.logp_sampler[::2, 0], plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("guidance", "message"),
     [
         (Guidance([[1]], 2.0), "guidance needs a second prompt for each of 2 rows"),
-        (Guidance([[1], [1]], [1.0, 2.0]), "the guidance scale must be one finite number"),
+        (
+            Guidance([[1], [1]], [1.0, 2.0, 3.0]),
+            "the guidance scale must be one finite number, or one for each of 2 rows",
+        ),
         (Guidance([[1], [1]], np.inf), "the guidance scale must be one finite number"),
         (Guidance([[1], []], 2.0), "prompt 1 is empty"),
         (Guidance("text", 2.0), "guidance.prompts must be token ids"),

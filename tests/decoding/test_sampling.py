@@ -1,5 +1,6 @@
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,33 @@ RARE = {
 def test_every_index_has_its_share_of_the_points(weights):
     exact = np.float64(np.float32(weights)) / np.float64(np.float32(weights)).sum()
     np.testing.assert_allclose(shares(weights), exact, rtol=3e-5, atol=2.0**-63)
+
+
+noise_of = jax.jit(core.gumbel_of, static_argnums=2)
+
+
+def noise_at(point):
+    """The noise of a point in [0, 2^64)."""
+    return float(noise_of(np.uint32(point >> 32), np.uint32(point & (2**32 - 1)), jnp.float32))
+
+
+@pytest.mark.parametrize("value", [-3.5, -2.0, -0.5, 0.0, 0.36, 0.37, 1.0, 8.0, 15.0, 20.7, 27.6, 34.5, 41.0])
+def test_gumbel_noise_has_its_share_of_the_points_above_a_value(value):
+    """Also of values that a token of probability 1e-9, 1e-12 or 1e-15 needs."""
+    low, high = 0, 2**64  # the first point whose noise is above
+    while low != high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if noise_at(middle) > value else (middle + 1, high)
+    below, above = math.exp(-math.exp(-value)), -math.expm1(-math.exp(-value))
+    np.testing.assert_allclose([low / 2**64, (2**64 - low) / 2**64], [below, above], rtol=1e-5, atol=2.0**-64)
+
+
+def test_gumbel_noise_is_that_of_jax_but_finer():
+    key = jax.random.key(3)
+    plain = np.asarray(jax.random.gumbel(key, (1000,)), np.float64)
+    fine = np.asarray(core.gumbel(key[None], (1000,), jnp.float32)[0], np.float64)
+    uniform = np.exp(-np.exp(-np.stack([plain, fine])))
+    np.testing.assert_allclose(*uniform, rtol=0, atol=2.0**-22)
 
 
 @pytest.mark.parametrize("word", [0, 1, 2**32 - 1])

@@ -13,8 +13,10 @@ from jaxrl_llm import models, text
 from jaxrl_llm.decoding import beam_search, generate, stop_strings, stream
 from jaxrl_llm.decoding.constraints import TextBias, banned_text, text_bias
 from jaxrl_llm.decoding.generate import decode
+from jaxrl_llm.decoding.transforms import MinLength
 from jaxrl_llm.tabular import TabularLM
-from tests.conftest import random_params
+from tests.conftest import VOCAB, random_params
+from tests.decoding.decoders import expected, run, tokens_and_mask
 
 # Ids 0 to 15: nothing, single bytes, several, parts of characters (é is c3 a9, 🙂 is f0 9f 99 82).
 PIECES = [
@@ -236,3 +238,33 @@ def test_a_string_is_banned_or_biased_however_it_is_cut_into_tokens(transform, c
 def test_a_bias_is_a_finite_number():
     with pytest.raises(ValueError, match="the bias must be a finite number, but is -inf"):
         text_bias(CUT, "ba", -np.inf)
+
+
+# In the other decoders ------------------------------------------------------------------------------------------------
+
+SINGLES = [bytes([97 + token]) for token in range(VOCAB)]  # of the tiny models
+
+
+@pytest.mark.parametrize("name", [pytest.param("speculative", marks=pytest.mark.slow), "look-up", "contrastive"])
+def test_decoders_of_several_tokens_at_once_end_at_stop_strings_too(name):
+    """Rows are those without stop strings, up to the token that completes one."""
+    tokens, mask = tokens_and_mask(expected(name))
+    letters = [b"".join(SINGLES[token] for token in row).decode() for row in tokens]
+    strings = [letters[0][4:6], letters[1][9], letters[2][-1]]
+    found = tokens_and_mask(run(name, stop=stop_strings(SINGLES, strings)))
+    ends = 0
+    for row, text_ in enumerate(letters):
+        length = min([text_.find(each) + len(each) for each in strings if each in text_], default=len(text_))
+        assert found[1][row].sum() == length and (found[0][row][:length] == tokens[row][:length]).all()
+        ends += length < mask[row].sum()
+    assert ends >= 2
+
+
+def test_drafts_that_hold_a_stop_string_end_there_but_not_before_the_minimum_length():
+    tokens = tokens_and_mask(expected("greedy"))[0]
+    strings = ["".join(SINGLES[token].decode() for token in tokens[0, 2:4]), SINGLES[tokens[1, 6]].decode()]
+    options = {"transform": [MinLength(5, [])], "stop": stop_strings(SINGLES, strings)}
+    plain, drafted = (tokens_and_mask(run(name, **options)) for name in ("greedy", "look-up"))
+    np.testing.assert_array_equal(plain[1], drafted[1])
+    np.testing.assert_array_equal(plain[0], drafted[0])
+    assert plain[1].sum(axis=1).min() < tokens.shape[1] and plain[1].sum(axis=1).min() >= 5

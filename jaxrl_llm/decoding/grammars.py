@@ -1,0 +1,150 @@
+"""Context-free grammars over tokens: the matchers of llguidance, on the host, by the tokens that they have read.
+
+A number stands for a compiled grammar in compiled programs, so that one program serves all grammars.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8, UInt32
+
+KEPT = 4096  # matchers of a grammar; others are computed anew, from the longest of their prefixes that is kept
+NO_FORCING = '\n%llguidance {"no_forcing": true}'  # else of a text that is certain only the longest tokens are allowed
+NO_WAY_ON = ("NoExtension", "NoExtensionBias")  # of the tokens, though a text of the grammar would go on
+NOTHING = -1  # where a row has no token
+OPEN, MAY_END, LOST = range(3)  # the text must go on; it may end here; it is not of the grammar
+
+
+class Place(NamedTuple):
+    """What may follow after some tokens."""
+
+    matcher: Any
+    pieces: UInt8[np.ndarray, "byte"]  # a bit for each piece of the vocabulary
+    status: int
+
+
+class Grammar:
+    """A grammar over a vocabulary of distinct pieces of text; `piece_of` gives the piece of each token, −1 of none."""
+
+    def __init__(self, lark: str, pieces: tuple[bytes, ...], piece_of: Int[np.ndarray, "vocab"]):
+        guidance, self._end, self._piece_of = required(), len(pieces), piece_of.tolist()
+        grammar = guidance.LLMatcher.grammar_from_lark(lark + NO_FORCING)
+        matcher = guidance.LLMatcher(_tokenizer(pieces), grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(f"grammar must be in llguidance's Lark syntax, but is not: {_reason(matcher)}.")
+        self._lock = threading.Lock()
+        self._places: collections.OrderedDict[tuple[int, ...], Place] = collections.OrderedDict()
+        self._root = self._place(matcher)
+        if self._root.status != MAY_END and not self._root.pieces.any():
+            raise ValueError("no text of the grammar can be spelt in this vocabulary.")
+
+    def _place(self, matcher: Any) -> Place:
+        if matcher.is_stopped():  # the text is whole, and nothing can follow
+            return Place(matcher, np.zeros(0, np.uint8), MAY_END if matcher.is_accepting() else OPEN)
+        pieces = np.frombuffer(matcher.compute_bitmask(), np.uint8).copy()
+        if matcher.is_error() and _reason(matcher) in NO_WAY_ON:
+            return Place(matcher, np.zeros(0, np.uint8), OPEN)
+        if matcher.is_error():
+            raise RuntimeError(f"llguidance gave up on the grammar: {_reason(matcher)}.")
+        pieces[self._end // 8] &= ~np.uint8(1 << self._end % 8)
+        return Place(matcher, pieces, MAY_END if matcher.is_accepting() else OPEN)
+
+    def _after(self, place: Place, token: int) -> Place:
+        piece = self._piece_of[token] if 0 <= token < len(self._piece_of) else -1
+        if place.status == LOST or piece < 0 or place.matcher.is_stopped():
+            return LOST_PLACE
+        matcher = place.matcher.deep_copy()
+        return self._place(matcher) if matcher.try_consume_tokens([piece]) == 1 else LOST_PLACE
+
+    def after(self, tokens: Sequence[int]) -> Place:
+        """Return the place after these tokens."""
+        tokens = tuple(tokens)
+        with self._lock:
+            length = next((n for n in range(len(tokens), 0, -1) if tokens[:n] in self._places), 0)
+            place = self._places[tokens[:length]] if length else self._root
+            for end in range(length + 1, len(tokens) + 1):
+                place = self._places[tokens[:end]] = self._after(place, tokens[end - 1])
+            if tokens:
+                self._places.move_to_end(tokens)
+            while len(self._places) > KEPT:
+                self._places.popitem(last=False)
+        return place
+
+
+LOST_PLACE = Place(None, np.zeros(0, np.uint8), LOST)
+
+
+def required() -> Any:
+    """Import llguidance, which is an optional dependency.
+
+    Raises:
+        ModuleNotFoundError: naming the command that installs it.
+    """
+    try:
+        import llguidance
+    except ModuleNotFoundError as error:
+        message = "grammars need llguidance: pip install 'jaxrl_llm[grammar]' installs it."
+        raise ModuleNotFoundError(message, name="llguidance") from error
+    return llguidance
+
+
+def _reason(matcher: Any) -> str:
+    return matcher.get_error().strip().splitlines()[0].rstrip(".")
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(pieces: tuple[bytes, ...]) -> Any:
+    """The vocabulary as llguidance takes it: the pieces, and an end of text after them."""
+    guidance = required()
+
+    class Vocabulary:
+        tokens, bos_token_id, eos_token_id, special_token_ids = [*pieces, b"<|end|>"], None, len(pieces), [len(pieces)]
+
+        def __call__(self, text: bytes) -> list[int]:
+            return []  # for tokens that llguidance would write by itself: not asked for
+
+    return guidance.LLTokenizer(guidance.TokenizerWrapper(Vocabulary()), eos_token=len(pieces))
+
+
+_compiled: dict[int, Grammar] = {}
+_count = itertools.count()
+
+
+@functools.cache  # a number may live on in compiled programs and in transforms
+def compiled(lark: str, pieces: tuple[bytes, ...], vocabulary: tuple[int, ...]) -> int:
+    """Return the number of a grammar over a vocabulary, whose tokens have these pieces, −1 for those without text.
+
+    Raises:
+        ModuleNotFoundError: without llguidance.
+        ValueError: if the grammar is not one, or this vocabulary can spell none of its texts.
+    """
+    grammar, number = Grammar(lark, pieces, np.asarray(vocabulary)), next(_count)
+    _compiled[number] = grammar
+    return number
+
+
+def places(
+    numbers: Int[np.ndarray, "*batch"], tokens: Int[np.ndarray, "*batch slot"], *, words: int
+) -> tuple[UInt32[np.ndarray, "*batch word"], UInt8[np.ndarray, "*batch"]]:
+    """Return the pieces that may follow the tokens of each row, as bits of `words` words, and its status.
+
+    Args:
+        tokens: NOTHING where there is none.
+    """
+    shape = np.shape(numbers)
+    rows = np.concatenate([np.reshape(numbers, (-1, 1)), np.reshape(tokens, (-1, np.shape(tokens)[-1]))], axis=1)
+    known: dict[bytes, Place] = {}
+    bits, status = np.zeros((len(rows), 4 * words), np.uint8), np.zeros(len(rows), np.uint8)
+    for row, written in enumerate(rows):
+        if (key := written.tobytes()) not in known:
+            number, *tokens = written.tolist()
+            known[key] = _compiled[number].after([token for token in tokens if token != NOTHING])
+        bits[row, : len(known[key].pieces)], status[row] = known[key].pieces, known[key].status
+    return bits.view(np.uint32).reshape(*shape, words), status.reshape(shape)
