@@ -778,7 +778,8 @@ class LM:
         loss = landscape.next_token_loss(self.model, tokens, None if mask.all() else mask)
         if vectors is not None and directions != "hessian":
             raise ValueError('vectors is for directions="hessian".')
-        plane, known = self._plane(loss, directions, jax.random.key(seed), max_iterations=iterations, vectors=vectors)
+        lanczos = {"max_iterations": iterations, "vectors": vectors, "progress": progress}
+        plane, known = self._plane(loss, directions, jax.random.key(seed), **lanczos)
         one = given[0] if len(given) == 1 and isinstance(given[0], str) else None
         surface = landscape.surface_of(
             loss,
@@ -1018,12 +1019,12 @@ class LM:
         return found[: len(prompts)]
 
     def _plane(
-        self, loss: Callable[[Params], Array], directions: str, key: Array, **iterations: int | None
+        self, loss: Callable[[Params], Array], directions: str, key: Array, **lanczos: Any
     ) -> tuple[tuple[Params, Params], dict[str, Any]]:
         """Two directions, and what is known of the Hessian where they are its eigenvectors."""
         if directions != "hessian":
             return landscape.random_directions(self.params, key, scale=directions), {}
-        top = landscape.top_eigenpairs(loss, self.params, key, progress=True, **iterations)
+        top = landscape.top_eigenpairs(loss, self.params, key, **lanczos)
         length = landscape.norm(self.params)
         first, second = (landscape.rescaled(vector, length) for vector in top.vectors)
         residuals = None if top.converged.all() else tuple(map(float, top.residuals))

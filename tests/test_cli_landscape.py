@@ -77,9 +77,10 @@ def test_hessian_directions_come_with_the_sharpness(monkeypatch, capsys):
         return found
 
     monkeypatch.setattr(landscape, "top_eigenpairs", eigenpairs)
-    (directions, known) = interface.LM(loaded)._plane(None, "hessian", jax.random.key(0), max_iterations=7, vectors=4)
+    lanczos = {"max_iterations": 7, "vectors": 4, "progress": False}
+    (directions, known) = interface.LM(loaded)._plane(None, "hessian", jax.random.key(0), **lanczos)
     assert known == {"sharpness": 5.5, "residuals": None}
-    assert (asked["max_iterations"], asked["vectors"]) == (7, 4)
+    assert asked == lanczos
     for direction in directions:
         np.testing.assert_allclose(landscape.norm(direction), landscape.norm(loaded.params), rtol=1e-5)
 
