@@ -388,7 +388,15 @@ def by_chunks(function: Callable[..., Out], vocab_size: int, held: PyTree, *arra
             padding[1] = (0, chunks * size - time)
             return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, chunks, size, *array.shape[2:]), 1, 0)
 
-        found = jax.lax.map(jax.checkpoint(lambda parts: function(held, *parts)), tuple(map(cut, arrays)))
+        # Wide outside of the loop and narrow inside, so that the gradients of the chunks are summed in float32.
+        narrow = jax.tree.map(lambda leaf: getattr(leaf, "dtype", None) == jnp.bfloat16, held)
+        summed = jax.tree.map(lambda leaf, narrow: wide(leaf) if narrow else leaf, held, narrow)
+
+        def of_chunk(parts: tuple[Array, ...]) -> Out:
+            read = jax.tree.map(lambda leaf, narrow: leaf.astype(jnp.bfloat16) if narrow else leaf, summed, narrow)
+            return function(read, *parts)
+
+        found = jax.lax.map(jax.checkpoint(of_chunk), tuple(map(cut, arrays)))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(batch, chunks * size)[:, :time], found)
 
     return by_own_rows(of_rows, held, *arrays)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.mesh import over_rows
 from jaxrl_llm.numerics import on_cpu
+from jaxrl_llm.products import product, rows_at
 
 KeyValue = tuple[Float[Array, "batch kv_head slot head_dim"], Float[Array, "batch kv_head slot head_dim"]]
 
@@ -25,11 +26,6 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """Return the dtype of sums and of the residual stream: float32, or wider if the parameters are."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -72,7 +68,7 @@ class Adapted:
         """Return dropout(x) A B: each input is 0 with probability `rate`, else divided by 1 − rate."""
         kept = jax.random.bernoulli(self.key, 1 - self.rate, rows.shape)
         rows = jnp.where(kept, rows / (1 - self.rate), 0).astype(self.a.dtype)
-        return jnp.matmul(rows @ self.a, self.b, preferred_element_type=accumulator(self.b.dtype))
+        return product("nr,ro->no", product("ni,ir->nr", rows, self.a).astype(self.b.dtype), self.b)
 
 
 class Linear(nnx.Module):
@@ -88,7 +84,7 @@ class Linear(nnx.Module):
         # As rows: with two batch axes, XLA's CPU backend would transpose an input of the kernel's gradient.
         rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
         rows = twice(rows) if is_one_bfloat16_row(rows) else rows
-        y = jnp.matmul(rows, kernel, preferred_element_type=accumulator(kernel.dtype))
+        y = product("ni,io->no", rows, kernel)
         y = y + adapted.further(rows) if isinstance(adapted, Adapted) else y
         y = y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + self.bias[...]
@@ -101,8 +97,7 @@ class Embedding(nnx.Module):
         self.embedding = normal(rngs, (num_embeddings, features), std)
 
     def __call__(self, index: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        table = self.embedding[...]
-        return table[index].astype(accumulator(table.dtype))
+        return rows_at(self.embedding[...], index)
 
     def attend(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch num_embeddings"]:
         table = self.embedding[...]
@@ -111,12 +106,11 @@ class Embedding(nnx.Module):
 
 def unembed(x: Float[Array, "rows features"], table: Float[Array, "vocab features"]) -> Float[Array, "rows vocab"]:
     """Compute x @ tableᵀ; on CPUs in the form that XLA runs fastest for few rows, as in a decoding step."""
-    rows, dtype = x.shape[0], accumulator(table.dtype)
     if is_one_bfloat16_row(x):
-        return jnp.einsum("nd,vd->nv", twice(x), table, preferred_element_type=dtype)[:1]
-    if on_cpu() and rows <= 64 and table.dtype == jnp.float32:
+        return product("nd,vd->nv", twice(x), table)[:1]
+    if on_cpu() and x.shape[0] <= 64 and table.dtype == jnp.float32:
         return jnp.einsum("vd,nd->vn", table, x).T  # 1.5 times faster than the other order
-    return jnp.einsum("nd,vd->nv", x, table, preferred_element_type=dtype)
+    return product("nd,vd->nv", x, table)
 
 
 def standardise(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
@@ -183,7 +177,7 @@ def attention_weights(
     batch, heads, time, head_dim = query.shape
     kv_heads = key.shape[1]
     query = query.reshape(batch, kv_heads, heads // kv_heads, time, head_dim).astype(key.dtype)
-    scores = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=accumulator(key.dtype)) * scale
+    scores = product("bkgtd,bksd->bkgts", query, key) * scale
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     if bias is not None:
         scores += bias.reshape(bias.shape[0], *scores.shape[1:])
@@ -207,8 +201,7 @@ def attend(
     weights: Float[Array, "batch kv_head group time slot"], value: Float[Array, "batch kv_head slot head_dim"]
 ) -> Float[Array, "batch time features"]:
     """Return the weighted sums of values, heads concatenated."""
-    dtype = value.dtype
     # Transposed after the product: XLA's CPU backend has no transposing bfloat16 × bfloat16 = float32 product.
-    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(dtype), value, preferred_element_type=accumulator(dtype))
+    mixed = product("bkgts,bksd->bkgtd", weights.astype(value.dtype), value)
     batch, kv_heads, group, time, head_dim = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * group * head_dim)

@@ -23,7 +23,6 @@ from jaxrl_llm.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    accumulator,
     attend,
     attention_weights,
     normal,
@@ -31,6 +30,7 @@ from jaxrl_llm.models.layers import (
     write_slots,
 )
 from jaxrl_llm.models.rotary import Rotary, rotate
+from jaxrl_llm.products import ragged_product
 
 
 class Norm(NamedTuple):
@@ -237,8 +237,7 @@ class Stack(nnx.Module):
     def __call__(self, rows: Float[Array, "row in"], sizes: Int[Array, "expert"]) -> Float[Array, "row out"]:
         """Multiply the first sizes[0] rows by the first kernel, the next sizes[1] by the second, and so on."""
         kernel = self.kernel[...]
-        dtype = accumulator(kernel.dtype)
-        return jax.lax.ragged_dot(rows.astype(kernel.dtype), kernel, sizes, preferred_element_type=dtype)
+        return ragged_product(rows.astype(kernel.dtype), kernel, sizes)
 
 
 class MixtureOfExperts(nnx.Module):
