@@ -88,8 +88,8 @@ def _by_matrices(equation: str, x: Array, y: Array) -> Array:
     size = dict(zip(left + right, x.shape + y.shape, strict=True))
 
     def matrices(term: str, array: Array, *groups: list[str]) -> Array:
-        order, shape = "".join(sum(groups, batch)), [math.prod(map(size.get, group)) for group in groups]
-        if order != term:
+        order, shape = sum(groups, batch), [math.prod(map(size.get, group)) for group in groups]
+        if batch or order != [*term]:  # heads are often transposed before
             array = jax.lax.optimization_barrier(array.transpose([*map(term.index, order)]).reshape(-1))
         return array.reshape(*map(size.get, batch), *shape)
 
