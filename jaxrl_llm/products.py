@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.numerics import on_cpu
 
@@ -45,6 +46,19 @@ def rows_at(table: Float[Array, "row features"], index: Int[Array, "*batch"]) ->
     return (
         _narrow_rows_at(table, index) if table.dtype == jnp.bfloat16 else table[index].astype(accumulator(table.dtype))
     )
+
+
+def summed_wide(held: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Return what a loop reads with bfloat16 in float32, and a function that gives it back as it was.
+
+    Called inside of the loop, it keeps the loop's sum of gradients in float32.
+    """
+    narrow = jax.tree.map(lambda leaf: getattr(leaf, "dtype", None) == jnp.bfloat16, held)
+
+    def cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+        return jax.tree.map(lambda leaf, narrow: leaf.astype(dtype) if narrow else leaf, tree, narrow)
+
+    return cast(held, jnp.float32), lambda tree: cast(tree, jnp.bfloat16)
 
 
 def _sums(equation: str, x: Array, y: Array) -> Array:

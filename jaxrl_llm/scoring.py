@@ -18,6 +18,7 @@ from jaxrl_llm.mesh import by_own_rows, everywhere, filled
 from jaxrl_llm.numerics import is_concrete, log_softmax, wide
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
+from jaxrl_llm.products import summed_wide
 
 CHUNK_LOGITS = 2**24  # logits that are held at once: 64 MiB in float32
 Out = TypeVar("Out", bound=PyTree)
@@ -400,13 +401,10 @@ def by_chunks(function: Callable[..., Out], vocab_size: int, held: PyTree, *arra
             padding[1] = (0, chunks * size - time)
             return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, chunks, size, *array.shape[2:]), 1, 0)
 
-        # Wide outside of the loop and narrow inside, so that the gradients of the chunks are summed in float32.
-        narrow = jax.tree.map(lambda leaf: getattr(leaf, "dtype", None) == jnp.bfloat16, held)
-        summed = jax.tree.map(lambda leaf, narrow: wide(leaf) if narrow else leaf, held, narrow)
+        summed, as_it_was = summed_wide(held)
 
         def of_chunk(parts: tuple[Array, ...]) -> Out:
-            read = jax.tree.map(lambda leaf, narrow: leaf.astype(jnp.bfloat16) if narrow else leaf, summed, narrow)
-            return function(read, *parts)
+            return function(as_it_was(summed), *parts)
 
         found = jax.lax.map(jax.checkpoint(of_chunk), tuple(map(cut, arrays)))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(batch, chunks * size)[:, :time], found)

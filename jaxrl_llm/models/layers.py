@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.mesh import over_rows
 from jaxrl_llm.numerics import on_cpu
-from jaxrl_llm.products import product, rows_at
+from jaxrl_llm.products import product, rows_at, summed_wide
 
+CHUNK_SCORES = 2**24  # attention scores of a layer that a device holds at once: 64 MiB in float32
 KeyValue = tuple[Float[Array, "batch kv_head slot head_dim"], Float[Array, "batch kv_head slot head_dim"]]
 
 ACTIVATIONS = {
@@ -205,3 +206,49 @@ def attend(
     mixed = product("bkgts,bksd->bkgtd", weights.astype(value.dtype), value)
     batch, kv_heads, group, time, head_dim = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * group * head_dim)
+
+
+def attention(
+    query: Float[Array, "batch head time head_dim"],
+    key_value: KeyValue,
+    mask: Bool[Array, "batch #time slot"],
+    *,
+    scale: float,
+    cap: float | None = None,
+    bias: Float[Array, "#batch head time slot"] | None = None,
+    intermediates: list[Array] | None = None,
+) -> Float[Array, "batch time features"]:
+    """Compute `attend(attention_weights(...))`, a chunk of the queries at a time if the scores are many.
+
+    Scores are then recomputed for the gradient, so that memory grows linearly with the length, but for mask and bias.
+    Weights that are recorded are computed at once.
+    """
+
+    def of_queries(key_value: KeyValue, query: Array, mask: Array, bias: Array | None) -> Array:
+        options = {"scale": scale, "cap": cap, "bias": bias, "intermediates": intermediates}
+        return attend(attention_weights(query, key_value[0], mask, **options), key_value[1])
+
+    (batch, heads, time, _), slots = query.shape, mask.shape[2]
+    devices = jax.sharding.get_abstract_mesh().size
+    size = max(1, CHUNK_SCORES * devices // max(1, batch * heads * slots))
+    if size >= time or intermediates is not None:
+        return of_queries(key_value, query, mask, bias)
+    chunks = -(-time // size)
+    size = -(-time // chunks)  # of even sizes
+    summed, as_it_was = summed_wide(key_value)
+
+    def cut(array: Array, axis: int) -> Array:
+        padding = [(0, 0)] * array.ndim
+        padding[axis] = (0, chunks * size - time)
+        shape = (*array.shape[:axis], chunks, size, *array.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(array, padding).reshape(shape), axis, 0)
+
+    # What is alike for all queries is read whole.
+    parts = (cut(query, 2), None if mask.shape[1] == 1 else cut(mask, 1), None if bias is None else cut(bias, 2))
+
+    def of_chunk(parts: tuple[Array, Array | None, Array | None]) -> Array:
+        query, own, bias = parts
+        return of_queries(as_it_was(summed), query, mask if own is None else own, bias)
+
+    found = jnp.moveaxis(jax.lax.map(jax.checkpoint(of_chunk), parts), 0, 1)
+    return found.reshape(batch, chunks * size, -1)[:, :time]

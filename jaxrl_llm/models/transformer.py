@@ -23,8 +23,7 @@ from jaxrl_llm.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    attend,
-    attention_weights,
+    attention,
     normal,
     standardise,
     write_slots,
@@ -202,7 +201,7 @@ class Attention(nnx.Module):
         )
         scale = d.head_dim**-0.5 if d.score_scale is None else d.score_scale
         options = {"scale": scale, "cap": d.score_cap, "bias": at.bias, "intermediates": at.intermediates}
-        return self.o_proj(attend(attention_weights(query, kept[0], at.mask, **options), kept[1])), kept
+        return self.o_proj(attention(query, kept, at.mask, **options)), kept
 
 
 class MLP(nnx.Module):
