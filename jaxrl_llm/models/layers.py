@@ -229,7 +229,7 @@ def attention(
         return attend(attention_weights(query, key_value[0], mask, **options), key_value[1])
 
     (batch, heads, time, _), slots = query.shape, mask.shape[2]
-    devices = jax.sharding.get_abstract_mesh().size
+    devices = max(1, jax.sharding.get_abstract_mesh().size)  # 0 without a mesh
     size = max(1, CHUNK_SCORES * devices // max(1, batch * heads * slots))
     if size >= time or intermediates is not None:
         return of_queries(key_value, query, mask, bias)
