@@ -26,32 +26,6 @@ def set_up() -> None:
     quiet_transformers()
 
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def ask_for_huge_pages() -> None:
-    """Start the program of this process again, once, with huge pages of memory, where Linux gives them to who asks.
-
-    A training step takes and returns gigabytes, whose every page of 4 KiB costs a fault. glibc asks for pages of 2 MiB
-    if its tunable says so when a process starts. Where the user has set GLIBC_TUNABLES, also to nothing, nothing is
-    done, nor where Python runs another program, such as a test.
-    """
-    named = Path(sys.argv[0]).stem in ("jaxrl-llm", "__main__")
-    own = named and sys.orig_argv[-len(sys.argv) :][1:] == sys.argv[1:]
-    if own and "GLIBC_TUNABLES" not in os.environ and _gives_huge_pages():
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _gives_huge_pages() -> bool:
-    """Return True on a Linux that gives huge pages to who asks, with a glibc that can: 2.35 or later."""
-    try:
-        _, version = os.confstr("CS_GNU_LIBC_VERSION").split()
-        return "[madvise]" in HUGE_PAGES.read_text() and tuple(map(int, version.split("."))) >= (2, 35)
-    except (AttributeError, OSError, ValueError):  # no Linux, no glibc
-        return False
-
-
 def quiet_transformers() -> None:
     """Silence transformers' notice that PyTorch is missing; call before transformers is imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -83,8 +83,6 @@ def main() -> None:
         _refuse(unknown, command)
         from jaxrl_llm import runtime
 
-        if isinstance(command, Train):
-            runtime.ask_for_huge_pages()
         runtime.set_up()
         command.run()
         sys.stdout.flush()
