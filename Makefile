@@ -115,6 +115,7 @@ benchmark: setup $(PARITY)/.ready
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.train
 	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.constraints
 	$(BIN)/python -m benchmarks.logprobs
+	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.kl
 

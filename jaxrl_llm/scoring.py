@@ -18,6 +18,7 @@ from jaxrl_llm.mesh import by_own_rows, everywhere, filled
 from jaxrl_llm.numerics import is_concrete, log_softmax, wide
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
+from jaxrl_llm.products import summed_wide
 
 CHUNK_LOGITS = 2**24  # logits that are held at once: 64 MiB in float32
 Out = TypeVar("Out", bound=PyTree)
@@ -133,15 +134,27 @@ def log_probs(
     Summed over time it is the log-probability of the completion. Logits are held for a chunk of the positions at a
     time, in the gradient too: [batch, time, vocab] is never held if it is large.
     """
+    hidden = hidden_before(lm, params, sequences)
+    tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
+    found = log_probs_after(lm, params, hidden, tokens, temperature=temperature)
+    return jnp.where(sequences.completion_mask, found, 0)
+
+
+def log_probs_after(
+    lm: LanguageModel,
+    params: Params,
+    hidden: Float[Array, "batch time width"],
+    tokens: Int[Array, "batch time"],
+    *,
+    temperature: float | Array = 1.0,
+) -> Float[Array, "batch time"]:
+    """Return the log-probability of each token under the logits of its hidden state, in nats, in the same chunks."""
 
     def of_chunk(held: tuple, hidden: Array, tokens: Array) -> Array:
         params, temperature = held
         return token_log_probs(lm.logits(params, hidden) / temperature, tokens)
 
-    hidden = hidden_before(lm, params, sequences)
-    tokens = jnp.where(sequences.completion_mask, sequences.tokens, 0)
-    found = by_chunks(of_chunk, lm.vocab_size, (params, temperature), hidden, tokens)
-    return jnp.where(sequences.completion_mask, found, 0)
+    return by_chunks(of_chunk, lm.vocab_size, (params, temperature), hidden, tokens)
 
 
 def log_probs_and_collisions(
@@ -281,8 +294,8 @@ def next_token_log_probs(
     lm: LanguageModel, params: Params, tokens: Int[Array, "batch time"]
 ) -> Float[Array, "batch time-1"]:
     """Return the log-probability of each token but the first given those before it, in nats: rows without padding."""
-    logits, _ = lm.apply(params, tokens[:, :-1])
-    return token_log_probs(logits, tokens[:, 1:])
+    hidden, _ = lm.hidden(params, tokens[:, :-1])
+    return log_probs_after(lm, params, hidden, tokens[:, 1:])
 
 
 def stream_nats(
@@ -388,7 +401,12 @@ def by_chunks(function: Callable[..., Out], vocab_size: int, held: PyTree, *arra
             padding[1] = (0, chunks * size - time)
             return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, chunks, size, *array.shape[2:]), 1, 0)
 
-        found = jax.lax.map(jax.checkpoint(lambda parts: function(held, *parts)), tuple(map(cut, arrays)))
+        summed, as_it_was = summed_wide(held)
+
+        def of_chunk(parts: tuple[Array, ...]) -> Out:
+            return function(as_it_was(summed), *parts)
+
+        found = jax.lax.map(jax.checkpoint(of_chunk), tuple(map(cut, arrays)))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(batch, chunks * size)[:, :time], found)
 
     return by_own_rows(of_rows, held, *arrays)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm import numerics
+from jaxrl_llm import numerics, products
 from jaxrl_llm.decoding import core
 from jaxrl_llm.models import layers
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
@@ -29,7 +29,7 @@ OPTIMIZER = optax.sgd(0.1)
 def _elsewhere(monkeypatch):
     """As on a machine whose backend is no CPU."""
     monkeypatch.setattr(numerics, "on_cpu", lambda: False)
-    for module in (core, layers):
+    for module in (core, layers, products):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
 
 

@@ -4,12 +4,14 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_llm import oracle, scoring
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.scoring import Sequences
+from jaxrl_llm.training.supervised import Seq2SeqBatch, pair_loss
 from tests.conftest import TINY, VOCAB, log_softmax, random_params
 
 ROWS = [([3, 1, 4], [1, 5, 9, 2]), ([6], [5, 3]), ([5, 8, 9, 7], [9])]  # prompts and answers, of 3 to 7 tokens
@@ -96,6 +98,23 @@ def test_places_that_are_cut_give_the_same_values_and_gradients(gpt2, monkeypatc
     assert "scan" in str(jax.make_jaxpr(lambda params: scoring.log_probs(lm, params, rows))(params))
     cut = jax.jit(jax.value_and_grad(lambda params: total(params)))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), cut, whole)
+
+
+@pytest.mark.parametrize("name", ["log_probs", "next_token_log_probs", "pair_loss"])
+def test_no_gradient_holds_the_logits_of_all_places(gpt2, monkeypatch, name):
+    lm, params = gpt2
+    rows = batch("right", 13)
+    tokens, real = jnp.asarray(rows.tokens), jnp.ones(rows.tokens.shape, bool)
+    count, time = tokens.shape
+    total = {
+        "log_probs": lambda params: scoring.log_probs(lm, params, rows).sum(),
+        "next_token_log_probs": lambda params: scoring.next_token_log_probs(lm, params, tokens).sum(),
+        "pair_loss": lambda params: pair_loss(lm, params, Seq2SeqBatch(tokens[:, :4], real[:, :4], tokens, real)),
+    }[name]
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 4 * count * VOCAB)
+    program = str(jax.make_jaxpr(jax.grad(total))(params))
+    assert f"[{count},4,{VOCAB}]" in program or f"[{count},3,{VOCAB}]" in program
+    assert not [each for each in (time - 1, time) if f"[{count},{each},{VOCAB}]" in program]
 
 
 def test_measures_are_those_of_both_distributions(gpt2):

@@ -19,8 +19,7 @@ from jaxrl_llm.models.layers import (
     KeyValue,
     LayerNorm,
     Linear,
-    attend,
-    attention_weights,
+    attention,
     write_slots,
 )
 
@@ -76,8 +75,7 @@ class Attention(nnx.Module):
         )  # each [batch, head, time, head_dim]
         dtype = self.c_attn.kernel[...].dtype
         cache = (key.astype(dtype), value.astype(dtype)) if cache is None else write_slots(cache, key, value, index)
-        weights = attention_weights(query, cache[0], mask, scale=self.scale, intermediates=intermediates)
-        return self.c_proj(attend(weights, cache[1])), cache
+        return self.c_proj(attention(query, cache, mask, scale=self.scale, intermediates=intermediates)), cache
 
 
 class MLP(nnx.Module):

@@ -15,7 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.mesh import over_rows
 from jaxrl_llm.numerics import on_cpu
+from jaxrl_llm.products import product, rows_at, summed_wide
 
+CHUNK_SCORES = 2**24  # attention scores of a layer that a device holds at once: 64 MiB in float32
 KeyValue = tuple[Float[Array, "batch kv_head slot head_dim"], Float[Array, "batch kv_head slot head_dim"]]
 
 ACTIVATIONS = {
@@ -25,11 +27,6 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """Return the dtype of sums and of the residual stream: float32, or wider if the parameters are."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -72,7 +69,7 @@ class Adapted:
         """Return dropout(x) A B: each input is 0 with probability `rate`, else divided by 1 − rate."""
         kept = jax.random.bernoulli(self.key, 1 - self.rate, rows.shape)
         rows = jnp.where(kept, rows / (1 - self.rate), 0).astype(self.a.dtype)
-        return jnp.matmul(rows @ self.a, self.b, preferred_element_type=accumulator(self.b.dtype))
+        return product("nr,ro->no", product("ni,ir->nr", rows, self.a).astype(self.b.dtype), self.b)
 
 
 class Linear(nnx.Module):
@@ -88,7 +85,7 @@ class Linear(nnx.Module):
         # As rows: with two batch axes, XLA's CPU backend would transpose an input of the kernel's gradient.
         rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
         rows = twice(rows) if is_one_bfloat16_row(rows) else rows
-        y = jnp.matmul(rows, kernel, preferred_element_type=accumulator(kernel.dtype))
+        y = product("ni,io->no", rows, kernel)
         y = y + adapted.further(rows) if isinstance(adapted, Adapted) else y
         y = y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + self.bias[...]
@@ -101,8 +98,7 @@ class Embedding(nnx.Module):
         self.embedding = normal(rngs, (num_embeddings, features), std)
 
     def __call__(self, index: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        table = self.embedding[...]
-        return table[index].astype(accumulator(table.dtype))
+        return rows_at(self.embedding[...], index)
 
     def attend(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch num_embeddings"]:
         table = self.embedding[...]
@@ -111,12 +107,11 @@ class Embedding(nnx.Module):
 
 def unembed(x: Float[Array, "rows features"], table: Float[Array, "vocab features"]) -> Float[Array, "rows vocab"]:
     """Compute x @ tableᵀ; on CPUs in the form that XLA runs fastest for few rows, as in a decoding step."""
-    rows, dtype = x.shape[0], accumulator(table.dtype)
     if is_one_bfloat16_row(x):
-        return jnp.einsum("nd,vd->nv", twice(x), table, preferred_element_type=dtype)[:1]
-    if on_cpu() and rows <= 64 and table.dtype == jnp.float32:
+        return product("nd,vd->nv", twice(x), table)[:1]
+    if on_cpu() and x.shape[0] <= 64 and table.dtype == jnp.float32:
         return jnp.einsum("vd,nd->vn", table, x).T  # 1.5 times faster than the other order
-    return jnp.einsum("nd,vd->nv", x, table, preferred_element_type=dtype)
+    return product("nd,vd->nv", x, table)
 
 
 def standardise(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
@@ -183,7 +178,7 @@ def attention_weights(
     batch, heads, time, head_dim = query.shape
     kv_heads = key.shape[1]
     query = query.reshape(batch, kv_heads, heads // kv_heads, time, head_dim).astype(key.dtype)
-    scores = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=accumulator(key.dtype)) * scale
+    scores = product("bkgtd,bksd->bkgts", query, key) * scale
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     if bias is not None:
         scores += bias.reshape(bias.shape[0], *scores.shape[1:])
@@ -207,8 +202,53 @@ def attend(
     weights: Float[Array, "batch kv_head group time slot"], value: Float[Array, "batch kv_head slot head_dim"]
 ) -> Float[Array, "batch time features"]:
     """Return the weighted sums of values, heads concatenated."""
-    dtype = value.dtype
     # Transposed after the product: XLA's CPU backend has no transposing bfloat16 × bfloat16 = float32 product.
-    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(dtype), value, preferred_element_type=accumulator(dtype))
+    mixed = product("bkgts,bksd->bkgtd", weights.astype(value.dtype), value)
     batch, kv_heads, group, time, head_dim = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * group * head_dim)
+
+
+def attention(
+    query: Float[Array, "batch head time head_dim"],
+    key_value: KeyValue,
+    mask: Bool[Array, "batch #time slot"],
+    *,
+    scale: float,
+    cap: float | None = None,
+    bias: Float[Array, "#batch head time slot"] | None = None,
+    intermediates: list[Array] | None = None,
+) -> Float[Array, "batch time features"]:
+    """Compute `attend(attention_weights(...))`, a chunk of the queries at a time if the scores are many.
+
+    Scores are then recomputed for the gradient, so that memory grows linearly with the length, but for mask and bias.
+    Weights that are recorded are computed at once.
+    """
+
+    def of_queries(key_value: KeyValue, query: Array, mask: Array, bias: Array | None) -> Array:
+        options = {"scale": scale, "cap": cap, "bias": bias, "intermediates": intermediates}
+        return attend(attention_weights(query, key_value[0], mask, **options), key_value[1])
+
+    (batch, heads, time, _), slots = query.shape, mask.shape[2]
+    devices = max(1, jax.sharding.get_abstract_mesh().size)  # 0 without a mesh
+    size = max(1, CHUNK_SCORES * devices // max(1, batch * heads * slots))
+    if size >= time or intermediates is not None:
+        return of_queries(key_value, query, mask, bias)
+    chunks = -(-time // size)
+    size = -(-time // chunks)  # of even sizes
+    summed, as_it_was = summed_wide(key_value)
+
+    def cut(array: Array, axis: int) -> Array:
+        padding = [(0, 0)] * array.ndim
+        padding[axis] = (0, chunks * size - time)
+        shape = (*array.shape[:axis], chunks, size, *array.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(array, padding).reshape(shape), axis, 0)
+
+    # What is alike for all queries is read whole.
+    parts = (cut(query, 2), None if mask.shape[1] == 1 else cut(mask, 1), None if bias is None else cut(bias, 2))
+
+    def of_chunk(parts: tuple[Array, Array | None, Array | None]) -> Array:
+        query, own, bias = parts
+        return of_queries(as_it_was(summed), query, mask if own is None else own, bias)
+
+    found = jnp.moveaxis(jax.lax.map(jax.checkpoint(of_chunk), parts), 0, 1)
+    return found.reshape(batch, chunks * size, -1)[:, :time]

@@ -29,8 +29,7 @@ from jaxrl_llm.models.layers import (
     KeyValue,
     Linear,
     RMSNorm,
-    attend,
-    attention_weights,
+    attention,
     recorded_weights,
     write_slots,
 )
@@ -203,8 +202,7 @@ class Attention(nnx.Module):
         intermediates: list[Array] | None,
     ) -> Float[Array, "batch time width"]:
         query = self._heads(self.q(x))
-        weights = attention_weights(query, key_value[0], mask, scale=1.0, bias=bias, intermediates=intermediates)
-        return self.o(attend(weights, key_value[1]))
+        return self.o(attention(query, key_value, mask, scale=1.0, bias=bias, intermediates=intermediates))
 
 
 class SelfAttentionLayer(nnx.Module):

@@ -23,14 +23,13 @@ from jaxrl_llm.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    accumulator,
-    attend,
-    attention_weights,
+    attention,
     normal,
     standardise,
     write_slots,
 )
 from jaxrl_llm.models.rotary import Rotary, rotate
+from jaxrl_llm.products import ragged_product
 
 
 class Norm(NamedTuple):
@@ -188,7 +187,7 @@ class Attention(nnx.Module):
         kept = write_slots(at.cache, key, value, at.index) if at.cache else (key.astype(dtype), value.astype(dtype))
         scale = d.head_dim**-0.5 if d.score_scale is None else d.score_scale
         options = {"scale": scale, "cap": d.score_cap, "bias": at.bias, "intermediates": at.intermediates}
-        return self.o_proj(attend(attention_weights(query, kept[0], at.mask, **options), kept[1])), kept
+        return self.o_proj(attention(query, kept, at.mask, **options)), kept
 
 
 class MLP(nnx.Module):
@@ -223,8 +222,7 @@ class Stack(nnx.Module):
     def __call__(self, rows: Float[Array, "row in"], sizes: Int[Array, "expert"]) -> Float[Array, "row out"]:
         """Multiply the first sizes[0] rows by the first kernel, the next sizes[1] by the second, and so on."""
         kernel = self.kernel[...]
-        dtype = accumulator(kernel.dtype)
-        return jax.lax.ragged_dot(rows.astype(kernel.dtype), kernel, sizes, preferred_element_type=dtype)
+        return ragged_product(rows.astype(kernel.dtype), kernel, sizes)
 
 
 class MixtureOfExperts(nnx.Module):

@@ -23,8 +23,7 @@ from jaxrl_llm.models.decoder import Network
 from jaxrl_llm.models.t5 import T5
 from jaxrl_llm.numerics import is_concrete
 from jaxrl_llm.objectives.aggregate import Mode, aggregate
-from jaxrl_llm.objectives.logprobs import token_log_probs
-from jaxrl_llm.scoring import Packed, Sequences, hidden_before, log_probs, next_token_log_probs
+from jaxrl_llm.scoring import Packed, Sequences, hidden_before, log_probs, log_probs_after, next_token_log_probs
 from jaxrl_llm.training import loop
 from jaxrl_llm.training.batches import EpochOrder, rounded
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, initial_state, make_step
@@ -151,7 +150,7 @@ def target_log_probs(model: Network, params: Params, batch: Seq2SeqBatch) -> Flo
     lm, params, prompts, mask = given(model, params, source, source_mask)
     mask = jnp.concatenate([mask, target_mask], axis=1)
     rows = Sequences(jnp.concatenate([prompts, target], axis=1), mask, mask)
-    return token_log_probs(lm.logits(params, hidden_before(lm, params, rows)[:, prompts.shape[1] :]), target)
+    return log_probs_after(lm, params, hidden_before(lm, params, rows)[:, prompts.shape[1] :], target)
 
 
 def check_sources(model: Network, batch: Seq2SeqBatch) -> None:

@@ -46,11 +46,14 @@ class Eigenpairs(NamedTuple):
 def hessian_vector_product(loss_fn: LossFn, params: Params, vector: Params) -> Params:
     """Compute H v with H = ∇²loss(params), forward over reverse, at the cost of a few gradients.
 
+    Parameters narrower than float32 are widened, and the product is of the widened type.
+
     Raises:
         ValueError: if the trees do not match.
     """
     check_like(vector, params, name="vector")
-    vector = jax.tree.map(lambda v, p: jnp.asarray(v, jnp.asarray(p).dtype), vector, params)
+    params = jax.tree.map(lambda leaf: wide(jnp.asarray(leaf)), params)
+    vector = jax.tree.map(lambda v, p: jnp.asarray(v, p.dtype), vector, params)
     return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
 
 

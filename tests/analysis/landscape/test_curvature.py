@@ -194,6 +194,8 @@ def test_bfloat16_parameters_are_widened():
     wanted = landscape.top_eigenpairs(small_loss(), wide, jax.random.key(0), max_iterations=6)
     np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5)
     assert {leaf.dtype for leaf in jax.tree.leaves(found.vectors)} == {jnp.dtype(jnp.float32)}
+    curvatures = [landscape.curvature(small_loss(), each, found.vectors[0]) for each in (params, wide)]
+    assert curvatures[0] == curvatures[1]
 
 
 def test_when_the_space_is_exhausted_a_new_vector_finds_the_multiple_eigenvalues():
