@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl_llm.decoding.constraints import Constrained, banned_text, from_regex, text_bias
+from jaxrl_llm.decoding.constraints import Constrained, banned_text, from_grammar, from_regex, text_bias
 from jaxrl_llm.decoding.transforms import (
     Chain,
     Epsilon,
@@ -57,6 +57,10 @@ PAIRS = {  # two of every kind, with other numbers
     "constraint": (
         Constrained(from_regex("[ab]{2,4}c?", "abcdef"), 5),
         Constrained(from_regex("[ab]{3,9}", "abcdef"), 5),
+    ),
+    "grammar": (
+        from_grammar('start: ("a" | "b")~2..4 "c"?', PIECES, 5),
+        from_grammar('start: ("a" | "b")~3..9', PIECES, 5),
     ),
     "ban": (banned_text(PIECES, "ab"), banned_text(PIECES, "ba")),
     "text bias": (text_bias(PIECES, "ab", 0.5), text_bias(PIECES, "c", -1.5)),
