@@ -57,6 +57,7 @@ def test_a_full_context_says_so(lm):
         chat.send("cat")
 
 
+@pytest.mark.slow
 def test_a_context_that_slides_is_never_full(lm):
     """The window: the last half of the conversation, then half of that and what is new."""
     chat = jl.Chat(lm, max_new_tokens=CONTEXT, greedy=True, context="slide")

@@ -152,6 +152,7 @@ def test_greedy_prints_the_prompt_and_its_most_probable_continuation(run, model)
     assert run(*command, "--seed", 5) == (0, f"the cat{expected}\n", ""), "greedy has no use for a seed"
 
 
+@pytest.mark.slow
 def test_sampling_follows_from_the_seed_and_its_knobs(run, model):
     knobs = ("--temperature", 1.5, "--top-k", 9, "--top-p", 0.95)
     command = ("generate", "the cat", "--model", model, "--max-new-tokens", LENGTH, *knobs)
@@ -210,7 +211,7 @@ def test_chat_prints_the_answer_alone(run, chat_model):
 
 @pytest.mark.parametrize(
     "strategy",
-    [each if each in ("best-of-n", "lookup") else pytest.param(each, marks=pytest.mark.slow) for each in USED],
+    [each if each == "lookup" else pytest.param(each, marks=pytest.mark.slow) for each in USED],
 )
 def test_every_strategy_continues_the_prompts(run, model, strategy):
     values = {"num_candidates": 8, "num_beams": 4, "candidates": 6, "num_draft": 4, "draft_model": model}
@@ -239,6 +240,7 @@ def test_strategies_agree_where_they_are_the_same(run, model):
         assert run("generate", "the cat", "--model", model, "--strategy", *same, "--max-new-tokens", LENGTH) == greedy
 
 
+@pytest.mark.slow
 def test_constraints_and_stop_strings(run, model, tmp_path):
     command = ("generate", "the cat", "--model", model, "--max-new-tokens", LENGTH)
     for options in (("--choices", " sat", " mat"), ("--regex", " (sat|mat)", "--greedy")):
@@ -260,6 +262,7 @@ def test_constraints_and_stop_strings(run, model, tmp_path):
     assert (status, err) == (0, "") and out == f"the cat{text[: text.index(text[3:5])]}\n"
 
 
+@pytest.mark.slow
 def test_compare_shows_each_strategy_under_its_name_with_the_options_that_it_leaves_out(run, model):
     """x and y share nothing, so that the expected chrF is the share of the winner among 8: eighths of 100."""
     chosen = ("--strategies", "greedy", "contrastive", "mbr", "--choices", "x", "y", "--num-candidates", 8)
@@ -473,6 +476,7 @@ def test_a_wrong_translation_is_one_line(run, arguments, said):
     assert_one_line(run("translate", *arguments, stdin="\n"), said)
 
 
+@pytest.mark.slow
 def test_translations_are_scored_against_references_and_against_other_translations(run, tmp_path):
     source, german = tmp_path / "source.txt", tmp_path / "german.txt"
     source.write_text("forty-two\n\nseven\n")
@@ -651,6 +655,7 @@ def test_tree_draws_and_prints_its_best_leaf(run, model, tmp_path):
     assert lines[1].startswith("the cat") and f"drawn: {out}" in printed
 
 
+@pytest.mark.slow
 def test_a_drawn_tree_follows_from_its_seed(run, model, tmp_path):
     command = ("tree", "the cat", "--model", model, "--depth", 2, "--select", "top-k", "--top-k", 9, "--out")
     first, again, other = (
@@ -661,6 +666,7 @@ def test_a_drawn_tree_follows_from_its_seed(run, model, tmp_path):
     assert first[1] != other[1] and b"<svg" in first[1]
 
 
+@pytest.mark.slow
 def test_tree_draws_the_bars_of_its_nodes_and_colours_by_probability(run, model, tmp_path):
     options = ("--select", "nucleus", "--min-tokens-to-keep", 2, "--color", "probability", "--bars", "all")
     options += ("--score-length", "all", "--out", tmp_path / "tree.svg")

@@ -184,7 +184,7 @@ def expected_of(strategy, lm, arguments, common):
     return [np.asarray(beams.tokens[row, 0])[np.asarray(beams.mask[row, 0])].tolist() for row in range(len(PROMPTS))]
 
 
-COMMON = ("sample", "speculative", "contrastive", "stochastic-beam")  # beams have a test of their own
+COMMON = ("sample", "contrastive")  # beams have a test of their own
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ def test_beam_search_gives_the_hypotheses_of_groups(lm):
     np.testing.assert_allclose([each.log_prob for each in found], np.asarray(diverse.log_prob).reshape(-1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_beams_end_at_stop_strings_and_avoid_each_other(lm):
     options = {"num_beams": 4, "n": 4, "max_new_tokens": LENGTH}
     stop = lm.beam_search("the cat", **options)[0].text[3:5]
@@ -258,7 +259,7 @@ def test_texts_do_not_depend_on_how_many_are_decoded_together(lm):
 
 
 @pytest.mark.parametrize(
-    "how", [{"n": 2, "temperature": 2.0, "seed": 3}, pytest.param({"greedy": True}, marks=pytest.mark.slow)], ids=str
+    "how", [pytest.param({"n": 2, "temperature": 2.0, "seed": 3}, marks=pytest.mark.slow), {"greedy": True}], ids=str
 )
 def test_many_prompts_in_few_rows_have_the_completions_of_generate(lm, how):
     options = {"max_new_tokens": LENGTH, "stop": ["a", "o"]} | how
@@ -289,6 +290,7 @@ def test_a_text_ends_at_eos_a_stop_string_or_the_limit(lm):
     assert {each.text for each in beams} <= {" sat", " mat"} and len({each.text for each in beams}) == len(beams)
 
 
+@pytest.mark.slow
 def test_the_best_of_n_ends_at_stop_strings_and_takes_guidance(lm):
     options = {"strategy": "best-of-n", "num_candidates": 3, "max_new_tokens": LENGTH, "guidance_prompt": "the"}
     prompts, stop = PROMPTS[:2], [*"abcdefghijklmnopqrstuvwxyz0123456789 "]
@@ -305,6 +307,7 @@ def test_the_best_of_n_ends_at_stop_strings_and_takes_guidance(lm):
     assert {each.finish_reason for each in found} >= {"stop"} and not any({*each.text} & {*stop} for each in found)
 
 
+@pytest.mark.slow
 def test_the_strategies_that_look_ahead_end_at_stop_strings(lm):
     stop = [*"abcdefghijklmnopqrstuvwxyz0123456789 "]
     plain = lm.generate(PROMPTS, greedy=True, max_new_tokens=LENGTH, stop=stop)
@@ -326,6 +329,7 @@ def assert_healed(lm, prompt, found):
     return taken
 
 
+@pytest.mark.slow
 def test_healing_writes_the_end_of_the_prompt_again(lm):
     prompts = ["the cat sat on t", "the cat sat on the"]
     found = lm.generate(prompts, n=2, **HEALED)
@@ -348,6 +352,7 @@ def test_healing_is_the_same_in_batches_in_streams_and_in_beams(lm):
         assert assert_healed(lm, prompts[0], beam)
 
 
+@pytest.mark.slow
 def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
     before, after = (lm.tokenizer(each)["input_ids"] for each in ("the cat ", "the cat sat"))
     options = {"transforms": ForcedTokens([*before, *after]), "max_new_tokens": len(before + after), "stop": "cat"}
@@ -369,6 +374,7 @@ def test_a_control_token_is_a_stop_of_its_own(lm):
         ended.generate("the cat", stop=control + "x")
 
 
+@pytest.mark.slow
 def test_beams_merge_the_hypotheses_of_one_text(lm):
     options = {"max_new_tokens": 6, "num_beams": 8}
     found = lm.beam_search("the cat", choices=(" sat", " mat"), **options)

@@ -164,6 +164,7 @@ def square(a, b, *, beta=0.1, gap, **others):
     return (a - b - beta * gap) ** 2
 
 
+@pytest.mark.slow
 def test_a_preference_loss_of_ones_own_receives_the_numbers_of_its_rows_and_bfloat16_is_widened(folder, model, capsys):
     """At the reference a = b = 0, so that the first loss is the mean of (beta · gap)²."""
     rows = [line | {"gap": place, "note": "x"} for place, line in enumerate(LINES["pairs"])]
@@ -451,6 +452,7 @@ def test_a_run_is_resumed_with_more_memory_or_steps_but_not_with_other_weights(f
         train.sft(other, LINES["sft"], out=out, **options | more)
 
 
+@pytest.mark.slow
 def test_epochs_are_counted_and_logged_with_the_learning_rate(model, tmp_path, capsys):
     options = OPTIONS | {"log_every": 1, "save_every": 10}
     del options["steps"]
@@ -468,6 +470,7 @@ def test_epochs_are_counted_and_logged_with_the_learning_rate(model, tmp_path, c
         train.sft(model, LINES["sft"], num_train_epochs=3)
 
 
+@pytest.mark.slow
 def test_held_out_numbers_are_means_over_all_rows_and_the_best_checkpoint_is_the_model(folder, model, tmp_path, capsys):
     """Of a reward model: its accuracy is over pairs, though prompts have one or three of them."""
     options = OPTIONS | {"steps": 4, "learning_rate": 0.1, "eval_data": LINES["ranked"], "microbatches": 2}
@@ -638,6 +641,7 @@ def test_two_turn_preferences_train_chat_models(two_turns):
     assert any((new != old).any() for new, old in zip(leaves(tuned.params), leaves(loaded.params), strict=True))
 
 
+@pytest.mark.slow
 def test_a_file_with_a_completion_and_a_prompt_that_are_too_long_trains_and_names_them(folder, call):
     lines = [{"prompt": "a", "completion": " b" * 99}, {"prompt": "a" * 200, "completion": " b"}, *LINES["sft"]]
     (folder / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))

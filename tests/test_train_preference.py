@@ -63,6 +63,7 @@ def same(tree, other):
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_takes_sums_of_losses_a_divergence_and_hyperparameters(call, folder):
     words = ["--loss", "f_dpo", "sft", "--loss-weights", 1, 0.1, "--beta", 0.3]
     words += ["--loss-kwargs", "divergence", "alpha", "alpha", 0.3, "--optimizer-kwargs", "b2", 0.95, "eps", 1e-6]
@@ -97,6 +98,7 @@ def test_losses_that_do_not_fit_are_refused(model, options, error, said):
         train.dpo(model, PAIRS, **QUIET | options)
 
 
+@pytest.mark.slow
 def test_a_margin_of_each_row_enters_dpo_and_the_reward_models_loss_and_is_not_dropped_in_silence(
     model, tmp_path, monkeypatch, capsys
 ):
@@ -290,6 +292,7 @@ def test_a_student_learns_from_a_teacher_on_given_and_on_its_own_completions(mod
     same(resumed.params, student.params)
 
 
+@pytest.mark.slow
 def test_the_command_line_distils_on_prompts_alone(folder, run):
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in GIVEN))
     words = ["--data", folder / "prompts.jsonl", "--out", folder / "distilled", "--model", folder / "model"]

@@ -322,7 +322,7 @@ def law_of_sampled_beams(distribution, width, count, *, penalty, eos):
 
 @pytest.mark.parametrize(
     ("width", "penalty", "numbers"),
-    [(1, 0.0, (0.7, 2)), (2, 0.5, (1.0, 3)), (2, 1.0, (2.0, 2))],
+    [(1, 0.0, (0.7, 2)), pytest.param(2, 0.5, (1.0, 3), marks=pytest.mark.slow), (2, 1.0, (2.0, 2))],
 )
 def test_sampled_beams_follow_their_distribution(width, penalty, numbers):
     """Which for one beam is that of `generate`."""
@@ -349,7 +349,7 @@ def test_sampled_beams_follow_their_distribution(width, penalty, numbers):
 @pytest.mark.parametrize(
     "rules",
     [
-        {"key": jax.random.key(5), "no_repeat_ngram": 2, "no_repeat_in": "beam"},
+        pytest.param({"key": jax.random.key(5), "no_repeat_ngram": 2, "no_repeat_in": "beam"}, marks=pytest.mark.slow),
         pytest.param({"diversity_by": "hamming", "stop": stop_strings(PIECES, ["b"])}, marks=pytest.mark.slow),
     ],
     ids=["sampled", "by the Hamming distance"],
@@ -380,7 +380,7 @@ def searched(model, choice):
     return beam_search(TINY[model], params_of(model), **spread(), max_new_tokens=NEW, **CHOICES[choice])
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ["beam", pytest.param("diverse, blocked", marks=pytest.mark.slow)])
 def test_log_prob_is_that_of_a_forward_pass_without_cache(choice):
     beams = searched("gpt2", choice)
     mask = np.asarray(beams.mask)

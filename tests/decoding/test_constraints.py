@@ -493,6 +493,7 @@ def test_what_a_model_writes_matches_the_pattern(pattern):
         assert re.fullmatch(pattern, string), string
 
 
+@pytest.mark.slow
 def test_choices_are_all_written():
     choices = [" red", " green", " greenish"]
     assert set(written_under(constraints.from_choices, choices, t=4.0, p=1.0)) == set(choices)

@@ -302,7 +302,9 @@ def test_a_stream_stops_when_all_rows_have_ended(start, pieces, steps):
     assert (len(result), taken) == (pieces, steps)
 
 
-@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow), "table"])
+@pytest.mark.parametrize(
+    "model", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("gpt2", "llama")), "table"]
+)
 def test_a_prompt_is_read_once_for_its_completions(model, monkeypatch):
     lm = TabularLM(3, 13) if model == "table" else TINY[model]
     params, read = random_params(lm), []
@@ -318,7 +320,9 @@ def test_a_prompt_is_read_once_for_its_completions(model, monkeypatch):
         generate(lm, params, prompts, n=0, **options)
 
 
-@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow), "table"])
+@pytest.mark.parametrize(
+    "model", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("gpt2", "llama")), "table"]
+)
 def test_with_a_memory_only_what_is_new_of_a_text_is_read(model, monkeypatch):
     lm = TabularLM(3, 13) if model == "table" else TINY[model]
     params, memory, begun = random_params(lm), Memory(), []

@@ -173,6 +173,7 @@ def test_the_oracle_knows_the_distribution():
         np.testing.assert_allclose(logp, exact.get(row, -np.inf), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_row_may_have_a_grammar_of_its_own_and_the_program_stays():
     ones = [grammar(), grammar({"start": [["(", "start"], [")"]]})]
     drawn(ones[0])
@@ -199,7 +200,7 @@ def test_a_wide_beam_finds_all_rows_and_nothing_else():
 
 
 LETTERS = ["(", ")", "()", "((", "))", *"abcdefghijklmnopq", "$"]  # 23, as the tiny models have
-SLOW = set(DECODERS) - NO_TRANSFORM - {"sampled", "many", "beam"}
+SLOW = set(DECODERS) - NO_TRANSFORM - {"sampled"}
 
 
 @pytest.mark.parametrize(

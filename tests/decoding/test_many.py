@@ -77,7 +77,8 @@ def test_neither_the_rows_nor_the_order_nor_padding_change_a_prompt(rows):
     assert_same(generate_many(lm, params, rows=rows, **options), rows_of(whole, order))
 
 
-@pytest.mark.parametrize("name", ["tabular", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tabular", "llama"])
 def test_in_float64_a_refilled_row_is_the_prompt_in_its_batch_to_the_last_digits(name):
     with jax.enable_x64(True):
         lm, params = TINY[name], random_params(TINY[name], dtype=jnp.float64)
@@ -173,6 +174,7 @@ def test_one_program_serves_all_prompts_of_a_bucket_and_all_their_numbers():
     assert programs_of(call(17, 17, 18, 0), call(32, 19, 22, 1), program=many.advance) == 0
 
 
+@pytest.mark.slow
 def test_it_runs_in_one_piece_under_an_outer_jit(tabular):
     lm, params = tabular
     prompts, options = np.asarray([[0], [1], [2], [1], [0]]), {"max_new_tokens": 3, "eos_id": 2}

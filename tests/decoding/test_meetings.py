@@ -45,6 +45,7 @@ def drawn(rows=EMPTY, **options):
     return generate(*table(), rows, **COMMON | options)
 
 
+@pytest.mark.slow
 def test_guidance_of_scale_one_is_plain_under_penalties_too():
     """They depend on where the logits have their zero."""
     prompts, penalties = np.asarray([[0], [1], [2], [1]]), [RepetitionPenalty(3.0), FrequencyPenalty(0.5)]
@@ -97,6 +98,7 @@ def test_beams_have_no_hypothesis_where_constraints_contradict(chain):
     assert not beam_search(*table(), EMPTY, num_beams=2, max_new_tokens=4, transform=chain).mask.any()
 
 
+@pytest.mark.slow
 def test_a_constraint_may_be_closed_over_by_jit():
     constraint, params = Constrained(from_regex("a+b", ["a", "b", ""]), 2), table()[1]
     options = {"max_new_tokens": 4, "eos_id": 2, "transform": constraint}
@@ -138,7 +140,7 @@ PER_ROW = {
 }
 
 
-@pytest.mark.parametrize("transform", some_slow(PER_ROW, fast=("biases and forced tokens",)))
+@pytest.mark.parametrize("transform", some_slow(PER_ROW, fast=()))
 def test_a_value_for_each_row_is_that_of_the_row_with_beams_too(transform):
     every, rows = transform(jnp.arange(3)), EMPTY[:3]
     options = {"num_beams": 2, "max_new_tokens": 4}

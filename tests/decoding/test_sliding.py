@@ -72,6 +72,7 @@ def drawn(key, time, logits, tokens, mask):
     return core.sample(jax.random.fold_in(key, time)[None], logits[None])[0]
 
 
+@pytest.mark.slow
 def test_transforms_keys_limits_and_ends_see_the_whole_text():
     limits, stop = (
         np.asarray([70, 5, 60, 70]),

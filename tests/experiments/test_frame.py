@@ -50,6 +50,7 @@ def project(tmp_path_factory):
     return folder, run
 
 
+@pytest.mark.slow
 def test_the_readmes_experiment_runs_at_every_preset_and_its_figure_is_drawn(project):
     folder, run = project
     coin = "experiments.coin"

@@ -91,6 +91,7 @@ def test_a_batch_counts_samples_beyond_the_clip_only_on_the_rewarded_side():
     assert ppo_clip_surface.beyond(np.ones((1, 4)), advantages, 0.2).tolist() == [0]
 
 
+@pytest.mark.slow
 def test_the_run_of_dpo_lowers_the_chosen_response_with_shared_logits_only():
     config = dataclasses.replace(preference_losses.run.presets["quick"], steps=20)
     run = preference_losses.example(config)

@@ -118,6 +118,7 @@ def test_policy_gradients_reach_the_distribution(world, name):
     assert abs(off[world.thinks_true].mean()) < 0.05 and abs(off[~world.thinks_true].mean()) < 0.05
 
 
+@pytest.mark.slow
 def test_fine_tuning_reaches_its_aim_for_either_opinion(world):
     config = dataclasses.replace(SMALL, sft_steps=60)
     tuned = jax.jit(lambda key: experiment.agreement(world, experiment.fine_tuned(world, 0.3, key, config)))

@@ -228,7 +228,8 @@ def small():
     return dataclasses.replace(load("tiny-gpt2"), model=SMALL, params=jax.jit(SMALL.init)(KEY))
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "sft")) for kind in DATA])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DATA)
 def test_a_packed_run_of_all_data_at_once_is_the_unpacked_one(small, kind, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(recipes, "sampler_of", lambda *_: lambda params: "a text")
     rows, bins = {}, 2 if kind == "reward" else 4

@@ -68,7 +68,7 @@ def drawn_by(lm, sampler=SAMPLER):
 # The first step -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each == "ppo")) for each in METHODS])
 def test_every_method_begins_with_ratio_1_and_divergence_0_and_leaves_the_reference(name):
     """PPO, with policy and critic, of a GPT-2; the others of a table."""
     method = METHODS[name]
@@ -522,6 +522,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(name, changes):
         assert float(of_parts[metric]) == pytest.approx(float(value), rel=1e-4), metric
 
 
+@pytest.mark.slow
 def test_pretraining_text_is_cut_into_the_microbatches():
     """The step stays the same, and the program needs less memory."""
     method = dataclasses.replace(METHODS["rloo"], gamma=0.7, beta=0.0)

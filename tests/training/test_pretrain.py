@@ -47,6 +47,7 @@ def log_probs_by_hand(params, tokens):
 # One step -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_lower_the_loss_on_a_repeating_text():
     """From log 11, a uniform guess, to almost nothing: what follows the 1s alone needs the token before."""
     state, losses = fresh(), []
