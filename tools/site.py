@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import latex2mathml.converter
 import nbconvert
+import nbformat
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -94,7 +95,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 def _add_notebook(path: Path, files: Files, config: Any) -> None:
     """Add a notebook as a page, with its pictures beside it and a link to the file itself."""
-    text, found = nbconvert.MarkdownExporter().from_filename(str(path))
+    notebook = nbformat.read(path, 4)
+    notebook.metadata.language_info = {"name": notebook.metadata.kernelspec.language}  # of the blocks of code
+    text, found = nbconvert.MarkdownExporter().from_notebook_node(notebook)
     folder = f"notebooks/{path.stem}_files"
     for name, picture in found["outputs"].items():
         files.append(File.generated(config, f"{folder}/{name}", content=picture))
