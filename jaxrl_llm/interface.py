@@ -181,7 +181,15 @@ class TextLandscape:
         return style.shown(landscape_figure(self.surface, model=self.model))
 
     def html(self) -> str:
-        """Return a self-contained page with an interactive 3-D plot (needs the extra `interactive`)."""
+        """Return a self-contained page with an interactive 3-D plot (needs the extra `interactive`).
+
+        `pathlib.Path("landscape.html").write_text(found.html(), encoding="utf-8")` writes it for a browser. In
+        Jupyter `IPython.display.IFrame("landscape.html", "100%", 600)` then shows it, in a frame, so that the page's
+        style does not reach the notebook; `IPython.display.HTML(found.html())` shows it without a file and a frame.
+
+        Raises:
+            ModuleNotFoundError: without plotly.
+        """
         return interactive.surface_html([self.surface], title=self.surface.title)
 
     def __repr__(self) -> str:

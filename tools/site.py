@@ -13,9 +13,11 @@ import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import latex2mathml.converter
 import nbconvert
+import nbformat
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -57,6 +59,7 @@ REFERENCE = {  # of the public modules, by subject
         "analysis.landscape.surface", "analysis.landscape.curvature", "analysis.sycophancy.effects",
     ],
 }  # fmt: skip
+CHILDREN = {"msup": 2, "msub": 2, "msubsup": 3, "mfrac": 2, "munder": 2, "mover": 2, "munderover": 3, "mroot": 2}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)]*)?(\))")
 
 
@@ -92,14 +95,30 @@ def on_files(files: Files, config: Any) -> Files:
 
 def _add_notebook(path: Path, files: Files, config: Any) -> None:
     """Add a notebook as a page, with its pictures beside it and a link to the file itself."""
-    text, found = nbconvert.MarkdownExporter().from_filename(str(path))
+    notebook = nbformat.read(path, 4)
+    notebook.metadata.language_info = {"name": notebook.metadata.kernelspec.language}  # of the blocks of code
+    text, found = nbconvert.MarkdownExporter().from_notebook_node(notebook)
     folder = f"notebooks/{path.stem}_files"
     for name, picture in found["outputs"].items():
         files.append(File.generated(config, f"{folder}/{name}", content=picture))
-    text = re.sub(r"!\[[^\]]*\]\((output_[^)]+)\)", rf"![]({path.stem}_files/\1)", text)
+    text = _titled(text, f"{path.stem}_files")
     heading, rest = text.lstrip().split("\n", 1)
     link = f"[As a notebook]({path.name}), to download and run\n"
     files.append(File.generated(config, f"notebooks/{path.stem}.md", content=f"{heading}\n\n{link}{rest}"))
+
+
+def _titled(text: str, folder: str) -> str:
+    """Return a notebook's text with its pictures from a folder, each with the heading above it as alternative text."""
+    heading = ""
+
+    def titled(found: re.Match) -> str:
+        nonlocal heading
+        if found["heading"]:
+            heading = re.sub(r"[\[\]`*$\\]", "", found["heading"])
+        return f"![{heading}]({folder}/{found['picture']})" if found["picture"] else found[0]
+
+    tokens = r"^```.*?^```$|^#+ (?P<heading>.*?)$|!\[[^\]]*\]\((?P<picture>output_[^)]+)\)"  # code has no headings
+    return re.sub(tokens, titled, text, flags=re.MULTILINE | re.DOTALL)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
@@ -114,8 +133,15 @@ def on_page_content(html: str, **_: Any) -> str:
     """Turn TeX into MathML, which browsers show without a script."""
 
     def as_mathml(found: re.Match) -> str:
-        tex = unescape(found[2]).strip()
-        return latex2mathml.converter.convert(tex[2:-2], display="block" if tex.startswith("\\[") else "inline")
+        tex = re.sub(r"(?<!{)\\binom \w\w(?=\^)", r"{\g<0>}", unescape(found[2]).strip())  # as TeX reads it
+        mathml = latex2mathml.converter.convert(tex[2:-2], display="block" if tex.startswith("\\[") else "inline")
+        for element in ElementTree.fromstring(mathml).iter():
+            name = element.tag.rpartition("}")[2]
+            if len(element) != CHILDREN.get(name, len(element)):
+                raise PluginError(
+                    f"<{name}> has {len(element)} children in the MathML of {tex}: put its base in braces."
+                )
+        return mathml
 
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', as_mathml, html, flags=re.DOTALL)
 

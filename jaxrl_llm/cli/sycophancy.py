@@ -67,6 +67,8 @@ class Sycophancy:
             self._write(asked, len(items))
             return
         given = list(self._given(asked, chosen, len(items)))
+        if len(items) < self.count:
+            print(f"{self.items} has fewer items than --count {self.count}: all {len(items)} are taken")
         print_asked(self.items, asked)
         reports = []
         for report in itertools.chain(given, self._models(asked, mesh)):

@@ -83,6 +83,8 @@ class Translate:
         for line in lines:
             print(next(found).replace("\n", " ") if line.strip() else "")
         if references:
+            if blank := len(lines) - len(sentences):
+                print(f"jaxrl-llm: {blank} of {len(lines)} lines blank in all files, not scored.", file=sys.stderr)
             print_scores(translations, list(zip(*references, strict=True)), against, tokenize=self.tokenize)
 
 
@@ -118,17 +120,20 @@ def print_scores(
 
 
 def aligned(path: Path, lines: list[str], *, may_be_empty: bool = False) -> list[str]:
-    """Return the lines of a file that belong to the lines that are not empty.
+    """Return the lines of a file that belong to the lines that are not blank: line i of one to line i of the other.
 
     Raises:
-        ValueError: if the file has another number of lines, or one of these is empty.
+        ValueError: if the file has another number of lines, or a line is blank on one side only. A translation of a
+            sentence may be blank with `may_be_empty`.
     """
     found = split_lines(path.read_bytes().decode("utf-8"))
     if len(found) != len(lines):
-        raise ValueError(f"{path} must have a line for each of {len(lines)} sentences, but has {len(found)}.")
+        raise ValueError(f"{path} must have a line for each of {len(lines)} lines to translate, but has {len(found)}.")
     for number, (line, sentence) in enumerate(zip(found, lines, strict=True), 1):
         if sentence.strip() and not line.strip() and not may_be_empty:
-            raise ValueError(f"line {number} of {path} must be a translation, but is empty.")
+            raise ValueError(f"line {number} of {path} must be a translation, but is blank.")
+        if line.strip() and not sentence.strip():
+            raise ValueError(f"line {number} of {path} must be blank like the line to translate, but is {line!r}.")
     return [line for line, sentence in zip(found, lines, strict=True) if sentence.strip()]
 
 

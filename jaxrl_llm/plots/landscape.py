@@ -323,9 +323,9 @@ def _facts(grid: LossGrid, fields: Mapping[str, Any]) -> str:
     facts += [f"cosine of the directions {digits(fields['cosine'])}"]
     if fields.get("sharpness") is not None:
         far = fields.get("residuals")
-        note = f" (not converged: residual {digits(far[0])})" if far else ""
+        both = " and ".join(digits(float(f"{each:.2g}")) for each in far or ())
+        note = f" (not converged: residuals {both})" if far else ""
         facts.append(f"sharpness {digits(fields['sharpness'])}{note}")
-    facts.append(f"{grid.holes} of {grid.loss.size} points without a finite loss")
     return ", ".join(facts)
 
 

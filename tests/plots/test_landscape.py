@@ -404,7 +404,10 @@ def test_the_facts_stand_under_the_title():
     assert title == "random_directions $, tiny"
     for fact in ("origin 4.115", "lowest 4.", "highest 1", "cosine of the directions 3×10⁻⁴", "sharpness 12.3"):
         assert fact in facts
-    assert facts.endswith("3 of 441 points without a finite loss")
+    assert facts.endswith("sharpness 12.3")  # the legend counts the holes
+    crowded = {"centre": 123.41, "cosine": -1.234e-10, "sharpness": 1.234e5, "residuals": (3.321e-8, 1.234e4)}
+    facts = landscape.landscape_figure(make_surface(**crowded)).texts[1].get_text()
+    assert facts.endswith(", sharpness 1.234×10⁵ (not converged: residuals 3.3×10⁻⁸ and 1.2×10⁴)")
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path):
