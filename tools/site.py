@@ -133,7 +133,7 @@ def on_page_content(html: str, **_: Any) -> str:
     """Turn TeX into MathML, which browsers show without a script."""
 
     def as_mathml(found: re.Match) -> str:
-        tex = re.sub(r"(?<!{)\\binom \w\w(?=\^)", r"{\g<0>}", unescape(found[2]).strip())  # as TeX reads it
+        tex = unescape(found[2]).strip()
         mathml = latex2mathml.converter.convert(tex[2:-2], display="block" if tex.startswith("\\[") else "inline")
         for element in ElementTree.fromstring(mathml).iter():
             name = element.tag.rpartition("}")[2]
