@@ -105,6 +105,14 @@ def _forget_programs_before_they_are_too_many():
         jax.clear_caches()
 
 
+def first_quick(cases, quick=1):
+    """The cases of a test as parameters; those after the first ones are left to `make slow`."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[pytest.mark.slow] * (place >= quick))
+        for place, case in enumerate(cases)
+    ]
+
+
 def random_params(lm, seed=0, *, dtype=jnp.float32):
     """Every parameter random, biases and norms too, and logits far from uniform; of a given T5, sources too."""
     if isinstance(lm, T5LM):

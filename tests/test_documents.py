@@ -56,11 +56,8 @@ BLOCK = re.compile(
 DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
 
 
-@pytest.mark.parametrize(
-    "document",
-    [pytest.param(each, marks=pytest.mark.slow if each.parent != ROOT else ()) for each in DOCUMENTS],
-    ids=lambda path: path.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_runs_and_gives_the_output_that_is_shown(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, names = document.read_text(encoding="utf-8"), {}

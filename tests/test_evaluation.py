@@ -91,6 +91,7 @@ def test_a_reward_model_is_measured_on_pairs(folder):
         assert found["loss"] == pytest.approx(np.logaddexp(0, -lead).mean(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_completions_are_judged_and_compared(folder, lm):
     options = {"max_new_tokens": 6, "seed": 3, "batch_size": 2}
     found = jl.evaluate(lm, PROMPTS, reward=lengths, against=folder / "1", **options)

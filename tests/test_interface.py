@@ -23,7 +23,7 @@ from jaxrl_llm.decoding import transforms
 from jaxrl_llm.decoding.transforms import ForcedTokens
 from jaxrl_llm.interface import LM
 from jaxrl_llm.tabular import TabularLM
-from tests.conftest import random_params
+from tests.conftest import first_quick, random_params
 from tests.test_cli import CONTEXT, LENGTH, PROMPTS, TEMPLATE, write_model
 
 
@@ -437,7 +437,7 @@ def test_guidance_moves_away_from_a_second_prompt(lm):
     assert [found[0].tokens] == rows(expected)
 
 
-@pytest.mark.parametrize("select", ["best", "sample", pytest.param("top-k", marks=pytest.mark.slow), "nucleus"])
+@pytest.mark.parametrize("select", first_quick(["nucleus", "best", "sample", "top-k"]))
 def test_search_tree_is_the_functional_one(lm, select):
     chosen = {
         "best": "best",
@@ -517,6 +517,7 @@ def test_a_long_prompt_is_refused_or_cut_on_the_named_side(lm):
             lm.generate(ids, cut=cut, max_new_tokens=count)
 
 
+@pytest.mark.slow
 def test_bans_and_biases_are_of_strings(lm):
     options = {"n": 4, "max_new_tokens": LENGTH, "temperature": 2.0}
     assert any("t" in each.text for each in lm.generate("the cat", **options))

@@ -154,6 +154,7 @@ def test_options_without_effect_are_refused(model, options, said):
         train.dpo(model, PAIRS, **QUIET | options)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_not_added_to_the_model_that_has_it(model, tmp_path):
     out, options = tmp_path / "run", QUIET | {"steps": 1}
     train.dpo(model, PAIRS, out=out, lora_rank=1, **options)

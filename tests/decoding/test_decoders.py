@@ -72,7 +72,7 @@ def test_the_bucket_changes_no_row(name):
     assert_same(run(name, **spread("left", 20)), expected(name))
 
 
-@every_decoder
+@pytest.mark.parametrize("name", slow_but(*FAST, "stream", "many"))
 def test_a_row_ends_with_its_end_which_counts_or_at_its_limit(name):
     limits, eos = np.asarray([16, 3, 1, 9, 16]), ends_of(name)
     found = run(name, eos_id=eos, max_new_tokens=limits, pad_id=7)
@@ -110,7 +110,7 @@ def test_an_empty_batch_gives_an_empty_result(name):
     assert_empty(on_table(name, np.zeros((0, 3), int)))
 
 
-@pytest.mark.parametrize("name", slow_but("sampled", "beam", never=("stream",)))
+@pytest.mark.parametrize("name", slow_but("beam", never=("stream",)))
 def test_under_an_outer_jit_it_is_the_same_and_broken_logits_show_as_nan(name):
     inside = jax.jit(lambda params, prompts, key: on_table(name, prompts, params=params, key=key))
     assert_same(inside(PARAMS, PAIR, KEYS[:2]), on_table(name, key=KEYS[:2]))

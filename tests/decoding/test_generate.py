@@ -496,6 +496,7 @@ def test_guidance_that_is_none_is_named(gpt2, guidance, message):
         generate(*gpt2, [[1], [2]], max_new_tokens=2, greedy=True, guidance=guidance)
 
 
+@pytest.mark.slow
 def test_stop_strings_are_compiled_before(gpt2):
     with pytest.raises(ValueError, match=r"stop must be made by decoding.stop_strings, but is \['x'\]"):
         generate(*gpt2, [[1]], max_new_tokens=2, greedy=True, stop=["x"])

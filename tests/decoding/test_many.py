@@ -61,9 +61,8 @@ def test_every_prompt_has_the_tokens_that_it_has_alone(name):
     assert lengths.sum() > ROWS * (many.FREE_SLOTS + 32) or name == "tabular", "the cache is moved"
 
 
-@pytest.mark.parametrize(
-    "rows", [TWO_AT_A_TIME, pytest.param(1, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [TWO_AT_A_TIME, 1, 16])
 def test_neither_the_rows_nor_the_order_nor_padding_change_a_prompt(rows):
     lm, params, order = TINY["gpt2"], random_params(TINY["gpt2"]), np.random.default_rng(1).permutation(COUNT)
     options = options_of(lm) | {"key": jax.vmap(lambda row: jax.random.fold_in(KEY, row))(jnp.arange(COUNT))}

@@ -303,6 +303,7 @@ def test_if_every_node_ends_the_tree_stops_there(tabular):
 # Transforms that look back or have a state ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_transforms_with_a_state_or_that_look_back_follow_their_branch(tabular):
     lm, params = tabular
     both = [[NoRepeatNgram(n), MinLength(least, 2)] for n, least in ((1, 0), (9, 3), (1, 2))]  # n of 9 does nothing

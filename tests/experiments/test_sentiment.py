@@ -179,6 +179,7 @@ def test_pairs_are_judged_by_the_distribution_of_bradley_and_terry(world):
     np.testing.assert_allclose(pairs.probability, jax.nn.sigmoid(held_out), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_expected_over_the_labels(world):
     """At the reference all log-ratios are 0: log 2 for dpo, 1/(2β)² for ipo, 1/2 for kto; simpo by its definition."""
     tools, world, pairs = world

@@ -29,6 +29,7 @@ def test_controls_have_their_known_scores_exactly(results):
     assert {entry["expected"] for name, entry in exact.items() if "generated" in name} == {0, 0.5, 1}
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_once(tmp_path, monkeypatch):
     asked = variants(generate(40))
     interval = {"estimate": 0.25, "low": 0.0, "high": 0.5}

@@ -23,6 +23,7 @@ from jaxrl_llm.training import loop, steps
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.loop import RunLog
 from jaxrl_llm.training.steps import Loss
+from tests.conftest import first_quick
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -366,7 +367,7 @@ def to_the_half(params):
     return {"held_out_loss": float(abs(params["w"][0] - 0.5)), "sample": "Once"}
 
 
-@pytest.mark.parametrize("stop", [None, "before the checkpoint", "before the best"])
+@pytest.mark.parametrize("stop", first_quick(["before the best", "before the checkpoint", None]))
 def test_the_best_parameters_are_kept_and_returned_also_of_a_resumed_run(tmp_path, monkeypatch, capsys, stop):
     options = {"evaluate": to_the_half, "keep_best": "held_out_loss", "evaluate_every": 1, "keep": 1}
     saved = Checkpoints.save

@@ -17,7 +17,7 @@ from jaxrl_llm.training.preference import PairBatch, UnpairedBatch, preference_l
 from jaxrl_llm.training.reward_model import RankedBatch, reward_loss
 from jaxrl_llm.training.steps import Frozen, Loss, compute_in
 from jaxrl_llm.training.supervised import sft_loss
-from tests.conftest import TINY, TINY_T5, random_params
+from tests.conftest import TINY, TINY_T5, first_quick, random_params
 
 GPT2, TABLE = TINY["gpt2"], TINY["tabular"]
 OPTIMIZER = optax.sgd(0.1)
@@ -51,7 +51,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [(name, 2 if place % 2 else 4) for place, name in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("name", "microbatches"), first_quick([(name, 4 - 2 * (place % 2)) for place, name in enumerate(CASES)])
+)
 def test_parts_of_a_batch_add_up_to_the_whole(name, microbatches):
     """Though they hold different numbers of tokens."""
     loss, batch, params = CASES[name]
@@ -139,7 +141,7 @@ def test_a_whole_run_is_a_function_of_its_key_and_maps_over_seeds():
         np.testing.assert_allclose(metrics["loss"][place], alone["loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("lm", "microbatches"), [(TABLE, 1), (GPT2, 2)])
+@pytest.mark.parametrize(("lm", "microbatches"), first_quick([(GPT2, 2), (TABLE, 1)]))
 def test_bfloat16_computes_and_float32_remembers(lm, microbatches):
     """And of a GPT-2, parts of a batch add up to the whole."""
     loss, batch, begun = sft_loss(lm), answers(lm), random_params(lm)
