@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxrl_llm.decoding.constraints import Constrained, banned_text, from_grammar, from_regex, text_bias
+from jaxrl_llm.decoding.healing import Healing
 from jaxrl_llm.decoding.transforms import (
     Chain,
     Epsilon,
@@ -114,7 +115,8 @@ def test_every_transform_of_the_library_is_tested():
         return {each for child in cls.__subclasses__() for each in {child} | below(child)}
 
     library = {cls for cls in below(Transform) if cls.__module__.startswith("jaxrl_llm.")}
-    assert library == {type(one) for one, _ in PAIRS.values()}
+    alone = {Healing}  # its rows must begin with a text, which the tokens here do not: test_healing.py
+    assert library == {type(one) for one, _ in PAIRS.values()} | alone
 
 
 @every_transform
