@@ -688,7 +688,7 @@ class LM:
             lm.alternatives("And the king", lm.generate("And the king")[0])
 
         Args:
-            prompt: what stands before the completion.
+            prompt: what stands before the completion; of one with `heal`, its last tokens are taken back here too.
             completion: what `generate` returned, a text or token ids.
             k: tokens at each place.
 
@@ -707,7 +707,10 @@ class LM:
         ids = hasattr(given, "__iter__") and all(isinstance(each, int | np.integer) for each in given)
         if not isinstance(given, str) and not ids:
             raise TypeError(f"completion must be a Completion, a text or token ids, but is {given!r:.60}.")
-        prompts, completions = [self._ids(prompt, "prompt", chat=False)], [self._completion_ids(given, 0)]
+        row, healed = self._ids(prompt, "prompt", chat=False), 0
+        if isinstance(completion, Completion):
+            healed = int(completion.details.get("healed", 0))
+        prompts, completions = [row[: len(row) - healed]], [self._completion_ids(given, 0)]
         length = min(
             -(-(len(prompts[0]) + len(completions[0])) // SCORED_BUCKET) * SCORED_BUCKET, self.model.max_length
         )
@@ -904,7 +907,15 @@ class LM:
             return None
         before, unsearched = () if self._translates else row, max(0, (sampling.min_new_tokens or 0) - 1)
         healed = self._healed(row, sampling)
-        return text.TextStream(self.tokenizer, before, sampling.stop, unsearched=unsearched, reply=chat, healed=healed)
+        return text.TextStream(
+            self.tokenizer,
+            before,
+            sampling.stop,
+            unsearched=unsearched,
+            reply=chat,
+            healed=healed,
+            pieces=self.token_bytes if healed else (),
+        )
 
     def _each(self, pieces: Iterator[decoding.Generation]) -> Iterator[decoding.Generation]:
         while True:

@@ -353,6 +353,25 @@ def test_healing_is_the_same_in_batches_in_streams_and_in_beams(lm):
 
 
 @pytest.mark.slow
+def test_the_text_that_completes_a_healed_prompt_is_not_searched_and_its_alternatives_follow_the_shortened_prompt():
+    lm = jl.load("tiny-gpt2")
+    options = {"heal": True, "stop": ["ng"], "max_new_tokens": 4}
+    found = lm.generate("And the ki", greedy=True, **options)[0]
+    stream = lm.stream("And the ki", greedy=True, **options)
+    assert "".join(stream) == found.text == "ng of Israel,"
+    many = lm.generate_many(["And the ki"], greedy=True, progress=False, **options)[0]
+    for each in (found, stream.completion, many):
+        assert (each.text, each.finish_reason) == ("ng of Israel,", "length")
+    beam = lm.beam_search("And the ki", num_beams=2, **options)[0]
+    assert beam.text.startswith("ng ") and beam.finish_reason == "length"
+    every = lm.alternatives("And the ki", found, k=lm.model.vocab_size)
+    assert every == lm.alternatives("And the", found.tokens, k=lm.model.vocab_size)
+    names = text.token_texts(lm.tokenizer, found.tokens)
+    values = [dict(reversed(row))[name] for row, name in zip(every, names, strict=True)]
+    np.testing.assert_allclose(values, found.logp, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
     before, after = (lm.tokenizer(each)["input_ids"] for each in ("the cat ", "the cat sat"))
     options = {"transforms": ForcedTokens([*before, *after]), "max_new_tokens": len(before + after), "stop": "cat"}
