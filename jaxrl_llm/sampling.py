@@ -76,10 +76,11 @@ class Sampling(Checked):
     choices: tuple[str, ...] = ()
     """The new text must be one of these."""
     json_schema: str | None = dataclasses.field(default=None, metadata={"any_type": True})
-    """The new text must be JSON that is valid by the JSON schema in this file (in Python also by a mapping)."""
+    """The new text must be JSON that is valid by this JSON schema, a file or text that begins with { (in Python also a
+    mapping)."""
     grammar: str | None = dataclasses.field(default=None, metadata={"any_type": True})
-    """The new text must be of the context-free grammar in this file, in Lark syntax (in Python also the grammar); one
-    that reaches max_new_tokens is cut. It needs the extra `grammar`."""
+    """The new text must be of this context-free grammar in Lark syntax, a file or text with a colon; one that reaches
+    max_new_tokens is cut. It needs the extra `grammar`."""
     ban: tuple[str, ...] = ()
     """Strings that the new text must not contain, however it is cut into tokens: " king" bars " kingdom" too."""
     bias: tuple[str, ...] = dataclasses.field(default=(), metadata={"any_type": True})
@@ -123,6 +124,11 @@ class Sampling(Checked):
         if self.ban and self.whole_text:
             raise ValueError(
                 f"ban must be empty with {self.whole_text[0]}, but is {list(self.ban)}: "
+                "together they can leave no text."
+            )
+        if self.min_new_tokens and self.whole_text:
+            raise ValueError(
+                f"min_new_tokens must be left out with {self.whole_text[0]}, but is {self.min_new_tokens}: "
                 "together they can leave no text."
             )
         if self.heal and (left := [*self.whole_text, *(["ban"] if self.ban else [])]):

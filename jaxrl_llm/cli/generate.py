@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxrl_llm import files
 from jaxrl_llm import sampling as options_of
 from jaxrl_llm.cli import devices
 from jaxrl_llm.cli.translate import split_lines
@@ -109,7 +110,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [prompt]
     if file is None and sys.stdin.isatty():
         raise ValueError("give a prompt, a file with --prompts, or lines on standard input.")
-    source = sys.stdin.read() if file is None else file.read_bytes().decode("utf-8")
+    source = sys.stdin.read() if file is None else files.read_text(file)
     lines = [line for line in split_lines(source) if line.strip()]
     if not lines:
         raise ValueError(f"no prompt in {'standard input' if file is None else file}.")
