@@ -768,7 +768,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "give either regex or grammar", lambda lm: lm.generate("x", regex="a", grammar="start: x")),
         (ValueError, "grammar must be in llguidance's Lark syntax, but is not", lambda lm: lm.generate(
             "x", grammar='x: "a"' * 999)),
-        (ValueError, "grammar must be in llguidance's Lark syntax", lambda lm: lm.generate("x", grammar="?start: \n")),
+        (ValueError, "grammar must be in llguidance's Lark syntax", lambda lm: lm.generate("x", grammar="?start: foo")),
         (ValueError, "grammar must be Lark text with a rule start, or the path of its file, but is '': Is a directory",
             lambda lm: lm.generate("x", grammar="")),
         (ValueError, "or the path of its file, but is 'x.lark': No such file", lambda lm: lm.generate(
