@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from jaxrl_llm.options import Checked, Range, number
@@ -117,6 +117,8 @@ class Sampling(Checked):
         object.__setattr__(self, "bias", _biases(self.bias))
         for name in ("choices", "stop", "ban"):
             strings = getattr(self, name)
+            if not isinstance(strings, Iterable):
+                raise TypeError(f"{name} must be a string or several, but is {strings!r}.")
             strings = (strings,) if isinstance(strings, str) else tuple(strings)
             if not all(isinstance(each, str) and each for each in strings):
                 raise ValueError(f"{name} must be strings that are not empty, but are {list(strings)}.")
@@ -153,6 +155,8 @@ def _biases(given: Any) -> tuple[str, ...]:
         if wrong := [each for each in given if not isinstance(each, str)]:
             raise TypeError(f"bias must map strings to numbers, but has the key {wrong[0]!r}: token ids are not taken.")
         given = [f"{text}={value}" for text, value in given.items()]
+    if not isinstance(given, Iterable):
+        raise TypeError(f"bias must be strings of the form TEXT=NUMBER, or a mapping, but is {given!r}.")
     listed = tuple(given)
     for each in listed:
         text, _, value = str(each).rpartition("=")

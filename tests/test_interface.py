@@ -761,6 +761,9 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "beam does not use context", lambda lm: lm.beam_search("x", context="slide")),
         (ValueError, "min_new_tokens must be left out with choices, but is 9", lambda lm: lm.generate(
             "x", choices=["a"], min_new_tokens=9)),
+        (TypeError, "ban must be a string or several, but is 3", lambda lm: lm.generate("x", ban=3)),
+        (TypeError, "stop must be a string or several, but is None", lambda lm: lm.generate("x", stop=None)),
+        (TypeError, "bias must be strings of the form TEXT=NUMBER, .* but is 3", lambda lm: lm.generate("x", bias=3)),
         (ValueError, "heal does not go with regex", lambda lm: lm.generate("x", heal=True, regex="a")),
         (ValueError, "heal does not go with ban", lambda lm: lm.generate("x", heal=True, ban="a")),
         (ValueError, "a chat does not use heal", lambda lm: jl.Chat(lm, heal=True)),
@@ -790,7 +793,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (TypeError, r"'num_beams': generate\(..., strategy='beam', batch_size", lambda lm: lm.generate_many(
             "x", num_beams=2)),
         (TypeError, "'batch_size': rows is the number of completions", lambda lm: lm.generate_many("x", batch_size=2)),
-        (ValueError, r"the model's context of .*: the option cut \(--cut left\) shortens it", lambda lm: lm.generate(
+        (ValueError, r"the model's context of .*the option cut, --cut left.*--context slide", lambda lm: lm.generate(
             "x", max_new_tokens=500)),
         (TypeError, r"completion must be a Completion, a text or token ids, but is \['a'\]", lambda lm: lm.alternatives(
             "x", ["a"])),
