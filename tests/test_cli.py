@@ -401,6 +401,15 @@ def test_an_interruption_while_programs_compile_is_no_crash(tmp_path):
         assert (process.returncode, err) in ((130, ""), (0, ""))
 
 
+@pytest.mark.slow
+def test_an_interruption_does_not_wait_for_a_program_that_runs():
+    command = [sys.executable, "-m", "jaxrl_llm.cli", "generate", "I have", "--num-samples", "4000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(10)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=5) == ("", "") and process.returncode == 130
+
+
 def test_what_the_encoding_of_a_terminal_lacks_is_written_by_its_number(run, monkeypatch):
     def says(*_):
         print("−0.02 café")
