@@ -403,7 +403,8 @@ class LM:
             raise ValueError("generate_many is for decoder-only models: translate takes a batch_size.")
         given, encoded = self._encoded(prompts, chat=chat, sampling=sampling)
         indices = [index for index in range(len(encoded)) for _ in range(n)]
-        request = self._request(strategy, [encoded[i] for i in indices], sampling, search, transforms, chat=chat)
+        (whole,) = _parts([encoded[i] for i in indices], len(indices))
+        request = self._request(strategy, whole, sampling, search, transforms, chat=chat)
         found = strategies.run_many(request, greedy=strategy == "greedy", rows=rows, progress=progress)
         return [
             self._completion(each, given[index], index, request, self._stream(encoded[index], sampling, chat=chat))
