@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all."""
+"""Files of text that are read, and files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return the text of a file in UTF-8, without the byte order mark that some editors put before it.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} must be text in UTF-8, but is not: {error.reason}.") from error
 
 
 @contextlib.contextmanager

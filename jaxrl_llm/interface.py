@@ -411,7 +411,8 @@ class LM:
             raise ValueError("generate_many is for decoder-only models: translate takes a batch_size.")
         given, encoded = self._encoded(prompts, chat=chat, sampling=sampling)
         indices = [index for index in range(len(encoded)) for _ in range(n)]
-        request = self._request(strategy, [encoded[i] for i in indices], sampling, search, transforms, chat=chat)
+        (whole,) = _parts([encoded[i] for i in indices], len(indices))
+        request = self._request(strategy, whole, sampling, search, transforms, chat=chat)
         found = strategies.run_many(request, greedy=strategy == "greedy", rows=rows, progress=progress)
         return [
             self._completion(each, given[index], index, request, self._stream(encoded[index], sampling, chat=chat))
@@ -696,7 +697,7 @@ class LM:
             lm.alternatives("And the king", lm.generate("And the king")[0])
 
         Args:
-            prompt: what stands before the completion.
+            prompt: what stands before the completion; of one with `heal`, its last tokens are taken back here too.
             completion: what `generate` returned, a text or token ids.
             k: tokens at each place.
 
@@ -715,7 +716,10 @@ class LM:
         ids = hasattr(given, "__iter__") and all(isinstance(each, int | np.integer) for each in given)
         if not isinstance(given, str) and not ids:
             raise TypeError(f"completion must be a Completion, a text or token ids, but is {given!r:.60}.")
-        prompts, completions = [self._ids(prompt, "prompt", chat=False)], [self._completion_ids(given, 0)]
+        row, healed = self._ids(prompt, "prompt", chat=False), 0
+        if isinstance(completion, Completion):
+            healed = int(completion.details.get("healed", 0))
+        prompts, completions = [row[: len(row) - healed]], [self._completion_ids(given, 0)]
         length = min(
             -(-(len(prompts[0]) + len(completions[0])) // SCORED_BUCKET) * SCORED_BUCKET, self.model.max_length
         )
@@ -912,7 +916,15 @@ class LM:
             return None
         before, unsearched = () if self._translates else row, max(0, (sampling.min_new_tokens or 0) - 1)
         healed = self._healed(row, sampling)
-        return text.TextStream(self.tokenizer, before, sampling.stop, unsearched=unsearched, reply=chat, healed=healed)
+        return text.TextStream(
+            self.tokenizer,
+            before,
+            sampling.stop,
+            unsearched=unsearched,
+            reply=chat,
+            healed=healed,
+            pieces=self.token_bytes if healed else (),
+        )
 
     def _each(self, pieces: Iterator[decoding.Generation]) -> Iterator[decoding.Generation]:
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from jaxrl_llm.options import Checked, Range, number
@@ -76,10 +76,11 @@ class Sampling(Checked):
     choices: tuple[str, ...] = ()
     """The new text must be one of these."""
     json_schema: str | None = dataclasses.field(default=None, metadata={"any_type": True})
-    """The new text must be JSON that is valid by the JSON schema in this file (in Python also by a mapping)."""
+    """The new text must be JSON that is valid by this JSON schema, a file or text that begins with { (in Python also a
+    mapping)."""
     grammar: str | None = dataclasses.field(default=None, metadata={"any_type": True})
-    """The new text must be of the context-free grammar in this file, in Lark syntax (in Python also the grammar); one
-    that reaches max_new_tokens is cut. It needs the extra `grammar`."""
+    """The new text must be of this context-free grammar in Lark syntax, a file or text with a colon; one that reaches
+    max_new_tokens is cut. It needs the extra `grammar`."""
     ban: tuple[str, ...] = ()
     """Strings that the new text must not contain, however it is cut into tokens: " king" bars " kingdom" too."""
     bias: tuple[str, ...] = dataclasses.field(default=(), metadata={"any_type": True})
@@ -116,6 +117,8 @@ class Sampling(Checked):
         object.__setattr__(self, "bias", _biases(self.bias))
         for name in ("choices", "stop", "ban"):
             strings = getattr(self, name)
+            if not isinstance(strings, Iterable):
+                raise TypeError(f"{name} must be a string or several, but is {strings!r}.")
             strings = (strings,) if isinstance(strings, str) else tuple(strings)
             if not all(isinstance(each, str) and each for each in strings):
                 raise ValueError(f"{name} must be strings that are not empty, but are {list(strings)}.")
@@ -123,6 +126,11 @@ class Sampling(Checked):
         if self.ban and self.whole_text:
             raise ValueError(
                 f"ban must be empty with {self.whole_text[0]}, but is {list(self.ban)}: "
+                "together they can leave no text."
+            )
+        if self.min_new_tokens and self.whole_text:
+            raise ValueError(
+                f"min_new_tokens must be left out with {self.whole_text[0]}, but is {self.min_new_tokens}: "
                 "together they can leave no text."
             )
         if self.heal and (left := [*self.whole_text, *(["ban"] if self.ban else [])]):
@@ -147,6 +155,8 @@ def _biases(given: Any) -> tuple[str, ...]:
         if wrong := [each for each in given if not isinstance(each, str)]:
             raise TypeError(f"bias must map strings to numbers, but has the key {wrong[0]!r}: token ids are not taken.")
         given = [f"{text}={value}" for text, value in given.items()]
+    if not isinstance(given, Iterable):
+        raise TypeError(f"bias must be strings of the form TEXT=NUMBER, or a mapping, but is {given!r}.")
     listed = tuple(given)
     for each in listed:
         text, _, value = str(each).rpartition("=")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxrl_llm import decoding, language_model, models
+from jaxrl_llm import decoding, files, language_model, models
 from jaxrl_llm import mesh as meshes
 from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import constraints, transforms
@@ -169,28 +168,35 @@ def transforms_of(
 
 
 def _schema(schema: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
-    """A JSON schema, read from a file if its path is given."""
+    """A JSON schema: a mapping, a text that begins with a brace, or the path of its file."""
     if isinstance(schema, Mapping):
         return schema
     if not isinstance(schema, str | os.PathLike):
         raise TypeError(f"json_schema must be a JSON schema as a mapping, or the path of its file, but is {schema!r}.")
+    is_text = isinstance(schema, str) and schema.lstrip().startswith("{")
+    content = schema if is_text else _read("json_schema", "a JSON schema", schema)
     try:
-        return json.loads(Path(schema).read_text(encoding="utf-8"))
+        return json.loads(content)
     except ValueError as error:
-        raise ValueError(f"json_schema must be a file of JSON, but {schema} is not: {error}.") from error
+        what = f"JSON, but {schema!r:.60}" if is_text else f"a file of JSON, but {schema}"
+        raise ValueError(f"json_schema must be {what} is not: {error}.") from error
 
 
 def _grammar(grammar: str | os.PathLike) -> str:
-    """A grammar as Lark text, read from a file unless it is text with a rule `start`."""
+    """A grammar as Lark text: a string with a line break or a colon is the text itself, others are paths."""
     if not isinstance(grammar, str | os.PathLike):
         raise TypeError(f"grammar must be a grammar in Lark syntax, or the path of its file, but is {grammar!r}.")
-    if isinstance(grammar, str) and re.search(r"^\s*start\b[^:\n]*:", grammar, re.MULTILINE):
+    if isinstance(grammar, str) and re.search("[\n:]", grammar):
         return grammar
+    return _read("grammar", "Lark text with a rule start", grammar)
+
+
+def _read(name: str, what: str, path: str | os.PathLike) -> str:
     try:
-        return Path(grammar).read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
+        return files.read_text(path)
+    except OSError as error:
         raise ValueError(
-            f"grammar must be Lark text with a rule start, or the path of its file, but is {str(grammar)!r}."
+            f"{name} must be {what}, or the path of its file, but is {os.fspath(path)!r:.100}: {error.strerror}."
         ) from error
 
 

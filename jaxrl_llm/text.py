@@ -454,6 +454,8 @@ class TextStream:
         reply: a text of its own, as a chat model's: a space that the tokenizer drops before its first word is dropped,
             after the search for stop strings.
         healed: number of the prompt's last tokens that are not read before, but whose text the new tokens write again.
+            The tokens with which they do are not searched for stop strings either.
+        pieces: the bytes of each token (`token_bytes`), needed if any are healed.
 
     `stopped` says whether a stop string was found.
     """
@@ -467,9 +469,12 @@ class TextStream:
         unsearched: int = 0,
         reply: bool = False,
         healed: int = 0,
+        pieces: Sequence[bytes] = (),
     ):
         self._tokenizer, self._stop, self.stopped, self.healed = tokenizer, stop, False, healed
         self._unsearched, self._reply, self._start = unsearched, reply, []  # the first tokens of a reply
+        self._pieces = pieces
+        self._unwritten = sum(len(pieces[token]) for token in prompt[len(prompt) - healed :])  # bytes
         # Decoded anew at each push: some tokens that were read, on which the text of the next ones depends, and those.
         self._window = [int(token) for token in prompt]
         self._seen = len(self._decoded().rstrip("\ufffd"))  # characters of the window's text that were taken
@@ -479,8 +484,12 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the text that the new tokens complete."""
-        first, rest = tokens[: self._unsearched], tokens[self._unsearched :]
-        self._unsearched -= len(first)
+        count = 0
+        while count < len(tokens) and (self._unsearched > 0 or self._unwritten > 0):
+            self._unsearched -= 1
+            self._unwritten -= len(self._pieces[tokens[count]]) if self._unwritten > 0 else 0
+            count += 1
+        first, rest = tokens[:count], tokens[count:]
         return (self._push(first, ()) if len(first) else "") + self._push(rest, self._stop)
 
     def _push(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
@@ -499,7 +508,7 @@ class TextStream:
 
     def finish(self) -> str:
         """Return the rest, complete or not."""
-        self._take(self._decoded(), () if self._unsearched else self._stop)
+        self._take(self._decoded(), () if self._unsearched > 0 or self._unwritten > 0 else self._stop)
         return self._give(0)
 
     def _decoded(self, tokens: Sequence[int] | None = None) -> str:

@@ -1,5 +1,7 @@
 """Conversations: in Python, and in a terminal."""
 
+import re
+
 import pytest
 
 import jaxrl_llm as jl
@@ -122,3 +124,8 @@ def test_a_terminal_converses(run, folder, lm):
         "jaxrl-llm: /undo takes no text, but is given '2'.",
     ]
     assert err.count("[cut after 3 tokens]") == sum(each.finish_reason == "length" for each in (first, second))
+
+
+def test_a_terminal_is_told_once_that_the_context_is_full(run, folder):
+    status, _, err = run("chat", "--model", folder, "--greedy", stdin="a" * (CONTEXT - 5))
+    assert status == 0 and re.fullmatch(r"\[the reply was cut after 3 tokens, .* is full: undo turns, .*\]\n", err)

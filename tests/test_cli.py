@@ -19,10 +19,11 @@ import pytest
 import transformers
 
 import jaxrl_llm
-from jaxrl_llm import cli, models
+from jaxrl_llm import cli, models, strategies
 from jaxrl_llm.analysis.attention import Link
 from jaxrl_llm.analysis.bleu import corpus_bleu, corpus_chrf
 from jaxrl_llm.cli.attention import print_links
+from jaxrl_llm.cli.generate import read_prompts
 from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding import generate, transforms
 from jaxrl_llm.models import loading
@@ -400,6 +401,15 @@ def test_an_interruption_while_programs_compile_is_no_crash(tmp_path):
         assert (process.returncode, err) in ((130, ""), (0, ""))
 
 
+@pytest.mark.slow
+def test_an_interruption_does_not_wait_for_a_program_that_runs():
+    command = [sys.executable, "-m", "jaxrl_llm.cli", "generate", "I have", "--num-samples", "4000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(10)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=5) == ("", "") and process.returncode == 130
+
+
 def test_what_the_encoding_of_a_terminal_lacks_is_written_by_its_number(run, monkeypatch):
     def says(*_):
         print("−0.02 café")
@@ -714,3 +724,18 @@ def test_a_wrong_option_of_tree_is_one_line(run, model, tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     assert_one_line(run("tree", "the cat", "--model", model, "--depth", 2, *arguments), said)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_prompts_schemas_and_grammars_are_utf_8_with_or_without_a_mark(tmp_path):
+    file = tmp_path / "x"
+    readers = {
+        "start: x": strategies._grammar,
+        '{"type": "null"}': lambda path: json.dumps(strategies._schema(path)),
+        "prompt": lambda path: read_prompts(None, path)[0],
+    }
+    for content, read in readers.items():
+        file.write_text(content, encoding="utf-8-sig")
+        assert read(file) == content
+        file.write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError, match=f"^{file} must be text in UTF-8, but is not: invalid start byte.$"):
+            read(file)

@@ -353,6 +353,25 @@ def test_healing_is_the_same_in_batches_in_streams_and_in_beams(lm):
 
 
 @pytest.mark.slow
+def test_the_text_that_completes_a_healed_prompt_is_not_searched_and_its_alternatives_follow_the_shortened_prompt():
+    lm = jl.load("tiny-gpt2")
+    options = {"heal": True, "stop": ["ng"], "max_new_tokens": 4}
+    found = lm.generate("And the ki", greedy=True, **options)[0]
+    stream = lm.stream("And the ki", greedy=True, **options)
+    assert "".join(stream) == found.text == "ng of Israel,"
+    many = lm.generate_many(["And the ki"], greedy=True, progress=False, **options)[0]
+    for each in (found, stream.completion, many):
+        assert (each.text, each.finish_reason) == ("ng of Israel,", "length")
+    beam = lm.beam_search("And the ki", num_beams=2, **options)[0]
+    assert beam.text.startswith("ng ") and beam.finish_reason == "length"
+    every = lm.alternatives("And the ki", found, k=lm.model.vocab_size)
+    assert every == lm.alternatives("And the", found.tokens, k=lm.model.vocab_size)
+    names = text.token_texts(lm.tokenizer, found.tokens)
+    values = [dict(reversed(row))[name] for row, name in zip(every, names, strict=True)]
+    np.testing.assert_allclose(values, found.logp, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
     before, after = (lm.tokenizer(each)["input_ids"] for each in ("the cat ", "the cat sat"))
     options = {"transforms": ForcedTokens([*before, *after]), "max_new_tokens": len(before + after), "stop": "cat"}
@@ -741,13 +760,27 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "slides does not go with cut", lambda lm: lm.generate("x", context="slide", cut="left")),
         (ValueError, "generate_many does not use context", lambda lm: lm.generate_many("x", context="slide")),
         (ValueError, "beam does not use context", lambda lm: lm.beam_search("x", context="slide")),
+        (ValueError, "min_new_tokens must be left out with choices, but is 9", lambda lm: lm.generate(
+            "x", choices=["a"], min_new_tokens=9)),
+        (TypeError, "ban must be a string or several, but is 3", lambda lm: lm.generate("x", ban=3)),
+        (TypeError, "stop must be a string or several, but is None", lambda lm: lm.generate("x", stop=None)),
+        (TypeError, "bias must be strings of the form TEXT=NUMBER, .* but is 3", lambda lm: lm.generate("x", bias=3)),
         (ValueError, "heal does not go with regex", lambda lm: lm.generate("x", heal=True, regex="a")),
         (ValueError, "heal does not go with ban", lambda lm: lm.generate("x", heal=True, ban="a")),
         (ValueError, "a chat does not use heal", lambda lm: jl.Chat(lm, heal=True)),
         (ValueError, "the strategy mbr does not use heal", lambda lm: lm.generate("x", heal=True, strategy="mbr")),
         (ValueError, "give either regex or grammar", lambda lm: lm.generate("x", regex="a", grammar="start: x")),
-        (ValueError, "grammar must be Lark text with a rule start, or the path of its file, but is 'x: \"a\"'",
-            lambda lm: lm.generate("x", grammar='x: "a"')),
+        (ValueError, "grammar must be in llguidance's Lark syntax, but is not", lambda lm: lm.generate(
+            "x", grammar='x: "a"' * 999)),
+        (ValueError, "grammar must be in llguidance's Lark syntax", lambda lm: lm.generate("x", grammar="?start: foo")),
+        (ValueError, "grammar must be Lark text with a rule start, or the path of its file, but is '': Is a directory",
+            lambda lm: lm.generate("x", grammar="")),
+        (ValueError, "or the path of its file, but is 'x.lark': No such file", lambda lm: lm.generate(
+            "x", grammar="x.lark")),
+        (ValueError, "json_schema must be a JSON schema, or the path of its file, but is '.': Is a directory",
+            lambda lm: lm.generate("x", json_schema=".")),
+        (ValueError, "json_schema must be JSON, but '{]' is not: ", lambda lm: lm.generate("x", json_schema="{]")),
+        (ValueError, "the JSON schema has the keyword 'x'", lambda lm: lm.generate("x", json_schema='{"x": 1}')),
         (TypeError, "grammar must be a grammar in Lark", lambda lm: lm.generate("x", grammar=5)),
         (TypeError, "json_schema must be a JSON schema as a mapping", lambda lm: lm.generate("x", json_schema=5)),
         (ValueError, "guidance_scale needs guidance_prompt", lambda lm: lm.generate("x", guidance_scale=2.0)),
@@ -761,7 +794,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (TypeError, r"'num_beams': generate\(..., strategy='beam', batch_size", lambda lm: lm.generate_many(
             "x", num_beams=2)),
         (TypeError, "'batch_size': rows is the number of completions", lambda lm: lm.generate_many("x", batch_size=2)),
-        (ValueError, r"the model's context of .*: the option cut \(--cut left\) shortens it", lambda lm: lm.generate(
+        (ValueError, r"the model's context of .*the option cut, --cut left.*--context slide", lambda lm: lm.generate(
             "x", max_new_tokens=500)),
         (TypeError, r"completion must be a Completion, a text or token ids, but is \['a'\]", lambda lm: lm.alternatives(
             "x", ["a"])),

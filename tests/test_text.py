@@ -393,6 +393,16 @@ def test_the_text_of_the_first_tokens_is_not_searched(string, stops, sizes, unse
     assert "".join(pieces) + stream.finish() == free + text.trim_at_stop(string.removeprefix(free), stops)
 
 
+@pytest.mark.parametrize("size", [1, 9])
+def test_the_text_of_a_prompt_that_is_written_again_is_not_searched(size):
+    prompt, rest = (tokenizer()(string)["input_ids"] for string in ("cab", "cabc"))
+    pieces = text.token_bytes(tokenizer())
+    stream = text.TextStream(tokenizer(), prompt, ["ab"], healed=len(prompt), pieces=pieces)
+    tokens = prompt + rest
+    found = [stream.push(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+    assert "".join(found) + stream.finish() == "c" and stream.stopped
+
+
 def test_a_reply_loses_its_first_space_after_the_search_for_stop_strings():
     """SentencePiece has it in the first token, and drops it from a text of its own."""
     prompt, reply = (sentencepiece()(string)["input_ids"] for string in ("a", "ab ab"))

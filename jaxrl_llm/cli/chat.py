@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -57,14 +58,19 @@ class Talk:
 
     def _answer(self, chat: Any, message: str) -> None:
         try:
-            for piece in chat.stream(message):
-                print(piece, end="", flush=True)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                for piece in chat.stream(message):
+                    print(piece, end="", flush=True)
             print(flush=True)
         except KeyboardInterrupt:
             print("\nstopped: this message and its reply are forgotten.", file=sys.stderr)
             return
-        if chat.completion.finish_reason == "length":
-            print(f"[cut after {len(chat.completion.tokens)} tokens]", file=sys.stderr)
+        told = [str(warning.message) for warning in caught]
+        if chat.completion.finish_reason == "length" and not any("was cut after" in each for each in told):
+            told.append(f"cut after {len(chat.completion.tokens)} tokens")
+        for sentence in told:
+            print(f"[{sentence}]", file=sys.stderr)
 
 
 def _obey(chat: Any, command: str, text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxrl_llm import files
 from jaxrl_llm import sampling as options_of
 from jaxrl_llm.cli import devices
 from jaxrl_llm.cli.translate import split_lines
@@ -67,7 +68,7 @@ class Generate:
             self._print_stream(lm, prompts[0], greedy=strategy == "greedy")
             return
         how = {"strategy": strategy, "n": self.num_samples, "chat": self.chat, "batch_size": self.batch_size}
-        completions = lm.generate(prompts, **how, **vars(self.sampling), **vars(self.search))
+        completions = devices.interruptible(lm.generate, prompts, **how, **vars(self.sampling), **vars(self.search))
         numbers = itertools.count(1)
         for _, of_prompt in itertools.groupby(completions, key=lambda completion: completion.index):
             for rank, completion in enumerate(of_prompt, 1):
@@ -109,7 +110,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [prompt]
     if file is None and sys.stdin.isatty():
         raise ValueError("give a prompt, a file with --prompts, or lines on standard input.")
-    source = sys.stdin.read() if file is None else file.read_bytes().decode("utf-8")
+    source = sys.stdin.read() if file is None else files.read_text(file)
     lines = [line for line in split_lines(source) if line.strip()]
     if not lines:
         raise ValueError(f"no prompt in {'standard input' if file is None else file}.")
@@ -160,7 +161,7 @@ class Compare:
         lm = jl.load(self.model, dtype=self.dtype, mesh=mesh)
         for strategy, sampling, search in used:
             options = {"chat": self.chat, **vars(sampling), **vars(search)}
-            for completion in lm.generate(self.prompt, strategy=strategy, **options):
+            for completion in devices.interruptible(lm.generate, self.prompt, strategy=strategy, **options):
                 print(f"{strategy:<16}{note(strategy, completion)}{self._left_out(strategy)}")
                 for line in whole(completion, chat=self.chat).splitlines() or [""]:
                     print(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))

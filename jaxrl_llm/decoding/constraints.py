@@ -442,13 +442,9 @@ def from_grammar(lark: str, vocabulary: Sequence[bytes | str], eos_ids: Sequence
             f"eos_ids must be tokens in [0, {len(vocabulary)}), the vocabulary, by which a text of the grammar ends, "
             f"but are {eos.tolist()}."
         )
-    texts = [token.encode() if isinstance(token, str) else bytes(token) for token in vocabulary]
-    for token in eos:
-        texts[token] = b""
-    numbers = {piece: number for number, piece in enumerate(dict.fromkeys(filter(None, texts)))}
-    of_token = tuple(numbers.get(piece, -1) for piece in texts)
-    number = grammars.compiled(lark, tuple(numbers), of_token)
-    nothing = 32 * _words(len(texts)) - 1  # a bit that is never set
+    pieces, of_token = grammars.pieces_of(tuple(vocabulary), tuple(eos.tolist()))
+    number = grammars.compiled(lark, pieces, of_token)
+    nothing = 32 * _words(len(of_token)) - 1  # a bit that is never set
     return InGrammar(number, jnp.asarray([nothing if piece < 0 else piece for piece in of_token]), jnp.asarray(eos))
 
 

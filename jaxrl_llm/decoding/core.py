@@ -322,7 +322,9 @@ def check_room(
         row = totals.argmax()
         raise ValueError(
             f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
-            f"with it in the model's context of {lm.max_length}: the option cut (--cut left) shortens it."
+            f"with it in the model's context of {lm.max_length}: shorten the prompt (methods on text "
+            "have the option cut, --cut left), or let the context slide (for sample and greedy: decoding.slide, or "
+            "--context slide)."
         )
 
 

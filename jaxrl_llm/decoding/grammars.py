@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8, UInt32
 
-KEPT = 4096  # matchers of a grammar; others are computed anew, from the longest of their prefixes that is kept
+KEPT = 1 << 27  # bytes of the places of all grammars; others are computed anew, from the longest prefix that is kept
+MATCHER = 1024  # bytes of a place beside its bits and its tokens, about
 NO_FORCING = '\n%llguidance {"no_forcing": true}'  # else of a text that is certain only the longest tokens are allowed
 NO_WAY_ON = ("NoExtension", "NoExtensionBias")  # of the tokens, though a text of the grammar would go on
 NOTHING = -1  # where a row has no token
@@ -30,17 +31,45 @@ class Place(NamedTuple):
     status: int
 
 
+class Kept:
+    """The places that were used last, of all grammars together, by grammar and tokens."""
+
+    def __init__(self):
+        self.lock, self.size = threading.Lock(), 0  # bytes
+        self._places: collections.OrderedDict[tuple[Grammar, tuple[int, ...]], Place] = collections.OrderedDict()
+
+    def get(self, grammar: Grammar, tokens: tuple[int, ...]) -> Place | None:
+        """Return a place, or None if it is not kept."""
+        place = self._places.get((grammar, tokens))
+        if place is not None:
+            self._places.move_to_end((grammar, tokens))
+        return place
+
+    def put(self, grammar: Grammar, tokens: tuple[int, ...], place: Place) -> None:
+        """Keep a place, and drop those that were used longest ago."""
+        self._places[grammar, tokens] = place
+        self.size += _bytes(tokens, place)
+        while self.size > KEPT:
+            (_, dropped), last = self._places.popitem(last=False)
+            self.size -= _bytes(dropped, last)
+
+
+def _bytes(tokens: tuple[int, ...], place: Place) -> int:
+    return place.pieces.nbytes + 8 * len(tokens) + MATCHER
+
+
+_kept = Kept()
+
+
 class Grammar:
     """A grammar over a vocabulary of distinct pieces of text; `piece_of` gives the piece of each token, −1 of none."""
 
-    def __init__(self, lark: str, pieces: tuple[bytes, ...], piece_of: Int[np.ndarray, "vocab"]):
-        guidance, self._end, self._piece_of = required(), len(pieces), piece_of.tolist()
+    def __init__(self, lark: str, pieces: tuple[bytes, ...], piece_of: tuple[int, ...]):
+        guidance, self._end, self._piece_of = required(), len(pieces), piece_of
         grammar = guidance.LLMatcher.grammar_from_lark(lark + NO_FORCING)
         matcher = guidance.LLMatcher(_tokenizer(pieces), grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(f"grammar must be in llguidance's Lark syntax, but is not: {_reason(matcher)}.")
-        self._lock = threading.Lock()
-        self._places: collections.OrderedDict[tuple[int, ...], Place] = collections.OrderedDict()
         self._root = self._place(matcher)
         if self._root.status != MAY_END and not self._root.pieces.any():
             raise ValueError("no text of the grammar can be spelt in this vocabulary.")
@@ -66,15 +95,14 @@ class Grammar:
     def after(self, tokens: Sequence[int]) -> Place:
         """Return the place after these tokens."""
         tokens = tuple(tokens)
-        with self._lock:
-            length = next((n for n in range(len(tokens), 0, -1) if tokens[:n] in self._places), 0)
-            place = self._places[tokens[:length]] if length else self._root
+        with _kept.lock:
+            length, place = len(tokens), None
+            while length and (place := _kept.get(self, tokens[:length])) is None:
+                length -= 1
+            place = place or self._root
             for end in range(length + 1, len(tokens) + 1):
-                place = self._places[tokens[:end]] = self._after(place, tokens[end - 1])
-            if tokens:
-                self._places.move_to_end(tokens)
-            while len(self._places) > KEPT:
-                self._places.popitem(last=False)
+                place = self._after(place, tokens[end - 1])
+                _kept.put(self, tokens[:end], place)
         return place
 
 
@@ -113,6 +141,22 @@ def _tokenizer(pieces: tuple[bytes, ...]) -> Any:
     return guidance.LLTokenizer(guidance.TokenizerWrapper(Vocabulary()), eos_token=len(pieces))
 
 
+@functools.lru_cache(maxsize=4)
+def pieces_of(
+    vocabulary: tuple[bytes | str, ...], without: tuple[int, ...]
+) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """Return the distinct texts of a vocabulary, and the place of each token's among them, −1 without text.
+
+    Args:
+        without: tokens whose text does not count, as EOS.
+    """
+    texts = [token.encode() if isinstance(token, str) else bytes(token) for token in vocabulary]
+    for token in without:
+        texts[token] = b""
+    numbers = {piece: number for number, piece in enumerate(dict.fromkeys(filter(None, texts)))}
+    return tuple(numbers), tuple(numbers.get(piece, -1) for piece in texts)
+
+
 _compiled: dict[int, Grammar] = {}
 _count = itertools.count()
 
@@ -125,7 +169,7 @@ def compiled(lark: str, pieces: tuple[bytes, ...], vocabulary: tuple[int, ...]) 
         ModuleNotFoundError: without llguidance.
         ValueError: if the grammar is not one, or this vocabulary can spell none of its texts.
     """
-    grammar, number = Grammar(lark, pieces, np.asarray(vocabulary)), next(_count)
+    grammar, number = Grammar(lark, pieces, vocabulary), next(_count)
     _compiled[number] = grammar
     return number
 
@@ -138,6 +182,7 @@ def places(
     Args:
         tokens: NOTHING where there is none.
     """
+    numbers, tokens = np.asarray(numbers), np.asarray(tokens)  # else jax works within the callback, and may wait for it
     shape = np.shape(numbers)
     rows = np.concatenate([np.reshape(numbers, (-1, 1)), np.reshape(tokens, (-1, np.shape(tokens)[-1]))], axis=1)
     known: dict[bytes, Place] = {}

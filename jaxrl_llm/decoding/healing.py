@@ -5,6 +5,7 @@ A prompt that ends within what the model would write as one token, such as "http
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
@@ -29,10 +30,13 @@ class Healing(Transform):
     """
 
     reweighs: ClassVar[bool] = False
-    axes: ClassVar[Mapping[str, int]] = {"after": 2, "distance": 1}
+    axes: ClassVar[Mapping[str, int]] = {"place": 1, "whole": 2, "part": 2, "after": 2, "distance": 1}
 
     start: Int[Array, "..."] | int  # state of the row, or of each row: a rest of a text; 0 if nothing is left
-    after: Int[Array, "state vocab"]  # a token that is removed: −1
+    place: Int[Array, "vocab"]  # of the token's text among all in order; after them, if it has none
+    whole: Int[Array, "state 2"]  # the places from and to which texts begin with the rest
+    part: Int[Array, "state length"]  # the places of the texts that the rest begins with; −1 if there are no more
+    after: Int[Array, "state length"]  # the state after each of them
     distance: Int[Array, "state"]  # the fewest tokens that write the rest
 
     def check(self, limits: Int[np.ndarray, "batch"]) -> None:
@@ -58,15 +62,19 @@ class Healing(Transform):
         self, state: tuple[Int[Array, "batch"], Int[Array, "batch"]], logits: Float[Array, "batch vocab"]
     ) -> Float[Array, "batch vocab"]:
         rest, remaining = state
-        after = self.after[rest]
-        kept = (after >= 0) & (self.distance[after] < remaining[:, None])
-        return jnp.where(kept | (rest == 0)[:, None], logits, -jnp.inf)
+        places, (start, end) = jnp.arange(self.place.shape[0] + 1), self.whole[rest].T
+        kept = (places >= start[:, None]) & (places < end[:, None])
+        in_time = (self.part[rest] >= 0) & (self.distance[self.after[rest]] < remaining[:, None])
+        rows = jnp.arange(rest.shape[0])[:, None]
+        kept = kept.at[rows, jnp.where(in_time, self.part[rest], len(places))].set(True, mode="drop")
+        return jnp.where(kept[:, self.place] | (rest == 0)[:, None], logits, -jnp.inf)
 
     def update(
         self, state: tuple[Int[Array, "batch"], Int[Array, "batch"]], token: Int[Array, "batch"], logits: Array
     ) -> tuple[Int[Array, "batch"], Int[Array, "batch"]]:
         rest, remaining = state
-        return jnp.maximum(self.after[rest, token], 0), remaining - 1
+        is_part = self.part[rest] == self.place[token][:, None]
+        return jnp.where(is_part, self.after[rest], 0).sum(axis=1), remaining - 1
 
     def may_end(self, state: tuple[Int[Array, "batch"], Int[Array, "batch"]]) -> Bool[Array, "batch"]:
         return state[0] == 0
@@ -84,19 +92,28 @@ def healing(token_bytes: Sequence[bytes], texts: Sequence[bytes]) -> Healing:
     """
     rests = sorted({text[place:] for text in texts for place in range(len(text) + 1)} | {b""}, key=len)
     number = {rest: state for state, rest in enumerate(rests)}
-    after = np.full((padded(len(rests)), len(token_bytes)), -1, np.int32)
-    after[0] = 0
-    distance = np.zeros(len(after), np.int32)
+    ordered = sorted({piece for piece in token_bytes if piece})
+    place_of = {piece: place for place, piece in enumerate(ordered)}
+    shape = padded(len(rests)), padded(len(rests[-1]))
+    whole, distance = np.zeros((shape[0], 2), np.int32), np.zeros(shape[0], np.int32)
+    part, after = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
     for state, rest in enumerate(rests[1:], 1):
-        for token, piece in enumerate(token_bytes):
-            if piece and (piece.startswith(rest) or rest.startswith(piece)):
-                after[state, token] = number[rest[len(piece) :]]
-        onwards = distance[after[state][after[state] >= 0]]
-        distance[state] = 1 + onwards.min(initial=len(after) + max(map(len, texts)))
+        start = end = bisect.bisect_left(ordered, rest)
+        while end < len(ordered) and ordered[end].startswith(rest):
+            end += 1
+        whole[state] = start, end
+        lengths = [length for length in range(1, len(rest)) if rest[:length] in place_of]
+        for column, length in enumerate(lengths):
+            part[state, column], after[state, column] = place_of[rest[:length]], number[rest[length:]]
+        onwards = [0] if start < end else distance[after[state, : len(lengths)]].tolist()
+        distance[state] = 1 + min(onwards, default=len(rests) + len(rests[-1]))
     for text in texts:
         if distance[number[text]] > len(text):
             raise ValueError(f"no tokens of this vocabulary spell the text {text!r}.")
-    return Healing(jnp.asarray([number[text] for text in texts]), jnp.asarray(after), jnp.asarray(distance))
+    place = [place_of.get(piece, len(token_bytes)) for piece in token_bytes]
+    return Healing(
+        *map(jnp.asarray, ([number[text] for text in texts], place, whole, part, after, distance)),
+    )
 
 
 def beginnings(token_bytes: Sequence[bytes]) -> frozenset[bytes]:

@@ -64,10 +64,24 @@ def slide(
 
 
 def slide_stream(
-    lm: LanguageModel, params: Params, prompt: Int[Array, "1 prompt"] | Sequence[Sequence[int]], **options
+    lm: LanguageModel,
+    params: Params,
+    prompt: Int[Array, "1 prompt"] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Int[Array, "1"],
+    transform: Transform | Sequence[Transform] | None = None,
+    greedy: bool = False,
+    key: Key[Array, "*#1"] | None = None,
+    prompt_mask: Bool[Array, "1 prompt"] | None = None,
+    eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
+    pad_id: int | Int[Array, ""] = 0,
+    stop: StopStrings | None = None,
 ) -> Iterator[Generation]:
     """The tokens of `slide` for a single prompt, in pieces as they are known. The arguments are those of `slide`."""
-    request = core.request(lm, prompt, options.pop("prompt_mask", None), bounded=False, **options)
+    request = core.request(
+        lm, prompt, prompt_mask, max_new_tokens=max_new_tokens, transform=transform, greedy=greedy, key=key,
+        eos_id=eos_id, pad_id=pad_id, stop=stop, bounded=False,
+    )  # fmt: skip
     if request.limits.shape[0] != 1:
         raise ValueError(f"slide_stream takes one prompt, but is given {request.limits.shape[0]}.")
     return windows(lm, params, request)

@@ -1,6 +1,7 @@
 """Decode and score on one device and on meshes: prints the results of each as JSON, on the last also of all methods."""
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -62,6 +63,10 @@ def methods(folder, mesh):
         ]
     many = lm.generate_many(PROMPTS[:3], rows=2, max_new_tokens=6, seed=1, progress=False)
     found["many"] = [each.tokens for each in many]
+    for healed in (lm.generate, functools.partial(lm.generate_many, rows=2, progress=False)):
+        texts = [each.text for each in healed(["the c", "on", "the cat sat on t"], heal=True, max_new_tokens=6, seed=1)]
+        found.setdefault("healed", texts)
+        assert found["healed"] == texts
     guided = lm.generate(PROMPTS[:3], max_new_tokens=6, guidance_prompt="on", guidance_scale=1.5)
     found["guided"] = [each.text for each in guided]
     found["tree"] = lm.search_tree(PROMPTS[0], branching=2, depth=3).best

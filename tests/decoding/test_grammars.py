@@ -270,11 +270,40 @@ def test_without_llguidance_the_command_that_installs_it_is_named(monkeypatch):
 
 
 def test_matchers_that_were_dropped_are_computed_anew(monkeypatch):
-    monkeypatch.setattr(grammars, "KEPT", 3)
+    monkeypatch.setattr(grammars, "KEPT", 3 * grammars.MATCHER)
     one = constraints.from_grammar(lark_of(BRACKETS) + "\n", PIECES, EOS)
+    monkeypatch.setattr(grammars, "_kept", kept_places := grammars.Kept())
     rows = [prefix for prefix in PREFIXES if followers(BRACKETS, PIECES, prefix)]
     tokens, mask = np.zeros((len(rows), 3), int), np.zeros((len(rows), 3), bool)
     for row, prefix in enumerate(rows):
         tokens[row, : len(prefix)], mask[row, : len(prefix)] = prefix, True
     kept = np.asarray(one(jnp.zeros((len(rows), 4)), tokens, mask) > -jnp.inf)
     assert [set(np.flatnonzero(row).tolist()) for row in kept] == [followers(BRACKETS, PIECES, row) for row in rows]
+    assert 0 < kept_places.size <= grammars.KEPT
+
+
+def test_the_places_of_all_grammars_have_one_limit(monkeypatch):
+    monkeypatch.setattr(grammars, "KEPT", 5 * grammars.MATCHER)
+    monkeypatch.setattr(grammars, "_kept", grammars.Kept())
+    for rules in (BRACKETS, SUMS):
+        number = np.full(4, grammar(rules).number)
+        grammars.places(number, np.asarray([[0], [1], [2], [3]]), words=1)
+        assert 0 < grammars._kept.size <= grammars.KEPT
+    assert {each for each, _ in grammars._kept._places} == {grammars._compiled[int(number[0])]}
+
+
+def test_the_host_takes_the_values_of_arrays_and_calls_nothing_of_them():
+    """A jax operation within the callback may wait for the program that waits for it."""
+
+    class OfDevice:
+        def __init__(self, value):
+            self.value, self.shape = np.asarray(value), np.shape(value)
+
+        def __array__(self, dtype=None, copy=None):
+            return self.value
+
+        def reshape(self, *shape, **options):
+            raise AssertionError("a jax operation")
+
+    bits, status = grammars.places(OfDevice([grammar().number] * 2), OfDevice([[0], [1]]), words=1)
+    assert status.tolist() == [grammars.OPEN, grammars.LOST] and bits.shape == (2, 1)

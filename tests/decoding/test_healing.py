@@ -107,3 +107,14 @@ def test_stop_strings_are_searched_after_it():
 )
 def test_the_most_tokens_whose_text_begins_a_longer_one_are_taken_back(prompt, least, count):
     assert taken_back(beginnings(PIECES), PIECES, prompt, least=least) == count
+
+
+def test_the_tables_of_many_prompts_grow_with_their_texts_and_with_the_vocabulary_but_not_with_the_product():
+    pieces = [bytes(letters) for letters in itertools.product(range(97, 123), repeat=3)] + [b"a", b"b", b"c", b""]
+    texts = [bytes(letters) for letters in itertools.product(b"abc", repeat=4)]
+    found = healing(pieces, texts)
+    assert sum(leaf.size for leaf in jax.tree.leaves(found)) < 2 * len(pieces)
+    state = found.init(jnp.zeros((81, 0), int), jnp.zeros((81, 0), bool), jnp.full(81, 2))
+    kept = np.asarray(found.apply(state, jnp.zeros((81, len(pieces)))) > -jnp.inf)
+    for row, text in zip(kept, texts, strict=True):  # within 2 tokens
+        assert {pieces[token] for token in np.flatnonzero(row)} == {text[:1], text[:3]}

@@ -110,6 +110,8 @@ def test_within_the_context_it_is_generate():
 def test_what_cannot_slide_is_refused():
     with pytest.raises(ValueError, match="slide_stream takes one prompt, but is given 2"):
         slide_stream(*MODELS["gpt2"], [[1], [2]], max_new_tokens=3, greedy=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'align'"):
+        slide_stream(*MODELS["gpt2"], [[1]], max_new_tokens=3, greedy=True, align=True)
     lm = TabularLM(vocab_size=3, horizon=1)
     with pytest.raises(ValueError, match="a context that slides must have at least 2 tokens, but has 1"):
         slide(lm, random_params(lm), [[]], max_new_tokens=3, greedy=True)
