@@ -14,9 +14,12 @@ import inspect
 import io
 import json
 import math
+import os
 import pprint
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,8 @@ BLOCK = re.compile(
     r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$(?:\n\n(?:prints\n\n)?^```\n(.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
+SHELL = re.compile(r"^```\n(\$ .*?)^```$", re.DOTALL | re.MULTILINE)
+NEEDS_FILES = re.compile(r"--data|--file|--out|<<")  # of commands before it, or of the reader
 DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
 
 
@@ -67,6 +72,24 @@ def test_python_runs_and_gives_the_output_that_is_shown(document, tmp_path, monk
             line = text[: block.start(2)].count("\n")
             printed = output_of("\n" * line + code, names, document)
             assert shown is None or alike(shown, printed), f"{document.name}:{line} gives\n{printed}"
+
+
+def commands_of(document):
+    """The commands of a page's transcripts, of one or more lines, and what each prints."""
+    for block in SHELL.findall(document.read_text(encoding="utf-8")):
+        if not NEEDS_FILES.search(block):
+            for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                command, shown = re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*\n)(.*)", part, re.DOTALL).groups()
+                yield pytest.param(command, shown, id=f"{document.name}: {' '.join(command.split()[:3])}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "shown"), [each for document in DOCUMENTS for each in commands_of(document)])
+def test_commands_give_the_output_that_is_shown(command, shown, tmp_path):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # as users compile: else some digits differ
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and alike(shown, done.stdout), done.stdout + done.stderr
 
 
 def test_the_options_that_newcomers_are_shown_exist():
