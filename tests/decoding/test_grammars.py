@@ -219,7 +219,7 @@ def test_every_decoder_stays_in_the_grammar(name):
         prefix = tuple(row[valid].tolist())
         for end in range(len(prefix)):
             assert prefix[end] in followers(BRACKETS, LETTERS, prefix[:end])
-    assert mask.sum() > 10
+    assert mask.sum() > 2 * len(prompts), "texts are not all empty"
 
 
 def test_a_stream_gives_the_same():
