@@ -231,7 +231,7 @@ def _reward_of(config: EvaluateConfig, sharding: huggingface.ShardingRule | None
         return found
 
     def judged(asked: Sequence[records.Prompt], written: Sequence[Completion]) -> np.ndarray:
-        """Of several processes each calls the function for its share, without the mesh."""
+        """Return the rewards; each of several processes calls the function on its own share, without the mesh."""
         own = np.array_split(np.arange(len(asked)), jax.process_count())[jax.process_index()]
 
         def of_own() -> np.ndarray:

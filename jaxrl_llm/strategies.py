@@ -59,7 +59,7 @@ class Request:
     n: int = 1
     """Samples of each row, for sample."""
     healing: Healing | None = None
-    """Of each row, where the ends of prompts are written again."""
+    """The transform by which each row writes the end of its prompt again, if that is asked for."""
 
     @property
     def model(self) -> tuple[Any, Any, Any]:

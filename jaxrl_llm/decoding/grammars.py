@@ -24,7 +24,7 @@ OPEN, MAY_END, LOST = range(3)  # the text must go on; it may end here; it is no
 
 
 class Place(NamedTuple):
-    """What may follow after some tokens."""
+    """The continuations that a grammar allows after some tokens."""
 
     matcher: Any
     pieces: UInt8[np.ndarray, "byte"]  # a bit for each piece of the vocabulary

@@ -544,7 +544,7 @@ def _judge(
 def _stops(
     request: Request, state: Int[Array, "batch"], states: PyTree[Array], tokens: Int[Array, "batch draft+1"]
 ) -> Int[Array, "batch draft+1"]:
-    """How far each row is into a stop string after each token; `states` of the transform are those before them."""
+    """Return the states of the stop strings after each token; `states` of the transform are those before the tokens."""
 
     def step(stop: Array, column: tuple[PyTree, Array]) -> tuple[Array, Array]:
         transform, token = column

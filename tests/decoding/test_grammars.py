@@ -165,7 +165,7 @@ def test_rows_follow_the_masked_distribution(number):
 
 
 def test_the_oracle_knows_the_distribution():
-    """Of whole sequences, in which EOS follows EOS."""
+    """Sequences go on after EOS, with EOS alone."""
     exact = {(*row, *[EOS] * (4 - len(row))): sum(logps) for row, logps in exact_rows().items()}
     every = itertools.product(range(4), repeat=4)
     found = exact_log_probs(LM, PARAMS, grammar())

@@ -67,7 +67,7 @@ def test_rows_follow_the_masked_distribution_each_with_its_own_text():
 
 @pytest.mark.parametrize("text", [b"a", b"ab", b"bb"])
 def test_the_oracle_knows_the_distribution(text):
-    """Of whole sequences: EOS ends nothing there."""
+    """Sequences go on after EOS, so that those that have one are left out."""
     exact = {row: sum(logps) for row, logps in exact_rows(text).items() if len(row) == LIMIT}
     found = exact_log_probs(LM, PARAMS, healing(PIECES, [text] * 125), prompt=(2,))
     for row, logp in zip(itertools.product(range(5), repeat=LIMIT), np.asarray(found), strict=True):
