@@ -161,6 +161,7 @@ def run(monkeypatch, capsys):
     def run(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *map(str, arguments)])
         monkeypatch.setattr(os, "_exit", sys.exit)
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the command sets its own
         monkeypatch.setattr(sys, "stdin", stdin if isinstance(stdin, io.StringIO) else io.StringIO(stdin))
         capsys.readouterr()
         try:

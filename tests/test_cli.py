@@ -388,6 +388,29 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
     assert run("generate", "x") == (130, "", "")
 
 
+def test_an_interruption_that_python_ignores_is_repeated():
+    """One that falls in a destructor is "ignored": it would be printed, and the run would go on."""
+    program = """
+import sys, time
+from jaxrl_llm import cli
+
+class Freed:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+def run(self):
+    Freed()
+    for _ in range(1000):
+        time.sleep(0.01)
+
+cli.Talk.run = run
+sys.argv = ["jaxrl-llm", "chat"]
+cli.main()
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
+
+
 @pytest.mark.slow
 def test_an_interruption_while_programs_compile_is_no_crash(tmp_path):
     """XLA's threads still compile when Python would free what they use."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -42,6 +45,8 @@ Command = (
     | Annotated[Sycophancy, tyro.conf.subcommand("sycophancy")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
+
+ON_THEIR_OWN = (Talk, Landscape, Train)  # commands that act on Ctrl-C themselves, and not only end
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -86,7 +91,11 @@ def main() -> None:
         from jaxrl_llm import runtime
 
         runtime.set_up()
-        command.run()
+        sys.unraisablehook = _interrupt_again
+        if isinstance(command, ON_THEIR_OWN):
+            command.run()
+        else:  # in another thread: a signal waits for what is compiled and run in this one, as for minutes
+            concurrent.futures.ThreadPoolExecutor(1).submit(command.run).result()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
@@ -109,6 +118,14 @@ def main() -> None:
             sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)  # at once: Python's own way out would free what XLA's threads still compile, and crash
+
+
+def _interrupt_again(ignored: Any) -> None:
+    """Repeat an interruption that Python ignores, as it does in a destructor or in a callback of its collector."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _refuse(unknown: Sequence[str], command: Any) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
-
-Result = TypeVar("Result")
+from typing import Any, NoReturn
 
 
 def mesh_of(layout: str | None) -> Any:
@@ -42,11 +38,6 @@ def reason(error: Exception) -> Exception | str:
     """Return an error as it is printed: one that comes of the end of another process as a sentence."""
     meshes = sys.modules.get("jaxrl_llm.mesh")
     return meshes.ended() if meshes is not None and meshes.is_lost(error) else error
-
-
-def interruptible(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-    """Call a function in another thread: a signal waits for what is compiled and run in this one, as for minutes."""
-    return concurrent.futures.ThreadPoolExecutor(1).submit(function, *arguments, **options).result()
 
 
 def leave(status: int) -> NoReturn:

@@ -68,7 +68,7 @@ class Generate:
             self._print_stream(lm, prompts[0], greedy=strategy == "greedy")
             return
         how = {"strategy": strategy, "n": self.num_samples, "chat": self.chat, "batch_size": self.batch_size}
-        completions = devices.interruptible(lm.generate, prompts, **how, **vars(self.sampling), **vars(self.search))
+        completions = lm.generate(prompts, **how, **vars(self.sampling), **vars(self.search))
         numbers = itertools.count(1)
         for _, of_prompt in itertools.groupby(completions, key=lambda completion: completion.index):
             for rank, completion in enumerate(of_prompt, 1):
@@ -161,7 +161,7 @@ class Compare:
         lm = jl.load(self.model, dtype=self.dtype, mesh=mesh)
         for strategy, sampling, search in used:
             options = {"chat": self.chat, **vars(sampling), **vars(search)}
-            for completion in devices.interruptible(lm.generate, self.prompt, strategy=strategy, **options):
+            for completion in lm.generate(self.prompt, strategy=strategy, **options):
                 print(f"{strategy:<16}{note(strategy, completion)}{self._left_out(strategy)}")
                 for line in whole(completion, chat=self.chat).splitlines() or [""]:
                     print(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))
