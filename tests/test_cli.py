@@ -329,7 +329,10 @@ def test_no_prompt_is_one_line(run, model, tmp_path):
     assert_one_line(run("generate", "--model", model, "--prompts", missing), "missing.txt")
     assert_one_line(run("generate", "--model", model, "--prompts", tmp_path), str(tmp_path))
     (tmp_path / "latin.txt").write_bytes(b"na\xefve")
-    assert_one_line(run("generate", "--model", model, "--prompts", tmp_path / "latin.txt"), "latin.txt must be text in UTF-8, but is not")
+    assert_one_line(
+        run("generate", "--model", model, "--prompts", tmp_path / "latin.txt"),
+        "latin.txt must be text in UTF-8, but is not",
+    )
 
 
 class Terminal(io.StringIO):
