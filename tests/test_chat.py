@@ -23,15 +23,15 @@ def lm(folder):
 def test_every_turn_is_the_reply_to_the_whole_conversation(lm):
     options = {"max_new_tokens": 3, "temperature": 0.7, "seed": 4}
     chat = jl.Chat(lm, system="be", **options)
-    for number, message in enumerate(["cat", "the", "mat"], 1):
+    for number, message in enumerate(["cat", "mat"], 1):
         pieces = list(chat.stream(message))
         expected = lm.chat(chat.messages[:-1], **options)
         assert "".join(pieces) == chat.completion.text == expected.text == chat.messages[-1]["content"]
         assert chat.completion.tokens == expected.tokens and chat.completion.finish_reason == expected.finish_reason
         assert [each["role"] for each in chat.messages] == ["system"] + number * ["user", "assistant"]
-    assert repr(chat) == f"Chat({lm.name}: 3 turns)"
+    assert repr(chat) == f"Chat({lm.name}: 2 turns)"
     chat.undo()
-    assert len(chat.messages) == 5
+    assert len(chat.messages) == 3
     assert chat.send("mat") == expected.text
     chat.clear()
     assert chat.messages == [{"role": "system", "content": "be"}]

@@ -127,16 +127,16 @@ def test_rewards_are_called_as_in_training(lm):
     found = jl.evaluate(lm, PROMPTS, reward=ids, max_new_tokens=3)
     assert found["reward"] == found["length"] and seen["gold"] == [0, 1, 2, 3, 4]
     assert seen["prompts"] == [row["prompt"] for row in PROMPTS] and all(type(each) is int for each in seen["ids"][0])
-    named = jl.evaluate(lm, PROMPTS, reward=lambda completions, **entries: [len(entries["gold"])] * 5, max_new_tokens=2)
+    named = jl.evaluate(lm, PROMPTS, reward=lambda completions, **entries: [len(entries["gold"])] * 5, max_new_tokens=3)
     assert named["reward"] == 5
     one = jl.evaluate(lm, PROMPTS[:1], reward=lambda prompts, completions: [2.0], max_new_tokens=2)
     assert one["reward"] == 2 and one["rows"] == 1 and "reward_stderr" not in one
     with pytest.raises(
         RuntimeError, match=r"the reward function raised ZeroDivisionError: .* \(test_evaluation.py, line"
     ):
-        jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions: 1 / 0, max_new_tokens=2)
+        jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions: 1 / 0, max_new_tokens=3)
     with pytest.raises(ValueError, match="the reward function takes solution, but the data have gold"):
-        jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions, solution: [1.0] * 5, max_new_tokens=2)
+        jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions, solution: [1.0] * 5, max_new_tokens=3)
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def assert_plain(plain, **options):
 
 
 @ends
-@pytest.mark.parametrize(("groups", "n"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("groups", "n"), first_quick([(1, 2), (2, 1)]))
 def test_ngrams_can_be_blocked_against_the_whole_beam(groups, n, eos):
     options = {"no_repeat_ngram": n, "no_repeat_in": "beam", "num_groups": groups, "diversity_penalty": 0.3}
     assert_plain({"n": n, "whole_beam": True, "groups": groups, "diversity": 0.3, "eos": eos}, eos_id=eos, **options)
@@ -248,7 +248,7 @@ def test_ngrams_can_be_blocked_against_the_whole_beam(groups, n, eos):
 
 @ends
 @pytest.mark.parametrize(
-    ("diversity", "by"), first_quick([(2.0, "hamming"), (0.3, "hamming-factor"), (0.1, "hamming")], 2)
+    ("diversity", "by"), first_quick([(2.0, "hamming"), (0.3, "hamming-factor"), (0.1, "hamming")])
 )
 def test_diversity_can_be_by_the_hamming_distance_of_whole_sequences(diversity, by, eos):
     options = {"diversity_penalty": diversity, "diversity_by": by, "eos_id": eos, "no_repeat_ngram": 2}
@@ -264,7 +264,7 @@ def test_the_rules_of_diversity_and_of_blocking_differ():
 
 
 @pytest.mark.parametrize(("strings", "least"), first_quick([(["ba", "cc"], 0), (["a"], 3), (["b"], 0)]))
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", first_quick([1, 2]))
 def test_a_hypothesis_ends_at_a_stop_string(groups, strings, least):
     held = {"transform": MinLength(least, NEVER), "stop": stop_strings(PIECES, strings), "eos_id": TWO}
     plain = {"groups": groups, "diversity": 0.7, "eos": TWO, "strings": strings, "least": least}
@@ -324,7 +324,7 @@ def law_of_sampled_beams(distribution, width, count, *, penalty, eos):
 
 @pytest.mark.parametrize(
     ("width", "penalty", "numbers"),
-    [*first_quick([(2, 1.0, (2.0, 2)), (1, 0.0, (0.7, 2)), (2, 0.5, (1.0, 3))])],
+    first_quick([(1, 0.0, (0.7, 2)), (2, 1.0, (2.0, 2)), (2, 0.5, (1.0, 3))]),
 )
 def test_sampled_beams_follow_their_distribution(width, penalty, numbers):
     """Which for one beam is that of `generate`."""

@@ -118,7 +118,7 @@ def test_under_an_outer_jit_it_is_the_same_and_broken_logits_show_as_nan(name):
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(broken) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-@every_decoder
+@pytest.mark.parametrize("name", slow_but(*FAST, "many", "look-up"))
 def test_other_keys_numbers_prompts_lengths_and_ends_compile_nothing_new(name):
     expected(name)
 

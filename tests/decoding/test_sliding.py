@@ -57,7 +57,7 @@ def assert_is(found, row, expected):
     assert not mask[len(tokens) :].any()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "table"])
 def test_greedy_tokens_are_those_of_a_window_read_anew(name):
     found = slide(*MODELS[name], PROMPTS[name], max_new_tokens=NEW[name], greedy=True)
     for row, prompt in enumerate(PROMPTS[name]):

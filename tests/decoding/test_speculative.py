@@ -282,6 +282,7 @@ def test_ended_sequences_follow_their_distribution():
     assert_texts_follow(generation, ended_distribution(LM, exact_log_probs(LM, TARGET), [2]))
 
 
+@pytest.mark.slow
 def test_drafts_of_the_target_itself_are_accepted_also_with_states():
     result = speculate(DraftModel(LM, TARGET, BACK), transform=BACK, num_draft=2)
     np.testing.assert_array_equal(result.accepted, 2)  # the third new token is drawn behind them

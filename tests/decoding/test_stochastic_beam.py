@@ -109,7 +109,8 @@ def test_weights_by_inclusion_probability_are_unbiased():
     assert_unbiased((weights[..., None] * values[found]).sum(axis=1), np.exp(distribution(PARAMS)) @ values)
 
 
-@pytest.mark.parametrize("count", [pytest.param(len(EVERY), marks=pytest.mark.slow), len(EVERY) + 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [len(EVERY), len(EVERY) + 5])
 def test_as_many_beams_as_sequences_find_all_with_independent_noise(count):
     rows = 1000
     beams = stochastic_beam_search(

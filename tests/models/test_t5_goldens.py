@@ -12,6 +12,7 @@ from jaxrl_llm.decoding import beam_search, generate
 from jaxrl_llm.decoding.beam import search
 from jaxrl_llm.decoding.generate import decode
 from jaxrl_llm.models.t5 import _given
+from tests.conftest import first_quick
 from tests.models.wild import GOLDENS, variant
 
 NAMES = ("t5-0", "t5-1")
@@ -62,6 +63,7 @@ def test_logits_and_attention_weights_agree(golden):
     np.testing.assert_allclose(logits[0], expected["logits"][2], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("golden", first_quick(NAMES), indirect=True)
 def test_greedy_generation_and_beams_are_the_same_token_for_token(golden):
     """And another source of the same shape compiles nothing new."""
     loaded, expected = golden

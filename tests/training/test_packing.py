@@ -94,6 +94,7 @@ SLOW = [
     *[(name, "dpo") for name in ("windows", "learned positions", "experts", "llama", "alibi")],
     *[(name, loss) for name in ("gpt2", "windows") for loss in ("sft", "reward")],
     ("alibi", "reward"),
+    ("alibi", "sft"),
     ("tabular", "length-averaged ipo"),
 ]
 
@@ -103,7 +104,6 @@ SLOW = [
     [
         *[("tabular", name) for name in cases(TABLE) if name != "length-averaged ipo"],
         ("gpt2", "dpo"),
-        ("alibi", "sft"),
         *[pytest.param(*each, marks=pytest.mark.slow) for each in SLOW],
     ],
 )

@@ -21,7 +21,7 @@ from jaxrl_llm.training.config import GRPOConfig, PPOConfig
 from jaxrl_llm.training.policy import METHODS, Experience, Method, critic_values, experience, token_rewards
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler
 from jaxrl_llm.training.steps import Frozen
-from tests.conftest import TINY, random_params
+from tests.conftest import TINY, first_quick, random_params
 
 LM, TABLE = TINY["gpt2"], TINY["tabular"]
 KEY = jax.random.key(0)
@@ -68,7 +68,7 @@ def drawn_by(lm, sampler=SAMPLER):
 # The first step -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each == "ppo")) for each in METHODS])
+@pytest.mark.parametrize("name", first_quick(["reinforce", "grpo", *sorted(set(METHODS) - {"reinforce", "grpo"})], 2))
 def test_every_method_begins_with_ratio_1_and_divergence_0_and_leaves_the_reference(name):
     """PPO, with policy and critic, of a GPT-2; the others of a table."""
     method = METHODS[name]
