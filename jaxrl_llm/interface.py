@@ -18,16 +18,15 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from matplotlib.figure import Figure
 
-from jaxrl_llm import decoding, models, scoring, strategies, text, translation
+from jaxrl_llm import decoding, models, plots, scoring, strategies, text, translation
 from jaxrl_llm import mesh as meshes
 from jaxrl_llm import sampling as options_of
 from jaxrl_llm.analysis import attention, landscape
@@ -37,12 +36,10 @@ from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.models.heads import is_reward
 from jaxrl_llm.options import Range, takes
-from jaxrl_llm.plots import interactive, style
-from jaxrl_llm.plots.attention import attention_figure
-from jaxrl_llm.plots.charts import bars_figure
-from jaxrl_llm.plots.landscape import landscape_figure
-from jaxrl_llm.plots.tree import tree_figure
 from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
+
+if TYPE_CHECKING:  # only a picture takes the time to load it
+    from matplotlib.figure import Figure
 
 Conversation = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | Conversation
@@ -129,12 +126,12 @@ class TextTree:
 
         A notebook shows the figure.
         """
-        return style.shown(tree_figure(self.described, model=self.model, color=color))
+        return plots.style.shown(plots.tree.tree_figure(self.described, model=self.model, color=color))
 
     def plot_bars(self, nodes: int | Sequence[int] | Literal["all"] = 0) -> Figure:
         """Draw `distributions` as bars, with tokens that are kept and drawn; a notebook shows the figure."""
         title = f"{self.described['title']}, {self.model}"
-        return style.shown(bars_figure(self.distributions(nodes), title=title))
+        return plots.style.shown(plots.charts.bars_figure(self.distributions(nodes), title=title))
 
     def __repr__(self) -> str:
         leaves = len(self.tree.leaves())
@@ -159,7 +156,7 @@ class TextAttention:
         Args:
             layer, head: counted from 0, or from −1 backwards.
         """
-        return style.shown(attention_figure(self.maps, layer=layer, head=head, model=self.model))
+        return plots.style.shown(plots.attention.attention_figure(self.maps, layer=layer, head=head, model=self.model))
 
     def __repr__(self) -> str:
         layers, heads, queries, keys = self.weights.shape
@@ -178,7 +175,7 @@ class TextLandscape:
 
     def plot(self) -> Figure:
         """Draw the surface; a notebook shows the figure."""
-        return style.shown(landscape_figure(self.surface, model=self.model))
+        return plots.style.shown(plots.landscape.landscape_figure(self.surface, model=self.model))
 
     def html(self) -> str:
         """Return a self-contained page with an interactive 3-D plot (needs the extra `interactive`).
@@ -190,7 +187,7 @@ class TextLandscape:
         Raises:
             ModuleNotFoundError: without plotly.
         """
-        return interactive.surface_html([self.surface], title=self.surface.title)
+        return plots.interactive.surface_html([self.surface], title=self.surface.title)
 
     def __repr__(self) -> str:
         loss = self.surface.loss

@@ -71,13 +71,13 @@ import jaxrl_llm as jl
 dir(jl), jl.__version__
 heavy = {"jax", "flax", "numpy", "matplotlib", "transformers"}
 before = sorted(heavy & set(sys.modules))
-jl.objectives.kl.k1, jl.TabularLM
-print(json.dumps([before, "jax" in sys.modules]))
+jl.objectives.kl.k1, jl.TabularLM, jl.LM
+print(json.dumps([before, "jax" in sys.modules, "matplotlib" in sys.modules]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]
     )
-    assert json.loads(done.stdout) == [[], True], done.stderr
+    assert json.loads(done.stdout) == [[], True, False], done.stderr
 
 
 def test_every_name_is_there_with_its_submodules():
