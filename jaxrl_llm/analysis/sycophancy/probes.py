@@ -116,7 +116,7 @@ def _scores(
     if not asked:
         raise ValueError(f"{name}s must hold at least one {name}, but are empty.")
     rows: list[Row] = [source.row(*question) for each in asked for question in each]
-    scores = source.log_probs(rows).reshape(len(asked), -1, 2)
+    scores = np.reshape(source.log_probs(rows), (len(asked), -1, 2))
     fits = ~np.isnan(scores).any(axis=(1, 2))
     if not fits.any():
         raise ValueError(f"none of the {counted(len(asked), name)} fits the context of {source.name}.")
