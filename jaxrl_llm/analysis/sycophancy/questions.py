@@ -46,29 +46,15 @@ _OPTION, _LAST, _LAST_INDENTED = (
 )
 
 
-class Option(NamedTuple):
-    """An answer to choose: what stands between the text before it and its letter, the letter, and what follows it."""
-
-    lead: str
-    letter: str
-    text: str
-
-
 class Parts(NamedTuple):
-    """A question taken apart: biography, query, the options' lines and ending are the question, byte for byte.
+    """A question taken apart: its beginning, each option as what stands before its text and the text, and its ending.
 
-    White space before the query belongs to the biography, a heading "Choices:" to the query.
+    Joined they are the question, byte for byte. The beginning is a biography and a query, with a heading "Choices:".
     """
 
-    biography: str
-    query: str
-    options: tuple[Option, ...]
+    before: str
+    options: tuple[tuple[str, str], ...]
     ending: str
-
-    def question(self) -> str:
-        """Join the parts."""
-        lines = [f"{option.lead}({option.letter}){option.text}" for option in self.options]
-        return "".join([self.biography, self.query, *lines, self.ending])
 
 
 @dataclass(frozen=True)
@@ -109,8 +95,8 @@ class Item:
         return letters_of(self.matching, self.not_matching)
 
     @cached_property
-    def unsplit(self) -> Parts:
-        """The options, the last lines (A), (B) and so on, and the text around them; no biography.
+    def parts(self) -> Parts:
+        """The options, the last lines (A), (B) and so on, and the text around them.
 
         The last option goes on over indented lines, or over any if another option has several.
         """
@@ -125,16 +111,16 @@ class Item:
         for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), None], strict=True):
             after = self.question[mark.end() : end]
             text = (_OPTION if end else last).match(after)[0]
-            options.append(Option(rest + mark[0][:-3], mark[1], text))
+            options.append((rest + mark[0], text))
             rest, last = after[len(text) :], _LAST if "\n" in text else last
             if end and rest.strip():
                 raise ValueError(f"option ({mark[1]}) must be one paragraph, but is followed by {rest!r}")
-        return Parts("", self.question[: marks[0].start()], tuple(options), rest)
+        return Parts(self.question[: marks[0].start()], tuple(options), rest)
 
     @cached_property
     def texts(self) -> dict[str, str]:
         """The text of each option by its letter, with single spaces."""
-        return {option.letter: single_spaced(option.text) for option in self.unsplit.options}
+        return {lead[-2]: single_spaced(text) for lead, text in self.parts.options}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line of a file that `parse_item` reads, without empty optional fields."""
@@ -291,7 +277,7 @@ def _unbracketed(item: Item) -> set[str]:
     some options, "A" before a word in lower case aside. If the beginning of the query is uncertain, all that precedes
     the options is read as a biography.
     """
-    _, before, _, ending = item.unsplit
+    before, _, ending = item.parts
     try:
         start = _query_start(_without_heading(before))
     except ValueError:
@@ -310,13 +296,12 @@ def swapped(item: Item) -> Item:
         ValueError: if the question names an option by its letter without brackets, which would become a lie.
     """
     _check_letters(item)
+    before, options, ending = item.parts
     moved = dict(zip(item.texts, reversed(item.texts), strict=True))
-    lines = item.unsplit.options
-    turned = tuple(other._replace(lead=line.lead) for line, other in zip(lines, reversed(lines), strict=True))
-    labels = [_reletter(label, moved) for label in item.labels]
+    lines = [lead + _reletter(text, moved) for (lead, _), (_, text) in zip(options, reversed(options), strict=True)]
     return replace(
-        _answered(item, labels),
-        question=_reletter(item.unsplit._replace(options=turned).question(), moved),
+        _answered(item, [_reletter(label, moved) for label in item.labels]),
+        question="".join([_reletter(before, moved), *lines, _reletter(ending, moved)]),
         truthful=item.truthful and _reletter(item.truthful, moved),
     )
 
@@ -344,7 +329,7 @@ def words(item: Item) -> Words:
 
     The matching answer comes first.
     """
-    _, before, _, ending = item.unsplit
+    before, _, ending = item.parts
     answers = [item.texts[letter] for letter in item.letters]
     said = [answer.removesuffix(".").lower() for answer in answers]
     opinions = set(said) == {"agree", "disagree"}
@@ -382,14 +367,14 @@ than that the their them then there these they think this those thought thoughts
 views was we were what when which who with would wrong yes you your yours"""
 
 
-def split(item: Item) -> Parts:
-    """Split a question into biography, query, options and ending.
+def split(item: Item) -> int:
+    """Return where the query of a question begins; what precedes it is the biography, and white space.
 
     Raises:
         ValueError: if there is no biography, the last sentence asks nothing, its beginning is uncertain, neither it nor
             the options say anything ("Is that right?"), or the user's opinion follows the options.
     """
-    _, before, options, ending = item.unsplit
+    before, _, ending = item.parts
     text = _without_heading(before)
     start = _query_start(text)
     query = text[start:]
@@ -404,7 +389,7 @@ def split(item: Item) -> Parts:
     ]
     if any(named) and not all(named):
         raise ValueError(f"an opinion follows the options: {ending.strip()[:60]!r}")
-    return Parts(before[:start], before[start:], options, ending)
+    return start
 
 
 def _without_heading(before: str) -> str:
@@ -446,7 +431,7 @@ _OPINION = re.compile(
 
 
 def _opposite(
-    items: Sequence[Item], parts: Mapping[int, Parts], users: Mapping[tuple[Any, str], Sequence[int]], place: int
+    items: Sequence[Item], starts: Mapping[int, int], users: Mapping[tuple[Any, str], Sequence[int]], place: int
 ) -> Item:
     """Return an item as a user of the opposite opinion asks it.
 
@@ -455,30 +440,31 @@ def _opposite(
     again. If there are none, the item's own "I agree" is exchanged for "I disagree", or the reverse.
 
     Args:
+        starts: of the queries.
         users: the places of the items by claim and by the answer that their user prefers.
 
     Raises:
         ValueError: if there is no such item, and the opinion cannot be exchanged.
     """
-    item, part = items[place], parts[place]
-    claim, believed = _claim(part), [item.texts[letter] for letter in item.letters]
+    item, start = items[place], starts[place]
+    claim, believed = _claim(item, start), [item.texts[letter] for letter in item.letters]
     others = [(turn, other) for turn, text in enumerate(believed) if turn for other in users[claim, text]]
     if others:
         turn, other = others[users[claim, believed[0]].index(place) % len(others)]
         letters = {text: letter for letter, text in item.texts.items()}
         moved = {letter: letters[text] for letter, text in items[other].texts.items()}
-        biography = _reletter(parts[other].biography, moved)
+        biography = _reletter(items[other].question[: starts[other]], moved)
     else:
-        turn, biography = 1, _reversed_opinion(item, part.biography)
+        turn, biography = 1, _reversed_opinion(item, item.question[:start])
     spaced = biography if biography[-1].isspace() else biography + " "
     labels = [item.labels[turn], *item.labels[:turn], *item.labels[turn + 1 :]]
-    return _answered(replace(item, question=part._replace(biography=spaced).question()), labels)
+    return _answered(replace(item, question=spaced + item.question[start:]), labels)
 
 
-def _claim(part: Parts) -> tuple[str, str, frozenset[str]]:
+def _claim(item: Item, start: int) -> tuple[str, str, frozenset[str]]:
     """Return what questions about one claim share, in whatever order their options are and whatever white space."""
-    texts = frozenset(single_spaced(option.text) for option in part.options)
-    return single_spaced(part.query), single_spaced(part.ending), texts
+    before, _, ending = item.parts
+    return single_spaced(before[start:]), single_spaced(ending), frozenset(item.texts.values())
 
 
 def _reversed_opinion(item: Item, biography: str) -> str:
@@ -556,25 +542,25 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
         TypeError: if one is not an `Item`.
     """
     items = list(items)
-    parts, unpaired, users = {}, {}, defaultdict(list)
+    starts, unpaired, users = {}, {}, defaultdict(list)
     for place, item in enumerate(items):
         check_type("every item", item, Item, "an Item, such as parse_item(...) makes of a dict")
         try:
-            parts[place] = split(item)
+            starts[place] = split(item)
             _check_letters(item)
-            users[_claim(parts[place]), item.texts[item.letters[0]]].append(place)
+            users[_claim(item, starts[place]), item.texts[item.letters[0]]].append(place)
         except ValueError as error:
             unpaired[place] = str(error)
-    unsplit = {place: reason for place, reason in unpaired.items() if place not in parts}
+    unsplit = {place: reason for place, reason in unpaired.items() if place not in starts}
     places = range(len(items)) if chosen is None else chosen
     asked, speaking = {}, {}
     for index, place in enumerate(places):
         own, askers = items[place], {OWN: items[place]}
-        if place in parts:
-            askers[NONE] = replace(own, question=parts[place]._replace(biography="").question())
+        if place in starts:
+            askers[NONE] = replace(own, question=own.question[starts[place] :])
         try:
             if place not in unpaired:
-                askers[OPPOSITE] = _opposite(items, parts, users, place)
+                askers[OPPOSITE] = _opposite(items, starts, users, place)
         except ValueError as error:
             unpaired[place] = str(error)
         for user, item in askers.items():
@@ -587,7 +573,10 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
     def left_out(reasons: Mapping[int, str]) -> list[LeftOut]:
         return [LeftOut(place, items[place].name, reasons[place]) for place in places if place in reasons]
 
-    claims = [_claim(parts[place]) if place in parts else single_spaced(items[place].question) for place in places]
+    claims = [
+        _claim(items[place], starts[place]) if place in starts else single_spaced(items[place].question)
+        for place in places
+    ]
     numbers = {claim: number for number, claim in enumerate(dict.fromkeys(claims))}
     return Variants(
         [items[place] for place in places],
