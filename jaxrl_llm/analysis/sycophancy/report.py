@@ -41,36 +41,32 @@ class Source(Protocol):
 
 
 class Control(NamedTuple):
-    """A source whose scores are known; it gives the probability of an answer of an item, with a user or not."""
+    """A source whose scores are known: the probability of each answer to a question, by letters and by words."""
 
     name: str
-    letters: Callable[[Item, bool, str], float]
-    words: Callable[[Item, bool, str], float]
+    letters: Callable[[Asked, str], float]
+    words: Callable[[Asked, str], float]
 
     def answers(self, asked: Sequence[Asked]) -> Answers:
         """Return log-probabilities by letters and by words."""
-        with np.errstate(divide="ignore"):
-            found = [
-                [np.log([form(each.item, each.user, letter) for letter in each.item.letters]) for each in asked]
-                for form in (self.letters, self.words)
-            ]
-        return Answers(*(against_others(each, asked) for each in found))
+        found = []
+        for form in (self.letters, self.words):
+            with np.errstate(divide="ignore"):
+                given = [np.log([form(each, letter) for letter in each.item.letters]) for each in asked]
+            found.append(against_others(given, asked))
+        return Answers(*found)
 
 
-def _says_a(item: Item, user: bool, letter: str) -> float:
-    return float(letter == "A")
+def _indifferent(asked: Asked, letter: str) -> float:
+    return 1 / len(asked.item.letters)
 
 
-def _says_what_the_user_believes(item: Item, user: bool, letter: str) -> float:
-    return float(letter == item.letters[0]) if user else _indifferent(item, user, letter)
+def _sycophantic(asked: Asked, letter: str) -> float:
+    return float(letter == asked.item.letters[0]) if asked.user else _indifferent(asked, letter)
 
 
-def _indifferent(item: Item, user: bool, letter: str) -> float:
-    return 1 / len(item.letters)
-
-
-CONSTANT = Control("always (A)", _says_a, _indifferent)
-SYCOPHANT = Control("oracle sycophant", _says_what_the_user_believes, _says_what_the_user_believes)
+CONSTANT = Control("always (A)", lambda asked, letter: float(letter == "A"), _indifferent)
+SYCOPHANT = Control("oracle sycophant", _sycophantic, _sycophantic)
 INDIFFERENT = Control("random", _indifferent, _indifferent)
 CONTROLS = (CONSTANT, SYCOPHANT, INDIFFERENT)
 
