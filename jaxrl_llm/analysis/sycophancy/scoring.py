@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -247,9 +247,8 @@ def answer_log_probs(
     size = filled(min(batch_size, max(len(groups), 1)))
     with tqdm(total=len(lasts), unit="question", disable=not progress or runtime.is_file(), leave=False) as bar:
         for start in range(0, len(groups), size):
-            for reading, scores in _score_batch(lm, params, lasts, groups[start : start + size], size):
-                found |= {(reading, last): score for last, score in zip(lasts[reading], scores, strict=False)}
-                bar.update()
+            found |= _score_batch(lm, params, lasts, groups[start : start + size], size)
+            bar.update(sum(len(group.readings) for group in groups[start : start + size]))
     return [np.asarray([found[key] for key in row], float) for row in keys]
 
 
@@ -273,12 +272,12 @@ def groups_of(readings: Iterable[Reading]) -> list[Group]:
 
 def _score_batch(
     lm: LanguageModel, params: Params, lasts: Mapping[Reading, Sequence[int]], groups: list[Group], size: int
-) -> Iterator[tuple[Reading, Float[np.ndarray, "last"]]]:
-    """Read the shared prefixes, then one reading of each group at a time; yield it with its answers' scores.
+) -> dict[tuple[Reading, int], float]:
+    """Read the shared prefixes, then one reading of each group at a time; return the scores of answers.
 
     The batch is padded to `size` groups, and a group with fewer readings repeats its last, so that shapes stay few.
     """
-    padded = groups + [groups[-1]] * (size - len(groups))
+    found, padded = {}, groups + [groups[-1]] * (size - len(groups))
     length = _rounded(max(1, *(group.shared for group in groups)), PREFIX_BUCKET)
     longest = max(len(reading.read) - group.shared for group in groups for reading in group.readings)
     slots = _rounded(length + _rounded(longest, TAIL_BUCKET), SLOT_BUCKET)
@@ -288,18 +287,15 @@ def _score_batch(
         chosen = [group.readings[min(number, len(group.readings) - 1)] for group in padded]
         tails = [reading.read[group.shared :] for reading, group in zip(chosen, padded, strict=True)]
         tokens, mask = text.left_pad(tails, length=_rounded(max(map(len, tails)), TAIL_BUCKET))
-        most = max(len(lasts[reading]) for reading in chosen)
-        answers = [
-            [(*reading.read[len(reading.read) + 1 - reading.length :], last) for last in lasts[reading]]
-            for reading in chosen
-        ]
-        flat = [answer for each in answers for answer in [*each, *[()] * (most - len(each))]]
-        time = _rounded(max(map(len, flat)), ANSWER_BUCKET)
-        targets = text.left_pad(flat, length=time, pad_id=-1)[0].reshape(size, most, time)
-        scores = np.asarray(_read_answers(lm, params, cache, tokens, mask, targets))
-        for reading, group, row in zip(chosen, groups, scores, strict=False):
-            if number < len(group.readings):
-                yield reading, row
+        time = _rounded(max(reading.length for reading in chosen), ANSWER_BUCKET)
+        answers = np.full((size, max(len(lasts[reading]) for reading in chosen), time), -1)
+        for row, reading in zip(answers, chosen, strict=True):
+            for answer, last in zip(row, lasts[reading], strict=False):
+                answer[time - reading.length :] = [*reading.read[len(reading.read) + 1 - reading.length :], last]
+        scores = np.asarray(_read_answers(lm, params, cache, tokens, mask, answers))
+        for row, reading in zip(scores, chosen, strict=True):
+            found |= {(reading, last): score for last, score in zip(lasts[reading], row, strict=False)}
+    return found
 
 
 def _rounded(length: int, multiple: int) -> int:
