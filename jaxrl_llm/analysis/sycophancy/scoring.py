@@ -286,7 +286,7 @@ def _score_batch(
     for number in range(max(len(group.readings) for group in groups)):
         chosen = [group.readings[min(number, len(group.readings) - 1)] for group in padded]
         tails = [reading.read[group.shared :] for reading, group in zip(chosen, padded, strict=True)]
-        tokens, mask = text.left_pad(tails, length=_rounded(max(map(len, tails)), TAIL_BUCKET))
+        tokens, mask = text.right_pad(tails, length=_rounded(max(map(len, tails)), TAIL_BUCKET))
         time = _rounded(max(reading.length for reading in chosen), ANSWER_BUCKET)
         answers = np.full((size, max(len(lasts[reading]) for reading in chosen), time), -1)
         for row, reading in zip(answers, chosen, strict=True):
@@ -321,11 +321,13 @@ def _read_answers(
 ) -> Float[Array, "group answer"]:
     """Return the log-probabilities of answers, padded on the left by −1, whose tokens the last positions predict."""
     hidden, _ = lm.hidden(params, tokens, cache, mask=mask)
+    places = mask.sum(axis=1)[:, None] - np.arange(answers.shape[-1], 0, -1)  # of the last tokens
+    last = jnp.take_along_axis(hidden, places[:, :, None].clip(0), axis=1)
     answers = jnp.moveaxis(answers, -1, 0)
 
     def position(inputs: tuple[Array, Array]) -> Array:
         state, tokens = inputs
         return jnp.take_along_axis(log_softmax(lm.logits(params, state)), tokens, axis=-1)
 
-    found = jax.lax.map(position, (hidden[:, -len(answers) :].swapaxes(0, 1), answers))
+    found = jax.lax.map(position, (last.swapaxes(0, 1), answers))
     return everywhere(jnp.where(answers >= 0, found, 0).sum(axis=0))
