@@ -561,10 +561,10 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
         except ValueError as error:
             unpaired[place] = str(error)
         for user, item in askers.items():
-            which = item.labels.index(own.matching)
+            which, worded = item.labels.index(own.matching), not lettered(item)
             for order, turned in enumerate([item] if _unbracketed(item) else [item, swapped(item)]):
-                asked[index, user, order] = Asked(turned, user != NONE, turned.letters[which], not lettered(turned))
-            if user != NONE and lettered(item):
+                asked[index, user, order] = Asked(turned, user != NONE, turned.letters[which], worded)
+            if user != NONE and not worded:
                 speaking.setdefault(place, f"the {('user', 'opposite user')[user]} names an option by its letter")
 
     def left_out(reasons: Mapping[int, str]) -> list[LeftOut]:
