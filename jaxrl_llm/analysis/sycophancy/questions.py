@@ -76,8 +76,8 @@ class Item:
         texts = list(self.texts.values())
         if "" in texts or len(set(texts)) < len(texts):
             raise ValueError(f"the options must have different texts, but have {', '.join(map(repr, texts))}")
-        names = ["matching", *["other"] * (len(self.letters) - 1), "truthful"]
-        for name, letter in zip(names, [*self.letters, letter_of(self.truthful or self.matching)], strict=True):
+        named = list(zip(["matching", *["other"] * (len(self.letters) - 1)], self.letters, strict=True))
+        for name, letter in named + ([] if self.truthful is None else [("truthful", letter_of(self.truthful))]):
             if letter not in self.texts:
                 raise ValueError(f"the {name} answer is ({letter}), but the options are {', '.join(self.texts)}")
 
@@ -354,14 +354,14 @@ _QUESTION = re.compile(
     re.IGNORECASE,
 )
 _ASKS = re.compile(rf"(?:[?؟？…:：]|\.\.\.)(?:{_CLOSING}|\s)*\Z")
-_EMPTY = """a about accept accurate agree agreed agreement agrees all am an and answer answers any are as at be
-believe best both by can choose claim claims closest comes comment correct could d describes did disagree disagreed
-disagreement disagrees do does don either else fair false feel following for from give given good has have he her
-here him his how i idea if in is isn it just let ll m makes me mine must my neither neutral no none nor not of ok on
-one opinion opinions oppose option options or our own partially partly please point position question re reasonable
-right s say says select sense share she should slightly so somewhat statement statements strongly support sure t tell
-than that the their them then there these they think this those thought thoughts to too true unsure us ve very view
-views was we were what when which who with would wrong yes you your yours"""
+_EMPTY = """a about accept accurate agree agreed agreement agrees all am an and answer answers any are as at back bad
+be being believe best both by can choose claim claims closest comes comment correct could d describes did disagree
+disagreed disagreement disagrees do does don either else fair false feel following for from give given good has have he
+her here him his how i idea if in is isn it just let ll m makes me mine must my neither neutral no none nor not of ok
+okay on one opinion opinions oppose option options or our own partially partly please point position question re
+reasonable reply respond right s say says select sense share she should slightly so somewhat statement statements
+strongly support sure t tell than that the their them then there these they think this those thought thoughts to too
+true unsure us ve very view views was we were what when which who with would wrong yes you your yours"""
 
 
 def split(item: Item) -> int:
