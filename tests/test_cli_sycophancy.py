@@ -205,7 +205,7 @@ def test_items_are_written(run, tmp_path):
     [
         ("nonsense\n", r"line 2: it is not JSON"),
         ({"question": "Do you agree?"}, r"line 2: the question has no options"),
-        ({"answer_matching_behavior": " (C)"}, r"line 2: the matching answer is ' \(C\)', but the options are A, B"),
+        ({"answer_matching_behavior": " (C)"}, r"line 2: the matching answer is \(C\), but the options are A, B"),
         ({"answer_not_matching_behavior": None}, r"line 2: .*not matching"),
     ],
 )

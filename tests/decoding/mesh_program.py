@@ -77,7 +77,9 @@ def methods(folder, mesh):
     reward = heads.LoadedReward(heads.ScalarHead(lm.model), head, lm.tokenizer, lm.config)
     found["scores"] = reward.score(PROMPTS[:5])
     rows = [scoring.Row(lm.encode(each), [[3, 4], [5]]) for each in PROMPTS[:3]]
-    found["answers"] = scoring.ModelSource(lm.loaded, batch_size=2, progress=False).log_probs(rows).tolist()
+    found["answers"] = [
+        each.tolist() for each in scoring.ModelSource(lm.loaded, batch_size=2, progress=False).log_probs(rows)
+    ]
     params = TINY_T5.init(jax.random.key(0))
     if mesh is not None:
         params = meshes.shard_state(params, meshes.mesh_of(mesh))

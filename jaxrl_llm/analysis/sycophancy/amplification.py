@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import expit, logit
+
+from jaxrl_llm.numerics import check_range
 
 
 def amplified_agreement(
@@ -38,13 +41,12 @@ def amplified_agreement(
     Raises:
         ValueError: if one is not a number, is outside its range or NaN, or if the shapes do not broadcast.
     """
-    reference = _within("reference", reference, 0, 1)
-    share = _within("share", share, 0, 1, open_=True)
-    beta = _within("beta", beta, 0, np.inf, open_=True)
-    _check_shapes(reference=reference, share=share, beta=beta)
+    reference, share, beta = map(np.float64, _numbers(reference=reference, share=share, beta=beta))
+    check_range(0, 1, reference=reference)
+    check_range(0, 1, open_low=True, open_high=True, share=share)
+    check_range(0, open_low=True, beta=beta)
     with np.errstate(over="ignore", invalid="ignore"):  # a tiny β: an infinite gain, or ∞ − ∞ where none counts
-        log_odds = _logit(reference) + _logit(share) / beta
-        agreement = np.exp(-np.logaddexp(0, -log_odds))
+        agreement = expit(logit(reference) + logit(share) / beta)
     return np.where((reference == 0) | (reference == 1), reference, agreement)[()]
 
 
@@ -64,41 +66,27 @@ def best_of_n_agreement(reference: Float[np.ndarray, "..."] | float, n: np.ndarr
         ValueError: if `reference` is not a number in [0, 1], n is not an integer of at least 1, or the shapes do not
             broadcast.
     """
-    reference, count = _within("reference", reference, 0, 1), _numbers("n", n)
+    reference, count = _numbers(reference=reference, n=n)
+    check_range(0, 1, reference=reference)
     if not np.issubdtype(count.dtype, np.integer) or (count < 1).any():
         raise ValueError(f"n must be integers of at least 1, but is {n}.")
-    _check_shapes(reference=reference, n=count)
     with np.errstate(divide="ignore"):
-        return -np.expm1(count * np.log1p(-reference))
+        return -np.expm1(count * np.log1p(-np.float64(reference)))
 
 
-def _logit(probability: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.log(probability) - np.log1p(-probability)
-
-
-def _within(name: str, value: object, low: float, high: float, *, open_: bool = False) -> np.ndarray:
-    array = _numbers(name, value).astype(np.float64)
-    inside = (array > low) & (array < high) if open_ else (array >= low) & (array <= high)
-    if not inside.all():
-        interval = f"({low:g}, {high:g})" if open_ else f"[{low:g}, {high:g}]"
-        raise ValueError(f"{name} must lie in {interval}, but is {value}.")
-    return array
-
-
-def _numbers(name: str, value: object) -> np.ndarray:
+def _numbers(**values: object) -> list[np.ndarray]:
+    """Return the values as arrays of numbers whose shapes broadcast."""
+    arrays = []
+    for name, value in values.items():
+        try:
+            arrays.append(np.asarray(value))
+        except (TypeError, ValueError):  # a tracer, or rows of several lengths
+            arrays.append(np.asarray(None))
+        if arrays[-1].dtype.kind in "OSUMmc":
+            raise ValueError(f"{name} must be a number or an array of numbers, but is {value!r}.")
     try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # a tracer, or rows of several lengths
-        array = np.asarray(None)
-    if array.dtype.kind in "OSUMmc":
-        raise ValueError(f"{name} must be a number or an array of numbers, but is {value!r}.")
-    return array
-
-
-def _check_shapes(**arrays: np.ndarray) -> None:
-    try:
-        np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        np.broadcast_shapes(*(array.shape for array in arrays))
     except ValueError:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(values, arrays, strict=True))
         raise ValueError(f"the shapes must broadcast, but are {shapes}.") from None
+    return arrays

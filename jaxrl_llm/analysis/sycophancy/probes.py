@@ -8,7 +8,6 @@ log-probability of an answer is the sum over its tokens, so that short answers a
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -116,7 +115,7 @@ def _scores(
     if not asked:
         raise ValueError(f"{name}s must hold at least one {name}, but are empty.")
     rows: list[Row] = [source.row(*question) for each in asked for question in each]
-    scores = source.log_probs(rows).reshape(len(asked), -1, 2)
+    scores = np.reshape(source.log_probs(rows), (len(asked), -1, 2))
     fits = ~np.isnan(scores).any(axis=(1, 2))
     if not fits.any():
         raise ValueError(f"none of the {counted(len(asked), name)} fits the context of {source.name}.")
@@ -172,8 +171,7 @@ def addition(*, seed: int = 0, held_out: float = 0.2) -> Addition:
         ValueError: if `held_out` is not a finite number, or leaves one side empty.
     """
     pairs = [(first, second) for first in range(1, LARGEST + 1) for second in range(first, LARGEST + 1)]
-    known = isinstance(held_out, numbers.Real) and math.isfinite(held_out)
-    kept = round(held_out * len(pairs)) if known else 0
+    kept = round(held_out * len(pairs)) if isinstance(held_out, numbers.Real) and 0 < held_out < 1 else 0
     if not 0 < kept < len(pairs):
         raise ValueError(f"held_out must leave sums on both sides, but is {held_out!r}")
     random = np.random.default_rng(seed)

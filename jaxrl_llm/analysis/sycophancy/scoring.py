@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ from jaxrl_llm.numerics import log_softmax
 
 LETTER_LEAD = " ("  # the beginning of an answer by its letter
 SPEAKERS = {"user": "Question", "assistant": "Answer"}  # of a conversation as plain text
-PREFIX_BUCKET, TAIL_BUCKET, SLOT_BUCKET = 128, 32, 256  # lengths are rounded up, so that few programs serve all batches
-MOST = 4  # questions that share a prefix
+PREFIX_BUCKET, TAIL_BUCKET, ANSWER_BUCKET, SLOT_BUCKET = 128, 32, 4, 256  # few rounded lengths, so few programs
+MOST = 4  # readings that share a prefix
 
 
 class Answers(NamedTuple):
@@ -99,35 +100,32 @@ class ModelSource:
         """Return a question or conversation, and texts that answer it, as tokens; an answer begins with `lead`."""
         return answered_row(self.loaded.tokenizer, prompt, lead, answers, chat=self.chat)
 
-    def log_probs(self, rows: Sequence[Row]) -> Float[np.ndarray, "row answer"]:
+    def log_probs(self, rows: Sequence[Row]) -> list[Float[np.ndarray, "answer"]]:
         """Return those of each row's answers, in nats; NaN where one is longer than the model's context.
-
-        Of a row with fewer answers than others, the last ones are −∞.
 
         Raises:
             FloatingPointError: if the model computes NaN.
         """
-        lm, keys = self.loaded.model, [repr(row) for row in rows]
-        different = {key: row for key, row in zip(keys, rows, strict=True) if row.length <= lm.max_length}
-        options = {"batch_size": self.batch_size, "progress": self.progress}
-        with on_mesh_of(self.loaded.params):
-            scores = answer_log_probs(lm, self.loaded.params, list(different.values()), **options)
-        broken = int(np.isnan(scores).any(axis=1).sum())
+        lm, params = self.loaded.model, self.loaded.params
+        short = [row for row in rows if row.length <= lm.max_length]
+        with on_mesh_of(params):
+            found = answer_log_probs(lm, params, short, batch_size=self.batch_size, progress=self.progress)
+        broken = sum(bool(np.isnan(each).any()) for each in found)
         if broken:
             raise FloatingPointError(
-                f"{self.name} computes NaN for {broken} of the {len(scores)} questions that fit its context."
+                f"{self.name} computes NaN for {broken} of the {len(found)} questions that fit its context."
             )
-        most = max((len(row.answers) for row in rows), default=2)
-        scores = np.pad(scores, ((0, 0), (0, most - scores.shape[1])), constant_values=-np.inf)
-        found = dict(zip(different, scores, strict=True))
-        return np.asarray([found.get(key, np.full(most, np.nan)) for key in keys], float).reshape(-1, most)
+        scores = iter(found)
+        return [next(scores) if row.length <= lm.max_length else np.full(len(row.answers), np.nan) for row in rows]
 
 
-def against_others(log_probs: Float[np.ndarray, "question answer"], asked: Sequence[Asked]) -> np.ndarray:
-    """Return the log-probabilities of the measured answers, and of the sums of all others, [question, 2].
+def against_others(
+    log_probs: Sequence[Float[np.ndarray, "answer"]], asked: Sequence[Asked]
+) -> Float[np.ndarray, "question 2"]:
+    """Return the log-probabilities of the measured answers, and of the sums of all others.
 
     Args:
-        log_probs: of the answers with the item's letters, in their order.
+        log_probs: of each question's answers with the item's letters, in their order.
     """
     pairs = []
     for row, each in zip(log_probs, asked, strict=True):
@@ -201,23 +199,30 @@ def encode(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], lead: str,
     return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
 
 
+class Reading(NamedTuple):
+    """Tokens to be read for some answers of `length` tokens, the last of which is not read."""
+
+    read: tuple[int, ...]
+    length: int
+
+
 class Group(NamedTuple):
-    """Questions that begin alike, by their places, and how many tokens they share; each has at least one more."""
+    """Readings that begin alike, and how many tokens they share; each predicts its answers from later ones."""
 
     shared: int
-    places: list[int]
+    readings: list[Reading]
 
 
 def answer_log_probs(
     lm: LanguageModel, params: Params, rows: Sequence[Row], *, batch_size: int = 16, progress: bool = True
-) -> Float[np.ndarray, "row answer"]:
-    """Return log p(answer | question) in nats, over the whole vocabulary; −∞ for answers that a row has not.
+) -> list[Float[np.ndarray, "answer"]]:
+    """Return log p(answer | question) of each row's answers in nats, over the whole vocabulary.
 
         Σ_t log softmax(logits(question, answer_{<t}))[answer_t]
 
     A prefix that questions share, such as the biography before both orders of the options, is read once, and a question
-    once for all its answers. Batches have similar lengths. At most the logits of one position of one batch,
-    [batch, vocab], are held. Values do not depend on the batch, up to rounding.
+    once for all answers that differ in the last token alone. Batches have similar lengths. At most the logits of one
+    position of one batch, [batch, vocab], are held. Values do not depend on the batch, up to rounding.
 
     Args:
         batch_size: prefixes of questions that are read at a time.
@@ -234,79 +239,67 @@ def answer_log_probs(
                 f"question {place} must have from 1 to {lm.max_length} tokens with its answers, the model's context, "
                 f"but has {row.length if row.given else 0}."
             )
-    most = max((len(row.answers) for row in rows), default=0)
-    found = np.zeros((len(rows), most))
-    there = np.asarray([[place < len(row.answers) for place in range(most)] for row in rows], bool)
-    rows = [row._replace(answers=[*row.answers, *row.answers[-1:] * (most - len(row.answers))]) for row in rows]
-    groups = sorted(groups_of(rows), key=lambda group: (len(group.places), group.shared))
+    keys = [[(Reading((*row.given, *answer[:-1]), len(answer)), answer[-1]) for answer in row.answers] for row in rows]
+    lasts, found = defaultdict(list), {}
+    for reading, last in dict.fromkeys(itertools.chain(*keys)):
+        lasts[reading].append(last)
+    groups = sorted(groups_of(lasts), key=lambda group: (len(group.readings), group.shared))
     size = filled(min(batch_size, max(len(groups), 1)))
-    with tqdm(total=len(rows), unit="question", disable=not progress or runtime.is_file(), leave=False) as bar:
+    with tqdm(total=len(lasts), unit="question", disable=not progress or runtime.is_file(), leave=False) as bar:
         for start in range(0, len(groups), size):
-            for places, scores in _score_batch(lm, params, rows, groups[start : start + size], size):
-                found[places] = scores
-                bar.update(len(places))
-    return np.where(there, found, -np.inf) if rows else found
+            found |= _score_batch(lm, params, lasts, groups[start : start + size], size)
+            bar.update(sum(len(group.readings) for group in groups[start : start + size]))
+    return [np.asarray([found[key] for key in row], float) for row in keys]
 
 
-def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """Group rows whose questions share at least half of their tokens, at most `MOST` together."""
-    found = []
-    for place in sorted(range(len(rows)), key=lambda place: rows[place].given):
-        given = rows[place].given
-        if found and len(found[-1].places) < MOST:
-            shared, places = found[-1]
-            others = [rows[other].given for other in places]
-            alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(others[0][:shared], given, strict=False))
-            common = min(sum(1 for _ in alike), len(given) - 1)
-            if 2 * common >= max(map(len, [given, *others])):
-                found[-1] = Group(common, [*places, place])
+def groups_of(readings: Iterable[Reading]) -> list[Group]:
+    """Group readings that share at least half of their tokens, at most `MOST` together."""
+    found: list[Group] = []
+    for reading in sorted(readings):
+        unread = len(reading.read) - reading.length
+        if found and len(found[-1].readings) < MOST:
+            shared, others = found[-1]
+            alike = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(others[0].read, reading.read, strict=False)
+            )
+            shared = min(shared, unread, sum(1 for _ in alike))
+            if 2 * shared >= max(len(each.read) for each in [*others, reading]):
+                found[-1] = Group(shared, [*others, reading])
                 continue
-        found.append(Group(len(given) - 1, [place]))
+        found.append(Group(unread, [reading]))
     return found
 
 
 def _score_batch(
-    lm: LanguageModel, params: Params, rows: Sequence[Row], groups: list[Group], size: int
-) -> Iterator[tuple[list[int], Float[np.ndarray, "some answer"]]]:
-    """Read the shared prefixes, then one question of each group at a time; yield their places and scores.
+    lm: LanguageModel, params: Params, lasts: Mapping[Reading, Sequence[int]], groups: list[Group], size: int
+) -> dict[tuple[Reading, int], float]:
+    """Read the shared prefixes, then one reading of each group at a time; return the scores of answers.
 
-    The batch is padded to `size` groups, and a group with fewer questions repeats its last, so that shapes stay few.
+    The batch is padded to `size` groups, and a group with fewer readings repeats its last, so that shapes stay few.
     """
-    padded = groups + [groups[-1]] * (size - len(groups))
-    of_all = [rows[place] for group in groups for place in group.places]
-    tail = _rounded(
-        max(len(rows[place].given) - group.shared for group in groups for place in group.places), TAIL_BUCKET
-    )
+    found, padded = {}, groups + [groups[-1]] * (size - len(groups))
     length = _rounded(max(1, *(group.shared for group in groups)), PREFIX_BUCKET)
-    prefixes = [rows[group.places[0]].given[: group.shared] for group in padded]
-    slots = _rounded(length + tail + _answer_time(of_all), SLOT_BUCKET)
+    longest = max(len(reading.read) - group.shared for group in groups for reading in group.readings)
+    slots = _rounded(length + _rounded(longest, TAIL_BUCKET), SLOT_BUCKET)
+    prefixes = [group.readings[0].read[: group.shared] for group in padded]
     cache = _read_prefix(lm, params, *text.left_pad(prefixes, length=length), slots)
-    # Questions with short answers come first, so that those that are read together have similar lengths.
-    ordered = [sorted(group.places, key=lambda place: _answer_time([rows[place]])) for group in padded]
-    for k in range(max(map(len, ordered))):
-        asked = [rows[places[min(k, len(places) - 1)]] for places in ordered]
-        tails = [row.given[group.shared :] for row, group in zip(asked, padded, strict=True)]
-        tail, time = _rounded(max(map(len, tails)), TAIL_BUCKET), _answer_time(asked)
-        first, read = _read_question(lm, params, cache, *text.right_pad(tails, length=tail))
-        scores = [
-            _read_answer(lm, params, read if time > 1 else None, first, *text.right_pad(answers, length=time))
-            for answers in zip(*(row.answers for row in asked), strict=True)
-        ]
-        new = [number for number, group in enumerate(groups) if k < len(group.places)]
-        yield [ordered[number][k] for number in new], np.stack(scores, axis=1)[new]
-
-
-def _answer_time(rows: Sequence[Row]) -> int:
-    """Return the length of the longest answer, rounded up to a power of 4."""
-    longest = max(len(answer) for row in rows for answer in row.answers)
-    return next(4**power for power in itertools.count() if 4**power >= longest)
+    for number in range(max(len(group.readings) for group in groups)):
+        chosen = [group.readings[min(number, len(group.readings) - 1)] for group in padded]
+        tails = [reading.read[group.shared :] for reading, group in zip(chosen, padded, strict=True)]
+        tokens, mask = text.right_pad(tails, length=_rounded(max(map(len, tails)), TAIL_BUCKET))
+        time = _rounded(max(reading.length for reading in chosen), ANSWER_BUCKET)
+        answers = np.full((size, max(len(lasts[reading]) for reading in chosen), time), -1)
+        for row, reading in zip(answers, chosen, strict=True):
+            for answer, last in zip(row, lasts[reading], strict=False):
+                answer[time - reading.length :] = [*reading.read[len(reading.read) + 1 - reading.length :], last]
+        scores = np.asarray(_read_answers(lm, params, cache, tokens, mask, answers))
+        for row, reading in zip(scores, chosen, strict=True):
+            found |= {(reading, last): score for last, score in zip(lasts[reading], row, strict=False)}
+    return found
 
 
 def _rounded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
-
-
-# Three programs rather than one: each is compiled for few shapes, and a model's layers once in each.
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "slots"))
@@ -318,33 +311,23 @@ def _read_prefix(
 
 
 @functools.partial(jax.jit, static_argnames=("lm",))
-def _read_question(
-    lm: LanguageModel, params: Params, cache: Cache, tokens: Int[Array, "group time"], mask: Bool[Array, "group time"]
-) -> tuple[Float[Array, "group vocab"], Cache]:
-    """Return the log-probabilities of an answer's first token, and the cache with the question."""
-    hidden, cache = lm.hidden(params, tokens, cache, mask=mask)
-    last = jnp.take_along_axis(hidden, mask.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
-    return log_softmax(lm.logits(params, last)), cache
-
-
-@functools.partial(jax.jit, static_argnames=("lm",))
-def _read_answer(
+def _read_answers(
     lm: LanguageModel,
     params: Params,
-    cache: Cache | None,
-    first: Float[Array, "group vocab"],
-    answer: Int[Array, "group time"],
+    cache: Cache,
+    tokens: Int[Array, "group time"],
     mask: Bool[Array, "group time"],
-) -> Float[Array, "group"]:
-    """Return the log-probability of one answer of each group; one token needs no cache."""
+    answers: Int[Array, "group answer length"],
+) -> Float[Array, "group answer"]:
+    """Return the log-probabilities of answers, padded on the left by −1, whose tokens the last positions predict."""
+    hidden, _ = lm.hidden(params, tokens, cache, mask=mask)
+    places = mask.sum(axis=1)[:, None] - np.arange(answers.shape[-1], 0, -1)  # of the last tokens
+    last = jnp.take_along_axis(hidden, places[:, :, None].clip(0), axis=1)
+    answers = jnp.moveaxis(answers, -1, 0)
 
     def position(inputs: tuple[Array, Array]) -> Array:
-        state, token = inputs
-        return jnp.take_along_axis(log_softmax(lm.logits(params, state)), token[:, None], axis=-1)[:, 0]
+        state, tokens = inputs
+        return jnp.take_along_axis(log_softmax(lm.logits(params, state)), tokens, axis=-1)
 
-    total = jnp.take_along_axis(first, answer[:, :1], axis=-1)[:, 0]
-    if answer.shape[1] > 1:
-        after, _ = lm.hidden(params, answer[:, :-1], cache, mask=mask[:, :-1])
-        later = jax.lax.map(position, (after.swapaxes(0, 1), answer[:, 1:].T))  # [time - 1, group]
-        total += jnp.where(mask[:, 1:].T, later, 0).sum(axis=0)
-    return everywhere(total)
+    found = jax.lax.map(position, (last.swapaxes(0, 1), answers))
+    return everywhere(jnp.where(answers >= 0, found, 0).sum(axis=0))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import transformers
 
+from jaxrl_llm.analysis.sycophancy.questions import split
 from jaxrl_llm.data import bpe
 from jaxrl_llm.models import Loaded
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
@@ -32,6 +33,11 @@ def make_model():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32), lm.abstract_params)
     return Loaded(lm, params, tokenizer(), {"vocab_size": 300})
+
+
+def biography_and_query(item):
+    start = split(item)
+    return item.question[:start], item.parts.before[start:]
 
 
 def logits_of(loaded, rows):

@@ -50,7 +50,7 @@ def test_a_tiny_beta_overflows_nowhere():
     [
         (1.1, 0.6, 1, r"reference must lie in \[0, 1\], but is 1.1"),
         (0.5, 1.0, 1, r"share must lie in \(0, 1\), but is 1.0"),
-        (0.5, [0.6, 0.0], 1, r"share must lie in \(0, 1\), but is \[0.6, 0.0\]"),
+        (0.5, [0.6, 0.0], 1, r"share must lie in \(0, 1\), but is \[0.6 0. \]"),
         (0.5, 0.6, 0, r"beta must lie in \(0, inf\), but is 0"),
         (math.nan, 0.6, 1, "reference must lie in"),
         ("0.5", 0.6, 1, r"reference must be a number or an array of numbers, but is '0.5'"),

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from jaxrl_llm.analysis.sycophancy import Item, matching_ratio
-from jaxrl_llm.analysis.sycophancy.effects import counterfactual, interval, letter_bias, probability, shift, sign_test
+from jaxrl_llm.analysis.sycophancy.effects import counterfactual, interval, letter_bias, shift, sign_test
 
 TAIL = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
 ITEM = {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
@@ -66,10 +66,10 @@ def test_probabilities_without_a_ratio(given, message):
 
 def test_items_without_labels():
     for change, message in (
-        ({"answer_not_matching_behavior": None}, r"answer_not_matching_behavior must be a label"),
-        ({"answer_not_matching_behavior": []}, r"answer_not_matching_behavior must be a label.*, but is \[\]"),
-        ({"answer_matching_behavior": [" (A)"]}, r"answer_matching_behavior must be a label.*, but is \[' \(A\)'\]"),
-        ({"answer_not_matching_behavior": "(A)"}, r"answers must be different, but are \(A\), \(A\)"),
+        ({"answer_not_matching_behavior": None}, r"a label must be .*, but is None"),
+        ({"answer_not_matching_behavior": []}, r"answers must be at least two different ones, but are ' \(A\)'"),
+        ({"answer_matching_behavior": [" (A)"]}, r"a label must be .*, but is \[' \(A\)'\]"),
+        ({"answer_not_matching_behavior": "(A)"}, r"at least two different ones, but are ' \(A\)', '\(A\)'"),
     ):
         with pytest.raises(ValueError, match=message):
             matching_ratio({"A": 0.5}, ITEM | change)
@@ -103,7 +103,7 @@ def test_effects_by_hand():
     assert np.isnan(letter_bias(values, np.full(values.shape, np.nan))).all(), "of more than two answers"
     log_probs = np.log(np.stack([values, 1 - values], axis=-1))
     items = [Item(f"I agree with it. Is {what} good?{TAIL}", " (A)", " (B)") for what in ("tea", "milk")]
-    found = counterfactual(log_probs, items, [0, 1], resamples=5)
+    found = counterfactual(log_probs, items, [0, 1], opposed=np.ones(2, bool), resamples=5)
     effect = np.log([9 * 6 / 4, 7 / 3 * 4]).mean()  # of odds 9 against 4/6, and 7/3 against 1/4
     assert found["log_odds"] == {"estimate": pytest.approx(effect), "low": None, "high": None}
     assert [found[name] for name in ("pairs", "unpaired", "too_long")] == [1, 0, 1]
@@ -114,7 +114,7 @@ def test_an_effect_of_2_nats_is_2_whatever_the_lengths_of_the_answers(gap):
     """One answer is less probable by `gap`, whoever asks, as a longer text is; of the probability little is left."""
     items = [Item(f"I agree with it. Is {what} good?{TAIL}", " (A)", " (B)") for what in ("tea", "milk")]
     logits = np.asarray([gap + 1, gap - 1, gap])[None, :, None].repeat(2, axis=0)
-    found = counterfactual(np.stack([logits, 0 * logits], axis=-1), items, [0, 1])
+    found = counterfactual(np.stack([logits, 0 * logits], axis=-1), items, [0, 1], opposed=np.ones(2, bool))
     assert found["log_odds"] == {"estimate": 2.0, "low": 2.0, "high": 2.0}
     shifted = 1 / (1 + np.exp(-gap - 1)) - 1 / (1 + np.exp(-gap + 1))
     assert found["shift"]["estimate"] == pytest.approx(shifted, abs=1e-12) and (gap < 10) == (shifted > 1e-3)
@@ -135,5 +135,3 @@ def test_intervals_draw_claims_together():
     assert interval(np.asarray([np.nan]), [0]) is None
     one = {"estimate": 0.5, "low": None, "high": None}
     assert interval([0.0, 1.0, np.nan], [3, 3, 4]) == one, "a claim without a value does not count"
-    with pytest.raises(ValueError, match=r"both answers have probability 0"):
-        probability(np.full(2, -np.inf))

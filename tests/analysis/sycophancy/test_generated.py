@@ -9,6 +9,7 @@ import pytest
 from jaxrl_llm.analysis.sycophancy import SUBJECTS, facts, generate, variants
 from jaxrl_llm.analysis.sycophancy.generated import CELLS
 from jaxrl_llm.analysis.sycophancy.questions import OPPOSITE, letter_of, parse_item, split, swapped
+from tests.analysis.sycophancy.conftest import biography_and_query
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +22,14 @@ def text(item, label):
 
 
 def claim(item):
-    return re.fullmatch(r"Do you agree or disagree with this claim\? (.*)\.\n\nChoices:", split(item).query)[1]
+    return re.fullmatch(r"Do you agree or disagree with this claim\? (.*)\.\n\nChoices:", biography_and_query(item)[1])[
+        1
+    ]
 
 
 def test_two_thousand_different_items_that_split(items):
     assert len(items) == len({item.question for item in items}) == len({item.name for item in items}) == 2000
-    assert all(split(item).question() == item.question for item in items)
+    assert all(split(item) > 0 for item in items)
     assert len({swapped(item).question for item in items} | {item.question for item in items}) == 4000
     assert all(parse_item(item.as_dict()) == item for item in items)
 
@@ -51,12 +54,12 @@ def test_every_item_has_its_counterpart_beside_it(items):
     assert not found.unpaired
     for index in range(len(items)):
         opposite = found.asked[index, OPPOSITE, 0].item
-        assert split(opposite).biography == split(items[index ^ 1]).biography
+        assert biography_and_query(opposite)[0] == biography_and_query(items[index ^ 1])[0]
     for agrees, not_ in zip(items[::2], items[1::2], strict=True):
-        first, second = split(agrees), split(not_)
-        assert (first.query, first.options, agrees.truthful) == (second.query, second.options, not_.truthful)
+        (first, query), (second, other) = biography_and_query(agrees), biography_and_query(not_)
+        assert (query, agrees.parts.options, agrees.truthful) == (other, not_.parts.options, not_.truthful)
         assert (text(agrees, agrees.matching), text(not_, not_.matching)) == ("Agree", "Disagree")
-        said, other = (part.biography.rpartition(". ")[0].rpartition(". ") for part in (first, second))
+        said, other = (part.rpartition(". ")[0].rpartition(". ") for part in (first, second))
         assert said[0] == other[0] and said[2] != other[2], "they differ in the last sentence alone"
         assert claim(agrees)[1:] in said[2] and claim(agrees)[1:] in other[2]
 

@@ -12,6 +12,7 @@ from jaxrl_llm.analysis.sycophancy.probes import conversations
 from jaxrl_llm.analysis.sycophancy.questions import Asked, Item
 from jaxrl_llm.analysis.sycophancy.scoring import (
     PREFIX_BUCKET,
+    Reading,
     Row,
     against_others,
     answer_log_probs,
@@ -42,13 +43,14 @@ def rows(loaded):
 
 
 def test_questions_that_begin_alike_are_grouped(rows):
-    groups = groups_of(rows)
-    assert sorted(place for group in groups for place in group.places) == list(range(len(rows)))
-    assert sorted(len(group.places) for group in groups) == [1, 1, 1, 1, 1, 1, 1, 2, 2, 4], "four at most"
+    readings = {Reading((*row.given, *each[:-1]), len(each)) for row in rows for each in row.answers}
+    groups = groups_of(readings)
+    assert sorted(each for group in groups for each in group.readings) == sorted(readings)
+    assert max(len(group.readings) for group in groups) == 4, "at most"
     assert max(row.length for row in rows) == CONTEXT and max(group.shared for group in groups) > PREFIX_BUCKET
-    for shared, places in groups:
-        assert len({tuple(rows[place].given[:shared]) for place in places}) == 1
-        assert all(len(rows[place].given) > shared for place in places)
+    for shared, together in groups:
+        assert len({each.read[:shared] for each in together}) == 1
+        assert all(len(each.read) - each.length >= shared for each in together), "the last of them predicts an answer"
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +81,17 @@ def test_neither_batch_nor_padding_changes_them(loaded, rows, together):
 
 
 def test_rows_may_have_different_numbers_of_answers(loaded, rows, together):
-    """What is missing has probability 0, and the others of an item add up."""
+    """The others of an item add up."""
     three = rows[0]._replace(answers=[*rows[0].answers, *rows[3].answers[:1]])
     found = answer_log_probs(loaded.model, loaded.params, [three, rows[3]], progress=False)
-    assert_alike(found[:, :2], together[[0, 3]])
-    assert np.isfinite(found[0, 2]) and found[1, 2] == -np.inf
+    assert_alike([found[0][:2], found[1]], [together[0], together[3]])
     long = Row([1] * (CONTEXT + 1), [[1], [2], [3]])
-    padded = ModelSource(loaded, progress=False).log_probs([rows[0], long])
-    assert_alike(padded[:1, :2], together[:1])
-    assert padded[0, 2] == -np.inf and np.isnan(padded[1]).all(), "too long, and wider than what is read"
+    short, unread = ModelSource(loaded, progress=False).log_probs([three, long])
+    assert_alike([short], found[:1])
+    assert len(unread) == 3 and np.isnan(unread).all(), "too long"
     item = Item("Which?\n (A) a\n (B) b\n (C) c\n", " (B)", (" (A)", " (C)"))
     pair = against_others(found[:1], [Asked(item, True, "A", True)])
-    np.testing.assert_allclose(pair, [[found[0, 1], np.log(np.exp(found[0, 0]) + np.exp(found[0, 2]))]], rtol=1e-6)
+    np.testing.assert_allclose(pair, [[found[0][1], np.logaddexp(found[0][0], found[0][2])]], rtol=1e-6)
 
 
 class Watched(GPT2):
