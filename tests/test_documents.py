@@ -66,7 +66,7 @@ FENCE = re.compile(
 )
 OTHER_BLOCKS = (
     re.compile(  # what is left of fences and comments, and text after a paragraph that is indented as code is
-        r"```|~~~|<!-- not run|^(?! |[-*] |\d+\. )[^\n]+\n\n {4}", re.MULTILINE
+        r"```|~~~|^<!-- not run|^(?! |[-*] |\d+\. )[^\n]+\n\n {4}", re.MULTILINE
     )
 )
 DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
