@@ -64,11 +64,8 @@ KNOWN = {
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-OTHER_BLOCKS = (
-    re.compile(  # what is left of fences and comments, and text after a paragraph that is indented as code is
-        r"```|~~~|^<!-- not run|^(?! |[-*] |\d+\. )[^\n]+\n\n {4}", re.MULTILINE
-    )
-)
+# Without fences: what is left of such blocks and comments, and lines indented as code after a paragraph.
+OTHER_BLOCKS = re.compile(r"```|~~~|^<!-- not run|^(?! |[-*] |\d+\. )[^\n]+\n\n {4}", re.MULTILINE)
 DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
 TOKEN = re.compile(
     rf"(?P<lines>^\.\.\.\n)|(?P<rest>(?<= )\.\.\.$)|(?P<decimal>{DECIMAL.pattern})|(?P<space>\s+)|.", re.MULTILINE
@@ -151,9 +148,8 @@ def test_blocks_run_and_give_the_output_that_is_shown(document, tmp_path, monkey
         if not block.why_not:
             run = printed_by if block.language == "bash" else functools.partial(output_of, names, document, block.line)
             printed = run(block.code)
-            assert block.shown is None or alike(block.shown, printed), (
-                f"line {block.line}: {block.code}gives\n{printed}"
-            )
+            right = block.shown is None or alike(block.shown, printed)
+            assert right, f"line {block.line}: {block.code}gives\n{printed}"
 
 
 def printed_by(script):
