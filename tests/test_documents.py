@@ -3,13 +3,21 @@
 A number of an experiment or benchmark is quoted inside a link to its results, `[1.7 bits](results/x.json)`, or in a
 table right after such a link.
 
-The Python of a page is run from top to bottom, in one namespace. A block without a language right after it is its
-output: what it prints, then the value of its last line, as in a notebook. A block after a comment
-`<!-- not run: why -->` is left out.
+The blocks of code of a page are run from top to bottom, in one folder:
+
+* `python`, all in one namespace: the output is what a block prints, then the value of its last line, as in a notebook;
+* `bash`, a script;
+* `console`, a transcript: commands after `$ ` and all that each prints, on standard output and standard error.
+
+A block without a language right after a script or Python is its output. In an output a line `...` stands for lines that
+are left out, and ` ...` at the end of a line for its rest. `text`, `json` and `bibtex` are data. Code after a comment
+`<!-- not run: why -->` is left out, and there are no other blocks.
 """
 
 import ast
 import contextlib
+import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -29,6 +37,7 @@ from tools import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]  # of the site
 CODE = re.compile(r"```.*?```|(?m:^    [^\n]*$)|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
 QUOTE = re.compile(r"\[([^\]]+)\]\((?:\.\./)*((?:benchmarks/)?results/[\w.-]+\.json)\)")
 TABLE = re.compile(QUOTE.pattern + r"\S*\n\n((?:\|.*\n)+)")  # quotes the results that the line before it links to
@@ -52,44 +61,146 @@ KNOWN = {
         "0.1",
     },  # thresholds of the report, levels of intervals and tests
 }
-BLOCK = re.compile(
-    r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$(?:\n\n(?:prints\n\n)?^```\n(.*?)^```$)?",
-    re.DOTALL | re.MULTILINE,
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-SHELL = re.compile(r"^```\n(\$ .*?)^```$", re.DOTALL | re.MULTILINE)
-NEEDS_FILES = re.compile(r"--data|--file|--out|<<")  # of commands before it, or of the reader
+# Without fences: what is left of such blocks and comments, and lines indented as code after a paragraph.
+OTHER_BLOCKS = re.compile(r"```|~~~|^<!-- not run|^(?! |[-*] |\d+\. )[^\n]+\n\n {4}", re.MULTILINE)
 DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
+TOKEN = re.compile(
+    rf"(?P<lines>^\.\.\.\n)|(?P<rest>(?<= )\.\.\.$)|(?P<decimal>{DECIMAL.pattern})|(?P<space>\s+)|.", re.MULTILINE
+)
+ANY = {"lines": r"(?:.*\n)*?", "rest": ".*", "decimal": f"({DECIMAL.pattern})", "space": r"\s+"}  # what may be there
+
+
+@dataclasses.dataclass
+class Block:
+    """Code of a page or a command of a transcript, why it is not run, and its output if that is shown."""
+
+    line: int
+    language: str
+    code: str
+    why_not: str | None
+    shown: str | None = None
+
+
+def blocks_of(text):
+    """The blocks of code of a page, in their order. Every other block must be an output or data."""
+    blocks, end = [], 0
+    for fence in FENCE.finditer(text):
+        why_not, language, body = fence.groups()
+        line = text[: fence.start("body")].count("\n")
+        if language in ("python", "bash"):
+            blocks.append(Block(line, language, body, why_not))
+        elif language == "console":
+            blocks += [Block(line, "bash", command, why_not, shown) for command, shown in commands_of(body)]
+        elif language:
+            assert language in ("text", "json", "bibtex") and not why_not, f"line {line}: {language} is not run"
+            assert language != "json" or json.loads(body)
+        else:
+            after = text[end : fence.start()].strip() in ("", "prints") and blocks and not why_not
+            assert after and blocks[-1].shown is None, f"line {line}: this is not the output of a block"
+            blocks[-1].shown = body
+        end = fence.end()
+    other = OTHER_BLOCKS.search(FENCE.sub("", text))
+    assert not other, f"a block that is not run: {other[0]}"
+    return blocks
+
+
+def commands_of(transcript):
+    """The commands of a transcript, of one or more lines, and what each prints."""
+    nothing, *parts = re.split(r"^\$ ", transcript, flags=re.MULTILINE)
+    assert not nothing and parts
+    return [re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*\n)(.*)", part, re.DOTALL).groups() for part in parts]
+
+
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
+def test_every_block_is_run_or_says_why_not(document):
+    blocks_of(document.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "```sh\nls\n```\n",
+        "```\nls\n```\n",
+        "```python\n1\n```\n\nText.\n\n```\n1\n```\n",
+        "```console\n$ ls\n```\n\n```\nx\n```\n",
+        "```console\nls\n```\n",
+        "```json\n{...}\n```\n",
+        "* of a list:\n  ```python\n  1\n  ```\n",
+        "Text:\n\n    ls\n",
+        "<!-- not run: why -->\n\n```python\n1\n```\n",
+        "<!-- not run: -->\n```python\n1\n```\n",
+    ],
+)
+def test_other_blocks_are_found(page):
+    with pytest.raises((AssertionError, ValueError)):
+        blocks_of(page)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_python_runs_and_gives_the_output_that_is_shown(document, tmp_path, monkeypatch):
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
+def test_blocks_run_and_give_the_output_that_is_shown(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text, names = document.read_text(encoding="utf-8"), {}
-    for block in BLOCK.finditer(text):
-        left_out, code, shown = block.groups()
-        if not left_out:
-            line = text[: block.start(2)].count("\n")
-            printed = output_of("\n" * line + code, names, document)
-            assert shown is None or alike(shown, printed), f"{document.name}:{line} gives\n{printed}"
+    names = {}
+    for block in blocks_of(document.read_text(encoding="utf-8")):
+        if not block.why_not:
+            run = printed_by if block.language == "bash" else functools.partial(output_of, names, document, block.line)
+            printed = run(block.code)
+            right = block.shown is None or alike(block.shown, printed)
+            assert right, f"line {block.line}: {block.code}gives\n{printed}"
 
 
-def commands_of(document):
-    """The commands of a page's transcripts, of one or more lines, and what each prints."""
-    for block in SHELL.findall(document.read_text(encoding="utf-8")):
-        if not NEEDS_FILES.search(block):
-            for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-                command, shown = re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*\n)(.*)", part, re.DOTALL).groups()
-                yield pytest.param(command, shown, id=f"{document.name}: {' '.join(command.split()[:3])}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("command", "shown"), [each for document in DOCUMENTS for each in commands_of(document)])
-def test_commands_give_the_output_that_is_shown(command, shown, tmp_path):
+def printed_by(script):
+    """Return what a script prints, on standard output and standard error."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # as users compile: else some digits differ
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and alike(shown, done.stdout), done.stdout + done.stderr
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(["bash", "-ec", script], env=environment, **streams)
+    assert done.returncode == 0, f"{script}{done.stdout}"
+    return done.stdout
+
+
+def output_of(names, document, line, code):
+    """Return the output of a block, and the value of its last line."""
+    tree = ast.parse("\n" * line + code, filename=str(document))
+    last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(tree, str(document), "exec"), names)
+        value = None if last is None else eval(compile(last, str(document), "eval"), names)
+        if value is not None:
+            print(pprint.pformat(value, width=116, sort_dicts=False))
+    return printed.getvalue()
+
+
+def alike(shown, printed):
+    """The same words and integers, and decimals up to rounding; line breaks count as spaces."""
+    pattern = TOKEN.sub(lambda found: ANY.get(found.lastgroup) or re.escape(found[0]), shown.strip() + "\n")
+    found = re.fullmatch(pattern, printed.strip() + "\n")
+    return bool(found) and all(
+        math.isclose(float(one), float(other), rel_tol=2e-3, abs_tol=1e-6)
+        for one, other in zip(DECIMAL.findall(shown), found.groups(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("a 1.50\nb\n", "a 1.501 b", True),
+        ("a 1.50\nb\n", "a 1.51 b", False),
+        ("a 3", "a 4", False),
+        ("", "a", False),
+        ("a\n...\nz 3\n", "a\nb\nc\nz 3\n", True),
+        ("a\n...\nz 3\n", "a\nb\nc\nz 4\n", False),
+        ("a\n...\n", "a\nb\nc\n", True),
+        ("a, ...\nz\n", "a, b c\nz\n", True),
+        ("a, ...\nz\n", "a, b\nc\nz\n", False),
+        ("a ... z", "a b z", False),
+    ],
+)
+def test_outputs_are_compared_up_to_rounding_and_what_is_left_out(shown, printed, same):
+    assert alike(shown, printed) is same
 
 
 def test_the_options_that_newcomers_are_shown_exist():
@@ -103,29 +214,6 @@ def test_the_options_that_newcomers_are_shown_exist():
             assert name in known, f"{page} names {name}"
             shown += 1
     assert shown > 40
-
-
-def output_of(code, names, document):
-    """Return the output of a block, and the value of its last line."""
-    tree = ast.parse(code, filename=str(document))
-    last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(tree, str(document), "exec"), names)
-        value = None if last is None else eval(compile(last, str(document), "eval"), names)
-        if value is not None:
-            print(pprint.pformat(value, width=116, sort_dicts=False))
-    return printed.getvalue()
-
-
-def alike(shown, printed):
-    """The same words and integers, and decimals up to rounding; line breaks count as spaces."""
-    sides = [
-        (DECIMAL.sub("#", text).split(), [float(each) for each in DECIMAL.findall(text)]) for text in (shown, printed)
-    ]
-    (words, numbers), (others, found) = sides
-    return words == others and all(
-        math.isclose(one, other, rel_tol=2e-3, abs_tol=1e-6) for one, other in zip(numbers, found, strict=True)
-    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
