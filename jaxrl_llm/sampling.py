@@ -37,10 +37,10 @@ class Sampling(Checked):
     """Cut prompts that do not fit the context with the new tokens, on this side; otherwise they are refused."""
     context: Literal["refuse", "slide"] = "refuse"
     """A text that does not fit the model's context is refused, or its window slides: each time that it is full, its
-    last half is read anew. For sample and greedy."""
+    last half is read anew. For sample, greedy and mbr."""
     heal: bool = False
     """Take the last tokens of a prompt back, as many as begin a longer token, and write their text again (they count as
-    new tokens), so that the prompt may end within a word. For sample, greedy and beams (but stochastic-beam)."""
+    new tokens), so that the prompt may end within a word. For sample, greedy, mbr and beams (but stochastic-beam)."""
     temperature: float = number(1.0, 0, above=True)
     """Divides the logits: below 1 sharper, above 1 flatter."""
     top_k: int | None = number(None, 1)
@@ -87,10 +87,10 @@ class Sampling(Checked):
     """Numbers added to the logits of the tokens that complete a string, such as " king=-2" (in Python also a mapping
     from strings to numbers)."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. Not for stochastic-beam
-    and mbr."""
+    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it."""
     guidance_prompt: str | None = None
-    """Move away from what would follow this prompt too (classifier-free guidance). For sample, greedy and best-of-n."""
+    """Move away from what would follow this prompt too (classifier-free guidance). For sample, greedy, best-of-n and
+    mbr."""
     guidance_scale: float = number(1.5, -math.inf)
     """Strength of the guidance; 1 is none."""
     seed: int = number(0, 0, 2**32 - 1)
@@ -251,12 +251,12 @@ USED: dict[Strategy, set[str]] = {
     "beam": PENALTIES | CONSTRAINTS | BEAMS,
     "diverse-beam": PENALTIES | CONSTRAINTS | BEAMS | {"num_groups", "diversity_penalty", "diversity_by"},
     "sampled-beam": DRAWING | BEAMS,
-    "stochastic-beam": DRAWING | {"num_beams"},
+    "stochastic-beam": DRAWING | {"num_beams", "stop"},
     "contrastive": {"candidates", "alpha", "stop"},
     "speculative": DRAWING | {"num_draft", "draft_model", "stop"},
     "lookup": DRAWING | {"num_draft", "lookup_ngram", "stop"},
     "best-of-n": DRAWING | {"num_candidates", "stop", "guidance_prompt", "guidance_scale"},
-    "mbr": DRAWING | {"num_candidates"},
+    "mbr": DRAWING | TOKEN_BY_TOKEN | {"num_candidates"},
 }
 
 

@@ -319,6 +319,48 @@ def test_the_strategies_that_look_ahead_end_at_stop_strings(lm):
     assert not any({*each.text} & {*stop} for each in found) and {each.finish_reason for each in found} >= {"stop"}
 
 
+LETTERS = ["t", *map(chr, range(65, 91))]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"stop": LETTERS},
+        pytest.param({"heal": True, "stop": LETTERS, "min_new_tokens": 3}, marks=pytest.mark.slow),
+        pytest.param({"guidance_prompt": "the"}, marks=pytest.mark.slow),
+        pytest.param({"context": "slide", "max_new_tokens": CONTEXT}, marks=pytest.mark.slow),
+    ],
+    ids=lambda how: next(iter(how)),
+)
+def test_mbr_chooses_among_the_samples_of_generate(lm, how):
+    """The texts are compared as they are shown: cut at a stop string, without the end of a healed prompt."""
+    prompts, options = PROMPTS[:2], {"max_new_tokens": LENGTH, "seed": 2} | how
+    found = lm.generate(prompts, strategy="mbr", num_candidates=4, **options)
+    samples = lm.generate(prompts, n=4, **options)
+    for index, chosen in enumerate(found):
+        texts = [each.text for each in samples[4 * index : 4 * index + 4]]
+        utilities = [sum(sentence_chrf(one, other) for other in texts) / 4 for one in texts]
+        best = samples[4 * index + utilities.index(max(utilities))]
+        assert (chosen.text, chosen.tokens, chosen.finish_reason) == (best.text, best.tokens, best.finish_reason)
+        assert chosen.details["expected_chrf"] == pytest.approx(max(utilities))
+    assert "stop" not in how or "stop" in {each.finish_reason for each in samples}
+    if "heal" in how:
+        again = lm.generate(prompts, strategy="mbr", num_candidates=4, batch_size=1, **options)
+        assert [each.tokens for each in found] == [each.tokens for each in again]
+
+
+@pytest.mark.slow
+def test_stochastic_beams_end_at_stop_strings(lm):
+    options = {"strategy": "stochastic-beam", "num_beams": 3, "n": 3, "max_new_tokens": LENGTH}
+    found = lm.generate(PROMPTS[:2], stop=LETTERS, **options)
+    assert {each.finish_reason for each in found} >= {"stop"}
+    assert len({(each.index, *each.tokens) for each in found}) == len(found) == 6
+    for each in found:
+        whole, before = lm.decode(each.tokens), lm.decode(each.tokens[:-1])
+        assert (each.finish_reason == "stop") == any(letter in whole for letter in LETTERS)
+        assert each.text == text.trim_at_stop(whole, LETTERS) and text.trim_at_stop(before, LETTERS) == before
+
+
 HEALED = {"heal": True, "max_new_tokens": LENGTH, "seed": 1}
 
 
@@ -411,6 +453,8 @@ def test_beams_merge_the_hypotheses_of_one_text(lm):
             spelt.setdefault(lm.decode(tokens[mask].tolist()), []).append(float(log_prob))
     for each in found:
         assert each.log_prob == pytest.approx(np.logaddexp.reduce(spelt[each.text]), abs=1e-4)
+    (stopped,) = lm.beam_search("the cat", choices=(" sat", " sad"), stop="s", **options)
+    assert (stopped.text, stopped.finish_reason) == (" ", "stop"), "it is the text that is shown"
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in PROMPTS[1:])])
@@ -768,7 +812,8 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "heal does not go with regex", lambda lm: lm.generate("x", heal=True, regex="a")),
         (ValueError, "heal does not go with ban", lambda lm: lm.generate("x", heal=True, ban="a")),
         (ValueError, "a chat does not use heal", lambda lm: jl.Chat(lm, heal=True)),
-        (ValueError, "the strategy mbr does not use heal", lambda lm: lm.generate("x", heal=True, strategy="mbr")),
+        (ValueError, "the strategy best-of-n does not use heal", lambda lm: lm.generate(
+            "x", heal=True, strategy="best-of-n")),
         (ValueError, "give either regex or grammar", lambda lm: lm.generate("x", regex="a", grammar="start: x")),
         (ValueError, "grammar must be in llguidance's Lark syntax, but is not", lambda lm: lm.generate(
             "x", grammar='x: "a"' * 999)),

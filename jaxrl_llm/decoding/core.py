@@ -323,8 +323,8 @@ def check_room(
         raise ValueError(
             f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
             f"with it in the model's context of {lm.max_length}: shorten the prompt (methods on text "
-            "have the option cut, --cut left), or let the context slide (for sample and greedy: decoding.slide, or "
-            "--context slide)."
+            "have the option cut, --cut left), or let the context slide (for sample, greedy and mbr: decoding.slide, "
+            "or --context slide)."
         )
 
 
