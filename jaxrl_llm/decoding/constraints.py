@@ -394,6 +394,12 @@ class InGrammar(Transform):
     pieces: Int[Array, "vocab"]  # of each token
     eos_ids: Int[Array, "eos"]
 
+    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
+        """Raise a ValueError for a grammar that is forgotten; skipped if its number is traced."""
+        super().check(limits)
+        if is_concrete(self.number):
+            grammars.use(np.asarray(self.number))
+
     def __call__(
         self, logits: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch slot"], mask: Bool[Array, "*batch slot"]
     ) -> Float[Array, "*batch vocab"]:
