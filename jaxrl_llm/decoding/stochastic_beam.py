@@ -16,7 +16,7 @@ from jaxrl_llm.decoding.core import Request
 from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.mesh import everywhere
-from jaxrl_llm.numerics import wide
+from jaxrl_llm.numerics import largest, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 
@@ -183,8 +183,7 @@ def _choose(request: Request, state: State, logits: Float[Array, "row vocab"]) -
     perturbed = jnp.where(ended, jnp.where(first, state.perturbed[..., None], -jnp.inf), perturbed)
     log_prob = jnp.where(ended, state.log_prob[..., None], log_prob)
     flat = (batch, width * tokens.shape[2])
-    perturbed, order = jax.lax.top_k(perturbed.reshape(flat), width)
-    perturbed, order = jax.lax.optimization_barrier((perturbed, order))
+    perturbed, order = largest(perturbed.reshape(flat), width)
     parent = order // tokens.shape[2]
     token, log_prob = (jnp.take_along_axis(each.reshape(flat), order, axis=1) for each in (tokens, log_prob))
     return _kept(request, state, logits, parent, token, log_prob, perturbed, broken)
@@ -199,13 +198,12 @@ def _continue(
     """
     keys = jax.vmap(lambda key: jax.random.fold_in(key, state.time + 1))(request.keys)
     noise = core.gumbel(keys, logits.shape[1:], logits.dtype)
-    values, tokens = jax.lax.top_k(logits + noise, min(logits.shape[1], logits.shape[2]))
-    values, tokens = jax.lax.optimization_barrier((values, tokens))
+    values, tokens = largest(logits + noise, min(logits.shape[1], logits.shape[2]))
     above = (state.log_prob - normaliser)[..., None]
     log_prob = above + jnp.take_along_axis(logits, tokens, axis=-1)
-    parent, largest = state.perturbed[..., None], values[..., :1]
+    parent, top = state.perturbed[..., None], values[..., :1]
     possible = (values > -jnp.inf) & state.open[..., None]
-    gap = jnp.where(possible, values - largest, 0)  # G̃ − Z, where the shift by `above` cancels
+    gap = jnp.where(possible, values - top, 0)  # G̃ − Z, where the shift by `above` cancels
     rest = parent - jnp.where(possible, values + above, 0) + jnp.log(-jnp.expm1(gap))
     perturbed = parent - jnp.maximum(0, rest) - jnp.log1p(jnp.exp(-jnp.abs(rest)))
     return tokens, jnp.where(possible, log_prob, -jnp.inf), jnp.where(possible, perturbed, -jnp.inf)

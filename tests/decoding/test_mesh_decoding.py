@@ -24,7 +24,7 @@ CLOSE = ("perplexity", "t5 perplexity", "attention", "evaluated", "scores", "ans
 @pytest.mark.slow
 def test_meshes_give_the_tokens_of_one_device(tmp_path):
     write_model(tmp_path / "model")
-    layouts = ["one", "data=8", "data=2,model=4", "data=2,fsdp=2,model=2"]
+    layouts = ["one", "data=8", "model=8", "data=2,model=4", "data=2,fsdp=2,model=2"]
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.decoding.mesh_program", tmp_path, *layouts]
@@ -40,7 +40,7 @@ def test_meshes_give_the_tokens_of_one_device(tmp_path):
             else:
                 assert value == one[name], (layout, name)
     assert found.keys() == one.keys(), "the last layout has all"
-    assert done.stderr.count("1 of 8 devices is used:") == 9, "a line a command"
+    assert done.stderr.count("1 of 8 devices is used:") == 10, "a line a command"
 
 
 @pytest.mark.slow
