@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import itertools
 import threading
 from typing import Any, NamedTuple
@@ -121,25 +122,25 @@ class Kept:
     """The grammars by number and their places: those that were used last, within the limits above."""
 
     def __init__(self):
-        self.lock, self._count = threading.RLock(), itertools.count()
+        self.lock = threading.RLock()
         self.characters = self.size = 0  # of the texts; bytes of the places
         self.sources: collections.OrderedDict[int, tuple[str, tuple, tuple]] = collections.OrderedDict()
-        self._numbers: dict[tuple[str, tuple, tuple], int] = {}
         self.grammars: collections.OrderedDict[int, Grammar] = collections.OrderedDict()
 
     def number(self, *source: Any) -> int:
-        """Return the number of a grammar, a new one for what is not known."""
+        """Return the number of a grammar, by its text: the same in every process."""
+        number = int.from_bytes(hashlib.sha256(source[0].encode()).digest()[:4]) >> 1
         with self.lock:
-            if (number := self._numbers.get(source)) is None:
-                grammar, number = Grammar(*source), next(self._count)
-                self.sources[number], self._numbers[source] = source, number
+            while self.sources.get(number, source) != source:
+                number = (number + 1) % 2**31
+            if number not in self.sources:
+                self._keep(number, Grammar(*source))
+                self.sources[number] = source
                 self.characters += len(source[0])
-                self._keep(number, grammar)
             self.use(number)
             while self.characters > TEXTS and len(self.sources) > 1:
                 _, forgotten = self.sources.popitem(last=False)
                 self.characters -= len(forgotten[0])
-                del self._numbers[forgotten]
         return number
 
     def use(self, number: int) -> None:

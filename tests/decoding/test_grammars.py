@@ -309,17 +309,27 @@ def test_what_is_kept_of_many_grammars_is_bounded(kept, monkeypatch):
         drawn(made[-1])
         matchers.append(weakref.ref(kept.grammars[made[-1].number]))
     assert [each() is None for each in matchers] == [True, False, False]
-    assert [constraints.from_grammar(each, PIECES, EOS).number for each in texts[:3]] == [0, 1, 2]
+    numbers = [each.number for each in made]
+    assert [constraints.from_grammar(each, PIECES, EOS).number for each in texts[:3]] == numbers
     assert {*texts_of(drawn(made[0]))} == {(0, EOS), (1, EOS)}, "a matcher is made anew"
     assert len(kept.grammars) == 2 and kept.size == sum(
         grammars._bytes(*place) for each in kept.grammars.values() for place in each.places.items()
     )
-    constraints.from_grammar(texts[3], PIECES, EOS)
+    fourth = constraints.from_grammar(texts[3], PIECES, EOS)
     drawn(made[0])
-    assert [*kept.sources] == [3, 0] and kept.characters == len(texts[0] + texts[3])
-    with pytest.raises(ValueError, match="grammar 1 must be one of those made last, but is not known: make it again"):
+    assert [*kept.sources] == [fourth.number, numbers[0]] and kept.characters == len(texts[0] + texts[3])
+    with pytest.raises(
+        ValueError, match=f"grammar {numbers[1]} must be one of those made last, but is not known: make it again"
+    ):
         drawn(made[1])
-    assert {*texts_of(drawn(constraints.from_grammar(texts[1], PIECES, EOS)))} == {(0, EOS), (1, 1, EOS)}
+    assert constraints.from_grammar(texts[1], PIECES, EOS).number == numbers[1], "the same text has the same number"
+    assert {*texts_of(drawn(made[1]))} == {(0, EOS), (1, 1, EOS)}
+
+
+def test_grammars_of_one_text_over_two_vocabularies_are_two(kept):
+    one, other = (constraints.from_grammar('start: "()"', pieces, EOS) for pieces in (PIECES, ["(", "x", ")", "$"]))
+    assert one.number != other.number
+    assert {*texts_of(drawn(one))} == {(0, 1, EOS), (2, EOS)} and {*texts_of(drawn(other))} == {(0, 2, EOS)}
 
 
 def test_the_host_takes_the_values_of_arrays_and_calls_nothing_of_them():

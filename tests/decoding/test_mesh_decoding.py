@@ -44,11 +44,12 @@ def test_meshes_give_the_tokens_of_one_device(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_decode_together_and_the_first_prints(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("grammar", [None, 'start: pair\npair: "(" pair ")" | "at"'], ids=["", "grammar"])
+def test_two_processes_decode_together_and_the_first_prints(tmp_path, monkeypatch, capsys, grammar):
     model = write_model(tmp_path / "model")
     (tmp_path / "prompts").write_text("the cat\non the mat\nsat")
     command = ["generate", "--prompts", str(tmp_path / "prompts"), "--model", model, "--max-new-tokens", "12"]
-    command += ["--num-samples", "2", "--seed", "1"]
+    command += ["--num-samples", "2", "--seed", "1", *([] if grammar is None else ["--grammar", grammar])]
     found = both(["jaxrl_llm.cli", *command, "--mesh", "data=2,fsdp=2,model=2"], devices=4, JAX_NUM_PROCESSES="2")
     monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *command])
     cli.main()
