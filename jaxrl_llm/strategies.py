@@ -21,6 +21,7 @@ from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import constraints, transforms
 from jaxrl_llm.decoding.healing import Healing
 from jaxrl_llm.models.conditional import Conditional
+from jaxrl_llm.options import Range, check_characters
 from jaxrl_llm.sampling import Sampling, Search, Strategy
 
 MIROSTAT_RATE = 0.1
@@ -164,8 +165,15 @@ def transforms_of(
         "top_n_sigma": transforms.TopNSigma,
         "mirostat": lambda target: transforms.Mirostat(target, MIROSTAT_RATE),
     }
+
+    def made(name: str, value: Any) -> transforms.Transform:
+        try:
+            return kinds[name](value)
+        except RecursionError:
+            raise ValueError(f"{name} must be nested less deeply, but exceeds Python's limit of recursion.") from None
+
     given = {name: getattr(sampling, name) for name in kinds}
-    return [kinds[name](value) for name, value in given.items() if value != getattr(Sampling, name)]
+    return [made(name, value) for name, value in given.items() if value != getattr(Sampling, name)]
 
 
 def _schema(schema: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
@@ -176,6 +184,7 @@ def _schema(schema: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
         raise TypeError(f"json_schema must be a JSON schema as a mapping, or the path of its file, but is {schema!r}.")
     is_text = isinstance(schema, str) and schema.lstrip().startswith("{")
     content = schema if is_text else _read("json_schema", "a JSON schema", schema)
+    check_characters(content, "json_schema")
     try:
         return json.loads(content)
     except ValueError as error:
@@ -188,6 +197,7 @@ def _grammar(grammar: str | os.PathLike) -> str:
     if not isinstance(grammar, str | os.PathLike):
         raise TypeError(f"grammar must be a grammar in Lark syntax, or the path of its file, but is {grammar!r}.")
     if isinstance(grammar, str) and re.search("[\n:]", grammar):
+        check_characters(grammar, "grammar")
         return grammar
     return _read("grammar", "Lark text with a rule start", grammar)
 
@@ -302,6 +312,7 @@ def _stochastic_beam(request: Request) -> list[list[Hypothesis]]:
 
 def _contrastive(request: Request) -> list[list[Hypothesis]]:
     search = request.search
+    Range(1, request.task.lm.vocab_size).check("candidates", search.candidates, integer=True)
     options = request.common | {"stop": request.stop}
     return rows_of(decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **options))
 

@@ -786,6 +786,21 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "min_new_tokens must be at most", lambda lm: lm.generate("x", min_new_tokens=99)),
         (ValueError, "temperature must be a finite number above 0", lambda lm: lm.generate("the", temperature="hot")),
         (ValueError, "seed must be an integer in", lambda lm: lm.generate("the", seed=2**40)),
+        (ValueError, "top_k must be an integer of at most 2147483647, but is 4294967296", lambda lm: lm.generate(
+            "x", top_k=2**32)),
+        (ValueError, "max_new_tokens must be an integer of at most", lambda lm: lm.generate("x", max_new_tokens=2**40)),
+        (ValueError, "n must be an integer of at most 2147483647", lambda lm: lm.generate("x", n=2**31)),
+        (ValueError, "temperature must be a finite number of at most 3.40282e.38 in size, but is 1e.300", lambda lm: (
+            lm.generate("x", temperature=1e300))),
+        (ValueError, "presence_penalty must be a finite number, but is -inf", lambda lm: lm.generate(
+            "x", presence_penalty=-np.inf)),
+        (ValueError, "bias must be of the form TEXT=NUMBER, with a finite", lambda lm: lm.generate("x", bias="a=1e40")),
+        (ValueError, r"candidates must be an integer in \[1, 270\], but is 300", lambda lm: lm.generate(
+            "x", strategy="contrastive", candidates=300)),
+        (ValueError, "regex must be nested less deeply", lambda lm: lm.generate("x", regex="(" * 3000 + ")" * 3000)),
+        (ValueError, "json_schema must be nested less deeply", lambda lm: lm.generate("x", json_schema='{"a":' * 9999)),
+        (ValueError, "grammar must be text in UTF-8, but holds the byte 0xff at character 9", lambda lm: lm.generate(
+            "x", grammar='start: "\udcff"')),
         (TypeError, "regex must be a string, but is 5", lambda lm: lm.generate("the", regex=5)),
         (TypeError, "draft_model must be", lambda lm: lm.generate("x", strategy="speculative", draft_model=3)),
         (ValueError, "n must be an integer of at least 1, but is 0", lambda lm: lm.generate("x", n=0)),
@@ -865,6 +880,12 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
 def test_refusals(lm, error, said, use):
     with pytest.raises(error, match=said):
         use(lm)
+
+
+@pytest.mark.parametrize("name", ["regex", "guidance_prompt", "choices", "stop", "ban", "bias"])
+def test_stray_bytes_in_texts_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} must be text in UTF-8, but holds the byte 0xff at character 2"):
+        sampling.Sampling(**{name: "a\udcff=1"})
 
 
 @pytest.mark.parametrize(

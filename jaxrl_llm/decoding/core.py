@@ -298,6 +298,8 @@ def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.
         )
     if limits.min(initial=1) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, but is {limits.min()}.")
+    if limits.max(initial=1) >= 2**31:
+        raise ValueError(f"max_new_tokens must be at most {2**31 - 1}, but is {limits.max()}.")
     return np.broadcast_to(limits, (batch,)).astype(np.int32)
 
 
