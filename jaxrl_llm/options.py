@@ -178,9 +178,10 @@ class Range:
         kinds = str | bytes | bool | Mapping | list | tuple
         wrong = value is None or isinstance(value, kinds | float if integer else kinds)
         most = (INT32 if self.int32 else math.inf) if integer else FLOAT32
+        most = most if isinstance(value, numbers.Integral | float) else math.inf  # other types have 32 bits or fewer
         try:
-            inside = (value > self.low if self.above else value >= self.low) & (value <= self.high)
-            inside &= (value >= -most) & (value <= most) & (value < math.inf)
+            inside = (value > self.low if self.above else value >= self.low) & (value <= float(self.high))
+            inside &= (value >= -most) & (value <= most) & (value > -math.inf) & (value < math.inf)
             inside = not wrong and bool(inside.all() if hasattr(inside, "all") else inside)
         except TypeError:
             inside = not wrong

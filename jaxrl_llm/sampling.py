@@ -102,6 +102,7 @@ class Sampling(Checked):
     """Random seed; the same seed gives the same text."""
 
     def __post_init__(self):
+        _check_single(self)
         if self.temperature == 0:
             raise ValueError(
                 "temperature must be a finite number above 0, but is 0: for the most probable tokens, choose greedy."
@@ -157,6 +158,16 @@ class Sampling(Checked):
         return [name for name in WHOLE_TEXT if getattr(self, name) not in (None, ())]
 
 
+def _check_single(options: Checked) -> None:
+    """Raise ValueError for an array of numbers."""
+    for field in dataclasses.fields(options):
+        if "range" in field.metadata and getattr(getattr(options, field.name), "ndim", 0):
+            raise ValueError(
+                f"{field.name} must be one number for all prompts, but is {getattr(options, field.name)!r:.60}: "
+                "jl.decoding takes one for each row."
+            )
+
+
 def _biases(given: Any) -> tuple[str, ...]:
     """Return biases in the form "TEXT=NUMBER"."""
     given = (given,) if isinstance(given, str) else given
@@ -204,6 +215,10 @@ class Search(Checked):
     """lookup: the longest ending that is looked up in the text so far."""
     num_candidates: int = count(8, 1)
     """best-of-n, mbr: samples to choose from."""
+
+    def __post_init__(self):
+        _check_single(self)
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,6 +214,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation:
 
 def rendered_tokens(tokenizer: Any, string: str) -> list[int]:
     """Return the tokens of a text of `render`: control tokens are those of the template, not those of the messages."""
+    check_characters(string, "the conversation")
     return _quoted_parts(tokenizer, [string])[0]  # the template has written BOS itself
 
 

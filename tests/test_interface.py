@@ -790,6 +790,13 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
             "x", top_k=2**32)),
         (ValueError, "max_new_tokens must be an integer of at most", lambda lm: lm.generate("x", max_new_tokens=2**40)),
         (ValueError, "n must be an integer of at most 2147483647", lambda lm: lm.generate("x", n=2**31)),
+        (ValueError, "top_k must be an integer of at most", lambda lm: lm.generate("x", top_k=np.int64(2**40))),
+        (ValueError, "temperature must be one number for all prompts, but is array", lambda lm: lm.generate(
+            ["x", "y"], temperature=np.asarray([0.5, 1.0]))),
+        (ValueError, "length_penalty must be one number for all prompts", lambda lm: lm.beam_search(
+            "x", length_penalty=np.asarray([0.5]))),
+        (ValueError, "the conversation must be text in UTF-8, but holds the byte 0xff", lambda lm: lm.chat("\udcff")),
+        (ValueError, "path_or_name must be a path or the name of a model, but is ''", lambda lm: jl.load("")),
         (ValueError, "temperature must be a finite number of at most 3.40282e.38 in size, but is 1e.300", lambda lm: (
             lm.generate("x", temperature=1e300))),
         (ValueError, "presence_penalty must be a finite number, but is -inf", lambda lm: lm.generate(
@@ -880,6 +887,14 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
 def test_refusals(lm, error, said, use):
     with pytest.raises(error, match=said):
         use(lm)
+
+
+def test_numbers_of_any_type_are_options(recwarn):
+    for kind in (np.float16, np.float32, np.float64, jnp.float32, jnp.bfloat16, jnp.asarray):
+        sampling.Sampling(temperature=kind(0.7))
+    for kind in (np.int8, np.uint8, np.int64, jnp.int32, jnp.uint8):
+        sampling.Sampling(seed=kind(3), top_k=kind(3), max_new_tokens=kind(3))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("name", ["regex", "guidance_prompt", "choices", "stop", "ban", "bias"])
