@@ -12,7 +12,7 @@ from jaxrl_llm import decoding, text
 from jaxrl_llm import sampling as options_of
 from jaxrl_llm.decoding.transforms import Transform
 from jaxrl_llm.interface import LM, Completion, load
-from jaxrl_llm.options import takes
+from jaxrl_llm.options import check_characters, takes
 from jaxrl_llm.sampling import Sampling, Search
 
 
@@ -98,7 +98,7 @@ class Chat:
         """
         if not isinstance(message, str):
             raise TypeError(f"message must be a string, but is a {type(message).__name__}.")
-        text.check_characters(message, "the message")
+        check_characters(message, "the message")
         asked = [*self.messages, {"role": "user", "content": message}]
         sampling = self.sampling
         if sampling.context == "slide":

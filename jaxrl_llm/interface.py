@@ -356,7 +356,8 @@ class LM:
         request = dataclasses.replace(request, n=copies)
         found = strategies.run(strategy, request)
         for part in parts[1:]:
-            request = dataclasses.replace(request, **self._read(part, sampling), first=request.first + len(part))
+            own = self._read(part, sampling, chat=chat)
+            request = dataclasses.replace(request, **own, first=request.first + len(part))
             found += strategies.run(strategy, request)
         return [
             self._completion(hypothesis, given[index], index, request, self._stream(rows[index], sampling, chat=chat))
@@ -884,16 +885,21 @@ class LM:
         """The model with the prompts; of an encoder-decoder, with the encoded sources."""
         return next(translation.conditionals(self.loaded, rows, batch_size=len(rows)))
 
-    def _read(self, rows: Sequence[Sequence[int]], sampling: Sampling) -> dict[str, Any]:
+    def _read(self, rows: Sequence[Sequence[int]], sampling: Sampling, *, chat: bool) -> dict[str, Any]:
         """The parts of a request that depend on its prompts: all tokens are read but those that are written again."""
+
+        def shown(row: int, tokens: Sequence[int]) -> str:
+            stream = self._stream(rows[row], sampling, chat=chat)
+            return stream.push(tokens) + stream.finish()
+
         if not sampling.heal:
-            return {"task": self._task(rows)}
+            return {"task": self._task(rows), "shown": shown}
         places = [len(row) - self._healed(row, sampling) for row in rows]
         texts = [
             b"".join(self.token_bytes[token] for token in row[place:]) for row, place in zip(rows, places, strict=True)
         ]
         task = self._task([row[:place] for row, place in zip(rows, places, strict=True)])
-        return {"task": task, "healing": healing.healing(self.token_bytes, texts)}
+        return {"task": task, "shown": shown, "healing": healing.healing(self.token_bytes, texts)}
 
     @functools.cached_property
     def _beginnings(self) -> frozenset[bytes]:
@@ -979,11 +985,10 @@ class LM:
             sampling=sampling,
             search=search,
             eos_ids=ends,
-            **self._read(rows, sampling),
+            **self._read(rows, sampling, chat=chat),
             transform=Chain(tuple(warps)) if warps else None,
             stop=decoding.stop_strings(self.token_bytes, strings) if strings else None,
             guidance=self._guidance(sampling, len(rows), chat=chat),
-            decode=self._text,
         )
 
     def _guidance(self, sampling: Sampling, rows: int, *, chat: bool) -> decoding.Guidance | None:

@@ -305,6 +305,13 @@ def everywhere(x: Tree) -> Tree:
     return x if _set_mesh() is None else jax.lax.with_sharding_constraint(x, P())
 
 
+def by_host(function: Callable[..., Tree], *arrays: jax.Array) -> Tree:
+    """Apply a function that asks the host (`jax.pure_callback`): it is asked once, and of several processes each."""
+    if jax.process_count() == 1 or _set_mesh() is None:
+        return everywhere(function(*everywhere(arrays)))
+    return jax.shard_map(function, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
+
+
 def is_set() -> bool:
     """Return True if a mesh of `make_mesh` is set."""
     return _set_mesh() is not None

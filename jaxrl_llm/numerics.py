@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def is_concrete(array: Any) -> bool:
@@ -27,6 +27,16 @@ def on_cpu() -> bool:
 def wide(array: Float[Array, "..."]) -> Float[Array, "..."]:
     """Cast to float32 unless wider already, as log-probabilities always are."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def largest(array: Float[Array, "*batch size"], k: int) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
+    """Return the k largest values along the last axis, and their places.
+
+    Barriers keep XLA from merging what follows into a sort of the whole axis. They are two, since on a mesh XLA crashes
+    at one for both results.
+    """
+    values, places = jax.lax.top_k(array, k)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
 
 
 def finite_gradient(array: Float[Array, "..."]) -> Float[Array, "..."]:

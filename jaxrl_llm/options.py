@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import math
+import numbers
 import textwrap
 import types
 import typing
@@ -157,20 +158,30 @@ def takes(*groups: type) -> Callable[[Function], Function]:
     return decorate
 
 
+FLOAT32, INT32 = 3.4028234663852886e38, 2.0**31 - 1  # the largest numbers of these types
+
+
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`; with `above`, `low` itself is excluded. None is infinite."""
+    """The numbers from `low` to `high`; with `above`, `low` itself is excluded. They must be finite as float32.
+
+    Integers may be of any size, unless `int32` is set: then they must fit 32 bits.
+    """
 
     low: float
     high: float = math.inf
     above: bool = False
+    int32: bool = False
 
     def check(self, name: str, value: Any, *, integer: bool) -> None:
         """Raise ValueError for a value that is known and lies outside; traced numbers and JAX's placeholders pass."""
         kinds = str | bytes | bool | Mapping | list | tuple
         wrong = value is None or isinstance(value, kinds | float if integer else kinds)
+        most = (INT32 if self.int32 else math.inf) if integer else FLOAT32
+        most = most if isinstance(value, numbers.Integral | float) else math.inf  # other types have 32 bits or fewer
         try:
-            inside = (value > self.low if self.above else value >= self.low) & (value <= self.high) & (value < math.inf)
+            inside = (value > self.low if self.above else value >= self.low) & (value <= float(self.high))
+            inside &= (value >= -most) & (value <= most) & (value > -math.inf) & (value < math.inf)
             inside = not wrong and bool(inside.all() if hasattr(inside, "all") else inside)
         except TypeError:
             inside = not wrong
@@ -181,16 +192,34 @@ class Range:
                 high = self.high if integer else f"{self.high:g}"
                 kind = "an integer" if integer else "a number"
                 where = f"in {'(' if self.above else '['}{self.low:g}, {high}]"
+            elif isinstance(value, numbers.Real) and not wrong and most < abs(value) < math.inf:
+                where = f"of at most {most:.0f}" if integer else f"of at most {most:g} in size"
             elif not math.isfinite(self.low):
                 where = ""
             raise ValueError(f"{name} must be {' '.join([kind, where]).strip()}, but is {value!r}.")
 
 
 def number(
-    default: float | None, low: float, high: float = math.inf, *, above: bool = False, static: bool = False
+    default: float | None,
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    static: bool = False,
+    int32: bool = False,
 ) -> Any:
     """A field whose value must lie in a `Range`. `static`: JAX compiles a program for each value."""
-    return dataclasses.field(default=default, metadata={"range": Range(low, high, above), "static": static})
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, above, int32), "static": static})
+
+
+def check_characters(string: str, name: str) -> None:
+    """Raise ValueError for a string that UTF-8 cannot encode: with a stray byte, or half a surrogate pair."""
+    try:
+        string.encode()
+    except UnicodeEncodeError as error:
+        found = ord(string[error.start])
+        what = f"the byte 0x{found - 0xDC00:02x}" if 0xDC80 <= found <= 0xDCFF else f"\\u{found:04x}"
+        raise ValueError(f"{name} must be text in UTF-8, but holds {what} at character {error.start + 1}.") from None
 
 
 STATIC = {"static": True}  # metadata of a field that JAX compiles a program for each value of

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from jaxrl_llm.options import Checked, Range, number
+from jaxrl_llm.options import FLOAT32, Checked, Range, check_characters, number
 
 Strategy = Literal[
     "sample",
@@ -27,27 +27,32 @@ Strategy = Literal[
 WHOLE_TEXT = ("regex", "choices", "json_schema", "grammar")
 
 
+def count(default: int | None, low: int) -> Any:
+    """A field whose value must be an integer of 32 bits, not below `low`."""
+    return number(default, low, int32=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling(Checked):
     """The choice of each token, and the end of a text."""
 
-    max_new_tokens: int = number(64, 1)
+    max_new_tokens: int = count(64, 1)
     """Maximum number of new tokens."""
     cut: Literal["left", "right"] | None = None
     """Cut prompts that do not fit the context with the new tokens, on this side; otherwise they are refused."""
     context: Literal["refuse", "slide"] = "refuse"
     """A text that does not fit the model's context is refused, or its window slides: each time that it is full, its
-    last half is read anew. For sample and greedy."""
+    last half is read anew. For sample, greedy and mbr."""
     heal: bool = False
     """Take the last tokens of a prompt back, as many as begin a longer token, and write their text again (they count as
-    new tokens), so that the prompt may end within a word. For sample, greedy and beams (but stochastic-beam)."""
+    new tokens), so that the prompt may end within a word. For sample, greedy, mbr and beams (but stochastic-beam)."""
     temperature: float = number(1.0, 0, above=True)
     """Divides the logits: below 1 sharper, above 1 flatter."""
-    top_k: int | None = number(None, 1)
+    top_k: int | None = count(None, 1)
     """Keep the k most probable tokens."""
     top_p: float | None = number(None, 0, 1, above=True)
     """Keep the smallest set of most probable tokens with this mass."""
-    min_tokens_to_keep: int | None = number(None, 1)
+    min_tokens_to_keep: int | None = count(None, 1)
     """Keep at least so many tokens of --top-p."""
     min_p: float | None = number(None, 0, 1)
     """Keep the tokens of at least this share of the most probable one's probability."""
@@ -67,9 +72,9 @@ class Sampling(Checked):
     """Subtracted from the logits of tokens that were generated."""
     frequency_penalty: float | None = number(None, -math.inf)
     """Subtracted for every time that a token was generated."""
-    no_repeat_ngram: int | None = number(None, 1)
+    no_repeat_ngram: int | None = count(None, 1)
     """Forbid repeated n-grams of this length."""
-    min_new_tokens: int | None = number(None, 0)
+    min_new_tokens: int | None = count(None, 0)
     """Minimum number of new tokens."""
     regex: str | None = None
     """The new text must match this pattern as a whole."""
@@ -87,16 +92,17 @@ class Sampling(Checked):
     """Numbers added to the logits of the tokens that complete a string, such as " king=-2" (in Python also a mapping
     from strings to numbers)."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it. Not for stochastic-beam
-    and mbr."""
+    """Strings that end the text, or control tokens such as <|im_end|>; they are not part of it."""
     guidance_prompt: str | None = None
-    """Move away from what would follow this prompt too (classifier-free guidance). For sample, greedy and best-of-n."""
+    """Move away from what would follow this prompt too (classifier-free guidance). For sample, greedy, best-of-n and
+    mbr."""
     guidance_scale: float = number(1.5, -math.inf)
     """Strength of the guidance; 1 is none."""
     seed: int = number(0, 0, 2**32 - 1)
     """Random seed; the same seed gives the same text."""
 
     def __post_init__(self):
+        _check_single(self)
         if self.temperature == 0:
             raise ValueError(
                 "temperature must be a finite number above 0, but is 0: for the most probable tokens, choose greedy."
@@ -123,6 +129,10 @@ class Sampling(Checked):
             if not all(isinstance(each, str) and each for each in strings):
                 raise ValueError(f"{name} must be strings that are not empty, but are {list(strings)}.")
             object.__setattr__(self, name, strings)
+        for name in ("regex", "guidance_prompt", "choices", "stop", "ban", "bias"):
+            given = getattr(self, name) or ()
+            for each in (given,) if isinstance(given, str) else given:
+                check_characters(each, name)
         if self.ban and self.whole_text:
             raise ValueError(
                 f"ban must be empty with {self.whole_text[0]}, but is {list(self.ban)}: "
@@ -148,6 +158,16 @@ class Sampling(Checked):
         return [name for name in WHOLE_TEXT if getattr(self, name) not in (None, ())]
 
 
+def _check_single(options: Checked) -> None:
+    """Raise ValueError for an array of numbers."""
+    for field in dataclasses.fields(options):
+        if "range" in field.metadata and getattr(getattr(options, field.name), "ndim", 0):
+            raise ValueError(
+                f"{field.name} must be one number for all prompts, but is {getattr(options, field.name)!r:.60}: "
+                "jl.decoding takes one for each row."
+            )
+
+
 def _biases(given: Any) -> tuple[str, ...]:
     """Return biases in the form "TEXT=NUMBER"."""
     given = (given,) if isinstance(given, str) else given
@@ -160,7 +180,8 @@ def _biases(given: Any) -> tuple[str, ...]:
     listed = tuple(given)
     for each in listed:
         text, _, value = str(each).rpartition("=")
-        if not text or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value):
+        is_number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value)
+        if not text or not is_number or abs(float(value)) > FLOAT32:
             raise ValueError(f"bias must be of the form TEXT=NUMBER, with a finite number, but is {each!r}.")
     return listed
 
@@ -169,48 +190,52 @@ def _biases(given: Any) -> tuple[str, ...]:
 class Search(Checked):
     """Options of single strategies."""
 
-    num_beams: int = number(4, 1)
+    num_beams: int = count(4, 1)
     """beam, diverse-beam, sampled-beam, stochastic-beam: the width."""
     length_penalty: float = number(0.0, -math.inf)
     """beam, diverse-beam, sampled-beam: scores are log-probabilities over length to this power."""
     no_repeat_in: Literal["sequence", "beam"] = "sequence"
     """The same: --no-repeat-ngram compares a text with itself, or also with the other beams."""
-    num_groups: int | None = number(None, 1)
+    num_groups: int | None = count(None, 1)
     """diverse-beam: groups of beams; as many as beams if not given."""
     diversity_penalty: float = number(0.5, 0)
     """diverse-beam: for each time that an earlier group chose a token."""
     diversity_by: Literal["token", "hamming", "hamming-factor"] = "token"
     """diverse-beam: compare the tokens of groups, or whole texts without groups: their Hamming distance, whose penalty
     is subtracted or a factor."""
-    candidates: int = number(6, 1)
+    candidates: int = count(6, 1)
     """contrastive: tokens compared in each step."""
     alpha: float = number(0.6, 0, 1)
     """contrastive: weight of the penalty for states like earlier ones."""
-    num_draft: int = number(4, 1)
+    num_draft: int = count(4, 1)
     """speculative, lookup: tokens drafted in a round."""
     draft_model: str | None = dataclasses.field(default=None, metadata={"any_type": True})
     """speculative: a cheaper model of the same vocabulary, by path or name (in Python also a loaded one)."""
-    lookup_ngram: int = number(3, 1)
+    lookup_ngram: int = count(3, 1)
     """lookup: the longest ending that is looked up in the text so far."""
-    num_candidates: int = number(8, 1)
+    num_candidates: int = count(8, 1)
     """best-of-n, mbr: samples to choose from."""
+
+    def __post_init__(self):
+        _check_single(self)
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeSearch(Checked):
     """The size of a search tree, and the choice of the children of a node."""
 
-    depth: int = number(5, 1)
+    depth: int = count(5, 1)
     """Levels: tokens from the root to a leaf."""
-    branching: int = number(2, 1)
+    branching: int = count(2, 1)
     """Children of a node."""
     select: Literal["best", "sample", "top-k", "nucleus"] = "best"
     """The most probable children, or children drawn without replacement: from all tokens, the top k or the nucleus."""
-    top_k: int | None = number(None, 1)
+    top_k: int | None = count(None, 1)
     """For top-k; 20 if not given."""
     top_p: float | None = number(None, 0, 1, above=True)
     """For nucleus; 0.5 if not given."""
-    min_tokens_to_keep: int | None = number(None, 1)
+    min_tokens_to_keep: int | None = count(None, 1)
     """For nucleus: keep at least so many tokens; with as many as the branching, every node has all its children."""
     temperature: float = number(1.0, 0, above=True)
     """For children that are drawn."""
@@ -236,7 +261,7 @@ class TreeSearch(Checked):
 
 Group = TypeVar("Group", Sampling, Search)
 
-COMPLETIONS = Range(1)
+COMPLETIONS = Range(1, int32=True)
 EVERYWHERE = {"max_new_tokens", "seed", "cut"}  # a strategy that draws nothing gives the same for every seed
 FILTERS = {"temperature", "top_k", "top_p", "min_tokens_to_keep", "min_p", "typical_p", "epsilon", "eta"}
 FILTERS |= {"top_n_sigma", "mirostat"}
@@ -251,12 +276,12 @@ USED: dict[Strategy, set[str]] = {
     "beam": PENALTIES | CONSTRAINTS | BEAMS,
     "diverse-beam": PENALTIES | CONSTRAINTS | BEAMS | {"num_groups", "diversity_penalty", "diversity_by"},
     "sampled-beam": DRAWING | BEAMS,
-    "stochastic-beam": DRAWING | {"num_beams"},
+    "stochastic-beam": DRAWING | {"num_beams", "stop"},
     "contrastive": {"candidates", "alpha", "stop"},
     "speculative": DRAWING | {"num_draft", "draft_model", "stop"},
     "lookup": DRAWING | {"num_draft", "lookup_ngram", "stop"},
     "best-of-n": DRAWING | {"num_candidates", "stop", "guidance_prompt", "guidance_scale"},
-    "mbr": DRAWING | {"num_candidates"},
+    "mbr": DRAWING | TOKEN_BY_TOKEN | {"num_candidates"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import constraints, transforms
 from jaxrl_llm.decoding.healing import Healing
 from jaxrl_llm.models.conditional import Conditional
+from jaxrl_llm.options import Range, check_characters
 from jaxrl_llm.sampling import Sampling, Search, Strategy
 
 MIROSTAT_RATE = 0.1
@@ -52,8 +54,8 @@ class Request:
     transform: transforms.Transform | None = None
     stop: decoding.StopStrings | None = None
     guidance: decoding.Guidance | None = None
-    decode: Callable[[list[int]], str] | None = None
-    """Text of tokens, for mbr."""
+    shown: Callable[[int, Sequence[int]], str] | None = None
+    """The text of a row's new tokens, without a stop string; for mbr, and beams with regex or choices."""
     first: int = 0
     """Index of its first row among those of all batches: rows draw by their index, however they are batched."""
     n: int = 1
@@ -102,7 +104,7 @@ class Request:
 
     @property
     def generate(self) -> Callable[..., decoding.Generation]:
-        """The decoder of sample and greedy."""
+        """The decoder of sample, greedy and mbr."""
         return decoding.slide if self.sampling.context == "slide" else decoding.generate
 
 
@@ -163,8 +165,15 @@ def transforms_of(
         "top_n_sigma": transforms.TopNSigma,
         "mirostat": lambda target: transforms.Mirostat(target, MIROSTAT_RATE),
     }
+
+    def made(name: str, value: Any) -> transforms.Transform:
+        try:
+            return kinds[name](value)
+        except RecursionError:
+            raise ValueError(f"{name} must be nested less deeply, but exceeds Python's limit of recursion.") from None
+
     given = {name: getattr(sampling, name) for name in kinds}
-    return [kinds[name](value) for name, value in given.items() if value != getattr(Sampling, name)]
+    return [made(name, value) for name, value in given.items() if value != getattr(Sampling, name)]
 
 
 def _schema(schema: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
@@ -175,6 +184,7 @@ def _schema(schema: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
         raise TypeError(f"json_schema must be a JSON schema as a mapping, or the path of its file, but is {schema!r}.")
     is_text = isinstance(schema, str) and schema.lstrip().startswith("{")
     content = schema if is_text else _read("json_schema", "a JSON schema", schema)
+    check_characters(content, "json_schema")
     try:
         return json.loads(content)
     except ValueError as error:
@@ -187,6 +197,7 @@ def _grammar(grammar: str | os.PathLike) -> str:
     if not isinstance(grammar, str | os.PathLike):
         raise TypeError(f"grammar must be a grammar in Lark syntax, or the path of its file, but is {grammar!r}.")
     if isinstance(grammar, str) and re.search("[\n:]", grammar):
+        check_characters(grammar, "grammar")
         return grammar
     return _read("grammar", "Lark text with a rule start", grammar)
 
@@ -259,11 +270,14 @@ def _beam(request: Request, **kind: Any) -> list[list[Hypothesis]]:
     found = _hypotheses(beams.tokens, beams.mask, beams.logp, beams.log_prob)
     if not request.sampling.whole_text:
         return found
-    return [_of_one_text(row, request.decode, in_order=search.length_penalty != 0) for row in found]
+    return [
+        _of_one_text(hypotheses, functools.partial(request.shown, row), in_order=search.length_penalty != 0)
+        for row, hypotheses in enumerate(found)
+    ]
 
 
 def _of_one_text(
-    hypotheses: list[Hypothesis], decode: Callable[[list[int]], str], *, in_order: bool
+    hypotheses: list[Hypothesis], shown: Callable[[Sequence[int]], str], *, in_order: bool
 ) -> list[Hypothesis]:
     """Merge the hypotheses of each text, which differ in its tokens: log Σ exp of their log-probabilities.
 
@@ -272,7 +286,7 @@ def _of_one_text(
     """
     by_text: dict[str, list[Hypothesis]] = {}
     for hypothesis in hypotheses:
-        by_text.setdefault(decode(hypothesis.tokens), []).append(hypothesis)
+        by_text.setdefault(shown(hypothesis.tokens), []).append(hypothesis)
     merged = [
         dataclasses.replace(group[0], log_prob=float(np.logaddexp.reduce([each.log_prob for each in group])))
         for group in by_text.values()
@@ -291,12 +305,14 @@ def _sampled_beam(request: Request) -> list[list[Hypothesis]]:
 
 
 def _stochastic_beam(request: Request) -> list[list[Hypothesis]]:
-    found = decoding.stochastic_beam_search(*request.model, num_beams=request.search.num_beams, **request.drawing)
+    options = request.drawing | {"num_beams": request.search.num_beams, "stop": request.stop}
+    found = decoding.stochastic_beam_search(*request.model, **options)
     return _hypotheses(found.tokens, found.mask, found.logp, log_prob_as_sampled=found.log_prob)
 
 
 def _contrastive(request: Request) -> list[list[Hypothesis]]:
     search = request.search
+    Range(1, request.task.lm.vocab_size).check("candidates", search.candidates, integer=True)
     options = request.common | {"stop": request.stop}
     return rows_of(decoding.contrastive_search(*request.model, top_k=search.candidates, alpha=search.alpha, **options))
 
@@ -329,12 +345,12 @@ def _best_of_n(request: Request) -> list[list[Hypothesis]]:
 
 def _mbr(request: Request) -> list[list[Hypothesis]]:
     n = request.search.num_candidates
-    drawing = dataclasses.replace(request, n=n).drawing
-    samples = rows_of(decoding.generate(*request.model, n=n, **drawing))
+    samples = _sample(dataclasses.replace(request, n=n))
     chosen = []
-    for start in range(0, len(samples), n):
-        candidates = [row[0] for row in samples[start : start + n]]
-        found = decoding.minimum_bayes_risk([request.decode(each.tokens) for each in candidates], sentence_chrf)
+    for row in range(len(samples) // n):
+        candidates = [each for (each,) in samples[row * n : (row + 1) * n]]
+        texts = [request.shown(row, each.tokens) for each in candidates]
+        found = decoding.minimum_bayes_risk(texts, sentence_chrf)
         utility = {"expected_chrf": float(found.expected_utility[found.index])}
         chosen.append([dataclasses.replace(candidates[found.index], details=utility)])
     return chosen

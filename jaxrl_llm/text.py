@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrl_llm.options import check_characters
+
 
 def encode(
     tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], *, chat: bool = False, lead: str = ""
@@ -180,16 +182,6 @@ def _separated(tokenizer: Any, parts: Sequence[str], count: int) -> list[list[in
     return before + encode_parts(tokenizer, [[ANCHOR, *parts[count:]]])[0][1:]
 
 
-def check_characters(string: str, name: str) -> None:
-    """Raise ValueError for a string that UTF-8 cannot encode: with a stray byte, or half a surrogate pair."""
-    try:
-        string.encode()
-    except UnicodeEncodeError as error:
-        found = ord(string[error.start])
-        what = f"the byte 0x{found - 0xDC00:02x}" if 0xDC80 <= found <= 0xDCFF else f"\\u{found:04x}"
-        raise ValueError(f"{name} must be text in UTF-8, but holds {what} at character {error.start + 1}.") from None
-
-
 QUOTE = ("\ue0f0", "\ue0f1")  # private characters, around a control token that stands in a message
 
 
@@ -222,6 +214,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation:
 
 def rendered_tokens(tokenizer: Any, string: str) -> list[int]:
     """Return the tokens of a text of `render`: control tokens are those of the template, not those of the messages."""
+    check_characters(string, "the conversation")
     return _quoted_parts(tokenizer, [string])[0]  # the template has written BOS itself
 
 

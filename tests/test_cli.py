@@ -301,7 +301,7 @@ def assert_one_line(result, said):
         (["--greedy", "--temperature", "0.5"], "the strategy greedy does not use temperature"),
         (["--greedy", "--strategy", "beam"], "two strategies"),
         (["--strategy", "beam", "--temperature", "2"], "the strategy beam does not use temperature"),
-        (["--strategy", "mbr", "--stop", "x"], "the strategy mbr does not use stop"),
+        (["--strategy", "mbr", "--num-beams", "2"], "the strategy mbr does not use num_beams"),
         (["--regex", "("], "is not a regular expression"),
         (["--num-samples", "0"], "n must be an integer of at least 1, but is 0"),
         (["--num-samples", "2", "--batch-size", "0"], "batch_size must be an integer of at least 1, but is 0"),

@@ -319,6 +319,48 @@ def test_the_strategies_that_look_ahead_end_at_stop_strings(lm):
     assert not any({*each.text} & {*stop} for each in found) and {each.finish_reason for each in found} >= {"stop"}
 
 
+LETTERS = ["t", *map(chr, range(65, 91))]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"stop": LETTERS},
+        pytest.param({"heal": True, "stop": LETTERS, "min_new_tokens": 3}, marks=pytest.mark.slow),
+        pytest.param({"guidance_prompt": "the"}, marks=pytest.mark.slow),
+        pytest.param({"context": "slide", "max_new_tokens": CONTEXT}, marks=pytest.mark.slow),
+    ],
+    ids=lambda how: next(iter(how)),
+)
+def test_mbr_chooses_among_the_samples_of_generate(lm, how):
+    """The texts are compared as they are shown: cut at a stop string, without the end of a healed prompt."""
+    prompts, options = PROMPTS[:2], {"max_new_tokens": LENGTH, "seed": 2} | how
+    found = lm.generate(prompts, strategy="mbr", num_candidates=4, **options)
+    samples = lm.generate(prompts, n=4, **options)
+    for index, chosen in enumerate(found):
+        texts = [each.text for each in samples[4 * index : 4 * index + 4]]
+        utilities = [sum(sentence_chrf(one, other) for other in texts) / 4 for one in texts]
+        best = samples[4 * index + utilities.index(max(utilities))]
+        assert (chosen.text, chosen.tokens, chosen.finish_reason) == (best.text, best.tokens, best.finish_reason)
+        assert chosen.details["expected_chrf"] == pytest.approx(max(utilities))
+    assert "stop" not in how or "stop" in {each.finish_reason for each in samples}
+    if "heal" in how:
+        again = lm.generate(prompts, strategy="mbr", num_candidates=4, batch_size=1, **options)
+        assert [each.tokens for each in found] == [each.tokens for each in again]
+
+
+@pytest.mark.slow
+def test_stochastic_beams_end_at_stop_strings(lm):
+    options = {"strategy": "stochastic-beam", "num_beams": 3, "n": 3, "max_new_tokens": LENGTH}
+    found = lm.generate(PROMPTS[:2], stop=LETTERS, **options)
+    assert {each.finish_reason for each in found} >= {"stop"}
+    assert len({(each.index, *each.tokens) for each in found}) == len(found) == 6
+    for each in found:
+        whole, before = lm.decode(each.tokens), lm.decode(each.tokens[:-1])
+        assert (each.finish_reason == "stop") == any(letter in whole for letter in LETTERS)
+        assert each.text == text.trim_at_stop(whole, LETTERS) and text.trim_at_stop(before, LETTERS) == before
+
+
 HEALED = {"heal": True, "max_new_tokens": LENGTH, "seed": 1}
 
 
@@ -411,6 +453,8 @@ def test_beams_merge_the_hypotheses_of_one_text(lm):
             spelt.setdefault(lm.decode(tokens[mask].tolist()), []).append(float(log_prob))
     for each in found:
         assert each.log_prob == pytest.approx(np.logaddexp.reduce(spelt[each.text]), abs=1e-4)
+    (stopped,) = lm.beam_search("the cat", choices=(" sat", " sad"), stop="s", **options)
+    assert (stopped.text, stopped.finish_reason) == (" ", "stop"), "it is the text that is shown"
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in PROMPTS[1:])])
@@ -742,6 +786,28 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "min_new_tokens must be at most", lambda lm: lm.generate("x", min_new_tokens=99)),
         (ValueError, "temperature must be a finite number above 0", lambda lm: lm.generate("the", temperature="hot")),
         (ValueError, "seed must be an integer in", lambda lm: lm.generate("the", seed=2**40)),
+        (ValueError, "top_k must be an integer of at most 2147483647, but is 4294967296", lambda lm: lm.generate(
+            "x", top_k=2**32)),
+        (ValueError, "max_new_tokens must be an integer of at most", lambda lm: lm.generate("x", max_new_tokens=2**40)),
+        (ValueError, "n must be an integer of at most 2147483647", lambda lm: lm.generate("x", n=2**31)),
+        (ValueError, "top_k must be an integer of at most", lambda lm: lm.generate("x", top_k=np.int64(2**40))),
+        (ValueError, "temperature must be one number for all prompts, but is array", lambda lm: lm.generate(
+            ["x", "y"], temperature=np.asarray([0.5, 1.0]))),
+        (ValueError, "length_penalty must be one number for all prompts", lambda lm: lm.beam_search(
+            "x", length_penalty=np.asarray([0.5]))),
+        (ValueError, "the conversation must be text in UTF-8, but holds the byte 0xff", lambda lm: lm.chat("\udcff")),
+        (ValueError, "path_or_name must be a path or the name of a model, but is ''", lambda lm: jl.load("")),
+        (ValueError, "temperature must be a finite number of at most 3.40282e.38 in size, but is 1e.300", lambda lm: (
+            lm.generate("x", temperature=1e300))),
+        (ValueError, "presence_penalty must be a finite number, but is -inf", lambda lm: lm.generate(
+            "x", presence_penalty=-np.inf)),
+        (ValueError, "bias must be of the form TEXT=NUMBER, with a finite", lambda lm: lm.generate("x", bias="a=1e40")),
+        (ValueError, r"candidates must be an integer in \[1, 270\], but is 300", lambda lm: lm.generate(
+            "x", strategy="contrastive", candidates=300)),
+        (ValueError, "regex must be nested less deeply", lambda lm: lm.generate("x", regex="(" * 3000 + ")" * 3000)),
+        (ValueError, "json_schema must be nested less deeply", lambda lm: lm.generate("x", json_schema='{"a":' * 9999)),
+        (ValueError, "grammar must be text in UTF-8, but holds the byte 0xff at character 9", lambda lm: lm.generate(
+            "x", grammar='start: "\udcff"')),
         (TypeError, "regex must be a string, but is 5", lambda lm: lm.generate("the", regex=5)),
         (TypeError, "draft_model must be", lambda lm: lm.generate("x", strategy="speculative", draft_model=3)),
         (ValueError, "n must be an integer of at least 1, but is 0", lambda lm: lm.generate("x", n=0)),
@@ -768,7 +834,8 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "heal does not go with regex", lambda lm: lm.generate("x", heal=True, regex="a")),
         (ValueError, "heal does not go with ban", lambda lm: lm.generate("x", heal=True, ban="a")),
         (ValueError, "a chat does not use heal", lambda lm: jl.Chat(lm, heal=True)),
-        (ValueError, "the strategy mbr does not use heal", lambda lm: lm.generate("x", heal=True, strategy="mbr")),
+        (ValueError, "the strategy best-of-n does not use heal", lambda lm: lm.generate(
+            "x", heal=True, strategy="best-of-n")),
         (ValueError, "give either regex or grammar", lambda lm: lm.generate("x", regex="a", grammar="start: x")),
         (ValueError, "grammar must be in llguidance's Lark syntax, but is not", lambda lm: lm.generate(
             "x", grammar='x: "a"' * 999)),
@@ -820,6 +887,20 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
 def test_refusals(lm, error, said, use):
     with pytest.raises(error, match=said):
         use(lm)
+
+
+def test_numbers_of_any_type_are_options(recwarn):
+    for kind in (np.float16, np.float32, np.float64, jnp.float32, jnp.bfloat16, jnp.asarray):
+        sampling.Sampling(temperature=kind(0.7))
+    for kind in (np.int8, np.uint8, np.int64, jnp.int32, jnp.uint8):
+        sampling.Sampling(seed=kind(3), top_k=kind(3), max_new_tokens=kind(3))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["regex", "guidance_prompt", "choices", "stop", "ban", "bias"])
+def test_stray_bytes_in_texts_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} must be text in UTF-8, but holds the byte 0xff at character 2"):
+        sampling.Sampling(**{name: "a\udcff=1"})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from jaxrl_llm.decoding.core import Request
 from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.mesh import everywhere
-from jaxrl_llm.numerics import wide
+from jaxrl_llm.numerics import largest, wide
 
 NgramScope = Literal["sequence", "beam"]
 Diversity = Literal["token", "hamming", "hamming-factor"]
@@ -381,16 +381,15 @@ def _rank(
         ranked = ranked if options.noise is None else ranked + options.noise
     if options.stops is None:
         count = width * (1 + request.eos_ids.shape[0])
-        values, tokens = jax.lax.top_k(ranked, min(count, vocab))
+        values, tokens = largest(ranked, min(count, vocab))
     else:
         ends = options.ends(request)
-        halves = [jax.lax.top_k(jnp.where(each, ranked, -jnp.inf), min(width, vocab)) for each in (ends, ~ends)]
+        halves = [largest(jnp.where(each, ranked, -jnp.inf), min(width, vocab)) for each in (ends, ~ends)]
         values, tokens = (jnp.concatenate(pair, axis=-1) for pair in zip(*halves, strict=True))
         count = width * tokens.shape[2]
-    values, tokens = jax.lax.optimization_barrier((values, tokens))
     each, flat = tokens.shape[2], (batch, width * tokens.shape[2])
     ranks = (options.totals(values) if plain else values).reshape(flat)
-    ranks, order = jax.lax.optimization_barrier(jax.lax.top_k(ranks, min(count, ranks.shape[1])))
+    ranks, order = largest(ranks, min(count, ranks.shape[1]))
     beam, token = order // each, jnp.take_along_axis(tokens.reshape(flat), order, axis=1)
     totals = ranks
     if not plain:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.decoding import automata, grammars, json_schema
 from jaxrl_llm.decoding.automata import NOWHERE, padded
 from jaxrl_llm.decoding.transforms import Transform, per_row, pytree, require, token_ids
-from jaxrl_llm.mesh import everywhere
+from jaxrl_llm.mesh import by_host
 from jaxrl_llm.numerics import is_concrete, wide
 
 UNREACHABLE = 2**30  # the distance of a state from which no accepting state can be reached
@@ -394,6 +394,12 @@ class InGrammar(Transform):
     pieces: Int[Array, "vocab"]  # of each token
     eos_ids: Int[Array, "eos"]
 
+    def check(self, limits: Int[np.ndarray, "batch"]) -> None:
+        """Raise a ValueError for a grammar that is forgotten; skipped if its number is traced."""
+        super().check(limits)
+        if is_concrete(self.number):
+            grammars.use(np.asarray(self.number))
+
     def __call__(
         self, logits: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch slot"], mask: Bool[Array, "*batch slot"]
     ) -> Float[Array, "*batch vocab"]:
@@ -402,9 +408,10 @@ class InGrammar(Transform):
             raise ValueError(f"the model has {logits.shape[-1]} tokens, but the grammar was compiled for {vocab}.")
         words = _words(vocab)
         shapes = jax.ShapeDtypeStruct((*rows, words), jnp.uint32), jax.ShapeDtypeStruct(rows, jnp.uint8)
-        given = everywhere((jnp.broadcast_to(self.number, rows), jnp.where(mask, tokens, grammars.NOTHING)))
-        masks = functools.partial(grammars.places, words=words)  # the host is asked once, whatever the mesh
-        bits, status = everywhere(jax.pure_callback(masks, shapes, *given, vmap_method="broadcast_all"))
+        masks = functools.partial(grammars.places, words=words)
+        asked = functools.partial(jax.pure_callback, masks, shapes, vmap_method="broadcast_all")
+        given = jnp.broadcast_to(self.number, rows), jnp.where(mask, tokens, grammars.NOTHING)
+        bits, status = by_host(asked, *given)
         follows = (bits[..., self.pieces // 32] >> (self.pieces % 32).astype(jnp.uint32)) & 1 == 1
         is_eos = (jnp.arange(vocab)[:, None] == self.eos_ids).any(axis=1)
         ended = (((tokens[..., None] == self.eos_ids).any(axis=-1)) & mask).any(axis=-1)[..., None]
@@ -430,12 +437,8 @@ def from_grammar(lark: str, vocabulary: Sequence[bytes | str], eos_ids: Sequence
     Raises:
         ModuleNotFoundError: without llguidance; `pip install 'jaxrl_llm[grammar]'` installs it.
         ValueError: if the grammar is not one, the vocabulary can spell none of its texts, there is no EOS token in the
-            vocabulary, or there are several processes.
+            vocabulary.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"grammars need a single process, but there are {jax.process_count()}: use a regex or a schema."
-        )
     eos = np.asarray(token_ids("eos_ids", eos_ids))
     if not eos.size or not 0 <= eos.min() <= eos.max() < len(vocabulary):
         raise ValueError(

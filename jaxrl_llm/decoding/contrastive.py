@@ -15,7 +15,7 @@ from jaxrl_llm.decoding.core import Generation, Request
 from jaxrl_llm.decoding.transforms import require
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.mesh import everywhere
-from jaxrl_llm.numerics import wide
+from jaxrl_llm.numerics import largest, wide
 
 
 def contrastive_search(
@@ -93,7 +93,7 @@ def decode(
 
     def step(state: State) -> tuple[State, Generation]:
         logits = wide(lm.logits(params, state.hidden))
-        values, candidates = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k))
+        values, candidates = largest(logits, top_k)
         hidden, cache = _try(lm, params, state, candidates)
         directions = _direction(hidden)
         chosen = core.greedy(_scores(logits, values, directions, state, alpha))

@@ -298,6 +298,8 @@ def row_limits(max_new_tokens: int | Int[Array, "batch"], batch: int) -> Int[np.
         )
     if limits.min(initial=1) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, but is {limits.min()}.")
+    if limits.max(initial=1) >= 2**31:
+        raise ValueError(f"max_new_tokens must be at most {2**31 - 1}, but is {limits.max()}.")
     return np.broadcast_to(limits, (batch,)).astype(np.int32)
 
 
@@ -323,8 +325,8 @@ def check_room(
         raise ValueError(
             f"prompt {row} has {lengths[row]} tokens, and {totals[row] - lengths[row]} new ones do not fit "
             f"with it in the model's context of {lm.max_length}: shorten the prompt (methods on text "
-            "have the option cut, --cut left), or let the context slide (for sample and greedy: decoding.slide, or "
-            "--context slide)."
+            "have the option cut, --cut left), or let the context slide (for sample, greedy and mbr: decoding.slide, "
+            "or --context slide)."
         )
 
 

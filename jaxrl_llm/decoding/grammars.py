@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import itertools
 import threading
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8, UInt32
 
-KEPT = 1 << 27  # bytes of the places of all grammars; others are computed anew, from the longest prefix that is kept
-MATCHER = 1024  # bytes of a place beside its bits and its tokens, about
+TEXTS = 1 << 26  # characters of the grammars that can be decoded with; those that were used before are forgotten
+GRAMMARS = 512  # that stay compiled, of 30 to 300 kB each; others are compiled anew
+KEPT = 1 << 29  # bytes of the places of all grammars; others are computed anew, from the longest prefix that is kept
+MATCHER, TOKEN = 2048, 800  # bytes of a place beside its bits, and those that each token adds, about
 NO_FORCING = '\n%llguidance {"no_forcing": true}'  # else of a text that is certain only the longest tokens are allowed
 NO_WAY_ON = ("NoExtension", "NoExtensionBias")  # of the tokens, though a text of the grammar would go on
 NOTHING = -1  # where a row has no token
@@ -31,36 +33,6 @@ class Place(NamedTuple):
     status: int
 
 
-class Kept:
-    """The places that were used last, of all grammars together, by grammar and tokens."""
-
-    def __init__(self):
-        self.lock, self.size = threading.Lock(), 0  # bytes
-        self._places: collections.OrderedDict[tuple[Grammar, tuple[int, ...]], Place] = collections.OrderedDict()
-
-    def get(self, grammar: Grammar, tokens: tuple[int, ...]) -> Place | None:
-        """Return a place, or None if it is not kept."""
-        place = self._places.get((grammar, tokens))
-        if place is not None:
-            self._places.move_to_end((grammar, tokens))
-        return place
-
-    def put(self, grammar: Grammar, tokens: tuple[int, ...], place: Place) -> None:
-        """Keep a place, and drop those that were used longest ago."""
-        self._places[grammar, tokens] = place
-        self.size += _bytes(tokens, place)
-        while self.size > KEPT:
-            (_, dropped), last = self._places.popitem(last=False)
-            self.size -= _bytes(dropped, last)
-
-
-def _bytes(tokens: tuple[int, ...], place: Place) -> int:
-    return place.pieces.nbytes + 8 * len(tokens) + MATCHER
-
-
-_kept = Kept()
-
-
 class Grammar:
     """A grammar over a vocabulary of distinct pieces of text; `piece_of` gives the piece of each token, −1 of none."""
 
@@ -70,9 +42,10 @@ class Grammar:
         matcher = guidance.LLMatcher(_tokenizer(pieces), grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(f"grammar must be in llguidance's Lark syntax, but is not: {_reason(matcher)}.")
-        self._root = self._place(matcher)
-        if self._root.status != MAY_END and not self._root.pieces.any():
+        self.root = self._place(matcher)
+        if self.root.status != MAY_END and not self.root.pieces.any():
             raise ValueError("no text of the grammar can be spelt in this vocabulary.")
+        self.places: collections.OrderedDict[tuple[int, ...], Place] = collections.OrderedDict()  # last used, last
 
     def _place(self, matcher: Any) -> Place:
         if matcher.is_stopped():  # the text is whole, and nothing can follow
@@ -85,25 +58,13 @@ class Grammar:
         pieces[self._end // 8] &= ~np.uint8(1 << self._end % 8)
         return Place(matcher, pieces, MAY_END if matcher.is_accepting() else OPEN)
 
-    def _after(self, place: Place, token: int) -> Place:
+    def after(self, place: Place, token: int) -> Place:
+        """Return the place after one more token."""
         piece = self._piece_of[token] if 0 <= token < len(self._piece_of) else -1
         if place.status == LOST or piece < 0 or place.matcher.is_stopped():
             return LOST_PLACE
         matcher = place.matcher.deep_copy()
         return self._place(matcher) if matcher.try_consume_tokens([piece]) == 1 else LOST_PLACE
-
-    def after(self, tokens: Sequence[int]) -> Place:
-        """Return the place after these tokens."""
-        tokens = tuple(tokens)
-        with _kept.lock:
-            length, place = len(tokens), None
-            while length and (place := _kept.get(self, tokens[:length])) is None:
-                length -= 1
-            place = place or self._root
-            for end in range(length + 1, len(tokens) + 1):
-                place = self._after(place, tokens[end - 1])
-                _kept.put(self, tokens[:end], place)
-        return place
 
 
 LOST_PLACE = Place(None, np.zeros(0, np.uint8), LOST)
@@ -157,11 +118,82 @@ def pieces_of(
     return tuple(numbers), tuple(numbers.get(piece, -1) for piece in texts)
 
 
-_compiled: dict[int, Grammar] = {}
-_count = itertools.count()
+class Kept:
+    """The grammars by number and their places: those that were used last, within the limits above."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.characters = self.size = 0  # of the texts; bytes of the places
+        self.sources: collections.OrderedDict[int, tuple[str, tuple, tuple]] = collections.OrderedDict()
+        self.grammars: collections.OrderedDict[int, Grammar] = collections.OrderedDict()
+
+    def number(self, *source: Any) -> int:
+        """Return the number of a grammar, by its text: the same in every process."""
+        number = int.from_bytes(hashlib.sha256(source[0].encode()).digest()[:4]) >> 1
+        with self.lock:
+            while self.sources.get(number, source) != source:
+                number = (number + 1) % 2**31
+            if number not in self.sources:
+                self._keep(number, Grammar(*source))
+                self.sources[number] = source
+                self.characters += len(source[0])
+            self.use(number)
+            while self.characters > TEXTS and len(self.sources) > 1:
+                _, forgotten = self.sources.popitem(last=False)
+                self.characters -= len(forgotten[0])
+        return number
+
+    def use(self, number: int) -> None:
+        """Note that a grammar is used.
+
+        Raises:
+            ValueError: if it is forgotten.
+        """
+        with self.lock:
+            if number not in self.sources:
+                raise ValueError(f"grammar {number} must be one of those made last, but is not known: make it again.")
+            self.sources.move_to_end(number)
+
+    def place(self, number: int, tokens: tuple[int, ...]) -> Place:
+        """Return the place after these tokens of a grammar."""
+        with self.lock:
+            if (grammar := self.grammars.get(number)) is None:
+                self.use(number)
+                grammar = Grammar(*self.sources[number])
+            self._keep(number, grammar)
+            length = len(tokens)
+            while length and tokens[:length] not in grammar.places:
+                length -= 1
+            place = grammar.places[tokens[:length]] if length else grammar.root
+            if length:
+                grammar.places.move_to_end(tokens[:length])
+            for end in range(length + 1, len(tokens) + 1):
+                place = grammar.places[tokens[:end]] = grammar.after(place, tokens[end - 1])
+                self.size += _bytes(tokens[:end], place)
+                self._drop_places()
+        return place
+
+    def _keep(self, number: int, grammar: Grammar) -> None:
+        """Put a grammar last, and drop those before."""
+        self.grammars[number] = grammar
+        self.grammars.move_to_end(number)
+        while len(self.grammars) > GRAMMARS:
+            _, dropped = self.grammars.popitem(last=False)
+            self.size -= sum(itertools.starmap(_bytes, dropped.places.items()))
+
+    def _drop_places(self) -> None:
+        while self.size > KEPT:
+            places = next(each.places for each in self.grammars.values() if each.places)
+            self.size -= _bytes(*places.popitem(last=False))
 
 
-@functools.cache  # a number may live on in compiled programs and in transforms
+def _bytes(tokens: tuple[int, ...], place: Place) -> int:
+    return MATCHER + TOKEN * len(tokens) + place.pieces.nbytes
+
+
+_kept = Kept()
+
+
 def compiled(lark: str, pieces: tuple[bytes, ...], vocabulary: tuple[int, ...]) -> int:
     """Return the number of a grammar over a vocabulary, whose tokens have these pieces, −1 for those without text.
 
@@ -169,9 +201,17 @@ def compiled(lark: str, pieces: tuple[bytes, ...], vocabulary: tuple[int, ...]) 
         ModuleNotFoundError: without llguidance.
         ValueError: if the grammar is not one, or this vocabulary can spell none of its texts.
     """
-    grammar, number = Grammar(lark, pieces, vocabulary), next(_count)
-    _compiled[number] = grammar
-    return number
+    return _kept.number(lark, pieces, vocabulary)
+
+
+def use(numbers: Int[np.ndarray, "..."]) -> None:
+    """Note that grammars are used, so that others are forgotten before.
+
+    Raises:
+        ValueError: for one that is forgotten already.
+    """
+    for number in np.unique(numbers).tolist():
+        _kept.use(number)
 
 
 def places(
@@ -190,6 +230,6 @@ def places(
     for row, written in enumerate(rows):
         if (key := written.tobytes()) not in known:
             number, *tokens = written.tolist()
-            known[key] = _compiled[number].after([token for token in tokens if token != NOTHING])
+            known[key] = _kept.place(number, tuple(token for token in tokens if token != NOTHING))
         bits[row, : len(known[key].pieces)], status[row] = known[key].pieces, known[key].status
     return bits.view(np.uint32).reshape(*shape, words), status.reshape(shape)

@@ -314,7 +314,7 @@ class PromptLookup:
         tokens, last = history.tokens, history.length - 1
         place = jnp.arange(tokens.shape[1])
         same, common = jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)
-        for back in range(self.ngram):
+        for back in range(min(self.ngram, tokens.shape[1])):
             wanted = jnp.take_along_axis(tokens, jnp.maximum(last - back, 0)[:, None], axis=1)
             shifted = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
             same &= (shifted == wanted) & (place >= back) & (last >= back)[:, None]

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxrl_llm.decoding import core
+from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.core import Request
 from jaxrl_llm.decoding.transforms import Transform, update_alive
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
 from jaxrl_llm.mesh import everywhere
-from jaxrl_llm.numerics import wide
+from jaxrl_llm.numerics import largest, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 
@@ -49,6 +50,7 @@ class State:
     length: Int[Array, "batch beam"]
     time: Int[Array, ""]
     transform: PyTree[Array]  # the state of the transform
+    stop: Int[Array, "row"] | None  # how far each beam is into a stop string
     broken: Bool[Array, "batch"]
 
 
@@ -64,13 +66,14 @@ def stochastic_beam_search(
     prompt_mask: Bool[Array, "batch prompt"] | None = None,
     eos_id: int | Sequence[int] | Int[Array, "*eos"] | None = None,
     pad_id: int | Int[Array, ""] = 0,
+    stop: StopStrings | None = None,
 ) -> StochasticBeams:
     """Draw `num_beams` distinct continuations of each prompt, as if one after the other without replacement.
 
-    The distribution q is that of `generate`: tokens are sampled from the transformed logits. The sequences are the K
-    largest of log q(y) + Gumbel noise (Kool et al. 2019). The noise of a prefix is the maximum over its continuations,
-    so it is drawn from the root down: with φ the log-probability of a continuation by one token and G its parent's
-    perturbed value,
+    The distribution q is that of `generate`: tokens are sampled from the transformed logits, up to EOS, to the token
+    that completes a stop string, or to `max_new_tokens`. The sequences are the K largest of log q(y) + Gumbel noise
+    (Kool et al. 2019). The noise of a prefix is the maximum over its continuations, so it is drawn from the root down:
+    with φ the log-probability of a continuation by one token and G its parent's perturbed value,
 
         G̃ = φ + Gumbel noise,  Z = max G̃ over the siblings,  v = G − G̃ + log(1 − exp(G̃ − Z))
         perturbed = G − max(0, v) − log(1 + exp(−|v|))                    (Kool et al. 2019, appendix B)
@@ -91,7 +94,7 @@ def stochastic_beam_search(
     core.check_size("num_beams", num_beams, 1)
     request = core.request(
         lm, prompts, prompt_mask, max_new_tokens=max_new_tokens, transform=transform, key=key, eos_id=eos_id,
-        pad_id=pad_id, align=True,
+        pad_id=pad_id, stop=stop, align=True,
     )  # fmt: skip
     beams = draw(lm, params, request, num_beams=num_beams)
     core.check_log_prob(beams.log_prob)
@@ -160,6 +163,7 @@ def _start(request: Request, cache: Cache, every_beam: Int[Array, "row"], width:
         length=jnp.zeros(shape, jnp.int32),
         time=jnp.zeros((), jnp.int32),
         transform=jax.tree.map(lambda leaf: leaf[every_beam], request.initial_state()),
+        stop=None if request.stop is None else request.stop.start(rows),
         broken=jnp.zeros(shape[0], bool),
     )
 
@@ -179,8 +183,7 @@ def _choose(request: Request, state: State, logits: Float[Array, "row vocab"]) -
     perturbed = jnp.where(ended, jnp.where(first, state.perturbed[..., None], -jnp.inf), perturbed)
     log_prob = jnp.where(ended, state.log_prob[..., None], log_prob)
     flat = (batch, width * tokens.shape[2])
-    perturbed, order = jax.lax.top_k(perturbed.reshape(flat), width)
-    perturbed, order = jax.lax.optimization_barrier((perturbed, order))
+    perturbed, order = largest(perturbed.reshape(flat), width)
     parent = order // tokens.shape[2]
     token, log_prob = (jnp.take_along_axis(each.reshape(flat), order, axis=1) for each in (tokens, log_prob))
     return _kept(request, state, logits, parent, token, log_prob, perturbed, broken)
@@ -195,13 +198,12 @@ def _continue(
     """
     keys = jax.vmap(lambda key: jax.random.fold_in(key, state.time + 1))(request.keys)
     noise = core.gumbel(keys, logits.shape[1:], logits.dtype)
-    values, tokens = jax.lax.top_k(logits + noise, min(logits.shape[1], logits.shape[2]))
-    values, tokens = jax.lax.optimization_barrier((values, tokens))
+    values, tokens = largest(logits + noise, min(logits.shape[1], logits.shape[2]))
     above = (state.log_prob - normaliser)[..., None]
     log_prob = above + jnp.take_along_axis(logits, tokens, axis=-1)
-    parent, largest = state.perturbed[..., None], values[..., :1]
+    parent, top = state.perturbed[..., None], values[..., :1]
     possible = (values > -jnp.inf) & state.open[..., None]
-    gap = jnp.where(possible, values - largest, 0)  # G̃ − Z, where the shift by `above` cancels
+    gap = jnp.where(possible, values - top, 0)  # G̃ − Z, where the shift by `above` cancels
     rest = parent - jnp.where(possible, values + above, 0) + jnp.log(-jnp.expm1(gap))
     perturbed = parent - jnp.maximum(0, rest) - jnp.log1p(jnp.exp(-jnp.abs(rest)))
     return tokens, jnp.where(possible, log_prob, -jnp.inf), jnp.where(possible, perturbed, -jnp.inf)
@@ -227,7 +229,11 @@ def _kept(
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None], state.time, axis=2)
     ends = request.ends(token) | (time >= request.limits)[:, None]
     parents = (jnp.arange(batch)[:, None] * width + parent).reshape(-1)
-    after, logits = jax.tree.map(lambda leaf: leaf[parents], (state.transform, logits))
+    after, stop, logits = jax.tree.map(lambda leaf: leaf[parents], (state.transform, state.stop, logits))
+    if stop is not None:
+        searched = jnp.broadcast_to(request.transform.may_end(after), stop.shape)
+        stop = jnp.where(searched, request.stop.advance(stop, token.reshape(-1)), stop)
+        ends |= request.stop.reached(stop).reshape(ends.shape)
     after = update_alive(request.transform, after, token.reshape(-1), logits, grown.reshape(-1))
     new = jnp.where(grown, token_log_probs(logits, token.reshape(-1)).reshape(batch, width), 0)
     logp = jax.lax.dynamic_update_slice_in_dim(logp, new[..., None], state.time, axis=2)
@@ -244,5 +250,6 @@ def _kept(
         length,
         time,
         after,
+        stop,
         broken,
     )

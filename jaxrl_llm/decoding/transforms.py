@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxrl_llm.numerics import is_concrete, violated, wide
+from jaxrl_llm.numerics import is_concrete, largest, violated, wide
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
 
 
@@ -548,7 +548,7 @@ def mass_threshold(
     Like `nucleus_threshold`, with tokens that fill the mass in another order than that of their probabilities.
     """
     scores, weights = wide(scores), wide(weights)
-    head, places = jax.lax.optimization_barrier(jax.lax.top_k(scores, min(HEAD, scores.shape[-1])))
+    head, places = largest(scores, min(HEAD, scores.shape[-1]))
     return _fill(scores, weights, p, head, jnp.take_along_axis(weights, places, axis=-1))
 
 
@@ -574,8 +574,7 @@ def _fill(
 
 def _head(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch head"]:
     """The largest logits of each row, in descending order."""
-    head = jax.lax.top_k(logits, min(HEAD, logits.shape[-1]))[0]
-    return jax.lax.optimization_barrier(head)  # else XLA may merge what follows into a sort of the whole vocabulary
+    return largest(logits, min(HEAD, logits.shape[-1]))[0]
 
 
 def _fast_where(

@@ -88,8 +88,11 @@ def load(
         FileNotFoundError: if the path or name does not exist, or has no safetensors.
         ValueError: if a file is damaged, or its tensors do not fit its configuration.
     """
-    if not isinstance(path_or_name, str | os.PathLike) or not os.fspath(path_or_name):
-        raise TypeError(f"path_or_name must be a path or the name of a model, but is {path_or_name!r}.")
+    wrong = f"path_or_name must be a path or the name of a model, but is {path_or_name!r}."
+    if not isinstance(path_or_name, str | os.PathLike):
+        raise TypeError(wrong)
+    if not os.fspath(path_or_name):
+        raise ValueError(wrong)
     dtype = _floating(dtype)
     path = locate(path_or_name)
     if path.is_file():

@@ -47,6 +47,7 @@ def commands(folder, mesh):
         given = ["generate", "--prompts", folder / "prompts.txt", *on]
         found[f"greedy {count}"] = printed(*given, "--greedy")
         found[f"sample {count}"] = printed(*given, "--seed", 3, "--num-samples", 2, "--batch-size", 4)
+    found["typical"] = printed(*given, "--typical-p", 0.9)
     found["beam"] = printed(*given, "--strategy", "beam", "--num-beams", 3, "--num-samples", 3)
     return found
 

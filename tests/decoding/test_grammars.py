@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -269,27 +270,66 @@ def test_without_llguidance_the_command_that_installs_it_is_named(monkeypatch):
         constraints.from_grammar('start: "()" "()" "()"', PIECES, EOS)
 
 
-def test_matchers_that_were_dropped_are_computed_anew(monkeypatch):
-    monkeypatch.setattr(grammars, "KEPT", 3 * grammars.MATCHER)
-    one = constraints.from_grammar(lark_of(BRACKETS) + "\n", PIECES, EOS)
-    monkeypatch.setattr(grammars, "_kept", kept_places := grammars.Kept())
+@pytest.fixture
+def kept(monkeypatch):
+    """No grammars yet, and room for places of three tokens in all."""
+    monkeypatch.setattr(grammars, "KEPT", 3 * (grammars.MATCHER + 4 * grammars.TOKEN))
+    monkeypatch.setattr(grammars, "_kept", grammars.Kept())
+    return grammars._kept
+
+
+def test_matchers_that_were_dropped_are_computed_anew(kept):
+    one = grammar()
     rows = [prefix for prefix in PREFIXES if followers(BRACKETS, PIECES, prefix)]
     tokens, mask = np.zeros((len(rows), 3), int), np.zeros((len(rows), 3), bool)
     for row, prefix in enumerate(rows):
         tokens[row, : len(prefix)], mask[row, : len(prefix)] = prefix, True
-    kept = np.asarray(one(jnp.zeros((len(rows), 4)), tokens, mask) > -jnp.inf)
-    assert [set(np.flatnonzero(row).tolist()) for row in kept] == [followers(BRACKETS, PIECES, row) for row in rows]
-    assert 0 < kept_places.size <= grammars.KEPT
+    found = np.asarray(one(jnp.zeros((len(rows), 4)), tokens, mask) > -jnp.inf)
+    assert [set(np.flatnonzero(row).tolist()) for row in found] == [followers(BRACKETS, PIECES, row) for row in rows]
+    assert 0 < kept.size <= grammars.KEPT
 
 
-def test_the_places_of_all_grammars_have_one_limit(monkeypatch):
-    monkeypatch.setattr(grammars, "KEPT", 5 * grammars.MATCHER)
-    monkeypatch.setattr(grammars, "_kept", grammars.Kept())
+def test_the_places_of_all_grammars_have_one_limit(kept):
     for rules in (BRACKETS, SUMS):
         number = np.full(4, grammar(rules).number)
         grammars.places(number, np.asarray([[0], [1], [2], [3]]), words=1)
-        assert 0 < grammars._kept.size <= grammars.KEPT
-    assert {each for each, _ in grammars._kept._places} == {grammars._compiled[int(number[0])]}
+        grammars.places(number, np.asarray([[0, 0, 0]]).repeat(4, axis=0), words=1)
+        assert 0 < kept.size <= grammars.KEPT
+    assert [bool(each.places) for each in kept.grammars.values()] == [False, True]
+
+
+def test_what_is_kept_of_many_grammars_is_bounded(kept, monkeypatch):
+    """The matchers of the last two, and the texts of about three; what is forgotten is an error."""
+    monkeypatch.setattr(grammars, "GRAMMARS", 2)
+    texts = [f'start: "(" | "{")" * count}"' for count in range(1, 5)]
+    monkeypatch.setattr(grammars, "TEXTS", sum(map(len, texts[:3])))
+    made, matchers = [], []
+    for each in texts[:3]:
+        made.append(constraints.from_grammar(each, PIECES, EOS))
+        drawn(made[-1])
+        matchers.append(weakref.ref(kept.grammars[made[-1].number]))
+    assert [each() is None for each in matchers] == [True, False, False]
+    numbers = [each.number for each in made]
+    assert [constraints.from_grammar(each, PIECES, EOS).number for each in texts[:3]] == numbers
+    assert {*texts_of(drawn(made[0]))} == {(0, EOS), (1, EOS)}, "a matcher is made anew"
+    assert len(kept.grammars) == 2 and kept.size == sum(
+        grammars._bytes(*place) for each in kept.grammars.values() for place in each.places.items()
+    )
+    fourth = constraints.from_grammar(texts[3], PIECES, EOS)
+    drawn(made[0])
+    assert [*kept.sources] == [fourth.number, numbers[0]] and kept.characters == len(texts[0] + texts[3])
+    with pytest.raises(
+        ValueError, match=f"grammar {numbers[1]} must be one of those made last, but is not known: make it again"
+    ):
+        drawn(made[1])
+    assert constraints.from_grammar(texts[1], PIECES, EOS).number == numbers[1], "the same text has the same number"
+    assert {*texts_of(drawn(made[1]))} == {(0, EOS), (1, 1, EOS)}
+
+
+def test_grammars_of_one_text_over_two_vocabularies_are_two(kept):
+    one, other = (constraints.from_grammar('start: "()"', pieces, EOS) for pieces in (PIECES, ["(", "x", ")", "$"]))
+    assert one.number != other.number
+    assert {*texts_of(drawn(one))} == {(0, 1, EOS), (2, EOS)} and {*texts_of(drawn(other))} == {(0, 2, EOS)}
 
 
 def test_the_host_takes_the_values_of_arrays_and_calls_nothing_of_them():

@@ -24,7 +24,7 @@ CLOSE = ("perplexity", "t5 perplexity", "attention", "evaluated", "scores", "ans
 @pytest.mark.slow
 def test_meshes_give_the_tokens_of_one_device(tmp_path):
     write_model(tmp_path / "model")
-    layouts = ["one", "data=8", "data=2,model=4", "data=2,fsdp=2,model=2"]
+    layouts = ["one", "data=8", "model=8", "data=2,model=4", "data=2,fsdp=2,model=2"]
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.decoding.mesh_program", tmp_path, *layouts]
@@ -40,15 +40,16 @@ def test_meshes_give_the_tokens_of_one_device(tmp_path):
             else:
                 assert value == one[name], (layout, name)
     assert found.keys() == one.keys(), "the last layout has all"
-    assert done.stderr.count("1 of 8 devices is used:") == 9, "a line a command"
+    assert done.stderr.count("1 of 8 devices is used:") == 10, "a line a command"
 
 
 @pytest.mark.slow
-def test_two_processes_decode_together_and_the_first_prints(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("grammar", [None, 'start: pair\npair: "(" pair ")" | "at"'], ids=["", "grammar"])
+def test_two_processes_decode_together_and_the_first_prints(tmp_path, monkeypatch, capsys, grammar):
     model = write_model(tmp_path / "model")
     (tmp_path / "prompts").write_text("the cat\non the mat\nsat")
     command = ["generate", "--prompts", str(tmp_path / "prompts"), "--model", model, "--max-new-tokens", "12"]
-    command += ["--num-samples", "2", "--seed", "1"]
+    command += ["--num-samples", "2", "--seed", "1", *([] if grammar is None else ["--grammar", grammar])]
     found = both(["jaxrl_llm.cli", *command, "--mesh", "data=2,fsdp=2,model=2"], devices=4, JAX_NUM_PROCESSES="2")
     monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *command])
     cli.main()

@@ -406,6 +406,7 @@ def test_look_up_finds_the_latest_of_the_longest_matches():
     shorter = look_up(jnp.ones(6, bool), ngram=2)
     np.testing.assert_array_equal(shorter.tokens[0], [7, 1, 2, 3])
     assert not look_up(jnp.zeros(6, bool), ngram=2).exists.any()
+    np.testing.assert_array_equal(look_up(jnp.ones(6, bool), ngram=10**6).tokens, drafts.tokens, "no longer than texts")
 
 
 def test_a_model_that_repeats_is_drafted_by_look_up():

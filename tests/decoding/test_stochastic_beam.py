@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxrl_llm.decoding import inclusion_probability, stochastic_beam_search
-from jaxrl_llm.decoding.transforms import Temperature, TopK
+from jaxrl_llm.decoding import inclusion_probability, stochastic_beam_search, stop_strings
+from jaxrl_llm.decoding.transforms import MinLength, Temperature, TopK
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import TINY, assert_follows, kept_by_top_k, log_softmax, random_params
 from tests.decoding.decoders import KEYS, log_probs_of, params_of, spread, uncached_logits
@@ -26,18 +26,18 @@ EVERY = [
 ]
 
 
-def distribution(params, warp=lambda row: row):
+def distribution(params, warp=lambda row: row, every=EVERY):
     """The log-probability of every sequence, from the table in float64."""
     rows = log_softmax([warp(row) for row in np.asarray(params["logits"], np.float64)])
     after = dict(zip(PREFIXES, rows, strict=True))
-    return np.asarray([sum(after[tokens[:t]][tokens[t]] for t in range(len(tokens))) for tokens in EVERY])
+    return np.asarray([sum(after[tokens[:t]][tokens[t]] for t in range(len(tokens))) for tokens in every])
 
 
-def indices(beams):
-    """Which of EVERY each beam is; −1 where there is none."""
+def indices(beams, every=EVERY):
+    """Which of `every` each beam is; −1 where there is none."""
     tokens, mask = np.asarray(beams.tokens), np.asarray(beams.mask)
     codes = np.where(mask, tokens + 1, 0) @ 4 ** np.arange(tokens.shape[-1])
-    place = {0: -1} | {sum((v + 1) * 4**t for t, v in enumerate(each)): i for i, each in enumerate(EVERY)}
+    place = {0: -1} | {sum((v + 1) * 4**t for t, v in enumerate(each)): i for i, each in enumerate(every)}
     return np.vectorize(place.__getitem__)(codes)
 
 
@@ -89,14 +89,44 @@ def test_the_first_two_are_a_sample_without_replacement():
     assert_follows([place[pair] for pair in map(tuple, found[:, :2].tolist())], probabilities)
 
 
-def test_inclusion_frequencies_are_those_of_sampling_without_replacement():
-    expected = np.zeros(len(EVERY))
-    for chosen, probability in ordered_distribution(np.exp(distribution(PARAMS)), WIDTH):
+def assert_included(found, probs):
+    """The frequency with which each sequence is among the beams is that of sampling without replacement: z < 4."""
+    expected = np.zeros(len(probs))
+    for chosen, probability in ordered_distribution(probs, WIDTH):
         expected[list(chosen)] += probability
     np.testing.assert_allclose(expected.sum(), WIDTH)
-    frequency = (indices(drawn())[..., None] == np.arange(len(EVERY))).any(axis=1).mean(axis=0)
-    z = (frequency - expected) / np.sqrt(expected * (1 - expected) / DRAWS)
+    frequency = (found[..., None] == np.arange(len(probs))).any(axis=1).mean(axis=0)
+    z = (frequency - expected) / np.sqrt(expected * (1 - expected) / len(found))
     assert (np.abs(z) < 4).all(), z
+
+
+def test_inclusion_frequencies_are_those_of_sampling_without_replacement():
+    assert_included(indices(drawn()), np.exp(distribution(PARAMS)))
+
+
+@pytest.mark.parametrize(("string", "least"), [("ab", 0), ("ba", 2)])
+def test_sequences_end_at_stop_strings(string, least):
+    """Drawn without replacement among the sequences up to EOS, or to the token that completes the string."""
+    pieces, logits = [b"a", b"ba", b""], np.asarray(PARAMS["logits"]).copy()
+    logits[[len(prefix) < least for prefix in PREFIXES], EOS] = -np.inf
+
+    def ended(row):
+        for end in range(1, NEW):
+            text = b"".join(pieces[token] for token in row[max(least - 1, 0) : end])
+            if row[end - 1] == EOS or string.encode() in text:
+                return row[:end]
+        return row
+
+    every = list(dict.fromkeys(map(ended, itertools.product(range(3), repeat=NEW))))
+    every = [row for row in every if EOS not in row[:least]]
+    log_probs = distribution({"logits": logits}, every=every)
+    options = {"num_beams": WIDTH, "max_new_tokens": NEW, "eos_id": EOS, "key": jax.random.key(3)}
+    options |= {"stop": stop_strings(pieces, [string]), "transform": MinLength(least, EOS)}
+    beams = stochastic_beam_search(LM, PARAMS, NOTHING[:5000], **options)
+    found = indices(beams, every)
+    np.testing.assert_allclose(beams.log_prob, log_probs[found], atol=1e-5)
+    assert_follows(found[:, 0], np.exp(log_probs))
+    assert_included(found, np.exp(log_probs))
 
 
 def test_weights_by_inclusion_probability_are_unbiased():
