@@ -66,6 +66,8 @@ def test_a_name_that_means_nothing_has_no_hint():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("generate x --stop --greedy", "--stop must have at least one value, but has none."),
+        ("train dpo --data a --out b --loss-kwargs", "--loss-kwargs must have at least one value, but has none."),
         ("train sft --data a --out b --lr 3", "there is no option --lr: did you mean --learning-rate?"),
         ("train ppo --data a --out b --lam=1 --reward a:b", "there is no option --lam: did you mean --lambda?"),
         (

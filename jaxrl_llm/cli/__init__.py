@@ -129,21 +129,26 @@ def _interrupt_again(ignored: Any) -> None:
 
 
 def _refuse(unknown: Sequence[str], command: Any) -> None:
-    """Raise ValueError for the first option or word that the command does not know."""
+    """Raise ValueError for a list without a value, and for the first option or word that the command does not know."""
+    options = dict(_options(command))
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if option in sys.argv and isinstance(value, (tuple, list, dict)) and not value:
+            raise ValueError(f"{option} must have at least one value, but has none.")
     if not unknown:
         return
     word = next((each for each in unknown if each.startswith("--")), unknown[0])
     option = word.split("=")[0]
-    near = nearest(option.removeprefix("--").replace("-", "_"), _names(command)) if option.startswith("--") else None
+    near = nearest(option.removeprefix("--").replace("-", "_"), options) if option.startswith("--") else None
     hint = f": did you mean --{near.strip('_').replace('_', '-')}?" if near else "."
     raise ValueError(f"there is no {'option' if word.startswith('-') else 'further argument'} {option}{hint}")
 
 
-def _names(command: Any) -> Iterator[str]:
-    """Yield the names of a command's options."""
+def _options(command: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of a command's options."""
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _names(value)
+            yield from _options(value)
         else:
-            yield field.name
+            yield field.name, value
