@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 MAX_STATES = 10_000
+MAX_PLACES = 2_000_000  # in the pattern, of all states together: seconds
 MAX_ENTRIES = 2**28  # of a table over tokens
 AT_ONCE = 2**20  # entries computed at once
 MIN_SIZE = 16  # tables are filled up to a power of two, at least this: one compiled program then serves many
@@ -235,7 +236,7 @@ def from_pattern(pattern: str) -> OverSymbols:
 
     Raises:
         ValueError: for a pattern that `re` cannot read, that looks around, refers back, is atomic or possessive, or
-            has word boundaries; and for more than 10,000 states.
+            has word boundaries; for more than 10,000 states, or repetitions of repetitions as large.
     """
     fragment = _parse(pattern)
     starts, symbols, steps = _symbols(fragment)
@@ -286,7 +287,7 @@ def _deterministic(
         return frozenset((state, rest) for state, rest in found if steps[state] or state == fragment.end)
 
     start = closure(fragment.start, OPEN, None)
-    index, pending, table = {start: 0}, [start], []
+    index, pending, table, places = {start: 0}, [start], [], 0
     for subset in pending:  # pending grows
         targets = [set() for _ in range(symbols.max() + 1)]
         for state, rest in subset:
@@ -303,9 +304,14 @@ def _deterministic(
                 pending.append(each)
             row.append(index[each] if each else NOWHERE)
         table.append(row)
-        if len(index) > MAX_STATES:
-            raise ValueError(f"the pattern needs more than {MAX_STATES} states: shorten it, or {WAY_OUT}.")
+        places += len(subset)
+        if len(index) > MAX_STATES or places > MAX_PLACES:
+            raise ValueError(_too_many_states())
     return np.asarray(table), np.asarray([any(state == fragment.end for state, _ in subset) for subset in index])
+
+
+def _too_many_states() -> str:
+    return f"the pattern needs more than {MAX_STATES} states, or too many of them at once: shorten it, or {WAY_OUT}."
 
 
 def _minimal(
@@ -422,7 +428,9 @@ class Fragment:
     end: int = 0
 
     def new_state(self) -> int:
-        """Add a state without moves."""
+        """Add a state without moves; of ten times the states that an automaton may have, some would take minutes."""
+        if len(self.moves) >= 10 * MAX_STATES:
+            raise ValueError(_too_many_states())
         self.moves.append([])
         self.free.append([])
         return len(self.moves) - 1

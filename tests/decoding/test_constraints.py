@@ -119,9 +119,10 @@ def test_what_is_no_pattern_or_not_regular_is_an_error(pattern):
         automata.from_pattern(pattern)
 
 
-def test_too_many_states_are_an_error():
-    with pytest.raises(ValueError, match=r"needs more than 10000 states: .* such as \(\?a\)\\w or \[A-Za-z"):
-        automata.from_pattern("[ab]*a[ab]{14}")
+@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{14}", "(a{1,1000}){1,1000}"])
+def test_too_many_states_are_an_error(pattern):
+    with pytest.raises(ValueError, match=r"needs more than 10000 states, .* such as \(\?a\)\\w or \[A-Za-z"):
+        automata.from_pattern(pattern)
 
 
 def test_too_large_a_table_is_an_error_that_names_a_way_out(monkeypatch):
