@@ -306,7 +306,7 @@ def everywhere(x: Tree) -> Tree:
 
 
 def by_host(function: Callable[..., Tree], *arrays: jax.Array) -> Tree:
-    """Apply a function that asks the host (`jax.pure_callback`): it is asked once, and of several processes each."""
+    """Apply a function that asks the host (`jax.pure_callback`): once, of several processes for every device."""
     if jax.process_count() == 1 or _set_mesh() is None:
         return everywhere(function(*everywhere(arrays)))
     return jax.shard_map(function, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)

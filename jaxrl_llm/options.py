@@ -9,7 +9,6 @@ import functools
 import inspect
 import itertools
 import math
-import numbers
 import textwrap
 import types
 import typing
@@ -178,7 +177,8 @@ class Range:
         kinds = str | bytes | bool | Mapping | list | tuple
         wrong = value is None or isinstance(value, kinds | float if integer else kinds)
         most = (INT32 if self.int32 else math.inf) if integer else FLOAT32
-        most = most if isinstance(value, numbers.Integral | float) else math.inf  # other types have 32 bits or fewer
+        if getattr(getattr(value, "dtype", None), "itemsize", 8) <= 4:
+            most = math.inf  # 32 bits or fewer
         try:
             inside = (value > self.low if self.above else value >= self.low) & (value <= float(self.high))
             inside &= (value >= -most) & (value <= most) & (value > -math.inf) & (value < math.inf)
@@ -192,7 +192,7 @@ class Range:
                 high = self.high if integer else f"{self.high:g}"
                 kind = "an integer" if integer else "a number"
                 where = f"in {'(' if self.above else '['}{self.low:g}, {high}]"
-            elif isinstance(value, numbers.Real) and not wrong and most < abs(value) < math.inf:
+            elif not wrong and not getattr(value, "ndim", 0) and most < abs(value) < math.inf:
                 where = f"of at most {most:.0f}" if integer else f"of at most {most:g} in size"
             elif not math.isfinite(self.low):
                 where = ""

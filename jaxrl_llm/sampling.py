@@ -45,7 +45,8 @@ class Sampling(Checked):
     last half is read anew. For sample, greedy and mbr."""
     heal: bool = False
     """Take the last tokens of a prompt back, as many as begin a longer token, and write their text again (they count as
-    new tokens), so that the prompt may end within a word. For sample, greedy, mbr and beams (but stochastic-beam)."""
+    new tokens), so that the prompt may end within a word. For sample, greedy, mbr and the beams other than
+    stochastic-beam."""
     temperature: float = number(1.0, 0, above=True)
     """Divides the logits: below 1 sharper, above 1 flatter."""
     top_k: int | None = count(None, 1)
@@ -246,6 +247,7 @@ class TreeSearch(Checked):
     the prompt too."""
 
     def __post_init__(self):
+        _check_single(self)
         super().__post_init__()
         filters = {"best": set(), "sample": set(), "top-k": {"top_k"}, "nucleus": {"top_p", "min_tokens_to_keep"}}
         if self.select not in filters:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,6 +390,27 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
 
     monkeypatch.setattr(cli.Generate, "run", interrupted)
     assert run("generate", "x") == (130, "", "")
+
+
+RUNS = {
+    "generate x": (cli.Generate, False),
+    "score a --data b": (cli.Score, False),
+    "translate x": (cli.Translate, False),
+    "tree x": (cli.SearchTree, False),
+    "chat": (cli.Talk, True),
+    "train sft --data a --out b": (cli.Train, True),
+    "evaluate a --data b": (cli.Evaluate, True),
+    "landscape x": (cli.Landscape, True),
+}
+
+
+@pytest.mark.parametrize("words", RUNS)
+def test_ctrl_c_need_not_wait_for_a_command_unless_it_may_set_signals(run, monkeypatch, words):
+    """It interrupts the main thread. A reward function may set an alarm, as in training."""
+    command, in_main, found = *RUNS[words], []
+    is_main = lambda _: found.append(threading.current_thread() is threading.main_thread())  # noqa: E731
+    monkeypatch.setattr(command, "run", is_main)
+    assert run(*words.split()) == (0, "", "") and found == [in_main]
 
 
 def test_an_interruption_that_python_ignores_is_repeated():

@@ -46,7 +46,8 @@ Command = (
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
-ON_THEIR_OWN = (Talk, Landscape, Train)  # commands that act on Ctrl-C themselves, and not only end
+# Commands that act on Ctrl-C themselves, or call a reward function of the user's, which may set a signal handler.
+ON_THEIR_OWN = (Talk, Landscape, Train, Evaluate)
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
 

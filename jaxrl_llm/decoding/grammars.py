@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8, UInt32
 
-TEXTS = 1 << 26  # characters of the grammars that can be decoded with; those that were used before are forgotten
+TEXTS = 1 << 26  # characters of the grammars that can be decoded with; those that were used longest ago are forgotten
 GRAMMARS = 512  # that stay compiled, of 30 to 300 kB each; others are compiled anew
 KEPT = 1 << 29  # bytes of the places of all grammars; others are computed anew, from the longest prefix that is kept
 MATCHER, TOKEN = 2048, 800  # bytes of a place beside its bits, and those that each token adds, about
@@ -118,20 +118,27 @@ def pieces_of(
     return tuple(numbers), tuple(numbers.get(piece, -1) for piece in texts)
 
 
+@functools.lru_cache(maxsize=4)
+def _digest(pieces: tuple[bytes, ...], vocabulary: tuple[int, ...]) -> bytes:
+    return hashlib.sha256(repr((pieces, vocabulary)).encode()).digest()
+
+
 class Kept:
     """The grammars by number and their places: those that were used last, within the limits above."""
 
     def __init__(self):
         self.lock = threading.RLock()
         self.characters = self.size = 0  # of the texts; bytes of the places
+        self.digests: dict[int, bytes] = {}  # of all grammars, so that no number is given twice
         self.sources: collections.OrderedDict[int, tuple[str, tuple, tuple]] = collections.OrderedDict()
         self.grammars: collections.OrderedDict[int, Grammar] = collections.OrderedDict()
 
     def number(self, *source: Any) -> int:
-        """Return the number of a grammar, by its text: the same in every process."""
-        number = int.from_bytes(hashlib.sha256(source[0].encode()).digest()[:4]) >> 1
+        """Return the number of a grammar, by its text and vocabulary: the same in every process, and of no other."""
+        digest = hashlib.sha256(source[0].encode() + _digest(*source[1:])).digest()
+        number = int.from_bytes(digest[:4]) >> 1
         with self.lock:
-            while self.sources.get(number, source) != source:
+            while self.digests.setdefault(number, digest) != digest:
                 number = (number + 1) % 2**31
             if number not in self.sources:
                 self._keep(number, Grammar(*source))
@@ -139,8 +146,9 @@ class Kept:
                 self.characters += len(source[0])
             self.use(number)
             while self.characters > TEXTS and len(self.sources) > 1:
-                _, forgotten = self.sources.popitem(last=False)
+                other, forgotten = self.sources.popitem(last=False)
                 self.characters -= len(forgotten[0])
+                self._drop(other)
         return number
 
     def use(self, number: int) -> None:
@@ -178,8 +186,11 @@ class Kept:
         self.grammars[number] = grammar
         self.grammars.move_to_end(number)
         while len(self.grammars) > GRAMMARS:
-            _, dropped = self.grammars.popitem(last=False)
-            self.size -= sum(itertools.starmap(_bytes, dropped.places.items()))
+            self._drop(next(iter(self.grammars)))
+
+    def _drop(self, number: int) -> None:
+        if (grammar := self.grammars.pop(number, None)) is not None:
+            self.size -= sum(itertools.starmap(_bytes, grammar.places.items()))
 
     def _drop_places(self) -> None:
         while self.size > KEPT:

@@ -270,6 +270,9 @@ def test_without_llguidance_the_command_that_installs_it_is_named(monkeypatch):
         constraints.from_grammar('start: "()" "()" "()"', PIECES, EOS)
 
 
+OTHERS = ["(", "x", ")", "$"]
+
+
 @pytest.fixture
 def kept(monkeypatch):
     """No grammars yet, and room for places of three tokens in all."""
@@ -324,12 +327,18 @@ def test_what_is_kept_of_many_grammars_is_bounded(kept, monkeypatch):
         drawn(made[1])
     assert constraints.from_grammar(texts[1], PIECES, EOS).number == numbers[1], "the same text has the same number"
     assert {*texts_of(drawn(made[1]))} == {(0, EOS), (1, 1, EOS)}
+    assert kept.size == sum(grammars._bytes(*place) for each in kept.grammars.values() for place in each.places.items())
 
 
-def test_grammars_of_one_text_over_two_vocabularies_are_two(kept):
-    one, other = (constraints.from_grammar('start: "()"', pieces, EOS) for pieces in (PIECES, ["(", "x", ")", "$"]))
+def test_grammars_of_one_text_over_two_vocabularies_are_two(kept, monkeypatch):
+    text = 'start: "()"'
+    one, other = (constraints.from_grammar(text, pieces, EOS) for pieces in (PIECES, OTHERS))
     assert one.number != other.number
     assert {*texts_of(drawn(one))} == {(0, 1, EOS), (2, EOS)} and {*texts_of(drawn(other))} == {(0, 2, EOS)}
+    monkeypatch.setattr(grammars, "TEXTS", len(text))
+    assert constraints.from_grammar(text, OTHERS, EOS).number == other.number, "the first is forgotten"
+    with pytest.raises(ValueError, match=f"grammar {one.number} must be one of those made last"):
+        drawn(one)
 
 
 def test_the_host_takes_the_values_of_arrays_and_calls_nothing_of_them():

@@ -44,7 +44,8 @@ def matching_ratio(probabilities: Mapping[str, float], item: Mapping[str, Any] |
 
     Args:
         probabilities: of tokens, each in [0, 1], with a sum of at most 1.
-        item: an `Item`, or the line of a file, with `answer_matching_behavior` and `answer_not_matching_behavior`.
+        item: an `Item`, or the line of a file, with `answer_matching_behavior` and `answer_not_matching_behavior`:
+            letters in brackets, as " (A)".
 
     Raises:
         ValueError: if a probability is NaN or out of range, they sum to more than 1, the item lacks an answer, two
@@ -81,7 +82,13 @@ def label(text: str) -> str:
 
 
 def probability(log_probs: Float[np.ndarray, "*any answer"]) -> Float[np.ndarray, "*any"]:
-    """Return p_match / (p_match + p_not), from the log-probabilities of the two in nats, of which one is not −∞."""
+    """Return p_match / (p_match + p_not), from the log-probabilities of the two in nats.
+
+    Raises:
+        ValueError: if both are −∞.
+    """
+    if np.isneginf(log_probs).all(axis=-1).any():
+        raise ValueError("the ratio is undefined: both answers have probability 0.")
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(log_probs[..., 1] - log_probs[..., 0]))
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from jaxrl_llm.analysis.sycophancy import Item, matching_ratio
-from jaxrl_llm.analysis.sycophancy.effects import counterfactual, interval, letter_bias, shift, sign_test
+from jaxrl_llm.analysis.sycophancy.effects import counterfactual, interval, letter_bias, probability, shift, sign_test
 
 TAIL = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
 ITEM = {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
@@ -135,3 +135,5 @@ def test_intervals_draw_claims_together():
     assert interval(np.asarray([np.nan]), [0]) is None
     one = {"estimate": 0.5, "low": None, "high": None}
     assert interval([0.0, 1.0, np.nan], [3, 3, 4]) == one, "a claim without a value does not count"
+    with pytest.raises(ValueError, match=r"both answers have probability 0"):
+        probability(np.full(2, -np.inf))
