@@ -791,6 +791,9 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "max_new_tokens must be an integer of at most", lambda lm: lm.generate("x", max_new_tokens=2**40)),
         (ValueError, "n must be an integer of at most 2147483647", lambda lm: lm.generate("x", n=2**31)),
         (ValueError, "top_k must be an integer of at most", lambda lm: lm.generate("x", top_k=np.int64(2**40))),
+        (ValueError, "top_k must be an integer of at most", lambda lm: lm.generate("x", top_k=np.asarray(2**40))),
+        (ValueError, "temperature must be one number", lambda lm: lm.search_tree(
+            "x", select="sample", temperature=np.asarray([0.5, 1.0]))),
         (ValueError, "temperature must be one number for all prompts, but is array", lambda lm: lm.generate(
             ["x", "y"], temperature=np.asarray([0.5, 1.0]))),
         (ValueError, "length_penalty must be one number for all prompts", lambda lm: lm.beam_search(
