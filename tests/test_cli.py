@@ -436,11 +436,17 @@ cli.main()
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
 
 
+# As `python -m jaxrl_llm.cli`; but a program that a shell starts in the background ignores interruptions.
+HEEDING = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from jaxrl_llm import cli; cli.main()"
+)
+
+
 @pytest.mark.slow
 def test_an_interruption_while_programs_compile_is_no_crash(tmp_path):
     """XLA's threads still compile when Python would free what they use."""
     for wait in (3.0, 3.5, 4.0, 5.0):
-        command = [sys.executable, "-m", "jaxrl_llm.cli", "generate", "I have", "--max-new-tokens", "200"]
+        command = [sys.executable, "-c", HEEDING, "generate", "I have", "--max-new-tokens", "200"]
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / str(wait))}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(wait)
@@ -451,7 +457,7 @@ def test_an_interruption_while_programs_compile_is_no_crash(tmp_path):
 
 @pytest.mark.slow
 def test_an_interruption_does_not_wait_for_a_program_that_runs():
-    command = [sys.executable, "-m", "jaxrl_llm.cli", "generate", "I have", "--num-samples", "4000"]
+    command = [sys.executable, "-c", HEEDING, "generate", "I have", "--num-samples", "4000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(10)
     process.send_signal(signal.SIGINT)

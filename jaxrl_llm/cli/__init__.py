@@ -102,23 +102,26 @@ def main() -> None:
         sys.stderr.close()
         raise SystemExit(0) from None
     except FileNotFoundError as error:
-        print(
-            f"jaxrl-llm: there is no file {error.filename}." if error.errno else f"jaxrl-llm: {error}", file=sys.stderr
-        )
+        _say(f"there is no file {error.filename}." if error.errno else error)
         devices.leave(2)
     except (ValueError, FloatingPointError, OSError, OverflowError, ModuleNotFoundError, RuntimeError) as error:
-        print(f"jaxrl-llm: {devices.reason(error)}", file=sys.stderr)
+        _say(devices.reason(error))
         devices.leave(2)
     except Exception:  # an error of the program's own
         traceback.print_exc()
         devices.leave(1)
     except KeyboardInterrupt as interrupt:  # a run says that it can be resumed
         if str(interrupt):
-            print(f"jaxrl-llm: {interrupt}", file=sys.stderr)
+            _say(interrupt)
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)  # at once: Python's own way out would free what XLA's threads still compile, and crash
+
+
+def _say(what: object) -> None:
+    """Print a sentence on standard error, with its end of line at once: jax's threads may write meanwhile."""
+    sys.stderr.write(f"jaxrl-llm: {what}\n")
 
 
 def _interrupt_again(ignored: Any) -> None:
