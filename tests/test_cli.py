@@ -452,7 +452,8 @@ def test_an_interruption_while_programs_compile_is_no_crash(tmp_path):
         time.sleep(wait)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert (process.returncode, err) in ((130, ""), (0, ""))
+        # 0 if it had ended, and by the signal itself if Python was on its way out.
+        assert err == "" and process.returncode in (130, 0, -signal.SIGINT)
 
 
 @pytest.mark.slow
