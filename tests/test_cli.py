@@ -408,8 +408,11 @@ RUNS = {
 def test_ctrl_c_need_not_wait_for_a_command_unless_it_may_set_signals(run, monkeypatch, words):
     """It interrupts the main thread. A reward function may set an alarm, as in training."""
     command, in_main, found = *RUNS[words], []
-    is_main = lambda _: found.append(threading.current_thread() is threading.main_thread())  # noqa: E731
-    monkeypatch.setattr(command, "run", is_main)
+
+    def in_which(self):
+        found.append(threading.current_thread() is threading.main_thread())
+
+    monkeypatch.setattr(command, "run", in_which)
     assert run(*words.split()) == (0, "", "") and found == [in_main]
 
 

@@ -11,7 +11,7 @@ The blocks of code of a page are run from top to bottom, in one folder:
 
 A block without a language right after a script or Python is its output. In an output a line `...` stands for lines that
 are left out, and ` ...` at the end of a line for its rest. `text`, `json` and `bibtex` are data. Code after a comment
-`<!-- not run: why -->` is left out, and there are no other blocks.
+`<!-- not run: why -->` is left out. A page has no other blocks.
 """
 
 import ast

@@ -55,7 +55,7 @@ def compare(path, *, real_models):
 
 
 def texts(cell):
-    """The printed text of a cell, and its value if that is no picture."""
+    """The printed text of a cell, and its value unless that is a picture."""
     printed = [each.text for each in cell.outputs if each.output_type == "stream"]
     values = [each.data.get("text/plain", "") for each in cell.outputs if each.output_type == "execute_result"]
     return "".join(printed + [value for value in values if not value.startswith("<Figure")])

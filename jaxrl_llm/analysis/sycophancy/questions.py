@@ -146,7 +146,7 @@ def letters_of(matching: Any, others: Any) -> tuple[str, ...]:
     """Return the letters of the label of the matching answer and of that of another one, or of several.
 
     Raises:
-        ValueError: if a label has another form, there is no other one, or two are alike.
+        ValueError: if a label is not a letter in brackets, there are fewer than two, or two are equal.
     """
     labels = [matching, *listed(others)]
     letters = tuple(map(letter_of, labels))
@@ -441,7 +441,7 @@ def _opposite(
         users: the places of the items by claim and by the answer that their user prefers.
 
     Raises:
-        ValueError: if there is no such item, and the opinion cannot be exchanged.
+        ValueError: if no item states the opposite opinion, and exchanging its words does not give one.
     """
     item, start = items[place], starts[place]
     claim, believed = _claim(item, start), [item.texts[letter] for letter in item.letters]
