@@ -8,22 +8,18 @@ besides inputs and results. Times alternate; trust the ratios.
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import dataclasses
+import json
+import os
+import statistics
+import time
+from pathlib import Path
 
-runtime.set_up()
+import jax
+import jax.numpy as jnp
+import tyro
 
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import tyro  # noqa: E402
-
-from jaxrl_llm.models import layers  # noqa: E402
+from jaxrl_llm.models import layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,26 +7,22 @@ The seconds are those of the first call. Trust the CPU seconds; the others on a 
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
 
-runtime.set_up()
+import jax
+import jax.numpy as jnp
+import tyro
+from tqdm import tqdm
 
-import concurrent.futures  # noqa: E402
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import multiprocessing  # noqa: E402
-import os  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from jaxrl_llm import text  # noqa: E402
-from jaxrl_llm.decoding import constraints  # noqa: E402
-from jaxrl_llm.models import gguf, loading  # noqa: E402
+from jaxrl_llm import text
+from jaxrl_llm.decoding import constraints
+from jaxrl_llm.models import gguf, loading
 
 PATTERNS = {
     "word": r"\w{1,64}",

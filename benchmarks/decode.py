@@ -8,32 +8,24 @@ passive wait policy above. Trust the ratios; times on a shared machine drift.
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
 
-from jaxrl_llm import runtime
-
-runtime.set_up()
-
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Literal  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from jaxrl_llm import models  # noqa: E402
-from jaxrl_llm.decoding import beam_search, generate  # noqa: E402
-from jaxrl_llm.decoding.transforms import Chain, TopK, TopP  # noqa: E402
+from jaxrl_llm import models
+from jaxrl_llm.decoding import beam_search, generate
+from jaxrl_llm.decoding.transforms import Chain, TopK, TopP
 
 RESULTS = Path(__file__).parent / "results"
 

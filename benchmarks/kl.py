@@ -7,23 +7,19 @@ Both return mean and mean square of each estimator, from float32 numbers. Times 
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import functools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
 
-runtime.set_up()
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
-import functools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from jaxrl_llm.objectives import kl  # noqa: E402
+from jaxrl_llm.objectives import kl
 
 SAMPLES, CHUNK, ROUNDS, SHIFT = 10**7, 10**5, 7, 1.0
 RESULTS = Path(__file__).parent / "results" / "kl.json"

@@ -8,34 +8,26 @@ same run. The grid is cut into bands that the two take in turns. Trust the ratio
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
 
-from jaxrl_llm import runtime
-
-runtime.set_up()
-
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import resource  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from jaxrl_llm import models, text  # noqa: E402
-from jaxrl_llm.analysis import landscape  # noqa: E402
+from jaxrl_llm import models, text
+from jaxrl_llm.analysis import landscape
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = (40, 423, 257, 4320)  # "I have a dream" in GPT-2's own tokens

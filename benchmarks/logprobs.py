@@ -8,24 +8,20 @@ the unembedding, in both forms). Times alternate; trust the ratios.
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
 
-runtime.set_up()
+import jax
+import jax.numpy as jnp
+import tyro
+from tqdm import tqdm
 
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from jaxrl_llm.objectives.logprobs import fused_token_log_probs, token_log_probs  # noqa: E402
+from jaxrl_llm.objectives.logprobs import fused_token_log_probs, token_log_probs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,31 +11,23 @@ those of the processor less than those of the clock.
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
 
-from jaxrl_llm import runtime
-
-runtime.set_up()
-
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from jaxrl_llm import models  # noqa: E402
-from jaxrl_llm.decoding import core, generate, generate_many, many  # noqa: E402
-from jaxrl_llm.decoding.generate import decode  # noqa: E402
-from jaxrl_llm.models import GPT2, GPT2Config  # noqa: E402
+from jaxrl_llm import models
+from jaxrl_llm.decoding import core, generate, generate_many, many
+from jaxrl_llm.decoding.generate import decode
+from jaxrl_llm.models import GPT2, GPT2Config
 
 Texts = list[list[int]]
 Way = Callable[[Texts, np.ndarray], Texts]  # of prompts and the most new tokens of each

@@ -9,33 +9,29 @@ drift.
 
 from __future__ import annotations
 
-from jaxrl_llm import runtime
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-runtime.set_up()
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
 
-import dataclasses  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from jaxrl_llm.models import GPT2, GPT2Config  # noqa: E402
-from jaxrl_llm.scoring import pad_completions  # noqa: E402
-from jaxrl_llm.training import steps  # noqa: E402
-from jaxrl_llm.training.batches import EpochOrder  # noqa: E402
-from jaxrl_llm.training.packing import PackedOrder, packed  # noqa: E402
-from jaxrl_llm.training.preference import PairBatch, preference_loss  # noqa: E402
+from jaxrl_llm.models import GPT2, GPT2Config
+from jaxrl_llm.scoring import pad_completions
+from jaxrl_llm.training import steps
+from jaxrl_llm.training.batches import EpochOrder
+from jaxrl_llm.training.packing import PackedOrder, packed
+from jaxrl_llm.training.preference import PairBatch, preference_loss
 
 MULTIPLE = 32  # of padded lengths, as the trainers have it
 

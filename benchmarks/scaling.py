@@ -293,7 +293,8 @@ def status(field: str) -> int:
 def answers_of(devices: int, *arguments: str) -> list[dict[str, Any]]:
     """Return the lines of a process of its own, with so many fake devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what compiles and runs is measured
     command = [sys.executable, "-m", "benchmarks.scaling", *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:

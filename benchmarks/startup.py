@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm import runtime
-
 RESULTS = Path(__file__).parent / "results" / "startup.json"
 PROMPT, NEW_TOKENS = 32, 32
 
@@ -37,7 +35,6 @@ def measure(library: str, folder: str, batch: int) -> dict[str, float]:
 
 
 def _ours(folder: str, batch: int) -> Any:
-    runtime.set_up()
     import jax.numpy as jnp
 
     from jaxrl_llm import models
@@ -74,7 +71,7 @@ def _save_random_gpt2(folder: str) -> None:
 
 
 def _in_a_process(*arguments: str, cache: str) -> str:
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
     command = [sys.executable, "-m", "benchmarks.startup", *arguments]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 

@@ -9,28 +9,20 @@ machine drift.
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-from jaxrl_llm import runtime
-
-runtime.set_up()
-
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import resource  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, Literal  # noqa: E402
-
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import tyro
+from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 BETA, LEARNING_RATE = 0.1, 1e-6

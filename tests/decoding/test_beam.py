@@ -297,7 +297,7 @@ def orders(candidates, width, ends):
             yield (tokens, *order), weight / total * probability
 
 
-def law_of_sampled_beams(distribution, width, count, *, penalty, eos):
+def exact_sampled_beams(distribution, width, count, *, penalty, eos):
     """The probability of every outcome: the hypotheses, best first."""
 
     def log_prob(tokens):
@@ -306,7 +306,7 @@ def law_of_sampled_beams(distribution, width, count, *, penalty, eos):
     def ends(tokens):
         return tokens[-1] in eos
 
-    states, law = {((), ((),)): 1.0}, {}  # hypotheses and live beams
+    states, outcomes = {((), ((),)): 1.0}, {}  # hypotheses and live beams
     for time in range(1, count + 1):
         states, before = {}, states
         for (finished, live), probability in before.items():
@@ -316,10 +316,10 @@ def law_of_sampled_beams(distribution, width, count, *, penalty, eos):
                 pool = [*finished, *filter(ends, order[:width]), *(onwards if time == count else ())]
                 pool.sort(key=lambda tokens: -log_prob(tokens) / len(tokens) ** penalty)
                 key, over = (tuple(pool[:width]), tuple(sorted(onwards))), time == count or len(pool) >= width
-                where = law if over else states
+                where = outcomes if over else states
                 key = key[0] if over else key
                 where[key] = where.get(key, 0) + probability * chance
-    return law
+    return outcomes
 
 
 @pytest.mark.parametrize(
@@ -334,16 +334,16 @@ def test_sampled_beams_follow_their_distribution(width, penalty, numbers):
     drawn = dict(zip(distribution, rows, strict=True))
     options = {"length_penalty": penalty, "transform": transform, "eos_id": TWO, "key": jax.random.key(3)}
     beams = beam_search(lm, params, jnp.zeros((4000, 0), jnp.int32), num_beams=width, max_new_tokens=3, **options)
-    law = law_of_sampled_beams(drawn, width, 3, penalty=penalty, eos=TWO)
+    outcomes = exact_sampled_beams(drawn, width, 3, penalty=penalty, eos=TWO)
     tokens, lengths = np.asarray(beams.tokens), np.asarray(beams.mask).sum(axis=2)
     rows = [
         [tuple(each[:n].tolist()) for each, n in zip(*row, strict=True)] for row in zip(tokens, lengths, strict=True)
     ]
-    place = {outcome: index for index, outcome in enumerate(law)}
-    assert_follows([place[tuple(filter(None, row))] for row in rows], list(law.values()))
+    place = {outcome: index for index, outcome in enumerate(outcomes)}
+    assert_follows([place[tuple(filter(None, row))] for row in rows], list(outcomes.values()))
     if width == 1:
         texts = ended_distribution(lm, exact_log_probs(lm, params, transform), TWO)
-        np.testing.assert_allclose([law.get((text,), 0) for text in texts], list(texts.values()), atol=1e-12)
+        np.testing.assert_allclose([outcomes.get((text,), 0) for text in texts], list(texts.values()), atol=1e-12)
     of_beams = [[sum(drawn[each[:t]][each[t]] for t in range(len(each))) for each in row] for row in rows]
     np.testing.assert_allclose(beams.log_prob, np.where(lengths > 0, of_beams, -np.inf), atol=1e-12)
 

@@ -45,7 +45,7 @@ TARGET, OTHER = random_params(LM, 1), random_params(LM, 2)
 
 
 def random_distributions(rng, *shape):
-    """Laws over the last axis; some have impossible tokens."""
+    """Distributions over the last axis; some have impossible tokens."""
     weights = rng.gamma(0.7, size=shape) * (rng.random(shape) < 0.8)
     weights[..., 0] += 1e-3
     return weights / weights.sum(axis=-1, keepdims=True)

@@ -18,7 +18,7 @@ SEQUENCES = np.asarray(list(itertools.product(range(3), repeat=2)))
 REWARDS = np.random.default_rng(8).normal(size=9) + 2.0
 
 
-class Law(NamedTuple):
+class LogProbs(NamedTuple):
     """Of every sequence: its log-probability, those of its tokens, and the logits that its tokens are drawn from."""
 
     sequences: Float[Array, "sequences"]
@@ -30,7 +30,7 @@ class Law(NamedTuple):
 def distribution(params):
     """The distribution of `params`."""
     sequences = oracle.enumerate_sequences(LM)
-    return Law(
+    return LogProbs(
         oracle.sequence_log_probs(LM, params),
         oracle.token_log_probs_of(LM, params, sequences),
         oracle.next_token_logits(LM, params, sequences),

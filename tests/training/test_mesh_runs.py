@@ -93,7 +93,7 @@ GLOO = r"\[Gloo\] Rank |is connected to | peer ranks\. *|Expected number of conn
 
 
 def done(started):
-    """What the processes said, without the pieces of lines that Gloo's threads write across each other."""
+    """Return what the processes said, without the pieces of lines that Gloo's threads write across each other."""
     said = [process.communicate(timeout=900)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)[-4000:]
     return [re.sub(GLOO, "", each) for each in said]
