@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -18,15 +19,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
+from jaxrl_llm import runtime
+
 RESULTS = Path(__file__).parent / "results"
 BETA, LEARNING_RATE = 0.1, 1e-6
-Side = Literal["float32", "bfloat16", "torch"]
+Side = Literal["float32", "bfloat16", "torch float32", "torch bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,7 @@ def ours(config: Config, dtype: str) -> Callable[[], float]:
     params = lm.init(jax.random.key(0))
     held = {"state": steps.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(2))}
     del params
+    runtime.return_memory()
 
     def one() -> float:
         started = time.perf_counter()
@@ -86,8 +90,8 @@ def ours(config: Config, dtype: str) -> Callable[[], float]:
     return one
 
 
-def theirs(config: Config) -> Callable[[], float]:
-    """A plain loop of PyTorch and transformers, with AdamW and the reference under no_grad."""
+def theirs(config: Config, dtype: str) -> Callable[[], float]:
+    """A plain loop of PyTorch and transformers, with AdamW and the reference under no_grad; bfloat16 is autocast."""
     import torch
     import transformers
 
@@ -99,8 +103,9 @@ def theirs(config: Config) -> Callable[[], float]:
     answer = torch.arange(1, config.length, device=device) >= config.length // 8
 
     def sums(model: Any) -> Any:
-        logits = model(tokens[:, :-1]).logits
-        logp = torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(tokens[:, :-1]).logits
+        logp = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
         return (logp * answer).sum(-1)
 
     def one() -> float:
@@ -120,7 +125,8 @@ def theirs(config: Config) -> Callable[[], float]:
 
 def be(side: Side, config: Config) -> None:
     """Answer every line of standard input with the seconds of a step, and the end of it with the peak memory."""
-    step = theirs(config) if side == "torch" else ours(config, side)
+    library, _, dtype = side.rpartition(" ")
+    step = theirs(config, dtype) if library else ours(config, dtype)
     step()  # compile, warm up
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -130,8 +136,8 @@ def be(side: Side, config: Config) -> None:
 
 def dpo(config: Config) -> dict[str, dict[str, Any]]:
     """Seconds of each step and peak memory of each side."""
-    sides: tuple[Side, ...] = ("float32", "bfloat16", "torch")
     sizes = ["--pairs", str(config.pairs), "--length", str(config.length)]
+    sides = get_args(Side)
     found = {side: {"seconds": []} for side in sides}
     processes = {}
     for side in sides:
@@ -195,18 +201,23 @@ def grpo(config: Config) -> dict[str, float]:
 
 def main(config: Config) -> None:
     """Time all, print the ratios, write the numbers."""
+    if not str(config.side).startswith("torch"):
+        runtime.keep_memory()
     if config.side is not None:
         be(config.side, config)
         return
     found = dpo(config)
-    torch = found["torch"]
-    medians = {side: statistics.median(each["seconds"]) for side, each in found.items()}
     for side, each in found.items():
+        each["median"] = statistics.median(each["seconds"])
         print(
-            f"DPO, {config.pairs} pairs x {config.length} tokens, {side}: {medians[side]:.2f} s, "
-            f"{medians['torch'] / medians[side]:.2f} times torch's speed; peak {each['peak MiB']:.0f} MiB, "
-            f"{each['peak MiB'] / torch['peak MiB']:.2f} of torch's"
+            f"DPO, {config.pairs} pairs x {config.length} tokens, {side}: {each['median']:.2f} s, "
+            f"peak {each['peak MiB']:.0f} MiB"
         )
+    for dtype in ("float32", "bfloat16"):
+        torch, here = found[f"torch {dtype}"], found[dtype]
+        here["speed / torch"] = torch["median"] / here["median"]
+        here["peak / torch"] = here["peak MiB"] / torch["peak MiB"]
+        print(f"{dtype}: {here['speed / torch']:.2f} times torch's speed, {here['peak / torch']:.2f} of its peak")
     online = grpo(config)
     whole = sum(online["seconds"].values())
     shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in online["seconds"].items())

@@ -92,6 +92,8 @@ def main() -> None:
         from jaxrl_llm import runtime
 
         runtime.set_up()
+        if isinstance(command, Train):
+            runtime.keep_memory()
         sys.unraisablehook = _interrupt_again
         if isinstance(command, ON_THEIR_OWN):
             command.run()

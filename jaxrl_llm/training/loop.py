@@ -108,6 +108,7 @@ def run(
         rows = log.rows()
     best = None if keep_best is None else _Best(keep_best, folder, state, rows)
     done = int(state.step)
+    runtime.return_memory()
     window = _Window(done, tokens)
     progress = tqdm(
         range(done + 1, steps + 1), initial=done, total=steps, unit="step", disable=not verbose or runtime.is_file()
