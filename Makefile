@@ -109,6 +109,7 @@ corpus: setup
 	$(BIN)/python -m tools.corpus
 
 benchmark: setup $(PARITY)/.ready
+	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.limits
 	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.decode
 	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.many
 	PYTHONPATH=$(CURDIR)/$(PARITY) $(BIN)/python -m benchmarks.startup

@@ -1,15 +1,17 @@
-"""What the machine can do at most: matrix products and memory, in XLA and in torch, in one run.
+"""What the machine can do at most: matrix products in XLA and in torch, in one run.
 
     make benchmark        # or: PYTHONPATH=.parity python -m benchmarks.limits
 
-The shapes are those of GPT-2 small: a linear layer of 8 rows of 128 tokens, and the unembedding of one token. From the
-rates follow the least seconds of the DPO step of `benchmarks.train`, whose products are 1.01 · 10¹² operations, and the
-most tokens a second of decoding at batch 1, which reads all parameters for each. Rounds alternate; the best counts.
+Products of 1, 8 and 32 rows with GPT-2 small's unembedding, which is read from memory, and of 1024 rows with a linear
+layer. If all of the model ran at their rates, decoding would give `most tokens/s`, and the DPO step of
+`benchmarks.train`, whose products are 1.01 · 10¹² operations, would take `least seconds`. Each side has its best number
+of threads for each product. Rounds alternate; the best counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -21,61 +23,66 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-TOKENS, WIDTH, INNER, VOCAB = 1024, 768, 3072, 50257
-STEP, PARAMETERS = 1.01e12, 124_439_808  # operations of a DPO step; numbers that decoding reads
-Call = Callable[[], object]
+WIDTH, PARAMETERS, STEP = 768, 124_439_808, 1.01e12  # numbers that a token reads, and operations of a DPO step
+FEATURES = {1: 50257, 8: 50257, 32: 50257, 1024: 3072}  # of the product of so many rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of what is timed."""
 
-    rounds: int = 20
+    rounds: int = 15
     out: Path = Path(__file__).parent / "results" / "limits.json"
 
 
-def ours(dtype: str) -> tuple[Call, Call]:
-    """A matrix product, and a product of one row with a matrix, in XLA with float32 sums."""
-    one, two, row, table = (jnp.asarray(each, dtype) for each in operands())
+def ours(one: np.ndarray, two: np.ndarray, dtype: str) -> Callable[[], object]:
+    """A product in XLA, with float32 sums; one row of bfloat16 is doubled, as the models do it on CPUs."""
+    one = np.repeat(one, 2, axis=0) if (len(one), dtype) == (1, "bfloat16") else one
+    one, two = jnp.asarray(one, dtype), jnp.asarray(two, dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    return lambda: product(one, two).block_until_ready(), lambda: product(row, table).block_until_ready()
+    return lambda: product(one, two).block_until_ready()
 
 
-def theirs(dtype: str) -> tuple[Call, Call]:
-    """The same in torch."""
+def theirs(one: np.ndarray, two: np.ndarray, dtype: str, threads: int) -> Callable[[], object]:
+    """A product in torch, of kernels as it stores them."""
     import torch
 
-    one, two, row, table = (torch.as_tensor(each, dtype=getattr(torch, dtype)) for each in operands())
-    table = table.T.contiguous()  # as torch stores it
-    return lambda: one @ two, lambda: row @ table.T
+    one, two = torch.as_tensor(one, dtype=getattr(torch, dtype)), torch.as_tensor(two.T, dtype=getattr(torch, dtype))
+    two = two.contiguous()
 
+    def call() -> None:
+        torch.set_num_threads(threads)
+        torch.nn.functional.linear(one, two)
 
-def operands() -> list[np.ndarray]:
-    """The factors of the two products."""
-    shapes = [(TOKENS, WIDTH), (WIDTH, INNER), (1, WIDTH), (WIDTH, VOCAB)]
-    return [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes]
+    return call
 
 
 def main(config: Config) -> None:
     """Time all in turn, print and write the rates."""
-    calls = {}
-    for library, make in (("jax", ours), ("torch", theirs)):
-        for dtype in ("float32", "bfloat16"):
-            calls[library, dtype, "product"], calls[library, dtype, "row"] = make(dtype)
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(config.rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - started)
     rows = []
-    for library, dtype in dict.fromkeys(name[:2] for name in calls):
-        size = 4 if dtype == "float32" else 2
-        rate = 2 * TOKENS * WIDTH * INNER / best[library, dtype, "product"] / 1e9
-        read = size * WIDTH * VOCAB / best[library, dtype, "row"] / 1e9
-        rows.append({"library": library, "dtype": dtype, "GFLOP/s": rate, "GB/s": read})
-        rows[-1] |= {"least seconds of a DPO step": STEP / rate / 1e9, "most tokens/s": read * 1e9 / size / PARAMETERS}
-        print(f"{library:5s} {dtype:8s} {rate:6.0f} GFLOP/s, {read:5.1f} GB/s of one row's product")
+    for count, dtype in itertools.product(FEATURES, ("float32", "bfloat16")):
+        rng, features = np.random.default_rng(0), FEATURES[count]
+        one, two = (rng.normal(size=shape).astype(np.float32) for shape in ((count, WIDTH), (WIDTH, features)))
+        calls = {("jax", 0): ours(one, two, dtype)}
+        calls |= {("torch", n): theirs(one, two, dtype, n) for n in (1, os.cpu_count())}
+        best = dict.fromkeys(("jax", "torch"), float("inf"))
+        for _, (library, threads) in itertools.product(range(config.rounds), calls):
+            started = time.perf_counter()
+            calls[library, threads]()
+            best[library] = min(best[library], time.perf_counter() - started)
+        row = {"rows": count, "dtype": dtype, "jax / torch": best["torch"] / best["jax"]}
+        for library, seconds in best.items():
+            operations = 2 * count * WIDTH * features
+            row[f"{library}, GFLOP/s"] = operations / seconds / 1e9
+            if features == FEATURES[1]:
+                row[f"{library}, GB/s"] = np.dtype(jnp.dtype(dtype)).itemsize * WIDTH * features / seconds / 1e9
+                row[f"{library}, most tokens/s"] = count * WIDTH * features / PARAMETERS / seconds
+            else:
+                row[f"{library}, least seconds"] = STEP * seconds / operations
+        rows.append(row)
+        print(
+            ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items())
+        )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps({"cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
 
