@@ -6,12 +6,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
 def is_concrete(array: Any) -> bool:
     """True if the values can be read: under `jit`, `vmap` and `grad` they cannot."""
     return not isinstance(array, jax.core.Tracer)
+
+
+def host(values: Any) -> Array | np.ndarray:
+    """Return values as an array of numpy, for which no program is compiled; one of JAX, or of traced numbers, stays."""
+    if isinstance(values, jax.Array):
+        return values
+    try:
+        return np.asarray(values)
+    except TypeError:  # a list with traced numbers
+        return jnp.asarray(values)
 
 
 def violated(condition: bool | Array) -> bool:

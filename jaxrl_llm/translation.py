@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import text
@@ -95,8 +94,7 @@ def conditionals(loaded: Loaded, rows: Sequence[Sequence[int]], *, batch_size: i
         batch += [batch[-1]] * (batch_size - len(batch))
         tokens, mask = text.left_pad(batch)
         padding = ((0, 0), (length - tokens.shape[1], 0))
-        source, source_mask = jnp.asarray(np.pad(tokens, padding)), jnp.asarray(np.pad(mask, padding))
-        yield given(loaded.model, loaded.params, source, source_mask)
+        yield given(loaded.model, loaded.params, np.pad(tokens, padding), np.pad(mask, padding))
 
 
 def decoded(

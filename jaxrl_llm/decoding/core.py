@@ -17,7 +17,7 @@ from jaxrl_llm import language_model, text
 from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.transforms import Transform, as_transform, token_ids
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.numerics import is_concrete, on_cpu, violated, wide
+from jaxrl_llm.numerics import host, is_concrete, on_cpu, violated, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 BLOCK = 8  # steps between two checks whether all rows have ended
@@ -161,12 +161,10 @@ def request(
     scale = None
     if guidance is not None:
         prompts, mask, scale = _with_guidance(lm, prompts, mask, guidance, limits)
+    arrays = {"prompts": prompts, "mask": mask, "limits": limits, "eos_ids": token_ids("eos_id", eos_id)}
+    arrays["pad_id"] = pad_id if isinstance(pad_id, jax.Array) else np.asarray(pad_id, np.int32)
     return Request(
-        prompts=prompts,
-        mask=mask,
-        limits=jnp.asarray(limits),
-        eos_ids=token_ids("eos_id", eos_id),
-        pad_id=jnp.asarray(pad_id, jnp.int32),
+        **jax.device_put(arrays),
         transform=transform,
         keys=None if greedy else row_keys(key, batch),
         stop=stop,
@@ -215,14 +213,13 @@ def _batch_of(
     lengths = set(map(len, prompts)) if lists else set()
     if len(lengths) < 2:
         prompts = _array(name, np.zeros((len(prompts), 0), np.int32) if lengths == {0} else prompts)
-        return prompts, None if mask is None else jnp.asarray(mask)
+        return prompts, None if mask is None else host(mask)
     rows = [np.asarray(row, None if len(row) else np.int32) for row in prompts]
     if not all(row.ndim == 1 and np.issubdtype(row.dtype, np.integer) for row in rows):
         raise _no_prompts(name, prompts)
     if mask is not None:
         raise ValueError(f"the mask of {name} must be None if they are lists of unequal lengths, but is given.")
-    tokens, mask = text.left_pad(rows)
-    return jnp.asarray(tokens), jnp.asarray(mask)
+    return text.left_pad(rows)
 
 
 def _repeated(n: int, prompts: Array, mask: Array | None) -> tuple[Array, Array | None]:
@@ -232,9 +229,12 @@ def _repeated(n: int, prompts: Array, mask: Array | None) -> tuple[Array, Array 
 
 def _array(name: str, prompts: Any) -> Array:
     try:
-        return jnp.asarray(prompts)
+        array = host(prompts)
     except (TypeError, ValueError) as error:
         raise _no_prompts(name, prompts) from error
+    if array.dtype.kind in "OSUMm":
+        raise _no_prompts(name, prompts)
+    return array
 
 
 def _no_prompts(name: str, prompts: Any) -> ValueError:
@@ -255,10 +255,12 @@ def _bucketed(
 ) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"]]:
     """The prompts and their mask, checked, and padded on the left to a bucket."""
     language_model.check_tokens(lm, prompts, mask, name=name, bounded=bounded)
-    mask = jnp.ones(prompts.shape, bool) if mask is None else mask
+    mask = np.ones(prompts.shape, bool) if mask is None else mask
     check_room(lm, mask, limits, bounded=bounded)
     padding = ((0, 0), (prompt_bucket(prompts.shape[1]) - prompts.shape[1], 0))
-    return jnp.pad(prompts.astype(jnp.int32), padding), jnp.pad(mask, padding)
+    return tuple(
+        (np if isinstance(each, np.ndarray) else jnp).pad(each, padding) for each in (prompts.astype(np.int32), mask)
+    )
 
 
 def _with_guidance(
@@ -342,7 +344,12 @@ def row_keys(key: Key[Array, "*#batch"] | None, batch: int) -> Key[Array, "batch
         raise ValueError(f"key must be made by jax.random.key, but is {key!r}.")
     if key.shape not in ((), (batch,)):
         raise ValueError(f"key must be one key or one for each of {batch} rows, but has the shape {key.shape}.")
-    return key if key.shape else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    return key if key.shape else _keys_of_rows(key, batch)
+
+
+@functools.partial(jax.jit, static_argnames="batch")
+def _keys_of_rows(key: Key[Array, ""], batch: int) -> Key[Array, "batch"]:
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
 
 def check_size(name: str, size: int, least: int, most: int | None = None) -> int:

@@ -152,13 +152,13 @@ def _pieces(
         state, first = _begin_jit(lm, params, request, num_slots=num_slots)
     else:
         state, first = memory.begin(lm, params, request)
-    pieces = [jax.tree.map(lambda leaf: leaf[:, None], first)]
+    pieces = [jax.tree.map(lambda leaf: np.asarray(leaf)[:, None], first)]
     yield core.check_generation(pieces[0])
     for start in range(1, length, tokens_at_a_time):
         if bool(state.done.all()):
             break
         state, piece = advance_jit(lm, params, state, request, num_steps=tokens_at_a_time)
-        pieces.append(jax.tree.map(lambda leaf, count=length - start: leaf[:, :count], piece))
+        pieces.append(jax.tree.map(lambda leaf, count=length - start: np.asarray(leaf)[:, :count], piece))
         yield core.check_generation(pieces[-1], start=start)
     if memory is not None:
         memory.keep(state.cache, [*_tokens(request.prompts, request.mask), *_tokens(*_joined(pieces))])

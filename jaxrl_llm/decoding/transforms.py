@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxrl_llm.numerics import is_concrete, largest, violated, wide
+from jaxrl_llm.numerics import host, is_concrete, largest, violated, wide
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
 
 
@@ -269,13 +269,16 @@ def token_ids(name: str, ids: int | Sequence[int] | Int[Array, "*ids"] | None) -
         ValueError: naming the argument, if it holds anything but integers.
     """
     try:
-        array = jnp.atleast_1d(jnp.asarray([] if ids is None else ids))
+        array = host([] if ids is None else ids)
+        array = array if array.ndim else array[None]
         integers = array.ndim == 1 and (not array.size or jnp.issubdtype(array.dtype, jnp.integer))
     except (TypeError, ValueError):  # no numbers, or not of one shape
         integers = False
     if not integers:
         raise ValueError(f"{name} must be a token id or several, but is {ids!r}.")
-    return array.astype(jnp.int32)
+    if isinstance(array, np.ndarray) and array.size and max(abs(int(array.min())), int(array.max())) >= 2**31:
+        raise ValueError(f"{name} must be a token id or several, of 32 bits, but is {ids!r}.")
+    return array.astype(np.int32)
 
 
 def per_row(number: Array | float) -> Array | float:

@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -412,6 +413,22 @@ def test_a_bucket_of_prompts_and_of_new_tokens_is_one_program():
     assert programs_of(call(1, 1), call(15, 9), call(16, 17)) == 1
     assert programs_of(call(17, 1), call(32, 17)) == 1
     assert programs_of(call(1, 18), call(16, 33)) == 1
+
+
+def test_a_stream_compiles_nothing_but_its_two_programs(gpt2, caplog):
+    """The first text of a session waits for every program: none is compiled to bring the arguments into form."""
+    lm, params = gpt2
+    with jax.log_compiles(True):
+        options = {
+            "max_new_tokens": [9, 5, 5, 5, 5],
+            "tokens_at_a_time": 5,
+            "eos_id": [22],
+            "pad_id": 3,
+            "greedy": True,
+        }
+        list(stream(lm, params, [[1] * 17, [2], [3], [4], [5]], **options))
+    compiled = set(re.findall(r"Compiling jit\((\w+)\)", caplog.text))
+    assert {"begin", "advance"} <= compiled <= {"begin", "advance", "_reduce_all"}
 
 
 @pytest.mark.parametrize("tokens_at_a_time", [0, -1, 1.5])
