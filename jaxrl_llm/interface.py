@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -723,7 +722,7 @@ class LM:
         )
         rows = scoring.pad_completions(prompts, completions, length=length)
         scoring.check_sequences(self.model, rows)
-        found = _top(self.model, self.params, jax.tree.map(jnp.asarray, rows), k=k)
+        found = _top(self.model, self.params, jax.device_put(rows), k=k)
         tokens, logp = (np.asarray(each)[rows.completion_mask] for each in found)
         names = tokens.reshape(-1).tolist()
         names = names if self.tokenizer is None else text.token_texts(self.tokenizer, names)
@@ -1036,7 +1035,7 @@ class LM:
         for task, places in zip(tasks, _parts(list(range(len(prompts))), batch_size), strict=True):
             part = scoring.Sequences(*(leaf[places] for leaf in rows))
             scoring.check_sequences(task.lm, part)
-            values = np.asarray(scoring.compiled_log_probs(task.lm, task.params, jax.tree.map(jnp.asarray, part)))
+            values = np.asarray(scoring.compiled_log_probs(task.lm, task.params, jax.device_put(part)))
             found += [row[mask] for row, mask in zip(values, part.completion_mask, strict=True)]
         return found[: len(prompts)]
 

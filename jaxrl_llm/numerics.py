@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ def host(values: Any) -> Array | np.ndarray:
         return np.asarray(values)
     except TypeError:  # a list with traced numbers
         return jnp.asarray(values)
+
+
+def library_of(*arrays: Array | np.ndarray) -> ModuleType:
+    """Return numpy if all arrays are its own, else jax.numpy: the library whose operations keep them where they are."""
+    return np if all(isinstance(each, np.ndarray) for each in arrays) else jnp
 
 
 def violated(condition: bool | Array) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm import text
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens, segment_starts, several_texts
 from jaxrl_llm.mesh import by_own_rows, everywhere, filled
-from jaxrl_llm.numerics import is_concrete, log_softmax, wide
+from jaxrl_llm.numerics import host, is_concrete, log_softmax, wide
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
 from jaxrl_llm.products import summed_wide
@@ -88,7 +88,7 @@ def check_sequences(lm: LanguageModel, sequences: Sequences, *, name: str = "seq
         ValueError: naming what is wrong. Under `jit` only shapes and dtypes can be read.
     """
     flat = rows_of(sequences)
-    check_tokens(lm, jnp.asarray(flat.tokens), jnp.asarray(flat.mask), name=f"{name}.tokens")
+    check_tokens(lm, host(flat.tokens), host(flat.mask), name=f"{name}.tokens")
     if flat.completion_mask.shape != flat.mask.shape:
         found = list(flat.completion_mask.shape)
         raise ValueError(f"{name}.completion_mask must have the shape of {name}.mask, but has {found}.")
@@ -278,7 +278,7 @@ def completion_log_probs(
             length=min(-(-longest // multiple) * multiple, lm.max_length),
         )
         check_sequences(lm, rows)
-        values = np.asarray(compiled_log_probs(lm, params, jax.tree.map(jnp.asarray, rows)))
+        values = np.asarray(compiled_log_probs(lm, params, jax.device_put(rows)))
         for place, row, mask in zip(places, values, rows.completion_mask, strict=False):
             found[place] = row[mask]
     return found

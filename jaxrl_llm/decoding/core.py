@@ -17,7 +17,7 @@ from jaxrl_llm import language_model, text
 from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.transforms import Transform, as_transform, token_ids
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.numerics import host, is_concrete, on_cpu, violated, wide
+from jaxrl_llm.numerics import host, is_concrete, library_of, on_cpu, violated, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 BLOCK = 8  # steps between two checks whether all rows have ended
@@ -154,8 +154,9 @@ def request(
     transform.check(limits)
     prompts, mask = _bucketed(lm, prompts, prompt_mask, limits, bounded=bounded)
     if align:
-        order = jnp.argsort(mask, axis=1, stable=True)
-        prompts, mask = (jnp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
+        xp = library_of(prompts, mask)
+        order = xp.argsort(mask, axis=1, stable=True)
+        prompts, mask = (xp.take_along_axis(each, order, axis=1) for each in (prompts, mask))
     if stop is not None and not isinstance(stop, StopStrings):
         raise ValueError(f"stop must be made by decoding.stop_strings, but is {stop!r}.")
     scale = None
@@ -224,7 +225,7 @@ def _batch_of(
 
 def _repeated(n: int, prompts: Array, mask: Array | None) -> tuple[Array, Array | None]:
     """Each row n times."""
-    return tuple(None if each is None else jnp.repeat(each, n, axis=0) for each in (prompts, mask))
+    return tuple(None if each is None else library_of(each).repeat(each, n, axis=0) for each in (prompts, mask))
 
 
 def _array(name: str, prompts: Any) -> Array:
@@ -258,9 +259,7 @@ def _bucketed(
     mask = np.ones(prompts.shape, bool) if mask is None else mask
     check_room(lm, mask, limits, bounded=bounded)
     padding = ((0, 0), (prompt_bucket(prompts.shape[1]) - prompts.shape[1], 0))
-    return tuple(
-        (np if isinstance(each, np.ndarray) else jnp).pad(each, padding) for each in (prompts.astype(np.int32), mask)
-    )
+    return tuple(library_of(each).pad(each, padding) for each in (prompts.astype(np.int32), mask))
 
 
 def _with_guidance(
@@ -377,13 +376,13 @@ def finite_number(
     Raises:
         ValueError: unless it is one finite number of at least `low`, or one for each row.
     """
-    number = jnp.asarray(value, jnp.result_type(float))
-    shapes = [()] if rows is None else [(), (rows,)]
-    if number.shape not in shapes or violated(jnp.isfinite(number) & (number >= low)):
+    number = host(value).astype(jnp.result_type(float))
+    xp, shapes = library_of(number), [()] if rows is None else [(), (rows,)]
+    if number.shape not in shapes or violated(xp.isfinite(number) & (number >= low)):
         least = "" if low == -math.inf else f" of at least {low}"
         each = "" if rows is None else f", or one for each of {rows} rows"
         raise ValueError(f"{name} must be one finite number{least}{each}, but is {value}.")
-    return number if rows is None else jnp.broadcast_to(number, (rows,))
+    return number if rows is None else xp.broadcast_to(number, (rows,))
 
 
 def length_exponent(
@@ -395,7 +394,7 @@ def length_exponent(
         ValueError: unless it is a finite number, for which length**penalty stays in the range of float32.
     """
     number, most = finite_number("length_penalty", value, rows=rows), longest(max_new_tokens)
-    if violated(jnp.abs(number) * math.log(most + 1) <= 80):
+    if violated(abs(number) * math.log(most + 1) <= 80):
         raise ValueError(f"length_penalty is {value}: a length of {most} to that power is out of range.")
     return number
 

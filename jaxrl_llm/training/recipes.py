@@ -155,7 +155,7 @@ class Run:
             collate: returns the rows of these numbers, of `count`.
         """
         if self.mesh is None:
-            return jax.tree.map(jnp.asarray, collate())
+            return jax.device_put(collate())
         return meshes.place_rows(collate(own=meshes.own_rows(count, self.mesh)), count, self.mesh)
 
     def batch(self, batches: Batches | PackedBatches, step: int) -> PyTree:
