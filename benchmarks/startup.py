@@ -1,9 +1,11 @@
-"""Seconds to the first token, and peak memory, of GPT-2 small.
+"""Seconds to the first token: of the command line, and of a first call, with its peak memory.
 
     PYTHONPATH=.parity python -m benchmarks.startup
 
 Each case is a process of its own. "First call" is all after loading that the second call does not need again:
-tracing and compiling, with an empty compilation cache (cold) and with the one that the cold run left (warm).
+tracing and compiling, with an empty compilation cache (cold) and with the one that the cold run left (warm). These
+calls are of GPT-2 small. The command line, `jaxrl-llm generate` with tiny-gpt2, is timed from its start to its first
+letter; beside it a script of transformers + torch that reads the same folder and prints a token.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "startup.json"
-PROMPT, NEW_TOKENS = 32, 32
+PROMPT, NEW_TOKENS, ROUNDS = 32, 32, 5
 
 
 def measure(library: str, folder: str, batch: int) -> dict[str, float]:
@@ -76,6 +79,36 @@ def _in_a_process(*arguments: str, cache: str) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
+SCRIPT = """
+import sys, torch, transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+given = tokenizer("I have a dream", return_tensors="pt")
+print(tokenizer.decode(model.generate(**given, max_new_tokens=1, do_sample=True)[0, -1]), flush=True)
+"""
+
+
+def first_letters(cache: str) -> dict[str, list[float]]:
+    """Seconds to the first letter of either command, in turns; the first round, which compiles, does not count."""
+    from jaxrl_llm.models import loading
+
+    commands = {
+        "jaxrl-llm": ["-m", "jaxrl_llm.cli", "generate", "I have a dream", "--max-new-tokens", "8"],
+        "torch": ["-c", SCRIPT, str(loading.locate("tiny-gpt2"))],
+    }
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for round_ in range(1 + ROUNDS):
+        for name, words in commands.items():
+            started = time.perf_counter()
+            with subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE) as process:
+                process.stdout.read(1)
+                if round_:
+                    seconds[name].append(time.perf_counter() - started)
+                process.stdout.read()
+    return seconds
+
+
 def main() -> None:
     """Run every case in its own process, print them, write `benchmarks/results/startup.json`."""
     rows = []
@@ -88,8 +121,12 @@ def main() -> None:
             rows.append({"library": library, "cache": case, "batch": batch, **json.loads(output)})
             seconds, mebibytes = rows[-1]["first_call_overhead_seconds"], rows[-1]["peak_mebibytes"]
             print(f"batch {batch:2d}  {case:5s}  first call +{seconds:.1f} s, peak {mebibytes:.0f} MiB")
+        letters = first_letters(f"{cache}/letters")
+    medians = {name: statistics.median(each) for name, each in letters.items()}
+    print(", ".join(f"first letter of {name} {each:.2f} s" for name, each in medians.items()))
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+    result = {"cpus": os.cpu_count(), "rows": rows, "first letter": {"seconds": letters, "median": medians}}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
