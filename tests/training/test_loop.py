@@ -103,7 +103,7 @@ def test_ctrl_c_saves_and_exits_and_the_run_goes_on(tmp_path, uninterrupted):
     while not (log.is_file() and log.read_text().count("\n") >= 1) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=120) != 0
     assert "can be resumed" in process.stderr.read()
     assert Checkpoints(tmp_path / "checkpoints").latest_step() == len(log.read_text().splitlines()) < 12
     again = launch(tmp_path)
