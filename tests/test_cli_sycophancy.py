@@ -273,6 +273,12 @@ def test_other_refusals(run, items, tmp_path, arguments, message):
     assert len(err.splitlines()) == 1
 
 
+def test_an_encoder_decoder_is_refused(run, items):
+    status, _, err = run("--model", "tiny-t5", "--items", items)
+    said = "tiny-t5 must be a decoder-only model, but is an encoder-decoder, which translates."
+    assert (status, err) == (2, f"jaxrl-llm: {said}\n")
+
+
 def test_a_tokenizer_without_letters(run, items, tmp_path, model):
     loaded = models.load(model)
     lower = tokenizer()
