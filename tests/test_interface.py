@@ -529,6 +529,17 @@ def test_search_tree_is_the_functional_one(lm, select):
     assert all(token["kept"] for panel in panels for token in panel["tokens"] if token["drawn"])
 
 
+def test_the_title_of_a_search_tree_names_its_options(lm):
+    titles = {
+        "most probable, branching 1": {},
+        "sampled, branching 1, temperature 0.7": {"select": "sample", "temperature": 0.7},
+        "top-k, k = 9, branching 1, scores over all tokens": {"select": "top-k", "top_k": 9, "score_length": "all"},
+        "nucleus, p = 0.5, at least 2, branching 1": {"select": "nucleus", "min_tokens_to_keep": 2},
+    }
+    for title, options in titles.items():
+        assert lm.search_tree("the cat", depth=1, branching=1, **options).described["title"] == title
+
+
 # Scoring --------------------------------------------------------------------------------------------------------------
 
 
