@@ -576,9 +576,7 @@ class LM:
         if options.min_tokens_to_keep is not None:
             told.insert(1, f"at least {options.min_tokens_to_keep}")
         if options.temperature != 1:
-            told.append(f"temperature {options.temperature:g}")
-        if options.score_length == "all":
-            told.append("scores over all tokens")
+            told.append(f"T = {options.temperature:g}")
         start = given[0] if isinstance(given[0], str) else tokenizer.decode(rows[0])
         described = tree.describe(
             found,

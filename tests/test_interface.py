@@ -532,12 +532,22 @@ def test_search_tree_is_the_functional_one(lm, select):
 def test_the_title_of_a_search_tree_names_its_options(lm):
     titles = {
         "most probable, branching 1": {},
-        "sampled, branching 1, temperature 0.7": {"select": "sample", "temperature": 0.7},
-        "top-k, k = 9, branching 1, scores over all tokens": {"select": "top-k", "top_k": 9, "score_length": "all"},
+        "sampled, branching 1, T = 0.7": {"select": "sample", "temperature": 0.7},
+        "top-k, k = 9, branching 1": {"select": "top-k", "top_k": 9},
         "nucleus, p = 0.5, at least 2, branching 1": {"select": "nucleus", "min_tokens_to_keep": 2},
     }
     for title, options in titles.items():
         assert lm.search_tree("the cat", depth=1, branching=1, **options).described["title"] == title
+
+
+def test_scores_over_all_tokens_are_drawn_as_such(lm):
+    for length, per, scale in (
+        ("generated", "token", "mean log-probability per token (nats)"),
+        ("all", "token, prompt too", "log-probability per token, prompt too (nats)"),
+    ):
+        figure = lm.search_tree("the cat", depth=1, branching=1, score_length=length).plot()
+        assert any(each.get_text().endswith(f" nats per {per})") for each in figure.texts)
+        assert figure.axes[1].get_xlabel() == f"score: {scale}"
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------
