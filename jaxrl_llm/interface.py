@@ -783,6 +783,9 @@ class LM:
         Raises:
             ValueError: as `analysis.landscape.surface_of` does.
         """
+        known = ("parameter", "filter", "none", "hessian")
+        if directions not in known:
+            raise ValueError(f"directions must be one of {', '.join(known)}, but is {directions!r}.")
         if points < 2:
             raise ValueError(f"points must be at least 2, but is {points}.")
         axis = landscape.axis(radius, points)
@@ -795,7 +798,7 @@ class LM:
             if value is not None and directions != "hessian":
                 raise ValueError(f'{name} is for directions="hessian".')
         lanczos = {"max_iterations": 40 if iterations is None else iterations, "vectors": vectors, "progress": progress}
-        plane, known = self._plane(loss, directions, jax.random.key(seed), **lanczos)
+        plane, of_hessian = self._plane(loss, directions, jax.random.key(seed), **lanczos)
         one = given[0] if len(given) == 1 and isinstance(given[0], str) else None
         surface = landscape.surface_of(
             loss,
@@ -804,7 +807,7 @@ class LM:
             axis,
             axis,
             title=f"Loss of {len(rows)} texts" if one is None else f"Loss of “{one}”",
-            **known,
+            **of_hessian,
             memory_budget=memory_budget,
             checkpoint=checkpoint,
             progress=progress,

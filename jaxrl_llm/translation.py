@@ -132,8 +132,11 @@ def known_tokens(
         allow_unknown: read unknown words as the unknown token.
 
     Raises:
+        TypeError: if the sentence is not a string.
         ValueError: if the sentence is empty, or a word is not in the tokenizer's vocabulary.
     """
+    if not isinstance(sentence, str):
+        raise TypeError(f"{name} must be a string, but is of type {type(sentence).__name__}.")
     if not sentence.strip():
         raise ValueError(f"{name} is empty.")
     form = Form() if form is None else form

@@ -905,6 +905,14 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "there are 3 for 2", lambda lm: lm.log_probs(["x", "y"], ["a", "b", "c"])),
         (ValueError, "points must be at least 2", lambda lm: lm.landscape("the cat", points=1)),
         (ValueError, "layer must be from 0 to 0", lambda lm: lm.attention("the cat").plot(layer=4)),
+        (TypeError, "the text must be a string, but is of type list", lambda lm: lm.attention(["the cat"])),
+        (TypeError, "sentence 2 must be a string, but is of type int", lambda lm: lm.translate(["the cat", 5])),
+        (ValueError, r"a node must be in \[0, 3\], but is '0'", lambda lm: lm.search_tree(
+            "the cat", depth=3, branching=1).plot_bars("0")),
+        (ValueError, "directions must be one of parameter, filter, none, hessian, but is 'random'", lambda lm:
+            lm.landscape("the cat", directions="random")),
+        (ValueError, "a text must have at least two tokens, for otherwise there is nothing to predict", lambda lm:
+            lm.landscape("x")),
         (ValueError, "kind must be one of self for this model", lambda lm: lm.attention("the cat", kind="cross")),
     ],
 )  # fmt: skip

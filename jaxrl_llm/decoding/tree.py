@@ -227,7 +227,7 @@ def node_logits(
     parents = {node.parent for node in by_id.values()}
     for node in nodes:
         if node != 0 and node not in by_id:
-            raise ValueError(f"a node must be in [0, {len(by_id)}], but is {node}.")
+            raise ValueError(f"a node must be in [0, {len(by_id)}], but is {node!r}.")
         if node not in parents:
             raise ValueError(f"a node must have children, but {node} is a leaf.")
     depth = tree.tokens.shape[0]

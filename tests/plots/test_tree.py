@@ -134,8 +134,8 @@ def test_bars_of_many_nodes_are_in_rows_at_one_scale():
     assert len({round(axes.get_xlim()[1], 9) for axes in figure.axes}) == 1
     tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
     assert tops[0] == tops[1] > tops[2]
-    for wrong in ([], panels * 40):
-        with pytest.raises(ValueError, match=f"must have 1 to .* distributions, but is given {len(wrong)}"):
+    for wrong, said in (([], "at least 1 distribution"), (panels * 40, "1 to .* distributions")):
+        with pytest.raises(ValueError, match=f"a figure must have {said}, but is given {len(wrong)}"):
             charts.bars_figure(wrong)
 
 
