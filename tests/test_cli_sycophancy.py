@@ -259,6 +259,8 @@ def test_a_file_with_several_other_answers(run, model, tmp_path):
         ("--batch-size 0", r"--batch-size must be at least 1, but is 0"),
         ("--write-items new.jsonl --out a --figure a.png", r"used with --out, --figure"),
         ("--items generated --count 50", r"multiple of 40"),
+        ("--probabilities short.json --batch-size 3", r"--batch-size is for models, and none is asked"),
+        ("--write-items new.jsonl --no-chat", r"--chat is for models, and none is asked"),
         ("--figure bars.doc", r"suffix must be one of"),
         ("--out .", r"\. must be a file, but is a folder"),
         ("--model tiny-gpt2 --model ./nowhere", r"there is no folder or \.gguf file \./nowhere"),

@@ -15,6 +15,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from jaxrl_llm.plots import style
 from jaxrl_llm.plots.style import LITERAL, Sheet, per_cent, sentence, signed, size_in_points, text_width, token_label
@@ -162,6 +163,7 @@ def add_colour_bar(
     """Draw the colour scale into these axes, horizontally."""
     bar = axes.get_figure().colorbar(ScalarMappable(norm, cmap), cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
+    bar.locator = MaxNLocator(7, steps=[1, 2, 2.5, 5, 10])  # more labels of two decimals would touch
     axes.set_xlabel(PROMPT_COUNTS if color == "score" and prompt_counts else SCALES[color], fontsize=7.5)
     axes.tick_params(labelsize=7, length=2.5)
 

@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 import random
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image, ImageChops
@@ -107,6 +109,17 @@ def assert_legible(figure: Figure):
 @pytest.mark.slow
 def test_labels_of_a_tree_figure_do_not_overlap(shape):
     assert_legible(trees.tree_figure(make_tree(**shape), model="gpt_2 $"))
+
+
+def test_labels_of_a_colour_bar_are_apart():
+    for low, high in ((-3.53, -1.34), (-12.9, -10.2), (0.01, 0.27)):
+        figure = trees.tree_figure(make_tree(), norm=Normalize(low, high))
+        FigureCanvasAgg(figure).draw()
+        axis = figure.axes[1].xaxis
+        at = [low <= place <= high for place in axis.get_majorticklocs()]
+        boxes = [label.get_window_extent() for label, kept in zip(axis.get_ticklabels(), at, strict=True) if kept]
+        points = 72 / figure.dpi
+        assert min((right.x0 - left.x1) * points for left, right in itertools.pairwise(boxes)) > 3
 
 
 @pytest.mark.slow
