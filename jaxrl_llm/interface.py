@@ -571,12 +571,17 @@ class LM:
             "top-k": f"top-k, k = {options.top_k}",
             "nucleus": f"nucleus, p = {options.top_p}",
         }
+        told = [titles[options.select], f"branching {options.branching}"]
+        if options.min_tokens_to_keep is not None:
+            told.insert(1, f"at least {options.min_tokens_to_keep}")
+        if options.temperature != 1:
+            told.append(f"T = {options.temperature:g}")
         start = given[0] if isinstance(given[0], str) else tokenizer.decode(rows[0])
         described = tree.describe(
             found,
             tokenizer,
             name=options.select,
-            title=f"{titles[options.select]}, branching {options.branching}",
+            title=", ".join(told),
             prompt=f"{start} → " if self._translates else start,
             prompt_tokens=() if self._translates else rows[0],
         )
@@ -755,7 +760,7 @@ class LM:
         points: int = 21,
         radius: float = 1.0,
         seed: int = 0,
-        iterations: int = 40,
+        iterations: int | None = None,
         vectors: int | None = None,
         memory_budget: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -770,13 +775,16 @@ class LM:
             points: along each direction; of an odd number the middle one is the model itself.
             radius: the grid reaches from −radius to radius, in lengths of the directions.
             seed: of the random directions, and of the first Lanczos vector.
-            iterations: the most Lanczos iterations, for "hessian".
+            iterations: for "hessian", the most Lanczos iterations; 40 if not given.
             vectors: for "hessian", Lanczos vectors that are held at once, each as large as the model; by default all.
             memory_budget, checkpoint, progress: as in `analysis.landscape.loss_surface`.
 
         Raises:
             ValueError: as `analysis.landscape.surface_of` does.
         """
+        known = ("parameter", "filter", "none", "hessian")
+        if directions not in known:
+            raise ValueError(f"directions must be one of {', '.join(known)}, but is {directions!r}.")
         if points < 2:
             raise ValueError(f"points must be at least 2, but is {points}.")
         axis = landscape.axis(radius, points)
@@ -785,10 +793,11 @@ class LM:
         given, rows = self._encoded(texts, name="texts")
         tokens, mask = text.right_pad(rows)
         loss = landscape.next_token_loss(self.model, tokens, None if mask.all() else mask)
-        if vectors is not None and directions != "hessian":
-            raise ValueError('vectors is for directions="hessian".')
-        lanczos = {"max_iterations": iterations, "vectors": vectors, "progress": progress}
-        plane, known = self._plane(loss, directions, jax.random.key(seed), **lanczos)
+        for name, value in (("iterations", iterations), ("vectors", vectors)):
+            if value is not None and directions != "hessian":
+                raise ValueError(f'{name} is for directions="hessian".')
+        lanczos = {"max_iterations": 40 if iterations is None else iterations, "vectors": vectors, "progress": progress}
+        plane, of_hessian = self._plane(loss, directions, jax.random.key(seed), **lanczos)
         one = given[0] if len(given) == 1 and isinstance(given[0], str) else None
         surface = landscape.surface_of(
             loss,
@@ -797,7 +806,7 @@ class LM:
             axis,
             axis,
             title=f"Loss of {len(rows)} texts" if one is None else f"Loss of “{one}”",
-            **known,
+            **of_hessian,
             memory_budget=memory_budget,
             checkpoint=checkpoint,
             progress=progress,

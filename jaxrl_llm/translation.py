@@ -63,8 +63,9 @@ def translate(
         allow_unknown: read a word that is not in the tokenizer's vocabulary as the unknown token.
 
     Raises:
-        ValueError: if the model has no tokenizer; if a sentence (reported by number, from 1) is empty or, without
-            `allow_unknown`, has a word that is not in the tokenizer's vocabulary; or as `generate` and `beam_search`.
+        ValueError: if the model has no tokenizer; if a sentence (reported by number, from 1) is empty, does not fit the
+            context of a decoder-only model or, without `allow_unknown`, has a word that is not in the tokenizer's
+            vocabulary; or as `generate` and `beam_search`.
     """
     if loaded.tokenizer is None:
         raise ValueError("the model must have a tokenizer, but its folder has no tokenizer files.")
@@ -73,6 +74,12 @@ def translate(
         known_tokens(loaded.tokenizer, sentence, form=form, name=f"sentence {number}", allow_unknown=allow_unknown)
         for number, sentence in enumerate(sentences, 1)
     ]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(loaded.model, T5) and len(row) + max_new_tokens > loaded.model.max_length:
+            raise ValueError(
+                f"sentence {number} has {len(row)} tokens, and {max_new_tokens} new ones do not fit with it in the "
+                f"model's context of {loaded.model.max_length}."
+            )
     eos = text.eos_ids(loaded.tokenizer, loaded.config | {"vocab_size": loaded.model.vocab_size})
     translations = []
     for task in conditionals(loaded, rows, batch_size=batch_size):
@@ -123,8 +130,11 @@ def known_tokens(
         allow_unknown: read unknown words as the unknown token.
 
     Raises:
+        TypeError: if the sentence is not a string.
         ValueError: if the sentence is empty, or a word is not in the tokenizer's vocabulary.
     """
+    if not isinstance(sentence, str):
+        raise TypeError(f"{name} must be a string, but is of type {type(sentence).__name__}.")
     if not sentence.strip():
         raise ValueError(f"{name} is empty.")
     form = Form() if form is None else form

@@ -589,6 +589,30 @@ def test_line_i_of_the_references_belongs_to_line_i_of_the_sentences(run, tmp_pa
         assert_one_line(run("translate", "--file", "source.txt", *against), said)
 
 
+@pytest.mark.parametrize("name", ["--file", "--references", "--against"])
+def test_texts_to_translate_and_their_references_are_utf_8(run, tmp_path, name):
+    right, latin = tmp_path / "right.txt", tmp_path / "latin.txt"
+    right.write_text("seven\n")
+    latin.write_bytes(b"caf\xe9\n")
+    arguments = {"--file": right, "--references": right} | {name: latin}
+    given = [each for pair in arguments.items() for each in pair]
+    assert_one_line(run("translate", *given), f"{latin} must be text in UTF-8, but is not: invalid continuation byte.")
+
+
+def test_one_sentence_is_scored(run, tmp_path):
+    (tmp_path / "german.txt").write_text("sieben\n")
+    said = run("translate", "seven", "--references", tmp_path / "german.txt", "--tokenize", "char")[2]
+    assert said == "jaxrl-llm: BLEU 100.0, chrF 100.0 of 1 sentence.\n"
+
+
+def test_a_translation_does_not_continue_its_sentence(run):
+    options = ("--model", "tiny-t5", "--max-new-tokens", 4)
+    for given in (("--greedy",), ("--strategy", "beam")):
+        assert run("generate", "seven", *options, *given) == (0, "sieben\n", "")
+    out = run("decode-compare", "seven", *options, "--strategies", "greedy")[1]
+    assert out.splitlines()[1:] == ["  sieben", ""]
+
+
 def test_lines_of_translate_end_in_a_line_feed_alone_and_a_byte_order_mark_is_none_of_them(run, tmp_path):
     path = tmp_path / "numbers.txt"
     path.write_bytes(b"\xef\xbb\xbftwenty-one\r\n\none\x0cthousand")

@@ -113,6 +113,7 @@ def test_holes_are_counted_and_nothing_else_is_said(run):
         (("hi", "--points", "0"), "points must be at least 2, but is 0"),
         (("hi", "--points", "1"), "points must be at least 2, but is 1"),
         (("hi", "--vectors", "4"), 'vectors is for directions="hessian"'),
+        (("hi", "--iterations", "4"), 'iterations is for directions="hessian"'),
         (("hi", "--radius", "-1"), "radius must be positive and finite, but is -1.0"),
         (("hi", "--out", "x.docx"), "cannot write a figure to x.docx"),
         (("",), "nothing to predict"),

@@ -259,6 +259,8 @@ def test_a_file_with_several_other_answers(run, model, tmp_path):
         ("--batch-size 0", r"--batch-size must be at least 1, but is 0"),
         ("--write-items new.jsonl --out a --figure a.png", r"used with --out, --figure"),
         ("--items generated --count 50", r"multiple of 40"),
+        ("--probabilities short.json --batch-size 3", r"--batch-size is for models, and none is asked"),
+        ("--write-items new.jsonl --no-chat", r"--chat is for models, and none is asked"),
         ("--figure bars.doc", r"suffix must be one of"),
         ("--out .", r"\. must be a file, but is a folder"),
         ("--model tiny-gpt2 --model ./nowhere", r"there is no folder or \.gguf file \./nowhere"),
@@ -271,6 +273,12 @@ def test_other_refusals(run, items, tmp_path, arguments, message):
     assert status == 2 and re.search(message, err), err
     assert not out, "nothing is measured before it is known to be right"
     assert len(err.splitlines()) == 1
+
+
+def test_an_encoder_decoder_is_refused(run, items):
+    status, _, err = run("--model", "tiny-t5", "--items", items)
+    said = "tiny-t5 must be a decoder-only model, but is an encoder-decoder, which translates."
+    assert (status, err) == (2, f"jaxrl-llm: {said}\n")
 
 
 def test_a_tokenizer_without_letters(run, items, tmp_path, model):

@@ -529,6 +529,27 @@ def test_search_tree_is_the_functional_one(lm, select):
     assert all(token["kept"] for panel in panels for token in panel["tokens"] if token["drawn"])
 
 
+def test_the_title_of_a_search_tree_names_its_options(lm):
+    titles = {
+        "most probable, branching 1": {},
+        "sampled, branching 1, T = 0.7": {"select": "sample", "temperature": 0.7},
+        "top-k, k = 9, branching 1": {"select": "top-k", "top_k": 9},
+        "nucleus, p = 0.5, at least 2, branching 1": {"select": "nucleus", "min_tokens_to_keep": 2},
+    }
+    for title, options in titles.items():
+        assert lm.search_tree("the cat", depth=1, branching=1, **options).described["title"] == title
+
+
+def test_scores_over_all_tokens_are_drawn_as_such(lm):
+    for length, per, scale in (
+        ("generated", "token", "mean log-probability per token (nats)"),
+        ("all", "token, prompt too", "log-probability per token, prompt too (nats)"),
+    ):
+        figure = lm.search_tree("the cat", depth=1, branching=1, score_length=length).plot()
+        assert any(each.get_text().endswith(f" nats per {per})") for each in figure.texts)
+        assert figure.axes[1].get_xlabel() == f"score: {scale}"
+
+
 # Scoring --------------------------------------------------------------------------------------------------------------
 
 
@@ -884,6 +905,14 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "there are 3 for 2", lambda lm: lm.log_probs(["x", "y"], ["a", "b", "c"])),
         (ValueError, "points must be at least 2", lambda lm: lm.landscape("the cat", points=1)),
         (ValueError, "layer must be from 0 to 0", lambda lm: lm.attention("the cat").plot(layer=4)),
+        (TypeError, "the text must be a string, but is of type list", lambda lm: lm.attention(["the cat"])),
+        (TypeError, "sentence 2 must be a string, but is of type int", lambda lm: lm.translate(["the cat", 5])),
+        (ValueError, r"a node must be in \[0, 3\], but is '0'", lambda lm: lm.search_tree(
+            "the cat", depth=3, branching=1).plot_bars("0")),
+        (ValueError, "directions must be one of parameter, filter, none, hessian, but is 'random'", lambda lm:
+            lm.landscape("the cat", directions="random")),
+        (ValueError, "a text must have at least two tokens, for otherwise there is nothing to predict", lambda lm:
+            lm.landscape("x")),
         (ValueError, "kind must be one of self for this model", lambda lm: lm.attention("the cat", kind="cross")),
     ],
 )  # fmt: skip

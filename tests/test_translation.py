@@ -160,6 +160,14 @@ def test_a_decoder_only_model_translates_to_the_end_of_its_line():
             assert translation.translate(loaded, ["the cat"], num_beams=num_beams, max_new_tokens=16) == [expected]
 
 
+def test_a_sentence_that_does_not_fit_the_context_is_refused_by_its_number():
+    loaded = writer(byte_tokenizer(), "the cat", "mat\n")
+    length = loaded.model.max_length - 3
+    said = rf"^sentence 3 has {length} tokens, and 4 new ones do not fit with it in the model's context of {length + 3}"
+    with pytest.raises(ValueError, match=said):
+        translation.translate(loaded, ["the", "cat", "q" * (length - 1)], max_new_tokens=4, batch_size=1)
+
+
 def test_an_unknown_token_that_is_also_the_end_says_nothing():
     loaded = writer(byte_tokenizer(), "the cat<|endoftext|>", "mat")
     assert translation.translate(loaded, ["the cat<|endoftext|>"], max_new_tokens=8) == ["mat"]

@@ -73,20 +73,21 @@ class Generate:
         for _, of_prompt in itertools.groupby(completions, key=lambda completion: completion.index):
             for rank, completion in enumerate(of_prompt, 1):
                 if len(prompts) > 1 or self.num_samples > 1:
-                    print(self._heading(strategy, completion, next(numbers), rank))
-                print(whole(completion, chat=self.chat))
+                    print(self._heading(lm, strategy, completion, next(numbers), rank))
+                print(whole(lm, completion, chat=self.chat))
 
     def _print_stream(self, lm: Any, prompt: str, *, greedy: bool) -> None:
         pieces = lm.stream(prompt, greedy=greedy, chat=self.chat, **vars(self.sampling))
         first = next(pieces)  # the prompt is not printed before it is known to be accepted
-        print("" if self.chat else prompt, first, sep="", end="", flush=True)
+        print(prompt if continues(lm, chat=self.chat) else "", first, sep="", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
 
-    def _heading(self, strategy: Strategy, completion: Any, number: int, rank: int) -> str:
+    def _heading(self, lm: Any, strategy: Strategy, completion: Any, number: int, rank: int) -> str:
         if strategy in ("sample", "greedy"):
-            return f"--- {number}: {completion.prompt}" if self.chat else f"--- {number}"
+            alone = not continues(lm, chat=self.chat)
+            return f"--- {number}: {completion.prompt}" if alone else f"--- {number}"
         place = f"{completion.index + 1}.{rank}" if options_of.is_beam(strategy) else number
         return f"--- {place}: {note(strategy, completion)}"
 
@@ -97,9 +98,16 @@ def note(strategy: Strategy, completion: Any) -> str:
     return template.format(log_prob=completion.log_prob, **completion.details)
 
 
-def whole(completion: Any, *, chat: bool) -> str:
-    """Return the prompt, unless it was a chat, with the new text."""
-    return completion.text if chat else completion.prompt + completion.text
+def continues(lm: Any, *, chat: bool) -> bool:
+    """Return whether new text continues the prompt: not in a chat, and not as a translation."""
+    from jaxrl_llm.models import T5
+
+    return not chat and not isinstance(lm.model, T5)
+
+
+def whole(lm: Any, completion: Any, *, chat: bool) -> str:
+    """Return the new text, after the prompt if it continues that."""
+    return (completion.prompt if continues(lm, chat=chat) else "") + completion.text
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -163,7 +171,7 @@ class Compare:
             options = {"chat": self.chat, **vars(sampling), **vars(search)}
             for completion in lm.generate(self.prompt, strategy=strategy, **options):
                 print(f"{strategy:<16}{note(strategy, completion)}{self._left_out(strategy)}")
-                for line in whole(completion, chat=self.chat).splitlines() or [""]:
+                for line in whole(lm, completion, chat=self.chat).splitlines() or [""]:
                     print(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))
                 print()
 

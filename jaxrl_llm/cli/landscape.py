@@ -27,8 +27,8 @@ class Landscape:
     """The grid reaches from -radius to radius, in lengths of the directions."""
     seed: int = 0
     """Random seed of the directions."""
-    iterations: int = 40
-    """The most Lanczos iterations, for --directions hessian."""
+    iterations: int | None = None
+    """The most Lanczos iterations, for --directions hessian; 40 if not given."""
     vectors: int | None = None
     """Lanczos vectors that are held at once, for --directions hessian, each as large as the model; by default one for
     each iteration. Fewer take less memory and more iterations."""
@@ -84,7 +84,7 @@ class Landscape:
             first, second = surface["residuals"]
             print(
                 f"not converged: the residuals of the two eigenvectors are {first:.2g} and {second:.2g} after "
-                f"{self.iterations} iterations; give more --iterations"
+                f"{self.iterations or 40} iterations; give more --iterations"
             )
         if surface["holes"]:
             print(f"no finite loss at {surface['holes']} of {self.points**2} points")

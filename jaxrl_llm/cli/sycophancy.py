@@ -104,6 +104,13 @@ class Sycophancy:
         unused = [f"--{name}" for name in ("model", "probabilities", "out", "figure") if getattr(self, name)]
         if self.write_items is not None and unused:
             raise ValueError(f"--write-items measures nothing, so that it cannot be used with {', '.join(unused)}.")
+        of_models = [
+            f"--{field.name.replace('_', '-')}"
+            for field in dataclasses.fields(self)
+            if field.name in ("chat", "batch_size", "dtype", "mesh") and getattr(self, field.name) != field.default
+        ]
+        if of_models and not self.model and (self.probabilities or self.write_items):
+            raise ValueError(f"{of_models[0]} is for models, and none is asked.")
         for name in self.model:
             loading.locate(name)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
+from jaxrl_llm import files
 from jaxrl_llm.cli import devices
 
 ENOUGH = 25  # sentences, below which a bootstrap interval is too narrow to be shown
@@ -104,7 +105,8 @@ def print_scores(
 
     of_bleu = bootstrap.bleu_interval(translations, references, tokenize=tokenize, **options)
     of_chrf = bootstrap.chrf_interval(translations, references, **options)
-    says = [f"BLEU {shown(of_bleu)}, chrF {shown(of_chrf)} of {len(translations)} sentences"]
+    sentences = "sentence" if len(translations) == 1 else "sentences"
+    says = [f"BLEU {shown(of_bleu)}, chrF {shown(of_chrf)} of {len(translations)} {sentences}"]
     if against is not None:
         of_bleu = bootstrap.bleu_difference(translations, against, references, tokenize=tokenize, **options)
         of_chrf = bootstrap.chrf_difference(translations, against, references, **options)
@@ -126,7 +128,7 @@ def aligned(path: Path, lines: list[str], *, may_be_empty: bool = False) -> list
         ValueError: if the file has another number of lines, or a line is blank on one side only. A translation of a
             sentence may be blank with `may_be_empty`.
     """
-    found = split_lines(path.read_bytes().decode("utf-8"))
+    found = split_lines(files.read_text(path))
     if len(found) != len(lines):
         raise ValueError(f"{path} must have a line for each of {len(lines)} lines to translate, but has {len(found)}.")
     for number, (line, sentence) in enumerate(zip(found, lines, strict=True), 1):
@@ -144,7 +146,7 @@ def read_lines(text: str | None, file: Path | None) -> list[str]:
     if text not in (None, "-"):
         lines, where = [text], "the text"
     elif file is not None:
-        lines, where = split_lines(file.read_bytes().decode("utf-8")), str(file)
+        lines, where = split_lines(files.read_text(file)), str(file)
     elif text is None and sys.stdin.isatty():
         raise ValueError('give a text, a file with --file, or lines on standard input ("-").')
     else:

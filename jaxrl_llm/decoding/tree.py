@@ -227,7 +227,7 @@ def node_logits(
     parents = {node.parent for node in by_id.values()}
     for node in nodes:
         if node != 0 and node not in by_id:
-            raise ValueError(f"a node must be in [0, {len(by_id)}], but is {node}.")
+            raise ValueError(f"a node must be in [0, {len(by_id)}], but is {node!r}.")
         if node not in parents:
             raise ValueError(f"a node must have children, but {node} is a leaf.")
     depth = tree.tokens.shape[0]
@@ -306,7 +306,8 @@ def describe(
 ) -> dict[str, Any]:
     """Return the tree as JSON: nodes with token text, probability and score, and the path to the best leaf.
 
-    Node 0 is the prompt, token texts are those of `token_texts`. Scores are those of the nodes, in nats per token.
+    Node 0 is the prompt, token texts are those of `token_texts`. Scores are those of the nodes, in nats per token;
+    `prompt_counts` is there, and true, if they count the tokens of the prompt too.
     """
     best = max(tree.leaves(), key=lambda node: node.score)
     path = tree.path(best)
@@ -343,4 +344,4 @@ def describe(
         "best": [0, *(node.id for node in path)],
         "best_text": prompt + continuation.push([node.token for node in path]) + continuation.finish(),
         "best_score": best.score,
-    }
+    } | ({"prompt_counts": True} if tree.prompt_length else {})

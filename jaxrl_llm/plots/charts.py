@@ -108,8 +108,10 @@ def bars_figure(panels: Sequence[dict[str, Any]], *, title: str = "", columns: i
     heights = [needed_height(row) + GAP for row in rows]
     top, width = 2 * MARGIN + 8, COLUMN * min(columns, len(panels)) + MARGIN
     width = max(width, 2 * MARGIN + style.text_width(title, 9.5, "bold"))
-    if not rows or top + sum(heights) > style.TALLEST:
-        most = columns * int((style.TALLEST - top) / max(heights, default=style.TALLEST))
+    if not rows:
+        raise ValueError("a figure must have at least 1 distribution, but is given 0.")
+    if top + sum(heights) > style.TALLEST:
+        most = columns * int((style.TALLEST - top) / max(heights))
         raise ValueError(f"a figure must have 1 to {most} distributions, but is given {len(panels)}.")
     sheet = Sheet(width, top + sum(heights))
     sheet.line(MARGIN, MARGIN + 6, title, size=9.5, width=width - 2 * MARGIN, weight="bold")

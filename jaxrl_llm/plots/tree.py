@@ -15,6 +15,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from jaxrl_llm.plots import style
 from jaxrl_llm.plots.style import LITERAL, Sheet, per_cent, sentence, signed, size_in_points, text_width, token_label
@@ -32,6 +33,7 @@ SCALES = {
     "score": "score: mean log-probability per token (nats)",
     "probability": "probability of the token given those before it",
 }
+PROMPT_COUNTS = "score: log-probability per token, prompt too (nats)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +157,14 @@ def _header(axes: Axes, layout: Layout, scale: float) -> None:
     axes.text(layout.score_x, HEADER / 2 - 2, "score", ha="right", **fonts)
 
 
-def add_colour_bar(axes: Axes, *, norm: Normalize, cmap: Colormap, color: Colour = "score") -> None:
+def add_colour_bar(
+    axes: Axes, *, norm: Normalize, cmap: Colormap, color: Colour = "score", prompt_counts: bool = False
+) -> None:
     """Draw the colour scale into these axes, horizontally."""
     bar = axes.get_figure().colorbar(ScalarMappable(norm, cmap), cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
-    axes.set_xlabel(SCALES[color], fontsize=7.5)
+    bar.locator = MaxNLocator(7, steps=[1, 2, 2.5, 5, 10])  # more labels of two decimals would touch
+    axes.set_xlabel(PROMPT_COUNTS if color == "score" and prompt_counts else SCALES[color], fontsize=7.5)
     axes.tick_params(labelsize=7, length=2.5)
 
 
@@ -185,14 +190,16 @@ def tree_figure(
     title = f"{tree['title']}, {model}" if model else tree["title"]
     draw_heading(sheet, margin, 8, tree, title=title, width=layout.width)
     draw_tree(sheet.axes(margin, top, layout.width, height), tree, norm=norm, cmap=cmap, color=color)
-    add_colour_bar(sheet.axes(margin, top + height + 12, 200, 7), norm=norm, cmap=cmap, color=color)
+    scale = {"norm": norm, "cmap": cmap, "color": color, "prompt_counts": tree.get("prompt_counts", False)}
+    add_colour_bar(sheet.axes(margin, top + height + 12, 200, 7), **scale)
     return sheet.figure
 
 
 def draw_heading(sheet: Sheet, x: float, y: float, tree: dict[str, Any], *, title: str, width: float) -> None:
     """Write the title and, below it, the best continuation with its score."""
     sheet.line(x, y + 9, title, size=TITLE_SIZE, width=width, weight="bold")
-    score = f"” ({signed(tree['best_score'])} nats per token)"
+    per = "token, prompt too" if tree.get("prompt_counts") else "token"
+    score = f"” ({signed(tree['best_score'])} nats per {per})"
     room = width - text_width(f"best: “{score}", SUBTITLE_SIZE)
     best = sentence(tree["best_text"].strip(" "), size=SUBTITLE_SIZE, width=room)
     sheet.line(x, y + 23, f"best: “{best}{score}", size=SUBTITLE_SIZE, width=width, color=style.ACCENT)

@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 import random
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image, ImageChops
@@ -109,6 +111,17 @@ def test_labels_of_a_tree_figure_do_not_overlap(shape):
     assert_legible(trees.tree_figure(make_tree(**shape), model="gpt_2 $"))
 
 
+def test_labels_of_a_colour_bar_are_apart():
+    for low, high in ((-3.53, -1.34), (-12.9, -10.2), (0.01, 0.27)):
+        figure = trees.tree_figure(make_tree(), norm=Normalize(low, high))
+        FigureCanvasAgg(figure).draw()
+        axis = figure.axes[1].xaxis
+        at = [low <= place <= high for place in axis.get_majorticklocs()]
+        boxes = [label.get_window_extent() for label, kept in zip(axis.get_ticklabels(), at, strict=True) if kept]
+        points = 72 / figure.dpi
+        assert min((right.x0 - left.x1) * points for left, right in itertools.pairwise(boxes)) > 3
+
+
 @pytest.mark.slow
 def test_labels_of_the_whole_figure_do_not_overlap():
     assert_legible(search_trees.draw(make_results()))
@@ -134,8 +147,8 @@ def test_bars_of_many_nodes_are_in_rows_at_one_scale():
     assert len({round(axes.get_xlim()[1], 9) for axes in figure.axes}) == 1
     tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
     assert tops[0] == tops[1] > tops[2]
-    for wrong in ([], panels * 40):
-        with pytest.raises(ValueError, match=f"must have 1 to .* distributions, but is given {len(wrong)}"):
+    for wrong, said in (([], "at least 1 distribution"), (panels * 40, "1 to .* distributions")):
+        with pytest.raises(ValueError, match=f"a figure must have {said}, but is given {len(wrong)}"):
             charts.bars_figure(wrong)
 
 

@@ -407,7 +407,7 @@ def next_token_loss(
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
     predicted = mask & (jnp.cumsum(mask, axis=1) > 1)
     if not predicted.any():
-        raise ValueError("no row has two real tokens, so that there is nothing to predict.")
+        raise ValueError("a text must have at least two tokens, for otherwise there is nothing to predict.")
     contents = tuple((each.shape, each.dtype.str, each.tobytes()) for each in map(np.asarray, (tokens, mask)))
     return _NextTokenLoss(lm, contents, Sequences(tokens, mask, predicted))
 

@@ -18,7 +18,7 @@ from jaxrl_llm import runtime, text
 from jaxrl_llm.analysis.sycophancy.questions import Asked, check_type, words
 from jaxrl_llm.language_model import Cache, LanguageModel, Params, params_dtype
 from jaxrl_llm.mesh import everywhere, filled, on_mesh_of
-from jaxrl_llm.models import Loaded
+from jaxrl_llm.models import T5, Loaded
 from jaxrl_llm.numerics import log_softmax
 
 LETTER_LEAD = " ("  # the beginning of an answer by its letter
@@ -59,7 +59,7 @@ class ModelSource:
 
     Raises:
         TypeError: if the model is not loaded.
-        ValueError: if the model has no tokenizer.
+        ValueError: if the model is an encoder-decoder, or has no tokenizer.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class ModelSource:
         progress: bool = True,
     ):
         check_type("the model", loaded, Loaded, "a loaded one, such as models.load(...)")
+        if isinstance(loaded.model, T5):
+            raise ValueError(f"{name} must be a decoder-only model, but is an encoder-decoder, which translates.")
         if loaded.tokenizer is None:
             raise ValueError(f"{name} has no tokenizer files, so that text cannot be turned into tokens.")
         self.name, self.loaded, self.chat = name, loaded, chat
