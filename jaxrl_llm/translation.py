@@ -15,6 +15,7 @@ from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.mesh import filled
 from jaxrl_llm.models import T5, Loaded
 from jaxrl_llm.models.conditional import Conditional, given
+from jaxrl_llm.options import check_characters
 
 SOURCE_BUCKET = 16  # tokens: sources are padded to a multiple of it, so that many lengths share one program
 BATCH = 32  # sentences per batch
@@ -125,8 +126,10 @@ def known_tokens(
         allow_unknown: read unknown words as the unknown token.
 
     Raises:
-        ValueError: if the sentence is empty, or a word is not in the tokenizer's vocabulary.
+        TypeError: if the sentence is not a string.
+        ValueError: if it is empty, or a word is not in the tokenizer's vocabulary.
     """
+    check_characters(sentence, name)
     if not sentence.strip():
         raise ValueError(f"{name} is empty.")
     form = Form() if form is None else form

@@ -523,7 +523,8 @@ class GRPOConfig(PolicyOptions, Config):
         """All rewards, the reward model last."""
         several = isinstance(self.reward, Sequence) and not isinstance(self.reward, str)
         given = tuple(self.reward) if several else () if self.reward is None else (self.reward,)
-        return given if self.reward_model is None else (*given, Path(self.reward_model))
+        model = Path(self.reward_model) if isinstance(self.reward_model, str) else self.reward_model
+        return given if model is None else (*given, model)
 
     @property
     def redraws(self) -> int:

@@ -176,8 +176,9 @@ def _per_pair(
     """Return the loss of each pair, with those of the hyperparameters that it has."""
     given = {name: value for name, value in hyperparameters.items() if name in loss.hyperparameters}
     found = loss_of_sums(loss, policy, ref, **_keywords(loss, given, fields))
-    if found.shape != policy.chosen.shape:
-        wanted, returned = list(policy.chosen.shape), list(found.shape)
+    if getattr(found, "shape", None) != policy.chosen.shape:
+        wanted = list(policy.chosen.shape)
+        returned = list(found.shape) if hasattr(found, "shape") else type(found).__name__
         raise ValueError(f"the loss {name_of(loss)} must return one value per pair, {wanted}, but returned {returned}.")
     return found
 
@@ -214,8 +215,8 @@ def _function_of(loss: Given) -> Callable[..., Array]:
     if isinstance(loss, str):
         if loss not in LOSSES:
             near = nearest(loss, LOSSES)
-            hint = f": did you mean {near!r}?" if near else "."
-            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}{hint}")
+            hint = f"did you mean {near!r}?" if near else 'your own is "file.py:function".'
+            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}: {hint}")
         loss = LOSSES[loss]
     return loss if loss is preference.kto_loss or hasattr(loss, "needs") else preference.pair_loss(loss)
 

@@ -312,7 +312,9 @@ def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_nam
             r"the loss <lambda> must return one value per pair, \[8\], but returned \[\]",
         ),
         (own_loss, {"alpha": 1.0}, r"the loss own has no alpha: its hyperparameters are beta, margin\."),
-        (lambda a: a, {}, "a preference loss must take a, b, but <lambda> takes 1 arguments"),
+        (lambda a: a, {}, "a preference loss must take a, b, but <lambda> takes a\\."),
+        (lambda a, b: None, {}, r"the loss <lambda> must return one value per pair, \[8\], but returned NoneType"),
+        ("my_own.py", {}, r"the loss must be one of .* but is 'my_own.py': your own is .file.py:function."),
     ],
 )
 def test_a_loss_of_ones_own_that_does_not_fit_is_refused(loss, hyperparameters, message):
