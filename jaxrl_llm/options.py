@@ -262,6 +262,8 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
     text = field.type in ("str", "str | None") and not field.metadata.get("any_type")
     if text and not isinstance(value, str):
         raise TypeError(f"{field.name} must be a string, but is {value!r}.")
+    if get_origin(hint) is dict and not isinstance(value, Mapping):
+        raise TypeError(f"{field.name} must be a dict, but is {value!r}.")
     if "range" in field.metadata:
         field.metadata["range"].check(field.name, value, integer=int in kinds)
 

@@ -716,6 +716,7 @@ def test_a_file_with_a_completion_and_a_prompt_that_are_too_long_trains_and_name
         ),
         ("dpo", ("model", "pairs"), {"loss": "ppo"}, ValueError, "the loss must be one of dpo, .*kto, but is 'ppo'"),
         ("dpo", ("model", "pairs"), {"loss_kwargs": {"gamma": 1}}, ValueError, "the loss dpo has no gamma"),
+        ("dpo", ("model", "pairs"), {"loss_kwargs": [1]}, TypeError, r"loss_kwargs must be a dict, but is \[1\]"),
         ("dpo", ("model", "pairs"), {"loss": "math:pi"}, ValueError, "loss must be a function, but math:pi is a float"),
         (
             "dpo",

@@ -206,7 +206,7 @@ def find_losses(loss: Given | Sequence[Given], hyperparameters: Mapping[str, Any
     unknown = sorted(set(hyperparameters) - set(names))
     if unknown:
         of, its = "+".join(map(name_of, functions)), "its" if len(functions) == 1 else "their"
-        listed = f"{its} hyperparameters are {', '.join(names)}" if names else "there are none"
+        listed = f"{its} hyperparameters are {', '.join(names)}" if names else "it takes none"
         raise ValueError(f"the loss {of} has no {', '.join(unknown)}: {listed}.")
     return functions
 
@@ -218,6 +218,10 @@ def _function_of(loss: Given) -> Callable[..., Array]:
             hint = f"did you mean {near!r}?" if near else 'your own is "file.py:function".'
             raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}: {hint}")
         loss = LOSSES[loss]
+    if isinstance(loss, functools.partial) and hasattr(loss.func, "needs"):
+        declared = functools.wraps(loss.func)(functools.partial(loss.func, **loss.keywords))
+        declared.hyperparameters = loss.func.hyperparameters | loss.keywords
+        return declared
     return loss if loss is preference.kto_loss or hasattr(loss, "needs") else preference.pair_loss(loss)
 
 
