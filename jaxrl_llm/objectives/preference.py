@@ -115,7 +115,8 @@ def pair_loss(
     if len([each for each in given if each.kind == each.POSITIONAL_OR_KEYWORD]) < taken:
         wanted = ", ".join([*of_logps, *further])
         names = ", ".join(each.name for each in given) or "nothing"
-        raise ValueError(f"a preference loss must take {wanted}, but {function.__name__} takes {names}.")
+        called = getattr(function, "__name__", function)
+        raise ValueError(f"a preference loss must take {wanted}, but {called} takes {names}.")
     hyperparameters = [
         each if each.kind == each.VAR_KEYWORD else each.replace(kind=each.KEYWORD_ONLY) for each in given[taken:]
     ]

@@ -219,7 +219,7 @@ def _function_of(loss: Given) -> Callable[..., Array]:
             raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}: {hint}")
         loss = LOSSES[loss]
     if isinstance(loss, functools.partial) and hasattr(loss.func, "needs"):
-        declared = functools.wraps(loss.func)(functools.partial(loss.func, **loss.keywords))
+        declared = functools.wraps(loss.func)(functools.partial(loss.func, *loss.args, **loss.keywords))
         declared.hyperparameters = loss.func.hyperparameters | loss.keywords
         return declared
     return loss if loss is preference.kto_loss or hasattr(loss, "needs") else preference.pair_loss(loss)

@@ -336,6 +336,10 @@ def test_hyperparameters_of_a_loss_can_be_set_by_partial():
         assert value(half, margin=1.0).value == value(declared, beta=0.5, margin=1.0).value
     with pytest.raises(ValueError, match="the loss plain has no delta: its hyperparameters are beta, margin"):
         value(half, delta=1.0)
+    with pytest.raises(ValueError, match=r"must take a, b, but functools.partial\(<function .*\) takes a\."):
+        value(functools.partial(lambda a: a))
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        value(functools.partial(declared, 0.5, beta=0.5))
 
 
 def test_kto_takes_its_reference_point_from_mismatched_answers():
