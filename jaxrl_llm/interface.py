@@ -341,7 +341,7 @@ class LM:
         """
         sampling, search = _options(options)
         strategy = options_of.chosen(strategy, greedy=greedy)
-        options_of.check(strategy, sampling, search, n=n)
+        options_of.check(strategy, sampling, search, n=n, named=options)
         given, rows = self._encoded(prompts, chat=chat, sampling=sampling)
         beam = options_of.is_beam(strategy)
         if batch_size is not None:
@@ -399,7 +399,7 @@ class LM:
         """
         sampling, search = _options(options)
         strategy = options_of.chosen("sample", greedy=greedy)
-        options_of.check(strategy, sampling, search, n=n)
+        options_of.check(strategy, sampling, search, n=n, named=options)
         if sampling.guidance_prompt is not None:
             raise ValueError("generate_many does not use guidance_prompt: generate does.")
         if sampling.context == "slide":
@@ -469,7 +469,7 @@ class LM:
         """
         sampling, search = _options(options)
         strategy = options_of.chosen("sample", greedy=greedy)
-        options_of.check(strategy, sampling, search)
+        options_of.check(strategy, sampling, search, named=options)
         given, rows = self._encoded(prompt, chat=chat, sampling=sampling)
         if len(rows) > 1:
             raise ValueError(f"stream takes one prompt, but is given {len(rows)}: generate takes several.")
@@ -636,7 +636,7 @@ class LM:
         self._require_tokenizer()
         found = translation.translate(
             self.loaded,
-            [sentences] if isinstance(sentences, str) else sentences,
+            [sentences] if isinstance(sentences, str) or not hasattr(sentences, "__iter__") else sentences,
             form=translation.Form.of(self.loaded, prefix=prefix, suffix=suffix),
             num_beams=num_beams,
             length_penalty=length_penalty,
@@ -817,15 +817,29 @@ class LM:
 
     def encode(self, texts: str | Sequence[str]) -> list[int] | list[list[int]]:
         """Return the token ids of a string, or of each of several; an empty one is the BOS token."""
-        if isinstance(texts, str):
+        if isinstance(texts, str) or not hasattr(texts, "__iter__"):
             return text.encode(self._require_tokenizer(), texts)
         return [text.encode(self._require_tokenizer(), each) for each in texts]
 
     def decode(self, tokens: Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
-        """Return the text of a list of token ids, or of each of several, without special tokens."""
-        if not len(tokens):
+        """Return the text of a list of token ids, or of each of several, without special tokens.
+
+        Raises:
+            TypeError: for tokens of another type.
+            ValueError: for an id that is not in the model's vocabulary.
+        """
+        if hasattr(tokens, "__len__") and not len(tokens):
             return ""
-        found = [self._text(row) for row in _listed(tokens, "tokens")]
+        rows = _listed(tokens, "tokens")
+        for row in rows:
+            if isinstance(row, str):
+                raise TypeError(f"tokens must be token ids, but are {row!r}.")
+            if row and not 0 <= min(row) <= max(row) < self.model.vocab_size:
+                raise ValueError(
+                    f"tokens must lie in [0, {self.model.vocab_size}), the model's vocabulary, "
+                    f"but range from {min(row)} to {max(row)}."
+                )
+        found = [self._text(row) for row in rows]
         return found[0] if _is_single(tokens) else found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -1130,7 +1144,7 @@ def _parts(rows: list[Any], batch_size: int) -> list[list[Any]]:
 
 def _short(content: Any) -> str:
     whole = repr(content)
-    return whole if len(whole) <= SHOWN else f"{whole[: SHOWN - 1]}…"
+    return whole if len(whole) <= SHOWN else f"{whole[: SHOWN - 2]}…{whole[-1]}"
 
 
 def _rounded(count: int) -> str:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import textwrap
 import types
 import typing
@@ -213,7 +214,13 @@ def number(
 
 
 def check_characters(string: str, name: str) -> None:
-    """Raise ValueError for a string that UTF-8 cannot encode: with a stray byte, or half a surrogate pair."""
+    """Raise ValueError for a string that UTF-8 cannot encode: with a stray byte, or half a surrogate pair.
+
+    Raises:
+        TypeError: if it is not a string.
+    """
+    if not isinstance(string, str):
+        raise TypeError(f"{name} must be a string, but is {string!r:.60}.")
     try:
         string.encode()
     except UnicodeEncodeError as error:
@@ -255,6 +262,8 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
     text = field.type in ("str", "str | None") and not field.metadata.get("any_type")
     if text and not isinstance(value, str):
         raise TypeError(f"{field.name} must be a string, but is {value!r}.")
+    if get_origin(hint) is dict and not isinstance(value, Mapping):
+        raise TypeError(f"{field.name} must be a dict, but is {value!r}.")
     if "range" in field.metadata:
         field.metadata["range"].check(field.name, value, integer=int in kinds)
 
@@ -277,11 +286,17 @@ def field_docs(cls: type) -> dict[str, str]:
     """Return the docstring under each field of a dataclass and its bases."""
     found: dict[str, str] = {}
     for each in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body
-        for field, doc in itertools.pairwise(body):
+        for field, doc in itertools.pairwise(_classes(each.__module__)[each.__name__].body):
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
                 found[field.target.id] = " ".join(doc.value.value.split())
     return found
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Return the source of the classes of a module, which is parsed once."""
+    source = inspect.getsource(sys.modules[module])
+    return {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)}
 
 
 def own_first(cls: type) -> list[dataclasses.Field]:

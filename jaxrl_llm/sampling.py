@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from jaxrl_llm.options import FLOAT32, Checked, Range, check_characters, number
 
@@ -196,7 +196,7 @@ class Search(Checked):
     length_penalty: float = number(0.0, -math.inf)
     """beam, diverse-beam, sampled-beam: scores are log-probabilities over length to this power."""
     no_repeat_in: Literal["sequence", "beam"] = "sequence"
-    """The same: --no-repeat-ngram compares a text with itself, or also with the other beams."""
+    """beam, diverse-beam, sampled-beam: --no-repeat-ngram compares a text with itself, or also with the other beams."""
     num_groups: int | None = count(None, 1)
     """diverse-beam: groups of beams; as many as beams if not given."""
     diversity_penalty: float = number(0.5, 0)
@@ -261,8 +261,6 @@ class TreeSearch(Checked):
                 object.__setattr__(self, name, default)
 
 
-Group = TypeVar("Group", Sampling, Search)
-
 COMPLETIONS = Range(1, int32=True)
 EVERYWHERE = {"max_new_tokens", "seed", "cut"}  # a strategy that draws nothing gives the same for every seed
 FILTERS = {"temperature", "top_k", "top_p", "min_tokens_to_keep", "min_p", "typical_p", "epsilon", "eta"}
@@ -292,9 +290,12 @@ def is_beam(strategy: Strategy) -> bool:
     return strategy.endswith("beam")
 
 
-def unused(strategy: Strategy, *groups: Sampling | Search) -> set[str]:
-    """Return the options that were given (differ from their default) and that the strategy does not use."""
-    given = {
+def unused(strategy: Strategy, *groups: Sampling | Search, named: Iterable[str] = ()) -> set[str]:
+    """Return the options that were given and that the strategy does not use.
+
+    Given are those that differ from their default and, of `Search`, whose defaults have an effect, those `named`.
+    """
+    given = {field.name for field in dataclasses.fields(Search)}.intersection(named) | {
         field.name
         for group in groups
         for field in dataclasses.fields(group)
@@ -303,34 +304,40 @@ def unused(strategy: Strategy, *groups: Sampling | Search) -> set[str]:
     return given - EVERYWHERE - USED[strategy]
 
 
-def restricted(strategy: Strategy, group: Group) -> Group:
-    """Return the options that the strategy uses; the others at their defaults."""
-    names = [field.name for field in dataclasses.fields(group)]
+def used(strategy: Strategy, group: Sampling | Search) -> dict[str, Any]:
+    """Return the options that the strategy uses, with their values."""
     kept = EVERYWHERE | USED[strategy]
-    return type(group)(**{name: getattr(group, name) for name in names if name in kept})
+    return {name: value for name, value in vars(group).items() if name in kept}
 
 
 def chosen(strategy: Strategy, *, greedy: bool) -> Strategy:
     """Return the strategy, which `greedy` names too.
 
     Raises:
-        ValueError: if it is unknown, or the two name different ones.
+        TypeError: if greedy is neither True nor False.
+        ValueError: if the strategy is unknown, or the two name different ones.
     """
     if strategy not in USED:
         raise ValueError(f"strategy must be one of {', '.join(USED)}, but is {strategy!r}.")
+    if greedy not in (True, False):
+        raise TypeError(f"greedy must be True or False, but is {greedy!r}.")
     if greedy and strategy not in ("sample", "greedy"):
         raise ValueError(f"greedy and {strategy} are two strategies: give one.")
     return "greedy" if greedy else strategy
 
 
-def check(strategy: Strategy, sampling: Sampling, search: Search, *, n: int = 1) -> None:
+def check(strategy: Strategy, sampling: Sampling, search: Search, *, n: int = 1, named: Iterable[str] = ()) -> None:
     """Check that the strategy uses all options that were given, and can give `n` completions of a prompt.
+
+    Args:
+        named: the options that were given, also those with the value of their default.
 
     Raises:
         ValueError: naming the options.
     """
-    if left := unused(strategy, sampling, search):
-        raise ValueError(f"the strategy {strategy} does not use {', '.join(sorted(left))}.")
+    if left := unused(strategy, sampling, search, named=named):
+        hint = ": strategy='beam' does." if strategy == "sample" and "num_beams" in left else "."
+        raise ValueError(f"the strategy {strategy} does not use {', '.join(sorted(left))}{hint}")
     COMPLETIONS.check("n", n, integer=True)
     if n > 1 and strategy in ("greedy", "contrastive"):
         raise ValueError(f"n must be 1 for {strategy}, which gives one completion of a prompt, but is {n}.")

@@ -265,6 +265,16 @@ def completion_log_probs(
         raise ValueError(
             f"there must be one completion for each prompt, but there are {len(completions)} for {len(prompts)}."
         )
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):  # batches are of other rows
+        length = len(prompt) + len(completion)
+        if not len(completion):
+            raise ValueError(f"completion {row} is empty.")
+        if len(prompt) < lm.min_prompt_length:
+            raise ValueError(f"prompt {row} is empty: this model needs at least one token to start from.")
+        if length > lm.max_length:
+            raise ValueError(
+                f"text {row} has {length} tokens, which do not fit the model's context of {lm.max_length}."
+            )
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(completions[row]))
     size = filled(min(batch_size, len(order)))
     found: list[np.ndarray] = [np.zeros(0)] * len(prompts)

@@ -14,6 +14,7 @@ from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.mesh import filled
 from jaxrl_llm.models import T5, Loaded
 from jaxrl_llm.models.conditional import Conditional, given
+from jaxrl_llm.options import check_characters
 
 SOURCE_BUCKET = 16  # tokens: sources are padded to a multiple of it, so that many lengths share one program
 BATCH = 32  # sentences per batch
@@ -131,10 +132,9 @@ def known_tokens(
 
     Raises:
         TypeError: if the sentence is not a string.
-        ValueError: if the sentence is empty, or a word is not in the tokenizer's vocabulary.
+        ValueError: if it is empty, or a word is not in the tokenizer's vocabulary.
     """
-    if not isinstance(sentence, str):
-        raise TypeError(f"{name} must be a string, but is of type {type(sentence).__name__}.")
+    check_characters(sentence, name)
     if not sentence.strip():
         raise ValueError(f"{name} is empty.")
     form = Form() if form is None else form

@@ -125,6 +125,19 @@ def test_help_of_a_command_names_its_options(run, command, options):
     assert all(option in out for option in options.split())
 
 
+@pytest.mark.parametrize("command", ["generate", "train dpo", "train grpo", "translate"])
+def test_a_line_of_help_ends_where_the_next_word_does_not_fit(run, command):
+    """And not where it ends in the source."""
+    lines = [line.strip("│").rstrip() for line in run(*command.split(), "--help")[1].splitlines()]
+    text = [line for line in lines if line.startswith("  ")]
+    indents = [len(line) - len(line.lstrip()) for line in text]
+    followed = [i for i, (here, there) in enumerate(itertools.pairwise(indents)) if here == there > 4]
+    width = max(len(text[i]) for i in followed)
+    assert len(followed) > 5
+    for i in followed:
+        assert len(text[i]) + 1 + len(text[i + 1].split()[0]) > width, text[i : i + 2]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -303,6 +316,7 @@ def assert_one_line(result, said):
         (["--greedy", "--strategy", "beam"], "two strategies"),
         (["--strategy", "beam", "--temperature", "2"], "the strategy beam does not use temperature"),
         (["--strategy", "mbr", "--num-beams", "2"], "the strategy mbr does not use num_beams"),
+        (["--num-beams", "4"], "the strategy sample does not use num_beams: strategy='beam' does"),
         (["--regex", "("], "is not a regular expression"),
         (["--num-samples", "0"], "n must be an integer of at least 1, but is 0"),
         (["--num-samples", "2", "--batch-size", "0"], "batch_size must be an integer of at least 1, but is 0"),

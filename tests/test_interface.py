@@ -715,6 +715,7 @@ def test_results_print_shortly(lm, t5, bare, surface):
         assert "\n" not in repr(each) and len(repr(each)) < 200, repr(each)
     lm_repr = repr(LM(lm.loaded, "small"))
     assert lm_repr == f"LM(small: GPT2, 8.4K parameters, vocabulary 270, context {CONTEXT}, float32)"
+    assert re.search("the cat.*…': 1 layers", repr(lm.attention("the cat " * 13))), "a quote ends what is cut"
     completion = results[4]
     assert str(completion) == completion.text and repr(completion).endswith("20 tokens, finish_reason='length')")
 
@@ -905,8 +906,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "there are 3 for 2", lambda lm: lm.log_probs(["x", "y"], ["a", "b", "c"])),
         (ValueError, "points must be at least 2", lambda lm: lm.landscape("the cat", points=1)),
         (ValueError, "layer must be from 0 to 0", lambda lm: lm.attention("the cat").plot(layer=4)),
-        (TypeError, "the text must be a string, but is of type list", lambda lm: lm.attention(["the cat"])),
-        (TypeError, "sentence 2 must be a string, but is of type int", lambda lm: lm.translate(["the cat", 5])),
+        (TypeError, "sentence 2 must be a string, but is 5", lambda lm: lm.translate(["the cat", 5])),
         (ValueError, r"a node must be in \[0, 3\], but is '0'", lambda lm: lm.search_tree(
             "the cat", depth=3, branching=1).plot_bars("0")),
         (ValueError, "directions must be one of parameter, filter, none, hessian, but is 'random'", lambda lm:
@@ -914,6 +914,27 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "a text must have at least two tokens, for otherwise there is nothing to predict", lambda lm:
             lm.landscape("x")),
         (ValueError, "kind must be one of self for this model", lambda lm: lm.attention("the cat", kind="cross")),
+        (TypeError, "layer must be an integer, but is '0'", lambda lm: lm.attention("the cat").plot(layer="0")),
+        (TypeError, r"the text must be a string, but is \['the cat'\]", lambda lm: lm.attention(["the cat"])),
+        (TypeError, "sentence 1 must be a string, but is None", lambda lm: lm.translate(None)),
+        (ValueError, "directions must be one of parameter, filter, none, hessian, but is 'x'", lambda lm: lm.landscape(
+            "the cat", directions="x")),
+        (ValueError, "the strategy sample does not use num_beams: strategy='beam' does", lambda lm: lm.generate(
+            "x", num_beams=4)),
+        (ValueError, "the strategy greedy does not use num_candidates", lambda lm: lm.generate(
+            "x", greedy=True, num_candidates=8)),
+        (TypeError, "greedy must be True or False, but is 'no'", lambda lm: lm.generate("x", greedy="no")),
+        (ValueError, r"prompt 0 has \d+ tokens, and 3 new ones do not fit", lambda lm: lm.generate(
+            "the cat " * 99, max_new_tokens=3)),
+        (ValueError, "completion 1 is empty", lambda lm: lm.log_probs("x", ["the cat", ""])),
+        (ValueError, r"text 0 has \d+ tokens, which do not fit", lambda lm: lm.perplexity(
+            ["the cat " * 99, "the cat"])),
+        (TypeError, "the prompt must be a string, but is None", lambda lm: lm.encode(None)),
+        (TypeError, "the prompt must be a string, but is None", lambda lm: lm.encode(["the cat", None])),
+        (TypeError, "tokens must be .*, but is None", lambda lm: lm.decode(None)),
+        (TypeError, "tokens must be token ids, but are 'the'", lambda lm: lm.decode("the")),
+        (ValueError, r"tokens must lie in \[0, 270\), the .* but range from -1 to 2", lambda lm: lm.decode([-1, 2])),
+        (ValueError, "tokens must lie in .* but range from 1 to 270", lambda lm: lm.decode([[1], [1, 270]])),
     ],
 )  # fmt: skip
 def test_refusals(lm, error, said, use):

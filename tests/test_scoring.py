@@ -185,8 +185,9 @@ def test_ragged_completions_of_the_enumerable_model_are_exact(tabular):
     ("prompts", "completions", "options", "message"),
     [
         ([[1]], [[2], [3]], {}, "there must be one completion for each prompt, but there are 2 for 1"),
-        ([[1], [2]], [[2], []], {}, "completion . is empty"),
-        ([[]], [[2]], {}, "row 0 of sequences has a completion without 1 token before it"),
+        ([[1], [2]], [[2], []], {}, "completion 1 is empty"),
+        ([[1], []], [[2], [2]], {}, "prompt 1 is empty: this model needs at least one token"),
+        ([[1], [1]], [[2] * 99, [2]], {"batch_size": 1}, "text 0 has 100 tokens, which do not fit the model's context"),
         ([[1]], [[VOCAB]], {}, "sequences.tokens must lie in"),
         ([[1]], [[2]], {"batch_size": 0}, "batch_size must be at least 1, but is 0"),
     ],

@@ -263,7 +263,8 @@ def test_online_runs_use_a_reward_model_or_a_function(folder, model):
     assert scorer.params["head"].shape == (16,)
     assert RunLog(folder / "reward" / "log.jsonl").rows()[-1]["accuracy"] > 0.5
     online = OPTIONS | {"max_new_tokens": 6}
-    train.ppo(model, LINES["prompts"], reward=scorer, out=folder / "ppo", **online, verbose=False)
+    assert GRPOConfig(reward_model=scorer).rewards == GRPOConfig(reward=scorer).rewards == (scorer,)
+    train.ppo(model, LINES["prompts"], reward_model=scorer, out=folder / "ppo", **online, verbose=False)
     from_folder = train.ppo(model, LINES["prompts"], reward_model=folder / "reward", **online, verbose=False)
     assert_saved(folder / "ppo", from_folder.params)
     few = {"lora_rank": 2, "dtype": "bfloat16", "group_size": 2, "gamma": 0.1, "text": LINES["sft"]}
@@ -715,6 +716,7 @@ def test_a_file_with_a_completion_and_a_prompt_that_are_too_long_trains_and_name
         ),
         ("dpo", ("model", "pairs"), {"loss": "ppo"}, ValueError, "the loss must be one of dpo, .*kto, but is 'ppo'"),
         ("dpo", ("model", "pairs"), {"loss_kwargs": {"gamma": 1}}, ValueError, "the loss dpo has no gamma"),
+        ("dpo", ("model", "pairs"), {"loss_kwargs": [1]}, TypeError, r"loss_kwargs must be a dict, but is \[1\]"),
         ("dpo", ("model", "pairs"), {"loss": "math:pi"}, ValueError, "loss must be a function, but math:pi is a float"),
         (
             "dpo",

@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import traceback
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -28,7 +30,7 @@ from jaxrl_llm.cli.score import Score
 from jaxrl_llm.cli.sycophancy import Sycophancy
 from jaxrl_llm.cli.train import Train
 from jaxrl_llm.cli.translate import Translate
-from jaxrl_llm.options import nearest
+from jaxrl_llm.options import field_docs, nearest
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -67,6 +69,18 @@ def _none(given: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
     )
 
 
+def _describe(kind: Any) -> None:
+    """Give the fields of the dataclasses in a type their docstrings as help: tyro would keep the line breaks."""
+    for inner in typing.get_args(kind):
+        _describe(inner)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        docs = field_docs(kind)
+        for field in dataclasses.fields(kind):
+            field.metadata = types.MappingProxyType({"help": docs.get(field.name), **field.metadata})
+        for hint in typing.get_type_hints(kind, include_extras=True).values():
+            _describe(hint)
+
+
 def main() -> None:
     """Entry point of `jaxrl-llm`."""
     for stream in (sys.stdout, sys.stderr):
@@ -75,6 +89,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"jaxrl-llm {__version__}")
         return
+    _describe(Command)
     try:
         command, unknown = tyro.cli(
             Command,

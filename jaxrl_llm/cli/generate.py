@@ -58,7 +58,7 @@ class Generate:
     def run(self) -> None:
         """Print each completion: a single one while it is generated, several at the end."""
         strategy = options_of.chosen(self.strategy, greedy=self.greedy)
-        options_of.check(strategy, self.sampling, self.search, n=self.num_samples)
+        options_of.check(strategy, self.sampling, self.search, n=self.num_samples, named=_named())
         prompts = read_prompts(self.prompt, self.prompts)
         mesh = devices.mesh_of(self.mesh)
         import jaxrl_llm as jl
@@ -68,7 +68,7 @@ class Generate:
             self._print_stream(lm, prompts[0], greedy=strategy == "greedy")
             return
         how = {"strategy": strategy, "n": self.num_samples, "chat": self.chat, "batch_size": self.batch_size}
-        completions = lm.generate(prompts, **how, **vars(self.sampling), **vars(self.search))
+        completions = lm.generate(prompts, **how, **vars(self.sampling), **options_of.used(strategy, self.search))
         numbers = itertools.count(1)
         for _, of_prompt in itertools.groupby(completions, key=lambda completion: completion.index):
             for rank, completion in enumerate(of_prompt, 1):
@@ -90,6 +90,11 @@ class Generate:
             return f"--- {number}: {completion.prompt}" if alone else f"--- {number}"
         place = f"{completion.index + 1}.{rank}" if options_of.is_beam(strategy) else number
         return f"--- {place}: {note(strategy, completion)}"
+
+
+def _named() -> set[str]:
+    """Return the names of the command line's options, which may have the values of their defaults."""
+    return {word.partition("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
 
 
 def note(strategy: Strategy, completion: Any) -> str:
@@ -155,20 +160,21 @@ class Compare:
         """Print each strategy's best completion under its name, with the options that it does not use."""
         if self.width < 20:
             raise ValueError(f"--width must be at least 20, but is {self.width}.")
-        if useless := set.intersection(*(options_of.unused(each, self.search) for each in self.strategies)):
+        if useless := set.intersection(
+            *(options_of.unused(each, self.search, named=_named()) for each in self.strategies)
+        ):
             raise ValueError(f"none of these strategies uses {', '.join(sorted(useless))}.")
         used = [
-            (each, options_of.restricted(each, self.sampling), options_of.restricted(each, self.search))
-            for each in self.strategies
+            (each, options_of.used(each, self.sampling), options_of.used(each, self.search)) for each in self.strategies
         ]
-        for each in used:
-            options_of.check(*each)
+        for strategy, sampling, search in used:
+            options_of.check(strategy, Sampling(**sampling), Search(**search))
         mesh = devices.mesh_of(self.mesh)
         import jaxrl_llm as jl
 
         lm = jl.load(self.model, dtype=self.dtype, mesh=mesh)
         for strategy, sampling, search in used:
-            options = {"chat": self.chat, **vars(sampling), **vars(search)}
+            options = {"chat": self.chat, **sampling, **search}
             for completion in lm.generate(self.prompt, strategy=strategy, **options):
                 print(f"{strategy:<16}{note(strategy, completion)}{self._left_out(strategy)}")
                 for line in whole(lm, completion, chat=self.chat).splitlines() or [""]:

@@ -181,7 +181,7 @@ def preference(line: Fields) -> Preference:
             kind = "strings" if isinstance(asked, str) else "conversations"
             raise ValueError(f"there must be a prompt, or a common beginning of the two {kind}, but there is neither")
     else:
-        raise ValueError(f"prompt is missing: there are {', '.join(line)}")
+        raise ValueError(f"prompt is missing: it has {', '.join(line)}")
     asked, (chosen, rejected) = alike(_with_system(asked, line), (chosen, rejected))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same completion")
@@ -328,7 +328,7 @@ def _number(line: Fields, name: str) -> float:
 def _text(line: Fields, name: str) -> Text:
     """Return a string or a conversation, which must not be empty; a prompt may be."""
     if name not in line:
-        raise ValueError(f"{name} is missing: there {'are ' + ', '.join(line) if line else 'is nothing'}")
+        raise ValueError(f"{name} is missing: it has {', '.join(line) or 'nothing'}")
     value = line[name]
     if isinstance(value, str):
         if not value and name != "prompt":

@@ -255,7 +255,7 @@ def _bucketed(
     bounded: bool = True,
 ) -> tuple[Int[Array, "batch bucket"], Bool[Array, "batch bucket"]]:
     """The prompts and their mask, checked, and padded on the left to a bucket."""
-    language_model.check_tokens(lm, prompts, mask, name=name, bounded=bounded)
+    language_model.check_tokens(lm, prompts, mask, name=name, bounded=False)  # `check_room` knows the new tokens too
     mask = np.ones(prompts.shape, bool) if mask is None else mask
     check_room(lm, mask, limits, bounded=bounded)
     padding = ((0, 0), (prompt_bucket(prompts.shape[1]) - prompts.shape[1], 0))

@@ -124,8 +124,12 @@ class LoadedReward:
             batch_size: rows of one forward pass. Scores do not depend on it, up to rounding.
 
         Raises:
+            TypeError: for prompts or completions of another type.
             ValueError: unless there is one completion for each prompt, or if a row does not fit the model's context.
         """
+        for name, given in (("prompts", prompts), ("completions", "" if completions is None else completions)):
+            if isinstance(given, Mapping) or not hasattr(given, "__len__"):
+                raise TypeError(f"{name} must be a string, a conversation or several, but is {given!r:.60}.")
         if _is_one(prompts if completions is None else completions):
             one = [prompts] if completions is None else prompts
             return self.score(one, None if completions is None else [completions], batch_size=batch_size)[0]

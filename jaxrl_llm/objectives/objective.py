@@ -78,7 +78,10 @@ def objective(
         )
 
     def prepared(*args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
         bound.apply_defaults()
         bound.arguments |= _checked(arrays, bound.arguments, widen)
         bound.arguments |= {name: jax.lax.stop_gradient(bound.arguments[name]) for name in constants}

@@ -114,7 +114,9 @@ def pair_loss(
     taken = len(of_logps) + len(further)
     if len([each for each in given if each.kind == each.POSITIONAL_OR_KEYWORD]) < taken:
         wanted = ", ".join([*of_logps, *further])
-        raise ValueError(f"a preference loss must take {wanted}, but {function.__name__} takes {len(given)} arguments.")
+        names = ", ".join(each.name for each in given) or "nothing"
+        called = getattr(function, "__name__", function)
+        raise ValueError(f"a preference loss must take {wanted}, but {called} takes {names}.")
     hyperparameters = [
         each if each.kind == each.VAR_KEYWORD else each.replace(kind=each.KEYWORD_ONLY) for each in given[taken:]
     ]

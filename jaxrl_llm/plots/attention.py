@@ -123,6 +123,7 @@ def attention_figure(
         links: `sure` and `possible`, as in `draw_map`.
 
     Raises:
+        TypeError: if the layer or the head is not an integer.
         ValueError: if the model has no such layer or head, or the tokens or links do not fit the map.
     """
     weights = np.asarray(maps.weights)
@@ -136,6 +137,8 @@ def attention_figure(
 def _chosen(name: str, index: int | None, count: int) -> list[int]:
     if index is None:
         return list(range(count))
+    if not isinstance(index, int | np.integer):
+        raise TypeError(f"{name} must be an integer, but is {index!r}.")
     if not -count <= index < count:
         raise ValueError(f"{name} must be from 0 to {count - 1} (or −{count} to −1), but is {index}.")
     return [index % count]

@@ -279,9 +279,8 @@ class DPOConfig(OfflineConfig):
     loss: Losses = "dpo"
     """dpo, robust_dpo, ipo, hinge, exo, nca, bco, sppo, apo_zero, apo_down, discopop, f_dpo, length_normalised_dpo,
     length_normalised_ipo, ld_dpo, wpo, aot, aot_unpaired, simpo, alphapo, orpo, cpo, sft or kto; or your own
-    loss(a, b, *, beta, ...) of the two log-ratios to the reference: the function, or on the command line its place
-    "file.py:function". Further numbers of a row are given to its keywords; dpo takes margin. Of several losses the sum
-    is minimised."""
+    loss(a, b, *, beta, ...) of the two log-ratios to the reference: the function, or its place "file.py:function".
+    Further numbers of a row are given to its keywords; dpo takes margin. Of several losses the sum is minimised."""
     loss_weights: tuple[float, ...] = ()
     """Weights of several losses, in their order; by default 1 each."""
     beta: float | None = number(None, 0, above=True)
@@ -523,7 +522,8 @@ class GRPOConfig(PolicyOptions, Config):
         """All rewards, the reward model last."""
         several = isinstance(self.reward, Sequence) and not isinstance(self.reward, str)
         given = tuple(self.reward) if several else () if self.reward is None else (self.reward,)
-        return given if self.reward_model is None else (*given, Path(self.reward_model))
+        model = Path(self.reward_model) if isinstance(self.reward_model, str) else self.reward_model
+        return given if model is None else (*given, model)
 
     @property
     def redraws(self) -> int:

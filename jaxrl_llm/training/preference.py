@@ -176,8 +176,9 @@ def _per_pair(
     """Return the loss of each pair, with those of the hyperparameters that it has."""
     given = {name: value for name, value in hyperparameters.items() if name in loss.hyperparameters}
     found = loss_of_sums(loss, policy, ref, **_keywords(loss, given, fields))
-    if found.shape != policy.chosen.shape:
-        wanted, returned = list(policy.chosen.shape), list(found.shape)
+    if getattr(found, "shape", None) != policy.chosen.shape:
+        wanted = list(policy.chosen.shape)
+        returned = list(found.shape) if hasattr(found, "shape") else type(found).__name__
         raise ValueError(f"the loss {name_of(loss)} must return one value per pair, {wanted}, but returned {returned}.")
     return found
 
@@ -205,7 +206,7 @@ def find_losses(loss: Given | Sequence[Given], hyperparameters: Mapping[str, Any
     unknown = sorted(set(hyperparameters) - set(names))
     if unknown:
         of, its = "+".join(map(name_of, functions)), "its" if len(functions) == 1 else "their"
-        listed = f"{its} hyperparameters are {', '.join(names)}" if names else "there are none"
+        listed = f"{its} hyperparameters are {', '.join(names)}" if names else "it takes none"
         raise ValueError(f"the loss {of} has no {', '.join(unknown)}: {listed}.")
     return functions
 
@@ -214,9 +215,13 @@ def _function_of(loss: Given) -> Callable[..., Array]:
     if isinstance(loss, str):
         if loss not in LOSSES:
             near = nearest(loss, LOSSES)
-            hint = f": did you mean {near!r}?" if near else "."
-            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}{hint}")
+            hint = f"did you mean {near!r}?" if near else 'your own is "file.py:function".'
+            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, but is {loss!r}: {hint}")
         loss = LOSSES[loss]
+    if isinstance(loss, functools.partial) and hasattr(loss.func, "needs"):
+        declared = functools.wraps(loss.func)(functools.partial(loss.func, *loss.args, **loss.keywords))
+        declared.hyperparameters = loss.func.hyperparameters | loss.keywords
+        return declared
     return loss if loss is preference.kto_loss or hasattr(loss, "needs") else preference.pair_loss(loss)
 
 

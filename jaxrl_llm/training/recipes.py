@@ -415,7 +415,7 @@ def batches_of(
         + f"{made.cut_prompts} prompts and {made.cut_completions} completions truncated"
         + packed
         + (f", {loader.pad_waste:.0%} padding" if batch_size > 1 or packing else "")
-        + (f", {left} records, chosen at random, left out of each epoch" if left else "")
+        + (f", {left} record{'s' * (left > 1)}, chosen at random, left out of each epoch" if left else "")
         + "."
     )
     for column in sorted(fields) if isinstance(fields, frozenset) else ():

@@ -114,11 +114,11 @@ def test_a_line_is_parsed(kind, line, record):
 @pytest.mark.parametrize(
     ("kind", "line", "said"),
     [
-        ("prompt", {}, "prompt is missing: there is nothing"),
+        ("prompt", {}, "prompt is missing: it has nothing"),
         ("prompt", {"prompt": 3}, 'must be a string or a list of {"role", "content"}, but is'),
         ("prompt", {"prompt": [{"role": "user"}]}, "must be a string or a list"),
         ("completion", {"prompt": "a", "answer": ""}, "answer is empty"),
-        ("completion", {"prompt": "a"}, "completion is missing: there are prompt"),
+        ("completion", {"prompt": "a"}, "completion is missing: it has prompt"),
         ("completion", {"messages": [USER]}, "must end with one of the assistant"),
         ("completion", {"messages": [GOOD]}, "one before the assistant's last"),
         ("completion", {"text": [GOOD]}, "text must be a string"),
@@ -196,7 +196,7 @@ def test_records_are_read_in_any_order_and_blank_lines_are_skipped(tmp_path):
                 "a.jsonl has 4 bad lines",
                 "line 2: it is not JSON",
                 "line 4: it must be a JSON object, but is a list",
-                "line 5: prompt is missing: there are question",
+                "line 5: prompt is missing: it has question",
                 "line 6: it is not UTF-8",
             ],
         ),
@@ -206,7 +206,7 @@ def test_records_are_read_in_any_order_and_blank_lines_are_skipped(tmp_path):
         ),
         ([b'[{"prompt": "x"}]'], ["bad line: ", "; there must be one JSON object per line"]),
         ([b"[", b' {"prompt": "x"}', b"]"], ["bad lines: "]),
-        ([{"question": 1}], ["is missing: there are question"]),
+        ([{"question": 1}], ["is missing: it has question"]),
         ([b'{"prompt": "\t"}'], ["it is not JSON: Invalid control character at character 13"]),
         ([b'{"prompt": "a", "prompt": "b"}'], ["it has the key 'prompt' more than once"]),
         ([b"x"] * 9, ["has 9 bad lines: line 1: ", "; and 4 more"]),
@@ -269,7 +269,7 @@ def test_other_files_hold_the_same_records(tmp_path, name, text):
     ("name", "text", "said"),
     [
         ("a.json", '[{"prompt": "x"}', "a.json is not a JSON list: Expecting"),
-        ("a.json", '[{"prompt": "x"}, {"question": 1}]', "has 1 bad row: row 1: prompt is missing: there are question"),
+        ("a.json", '[{"prompt": "x"}, {"question": 1}]', "has 1 bad row: row 1: prompt is missing: it has question"),
         ("a.csv", "prompt,gold\nx\n", "a.csv must have 2 cells in each row, but has 1 in line 2"),
         ("a.csv", "prompt,prompt\nx,y\n", "a.csv has a column more than once: prompt, prompt"),
         ("a.csv", "", "a.csv has no records"),
@@ -295,7 +295,7 @@ def test_parquet_needs_pyarrow_and_its_rows_are_read_through_it(tmp_path, monkey
     arrow = types.ModuleType("pyarrow")
     arrow.parquet = types.SimpleNamespace(read_table=lambda path: table)
     monkeypatch.setitem(sys.modules, "pyarrow", arrow)
-    with pytest.raises(ValueError, match="row 1: prompt is missing: there is nothing"):
+    with pytest.raises(ValueError, match="row 1: prompt is missing: it has nothing"):
         records.read(path, records.prompt)
     assert records.read(path, records.prompt, on_bad="skip")[0] == Prompt("x")
 
@@ -326,7 +326,7 @@ class Dataset:
 def test_a_dataset_is_read_row_by_row_and_null_is_nothing():
     found = records.read(Dataset(), records.prompt_completion, on_bad="skip")
     assert list(found) == [PromptCompletion("Say 0", "x"), PromptCompletion("Say 2", "x")]
-    assert [bad.reason for bad in found.bad_lines] == ["completion is missing: there are prompt"]
+    assert [bad.reason for bad in found.bad_lines] == ["completion is missing: it has prompt"]
     assert len(found.digest()) == 64
 
 

@@ -164,7 +164,7 @@ MISTAKES = {
     "an empty prompt": (np.zeros((2, 0), int), {}, "prompt 0 is empty"),
     "an empty list": ([[1, 2], []], {}, "prompt 1 is empty"),
     "a fully masked row": ([[1, 2], [1, 2]], MASK, "prompt 1 is empty"),
-    "a prompt longer than the context": (np.ones((1, 43), int), {}, "row 0 of prompts comes to 43.*context of 42"),
+    "a prompt longer than the context": (np.ones((1, 43), int), {}, "prompt 0 has 43 tokens, and .* context of 42"),
     "no room": (np.ones((1, 40), int), {"max_new_tokens": 3}, "40 tokens, and 3 new ones do not fit"),
     "no room in one row": ([[1] * 40] * 2, {"prompt_mask": np.arange(40) >= np.asarray([[9], [0]])}, "prompt 1 has 40"),
     "no new tokens": ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, but is 0"),

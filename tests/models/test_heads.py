@@ -168,6 +168,9 @@ def test_texts_and_conversations_are_scored_at_their_last_token(reward):
     assert reward.score([]) == [] and reward.max_length == 64
     with pytest.raises(ValueError, match="a text of 65 tokens is longer than the context, 64"):
         reward.score("cat" * 64 + "<|im_end|>")
+    for given in ((None, None), ("a", 3), ({"prompt": "a", "chosen": "b"},)):
+        with pytest.raises(TypeError, match="must be a string, a conversation or several, but is"):
+            reward.score(*given)
     with pytest.raises(ValueError, match="must have a tokenizer to score texts"):
         dataclasses.replace(reward, tokenizer=None).score("a")
 

@@ -83,6 +83,11 @@ def test_an_argument_that_is_not_as_declared_is_refused_by_value_and_gradient(ch
         assert str(refusal.value) == message
 
 
+def test_a_wrong_number_of_arguments_is_refused_with_the_name_of_the_function():
+    with pytest.raises(TypeError, match=r"^scaled\(\) missing a required argument: 'counts'$"):
+        scaled(X)
+
+
 @pytest.mark.parametrize(
     ("declaration", "message"),
     [

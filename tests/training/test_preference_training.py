@@ -174,7 +174,7 @@ def test_a_sum_of_losses_is_the_weighted_sum_and_each_takes_the_hyperparameters_
             r"the loss dpo\+sft has no gamma: their hyperparameters are beta, label_smoothing",
         ),
         ([], {}, "at least one loss"),
-        ("sft", {"beta": 0.1}, "the loss sft has no beta: there are none"),
+        ("sft", {"beta": 0.1}, "the loss sft has no beta: it takes none"),
     ],
 )
 def test_sums_of_losses_that_do_not_fit_are_refused(loss, settings, message):
@@ -312,13 +312,34 @@ def test_a_function_of_the_log_ratios_is_a_loss_and_takes_the_fields_that_it_nam
             r"the loss <lambda> must return one value per pair, \[8\], but returned \[\]",
         ),
         (own_loss, {"alpha": 1.0}, r"the loss own has no alpha: its hyperparameters are beta, margin\."),
-        (lambda a: a, {}, "a preference loss must take a, b, but <lambda> takes 1 arguments"),
+        (lambda a: a, {}, "a preference loss must take a, b, but <lambda> takes a\\."),
+        (lambda a, b: None, {}, r"the loss <lambda> must return one value per pair, \[8\], but returned NoneType"),
+        ("my_own.py", {}, r"the loss must be one of .* but is 'my_own.py': your own is .file.py:function."),
     ],
 )
 def test_a_loss_of_ones_own_that_does_not_fit_is_refused(loss, hyperparameters, message):
     batch = UNWEIGHTED if loss is own_loss else UNWEIGHTED._replace(fields=MARGINS)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(preference_loss(LM, loss, **hyperparameters), POLICY, batch, Frozen(ref=REFERENCE), KEY)
+
+
+def test_hyperparameters_of_a_loss_can_be_set_by_partial():
+    def value(loss, **hyperparameters):
+        return jax.jit(preference_loss(LM, loss, **hyperparameters))(POLICY, UNWEIGHTED, Frozen(ref=REFERENCE), KEY)
+
+    def plain(a, b, *, beta, margin=0.0):
+        return objectives.hinge_loss(a, b, 0 * a, 0 * b, beta=beta) + margin
+
+    for declared in (plain, objectives.pair_loss(plain)):
+        half = functools.partial(declared, beta=0.5)
+        assert value(half).value == value(declared, beta=0.5).value != value(half, beta=0.2).value
+        assert value(half, margin=1.0).value == value(declared, beta=0.5, margin=1.0).value
+    with pytest.raises(ValueError, match="the loss plain has no delta: its hyperparameters are beta, margin"):
+        value(half, delta=1.0)
+    with pytest.raises(ValueError, match=r"must take a, b, but functools.partial\(<function .*\) takes a\."):
+        value(functools.partial(lambda a: a))
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        value(functools.partial(declared, 0.5, beta=0.5))
 
 
 def test_kto_takes_its_reference_point_from_mismatched_answers():
