@@ -65,7 +65,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     critic = ScalarHead(run.lm) if method.has_critic else None
     trained = trained_of(run, reference=True, critic=critic)
     updates = method.epochs * method.minibatches
-    rate, optimizer = optimizer_for(config, config.steps * updates)
+    rate, optimizer = optimizer_for(config, updates=updates)
     trainer = online(run.lm, optimizer, critic=critic, microbatches=config.microbatches, view=trained.view)
     held_out = None if config.eval_data is None else held_out_rewards(run, judges, sampler, trained)
 

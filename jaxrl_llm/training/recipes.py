@@ -689,7 +689,7 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         add_reference(run, batches, found.digest(), objective.ahead)
     run = with_steps(run, batches)
     config: OfflineConfig = run.config
-    rate, optimizer = optimizer_for(config, config.steps)
+    rate, optimizer = optimizer_for(config)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
     measured = _evaluation(run, objective, trained, batches if samples else None, batches.taken)
     if objective.ahead is not None:
@@ -746,7 +746,7 @@ def fit_on_policy(run: Run, data: Data, objective: Objective, trained: Trained) 
         asked, found = batches_of(run, data, kind, batch_size=config.batch_size, room=config.max_new_tokens)
     first = asked if given is None else given
     run = with_steps(run, first)
-    rate, optimizer = optimizer_for(config, run.config.steps)
+    rate, optimizer = optimizer_for(run.config)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
 
     @jax.jit
@@ -883,9 +883,10 @@ def _start_of(run: Run, batches: Batches) -> tuple[Prompts, Sampler]:
     return Prompts(np.asarray([prompt], np.int32), np.ones((1, len(prompt)), bool)), Sampler(count, eos_ids=run.eos)
 
 
-def optimizer_for(config: Config, updates: int) -> tuple[Callable[[int], Any], optax.GradientTransformation]:
-    """Return the learning rate of each update, and the optimiser, of a configuration."""
-    rate = schedule_of(config.schedule, config.learning_rate, steps=updates, warmup=config.warmup)
+def optimizer_for(config: Config, *, updates: int = 1) -> tuple[Callable[[int], Any], optax.GradientTransformation]:
+    """Return the learning rate of each update, of which a step may have several, and the optimiser."""
+    warmup = config.warmup * updates if config.warmup >= 1 else config.warmup
+    rate = schedule_of(config.schedule, config.learning_rate, steps=config.steps * updates, warmup=warmup)
     given = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm, **config.optimizer_kwargs}
     return rate, optimizer_of(config.optimizer, rate, **given)
 
