@@ -1,5 +1,6 @@
 """Measures of finished models, against the same by hand; and the figure of a run's log."""
 
+import dataclasses
 import json
 import sys
 
@@ -13,6 +14,7 @@ from jaxrl_llm import cli, evaluation, models, train
 from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.plots.run import panels, run_figure
 from tests.models.test_memory import both
+from tests.training.chats import TOOLS, byte_level
 
 PAIRS = [{"prompt": f"Say {i}:", "chosen": " yes", "rejected": " no, " * (i % 2 + 1)} for i in range(5)]
 ROWS = [{"prompt": f"Say {i}:", "completion": " it is" * (i % 3 + 1)} for i in range(5)]
@@ -137,6 +139,28 @@ def test_rewards_are_called_as_in_training(lm):
         jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions: 1 / 0, max_new_tokens=3)
     with pytest.raises(ValueError, match="the reward function takes solution, but the data have gold"):
         jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions, solution: [1.0] * 5, max_new_tokens=3)
+
+
+def test_the_chat_template_is_given_what_training_gives_it(lm):
+    """Tools and other variables of a row; and Alpaca's instruction as a user's message."""
+    tokenizer = byte_level(TOOLS)
+    chatty = jl.interface.LM(dataclasses.replace(lm.loaded, tokenizer=tokenizer))
+    asked, tools = [{"role": "user", "content": "Hi"}], [{"name": "a"}]
+    sampled, seen = {"max_new_tokens": 8, "seed": 0}, []
+
+    def reward(prompts, completion_ids):
+        seen.append((prompts, completion_ids))
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": "Hi", "tools": tools}, {"prompt": "Hi", "tools": tools}, {"instruction": "Hi"}]
+    jl.evaluate(chatty, rows, reward=reward, **sampled)
+    prompts, written = seen.pop()
+    assert prompts == [asked] * 3
+    shown = chatty.generate([asked] * 2, chat={"tools": tools}, **sampled)
+    shown += chatty.generate([asked], chat=True, **sampled)
+    assert written == [each.tokens for each in shown] and written[0] != written[2]
+    with pytest.raises(ValueError, match="colour must be left out, as the chat template does not read it"):
+        jl.evaluate(chatty, [{"prompt": "Hi", "chat_template_kwargs": {"colour": 1}}], reward=reward)
 
 
 @pytest.mark.slow

@@ -380,7 +380,7 @@ def batches_of(
         TypeError, ValueError: naming the data, as `records.read` and `Batches`.
     """
     encoder, config = run.encoder(), run.config
-    found = records.read(data, KINDS[kind].parse, on_bad=config.on_bad, name=name, check=False)
+    found = records.read(data, encoder.checked(KINDS[kind].parse), on_bad=config.on_bad, name=name, check=False)
     try:
         batches = Batches(
             found,
