@@ -76,7 +76,7 @@ def evaluate(
     Raises:
         TypeError: if an argument is of the wrong type, or an option is unknown.
         ValueError: for an option out of range or without an effect, a mesh for a model that is loaded already,
-            malformed data (rows and lines are named), or a reference of another tokenizer.
+            malformed data (rows and lines are named), or a reference of another tokenizer or too short a context.
     """
     config = EvaluateConfig(**options) if config is None else dataclasses.replace(config, **options)
     sharding = meshes.sharding_of(mesh)
@@ -123,10 +123,8 @@ def _measured(lm: Any, data: Data, config: EvaluateConfig, verbose: bool) -> dic
         objective = Objective("reward", reward_loss(ScalarHead(run.lm)), "ranked", ())
         found |= _held_out(run, objective, scorer.params, None)
     elif pairs:
-        reference = None if config.reference is None else _as_lm(config.reference, sharding)
-        if reference is not None and reference.tokenizer.get_vocab() != run.loaded.tokenizer.get_vocab():
-            raise ValueError(f"the reference must have the model's tokenizer, but {reference.name} has another one.")
-        objective = Objective("pairs", pair_measures(run.lm, reference and reference.model), "preference", ())
+        reference = None if config.reference is None else recipes.reference_of(run, config.reference)
+        objective = Objective("pairs", pair_measures(run.lm, reference and reference.lm), "preference", ())
         found |= _held_out(run, objective, run.loaded.params, reference and reference.params)
         del found["loss"]
     elif answered:

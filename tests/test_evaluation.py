@@ -217,6 +217,13 @@ def test_what_cannot_be_evaluated_is_refused(folder, lm):
         jl.evaluate(folder / "reward", ROWS)
     with pytest.raises(ValueError, match="reference must be left out for a reward model"):
         jl.evaluate(folder / "reward", PAIRS, reference=lm)
+    small = GPT2(GPT2Config(vocab_size=4096, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    short = models.Loaded(small, small.init(jax.random.key(0)), lm.tokenizer, {})
+    with pytest.raises(ValueError, match="the reference must have a context of at least max_length, 64 tokens, but"):
+        jl.evaluate(lm, PAIRS, reference=short)
+    jl.evaluate(lm, PAIRS, reference=short, max_length=16)
+    with pytest.raises(TypeError, match="lm must be a model, its name or its path, but is a RewardModel"):
+        jl.evaluate(lm, PAIRS, reference=train.RewardModel.load(folder / "reward"))
     with pytest.raises(TypeError, match="did you mean 'reward'"):
         jl.evaluate(lm, PROMPTS, reward_funcs=lengths)
 
