@@ -653,6 +653,7 @@ class JsonLines(Records[Record]):
 
     Raises:
         FileNotFoundError: if the file does not exist.
+        ValueError: for a folder or a pipe.
     """
 
     unit = "line"
@@ -660,6 +661,10 @@ class JsonLines(Records[Record]):
     def __init__(self, path: Path, parse: Callable[[dict[str, Any]], Record], *, on_bad: OnBad = "raise"):
         self.path = Path(path)
         self.path.stat()
+        if self.path.is_dir():
+            raise ValueError(f"{path} must be a file, but is a folder.")
+        if not self.path.is_file():
+            raise ValueError(f"{path} must be a file, which is read more than once, but is a pipe or a device.")
         super().__init__(str(path), parse, on_bad)
 
     def raw(self) -> Iterator[tuple[int, int, bytes]]:
@@ -711,7 +716,7 @@ def read(
         ModuleNotFoundError: for a Parquet file without pyarrow.
         ValueError: naming each bad line, or for a file that cannot be read.
     """
-    if hasattr(data, "columns") and not hasattr(data, "column_names"):  # of pandas or Polars, unlike `datasets`
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):  # of pandas or Polars
         raise TypeError(
             f"{name} must be a path or an iterable of dicts, but is a {type(data).__name__}: give its rows, as "
             'to_dict("records") of pandas and to_dicts() of Polars return them.'

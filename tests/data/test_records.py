@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 import types
 
@@ -284,6 +285,14 @@ def test_other_files_that_cannot_be_read_are_named(tmp_path, name, text, said):
     assert said in str(error.value)
 
 
+def test_a_folder_and_a_pipe_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a file, but is a folder"):
+        records.read(tmp_path, records.prompt)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe must be a file, which is read more than once, but is a pipe"):
+        records.read(tmp_path / "pipe", records.prompt)
+
+
 @pytest.mark.parametrize("written", [json.dumps, str])  # pandas writes a list of dicts as Python does
 def test_messages_in_the_cells_of_a_table_are_not_text(tmp_path, written):
     row = {"prompt": [{"role": "user", "content": "it's [{1}]"}]}
@@ -347,7 +356,7 @@ def test_a_label_may_be_a_whole_float():
 
 def test_a_table_is_refused_with_what_to_give_instead():
     class DataFrame(dict):
-        columns = ("prompt",)
+        columns, to_dict = ("prompt",), dict
 
     with pytest.raises(TypeError, match=r"prompts must be .* but is a DataFrame: give its rows, as to_dict"):
         records.read(DataFrame(), records.prompt, name="prompts")
