@@ -222,6 +222,8 @@ def test_what_cannot_be_evaluated_is_refused(folder, lm):
     with pytest.raises(ValueError, match="the reference must have a context of at least max_length, 64 tokens, but"):
         jl.evaluate(lm, PAIRS, reference=short)
     jl.evaluate(lm, PAIRS, reference=short, max_length=16)
+    with pytest.raises(ValueError, match=r"the reference must be a language model, but .*reward is a reward model"):
+        jl.evaluate(lm, PAIRS, reference=folder / "reward")
     with pytest.raises(TypeError, match="lm must be a model, its name or its path, but is a RewardModel"):
         jl.evaluate(lm, PAIRS, reference=train.RewardModel.load(folder / "reward"))
     with pytest.raises(TypeError, match="did you mean 'reward'"):

@@ -27,7 +27,7 @@ from jaxrl_llm.data import records
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models import lora as adapters
-from jaxrl_llm.models.heads import LoadedReward, ScalarHead, stored_head
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, is_reward, stored_head
 from jaxrl_llm.options import nearest
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training import loop, rewards
@@ -618,7 +618,8 @@ def reference_of(run: Run, given: Any, *, name: str = "reference") -> Reference:
     """Return another model, which must read the same tokens as the trained one; None is the trained model as it began.
 
     Raises:
-        TypeError, ValueError: if it is not a model, or has another vocabulary, tokenizer, or too short a context.
+        TypeError, ValueError: if it is not a language model, or has another vocabulary, tokenizer, or too short a
+            context.
     """
     narrow = compute_in(run.config.dtype) if run.config.dtype == "bfloat16" else lambda params, frozen: params
     if given is None:
@@ -629,6 +630,8 @@ def reference_of(run: Run, given: Any, *, name: str = "reference") -> Reference:
         found = _loaded(given, run.mesh)
     else:
         raise TypeError(f"{name} must be a model, its name or its path, but is a {type(given).__name__}.")
+    if is_reward(found.config):
+        raise ValueError(f"the {name} must be a language model, but {given} is a reward model.")
     if found.model.vocab_size != run.lm.vocab_size:
         raise ValueError(
             f"the {name} must have the model's vocabulary of {run.lm.vocab_size} tokens, but has "
