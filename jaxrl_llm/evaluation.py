@@ -25,6 +25,7 @@ from jaxrl_llm.options import takes
 from jaxrl_llm.train import RewardModel
 from jaxrl_llm.training import recipes, rewards
 from jaxrl_llm.training.config import Data, EvaluateConfig, OfflineConfig
+from jaxrl_llm.training.encoding import Parser
 from jaxrl_llm.training.preference import PairBatch, pair_sums
 from jaxrl_llm.training.recipes import Objective, Trained
 from jaxrl_llm.training.reward_model import reward_loss
@@ -75,7 +76,7 @@ def evaluate(
     Raises:
         TypeError: if an argument is of the wrong type, or an option is unknown.
         ValueError: for an option out of range or without an effect, a mesh for a model that is loaded already,
-            malformed data (rows and lines are named), or a reference of another tokenizer.
+            malformed data (rows and lines are named), or a reference of another tokenizer or too short a context.
     """
     config = EvaluateConfig(**options) if config is None else dataclasses.replace(config, **options)
     sharding = meshes.sharding_of(mesh)
@@ -122,10 +123,8 @@ def _measured(lm: Any, data: Data, config: EvaluateConfig, verbose: bool) -> dic
         objective = Objective("reward", reward_loss(ScalarHead(run.lm)), "ranked", ())
         found |= _held_out(run, objective, scorer.params, None)
     elif pairs:
-        reference = None if config.reference is None else _as_lm(config.reference, sharding)
-        if reference is not None and reference.tokenizer.get_vocab() != run.loaded.tokenizer.get_vocab():
-            raise ValueError(f"the reference must have the model's tokenizer, but {reference.name} has another one.")
-        objective = Objective("pairs", pair_measures(run.lm, reference and reference.model), "preference", ())
+        reference = None if config.reference is None else recipes.reference_of(run, config.reference)
+        objective = Objective("pairs", pair_measures(run.lm, reference and reference.lm), "preference", ())
         found |= _held_out(run, objective, run.loaded.params, reference and reference.params)
         del found["loss"]
     elif answered:
@@ -206,12 +205,15 @@ def _reward_of(config: EvaluateConfig, sharding: huggingface.ShardingRule | None
     if isinstance(given, LoadedReward) or config.reward_model is not None or is_folder:
         found = given if isinstance(given, LoadedReward) else models.load_reward_model(given, sharding=sharding)
         scorer = RewardModel(found.head, found.params, found.tokenizer, found.config)
-        return lambda asked, written: np.asarray(
-            scorer.score(
-                [each.prompt for each in asked], [each.text for each in written], batch_size=config.batch_size
-            ),
-            np.float64,
-        )
+
+        def scored(asked: Sequence[records.Prompt], written: Sequence[Completion]) -> np.ndarray:
+            rows = [
+                scorer.tokens(each.prompt, completion.text, template=each.template)
+                for each, completion in zip(asked, written, strict=True)
+            ]
+            return np.asarray(scorer.score_tokens(rows, batch_size=config.batch_size), np.float64)
+
+        return scored
     function = function_at(given) if isinstance(given, str) else given
     if not callable(function):
         raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")
@@ -249,17 +251,16 @@ def _reward_of(config: EvaluateConfig, sharding: huggingface.ShardingRule | None
 
 def _completed(lm: LM, against: LM | None, data: Data, judged: Judged, config: EvaluateConfig) -> dict[str, float]:
     """Return the rewards of one completion of each prompt, and of another model's."""
-    asked = list(records.read(data, records.prompt, on_bad=config.on_bad))
-    own, length = _rewards(lm, asked, judged, config)
+    own, length = _rewards(lm, data, judged, config)
     known = own[~np.isnan(own)]
     if not known.size:
-        raise ValueError(f"the reward must judge one of the {len(asked)} completions, but is None for all.")
-    found = {"reward": float(known.mean()), "length": length, "rows": len(asked)}
+        raise ValueError(f"the reward must judge one of the {len(own)} completions, but is None for all.")
+    found = {"reward": float(known.mean()), "length": length, "rows": len(own)}
     if known.size > 1:
         found["reward_stderr"] = float(known.std(ddof=1) / math.sqrt(known.size))
     if against is None:
         return found
-    others, _ = _rewards(against, asked, judged, config)
+    others, _ = _rewards(against, data, judged, config)
     both = ~np.isnan(own) & ~np.isnan(others)
     if not both.any():
         raise ValueError("the reward must judge completions of both models for one prompt, but does for none.")
@@ -273,14 +274,15 @@ def _completed(lm: LM, against: LM | None, data: Data, judged: Judged, config: E
     }
 
 
-def _rewards(
-    lm: LM, asked: Sequence[records.Prompt], judged: Judged, config: EvaluateConfig
-) -> tuple[np.ndarray, float]:
+def _rewards(lm: LM, data: Data, judged: Judged, config: EvaluateConfig) -> tuple[np.ndarray, float]:
+    """Return the rewards of one completion of each prompt, read as in training, and their mean length."""
+    parse = Parser(records.prompt, bool(getattr(lm.tokenizer, "chat_template", None)))
+    asked = list(records.read(data, parse, on_bad=config.on_bad))
     sampled = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
     written = [
         lm.generate(
             [each.prompt if isinstance(each.prompt, str) else list(each.prompt) for each in part],
-            chat=not isinstance(part[0].prompt, str),
+            chat=not isinstance(part[0].prompt, str) and (part[0].template or True),
             batch_size=config.batch_size,
             **sampled,
         )
@@ -291,12 +293,9 @@ def _rewards(
 
 
 def _alike(asked: Sequence[records.Prompt]) -> list[Sequence[records.Prompt]]:
-    """Return the prompts in runs of strings and of conversations."""
-    ends = [
-        place
-        for place in range(1, len(asked))
-        if isinstance(asked[place].prompt, str) != isinstance(asked[place - 1].prompt, str)
-    ]
+    """Return the prompts in runs of strings, and of conversations with the same variables of the chat template."""
+    kinds = [(isinstance(each.prompt, str), each.template) for each in asked]
+    ends = [place for place in range(1, len(asked)) if kinds[place] != kinds[place - 1]]
     return [asked[start:end] for start, end in zip([0, *ends], [*ends, len(asked)], strict=True)]
 
 

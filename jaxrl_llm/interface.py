@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # only a picture takes the time to load it
 
 Conversation = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | Conversation
+InChat = bool | Mapping[str, Any]  # a prompt in the chat template, and variables of the template
 Prompts = str | Sequence[Prompt] | Int[np.ndarray, "..."] | Sequence[int]
 
 SHOWN = 100  # characters of a text in a repr
@@ -309,7 +310,7 @@ class LM:
         strategy: Strategy = "sample",
         greedy: bool = False,
         n: int = 1,
-        chat: bool = False,
+        chat: InChat = False,
         transforms: Sequence[Transform] = (),
         batch_size: int | None = None,
         **options: Any,
@@ -322,7 +323,8 @@ class LM:
                 that is given with its default value counts as not given).
             greedy: the same as `strategy="greedy"`.
             n: completions of each prompt; of a beam search its best hypotheses.
-            chat: put each prompt into the model's chat template, a string as a user's message.
+            chat: put each prompt into the model's chat template, a string as a user's message; or variables of the
+                template, such as {"tools": [...]}.
             transforms: further logits transforms (`jl.decoding.transforms`), applied after those of the options.
             batch_size: completions (of beams, prompts) that are decoded together; by default all. The texts do not
                 depend on it, as far as rounding lets them: each completion draws by its own index.
@@ -373,7 +375,7 @@ class LM:
         rows: int = 32,
         greedy: bool = False,
         n: int = 1,
-        chat: bool = False,
+        chat: InChat = False,
         transforms: Sequence[Transform] = (),
         progress: bool = True,
         **options: Any,
@@ -446,7 +448,7 @@ class LM:
         prompt: Prompt,
         *,
         greedy: bool = False,
-        chat: bool = False,
+        chat: InChat = False,
         transforms: Sequence[Transform] = (),
         memory: decoding.Memory | None = None,
         **options: Any,
@@ -499,7 +501,7 @@ class LM:
         *,
         n: int | None = None,
         num_groups: int = 1,
-        chat: bool = False,
+        chat: InChat = False,
         transforms: Sequence[Transform] = (),
         batch_size: int | None = None,
         **options: Any,
@@ -863,7 +865,7 @@ class LM:
         return self._require_tokenizer().decode(tokens, skip_special_tokens=True)
 
     def _encoded(
-        self, prompts: Prompts, *, chat: bool = False, name: str = "prompts", sampling: Sampling | None = None
+        self, prompts: Prompts, *, chat: InChat = False, name: str = "prompts", sampling: Sampling | None = None
     ) -> tuple[list[Prompt], list[list[int]]]:
         """Each prompt as it was given, and its tokens; cut to fit the context if `sampling` asks for it."""
         given = _listed(prompts, name)
@@ -880,7 +882,7 @@ class LM:
             )
         return given, [row[-most:] if sampling.cut == "left" else row[:most] for row in rows]
 
-    def _ids(self, prompt: Prompt, name: str, *, chat: bool) -> list[int]:
+    def _ids(self, prompt: Prompt, name: str, *, chat: InChat) -> list[int]:
         conversation = not isinstance(prompt, str) and any(isinstance(each, Mapping) for each in prompt)
         if not isinstance(prompt, str) and not conversation:
             if chat:
@@ -907,7 +909,7 @@ class LM:
         """The model with the prompts; of an encoder-decoder, with the encoded sources."""
         return next(translation.conditionals(self.loaded, rows, batch_size=len(rows)))
 
-    def _read(self, rows: Sequence[Sequence[int]], sampling: Sampling, *, chat: bool) -> dict[str, Any]:
+    def _read(self, rows: Sequence[Sequence[int]], sampling: Sampling, *, chat: InChat) -> dict[str, Any]:
         """The parts of a request that depend on its prompts: all tokens are read but those that are written again."""
 
         def shown(row: int, tokens: Sequence[int]) -> str:
@@ -935,7 +937,7 @@ class LM:
             raise ValueError("heal is for decoder-only models.")
         return healing.taken_back(self._beginnings, self.token_bytes, row, least=self.model.min_prompt_length)
 
-    def _stream(self, row: Sequence[int], sampling: Sampling, *, chat: bool) -> text.TextStream | None:
+    def _stream(self, row: Sequence[int], sampling: Sampling, *, chat: InChat) -> text.TextStream | None:
         """The text of a completion, which continues that of the prompt; a translation is a text of its own."""
         if self.tokenizer is None:
             return None
@@ -946,7 +948,7 @@ class LM:
             before,
             sampling.stop,
             unsearched=unsearched,
-            reply=chat,
+            reply=bool(chat),
             healed=healed,
             pieces=self.token_bytes if healed else (),
         )
@@ -978,7 +980,7 @@ class LM:
         search: Search,
         further: Sequence[Transform],
         *,
-        chat: bool,
+        chat: InChat,
     ) -> strategies.Request:
         further = [further] if isinstance(further, Transform) else further
         if not isinstance(further, Sequence) or not all(isinstance(each, Transform) for each in further):
@@ -1013,7 +1015,7 @@ class LM:
             guidance=self._guidance(sampling, len(rows), chat=chat),
         )
 
-    def _guidance(self, sampling: Sampling, rows: int, *, chat: bool) -> decoding.Guidance | None:
+    def _guidance(self, sampling: Sampling, rows: int, *, chat: InChat) -> decoding.Guidance | None:
         if sampling.guidance_prompt is None:
             return None
         if self._translates:

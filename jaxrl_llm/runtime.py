@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def set_up() -> None:
 
 
 # Parameters of glibc's mallopt, and variables of users who tune it themselves (mallopt(3), ld.so(8)).
-MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
+MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}  # -1: never
 TUNED = re.compile(r"MALLOC_|(GLIBC_TUNABLES|LD_PRELOAD)$")
 
 
@@ -55,7 +56,7 @@ def return_memory() -> None:
 
 def _glibc() -> ctypes.CDLL | None:
     """Return the C library if it is glibc."""
-    return ctypes.CDLL(None) if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) else None
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def quiet_transformers() -> None:

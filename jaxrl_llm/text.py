@@ -16,12 +16,17 @@ from jaxrl_llm.options import check_characters
 
 
 def encode(
-    tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], *, chat: bool = False, lead: str = ""
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    chat: bool | Mapping[str, Any] = False,
+    lead: str = "",
 ) -> list[int]:
     """Return the tokens of a prompt; with `chat`, of the prompt as a user's message in the model's chat template.
 
-    With `chat` it may also be a conversation: messages with `role` and `content`. An empty prompt is the beginning of a
-    text: the tokenizer's BOS token. `lead` is the beginning of the completion.
+    With `chat` it may also be a conversation: messages with `role` and `content`. `chat` may be variables of the
+    template, such as `tools`. An empty prompt is the beginning of a text: the tokenizer's BOS token. `lead` is the
+    beginning of the completion.
 
     Raises:
         ValueError: if there is no chat template, if it refuses the conversation, or if there is no BOS token
@@ -29,7 +34,8 @@ def encode(
     """
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return rendered_tokens(tokenizer, render(tokenizer, messages, generation=True) + _plain(lead))
+        variables = chat if isinstance(chat, Mapping) else {}
+        return rendered_tokens(tokenizer, render(tokenizer, messages, generation=True, **variables) + _plain(lead))
     check_characters(prompt, "the prompt")
     return _begun(tokenizer, prompt + lead, tokenizer(prompt + lead)["input_ids"])
 
@@ -210,6 +216,11 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation:
     except Exception as error:  # a template is a program: jinja2's errors, and Python's as of adding None to a string
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the chat template: {reason}") from error
+
+
+def read_by(tokenizer: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the variables that the tokenizer's chat template reads."""
+    return {name: value for name, value in variables.items() if name in str(tokenizer.chat_template)}
 
 
 def rendered_tokens(tokenizer: Any, string: str) -> list[int]:

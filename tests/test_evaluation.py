@@ -1,5 +1,6 @@
 """Measures of finished models, against the same by hand; and the figure of a run's log."""
 
+import dataclasses
 import json
 import sys
 
@@ -13,6 +14,7 @@ from jaxrl_llm import cli, evaluation, models, train
 from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.plots.run import panels, run_figure
 from tests.models.test_memory import both
+from tests.training.chats import TOOLS, byte_level
 
 PAIRS = [{"prompt": f"Say {i}:", "chosen": " yes", "rejected": " no, " * (i % 2 + 1)} for i in range(5)]
 ROWS = [{"prompt": f"Say {i}:", "completion": " it is" * (i % 3 + 1)} for i in range(5)]
@@ -139,6 +141,28 @@ def test_rewards_are_called_as_in_training(lm):
         jl.evaluate(lm, PROMPTS, reward=lambda prompts, completions, solution: [1.0] * 5, max_new_tokens=3)
 
 
+def test_the_chat_template_is_given_what_training_gives_it(lm):
+    """Tools and other variables of a row; and Alpaca's instruction as a user's message."""
+    tokenizer = byte_level(TOOLS)
+    chatty = jl.interface.LM(dataclasses.replace(lm.loaded, tokenizer=tokenizer))
+    asked, tools = [{"role": "user", "content": "Hi"}], [{"name": "a"}]
+    sampled, seen = {"max_new_tokens": 8, "seed": 0}, []
+
+    def reward(prompts, completion_ids):
+        seen.append((prompts, completion_ids))
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": "Hi", "tools": tools}, {"prompt": "Hi", "tools": tools}, {"instruction": "Hi"}]
+    jl.evaluate(chatty, rows, reward=reward, **sampled)
+    prompts, written = seen.pop()
+    assert prompts == [asked] * 3
+    shown = chatty.generate([asked] * 2, chat={"tools": tools}, **sampled)
+    shown += chatty.generate([asked], chat=True, **sampled)
+    assert written == [each.tokens for each in shown] and written[0] != written[2]
+    with pytest.raises(ValueError, match="colour must be left out, as the chat template does not read it"):
+        jl.evaluate(chatty, [{"prompt": "Hi", "chat_template_kwargs": {"colour": 1}}], reward=reward)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words", ["0 pairs reference=1", "0 prompts reward=thirds.py:thirds against=1", "reward pairs"]
@@ -193,6 +217,15 @@ def test_what_cannot_be_evaluated_is_refused(folder, lm):
         jl.evaluate(folder / "reward", ROWS)
     with pytest.raises(ValueError, match="reference must be left out for a reward model"):
         jl.evaluate(folder / "reward", PAIRS, reference=lm)
+    small = GPT2(GPT2Config(vocab_size=4096, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    short = models.Loaded(small, small.init(jax.random.key(0)), lm.tokenizer, {})
+    with pytest.raises(ValueError, match="the reference must have a context of at least max_length, 64 tokens, but"):
+        jl.evaluate(lm, PAIRS, reference=short)
+    jl.evaluate(lm, PAIRS, reference=short, max_length=16)
+    with pytest.raises(ValueError, match=r"the reference must be a language model, but .*reward is a reward model"):
+        jl.evaluate(lm, PAIRS, reference=folder / "reward")
+    with pytest.raises(TypeError, match="lm must be a model, its name or its path, but is a RewardModel"):
+        jl.evaluate(lm, PAIRS, reference=train.RewardModel.load(folder / "reward"))
     with pytest.raises(TypeError, match="did you mean 'reward'"):
         jl.evaluate(lm, PROMPTS, reward_funcs=lengths)
 

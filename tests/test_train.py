@@ -554,6 +554,13 @@ def test_an_adapter_records_the_name_or_path_of_its_model(folder, model):
         assert recipes.begin(lm, SFTConfig(), folder / "nowhere", verbose=False).path == expected
 
 
+def test_a_warmup_in_steps_is_of_the_runs_steps_whatever_their_updates():
+    for warmup in (2, 0.2):
+        config = PPOConfig(reward=vowels, steps=10, warmup=warmup, learning_rate=1.0, schedule="constant")
+        rate, _ = recipes.optimizer_for(config, updates=8)
+        assert [float(rate(place)) for place in (0, 8, 16, 79)] == pytest.approx([1 / 16, 1 / 16 + 15 / 32, 1, 1])
+
+
 def test_the_keys_of_a_run_are_all_different_and_its_vocabulary_is_the_models(model):
     run = recipes.begin(dataclasses.replace(model, config={"eos_token_id": [7, 50256]}), SFTConfig(), verbose=False)
     assert len({tuple(jax.random.key_data(key).tolist()) for key in run.keys}) == 3

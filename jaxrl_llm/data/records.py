@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -192,7 +195,7 @@ def preference(line: Fields) -> Preference:
 def unpaired_preference(line: Fields) -> UnpairedPreference:
     """Parse {"prompt", "completion" or "answer", "label"} or {"text", "label"}; the label is true, false, 1 or 0."""
     label = line.get("label")
-    if label not in (True, False) or not isinstance(label, bool | int):
+    if label not in (True, False) or not isinstance(label, bool | int | float):
         raise ValueError(f"label must be true or false, but is {label!r}")
     shown = prompt_completion(_others(line, "label"))
     return UnpairedPreference(shown.prompt, shown.completion, bool(label), shown.fields, shown.template)
@@ -560,9 +563,18 @@ def record_of(raw: bytes | Any, parse: Callable[[Fields], Record]) -> Record:
             return parse(_object(raw))
         if not isinstance(raw, Mapping):
             raise ValueError(f"it must be a dict, but is a {type(raw).__name__}")
-        return parse({name: value.item() if isinstance(value, np.generic) else value for name, value in raw.items()})
+        return parse(_without_arrays(raw))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _without_arrays(value: Any) -> Any:
+    """Return dicts and lists of them with NumPy's numbers and arrays as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _without_arrays(each) for name, each in value.items()}
+    return [*map(_without_arrays, value)] if isinstance(value, list) else value
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -621,13 +633,11 @@ class RecordList(Records[Record]):
             return _file_digest(self._path)
         found = hashlib.sha256()
         for _, _, row in self.raw():
-            found.update(json.dumps(row, default=_plain_number if exact else repr).encode() + b"\n")
+            found.update(json.dumps(_without_arrays(row), default=_refuse if exact else repr).encode() + b"\n")
         return found.hexdigest()
 
 
-def _plain_number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
+def _refuse(value: Any) -> Any:
     raise TypeError(f"data must hold what JSON can, but hold a {type(value).__name__}")
 
 
@@ -643,6 +653,7 @@ class JsonLines(Records[Record]):
 
     Raises:
         FileNotFoundError: if the file does not exist.
+        ValueError: for a folder or a pipe.
     """
 
     unit = "line"
@@ -650,6 +661,10 @@ class JsonLines(Records[Record]):
     def __init__(self, path: Path, parse: Callable[[dict[str, Any]], Record], *, on_bad: OnBad = "raise"):
         self.path = Path(path)
         self.path.stat()
+        if self.path.is_dir():
+            raise ValueError(f"{path} must be a file, but is a folder.")
+        if not self.path.is_file():
+            raise ValueError(f"{path} must be a file, which is read more than once, but is a pipe or a device.")
         super().__init__(str(path), parse, on_bad)
 
     def raw(self) -> Iterator[tuple[int, int, bytes]]:
@@ -701,6 +716,11 @@ def read(
         ModuleNotFoundError: for a Parquet file without pyarrow.
         ValueError: naming each bad line, or for a file that cannot be read.
     """
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):  # of pandas or Polars
+        raise TypeError(
+            f"{name} must be a path or an iterable of dicts, but is a {type(data).__name__}: give its rows, as "
+            'to_dict("records") of pandas and to_dicts() of Polars return them.'
+        )
     indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, str | os.PathLike):
         path = Path(data)
@@ -734,7 +754,11 @@ TEXTS = ("prompt", "completion", "answer", "chosen", "rejected", "text", "instru
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a table with a header; cells of `TEXTS` are strings, others JSON where they can be."""
+    """Return the rows of a table with a header.
+
+    Cells that begin as messages do are read as these, from JSON or as Python writes them, which pandas does. Other
+    cells of `TEXTS` are strings, all others JSON where they can be.
+    """
     csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -748,12 +772,27 @@ def _csv(path: Path) -> list[dict[str, Any]]:
                     )
                 if row:
                     pairs = zip(header, row, strict=True)
-                    found.append({name: cell if name in TEXTS else _cell(cell) for name, cell in pairs})
+                    found.append(
+                        {name: _messages_of(cell) or (cell if name in TEXTS else _cell(cell)) for name, cell in pairs}
+                    )
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a table of comma-separated values: {error}") from None
     if len(set(header)) < len(header):
         raise ValueError(f"{path} has a column more than once: {', '.join(header)}")
     return found
+
+
+BEGINS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+
+
+def _messages_of(cell: str) -> list[Any] | None:
+    """Return a cell that begins as messages do as these, or as a list that no record takes; None for other cells."""
+    if not BEGINS_MESSAGES.match(cell):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(cell)
+    return [cell]
 
 
 def _cell(cell: str) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import text
-from jaxrl_llm.data.records import Message, Text, alike
+from jaxrl_llm.data.records import Fields, Message, Text, alike
 from jaxrl_llm.language_model import LanguageModel, Params, several_texts
 from jaxrl_llm.mesh import everywhere, filled, on_mesh_of
 from jaxrl_llm.models import configuration, families, huggingface, loading, lora
@@ -91,8 +91,11 @@ class LoadedReward:
         """Return True if the tokens of this tokenizer are those of the reward model, so that it can score them."""
         return text.same_tokens(self.tokenizer, tokenizer)
 
-    def tokens(self, prompt: Text, completion: Text | None = None) -> list[int]:
+    def tokens(self, prompt: Text, completion: Text | None = None, *, template: Fields | None = None) -> list[int]:
         """Return the tokens that are scored: of a prompt with its completion, or of a whole text or conversation.
+
+        Args:
+            template: variables of the chat template, such as `tools`; those that it does not read are left out.
 
         Raises:
             ValueError: for a reward model without a tokenizer, or texts longer than its context.
@@ -103,7 +106,7 @@ class LoadedReward:
             prompt, completion = ("", prompt) if isinstance(prompt, str) else ((), tuple(prompt))
         else:
             prompt, (completion,) = alike(_frozen(prompt), (_frozen(completion),))
-        tokens = text.whole(self.tokenizer, prompt, completion)
+        tokens = text.whole(self.tokenizer, prompt, completion, **text.read_by(self.tokenizer, template or {}))
         if len(tokens) > self.max_length:
             raise ValueError(f"a text of {len(tokens)} tokens is longer than the context, {self.max_length}.")
         return tokens

@@ -103,7 +103,8 @@ class Config(Checked):
     """The learning rate after the warm-up: "linear" and "cosine" decay to 0 at the end of the run, "inverse_sqrt" as
     1/√step; the last two, "constant" and "inverse_sqrt", do not depend on the number of steps."""
     warmup: float = number(0.05, 0)
-    """Steps in which the learning rate rises; below 1 their share of all steps."""
+    """Steps in which the learning rate rises; below 1 their share of all steps. Where it decays to 0 afterwards, at
+    most all steps but the last."""
     optimizer: Optimizer = "adamw"
     """The optimiser; muon is Muon on the weight matrices and Adam on all else."""
     optimizer_kwargs: dict[str, float] = dataclasses.field(default_factory=dict)

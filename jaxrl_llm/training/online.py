@@ -65,7 +65,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     critic = ScalarHead(run.lm) if method.has_critic else None
     trained = trained_of(run, reference=True, critic=critic)
     updates = method.epochs * method.minibatches
-    rate, optimizer = optimizer_for(config, config.steps * updates)
+    rate, optimizer = optimizer_for(config, updates=updates)
     trainer = online(run.lm, optimizer, critic=critic, microbatches=config.microbatches, view=trained.view)
     held_out = None if config.eval_data is None else held_out_rewards(run, judges, sampler, trained)
 
@@ -224,9 +224,9 @@ def _model_judge(run: Run, found: LoadedReward, name: str = "") -> Judge:
         longest = longest if alike else 0
         try:
             if not alike or getattr(theirs, "chat_template", None):
-                texts = [each.prompt for each in asked if not alike or not isinstance(each.prompt, str)]
-                lengths = [len(text.encode(theirs, each, chat=not isinstance(each, str))) for each in texts]
-                longest = max([longest, *lengths])
+                for each in (each for each in asked if not alike or not isinstance(each.prompt, str)):
+                    chat = not isinstance(each.prompt, str) and (text.read_by(theirs, each.template) or True)
+                    longest = max(longest, len(text.encode(theirs, each.prompt, chat=chat)))
         except ValueError as error:
             raise ValueError(f"the reward model{name} cannot read the prompts: {error}") from error
         if longest + run.config.max_new_tokens > context:

@@ -27,7 +27,7 @@ from jaxrl_llm.data import records
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models import lora as adapters
-from jaxrl_llm.models.heads import LoadedReward, ScalarHead, stored_head
+from jaxrl_llm.models.heads import LoadedReward, ScalarHead, is_reward, stored_head
 from jaxrl_llm.options import nearest
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training import loop, rewards
@@ -380,7 +380,7 @@ def batches_of(
         TypeError, ValueError: naming the data, as `records.read` and `Batches`.
     """
     encoder, config = run.encoder(), run.config
-    found = records.read(data, KINDS[kind].parse, on_bad=config.on_bad, name=name, check=False)
+    found = records.read(data, encoder.checked(KINDS[kind].parse), on_bad=config.on_bad, name=name, check=False)
     try:
         batches = Batches(
             found,
@@ -618,7 +618,8 @@ def reference_of(run: Run, given: Any, *, name: str = "reference") -> Reference:
     """Return another model, which must read the same tokens as the trained one; None is the trained model as it began.
 
     Raises:
-        TypeError, ValueError: if it is not a model, or has another vocabulary, tokenizer, or too short a context.
+        TypeError, ValueError: if it is not a language model, or has another vocabulary, tokenizer, or too short a
+            context.
     """
     narrow = compute_in(run.config.dtype) if run.config.dtype == "bfloat16" else lambda params, frozen: params
     if given is None:
@@ -629,6 +630,8 @@ def reference_of(run: Run, given: Any, *, name: str = "reference") -> Reference:
         found = _loaded(given, run.mesh)
     else:
         raise TypeError(f"{name} must be a model, its name or its path, but is a {type(given).__name__}.")
+    if is_reward(found.config):
+        raise ValueError(f"the {name} must be a language model, but {given} is a reward model.")
     if found.model.vocab_size != run.lm.vocab_size:
         raise ValueError(
             f"the {name} must have the model's vocabulary of {run.lm.vocab_size} tokens, but has "
@@ -689,7 +692,7 @@ def fit(run: Run, data: Data, objective: Objective, trained: Trained, *, samples
         add_reference(run, batches, found.digest(), objective.ahead)
     run = with_steps(run, batches)
     config: OfflineConfig = run.config
-    rate, optimizer = optimizer_for(config, config.steps)
+    rate, optimizer = optimizer_for(config)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
     measured = _evaluation(run, objective, trained, batches if samples else None, batches.taken)
     if objective.ahead is not None:
@@ -746,7 +749,7 @@ def fit_on_policy(run: Run, data: Data, objective: Objective, trained: Trained) 
         asked, found = batches_of(run, data, kind, batch_size=config.batch_size, room=config.max_new_tokens)
     first = asked if given is None else given
     run = with_steps(run, first)
-    rate, optimizer = optimizer_for(config, run.config.steps)
+    rate, optimizer = optimizer_for(run.config)
     step = make_step(objective.loss, optimizer, microbatches=config.microbatches, view=trained.view)
 
     @jax.jit
@@ -883,9 +886,10 @@ def _start_of(run: Run, batches: Batches) -> tuple[Prompts, Sampler]:
     return Prompts(np.asarray([prompt], np.int32), np.ones((1, len(prompt)), bool)), Sampler(count, eos_ids=run.eos)
 
 
-def optimizer_for(config: Config, updates: int) -> tuple[Callable[[int], Any], optax.GradientTransformation]:
-    """Return the learning rate of each update, and the optimiser, of a configuration."""
-    rate = schedule_of(config.schedule, config.learning_rate, steps=updates, warmup=config.warmup)
+def optimizer_for(config: Config, *, updates: int = 1) -> tuple[Callable[[int], Any], optax.GradientTransformation]:
+    """Return the learning rate of each update, of which a step may have several, and the optimiser."""
+    warmup = config.warmup * updates if config.warmup >= 1 else config.warmup
+    rate = schedule_of(config.schedule, config.learning_rate, steps=config.steps * updates, warmup=warmup)
     given = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm, **config.optimizer_kwargs}
     return rate, optimizer_of(config.optimizer, rate, **given)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.data import records
-from jaxrl_llm.data.records import Fields, Text
+from jaxrl_llm.data.records import Fields, PromptCompletion, Ranked
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.objectives import reward_model
@@ -114,28 +114,27 @@ def scored_lines(
         TypeError, FileNotFoundError, ValueError: as `records.read`; or for a text that does not fit the context, naming
             its line.
     """
-    found = records.read(data, _with_texts, on_bad=on_bad)
+    chat = bool(getattr(reward.tokenizer, "chat_template", None))
+    found = records.read(data, functools.partial(_with_texts, chat=chat), on_bad=on_bad)
     numbered = zip(found.numbers, found, strict=True)
     while part := list(itertools.islice(numbered, READ * batch_size)):
         rows = []
-        for number, (_, texts) in part:
+        for number, (_, record) in part:
             try:
-                rows += [reward.tokens(*text) for text in texts]
+                rows += [reward.tokens(record.prompt, each, template=record.template) for each in record.completions]
             except ValueError as error:
                 raise ValueError(f"{found.source}, {found.unit} {number}: {error}") from error
         scores = iter(reward.score_tokens(rows, batch_size=batch_size))
-        for _, (line, texts) in part:
-            given = [next(scores) for _ in texts]
+        for _, (line, record) in part:
+            given = [next(scores) for _ in record.completions]
             if "chosen" in line:
                 yield line | dict(zip(("score_chosen", "score_rejected"), given, strict=True))
             else:
                 yield line | ({"scores": given} if "answers" in line else {"score": given[0]})
 
 
-def _with_texts(line: Fields) -> tuple[dict[str, Any], list[tuple[Text, Text]]]:
-    """Parse a line, and return it with its prompt and each of its completions."""
-    if "chosen" in line or "answers" in line:
-        ranking = records.ranked(line)
-        return dict(line), [(ranking.prompt, each) for each in ranking.completions]
-    shown = records.prompt_completion(line)
-    return dict(line), [(shown.prompt, shown.completion)]
+def _with_texts(line: Fields, *, chat: bool) -> tuple[dict[str, Any], Ranked | PromptCompletion]:
+    """Parse a line for a model with or without a chat template, and return it with its record."""
+    read = records.canonical(line, chat=chat)
+    parse = records.ranked if "chosen" in read or "answers" in read else records.prompt_completion
+    return dict(line), parse(read)

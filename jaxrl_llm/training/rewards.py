@@ -253,12 +253,14 @@ def of_loaded(found: LoadedReward, tokenizer: Any, *, records: Sequence[Prompt],
         tokens, mask, _ = _on_host(rollout.sequences)
         each, rows = len(completions) // len(records), []
         for place, written in enumerate(completions):
-            asked = records[place // each].prompt
+            record = records[place // each]
+            asked = record.prompt
             if found.tokenizer is None or (same_tokens and isinstance(asked, str)):
                 rows.append(tokens[place][mask[place]].tolist())
                 continue
             said = written if isinstance(asked, str) else [{"role": "assistant", "content": written}]
-            rows.append(text.whole(found.tokenizer, asked, said)[-found.max_length :])
+            variables = text.read_by(found.tokenizer, record.template)
+            rows.append(text.whole(found.tokenizer, asked, said, **variables)[-found.max_length :])
         return jnp.asarray(found.score_tokens(rows, batch_size=len(rows)))
 
     return reward

@@ -318,7 +318,7 @@ def compute_in(dtype: Any) -> View:
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Return the steps in which the learning rate rises: `warmup` of them, or below 1 a share of all; never all."""
+    """Return the steps in which a rate that decays later rises: `warmup`, or below 1 a share of all; never all."""
     return min(steps - 1, round(warmup * steps) if warmup < 1 else int(warmup))
 
 
@@ -327,7 +327,7 @@ def schedule_of(name: Schedule, learning_rate: float, *, steps: int, warmup: flo
 
     With the peak η, w steps of warm-up and t = (step − w) / (steps − w) after it: "linear" is η(1 − t); "cosine"
     η(1 + cos πt)/2; "constant" η; "inverse_sqrt" η√(w / step), with w of at least 1. The last two do not end with the
-    run.
+    run, nor does their warm-up in steps, which may be longer.
 
     Args:
         learning_rate: the peak.
@@ -336,13 +336,14 @@ def schedule_of(name: Schedule, learning_rate: float, *, steps: int, warmup: flo
     Raises:
         ValueError: for another name.
     """
-    rising = warmup_steps(warmup, steps)
+    endless = warmup >= 1 and name in ("constant", "inverse_sqrt")
+    rising = int(warmup) if endless else warmup_steps(warmup, steps)
     scale, rest = max(1, rising), max(1, steps - rising)
     after = {
         "linear": optax.linear_schedule(learning_rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(learning_rate, rest),
         "constant": optax.constant_schedule(learning_rate),
-        "inverse_sqrt": lambda step: learning_rate * jnp.sqrt(scale / (scale + step)),
+        "inverse_sqrt": lambda step: learning_rate * jnp.sqrt(scale / (scale + jnp.maximum(step, 0))),
     }
     if name not in after:
         raise ValueError(f"the schedule must be one of {', '.join(after)}, but is {name!r}.")

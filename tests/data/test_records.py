@@ -1,6 +1,8 @@
 """The formats of a line, and files and lists of them: every bad line is named."""
 
+import csv
 import json
+import os
 import sys
 import types
 
@@ -283,6 +285,30 @@ def test_other_files_that_cannot_be_read_are_named(tmp_path, name, text, said):
     assert said in str(error.value)
 
 
+def test_a_folder_and_a_pipe_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a file, but is a folder"):
+        records.read(tmp_path, records.prompt)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe must be a file, which is read more than once, but is a pipe"):
+        records.read(tmp_path / "pipe", records.prompt)
+
+
+@pytest.mark.parametrize("written", [json.dumps, str])  # pandas writes a list of dicts as Python does
+def test_messages_in_the_cells_of_a_table_are_not_text(tmp_path, written):
+    row = {"prompt": [{"role": "user", "content": "it's [{1}]"}]}
+    row |= {side: [{"role": "assistant", "content": side, "name": None}] for side in ("chosen", "rejected")}
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([row, [written(cell) for cell in row.values()]])
+    assert list(records.read(tmp_path / "a.csv", records.preference)) == [records.preference(row)]
+
+
+def test_cells_of_messages_that_cannot_be_read_are_bad_rows_and_other_brackets_are_text(tmp_path):
+    path = write(tmp_path / "a.csv", b"text\n\"[{'role': 'user'} {'role': 'user'}]\"\n[{'x': 1}]\n[1]\n")
+    found = records.read(path, records.prompt_completion, on_bad="skip")
+    assert [each.completion for each in found] == ["[{'x': 1}]", "[1]"]
+    assert [bad.number for bad in found.bad_lines] == [0]
+
+
 def test_parquet_needs_pyarrow_and_its_rows_are_read_through_it(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -309,6 +335,31 @@ def test_dicts_in_memory_are_records_too():
     assert list(found) == [UnpairedPreference("", "b", True), UnpairedPreference("", "c", False)]
     assert found.numbers == [0, 2] and [bad.number for bad in found.bad_lines] == [1]
     assert found.digest() != records.read(rows[:1], records.unpaired_preference).digest()
+
+
+def test_arrays_in_rows_are_lists():
+    """As pandas reads lists from Parquet files."""
+    answers, scores = ["a", "b"], list(range(2000))
+    row = {"prompt": [{"role": "user", "content": "x"}], "answers": answers, "ranks": [1, 0], "scores": scores}
+    arrays = {name: np.asarray(value) for name, value in row.items()}
+    found = records.read([arrays], records.ranked)
+    assert list(found) == [records.ranked(row)]
+    other = arrays | {"scores": np.asarray([*scores[:1000], 0, *scores[1001:]])}
+    assert found.digest() != records.read([other], records.ranked).digest()
+
+
+def test_a_label_may_be_a_whole_float():
+    """As pandas reads true and false of a column with gaps."""
+    rows = [{"text": "a", "label": 1.0}, {"text": "b", "label": 0.0}]
+    assert [each.label for each in records.read(rows, records.unpaired_preference)] == [True, False]
+
+
+def test_a_table_is_refused_with_what_to_give_instead():
+    class DataFrame(dict):
+        columns, to_dict = ("prompt",), dict
+
+    with pytest.raises(TypeError, match=r"prompts must be .* but is a DataFrame: give its rows, as to_dict"):
+        records.read(DataFrame(), records.prompt, name="prompts")
 
 
 class Dataset:

@@ -51,6 +51,10 @@ R1 = (  # decoding is given the beginning of the thoughts, which a finished turn
     "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
+TOOLS = (  # in few tokens
+    "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "<|endoftext|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 NEWLINE = (  # ends a turn with EOS and a new line
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"

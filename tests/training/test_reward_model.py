@@ -12,12 +12,15 @@ from jaxrl_llm import models, train
 from jaxrl_llm.data import records
 from jaxrl_llm.models import ScalarHead
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
+from jaxrl_llm.models.heads import LoadedReward
 from jaxrl_llm.objectives.reward_model import k_choose_2_loss, pairwise_loss
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training.batches import KINDS, Rows
-from jaxrl_llm.training.reward_model import reward_loss
+from jaxrl_llm.training.encoding import Encoder
+from jaxrl_llm.training.reward_model import reward_loss, scored_lines
 from tests.conftest import TINY, random_params
 from tests.models.test_heads import tokenizer_with
+from tests.training.chats import TOOLS, byte_level
 
 KEY = jax.random.key(0)
 HEAD = ScalarHead(TINY["tabular"])
@@ -139,6 +142,22 @@ def test_the_command_line_scores_lines(folder, tmp_path, run):
         f"6 completions, mean score {np.mean([one, chat, text, *three]):.4g}",
         f"1 pair, {share} in the right order",
     ]
+
+
+def test_lines_are_scored_as_they_are_trained_on():
+    """With the tools of a line, and Alpaca's instruction as a user's message."""
+    tokenizer = byte_level(TOOLS)
+    lm = GPT2(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    head = ScalarHead(lm)
+    found = LoadedReward(head, head.init(KEY, random_params(lm)), tokenizer, {})
+    sides, encoder = {"chosen": " a", "rejected": " b"}, Encoder(tokenizer, max_length=64)
+    for line in ({"prompt": "Hi", "tools": [{"name": "a"}]} | sides, {"instruction": "Hi"} | sides):
+        record = encoder.checked(records.ranked)(line)
+        row = encoder(record.prompt, record.completions, template=record.template, whole=True)
+        scores = found.score_tokens([[*row.prompt, *each] for each in row.completions])
+        (scored,) = scored_lines(found, [line])
+        assert [scored["score_chosen"], scored["score_rejected"]] == pytest.approx(scores, abs=1e-5)
+        assert scores != pytest.approx(found.score(["Hi"] * 2, [" a", " b"]), abs=1e-3)
 
 
 def test_lines_that_cannot_be_scored_are_named(folder, tmp_path, run):

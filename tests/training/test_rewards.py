@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import models, scoring
+from jaxrl_llm import models, scoring, text
 from jaxrl_llm.data.records import Prompt
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.scoring import Sequences
@@ -20,6 +20,7 @@ from jaxrl_llm.training.config import GRPOConfig
 from jaxrl_llm.training.rollout import Rollout
 from tests.conftest import TINY, random_params
 from tests.models.test_heads import tokenizer_with
+from tests.training.chats import TOOLS, byte_level
 
 LM = TINY["gpt2"]
 KEY = jax.random.key(0)
@@ -281,6 +282,33 @@ def test_a_reward_model_reads_a_policys_conversations_where_it_was_trained_to_be
         np.testing.assert_allclose(judge(records, drawn).total, expected, atol=1e-5)
         at_eos = found.score_tokens([[*a, *b] for a, b in zip(shown, written, strict=True)])
         assert np.allclose(at_eos, expected, atol=1e-5) == (asked is not chats)
+
+
+def test_a_reward_model_reads_the_tools_of_a_prompt_and_what_rewards_are_given_is_what_the_policy_reads():
+    tokenizer = byte_level(TOOLS)
+    lm = models.GPT2(models.GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    params = ScalarHead(lm).init(KEY)
+    found = LoadedReward(ScalarHead(lm), params, tokenizer, {})
+    config = GRPOConfig(reward=found, max_new_tokens=4)
+    run = recipes.begin(models.Loaded(lm, params["model"], tokenizer, {}), config, verbose=False)
+    tools = {"tools": [{"name": "a"}]}
+    rows = [{"prompt": "Hi"} | tools, {"instruction": "Hi"}]
+    batches, asked = recipes.batches_of(run, rows, "prompt-only", batch_size=2)
+    message = {"role": "user", "content": "Hi"}
+    assert [each.prompt for each in asked] == [(message,)] * 2
+    shown = [list(batches.rows(place).prompt) for place in range(2)]
+    written = [[*tokenizer(each)["input_ids"], tokenizer.eos_token_id] for each in (" a", " b")]
+    drawn = Rollout(
+        jax.tree.map(jnp.asarray, scoring.pad_completions(shown, written, length=64)),
+        jnp.zeros((2, 64)),
+        jnp.ones(2, bool),
+    )
+    expected = [
+        text.whole(tokenizer, [message], [{"role": "assistant", "content": said}], **given)
+        for said, given in ((" a", tools), (" b", {}))
+    ]
+    assert len(expected[0]) > len(expected[1])
+    np.testing.assert_allclose(online.judges_of(run)(asked, drawn).total, found.score_tokens(expected), atol=1e-5)
 
 
 @pytest.mark.slow

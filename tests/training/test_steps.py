@@ -184,7 +184,9 @@ def test_schedules_warm_up_to_the_peak_and_decay():
     assert at("linear", 0, 0, 5, 10) == pytest.approx([2, 1, 0])
     assert at("cosine", 0.2, 2, 4, 6, 10) == pytest.approx([2, 1 + np.cos(np.pi / 4), 1, 0])
     assert at("constant", 4, 0, 4, 10, 1000) == pytest.approx([0.5, 2, 2, 2])
-    assert at("inverse_sqrt", 4, 4, 16, 100) == pytest.approx([2, 1, 0.4])
+    assert at("inverse_sqrt", 4, 0, 4, 16, 100) == pytest.approx([0.5, 2, 1, 0.4])
+    for name in ("constant", "inverse_sqrt"):  # a run of 10 steps that is made longer goes on
+        assert at(name, 20, 0, 10, 20) == pytest.approx([0.1, 1.05, 2])
     assert steps.warmup_steps(0.99, 3) == steps.warmup_steps(7, 3) == 2, "the last step is at the peak"
     with pytest.raises(ValueError, match="the schedule must be one of linear, cosine, constant, inverse_sqrt, but is"):
         steps.schedule_of("step", 1.0, steps=2)
