@@ -1,4 +1,4 @@
-"""What the machine can do at most: matrix products in XLA and in torch, in one run.
+"""The most that the machine can do: matrix products in XLA and in torch, in one run.
 
     make benchmark        # or: PYTHONPATH=.parity python -m benchmarks.limits
 
