@@ -16,6 +16,7 @@ from jaxrl_llm import runtime
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
+libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages are small, also where Linux makes all of them huge
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
