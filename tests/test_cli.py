@@ -433,8 +433,10 @@ def test_ctrl_c_need_not_wait_for_a_command_unless_it_may_set_signals(run, monke
 def test_an_interruption_that_python_ignores_is_repeated():
     """One that falls in a destructor is "ignored": it would be printed, and the run would go on."""
     program = """
-import sys, time
+import signal, sys, time
 from jaxrl_llm import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
 
 class Freed:
     def __del__(self):
