@@ -11,6 +11,7 @@ of threads for each product. Rounds alternate; the best counts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -22,6 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+
+from jaxrl_llm.models import layers
+from jaxrl_llm.products import product
 
 WIDTH, PARAMETERS, STEP = 768, 124_439_808, 1.01e12  # numbers that a token reads, and operations of a DPO step
 FEATURES = {1: 50257, 8: 50257, 32: 50257, 1024: 3072}  # of the product of so many rows
@@ -36,11 +40,13 @@ class Config:
 
 
 def ours(one: np.ndarray, two: np.ndarray, dtype: str) -> Callable[[], object]:
-    """A product in XLA, with float32 sums; one row of bfloat16 is doubled, as the models do it on CPUs."""
-    one = np.repeat(one, 2, axis=0) if (len(one), dtype) == (1, "bfloat16") else one
-    one, two = jnp.asarray(one, dtype), jnp.asarray(two, dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    return lambda: product(one, two).block_until_ready()
+    """A product in XLA in the form that the models have for it, with float32 sums."""
+    one, table, kernel = (jnp.asarray(each, dtype) for each in (one, two.T, two))
+    if two.shape[1] == FEATURES[1]:
+        form = jax.jit(layers.unembed)
+        return lambda: form(one, table).block_until_ready()
+    form = jax.jit(functools.partial(product, "ni,io->no"))
+    return lambda: form(one, kernel).block_until_ready()
 
 
 def theirs(one: np.ndarray, two: np.ndarray, dtype: str, threads: int) -> Callable[[], object]:

@@ -34,6 +34,7 @@ from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transf
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.models.heads import is_reward
+from jaxrl_llm.numerics import on_device
 from jaxrl_llm.options import Range, takes
 from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
 
@@ -729,7 +730,7 @@ class LM:
         )
         rows = scoring.pad_completions(prompts, completions, length=length)
         scoring.check_sequences(self.model, rows)
-        found = _top(self.model, self.params, jax.device_put(rows), k=k)
+        found = _top(self.model, self.params, on_device(rows), k=k)
         tokens, logp = (np.asarray(each)[rows.completion_mask] for each in found)
         names = tokens.reshape(-1).tolist()
         names = names if self.tokenizer is None else text.token_texts(self.tokenizer, names)
@@ -1060,7 +1061,7 @@ class LM:
         for task, places in zip(tasks, _parts(list(range(len(prompts))), batch_size), strict=True):
             part = scoring.Sequences(*(leaf[places] for leaf in rows))
             scoring.check_sequences(task.lm, part)
-            values = np.asarray(scoring.compiled_log_probs(task.lm, task.params, jax.device_put(part)))
+            values = np.asarray(scoring.compiled_log_probs(task.lm, task.params, on_device(part)))
             found += [row[mask] for row, mask in zip(values, part.completion_mask, strict=True)]
         return found[: len(prompts)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 def is_concrete(array: Any) -> bool:
@@ -24,6 +24,14 @@ def host(values: Any) -> Array | np.ndarray:
         return np.asarray(values)
     except TypeError:  # a list with traced numbers
         return jnp.asarray(values)
+
+
+def on_device(tree: PyTree) -> PyTree:
+    """Return a tree with numpy's arrays as JAX's, for which no program is compiled; those of JAX stay where they are.
+
+    They may lie on the devices of several processes.
+    """
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
 
 
 def library_of(*arrays: Array | np.ndarray) -> ModuleType:

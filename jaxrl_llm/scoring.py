@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm import text
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens, segment_starts, several_texts
 from jaxrl_llm.mesh import by_own_rows, everywhere, filled
-from jaxrl_llm.numerics import host, is_concrete, log_softmax, wide
+from jaxrl_llm.numerics import host, is_concrete, log_softmax, on_device, wide
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
 from jaxrl_llm.products import summed_wide
@@ -288,7 +288,7 @@ def completion_log_probs(
             length=min(-(-longest // multiple) * multiple, lm.max_length),
         )
         check_sequences(lm, rows)
-        values = np.asarray(compiled_log_probs(lm, params, jax.device_put(rows)))
+        values = np.asarray(compiled_log_probs(lm, params, on_device(rows)))
         for place, row, mask in zip(places, values, rows.completion_mask, strict=False):
             found[place] = row[mask]
     return found

@@ -17,7 +17,7 @@ from jaxrl_llm import language_model, text
 from jaxrl_llm.decoding.constraints import StopStrings
 from jaxrl_llm.decoding.transforms import Transform, as_transform, token_ids
 from jaxrl_llm.language_model import Cache, LanguageModel, Params
-from jaxrl_llm.numerics import host, is_concrete, library_of, on_cpu, violated, wide
+from jaxrl_llm.numerics import host, is_concrete, library_of, on_cpu, on_device, violated, wide
 from jaxrl_llm.objectives.logprobs import token_log_probs
 
 BLOCK = 8  # steps between two checks whether all rows have ended
@@ -165,7 +165,7 @@ def request(
     arrays = {"prompts": prompts, "mask": mask, "limits": limits, "eos_ids": token_ids("eos_id", eos_id)}
     arrays["pad_id"] = pad_id if isinstance(pad_id, jax.Array) else np.asarray(pad_id, np.int32)
     return Request(
-        **jax.device_put(arrays),
+        **on_device(arrays),
         transform=transform,
         keys=None if greedy else row_keys(key, batch),
         stop=stop,

@@ -28,6 +28,7 @@ from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models import lora as adapters
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, is_reward, stored_head
+from jaxrl_llm.numerics import on_device
 from jaxrl_llm.options import nearest
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.training import loop, rewards
@@ -155,7 +156,7 @@ class Run:
             collate: returns the rows of these numbers, of `count`.
         """
         if self.mesh is None:
-            return jax.device_put(collate())
+            return on_device(collate())
         return meshes.place_rows(collate(own=meshes.own_rows(count, self.mesh)), count, self.mesh)
 
     def batch(self, batches: Batches | PackedBatches, step: int) -> PyTree:
