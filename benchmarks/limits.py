@@ -3,7 +3,7 @@
     make benchmark        # or: PYTHONPATH=.parity python -m benchmarks.limits
 
 Products of 1, 8 and 32 rows with GPT-2 small's unembedding, which is read from memory, and of 1024 rows with a linear
-layer. If all of the model ran at their rates, decoding would give `most tokens/s`, and the DPO step of
+layer. If all of the model ran at their rates, decoding would give `tokens/s at this rate`, and the DPO step of
 `benchmarks.train`, whose products are 1.01 · 10¹² operations, would take `least seconds`. Each side has its best number
 of threads for each product. Rounds alternate; the best counts.
 """
@@ -82,7 +82,7 @@ def main(config: Config) -> None:
             row[f"{library}, GFLOP/s"] = operations / seconds / 1e9
             if features == FEATURES[1]:
                 row[f"{library}, GB/s"] = np.dtype(jnp.dtype(dtype)).itemsize * WIDTH * features / seconds / 1e9
-                row[f"{library}, most tokens/s"] = count * WIDTH * features / PARAMETERS / seconds
+                row[f"{library}, tokens/s at this rate"] = count * WIDTH * features / PARAMETERS / seconds
             else:
                 row[f"{library}, least seconds"] = STEP * seconds / operations
         rows.append(row)
