@@ -27,7 +27,10 @@ import tyro
 from jaxrl_llm.models import layers
 from jaxrl_llm.products import product
 
-WIDTH, PARAMETERS, STEP = 768, 124_439_808, 1.01e12  # numbers that a token reads, and operations of a DPO step
+WIDTH, PARAMETERS = 768, 124_439_808
+# Operations of a DPO step on 8 rows of 127 tokens: two for each parameter and token, forward with policy and reference,
+# and twice as many for the gradient.
+STEP = 2 * PARAMETERS * 8 * 127 * (1 + 1 + 2)
 FEATURES = {1: 50257, 8: 50257, 32: 50257, 1024: 3072}  # of the product of so many rows
 
 

@@ -76,8 +76,11 @@ def test_a_name_that_means_nothing_has_no_hint():
         ),
         ("tree hi --temperatur 3", "there is no option --temperatur: did you mean --temperature?"),
         ("tree hi --hue", "there is no option --hue."),
-        ("tree hi there", "there is no further argument there: a text of several words is put in quotes."),
-        ("info there", "there is no further argument there."),
+        (
+            "tree hi there",
+            "the command takes no further argument, but is given 'there': put a text of several words in quotes.",
+        ),
+        ("info there", "the command takes no further argument, but is given 'there'."),
     ],
 )
 def test_so_does_the_command_line(run, words, said):

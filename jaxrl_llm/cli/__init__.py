@@ -162,9 +162,10 @@ def _refuse(unknown: Sequence[str], command: Any) -> None:
     option = word.split("=")[0]
     near = nearest(option.removeprefix("--").replace("-", "_"), options) if option.startswith("--") else None
     hint = f": did you mean --{near.strip('_').replace('_', '-')}?" if near else "."
-    if not word.startswith("-") and {"prompt", "text"} & {*options}:
-        hint = ": a text of several words is put in quotes."
-    raise ValueError(f"there is no {'option' if word.startswith('-') else 'further argument'} {option}{hint}")
+    if not word.startswith("-"):
+        hint = ": put a text of several words in quotes." if {"prompt", "text"} & {*options} else "."
+        raise ValueError(f"the command takes no further argument, but is given {word!r}{hint}")
+    raise ValueError(f"there is no option {option}{hint}")
 
 
 def _options(command: Any) -> Iterator[tuple[str, Any]]:
