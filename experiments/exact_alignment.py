@@ -31,7 +31,7 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import kl, rlhf
 from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.tabular import TabularLM
-from jaxrl_llm.training import policy, rewards, steps
+from jaxrl_llm.training import policy, reward_fns, steps
 from jaxrl_llm.training.policy import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
@@ -110,7 +110,7 @@ def online(
     optimizer = given.optimizer(config.steps * method.epochs * method.minibatches)
     trainer = spoil(policy.online(lm, optimizer, critic=critic))
     places = lm.vocab_size ** jnp.arange(lm.horizon - 1, -1, -1)
-    reward = rewards.of_tokens(lambda rows: given.rewards[(rows.tokens * places).sum(axis=1)])
+    reward = reward_fns.of_tokens(lambda rows: given.rewards[(rows.tokens * places).sum(axis=1)])
     empty = (config.answers // method.group_size, 0)
     prompts = Prompts(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, bool))
 

@@ -32,7 +32,7 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import preference, rlhf
 from jaxrl_llm.scoring import Sequences, log_probs, pad_completions
 from jaxrl_llm.tabular import TabularLM
-from jaxrl_llm.training import policy, rewards, steps
+from jaxrl_llm.training import policy, reward_fns, steps
 from jaxrl_llm.training.policy import METHODS, Method
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
@@ -417,7 +417,7 @@ def by_policy_gradient(
     critic = ScalarHead(given.lm) if method.has_critic else None
     optimizer = adam(config.online_learning_rate, config.online_steps * method.epochs)
     trainer = policy.online(given.lm, optimizer, critic=critic)
-    reward = rewards.of_tokens(lambda rows: jnp.where(agrees(rows), jnp.log(share) - jnp.log1p(-share), 0))
+    reward = reward_fns.of_tokens(lambda rows: jnp.where(agrees(rows), jnp.log(share) - jnp.log1p(-share), 0))
     sampler = Sampler(ANSWER, eos_ids=(EOS,))
     count = config.online_batch // method.group_size
 

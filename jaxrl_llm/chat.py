@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxrl_llm import decoding, text
-from jaxrl_llm import sampling as options_of
+from jaxrl_llm import decoding_options as options_of
 from jaxrl_llm.decoding.transforms import Transform
+from jaxrl_llm.decoding_options import Sampling, Search
 from jaxrl_llm.interface import LM, Completion, load
 from jaxrl_llm.options import check_characters, takes
-from jaxrl_llm.sampling import Sampling, Search
 
 
 class Chat:

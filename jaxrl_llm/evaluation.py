@@ -23,13 +23,13 @@ from jaxrl_llm.models import huggingface, loading
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.options import takes
 from jaxrl_llm.train import RewardModel
-from jaxrl_llm.training import recipes, rewards
+from jaxrl_llm.training import recipes, reward_fns
 from jaxrl_llm.training.config import Data, EvaluateConfig, OfflineConfig
 from jaxrl_llm.training.encoding import Parser
 from jaxrl_llm.training.preference import PairBatch, pair_sums
 from jaxrl_llm.training.recipes import Objective, Trained
+from jaxrl_llm.training.reward_fns import function_at
 from jaxrl_llm.training.reward_model import reward_loss
-from jaxrl_llm.training.rewards import function_at
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn
 from jaxrl_llm.training.supervised import sft_loss
 
@@ -223,8 +223,8 @@ def _reward_of(config: EvaluateConfig, sharding: huggingface.ShardingRule | None
         columns = {name: [each.fields.get(name) for each in asked] for name in names}
         prompts = [each.prompt if isinstance(each.prompt, str) else list(each.prompt) for each in asked]
         texts, ids = [each.text for each in written], [each.tokens for each in written]
-        with rewards.told("the reward function"):
-            given = rewards.call(function, prompts, texts, ids, columns)
+        with reward_fns.told("the reward function"):
+            given = reward_fns.call(function, prompts, texts, ids, columns)
         found = np.asarray(given, np.float64)  # None, not judged, is NaN
         if found.shape != (len(asked),) or not all(one is None or np.isfinite(one) for one in given):
             raise ValueError(
@@ -242,7 +242,7 @@ def _reward_of(config: EvaluateConfig, sharding: huggingface.ShardingRule | None
                 found[own] = called([asked[row] for row in own], [written[row] for row in own])
             return found.view(np.uint32)  # arrays of jax would be rounded
 
-        rewards.check_entries(function, asked)
+        reward_fns.check_entries(function, asked)
         with meshes.without_mesh():
             return meshes.together(of_own).view(np.float64).sum(axis=0)
 

@@ -26,17 +26,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm import decoding, models, plots, scoring, strategies, text, translation
+from jaxrl_llm import decoding_options as options_of
 from jaxrl_llm import mesh as meshes
-from jaxrl_llm import sampling as options_of
 from jaxrl_llm.analysis import attention, landscape
 from jaxrl_llm.decoding import healing, tree
 from jaxrl_llm.decoding.transforms import Chain, Temperature, TopK, TopP, Transform
+from jaxrl_llm.decoding_options import Sampling, Search, Strategy, TreeSearch
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.models.heads import is_reward
 from jaxrl_llm.numerics import on_device
 from jaxrl_llm.options import Range, takes
-from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
 
 if TYPE_CHECKING:  # only a picture takes the time to load it
     from matplotlib.figure import Figure

@@ -20,9 +20,9 @@ from jaxrl_llm import mesh as meshes
 from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import constraints, transforms
 from jaxrl_llm.decoding.healing import Healing
+from jaxrl_llm.decoding_options import Sampling, Search, Strategy
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.options import Range, check_characters
-from jaxrl_llm.sampling import Sampling, Search, Strategy
 
 MIROSTAT_RATE = 0.1
 

@@ -41,8 +41,8 @@ from jaxrl_llm.training.distillation import distill_loss
 from jaxrl_llm.training.policy import Method, method_of
 from jaxrl_llm.training.preference import OF_PAIRS, find_losses, name_of, needs_of, preference_loss
 from jaxrl_llm.training.recipes import Objective
+from jaxrl_llm.training.reward_fns import function_at
 from jaxrl_llm.training.reward_model import reward_loss
-from jaxrl_llm.training.rewards import function_at
 from jaxrl_llm.training.supervised import sft_loss
 
 __all__ = ["RewardModel", "distill", "dpo", "grpo", "ppo", "reward", "sft"]

@@ -27,9 +27,9 @@ from jaxrl_llm.cli.attention import print_links
 from jaxrl_llm.cli.generate import read_prompts
 from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding import generate, transforms
+from jaxrl_llm.decoding_options import USED
 from jaxrl_llm.models import loading
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.sampling import USED
 
 CONTEXT, LENGTH = 48, 6
 PROMPTS = ["the cat", "the mat sat on the", "🙂"]

@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # nothing of each other.
 FLOORS = [
     {"numerics", "options", "files", "rewards", "mesh"},
-    {"objectives", "products", "runtime", "text", "sampling"},
+    {"objectives", "products", "runtime", "text", "decoding_options"},
     {"language_model", "data"},
     {"tabular", "scoring"},
     {"oracle", "models"},

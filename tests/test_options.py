@@ -8,9 +8,9 @@ import pytest
 import jaxrl_llm as jl
 from jaxrl_llm import train
 from jaxrl_llm.cli import Generate
+from jaxrl_llm.decoding_options import Sampling
 from jaxrl_llm.interface import LM
 from jaxrl_llm.options import ELSEWHERE, nearest
-from jaxrl_llm.sampling import Sampling
 from jaxrl_llm.training.config import GRPOConfig, SFTConfig
 from jaxrl_llm.training.preference import NAMES
 

@@ -11,7 +11,7 @@ from jaxrl_llm.decoding import core
 from jaxrl_llm.models import layers
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.training import policy, rewards, steps
+from jaxrl_llm.training import policy, reward_fns, steps
 from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.preference import LOSSES, UnpairedBatch, preference_loss
 from jaxrl_llm.training.rollout import Sampler
@@ -74,7 +74,7 @@ def test_every_preference_loss_lowers_with_its_step(name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "grpo")) for name in METHODS])
 def test_every_online_step_lowers_with_its_rollout(name):
     _, prompts = batches()
-    reward = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens % 7, 0).sum(axis=1) * 1.0)
+    reward = reward_fns.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens % 7, 0).sum(axis=1) * 1.0)
     critic = ScalarHead(LM) if METHODS[name].has_critic else None
     trainer = policy.online(LM, OPTIMIZER, critic=critic)
 

@@ -6,8 +6,8 @@ import pytest
 
 from jaxrl_llm import rewards
 from jaxrl_llm.data.records import Prompt
-from jaxrl_llm.training.rewards import check_entries, of_text, rewards_of
-from tests.training.test_rewards import Words, drawn_of
+from jaxrl_llm.training.reward_fns import check_entries, of_text, rewards_of
+from tests.training.test_reward_fns import Words, drawn_of
 
 
 def of(function, *texts, **columns):

@@ -37,10 +37,10 @@ FOLDERS = {  # that pages link to
     "docs/notebooks": "notebooks/theory.md",
 }
 REFERENCE = {  # of the public modules, by subject
-    "Python interface": ["interface", "chat", "train", "evaluation", "rewards", "sampling"],
+    "Python interface": ["interface", "chat", "train", "evaluation", "rewards", "decoding_options"],
     "Functional decoding": [
         "decoding.generate", "decoding.many", "decoding.beam", "decoding.stochastic_beam", "decoding.contrastive",
-        "decoding.exact", "decoding.speculative", "decoding.tree", "decoding.reranking", "decoding.constraints",
+        "decoding.exact_search", "decoding.speculative", "decoding.tree", "decoding.reranking", "decoding.constraints",
         "decoding.transforms",
     ],
     "Objectives": [
@@ -51,7 +51,7 @@ REFERENCE = {  # of the public modules, by subject
     "The exact model": ["tabular", "oracle", "scoring", "language_model"],
     "Training": [
         "training.config", "training.steps", "training.loop", "training.preference", "training.policy",
-        "training.rollout", "training.rewards", "training.distillation", "training.packing", "mesh",
+        "training.rollout", "training.reward_fns", "training.distillation", "training.packing", "mesh",
     ],
     "Models": ["models.loading", "models.gpt2", "models.transformer", "models.families", "models.t5", "models.lora"],
     "Analyses": [

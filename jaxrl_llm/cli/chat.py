@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxrl_llm.sampling import Sampling
+from jaxrl_llm.decoding_options import Sampling
 
 COMMANDS = """\
 /undo           forget the last message and its reply

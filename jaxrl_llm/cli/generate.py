@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxrl_llm import decoding_options as options_of
 from jaxrl_llm import files
-from jaxrl_llm import sampling as options_of
 from jaxrl_llm.cli import devices
 from jaxrl_llm.cli.translate import split_lines
-from jaxrl_llm.sampling import Sampling, Search, Strategy, TreeSearch
+from jaxrl_llm.decoding_options import Sampling, Search, Strategy, TreeSearch
 
 NOTES: dict[Strategy, str] = {  # of a completion, before its text
     "speculative": "{accepted} drafts accepted in {rounds} rounds",

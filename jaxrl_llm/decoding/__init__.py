@@ -5,7 +5,7 @@ from jaxrl_llm.decoding.beam import Beams, beam_search
 from jaxrl_llm.decoding.constraints import StopStrings, stop_strings
 from jaxrl_llm.decoding.contrastive import contrastive_search
 from jaxrl_llm.decoding.core import Generation, Guidance
-from jaxrl_llm.decoding.exact import exact_search
+from jaxrl_llm.decoding.exact_search import exact_search
 from jaxrl_llm.decoding.generate import Memory, generate, stream
 from jaxrl_llm.decoding.many import generate_many
 from jaxrl_llm.decoding.reranking import MBR, BestOfN, Vote, best_of_n, minimum_bayes_risk, self_consistency

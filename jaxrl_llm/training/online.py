@@ -22,7 +22,7 @@ from jaxrl_llm.decoding.transforms import Chain, MinP, TopK, TopP
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
 from jaxrl_llm.scoring import measures
-from jaxrl_llm.training import rewards
+from jaxrl_llm.training import reward_fns
 from jaxrl_llm.training.config import Data, GRPOConfig, direction
 from jaxrl_llm.training.policy import DESCRIBED, Method, check_ends, method_of, online
 from jaxrl_llm.training.recipes import (
@@ -70,7 +70,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     held_out = None if config.eval_data is None else held_out_rewards(run, judges, sampler, trained)
 
     def advance(state: TrainState, done: int) -> tuple[TrainState, Metrics]:
-        judged: list[rewards.Judged] = []
+        judged: list[reward_fns.Judged] = []
         tokens = 0
 
         def draw(again: int) -> tuple[Rollout, Array]:
@@ -133,7 +133,7 @@ class Judge(NamedTuple):
     """A reward of a run."""
 
     place: str  # in `run.json`
-    of: Callable[[list[records.Prompt]], rewards.RewardFn]  # of the records of a batch
+    of: Callable[[list[records.Prompt]], reward_fns.RewardFn]  # of the records of a batch
     check: Callable[[Sequence[records.Prompt], int], None]  # (prompts, tokens of the longest); ValueError if it cannot
     apart: bool  # a function of texts, which each process calls for its own; else a model, on all devices
 
@@ -149,13 +149,13 @@ class Judges(NamedTuple):
         """All places, for `run.json`."""
         return [each.place for each in self.each.values()]
 
-    def __call__(self, asked: list[records.Prompt], drawn: Rollout) -> rewards.Judged:
+    def __call__(self, asked: list[records.Prompt], drawn: Rollout) -> reward_fns.Judged:
         """Return the rewards of completions of these records."""
         each: dict[str, Any] = {}
         for name, judge in self.each.items():
-            of = rewards.of_own if judge.apart else rewards.of_all
-            each[name] = of(judge.of, asked, drawn, name=rewards.spoken(name, self.each))
-        return rewards.summed(each, self.weights)
+            of = reward_fns.of_own if judge.apart else reward_fns.of_all
+            each[name] = of(judge.of, asked, drawn, name=reward_fns.spoken(name, self.each))
+        return reward_fns.summed(each, self.weights)
 
     def check(self, asked: Sequence[records.Prompt], *, longest: int) -> None:
         """Raise ValueError for prompts that a reward cannot judge."""
@@ -191,14 +191,14 @@ def _judge(run: Run, given: Any) -> tuple[str, Judge]:
         )
     if isinstance(given, LoadedReward):
         return "reward_model", _model_judge(run, given)
-    function = rewards.function_at(given) if isinstance(given, str) else given
+    function = reward_fns.function_at(given) if isinstance(given, str) else given
     if not callable(function):
         raise TypeError(f"reward must be a function or a reward model, but is a {type(function).__name__}.")
     tokenizer = run.loaded.tokenizer
     return _plain_name(function), Judge(
         place_of(given),
-        lambda asked: rewards.of_text(function, tokenizer, records=asked),
-        lambda asked, longest: rewards.check_entries(function, asked),
+        lambda asked: reward_fns.of_text(function, tokenizer, records=asked),
+        lambda asked, longest: reward_fns.check_entries(function, asked),
         apart=True,
     )
 
@@ -237,7 +237,7 @@ def _model_judge(run: Run, found: LoadedReward, name: str = "") -> Judge:
 
     return Judge(
         f"sha256 {digest(found.params)}",
-        lambda asked: rewards.of_loaded(found, ours, records=asked, same_tokens=alike),
+        lambda asked: reward_fns.of_loaded(found, ours, records=asked, same_tokens=alike),
         check,
         apart=False,
     )
@@ -248,7 +248,7 @@ def _plain_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def described(judged: Sequence[rewards.Judged]) -> dict[str, float]:
+def described(judged: Sequence[reward_fns.Judged]) -> dict[str, float]:
     """Return the share of completions that were judged, and of several rewards the mean of each, by its name."""
     total = np.concatenate([each.total for each in judged])
     columns = {name: np.concatenate([each.each[name] for each in judged]) for name in judged[0].each}
@@ -309,7 +309,7 @@ def held_out_rewards(
             judged.append(judges([found[place] for place in places], drawn))
             rows.append(np.stack([kl, drawn.sequences.completion_mask.sum(axis=1), drawn.ended]))
             whole = [
-                "".join(sides) for sides in zip(*rewards.texts(drawn.sequences, run.loaded.tokenizer), strict=True)
+                "".join(sides) for sides in zip(*reward_fns.texts(drawn.sequences, run.loaded.tokenizer), strict=True)
             ]
             samples |= {place: written for place, written in zip(places, whole, strict=True) if place < 2}
         reward = _mean_of_judged(np.concatenate([each.total for each in judged]))

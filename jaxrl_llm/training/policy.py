@@ -23,7 +23,7 @@ from jaxrl_llm.options import STATIC, Range
 from jaxrl_llm.scoring import Measures, Sequences, log_probs, log_probs_and_entropy, measures
 from jaxrl_llm.training import steps
 from jaxrl_llm.training.config import CriticOptions, GRPOConfig, PolicyOptions, PPOConfig
-from jaxrl_llm.training.rewards import RewardFn, only_judged, rewards_of
+from jaxrl_llm.training.reward_fns import RewardFn, only_judged, rewards_of
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, rollout
 from jaxrl_llm.training.steps import Frozen, Loss, LossFn, Metrics, TrainState, View
 

@@ -31,7 +31,7 @@ from jaxrl_llm.models.heads import LoadedReward, ScalarHead, is_reward, stored_h
 from jaxrl_llm.numerics import on_device
 from jaxrl_llm.options import nearest
 from jaxrl_llm.scoring import Sequences
-from jaxrl_llm.training import loop, rewards
+from jaxrl_llm.training import loop, reward_fns
 from jaxrl_llm.training.batches import KINDS, Batches, Columns, Encoder, TooFew, show_mask
 from jaxrl_llm.training.checkpoints import Checkpoints
 from jaxrl_llm.training.config import FREE, Config, Data, DistillConfig, OfflineConfig, direction
@@ -875,7 +875,7 @@ def sampler_of(run: Run, asked: Prompts, sampler: Sampler) -> Callable[[Params],
 
     def sample(params: Params) -> str:
         drawn = rollout(run.lm, params, one, jax.random.key(0), sampler)
-        return "".join(side[0] for side in rewards.texts(meshes.on_host(drawn.sequences), run.loaded.tokenizer))
+        return "".join(side[0] for side in reward_fns.texts(meshes.on_host(drawn.sequences), run.loaded.tokenizer))
 
     return sample
 

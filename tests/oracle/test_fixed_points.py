@@ -17,7 +17,7 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.scoring import Sequences, log_probs
 from jaxrl_llm.tabular import TabularLM
-from jaxrl_llm.training import policy, rewards, steps
+from jaxrl_llm.training import policy, reward_fns, steps
 from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler
 from tests.conftest import first_quick
@@ -226,7 +226,7 @@ def test_sampled_runs_end_at_the_fixed_point_of_every_table(name):
 
     def run(ref, values, key):
         trainer, frozen = policy.online(LM, optimizer), steps.Frozen(ref=params_of(ref))
-        reward = rewards.of_tokens(lambda rows: values[(rows.tokens * jnp.asarray([3, 1])).sum(axis=1)])
+        reward = reward_fns.of_tokens(lambda rows: values[(rows.tokens * jnp.asarray([3, 1])).sum(axis=1)])
 
         def advance(state):
             return trainer.step(state, prompts, reward, method=method, sampler=Sampler(2), frozen=frozen)

@@ -11,7 +11,7 @@ import optax
 from jaxrl_llm import mesh as meshes
 from jaxrl_llm import scoring
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
-from jaxrl_llm.training import policy, rewards, steps
+from jaxrl_llm.training import policy, reward_fns, steps
 from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.preference import PairBatch, preference_loss
 from jaxrl_llm.training.rollout import Prompts, Sampler
@@ -39,7 +39,7 @@ def two_steps(put_state, put_batch, whole):
     state, dpo = steps.make_step(preference_loss(LM, "dpo"), optimizer)(begun(), pairs, steps.Frozen(ref))
     found = {"dpo": [float(dpo["loss"]), *map(whole, jax.tree.leaves(state.params))]}
     trainer = policy.online(LM, optimizer)
-    reward = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens % 7, 0).sum(axis=1) * 1.0)
+    reward = reward_fns.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens % 7, 0).sum(axis=1) * 1.0)
     state, grpo = trainer.step(
         begun(), prompts, reward, method=METHODS["grpo"], sampler=Sampler(6), frozen=steps.Frozen(ref)
     )

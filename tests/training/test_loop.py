@@ -31,7 +31,7 @@ import os, signal, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from jaxrl_llm.tabular import TabularLM
-from jaxrl_llm.training import loop, policy, rewards, steps
+from jaxrl_llm.training import loop, policy, reward_fns, steps
 from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.rollout import Prompts, Sampler
 

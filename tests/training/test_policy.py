@@ -16,7 +16,7 @@ from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.objectives import rlhf
 from jaxrl_llm.scoring import Measures, Sequences
 from jaxrl_llm.tabular import TabularLM
-from jaxrl_llm.training import policy, rewards, steps
+from jaxrl_llm.training import policy, reward_fns, steps
 from jaxrl_llm.training.config import GRPOConfig, PPOConfig
 from jaxrl_llm.training.policy import METHODS, Experience, Method, critic_values, experience, token_rewards
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler
@@ -35,7 +35,7 @@ BETA = 0.3
 
 
 def count_of(token):
-    return rewards.of_tokens(lambda rows: ((rows.tokens == token) & rows.completion_mask).sum(axis=1) * 1.0)
+    return reward_fns.of_tokens(lambda rows: ((rows.tokens == token) & rows.completion_mask).sum(axis=1) * 1.0)
 
 
 OPTIMIZER = optax.sgd(0.02)
@@ -55,7 +55,7 @@ def started(params):
     return steps.initial_state(params, OPTIMIZER, KEY)
 
 
-VARIED = rewards.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens, 0).sum(axis=1) / 10.0)
+VARIED = reward_fns.of_tokens(lambda rows: jnp.where(rows.completion_mask, rows.tokens, 0).sum(axis=1) / 10.0)
 
 
 def drawn_by(lm, sampler=SAMPLER):
@@ -216,7 +216,7 @@ def steps_to_half(name, **changes):
     ref = lm.init(jax.random.key(7))
     chances = jnp.exp(oracle.sequence_log_probs(lm, ref))
     right = oracle.enumerate_sequences(lm)[jnp.abs(chances - 1 / 180).argmin()]
-    reward = rewards.of_tokens(lambda rows: (rows.tokens == right).all(axis=1) * 1.0)
+    reward = reward_fns.of_tokens(lambda rows: (rows.tokens == right).all(axis=1) * 1.0)
     optimizer = optax.adam(0.02)
     trainer, prompts = policy.online(lm, optimizer), Prompts(jnp.zeros((16, 0), jnp.int32), jnp.zeros((16, 0), bool))
 
@@ -585,7 +585,7 @@ def test_a_run_on_a_table_ends_at_the_optimum_of_rlhf():
     trainer = policy.online(SMALL, optimizer)
     empty = (512 // method.group_size, 0)
     prompts = Prompts(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, bool))
-    reward = rewards.of_tokens(
+    reward = reward_fns.of_tokens(
         lambda rows: jnp.asarray(SMALL_REWARDS, jnp.float32)[(rows.tokens * jnp.asarray([3, 1])).sum(axis=1)]
     )
 

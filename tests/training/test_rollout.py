@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm.decoding import stop_strings
 from jaxrl_llm.decoding.transforms import Chain, MinP, TopK
 from jaxrl_llm.scoring import Sequences
-from jaxrl_llm.training import policy, rewards
+from jaxrl_llm.training import policy, reward_fns
 from jaxrl_llm.training.policy import METHODS
 from jaxrl_llm.training.rollout import Prompts, Rollout, Sampler, replaced_groups, rollout
 from jaxrl_llm.training.steps import Frozen
@@ -124,7 +124,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "rloo", 
 def test_completions_without_a_reward_count_for_nothing(name):
     """Of groups of three without the last one it is the update of groups of two, but for the number of rows."""
     method = dataclasses.replace(METHODS[name], group_size=3)
-    critic = rewards.ScalarHead(TABLE) if method.has_critic else None
+    critic = reward_fns.ScalarHead(TABLE) if method.has_critic else None
     params = random_params(TABLE)
     trained = {"policy": params, "critic": critic.init(KEY, random_params(TABLE, 5))} if critic else params
     prompts = Prompts(jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0), bool))
@@ -140,7 +140,7 @@ def test_completions_without_a_reward_count_for_nothing(name):
             loss = policy.policy_loss(TABLE, method, critic=critic)
             return jax.grad(lambda trained: loss(trained, batch, None, KEY).value)(trained), described
 
-        return of(trained, *rewards.only_judged(drawn, earned))
+        return of(trained, *reward_fns.only_judged(drawn, earned))
 
     found, described = update(method, drawn, earned)
     few = dataclasses.replace(method, group_size=2)

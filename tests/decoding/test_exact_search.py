@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.decoding.beam import beam_search
-from jaxrl_llm.decoding.exact import _step, exact_search
+from jaxrl_llm.decoding.exact_search import _step, exact_search
 from jaxrl_llm.tabular import TabularLM
 from tests.conftest import log_softmax, random_params
 

@@ -15,7 +15,7 @@ from jaxrl_llm.data.records import Prompt
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead
 from jaxrl_llm.scoring import Sequences
 from jaxrl_llm.text import encode
-from jaxrl_llm.training import online, recipes, rewards
+from jaxrl_llm.training import online, recipes, reward_fns
 from jaxrl_llm.training.config import GRPOConfig
 from jaxrl_llm.training.rollout import Rollout
 from tests.conftest import TINY, random_params
@@ -41,7 +41,7 @@ def drawn_of(count):
         (
             ZeroDivisionError("by zero"),
             RuntimeError,
-            r"raised ZeroDivisionError: by zero \(test_rewards\.py, line \d+\)",
+            r"raised ZeroDivisionError: by zero \(test_reward_fns\.py, line \d+\)",
         ),
         ([[1.0], [2.0, 3.0], [1.0]], ValueError, "must return 3 numbers, but returned"),
     ],
@@ -53,7 +53,7 @@ def test_a_reward_function_that_fails_is_named(returned, error, said):
         return returned
 
     with pytest.raises(error, match=said):
-        rewards.rewards_of(reward, drawn_of(3))
+        reward_fns.rewards_of(reward, drawn_of(3))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_reward_function_that_fails_is_named(returned, error, said):
 def test_of_several_processes_each_judges_the_completions_of_its_prompts(process, own, expected, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    monkeypatch.setattr(rewards, "together", lambda part: part()[None])  # what the other one has found is added
+    monkeypatch.setattr(reward_fns, "together", lambda part: part()[None])  # what the other one has found is added
     drawn = jax.tree.map(np.asarray, drawn_of(6))
     drawn = drawn._replace(logp_sampler=np.arange(12).reshape(6, 2) / 2)  # a number of each row
 
@@ -72,12 +72,12 @@ def test_of_several_processes_each_judges_the_completions_of_its_prompts(process
         return lambda part: [None if row == 3 else row + 10 * (row % 2 == 0) for row in rows(part)]
 
     asked = [Prompt("ask", {"place": place}) for place in range(3)]
-    np.testing.assert_array_equal(rewards.of_own(of, asked, drawn, name="it"), expected)
+    np.testing.assert_array_equal(reward_fns.of_own(of, asked, drawn, name="it"), expected)
 
 
 def test_rewards_may_be_whole_numbers_or_truths():
     for given in ([1, 0, 2], [True, False, True], np.asarray([1.5, 2, 3], np.float64)):
-        found = rewards.rewards_of(lambda rollout, given=given: given, drawn_of(3))
+        found = reward_fns.rewards_of(lambda rollout, given=given: given, drawn_of(3))
         np.testing.assert_allclose(found, np.asarray(given, float))
         assert found.dtype == jnp.float32
 
@@ -111,16 +111,16 @@ class Words:
 )
 def test_a_reward_of_text_receives_the_entries_that_it_has_parameters_for(function, expected):
     """By name, in any order, if completions are called so, else prompts and completions first."""
-    found = rewards.rewards_of(rewards.of_text(function, Words(), records=RECORDS), drawn_of(4))
+    found = reward_fns.rewards_of(reward_fns.of_text(function, Words(), records=RECORDS), drawn_of(4))
     np.testing.assert_array_equal(found, expected)
 
 
 def test_prompts_are_those_of_the_records_strings_and_messages():
     taken = []
     reward = lambda prompts, completions: taken.extend(prompts) or [0] * 4  # noqa: E731
-    rewards.rewards_of(rewards.of_text(reward, Words(), records=RECORDS), drawn_of(4))
+    reward_fns.rewards_of(reward_fns.of_text(reward, Words(), records=RECORDS), drawn_of(4))
     assert taken == ["ask"] * 2 + [[{"role": "user", "content": "me"}]] * 2
-    rewards.rewards_of(rewards.of_text(reward, Words()), drawn_of(4))
+    reward_fns.rewards_of(reward_fns.of_text(reward, Words()), drawn_of(4))
     assert taken[4:] == [""] * 4, "without records, decoded from the tokens: here there are none before completions"
 
 
@@ -135,10 +135,10 @@ def test_prompts_are_those_of_the_records_strings_and_messages():
 )
 def test_a_reward_of_text_that_takes_what_there_is_not_is_refused(function, said):
     if said is None:
-        rewards.check_entries(function, RECORDS)
+        reward_fns.check_entries(function, RECORDS)
         return
     with pytest.raises(ValueError, match=said):
-        rewards.check_entries(function, RECORDS)
+        reward_fns.check_entries(function, RECORDS)
 
 
 def test_a_reward_function_that_is_not_there_is_named(tmp_path):
@@ -153,7 +153,7 @@ def test_a_reward_function_that_is_not_there_is_named(tmp_path):
         ("nothing", "reward must be a function at .*, but is nothing: ValueError"),
     ]:
         with pytest.raises(ValueError, match=said):
-            rewards.function_at(place)
+            reward_fns.function_at(place)
 
 
 SCORER = """
@@ -187,28 +187,30 @@ def clean():
 def test_a_file_is_a_module_with_siblings_and_classes_that_workers_can_import(tmp_path, monkeypatch, clean):
     (tmp_path / "helper_of_a_reward.py").write_text("def half(number):\n    return number / 2\n")
     (tmp_path / "scorer.py").write_text(SCORER)
-    found = rewards.function_at(f"{tmp_path / 'scorer.py'}:reward")
+    found = reward_fns.function_at(f"{tmp_path / 'scorer.py'}:reward")
     assert found([], ["four"]) == [2.0]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         assert pool.submit(found, [], ["four", ""]).result() == [2.0, 0.0]
-    assert rewards.function_at(f"{tmp_path / 'scorer.py'}:reward") is found, "a file that has not changed is run once"
+    assert reward_fns.function_at(f"{tmp_path / 'scorer.py'}:reward") is found, (
+        "a file that has not changed is run once"
+    )
     (tmp_path / "scorer.py").write_text(SCORER.replace("len(each)", "4 * len(each)"))
-    assert rewards.function_at(f"{tmp_path / 'scorer.py'}:reward")([], ["four"]) == [8.0], "an edit counts"
+    assert reward_fns.function_at(f"{tmp_path / 'scorer.py'}:reward")([], ["four"]) == [8.0], "an edit counts"
     monkeypatch.chdir(tmp_path)
-    assert rewards.function_at("scorer:reward")([], ["four"]) == [8.0]
+    assert reward_fns.function_at("scorer:reward")([], ["four"]) == [8.0]
 
 
 def test_a_module_of_the_current_folder_is_found_and_names_of_others_are_not_taken(tmp_path, monkeypatch, clean):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each])  # as of a console script
     (tmp_path / "in_the_current_folder.py").write_text("def f(prompts, completions):\n    return []\n")
-    assert rewards.function_at("in_the_current_folder:f")([], []) == []
+    assert reward_fns.function_at("in_the_current_folder:f")([], []) == []
     (tmp_path / "math.py").write_text("def f(prompts, completions):\n    return [1]\n")
-    assert rewards.function_at("math.py:f")([], []) == [1] and sys.modules["math"] is math
+    assert reward_fns.function_at("math.py:f")([], []) == [1] and sys.modules["math"] is math
     (tmp_path / "fails.py").write_text("1 / 0")
     with pytest.raises(ValueError, match="ZeroDivisionError"):
-        rewards.function_at("fails.py:f")
+        reward_fns.function_at("fails.py:f")
     assert "fails" not in sys.modules
 
 
@@ -221,15 +223,15 @@ def test_rewards_are_weighed_over_those_that_judge():
         "b": lambda _: jnp.asarray([3.0, 4.0, 5.0, 6.0]),
         "c": lambda _: [None] * 4,
     }
-    found = rewards.judge(given, drawn_of(4), weights=(2.0, -1.0, 7.0))
+    found = reward_fns.judge(given, drawn_of(4), weights=(2.0, -1.0, 7.0))
     np.testing.assert_array_equal(found.total, [-1, -4, -1, -6])
     np.testing.assert_array_equal(found.each["a"], [1, np.nan, 2, np.nan])
-    alone = rewards.judge({"a": given["a"]}, drawn_of(4))
+    alone = reward_fns.judge({"a": given["a"]}, drawn_of(4))
     np.testing.assert_array_equal(alone.total, [1, np.nan, 2, np.nan])
     with pytest.raises(ValueError, match="the reward b must return one number for each of 3 completions"):
-        rewards.judge({"a": lambda _: [1, 2, None], "b": given["b"]}, drawn_of(3))
+        reward_fns.judge({"a": lambda _: [1, 2, None], "b": given["b"]}, drawn_of(3))
     with pytest.raises(ValueError, match="rewards must be finite, but that of completion 1 is nan"):
-        rewards.rewards_of(lambda _: [None, float("nan"), 1.0], drawn_of(3))
+        reward_fns.rewards_of(lambda _: [None, float("nan"), 1.0], drawn_of(3))
 
 
 # Reward models of other tokenizers ------------------------------------------------------------------------------------
@@ -253,9 +255,9 @@ def test_a_reward_model_of_another_tokenizer_reads_the_texts():
     drawn = Rollout(rows, jnp.zeros((2, 16)), jnp.asarray([True, False]))
     records = [Prompt(each) for each in asked]
     expected = found.score(asked, [written[0], [{"role": "assistant", "content": written[1]}]])
-    scores = rewards.of_loaded(found, policy, records=records, same_tokens=False)(drawn)
+    scores = reward_fns.of_loaded(found, policy, records=records, same_tokens=False)(drawn)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
-    scores = rewards.of_loaded(found, policy, records=records, same_tokens=True)(drawn)
+    scores = reward_fns.of_loaded(found, policy, records=records, same_tokens=True)(drawn)
     own = found.score_tokens([[*prompts[0], *completions[0]]])
     np.testing.assert_allclose(scores, [own[0], expected[1]], atol=1e-6)
     assert abs(own[0] - expected[0]) > 1e-4 and not found.has_tokens_of(policy)
@@ -319,13 +321,13 @@ def test_texts_are_without_special_tokens_and_a_reward_model_reads_the_tokens():
     asked, given = tokenizer("The sea")["input_ids"], tokenizer(" is wide.")["input_ids"]
     rows = jax.tree.map(jnp.asarray, scoring.pad_completions([[0, *asked]], [[*given, 0]], length=16))
     drawn = Rollout(rows, jnp.zeros((1, 16)), jnp.ones(1, bool))
-    assert rewards.texts(rows, tokenizer) == (["The sea"], [" is wide."])
-    longer = rewards.of_text(lambda prompts, answers: [len(prompts[0]) + 100 * len(answers[0])], tokenizer)
-    assert float(rewards.rewards_of(longer, drawn)[0]) == 7 + 100 * 9
+    assert reward_fns.texts(rows, tokenizer) == (["The sea"], [" is wide."])
+    longer = reward_fns.of_text(lambda prompts, answers: [len(prompts[0]) + 100 * len(answers[0])], tokenizer)
+    assert float(reward_fns.rewards_of(longer, drawn)[0]) == 7 + 100 * 9
     head = ScalarHead(LM)
     params = head.init(KEY, random_params(LM))
     small = scoring.pad_completions([[1, 2]], [[3, 4]], length=6)
-    found = rewards.of_model(head, params)(
+    found = reward_fns.of_model(head, params)(
         Rollout(jax.tree.map(jnp.asarray, small), jnp.zeros((1, 6)), jnp.ones(1, bool))
     )
     np.testing.assert_allclose(found, head.scores(params, jnp.asarray([[1, 2, 3, 4]])), rtol=1e-5)
