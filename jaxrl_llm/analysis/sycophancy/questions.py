@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrl_llm.data.records import JsonLines, OnBad
+from jaxrl_llm.data.records import OnBad, Records, read
 from jaxrl_llm.files import replacing
 
 OWN, OPPOSITE, NONE = range(3)  # users who ask an item's question
@@ -196,17 +196,18 @@ def parse_item(line: Mapping[str, Any]) -> Item:
     return Item(**fields)
 
 
-def read_items(path: Path | str, *, on_bad: OnBad = "raise") -> JsonLines[Item]:
-    """Return the items of a file of JSON lines, read on demand.
+def read_items(data: Any, *, on_bad: OnBad = "raise") -> Records[Item]:
+    """Return the items of a file, of JSON lines or one JSON list, or of an iterable of dicts.
 
     Args:
         on_bad: "raise" names the first lines that are not items; "skip" leaves them out and lists them in `bad_lines`.
 
     Raises:
+        TypeError: if it is neither a path nor dicts.
         FileNotFoundError: if the file does not exist.
-        ValueError: if a line is not an item, naming its number, or if the file has no item.
+        ValueError: if a line is not an item, naming its number, or if the data has no item.
     """
-    return JsonLines(Path(path), parse_item, on_bad=on_bad).check()
+    return read(data, parse_item, on_bad=on_bad, name="items")
 
 
 def write_items(items: Iterable[Item], path: Path | str) -> Path:

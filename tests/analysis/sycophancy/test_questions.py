@@ -157,6 +157,16 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     assert list(read_items(str(path))) == items
 
 
+def test_items_of_a_json_list_and_of_dicts(tmp_path):
+    """Some sets are published as one list; their bad entries are named by their index."""
+    (tmp_path / "items.json").write_text(json.dumps([LINE, {"question": QUESTION}], indent=1))
+    found = read_items(tmp_path / "items.json", on_bad="skip")
+    assert list(found) == list(read_items([LINE])) == [parse_item(LINE)]
+    assert [(found.unit, bad.number) for bad in found.bad_lines] == [("row", 1)]
+    with pytest.raises(ValueError, match=r"items.json has 1 bad row: row 1: the keys must be question"):
+        read_items(tmp_path / "items.json")
+
+
 def test_bad_lines_are_named_by_number(tmp_path):
     path = tmp_path / "items.jsonl"
     lines = [LINE, LINE | {"question": "no options"}, {"question": QUESTION}]
