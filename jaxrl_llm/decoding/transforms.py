@@ -193,8 +193,17 @@ class Chain(Transform):
         return any(transform.reweighs for transform in self.transforms)
 
     def __call__(self, logits: Float[Array, "*batch vocab"], *context: Array) -> Float[Array, "*batch vocab"]:
-        for transform in self.transforms:
-            logits = transform(logits, *context) if transform.looks_back else transform(logits)
+        def apply(transform: Transform, logits: Array) -> Array:
+            return transform(logits, *context) if transform.looks_back else transform(logits)
+
+        return self._applied([functools.partial(apply, transform) for transform in self.transforms], logits)
+
+    def _applied(self, steps: Sequence[Callable[[Array], Array]], logits: Array) -> Array:
+        """Apply each transform by its step; top-k and top-p that follow one another share the sorted head."""
+        head = None
+        for transform, step in zip(self.transforms, steps, strict=True):
+            shares = type(transform) in (TopK, TopP)  # a subclass may compute something else in its step
+            logits, head = transform.cut(logits, head) if shares else (step(logits), None)
         return logits
 
     def check(self, limits: Int[np.ndarray, "batch"]) -> None:
@@ -217,9 +226,8 @@ class Chain(Transform):
         return tuple(transform.init(prompts, mask, limits) for transform in self.transforms)
 
     def apply(self, state: PyTree[Array], logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        for transform, own in zip(self.transforms, state, strict=True):
-            logits = transform.apply(own, logits)
-        return logits
+        pairs = zip(self.transforms, state, strict=True)
+        return self._applied([functools.partial(transform.apply, own) for transform, own in pairs], logits)
 
     def update(
         self, state: PyTree[Array], token: Int[Array, "batch"], logits: Float[Array, "batch vocab"]
@@ -316,7 +324,30 @@ class Temperature(Transform):
         return logits / per_row(self.t)
 
 
-class TopK(Transform):
+class Cut(Transform):
+    """A filter that keeps the tokens whose logit is at least a threshold, which the largest few mostly tell."""
+
+    reweighs: ClassVar[bool] = False
+
+    def threshold(
+        self, logits: Float[Array, "*batch vocab"], head: Float[Array, "*batch head"]
+    ) -> Float[Array, "*batch"]:
+        """The threshold of each row, given the logits and their sorted head."""
+        raise NotImplementedError
+
+    def cut(
+        self, logits: Float[Array, "*batch vocab"], head: Float[Array, "*batch head"] | None = None
+    ) -> tuple[Float[Array, "*batch vocab"], Float[Array, "*batch head"]]:
+        """The logits that are kept, the others −inf, and their sorted head, which is found if it is not given."""
+        head = _head(logits) if head is None else head
+        threshold = self.threshold(logits, head)[..., None]
+        return tuple(jnp.where(values >= threshold, values, -jnp.inf) for values in (logits, head))
+
+    def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
+        return self.cut(logits)[0]
+
+
+class TopK(Cut):
     """Keep the k most probable tokens (Fan et al. 2018), and all that tie with the k-th.
 
     A k above the vocabulary keeps all.
@@ -325,18 +356,18 @@ class TopK(Transform):
         ValueError: unless k is an integer of at least 1.
     """
 
-    reweighs: ClassVar[bool] = False
-
     k: Int[Array, "..."] | int
 
     def __post_init__(self):
         _check_count(self.k, "k")
 
-    def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-        return jnp.where(logits >= kth_largest(logits, self.k)[..., None], logits, -jnp.inf)
+    def threshold(
+        self, logits: Float[Array, "*batch vocab"], head: Float[Array, "*batch head"]
+    ) -> Float[Array, "*batch"]:
+        return kth_largest(logits, self.k, head)
 
 
-class TopP(Transform):
+class TopP(Cut):
     """Nucleus: keep the smallest set of most probable tokens with mass at least p (Holtzman et al. 2020, eq. 2).
 
     The token that crosses p is kept, and all that tie with it; p = 1 keeps every token of positive probability.
@@ -348,8 +379,6 @@ class TopP(Transform):
         ValueError: unless 0 < p ≤ 1, and min_tokens_to_keep is an integer of at least 1.
     """
 
-    reweighs: ClassVar[bool] = False
-
     p: Float[Array, "..."] | float
     min_tokens_to_keep: Int[Array, "..."] | int | None = None
 
@@ -358,11 +387,13 @@ class TopP(Transform):
         if self.min_tokens_to_keep is not None:
             _check_count(self.min_tokens_to_keep, "min_tokens_to_keep")
 
-    def __call__(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-        threshold = nucleus_threshold(logits, self.p)
-        if self.min_tokens_to_keep is not None:
-            threshold = jnp.minimum(threshold, kth_largest(logits, self.min_tokens_to_keep))
-        return jnp.where(logits >= threshold[..., None], logits, -jnp.inf)
+    def threshold(
+        self, logits: Float[Array, "*batch vocab"], head: Float[Array, "*batch head"]
+    ) -> Float[Array, "*batch"]:
+        threshold = nucleus_threshold(logits, self.p, head)
+        if self.min_tokens_to_keep is None:
+            return threshold
+        return jnp.minimum(threshold, kth_largest(logits, self.min_tokens_to_keep, head))
 
 
 class MinP(Transform):
@@ -518,12 +549,15 @@ def _at_least(
 # Thresholds -----------------------------------------------------------------------------------------------------------
 
 
-def kth_largest(logits: Float[Array, "*batch vocab"], k: Int[Array, "*#batch"] | int) -> Float[Array, "*batch"]:
+def kth_largest(
+    logits: Float[Array, "*batch vocab"],
+    k: Int[Array, "*#batch"] | int,
+    head: Float[Array, "*batch head"] | None = None,
+) -> Float[Array, "*batch"]:
     """The k-th largest logit of each row (the smallest, if k exceeds the vocabulary)."""
-    logits = wide(logits)
+    logits, head = wide(logits), _head(logits) if head is None else head
     vocab = logits.shape[-1]
     k = jnp.broadcast_to(jnp.minimum(jnp.asarray(k, jnp.int32), vocab), logits.shape[:-1])
-    head = _head(logits)
     size = head.shape[-1]
     fast = jnp.take_along_axis(head, jnp.minimum(k, size)[..., None] - 1, axis=-1)[..., 0]
 
@@ -534,11 +568,12 @@ def kth_largest(logits: Float[Array, "*batch vocab"], k: Int[Array, "*#batch"] |
 
 
 def nucleus_threshold(
-    logits: Float[Array, "*batch vocab"], p: Float[Array, "*#batch"] | float
+    logits: Float[Array, "*batch vocab"],
+    p: Float[Array, "*#batch"] | float,
+    head: Float[Array, "*batch head"] | None = None,
 ) -> Float[Array, "*batch"]:
     """The largest threshold with Σ softmax(logits)[logits ≥ threshold] ≥ p in each row (−inf if p = 1)."""
-    logits = wide(logits)
-    head = _head(logits)
+    logits, head = wide(logits), _head(logits) if head is None else head
     highest = logits.max(axis=-1, keepdims=True)
     return _fill(logits, jnp.exp(logits - highest), p, head, jnp.exp(head - highest))
 
@@ -576,8 +611,8 @@ def _fill(
 
 
 def _head(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch head"]:
-    """The largest logits of each row, in descending order."""
-    return largest(logits, min(HEAD, logits.shape[-1]))[0]
+    """The largest logits of each row, in descending order, in float32 or wider."""
+    return largest(wide(logits), min(HEAD, logits.shape[-1]))[0]
 
 
 def _fast_where(
@@ -814,8 +849,10 @@ class LogitBias(Transform):
     bias: Float[Array, "*#batch vocab"]
 
     def __post_init__(self):
+        expected = "an array [vocab] or [batch, vocab]"
+        require(not isinstance(self.bias, Mapping), "the bias", expected, self.bias)
         bias = jnp.asarray(self.bias)
-        require(bias.ndim >= 1, "the bias", "an array [vocab] or [batch, vocab]", self.bias)
+        require(bias.ndim >= 1, "the bias", expected, self.bias)
         require((bias < jnp.inf).all(), "the bias", "a number below +inf for each token", self.bias)
         object.__setattr__(self, "bias", bias)
 

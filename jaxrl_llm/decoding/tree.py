@@ -311,6 +311,7 @@ def describe(
     """
     best = max(tree.leaves(), key=lambda node: node.score)
     path = tree.path(best)
+    written = [node.token for node in path if not node.ended]  # the text leaves EOS out
     continuation = TextStream(tokenizer, prompt_tokens)
     root = {
         "id": 0,
@@ -342,6 +343,6 @@ def describe(
         "title": title,
         "nodes": [root, *nodes],
         "best": [0, *(node.id for node in path)],
-        "best_text": prompt + continuation.push([node.token for node in path]) + continuation.finish(),
+        "best_text": prompt + continuation.push(written) + continuation.finish(),
         "best_score": best.score,
     } | ({"prompt_counts": True} if tree.prompt_length else {})

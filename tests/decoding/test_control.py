@@ -177,6 +177,11 @@ def test_a_bias_for_another_vocabulary_or_batch_is_named(shape):
         LogitBias(np.zeros(shape))(jnp.zeros((2, 3)))
 
 
+def test_biases_by_token_id_are_named():
+    with pytest.raises(ValueError, match=r"bias must be an array \[vocab\] or \[batch, vocab\], but is \{1: 2\.0\}"):
+        LogitBias({1: 2.0})
+
+
 def test_bad_words_are_a_table():
     words = bad_words(9, [[3], [1, 2, 3], (4, 5), np.asarray([7]), 8])
     np.testing.assert_array_equal(words.before, [[-1, -1], [1, 2], [-1, 4], [-1, -1], [-1, -1]])

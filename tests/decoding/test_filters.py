@@ -103,6 +103,35 @@ def test_top_p_on_both_sides_of_the_sorted_head(p):
         assert sizes[0] > HEAD > sizes[3], "both ways are taken"
 
 
+@given(rows_of_logits(), st.sampled_from([1, 3, HEAD - 1, HEAD, HEAD + 40]), st.floats(0.05, 1.0))
+def test_filters_in_a_chain_keep_what_each_would(logits, k, p):
+    chain = Chain((Temperature(0.7), TopK(k), TopP(p, min_tokens_to_keep=2), TopK(2 * k)))
+    alone = logits
+    for transform in chain.transforms:
+        alone = call(transform, alone)
+    np.testing.assert_array_equal(call(chain, logits), alone)
+    np.testing.assert_array_equal(after(chain, logits), alone)
+
+
+def test_filters_in_a_chain_sort_the_head_once():
+    assert str(jax.make_jaxpr(Chain((TopK(50), TopP(0.9, 2), TopK(9))))(np.zeros((2, 300)))).count("top_k[") == 1
+    assert str(jax.make_jaxpr(Chain((TopK(50), Temperature(0.5), TopP(0.9))))(np.zeros((2, 300)))).count("top_k[") == 2
+
+
+def test_a_chain_applies_what_a_subclass_of_a_filter_overrides():
+    class Halved(TopK):
+        def __call__(self, logits):
+            return super().__call__(logits) / 2
+
+    class Later(TopP):
+        def apply(self, state, logits):
+            return logits
+
+    logits = np.arange(6.0)[None]
+    np.testing.assert_array_equal(call(Chain((Halved(2),)), logits), [[-np.inf] * 4 + [2, 2.5]])
+    np.testing.assert_array_equal(after(Chain((Later(0.5),)), logits), logits)
+
+
 def test_both_zeros_tie_beyond_the_head():
     logits = np.where(np.arange(600) % 2 == 0, np.float32(0.0), np.float32(-0.0))[None]
     logits[0, 500:] = -1
@@ -182,6 +211,7 @@ FILTERS += [MinP(0.05), MinP(1.0), Epsilon(0.002), Epsilon(0.9), Eta(0.01), Eta(
 IDENTITIES = [TopK(10**6), TopP(1.0), MinP(0.0), Typical(1.0), Epsilon(0.0), Eta(0.0), TopNSigma(1e6), Temperature(1.0)]
 OTHERS = [MinP(0.2), Typical(0.6), Epsilon(0.2), Eta(0.3), TopNSigma(0.8)]
 call = jax.jit(lambda transform, logits: transform(logits))
+after = jax.jit(lambda chain, logits: chain.apply(((),) * len(chain.transforms), logits))
 mass = jax.jit(lambda transform, logits: transform.kept_mass(logits))
 
 

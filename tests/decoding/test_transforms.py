@@ -12,6 +12,7 @@ from jaxrl_llm.decoding.constraints import Constrained, banned_text, from_gramma
 from jaxrl_llm.decoding.healing import Healing
 from jaxrl_llm.decoding.transforms import (
     Chain,
+    Cut,
     Epsilon,
     Eta,
     ForcedTokens,
@@ -116,7 +117,7 @@ def test_every_transform_of_the_library_is_tested():
 
     library = {cls for cls in below(Transform) if cls.__module__.startswith("jaxrl_llm.")}
     alone = {Healing}  # its rows must begin with a text, which the tokens here do not: test_healing.py
-    assert library == {type(one) for one, _ in PAIRS.values()} | alone
+    assert library - {Cut} == {type(one) for one, _ in PAIRS.values()} | alone  # a base class of filters
 
 
 @every_transform
