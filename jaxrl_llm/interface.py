@@ -35,6 +35,7 @@ from jaxrl_llm.decoding_options import Sampling, Search, Strategy, TreeSearch
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models.conditional import Conditional
 from jaxrl_llm.models.heads import is_reward
+from jaxrl_llm.models.layers import Form
 from jaxrl_llm.numerics import on_device
 from jaxrl_llm.options import Range, takes
 
@@ -799,7 +800,8 @@ class LM:
         for name, value in (("iterations", iterations), ("vectors", vectors)):
             if value is not None and directions != "hessian":
                 raise ValueError(f'{name} is for directions="hessian".')
-        lanczos = {"max_iterations": 40 if iterations is None else iterations, "vectors": vectors, "progress": progress}
+        lanczos = {"vectors": vectors, "progress": progress}
+        lanczos |= {} if iterations is None else {"max_iterations": iterations}
         plane, of_hessian = self._plane(loss, directions, jax.random.key(seed), **lanczos)
         one = given[0] if len(given) == 1 and isinstance(given[0], str) else None
         surface = landscape.surface_of(
@@ -891,7 +893,10 @@ class LM:
                 raise ValueError(f"{name} must be a string or a list of messages for a chat, but is {found}.")
             return list(prompt)
         if conversation and not chat:
-            raise ValueError(f"{name} is a conversation: lm.chat, or chat=True, puts it into the chat template.")
+            raise ValueError(
+                f"{name} is a conversation: lm.chat, or chat=True of generate, puts it into the chat template. "
+                "lm.tokenizer.apply_chat_template writes it as a text."
+            )
         if self._translates:
             if chat:
                 raise ValueError("an encoder-decoder has no chat template.")
@@ -952,6 +957,7 @@ class LM:
             reply=bool(chat),
             healed=healed,
             pieces=self.token_bytes if healed else (),
+            ends=self.eos_ids,
         )
 
     def _each(self, pieces: Iterator[decoding.Generation]) -> Iterator[decoding.Generation]:
@@ -996,7 +1002,7 @@ class LM:
                 if held := [token for token in control if token in each]:
                     raise ValueError(
                         f"ban and bias must be of text, but {each!r} holds the control token {held[0]!r}: "
-                        "jl.decoding.transforms.LogitBias takes token ids."
+                        "jl.decoding.transforms.LogitBias takes a number for each token."
                     )
         if strategy == "speculative":
             search = strategies.with_draft(search, self.params)
@@ -1079,7 +1085,13 @@ class LM:
 
 
 @takes()
-def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None, mesh: str | Mesh | None = None) -> LM:
+def load(
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    mesh: str | Mesh | None = None,
+    attention: Form = "exact",
+) -> LM:
     """Load a language model with its tokenizer, as an `LM` with methods on text.
 
         lm = jl.load("tiny-gpt2")
@@ -1095,6 +1107,10 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None, mesh: str |
             for all (`jaxrl_llm.mesh.mesh_of`), or a mesh of these axes. Rows of prompts and texts are then split over
             data × fsdp, the parameters over fsdp × model. By default one device works. In float32 the tokens and values
             are those of one device, up to rounding.
+        attention: its form. "exact" computes all scores, of long texts a part at a time. "cudnn" is NVIDIA's fused
+            kernel: for reading prompts and texts, with `dtype` "bfloat16" or "float16", on GPUs of compute capability
+            8.0 or above. Steps of one token, attention maps and loss landscapes stay exact; trainers have this option
+            too. docs/speed.md says which models can have it.
 
     Returns:
         The model, with `.model` (a pure function), `.params` (a tree of arrays), `.tokenizer` (None without its files),
@@ -1103,9 +1119,10 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: Any = None, mesh: str |
     Raises:
         FileNotFoundError: if the path or name does not exist, or has no safetensors. Pickled weights are never loaded.
         ValueError: if a file is damaged, its tensors do not fit its configuration, the architecture is unknown, or
-            it is a reward model (`jl.train.RewardModel.load`); or for a mesh that the devices do not fill.
+            it is a reward model (`jl.train.RewardModel.load`); for a mesh that the devices do not fill; or for a form
+            of attention that the model, the device or `dtype` cannot have.
     """
-    loaded = models.load(path_or_name, dtype=dtype, sharding=meshes.sharding_of(mesh))
+    loaded = models.load(path_or_name, dtype=dtype, sharding=meshes.sharding_of(mesh), attention=attention)
     if is_reward(loaded.config):
         raise ValueError(f"{path_or_name} is a reward model: load it with jl.train.RewardModel.load.")
     name = os.fspath(path_or_name)

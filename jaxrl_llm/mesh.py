@@ -347,6 +347,25 @@ def by_own_rows(function: Callable[..., Tree], held: PyTree, *arrays: jax.Array)
     )
 
 
+def by_own_heads(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Apply a function that treats all rows and heads alike, on each device to its own ones.
+
+    The arrays, and the result in the form of the first, are [row, head, ...]. What the devices do not divide, and an
+    axis of size 1, is whole on each of them. Nothing is communicated. Without a mesh it is a plain call.
+    """
+    mesh = _set_mesh()
+    if mesh is None or mesh.size == 1:
+        return function(*arrays)
+    split = []
+    for axis, names in enumerate((ROWS, ("model",))):
+        parts, sizes = math.prod(mesh.shape[name] for name in names), {array.shape[axis] for array in arrays} - {1}
+        split.append(None if any(size % parts for size in sizes) else names)
+    specs = [
+        P(*(names if size > 1 else None for size, names in zip(each.shape[:2], split, strict=True))) for each in arrays
+    ]
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0])(*arrays)
+
+
 def _summed_wide(leaf: jax.Array) -> jax.Array:
     """Return the leaf as one that may differ between devices, so that its gradients are summed once, in float32."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 Function = TypeVar("Function", bound=Callable[..., Any])
 LISTED = "Options: listed here."
 ELSEWHERE = {  # our options and losses, with their names in TRL, PEFT, transformers and other libraries
+    "attention": "attn_implementation use_flash_attention",
     "batch_size": "per_device_train_batch_size train_batch_size",
     "beta": "kl_coef init_kl_coef kl_coeff kl_penalty",
     "alpha": "penalty_alpha",

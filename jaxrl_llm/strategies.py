@@ -216,6 +216,7 @@ def with_draft(search: Search, params: language_model.Params) -> Search:
 
     Raises:
         TypeError: if `draft_model` is not a model, its path or its name.
+        ValueError: if it is an encoder-decoder.
     """
     draft = search.draft_model
     if isinstance(draft, str | os.PathLike):
@@ -223,6 +224,8 @@ def with_draft(search: Search, params: language_model.Params) -> Search:
         draft = models.load(draft, dtype=language_model.params_dtype(params), sharding=sharding)
     if not (hasattr(draft, "model") and hasattr(draft, "params")):
         raise TypeError(f"draft_model must be a loaded model, its path or its name, but is {draft!r}.")
+    if isinstance(draft.model, models.T5):
+        raise ValueError("draft_model must be a decoder-only model, but is an encoder-decoder.")
     return dataclasses.replace(search, draft_model=draft)
 
 

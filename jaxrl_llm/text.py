@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -460,6 +460,7 @@ class TextStream:
         healed: number of the prompt's last tokens that are not read before, but whose text the new tokens write again.
             The tokens with which they do are not searched for stop strings either.
         pieces: the bytes of each token (`token_bytes`), needed if any are healed.
+        ends: tokens that end a text. The text leaves them out, even if they are ordinary tokens of the tokenizer.
 
     `stopped` says whether a stop string was found.
     """
@@ -474,7 +475,9 @@ class TextStream:
         reply: bool = False,
         healed: int = 0,
         pieces: Sequence[bytes] = (),
+        ends: Collection[int] = (),
     ):
+        self._ends = ends
         self._tokenizer, self._stop, self.stopped, self.healed = tokenizer, stop, False, healed
         self._unsearched, self._reply, self._start = unsearched, reply, []  # the first tokens of a reply
         self._pieces = pieces
@@ -488,6 +491,7 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the text that the new tokens complete."""
+        tokens = [int(token) for token in tokens if token not in self._ends]
         count = 0
         while count < len(tokens) and (self._unsearched > 0 or self._unwritten > 0):
             self._unsearched -= 1
@@ -497,7 +501,6 @@ class TextStream:
         return (self._push(first, ()) if len(first) else "") + self._push(rest, self._stop)
 
     def _push(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
-        tokens = [int(token) for token in tokens]
         self._window += tokens
         self._start += tokens if self._reply else []
         text = self._decoded()

@@ -85,7 +85,7 @@ def translate(
     translations = []
     for task in conditionals(loaded, rows, batch_size=batch_size):
         tokens = decoded(task, num_beams=num_beams, length_penalty=length_penalty, limit=max_new_tokens, eos=eos)
-        translations += [loaded.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
+        translations += [decoded_text(loaded.tokenizer, row, eos).strip() for row in tokens]
     if not isinstance(loaded.model, T5):
         translations = [each.split("\n", 1)[0].strip() for each in translations]
     return translations[: len(sentences)]
@@ -118,6 +118,11 @@ def decoded(
         beams = beam_search(*model, num_beams=num_beams, length_penalty=length_penalty, **common)
         tokens, mask = np.asarray(beams.tokens[:, 0]), np.asarray(beams.mask[:, 0])
     return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+
+
+def decoded_text(tokenizer: Any, tokens: Sequence[int], eos: Sequence[int]) -> str:
+    """Return the text of a translation, without EOS, also where it is an ordinary token of the tokenizer."""
+    return tokenizer.decode([token for token in tokens if token not in eos], skip_special_tokens=True)
 
 
 def known_tokens(

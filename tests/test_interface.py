@@ -16,7 +16,7 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
 import jaxrl_llm as jl
-from jaxrl_llm import decoding, models, oracle, sampling, scoring, text, translation
+from jaxrl_llm import decoding, decoding_options, models, oracle, scoring, text, translation
 from jaxrl_llm.analysis import attention, landscape
 from jaxrl_llm.analysis.chrf import sentence_chrf
 from jaxrl_llm.decoding import transforms
@@ -96,23 +96,27 @@ def test_a_typo_is_an_attribute_error(module):
 
 
 def test_the_signature_shows_every_option():
-    options = {field for group in (sampling.Sampling, sampling.Search) for field in group.__dataclass_fields__}
+    options = {
+        field for group in (decoding_options.Sampling, decoding_options.Search) for field in group.__dataclass_fields__
+    }
     assert {"prompts", "strategy", "n", "chat", "transforms", *options} <= set(
         inspect.signature(LM.generate).parameters
     )
-    assert set(sampling.TreeSearch.__dataclass_fields__) < set(inspect.signature(LM.search_tree).parameters)
+    assert set(decoding_options.TreeSearch.__dataclass_fields__) < set(inspect.signature(LM.search_tree).parameters)
     assert inspect.signature(LM.generate).parameters["temperature"].default == 1.0
     for method, group in (
-        (LM.generate, sampling.Search),
-        (LM.chat, sampling.Sampling),
-        (LM.search_tree, sampling.TreeSearch),
+        (LM.generate, decoding_options.Search),
+        (LM.chat, decoding_options.Sampling),
+        (LM.search_tree, decoding_options.TreeSearch),
     ):
         assert all(f"\n    {name} (" in method.__doc__ for name in group.__dataclass_fields__), method
 
 
 def test_every_option_belongs_to_a_strategy():
-    options = {field for group in (sampling.Sampling, sampling.Search) for field in group.__dataclass_fields__}
-    assert options == sampling.EVERYWHERE.union(*sampling.USED.values())
+    options = {
+        field for group in (decoding_options.Sampling, decoding_options.Search) for field in group.__dataclass_fields__
+    }
+    assert options == decoding_options.EVERYWHERE.union(*decoding_options.USED.values())
 
 
 # Decoding -------------------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ COMMON = ("sample", "contrastive")  # beams have a test of their own
 
 @pytest.mark.parametrize(
     "strategy",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in COMMON)) for name in sorted(sampling.USED)],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in COMMON)) for name in sorted(decoding_options.USED)],
 )
 def test_every_strategy_is_its_decoder(lm, strategy):
     arguments, common = padded(lm, PROMPTS)
@@ -421,6 +425,19 @@ def test_a_minimum_length_holds_back_the_stop_in_the_text_too(lm):
     held = lm.generate("on", **options, min_new_tokens=len(before) + 1)[0]
     assert held.text == "the cat the " and held.finish_reason == "stop" and len(held.tokens) < len(before + after)
     assert "".join(lm.stream("on", **options, min_new_tokens=len(before) + 1)) == held.text
+
+
+def test_an_eos_that_is_an_ordinary_token_of_the_tokenizer_is_no_part_of_the_text(lm):
+    """A fine-tuned model may end its texts at a token that was added without being made special."""
+    request = {"transforms": ForcedTokens([*lm.encode("sat"), end := lm.encode("m")[0]]), "max_new_tokens": 8}
+    other = LM(lm.loaded, "one that ends at the token of 'm'")
+    vars(other)["eos_ids"] = [end]
+    found = other.generate("the cat", **request)[0]
+    assert (found.tokens, found.finish_reason, found.text) == ([*lm.encode("sat"), end], "eos", "sat")
+    stream = other.stream("the cat", **request)
+    assert "".join(stream) == "sat" == stream.completion.text
+    vars(other)["eos_ids"] = lm.generate("the cat", greedy=True, max_new_tokens=1)[0].tokens
+    assert other.search_tree("the cat", depth=1, branching=1).best == "the cat"
 
 
 def test_a_control_token_is_a_stop_of_its_own(lm):
@@ -784,7 +801,7 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
         (ValueError, "prompt 1 is empty", lambda lm: lm.generate([[3], []])),
         (ValueError, r"prompts must lie in \[0, 270\), the model's vocabulary", lambda lm: lm.generate([3, 999])),
         (ValueError, "the model's context of", lambda lm: lm.generate("q" * 48)),
-        (ValueError, "prompt 0 is a conversation", lambda lm: lm.generate(CONVERSATION)),
+        (ValueError, "prompt 0 is a conversation.*apply_chat_template", lambda lm: lm.generate(CONVERSATION)),
         (ValueError, "for a chat, but is token ids", lambda lm: lm.generate([1, 2], chat=True)),
         (ValueError, "for a chat, but is empty", lambda lm: lm.chat([])),
         (TypeError, "keyword argument 'top_pp': did you mean 'top_p'", lambda lm: lm.generate("x", top_pp=0.9)),
@@ -835,6 +852,8 @@ FORMS = "must be a string, a list of strings or lists of token ids, but is"
             "x", grammar='start: "\udcff"')),
         (TypeError, "regex must be a string, but is 5", lambda lm: lm.generate("the", regex=5)),
         (TypeError, "draft_model must be", lambda lm: lm.generate("x", strategy="speculative", draft_model=3)),
+        (ValueError, "draft_model must be a decoder-only model", lambda lm: lm.generate(
+            "x", strategy="speculative", draft_model="tiny-t5")),
         (ValueError, "n must be an integer of at least 1, but is 0", lambda lm: lm.generate("x", n=0)),
         (ValueError, "batch_size must be an integer of at least 1, but is 0", lambda lm: lm.generate(
             "x", batch_size=0)),
@@ -944,16 +963,16 @@ def test_refusals(lm, error, said, use):
 
 def test_numbers_of_any_type_are_options(recwarn):
     for kind in (np.float16, np.float32, np.float64, jnp.float32, jnp.bfloat16, jnp.asarray):
-        sampling.Sampling(temperature=kind(0.7))
+        decoding_options.Sampling(temperature=kind(0.7))
     for kind in (np.int8, np.uint8, np.int64, jnp.int32, jnp.uint8):
-        sampling.Sampling(seed=kind(3), top_k=kind(3), max_new_tokens=kind(3))
+        decoding_options.Sampling(seed=kind(3), top_k=kind(3), max_new_tokens=kind(3))
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("name", ["regex", "guidance_prompt", "choices", "stop", "ban", "bias"])
 def test_stray_bytes_in_texts_are_named(name):
     with pytest.raises(ValueError, match=f"{name} must be text in UTF-8, but holds the byte 0xff at character 2"):
-        sampling.Sampling(**{name: "a\udcff=1"})
+        decoding_options.Sampling(**{name: "a\udcff=1"})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from jaxrl_llm import models, text, translation
+from jaxrl_llm.analysis.attention import attention_maps
 from jaxrl_llm.data import bpe
 from jaxrl_llm.decoding.beam import beam_search
 from jaxrl_llm.models import GPT2, T5, GPT2Config, Loaded
@@ -62,6 +63,14 @@ def test_beams_are_those_of_beam_search(tiny_t5):
         found = translation.decoded(tasks[0], num_beams=3, length_penalty=penalty, limit=4, eos=[1])
         expected = [np.asarray(beams.tokens[i, 0])[np.asarray(beams.mask[i, 0])].tolist() for i in range(2)]
         assert found == expected
+
+
+def test_an_eos_that_is_an_ordinary_token_of_the_tokenizer_is_no_part_of_the_translation(tiny_t5):
+    config, source = tiny_t5.config, "twenty"
+    last = tiny_t5.tokenizer(translate(tiny_t5, [source])[0], add_special_tokens=False)["input_ids"][-1]
+    other = dataclasses.replace(tiny_t5, config={**config, "eos_token_id": [config["eos_token_id"], last]})
+    assert translate(other, [source]) == [""]
+    assert attention_maps(other, source).target == ""
 
 
 def test_the_form_is_what_is_asked_for_then_what_the_model_declares_then_plain(tiny_t5):

@@ -245,12 +245,13 @@ def _translated(
 ) -> AttentionMaps:
     """Compute the maps of an encoder-decoder."""
     tokenizer, batch = loaded.tokenizer, jnp.asarray([tokens], jnp.int32)
+    eos = text.eos_ids(tokenizer, loaded.config | {"vocab_size": loaded.model.vocab_size})
     written = (
-        _greedy(loaded, batch, limit)
+        _greedy(loaded, batch, limit, eos)
         if target is None
         else translation.known_tokens(tokenizer, target, name="the target")
     )
-    shown = tokenizer.decode(written, skip_special_tokens=True) if target is None else target
+    shown = translation.decoded_text(tokenizer, written, eos) if target is None else target
     read = [loaded.model.config.decoder_start_token_id, *written[:-1]]
     maps = _attention(loaded, batch, jnp.asarray([read], jnp.int32))
     weights = np.asarray(getattr(maps, kind))[:, 0]
@@ -275,10 +276,9 @@ def _attention(loaded: Loaded, *tokens: Array) -> Any:
     return _compiled(loaded.model, loaded.params, *tokens)
 
 
-def _greedy(loaded: Loaded, source: Any, limit: int) -> list[int]:
+def _greedy(loaded: Loaded, source: Any, limit: int, eos: Sequence[int]) -> list[int]:
     """Return the tokens of the model's greedy translation, EOS included."""
     task = given(loaded.model, loaded.params, source, jnp.ones(source.shape, bool))
-    eos = text.eos_ids(loaded.tokenizer, loaded.config | {"vocab_size": loaded.model.vocab_size})
     return translation.decoded(task, num_beams=1, length_penalty=1.0, limit=limit, eos=eos)[0]
 
 

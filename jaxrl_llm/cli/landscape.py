@@ -83,8 +83,8 @@ class Landscape:
         if "residuals" in surface:
             first, second = surface["residuals"]
             print(
-                f"not converged: the residuals of the two eigenvectors are {first:.2g} and {second:.2g} after "
-                f"{self.iterations or 40} iterations; give more --iterations"
+                f"not converged: the residuals of the two eigenvectors are {first:.2g} and {second:.2g}; give more "
+                "--iterations"
             )
         if surface["holes"]:
             print(f"no finite loss at {surface['holes']} of {self.points**2} points")

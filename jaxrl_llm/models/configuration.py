@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrl_llm.models import rotary, t5
 from jaxrl_llm.models.decoder import Network, check_choice, check_value
-from jaxrl_llm.models.families import FAMILIES, Family, Maybe, Only, pairs
+from jaxrl_llm.models.families import FAMILIES, Family, Maybe, Only, describe, pairs
 from jaxrl_llm.models.transformer import Decoder, Description
 
 ROPE_FIELDS = (*rotary.SEPARATE, "rope_scaling", "rope_local_base_freq")  # of older forms, beside `rope_parameters`
@@ -31,6 +31,10 @@ class Config(Mapping[str, Any]):
     Raises:
         ValueError: for a field that is missing, unknown or does not fit.
     """
+
+    model_type: str
+    name: str  # the family's, such as Llama
+    description: Description  # the model as data
 
     def __init__(self, model_type: str, **given: Any):
         check_choice("model_type", model_type, FAMILIES)
@@ -52,18 +56,10 @@ class Config(Mapping[str, Any]):
         if "rope_parameters" in values:
             said = {**given, **values, "rope_parameters": given.get("rope_parameters")}
             values["rope_parameters"] = rotary.rope_parameters(said, defaults=family.fields["rope_parameters"])
-        self.__dict__.update(model_type=model_type, _values=_frozen(values))
-        self.description  # noqa: B018 (what does not fit together raises now)
-
-    @functools.cached_property
-    def description(self) -> Description:
-        """The model as data."""
-        return FAMILIES[self.model_type].describe(self)
-
-    @property
-    def name(self) -> str:
-        """The family's name, such as Llama."""
-        return FAMILIES[self.model_type].architecture.removesuffix("ForCausalLM")
+        values = _frozen(values)
+        by_llamas_names = {name: values[own] for name, own in family.own.items() if own in values}
+        self.__dict__.update(values, **by_llamas_names, model_type=model_type, name=family.name, _values=values)
+        self.__dict__["description"] = describe(self, family.traits)
 
     def replace(self, **changes: Any) -> Config:
         """Return the configuration with other values of these fields."""
@@ -72,14 +68,6 @@ class Config(Mapping[str, Any]):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON."""
         return json.loads(json.dumps(dict(self), default=dict))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        name = FAMILIES[self.model_type].own.get(name, name)
-        if name not in self:
-            raise AttributeError(f"{self.model_type} has no field {name}.")
-        return self[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("a configuration is frozen; `replace` returns a changed one.")
@@ -148,6 +136,12 @@ def StableLMConfig(**fields: Any) -> Config:
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
+def family_named(config: Mapping[str, Any], *, source: str) -> tuple[str, Family]:
+    """Return `model_type` and family of a `config.json`."""
+    check_choice(f"{source}: model_type", config.get("model_type"), FAMILIES)
+    return config["model_type"], FAMILIES[config["model_type"]]
+
+
 def family_of(model: Network) -> tuple[str, Family]:
     """Return `model_type` and family of a model."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -166,9 +160,7 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
     Raises:
         ValueError: for an architecture or a setting that is not supported.
     """
-    model_type = config.get("model_type")
-    check_choice(f"{source}: model_type", model_type, FAMILIES)
-    family = FAMILIES[model_type]
+    model_type, family = family_named(config, source=source)
     for field, kind in family.kinds.items():
         if isinstance(kind, Only) and config.get(field) not in (None, kind.harmless):
             raise ValueError(f"{source}: {field} = {config[field]!r} is not supported.")
@@ -178,10 +170,10 @@ def model_from_config(config: dict[str, Any], *, source: str, tensor_names: Call
     try:
         if family.config is None:
             return Decoder(Config(model_type, **values))
-        values = {field.name: config[field.name] for field in dataclasses.fields(family.config) if field.name in config}
+        said = {name: default for name, default in family.fields.items() if default is not int} | config
+        values = {field.name: said[field.name] for field in dataclasses.fields(family.config) if field.name in said}
         if family.model is t5.T5:
-            defaults = {name: default for name, default in family.fields.items() if default is not int}
-            values = defaults | values | t5.spelt_fields(defaults | config, tensor_names)
+            values |= t5.spelt_fields(said, tensor_names)
         return family.model(family.config(**values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
@@ -205,35 +197,26 @@ def without_head(model: Network) -> Network:
     return model
 
 
+DEPTHS = ("num_hidden_layers", "num_decoder_layers")
+WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_experts")
+WIDTHS += ("num_attention_heads", "num_key_value_heads", "num_kv_heads")
+
+
 def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
     """Raise ValueError if a size that `config.json` claims is larger than the files can hold.
 
     A model of that size is not built, even as shapes alone.
     """
+    _, family = family_named(config, source=source)
     largest = max([1 << 16, *map(math.prod, shapes.values())])
+    deep = max(64, len(shapes)), f"the files hold {len(shapes)} tensors"
+    wide = largest, f"no tensor has more than {largest} numbers"
+    limits = dict.fromkeys(DEPTHS, deep) | dict.fromkeys(WIDTHS, wide)
+    limits = {family.own.get(name, name): limit for name, limit in limits.items()}
     for name, value in config.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        if name in DEPTHS and value > max(64, len(shapes)):
-            raise ValueError(f"{source}: {name} is {value}, but the files hold {len(shapes)} tensors.")
-        if name in CLAIMED and value > largest:
-            raise ValueError(f"{source}: {name} is {value}, but no tensor has more than {largest} numbers.")
-
-
-def _named(names: str) -> set[str]:
-    """Return all names that families have for these fields, and their other spellings."""
-    own = {family.own.get(name, name) for family in FAMILIES.values() for name in names.split()}
-    spelled = {
-        spelling for family in FAMILIES.values() for spelling, name in pairs(family.spellings).items() if name in own
-    }
-    return own | spelled
-
-
-DEPTHS = _named("num_hidden_layers num_decoder_layers")
-CLAIMED = _named(
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_key_value_heads "
-    "num_kv_heads head_dim num_experts"
-)
+        most, reason = limits.get(pairs(family.spellings).get(name, name), (math.inf, ""))
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{source}: {name} is {value}, but {reason}.")
 
 
 # The language model of a multimodal checkpoint ------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm import language_model
 from jaxrl_llm.language_model import Cache, Params
 from jaxrl_llm.mesh import over_rows
-from jaxrl_llm.models.layers import KeyValue, recorded_weights
+from jaxrl_llm.models.layers import KeyValue, check_form, recorded_weights
 
 TokenId = int  # annotates token ids in a configuration, which may be 0
 KINDS = {  # of a configuration's fields; numpy's numbers are accepted, True is not a number
@@ -100,6 +100,19 @@ class Network(abc.ABC):
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
 
 
+def with_attention(model: Any, form: str) -> Any:
+    """Return the model with this form of attention, one of `layers.FORMS`.
+
+    Raises:
+        ValueError: if it cannot have it.
+    """
+    if form == getattr(model, "attention_form", "exact"):
+        return model
+    if not isinstance(model, DecoderLM):
+        raise ValueError(f'attention must be "exact" for a {type(model).__name__}, but is "{form}".')
+    return dataclasses.replace(model, attention_form=form)
+
+
 # Causal transformers --------------------------------------------------------------------------------------------------
 
 
@@ -165,10 +178,23 @@ class DecoderLM(Network, language_model.LanguageModel):
 
     With `checkpoint_blocks` the backward pass keeps only the activations between blocks and recomputes those inside
     (Chen et al. 2016): less memory for a second forward pass, and equal values. Calls with a cache are unaffected.
+
+    `attention_form` is one of `layers.FORMS`: "exact", or "cudnn", which holds no attention scores. The latter needs an
+    NVIDIA GPU and parameters in bfloat16 or float16. It serves calls of several tokens, in training and of prompts;
+    steps of one token and attention maps are computed in the exact form. It must not be batched by `jax.vmap`.
+
+    Raises:
+        ValueError: if the model or the device cannot have this form of attention.
     """
 
     checkpoint_blocks: bool = False
+    attention_form: str = "exact"
     min_prompt_length = 1
+    score_cap: ClassVar[float | None] = None
+
+    def __post_init__(self):
+        if self.attention_form != "exact":
+            check_form(self.attention_form, head_dim=self.cache_shape[2], cap=self.score_cap)
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs | None) -> nnx.Module:

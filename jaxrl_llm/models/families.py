@@ -1,4 +1,4 @@
-"""Model families of `config.json`: a row for each, with its fields, its description and the names of its tensors."""
+"""Model families of `config.json`: a row for each, with its fields, its traits and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl_llm.models import rotary
 from jaxrl_llm.models.decoder import Network, check_multiple
 from jaxrl_llm.models.gpt2 import GPT2, GPT2Config
 from jaxrl_llm.models.t5 import T5, T5Config
-from jaxrl_llm.models.transformer import Decoder, Description, Experts, Layer, Norm, Norms, alibi_slopes
+from jaxrl_llm.models.transformer import Decoder, Description, Layer, Norm, Norms
 
 
 class Maybe(NamedTuple):
@@ -38,14 +38,16 @@ def pairs(table: str) -> dict[str, str]:
     return dict(pair.split() for pair in table.split(", ") if pair)
 
 
+Traits = Mapping[str, Any]  # what a family's `Description` has beside what the fields say
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """The Hugging Face format of one architecture. Fields and modules go by Llama's names."""
 
     name: str
     kinds: Mapping[str, Any]  # of fields: a type if it is required, `Maybe` if it may be null, `Only`, else the default
-    describe: Callable[[Any], Description] | None = None  # of a `Decoder`, from a `configuration.Config`
-    head: str = "ForCausalLM"  # the end of the architecture's name
+    traits: Traits | Callable[[Any], Traits] = dataclasses.field(default_factory=dict)  # or from a `Config`
     model: type[Network] = Decoder
     config: type | None = None  # of a model that is not a `Decoder`
     names: str = ""  # the fields and modules that have other names, as `pairs`
@@ -78,7 +80,7 @@ class Family:
     @property
     def architecture(self) -> str:
         """The architecture as in `config.json`."""
-        return self.name + self.head
+        return self.name + {GPT2: "LMHeadModel", T5: "ForConditionalGeneration"}.get(self.model, "ForCausalLM")
 
     @property
     def reward(self) -> str | None:
@@ -110,41 +112,42 @@ NO_REWARD = ("Cohere", "Cohere2", "Granite", "Olmoe")
 
 # Descriptions ---------------------------------------------------------------------------------------------------------
 
-SAID = pairs(  # what a configuration says of its description in so many words, where the family has the field
-    "vocab_size vocab_size, max_length max_position_embeddings, width hidden_size, inner intermediate_size, "
-    "heads num_attention_heads, kv_heads num_key_value_heads, activation hidden_act, tied tie_word_embeddings, "
-    "std initializer_range, parallel use_parallel_residual, clip clip_qkv, score_cap attn_logit_softcapping, "
-    "logit_cap final_logit_softcapping, logit_scale logit_scale, embedding_scale embedding_multiplier, "
-    "residual_scale residual_multiplier, score_scale attention_multiplier"
+SAID = pairs(  # the fields that say a part of the description in so many words
+    "vocab_size vocab_size, max_position_embeddings max_length, hidden_size width, intermediate_size inner, "
+    "num_attention_heads heads, num_key_value_heads kv_heads, hidden_act activation, tie_word_embeddings tied, "
+    "initializer_range std, rms_norm_eps epsilon, layer_norm_eps epsilon, use_parallel_residual parallel, "
+    "clip_qkv clip, attn_logit_softcapping score_cap, final_logit_softcapping logit_cap, logit_scale logit_scale, "
+    "embedding_multiplier embedding_scale, residual_multiplier residual_scale, attention_multiplier score_scale, "
+    "num_experts experts, num_experts_per_tok chosen, norm_topk_prob normalised, moe_intermediate_size expert_width"
 )
-NOWHERE, QKV, QKVO, MLP = map(frozenset, ("", "qkv", "qkvo", ["mlp"]))  # where biases are
+QKV, QKVO, MLP = map(frozenset, ("qkv", "qkvo", ["mlp"]))  # where biases are
 EVERYWHERE = QKVO | MLP
+BIASES = {"attention_bias": QKVO, "mlp_bias": MLP, "use_qkv_bias": QKV, "bias": EVERYWHERE, "enable_bias": EVERYWHERE}
 ONE_NORM = Norms(mlp_in=None)
 NORMS_AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 FOUR_NORMS = NORMS_AFTER._replace(attention_in="input_layernorm", mlp_in="pre_feedforward_layernorm")
-NO_LIMIT = 1 << 20  # ALiBi has no longest position
+LAYER_NORM = Norm("layer", bias=True)
+PLAIN = {"norm": LAYER_NORM, "gate": None}  # as GPT-2
+ALIBI = {"alibi": 1.0, "max_length": 1 << 20}  # it has no longest position
+COMMAND_R = {"norm": Norm("layer"), "norms": ONE_NORM, "parallel": True, "interleaved": True}
 
 
-def decoder(c: Any, norm: Norm | None = None, **others: Any) -> Description:
-    """Return the description that a `configuration.Config` gives as far as `others` do not change it.
+def describe(c: Any, traits: Traits | Callable[[Any], Traits]) -> Description:
+    """Return the description that the fields of a `configuration.Config` give with the traits of its family.
 
-    By default that is Llama's: RMS norms, and rotary positions in every layer.
+    What neither gives is Llama's, such as rotary positions in every layer.
     """
-    said = {ours: getattr(c, theirs) for ours, theirs in SAID.items() if getattr(c, theirs, None) is not None}
-    usual = {"norms": Norms(), "inner": 4 * c.hidden_size, "kv_heads": c.num_attention_heads, "head_dim": head_dim(c)}
-    usual["biases"] = QKVO if getattr(c, "attention_bias", False) else NOWHERE
-    usual["biases"] |= MLP if getattr(c, "mlp_bias", False) else NOWHERE
-    if hasattr(c, "num_experts"):
-        width = getattr(c, "moe_intermediate_size", c.intermediate_size)
-        usual["experts"] = Experts(c.num_experts, c.num_experts_per_tok, width, getattr(c, "norm_topk_prob", True))
-    if "layers" not in others:
+    traits = dict(traits(c) if callable(traits) else traits)
+    said = {ours: getattr(c, theirs) for theirs, ours in SAID.items() if getattr(c, theirs, None) is not None}
+    usual = {"norm": Norm(), "norms": Norms(), "inner": 4 * c.hidden_size}
+    usual |= {"kv_heads": c.num_attention_heads, "head_dim": head_dim(c)}
+    if getattr(c, "qk_layernorm", False) or getattr(c, "use_qk_norm", False):
+        usual["head_norm"] = "each"
+    if "layers" not in traits:
         usual["layers"] = layers(c)
-    return Description(norm=norm or Norm("rms", c.rms_norm_eps), **usual | said | others)
-
-
-def layer_norm(c: Any, **others: Any) -> Description:
-    """Return a decoder with LayerNorms and biases everywhere, as GPT-2, without gate."""
-    return decoder(c, Norm("layer", c.layer_norm_eps, bias=True), **{"gated": False, "biases": EVERYWHERE} | others)
+    flagged = [where for flag, where in BIASES.items() if getattr(c, flag, False)]
+    traits["biases"] = frozenset().union(traits.get("biases", ()), *flagged)
+    return Description(**usual | said | traits)
 
 
 def head_dim(c: Any) -> int:
@@ -173,7 +176,7 @@ def layers(c: Any, full: Sequence[bool] | None = None, turns: Sequence[bool] | N
     By default all layers of a family with rotary positions have them.
     """
     full, window = is_full(c, full), getattr(c, "sliding_window", None)
-    turns = [hasattr(c, "rope_parameters")] * len(full) if turns is None else turns
+    turns = [hasattr(c, "rope_parameters") and not getattr(c, "alibi", False)] * len(full) if turns is None else turns
     return tuple(
         Layer(turning(c, whole) if turn else None, None if whole else window)
         for whole, turn in zip(full, turns, strict=True)
@@ -206,120 +209,105 @@ def every(c: Any, period: int) -> list[bool]:
     return [(i + 1) % period == 0 for i in range(c.num_hidden_layers)]
 
 
-def gemma(c: Any, **others: Any) -> Description:
-    """Return Gemma (Gemma Team 2024): scales are 1 + w, and embeddings are multiplied by √width."""
+# Traits of families, of a configuration -------------------------------------------------------------------------------
+
+
+def gemma(c: Any) -> Traits:
+    """Return the traits of Gemma (Gemma Team 2024): scales are 1 + w, and embeddings are multiplied by √width."""
+    traits = {"norm": Norm(offset=1.0), "embedding_scale": math.sqrt(c.hidden_size)}
     if c.get("hidden_act") == "gelu":  # in old files of Gemma 1, which mean the other form
-        others["activation"] = "gelu_pytorch_tanh"
-    norm = Norm("rms", c.rms_norm_eps, offset=1.0)
-    return decoder(c, norm, embedding_scale=math.sqrt(c.hidden_size), **others)
+        traits["activation"] = "gelu_pytorch_tanh"
+    return traits
 
 
-def gemma2(c: Any, period: int = 2, **others: Any) -> Description:
-    """Return Gemma 2: four norms, capped scores and logits, a window in every other layer."""
-    scale = c.query_pre_attn_scalar**-0.5
-    return gemma(c, layers=layers(c, every(c, period)), norms=FOUR_NORMS, score_scale=scale, **others)
+def gemma2(c: Any, period: int = 2) -> Traits:
+    """Return the traits of Gemma 2: four norms, capped scores and logits, a window in every other layer."""
+    own = {"norms": FOUR_NORMS, "score_scale": c.query_pre_attn_scalar**-0.5, "layers": layers(c, every(c, period))}
+    return gemma(c) | own
 
 
-def smollm3(c: Any) -> Description:
-    """Return SmolLM3: no rotary positions in every fourth layer."""
+def gemma3(c: Any) -> Traits:
+    """Return the traits of Gemma 3: a window in five of six layers, norms of queries and keys."""
+    return gemma2(c, c.sliding_window_pattern) | {"head_norm": "head"}
+
+
+def olmo3(c: Any) -> Traits:
+    """Return the traits of OLMo 3: a window in three of four layers, norms after attention and MLP."""
+    return {"layers": layers(c, every(c, 4)), "norms": NORMS_AFTER, "head_norm": "all"}
+
+
+def smollm3(c: Any) -> Traits:
+    """Return the traits of SmolLM3: no rotary positions in every fourth layer."""
     count, turns = c.num_hidden_layers, [not each for each in every(c, c.no_rope_layer_interval)]
     turns = turns if c.no_rope_layers is None else c.no_rope_layers[:count]
     if len(turns) != count:
         raise ValueError(f"no_rope_layers must have {count} values, but has {len(turns)}.")
-    return decoder(c, layers=layers(c, turns, turns))
+    return {"layers": layers(c, turns, turns)}
 
 
-def qwen3_moe(c: Any) -> Description:
-    """Return Qwen 3 with experts in every `decoder_sparse_step`-th layer."""
+def qwen3_moe(c: Any) -> Traits:
+    """Return the traits of Qwen 3 with experts in every `decoder_sparse_step`-th layer."""
     sparse = [each and i not in c.mlp_only_layers for i, each in enumerate(every(c, c.decoder_sparse_step))]
     parts = tuple(layer._replace(dense=not each) for layer, each in zip(layers(c), sparse, strict=True))
-    return decoder(c, layers=parts, head_norm="head")
+    return {"layers": parts, "head_norm": "head"}
 
 
-def stablelm(c: Any) -> Description:
-    """Return StableLM (Bellagente et al. 2024): LayerNorms, and rotary positions in a part of each head."""
-    options = {"norms": ONE_NORM if c.use_parallel_residual else Norms(), "biases": QKV if c.use_qkv_bias else NOWHERE}
-    return layer_norm(c, gated=True, head_norm="each" if c.qk_layernorm else None, **options)
+def stablelm(c: Any) -> Traits:
+    """Return the traits of StableLM (Bellagente et al. 2024): LayerNorms, one where the block is parallel."""
+    return {"norm": LAYER_NORM, "norms": ONE_NORM if c.use_parallel_residual else Norms()}
 
 
-def cohere(c: Any, **others: Any) -> Description:
-    """Return Cohere's Command R: parallel with one LayerNorm without bias, interleaved rotary pairs, scaled logits."""
-    options = {"norms": ONE_NORM, "parallel": True, "interleaved": True}
-    options["head_norm"] = "each" if getattr(c, "use_qk_norm", False) else None
-    return decoder(c, Norm("layer", c.layer_norm_eps), **options, **others)
-
-
-def cohere2(c: Any) -> Description:
-    """Return Command R7B: rotary positions in the layers with a window alone."""
+def cohere2(c: Any) -> Traits:
+    """Return the traits of Command R7B: rotary positions in the layers with a window alone."""
     full = is_full(c, every(c, c.sliding_window_pattern))
-    return cohere(c, layers=layers(c, full, [not each for each in full]))
+    return COMMAND_R | {"layers": layers(c, full, [not each for each in full])}
 
 
-def gpt_neox(c: Any) -> Description:
-    """Return GPT-NeoX (Black et al. 2022), such as Pythia: parallel with two norms, q, k and v fused head by head."""
-    return layer_norm(c, fused="groups", biases=EVERYWHERE if c.attention_bias else MLP)
-
-
-def phi(c: Any) -> Description:
-    """Return Phi (Li et al. 2023): parallel with one LayerNorm, biases everywhere, in the head too."""
-    return layer_norm(c, norms=ONE_NORM, parallel=True, biases=EVERYWHERE | {"head"})
-
-
-def gptj(c: Any) -> Description:
-    """Return GPT-J (Wang and Komatsuzaki 2021): parallel with one norm, interleaved rotary pairs, a head with bias."""
+def gptj(c: Any) -> Traits:
+    """Return the traits of GPT-J (Wang and Komatsuzaki 2021): parallel with one norm, interleaved rotary pairs."""
     if c.rotary_dim % 2 or c.rotary_dim > head_dim(c):
         raise ValueError(f"rotary_dim must be even and at most the heads' {head_dim(c)}, but is {c.rotary_dim}.")
-    turn = rotary.rotary({"rope_theta": 10000.0}, c.rotary_dim, max_length=c.max_position_embeddings)
-    options = {"norms": Norms("ln_1", mlp_in=None), "parallel": True, "biases": MLP | {"head"}}
-    return layer_norm(c, layers=(Layer(turn),) * c.num_hidden_layers, interleaved=True, **options)
+    turn = rotary.rotary({"rope_theta": 1e4}, c.rotary_dim, max_length=c.max_position_embeddings)
+    own = {"layers": (Layer(turn),) * c.num_hidden_layers, "interleaved": True, "biases": MLP | {"head"}}
+    return PLAIN | own | {"norms": Norms("ln_1", mlp_in=None), "parallel": True}
 
 
-def gpt_neo(c: Any) -> Description:
-    """Return GPT-Neo (Black et al. 2021): scores are not scaled, and every other layer has a window."""
+def gpt_neo(c: Any) -> Traits:
+    """Return the traits of GPT-Neo (Black et al. 2021): scores are not scaled, and every other layer has a window."""
     kinds = c.attention_layers
     if kinds is None:
         kinds = [kind for pattern, times in c.attention_types for kind in tuple(pattern) * times]
     check_kinds("attention_layers", kinds, c.num_hidden_layers, "global", "local")
     windows = tuple(Layer(window=c.window_size if kind == "local" else None) for kind in kinds)
-    options = {"norms": Norms("ln_1", mlp_in="ln_2"), "biases": MLP | {"o"}, "score_scale": 1.0}
-    return layer_norm(c, layers=windows, learned_positions=0, **options)
+    own = {"layers": windows, "learned_positions": 0, "score_scale": 1.0, "biases": MLP | {"o"}}
+    return PLAIN | own | {"norms": Norms("ln_1", mlp_in="ln_2")}
 
 
-def opt(c: Any) -> Description:
-    """Return OPT (Zhang et al. 2022): learned positions from row 2 of their table on."""
-    norm = Norm("layer", 1e-5, scale=c.layer_norm_elementwise_affine, bias=c.layer_norm_elementwise_affine)
+def opt(c: Any) -> Traits:
+    """Return the traits of OPT (Zhang et al. 2022): learned positions from row 2 of their table on."""
+    norm = Norm("layer", scale=c.layer_norm_elementwise_affine, bias=c.layer_norm_elementwise_affine)
     norms = Norms("self_attn_layer_norm", mlp_in="final_layer_norm")
-    biases = EVERYWHERE if c.enable_bias else NOWHERE
-    return decoder(c, norm, norms=norms, gated=False, biases=biases, learned_positions=2)
+    return {"norm": norm, "norms": norms, "gate": None, "learned_positions": 2}
 
 
-def bloom(c: Any) -> Description:
-    """Return BLOOM (BigScience 2022): ALiBi, a norm of the embeddings, q, k and v fused head by head."""
-    options = {"alibi": alibi_slopes(c.num_attention_heads), "max_length": NO_LIMIT, "activation": "gelu_new"}
-    return layer_norm(c, fused="groups", embedding_norm=True, **options)
-
-
-def falcon(c: Any) -> Description:
-    """Return Falcon (Almazrouei et al. 2023): one key head for all (7B), or for each group (40B), fused."""
+def falcon(c: Any) -> Traits:
+    """Return the traits of Falcon (Almazrouei et al. 2023): one key head for all (7B), or for each group (40B)."""
     heads, new, parallel = c.num_attention_heads, c.new_decoder_architecture, c.parallel_attn
     keys = (c.num_kv_heads or heads) if new else 1 if c.multi_query else heads
-    options = {"kv_heads": keys, "fused": "groups", "biases": EVERYWHERE if c.bias else NOWHERE}
-    if c.alibi:
-        slopes = tuple(slope * head_dim(c) ** -0.5 for slope in alibi_slopes(heads))
-        options |= {"alibi": slopes, "layers": layers(c, turns=[False] * c.num_hidden_layers)}
     two = new and c.num_ln_in_parallel_attn in (None, 2)
     norms = Norms("ln_attn", mlp_in="ln_mlp") if two else ONE_NORM if new or parallel else Norms()
-    return layer_norm(c, norms=norms, parallel=new or parallel, **options)
+    own = {"kv_heads": keys, "fused": "groups", "norms": norms, "parallel": new or parallel}
+    return PLAIN | own | {"alibi": head_dim(c) ** -0.5 if c.alibi else None}
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
+# Fields of families, with the defaults of the format ------------------------------------------------------------------
 
 SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), int)
 BASE = SIZES | {"initializer_range": 0.02, "tie_word_embeddings": True}
 LAYER = {"layer_norm_eps": 1e-5}
 GPT = BASE | LAYER | {"intermediate_size": Maybe(int), "max_position_embeddings": 2048, "hidden_act": "gelu_new"}
-CONTEXT = {"max_position_embeddings": 2048, "rope_parameters": {}}
-UNTIED = BASE | CONTEXT | {"intermediate_size": int, "hidden_act": "silu", "tie_word_embeddings": False}
+ROTARY = BASE | {"max_position_embeddings": 2048, "rope_parameters": {}, "intermediate_size": int, "hidden_act": "silu"}
+UNTIED = ROTARY | {"tie_word_embeddings": False}
 
 
 def llama(length: int, kv_heads: int | None = None, **others: Any) -> dict[str, Any]:
@@ -328,13 +316,8 @@ def llama(length: int, kv_heads: int | None = None, **others: Any) -> dict[str, 
     return UNTIED | heads | {"max_position_embeddings": length} | others
 
 
-def rope(**defaults: Any) -> dict[str, Any]:
-    """Return the field of rotary settings with a family's defaults, which `rotary.rope_parameters` describes."""
-    return {"rope_parameters": defaults}
-
-
 RMS = {"rms_norm_eps": 1e-6, "attention_bias": False}
-UNTIED_QUARTER = UNTIED | LAYER | rope(partial_rotary_factor=0.25)
+UNTIED_QUARTER = UNTIED | LAYER | {"rope_parameters": {"partial_rotary_factor": 0.25}}
 WINDOW = {"sliding_window": Maybe(int, 4096), "layer_types": Maybe(tuple)}
 QWEN = WINDOW | {"use_sliding_window": False, "max_window_layers": Count(28)}
 GEMMA = RMS | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
@@ -344,24 +327,51 @@ CAPS = {"final_logit_softcapping": Maybe(float, 30.0), "attn_logit_softcapping":
 COHERE = LAYER | {"attention_bias": False, "logit_scale": 0.0625, "tie_word_embeddings": True}
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 GRANITE = RMS | {"mlp_bias": False} | dict.fromkeys(MULTIPLIERS, 1.0)
-OLMO = RMS | {"rms_norm_eps": 1e-5}
 EXPERTS = {"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False}
+OLMO = llama(2048, attention_bias=False, clip_qkv=Maybe(float))
+OLMO2 = llama(2048, **RMS | {"rms_norm_eps": 1e-5})
+OLMO3 = OLMO2 | WINDOW | {"rope_parameters": {"rope_theta": 5e5, "rope_local_base_freq": None}}
+OLMOE = OLMO2 | EXPERTS | {"max_position_embeddings": 4096, "num_experts": 64, "clip_qkv": Maybe(float)}
+GEMMA3 = llama(131072, 4, **GEMMA2, rope_parameters={"rope_theta": 1e6, "rope_local_base_freq": 1e4})
+GEMMA3 |= {"sliding_window_pattern": 6, "final_logit_softcapping": Maybe(float), "attn_logit_softcapping": Only(None)}
+QWEN3_MOE = llama(32768, 4, **RMS, **EXPERTS, sliding_window=Maybe(int, 4096), use_sliding_window=False)
+QWEN3_MOE |= {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": ()}
+SMOLLM3 = llama(32768, 4, **RMS, **WINDOW | {"sliding_window": Maybe(int)}, rope_parameters={"rope_theta": 2e6})
+SMOLLM3 |= {"mlp_bias": False, "use_sliding_window": False, "tie_word_embeddings": True}
+SMOLLM3 |= {"no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4}
+PHI = llama(2048, **LAYER, hidden_act="gelu_new", qk_layernorm=Only(False))
+PHI |= {"rope_parameters": {"partial_rotary_factor": 0.5}}
+PHI3 = llama(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096)
+PHI3 |= {"rope_parameters": {"partial_rotary_factor": 1.0, "older_types": {"yarn": "longrope"}}}
+MIXTRAL = llama(131072, 8, rms_norm_eps=1e-5, sliding_window=Maybe(int), rope_parameters={"rope_theta": 1e6})
+MIXTRAL |= {"num_experts_per_tok": 2, "num_experts": 8}
+STABLELM = UNTIED_QUARTER | {"num_key_value_heads": Maybe(int), "max_position_embeddings": 4096}
+STABLELM |= dict.fromkeys(("use_qkv_bias", "qk_layernorm", "use_parallel_residual"), False)
+OPT = BASE | {"intermediate_size": int, "max_position_embeddings": 2048, "hidden_act": "relu"}
+OPT |= {"enable_bias": True, "layer_norm_elementwise_affine": True}
+OPT |= {"do_layer_norm_before": Only(True), "_remove_final_layer_norm": Only(False)}
+FALCON = ROTARY | LAYER | {"hidden_act": "gelu", "multi_query": True, "parallel_attn": True}
+FALCON |= dict.fromkeys(("intermediate_size", "num_kv_heads", "num_ln_in_parallel_attn"), Maybe(int))
+FALCON |= dict.fromkeys(("alibi", "new_decoder_architecture", "bias"), False)
 T5_FIELDS = {"head_dim": int, "intermediate_size": int} | SIZES
 T5_FIELDS |= {"is_encoder_decoder": Only(True), "is_decoder": Only(False)}
 
-EPSILON = "layer_norm_eps layer_norm_epsilon"
-FUSED = ("query_key_value",)
+# Names of modules and fields ------------------------------------------------------------------------------------------
+
 LARGER = "mlp.up_proj mlp.dense_h_to_4h, mlp.down_proj mlp.dense_4h_to_h"  # the MLP's names in three families
 BLOCK = (  # BLOOM's and Falcon's
     f"{LARGER}, model transformer, layers h, norm ln_f, embed_tokens word_embeddings, "
     "embed_norm word_embeddings_layernorm, self_attn.qkv_proj self_attention.query_key_value, "
-    f"self_attn.o_proj self_attention.dense, {EPSILON}"
+    "self_attn.o_proj self_attention.dense, layer_norm_eps layer_norm_epsilon"
 )
 GPT_NAMES = "model transformer, layers h, norm ln_f, embed_tokens wte, embed_positions wpe"
 GPT_FIELDS = (
     "hidden_size n_embd, intermediate_size n_inner, num_hidden_layers n_layer, num_attention_heads n_head, "
-    f"max_position_embeddings n_positions, hidden_act activation_function, {EPSILON}"
+    "max_position_embeddings n_positions, hidden_act activation_function, layer_norm_eps layer_norm_epsilon"
 )
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
 
 
 def t5(name: str, **defaults: Any) -> Family:
@@ -369,7 +379,6 @@ def t5(name: str, **defaults: Any) -> Family:
     return Family(
         name,
         T5_FIELDS | defaults,
-        head="ForConditionalGeneration",
         model=T5,
         config=T5Config,
         names="embed_tokens shared, hidden_size d_model, head_dim d_kv, intermediate_size d_ff, "
@@ -384,72 +393,43 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2",
         SIZES | {"add_cross_attention": Only(False)},
-        head="LMHeadModel",
         model=GPT2,
         config=GPT2Config,
         names=f"{GPT_NAMES}, {GPT_FIELDS}",
         transposed=False,
         targets=("c_attn",),
     ),
-    "llama": Family("Llama", llama(2048, **RMS, mlp_bias=False), decoder),
-    "mistral": Family("Mistral", llama(131072, 8, rms_norm_eps=1e-6, **WINDOW), decoder),
-    "qwen2": Family("Qwen2", llama(32768, 32, rms_norm_eps=1e-6, **QWEN), lambda c: decoder(c, biases=QKV)),
-    "qwen3": Family("Qwen3", llama(32768, 32, **RMS, **QWEN, head_dim=128), lambda c: decoder(c, head_norm="head")),
+    "llama": Family("Llama", llama(2048, **RMS, mlp_bias=False)),
+    "mistral": Family("Mistral", llama(131072, 8, rms_norm_eps=1e-6, **WINDOW)),
+    "qwen2": Family("Qwen2", llama(32768, 32, rms_norm_eps=1e-6, **QWEN), {"biases": QKV}),
+    "qwen3": Family("Qwen3", llama(32768, 32, **RMS, **QWEN, head_dim=128), {"head_norm": "head"}),
     "gemma": Family("Gemma", llama(8192, 16, **GEMMA), gemma),
     "gemma2": Family("Gemma2", llama(8192, 4, **GEMMA2, **CAPS), gemma2, names="hidden_act hidden_activation"),
-    "gemma3_text": Family(
-        "Gemma3",
-        llama(131072, 4, **GEMMA2, **rope(rope_theta=1000000.0, rope_local_base_freq=10000.0))
-        | {"sliding_window_pattern": 6, "final_logit_softcapping": Maybe(float), "attn_logit_softcapping": Only(None)},
-        lambda c: gemma2(c, c.sliding_window_pattern, head_norm="head"),
-        names="hidden_act hidden_activation",
-    ),
-    "olmo": Family(
-        "Olmo",
-        llama(2048, attention_bias=False, clip_qkv=Maybe(float)),
-        lambda c: decoder(c, Norm("layer", 1e-5, scale=False)),
-    ),
-    "olmo2": Family("Olmo2", llama(2048, **OLMO), lambda c: decoder(c, norms=NORMS_AFTER, head_norm="all")),
-    "olmo3": Family(
-        "Olmo3",
-        llama(2048, **OLMO, **WINDOW, **rope(rope_theta=500000.0, rope_local_base_freq=None)),
-        lambda c: decoder(c, layers=layers(c, every(c, 4)), norms=NORMS_AFTER, head_norm="all"),
-    ),
-    "smollm3": Family(
-        "SmolLM3",
-        llama(32768, 4, **RMS, **WINDOW | {"sliding_window": Maybe(int)}, **rope(rope_theta=2000000.0))
-        | {"mlp_bias": False, "use_sliding_window": False, "tie_word_embeddings": True}
-        | {"no_rope_layers": Maybe(tuple), "no_rope_layer_interval": 4},
-        smollm3,
-    ),
+    "gemma3_text": Family("Gemma3", GEMMA3, gemma3, names="hidden_act hidden_activation"),
+    "olmo": Family("Olmo", OLMO, {"norm": Norm("layer", scale=False)}),
+    "olmo2": Family("Olmo2", OLMO2, {"norms": NORMS_AFTER, "head_norm": "all"}),
+    "olmo3": Family("Olmo3", OLMO3, olmo3),
+    "smollm3": Family("SmolLM3", SMOLLM3, smollm3),
     "phi": Family(
         "Phi",
-        llama(2048, **LAYER, hidden_act="gelu_new", qk_layernorm=Only(False), **rope(partial_rotary_factor=0.5)),
-        phi,
+        PHI,
+        PLAIN | {"norms": ONE_NORM, "parallel": True, "biases": EVERYWHERE | {"head"}},
         names="norm final_layernorm, self_attn.o_proj self_attn.dense, mlp.up_proj mlp.fc1, mlp.down_proj mlp.fc2",
     ),
-    "phi3": Family(
-        "Phi3",
-        llama(4096, rms_norm_eps=1e-5, sliding_window=Maybe(int), original_max_position_embeddings=4096)
-        | rope(partial_rotary_factor=1.0, older_types={"yarn": "longrope"}),
-        lambda c: decoder(c, fused="blocks", fused_gate=True),
-        targets=("qkv_proj",),
-    ),
+    "phi3": Family("Phi3", PHI3, {"fused": "blocks", "gate": "fused"}, targets=("qkv_proj",)),
     "gpt_neox": Family(
         "GPTNeoX",
         UNTIED_QUARTER | {"attention_bias": True, "use_parallel_residual": True, "hidden_act": "gelu"},
-        gpt_neox,
+        PLAIN | {"fused": "groups", "biases": MLP},
         names=f"{LARGER}, model gpt_neox, embed_tokens embed_in, norm final_layer_norm, lm_head embed_out, "
         "self_attn.qkv_proj attention.query_key_value, self_attn.o_proj attention.dense",
         spellings="rotary_emb_base rope_theta, rotary_pct partial_rotary_factor",
         copies=("embed_out.weight",),
-        targets=FUSED,
+        targets=("query_key_value",),
     ),
     "stablelm": Family(
         "StableLm",
-        UNTIED_QUARTER
-        | {"num_key_value_heads": Maybe(int), "max_position_embeddings": 4096}
-        | dict.fromkeys(("use_qkv_bias", "qk_layernorm", "use_parallel_residual"), False),
+        STABLELM,
         stablelm,
         names="self_attn.q_norm self_attn.q_layernorm.norms.{}, self_attn.k_norm self_attn.k_layernorm.norms.{}",
     ),
@@ -459,7 +439,7 @@ FAMILIES: dict[str, Family] = {
         gpt_neo,
         names=f"{GPT_NAMES}, self_attn attn.attention, self_attn.o_proj attn.attention.out_proj, mlp.up_proj mlp.c_fc, "
         "mlp.down_proj mlp.c_proj, num_hidden_layers num_layers, num_attention_heads num_heads, "
-        f"hidden_act activation_function, {EPSILON}",
+        "hidden_act activation_function, layer_norm_eps layer_norm_epsilon",
     ),
     "gptj": Family(
         "GPTJ",
@@ -470,60 +450,41 @@ FAMILIES: dict[str, Family] = {
     ),
     "opt": Family(
         "OPT",
-        BASE
-        | {"intermediate_size": int, "max_position_embeddings": 2048, "hidden_act": "relu"}
-        | {"enable_bias": True, "layer_norm_elementwise_affine": True}
-        | {"do_layer_norm_before": Only(True), "_remove_final_layer_norm": Only(False)},
+        OPT,
         opt,
         names="model model.decoder, norm final_layer_norm, self_attn.o_proj self_attn.out_proj, mlp.up_proj fc1, "
         "mlp.down_proj fc2, intermediate_size ffn_dim, hidden_act activation_function, initializer_range init_std",
     ),
     "falcon": Family(
         "Falcon",
-        BASE
-        | CONTEXT
-        | LAYER
-        | dict.fromkeys(("intermediate_size", "num_kv_heads", "num_ln_in_parallel_attn"), Maybe(int))
-        | {"hidden_act": "gelu", "alibi": False, "new_decoder_architecture": False, "bias": False}
-        | {"multi_query": True, "parallel_attn": True},
+        FALCON,
         falcon,
         names=f"{BLOCK}, intermediate_size ffn_hidden_size, hidden_act activation",
         spellings="n_embed hidden_size",
-        targets=FUSED,
+        targets=("query_key_value",),
     ),
     "bloom": Family(
         "Bloom",
         BASE | LAYER | {"apply_residual_connection_post_layernorm": Only(False)},
-        bloom,
+        PLAIN | ALIBI | {"embedding_norm": True, "fused": "groups", "activation": "gelu_new", "biases": EVERYWHERE},
         names=f"{BLOCK}, num_hidden_layers n_layer, num_attention_heads n_head",
         spellings="n_embed hidden_size, num_hidden_layers n_layer, num_attention_heads n_head",
-        targets=FUSED,
+        targets=("query_key_value",),
     ),
-    "cohere": Family("Cohere", llama(8192, **COHERE, use_qk_norm=False, **rope(rope_theta=500000.0)), cohere),
+    "cohere": Family(
+        "Cohere", llama(8192, **COHERE, use_qk_norm=False, rope_parameters={"rope_theta": 5e5}), COMMAND_R
+    ),
     "cohere2": Family("Cohere2", llama(8192, **COHERE, **WINDOW, sliding_window_pattern=4), cohere2),
-    "granite": Family("Granite", llama(2048, **GRANITE), lambda c: decoder(c, logit_scale=1 / c.logits_scaling)),
+    "granite": Family("Granite", llama(2048, **GRANITE), lambda c: {"logit_scale": 1 / c.logits_scaling}),
     "mixtral": Family(
         "Mixtral",
-        llama(131072, 8, rms_norm_eps=1e-5, sliding_window=Maybe(int), **rope(rope_theta=1000000.0))
-        | {"num_experts_per_tok": 2, "num_experts": 8},
-        decoder,
+        MIXTRAL,
         names="num_experts num_local_experts, mlp.gate block_sparse_moe.gate, "
         "mlp.experts.gate_proj block_sparse_moe.experts.{}.w1, mlp.experts.up_proj block_sparse_moe.experts.{}.w3, "
         "mlp.experts.down_proj block_sparse_moe.experts.{}.w2",
     ),
-    "olmoe": Family(
-        "Olmoe",
-        llama(4096, **OLMO, **EXPERTS | {"num_experts": 64}, clip_qkv=Maybe(float)),
-        lambda c: decoder(c, head_norm="all"),
-        spellings="num_local_experts num_experts",
-    ),
-    "qwen3_moe": Family(
-        "Qwen3Moe",
-        llama(32768, 4, **RMS, **EXPERTS, sliding_window=Maybe(int, 4096), use_sliding_window=False)
-        | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": ()},
-        qwen3_moe,
-        spellings="num_local_experts num_experts",
-    ),
+    "olmoe": Family("Olmoe", OLMOE, {"head_norm": "all"}, spellings="num_local_experts num_experts"),
+    "qwen3_moe": Family("Qwen3Moe", QWEN3_MOE, qwen3_moe, spellings="num_local_experts num_experts"),
     "t5": t5("T5"),
     "mt5": t5("MT5", feed_forward_proj="gated-gelu", decoder_start_token_id=0),
     "umt5": t5("UMT5", feed_forward_proj="gated-gelu", decoder_start_token_id=0),

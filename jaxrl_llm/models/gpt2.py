@@ -51,11 +51,11 @@ class GPT2Config:
 class Attention(nnx.Module):
     """Multi-head causal attention; queries, keys and values from one fused projection."""
 
-    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs | None):
+    def __init__(self, config: GPT2Config, layer: int, form: str, *, rngs: nnx.Rngs | None):
         width, std = config.n_embd, config.initializer_range
         self.c_attn = Linear(width, 3 * width, std=std, use_bias=True, rngs=rngs)
         self.c_proj = Linear(width, width, std=std / math.sqrt(2 * config.n_layer), use_bias=True, rngs=rngs)
-        self.heads = config.n_head
+        self.heads, self.form = config.n_head, form
         scale = (width // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
@@ -75,7 +75,8 @@ class Attention(nnx.Module):
         )  # each [batch, head, time, head_dim]
         dtype = self.c_attn.kernel[...].dtype
         cache = (key.astype(dtype), value.astype(dtype)) if cache is None else write_slots(cache, key, value, index)
-        return self.c_proj(attention(query, cache, mask, scale=self.scale, intermediates=intermediates)), cache
+        options = {"scale": self.scale, "intermediates": intermediates, "form": self.form}
+        return self.c_proj(attention(query, cache, mask, **options)), cache
 
 
 class MLP(nnx.Module):
@@ -96,9 +97,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs | None):
+    def __init__(self, config: GPT2Config, layer: int, form: str, *, rngs: nnx.Rngs | None):
         self.ln_1 = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
-        self.attn = Attention(config, layer, rngs=rngs)
+        self.attn = Attention(config, layer, form, rngs=rngs)
         self.ln_2 = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -118,12 +119,12 @@ class Block(nnx.Module):
 class GPT2Module(nnx.Module):
     """Token and position embeddings, `n_layer` blocks, a final norm, the (tied) unembedding."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs | None, checkpoint_blocks: bool = False):
+    def __init__(self, config: GPT2Config, form: str, *, rngs: nnx.Rngs | None, checkpoint_blocks: bool = False):
         std = config.initializer_range
         self.checkpoint_blocks = checkpoint_blocks
         self.wte = Embedding(config.vocab_size, config.n_embd, std=std, rngs=rngs)
         self.wpe = Embedding(config.n_positions, config.n_embd, std=std / 2, rngs=rngs)  # 0.01 in the original code
-        self.h = nnx.List([Block(config, layer, rngs=rngs) for layer in range(config.n_layer)])
+        self.h = nnx.List([Block(config, layer, form, rngs=rngs) for layer in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size, std=std, use_bias=False, rngs=rngs)
@@ -165,4 +166,4 @@ class GPT2(DecoderLM):
         return self.config.n_layer, self.config.n_head, self.config.n_embd // self.config.n_head
 
     def build(self, rngs: nnx.Rngs | None) -> GPT2Module:
-        return GPT2Module(self.config, rngs=rngs, checkpoint_blocks=self.checkpoint_blocks)
+        return GPT2Module(self.config, self.attention_form, rngs=rngs, checkpoint_blocks=self.checkpoint_blocks)

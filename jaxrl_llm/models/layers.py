@@ -6,18 +6,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_llm.mesh import over_rows
+from jaxrl_llm.mesh import by_own_heads, over_rows
 from jaxrl_llm.numerics import on_cpu
 from jaxrl_llm.products import product, rows_at, summed_wide
 
 CHUNK_SCORES = 2**24  # attention scores of a layer that a device holds at once: 64 MiB in float32
+Form = Literal["exact", "cudnn"]  # of attention; the fused one is NVIDIA's
+FORMS = get_args(Form)
 KeyValue = tuple[Float[Array, "batch kv_head slot head_dim"], Float[Array, "batch kv_head slot head_dim"]]
 
 ACTIVATIONS = {
@@ -123,7 +125,7 @@ def standardise(x: Float[Array, "*batch features"], epsilon: float) -> Float[Arr
 class LayerNorm(nnx.Module):
     """(x − mean) / √(variance + ε) · scale + bias over the last axis (Ba et al. 2016); scale and bias are optional."""
 
-    def __init__(self, features: int, *, epsilon: float, scale: bool = True, bias: bool = True):
+    def __init__(self, features: int | tuple[int, ...], *, epsilon: float, scale: bool = True, bias: bool = True):
         self.scale = nnx.Param(jnp.ones(features)) if scale else None
         self.bias = nnx.Param(jnp.zeros(features)) if bias else None
         self.epsilon = epsilon
@@ -208,6 +210,81 @@ def attend(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * group * head_dim)
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Return that of the NVIDIA GPUs that programs run on; None if they run elsewhere."""
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return None
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def check_form(form: str, *, head_dim: int, cap: float | None) -> None:
+    """Raise ValueError unless models of this head dimension and cap on scores can have this form of attention."""
+    if form == "exact":
+        return
+    if form not in FORMS:
+        raise ValueError(f"attention must be one of {', '.join(FORMS)}, but is {form!r}.")
+    found = compute_capability()
+    if found is None or found < (8, 0):
+        has = "programs run on " + jax.default_backend() if found is None else f"it has {found[0]}.{found[1]}"
+        raise ValueError(f"attention {form} needs an NVIDIA GPU of compute capability 8.0 or above, but {has}.")
+    if cap is not None:
+        raise ValueError(f"attention {form} needs a model without a cap on scores, but its cap is {cap:g}.")
+    most = 256 if found[0] == 9 else 128  # of the gradient, by cuDNN's table
+    if head_dim % 8 or head_dim > most:
+        raise ValueError(
+            f"attention {form} needs a head dimension that is a multiple of 8 and at most {most} on this GPU, "
+            f"but it is {head_dim}."
+        )
+
+
+def check_dtype(form: str, dtype: Any) -> None:
+    """Raise ValueError unless this form of attention can be computed in this dtype."""
+    if form == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention {form} needs parameters in bfloat16 or float16, but they are in {dtype}.")
+
+
+def fused_attention(
+    query: Float[Array, "batch head time head_dim"],
+    key_value: KeyValue,
+    mask: Bool[Array, "#batch #time slot"],
+    *,
+    scale: float,
+    bias: Float[Array, "#batch head time slot"] | None = None,
+    implementation: str = "cudnn",
+) -> Float[Array, "batch time features"]:
+    """Compute attention by `jax.nn.dot_product_attention`, which with cuDNN holds no scores (Dao et al. 2022).
+
+    cuDNN reads mask and bias as one bias in the keys' dtype, [batch, 1 or head, time, slot], and writes its gradient.
+    It has no forward-mode derivative, and not all of its batched forms are right: neither `jax.jvp` nor `jax.vmap`.
+    """
+    (batch, heads, time, head_dim), slots, dtype = query.shape, mask.shape[2], key_value[0].dtype
+
+    def padded(array: Array, rows: int, columns: int = 0) -> Array:
+        return jnp.pad(array, [(0, 0), (0, 0), (0, rows), (0, columns)])
+
+    # cuDNN's gradient needs even numbers of queries and slots: a further query is cut off, a further slot is masked.
+    odd_time, odd_slots = time % 2, slots % 2
+    mask = padded(jnp.broadcast_to(mask[:, None], (batch, 1, time, slots)), odd_time)
+    # A query that attends to nothing has scores of 0 for all slots, and so uniform weights.
+    attends = mask.any(axis=-1, keepdims=True)
+    arrays = [jnp.where(attends, padded(query, odd_time), 0).astype(dtype)]
+    arrays += [padded(each, odd_slots) for each in key_value]
+    arrays += [padded(mask | ~attends, 0, odd_slots)]
+    if bias is not None:
+        bias = padded(jnp.broadcast_to(bias, (batch, heads, time, slots)), odd_time)
+        arrays += [padded(jnp.where(attends, bias, 0).astype(dtype), 0, odd_slots)]
+
+    def of_heads(query: Array, key: Array, value: Array, mask: Array, bias: Array | None = None) -> Array:
+        by_time = (each.swapaxes(1, 2) for each in (query, key, value))
+        options = {"scale": scale, "implementation": implementation}
+        return jax.nn.dot_product_attention(*by_time, bias, mask, **options).swapaxes(1, 2)
+
+    mixed = by_own_heads(of_heads, *arrays)[:, :, :time]
+    return mixed.swapaxes(1, 2).reshape(batch, time, heads * head_dim)
+
+
 def attention(
     query: Float[Array, "batch head time head_dim"],
     key_value: KeyValue,
@@ -217,12 +294,23 @@ def attention(
     cap: float | None = None,
     bias: Float[Array, "#batch head time slot"] | None = None,
     intermediates: list[Array] | None = None,
+    form: str = "exact",
 ) -> Float[Array, "batch time features"]:
     """Compute `attend(attention_weights(...))`, a chunk of the queries at a time if the scores are many.
 
     Scores are then recomputed for the gradient, so that memory grows linearly with the length, but for mask and bias.
     Weights that are recorded are computed at once.
+
+    Args:
+        form: one of `FORMS`; `check_form` says what "cudnn" needs. Steps of one token, and recorded weights, are always
+            computed in the exact form.
+
+    Raises:
+        ValueError: if `form` is "cudnn", and keys are neither in bfloat16 nor in float16.
     """
+    if form == "cudnn" and intermediates is None and query.shape[2] > 1:
+        check_dtype(form, key_value[0].dtype)
+        return fused_attention(query, key_value, mask, scale=scale, bias=bias)
 
     def of_queries(key_value: KeyValue, query: Array, mask: Array, bias: Array | None) -> Array:
         options = {"scale": scale, "cap": cap, "bias": bias, "intermediates": intermediates}

@@ -23,11 +23,18 @@ from jax.experimental import multihost_utils
 from jaxrl_llm import runtime
 from jaxrl_llm.language_model import Params
 from jaxrl_llm.models import configuration, gguf, huggingface, lora, tokenizers
-from jaxrl_llm.models.decoder import Network
+from jaxrl_llm.models.decoder import Network, with_attention
+from jaxrl_llm.models.layers import Form, check_dtype
 from jaxrl_llm.models.t5 import T5
 
 EMBEDDED = ("tiny-gpt2", "tiny-t5", "tiny-t5-verses", "tiny-gpt2-verses")  # the last two are not in the wheel
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+TOKENIZER_OTHERS = (  # that some tokenizers have
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 DERIVED = ("rope_scaling", "torch_dtype", "dtype", "dense_act_fn", "is_gated_act")  # follow from other fields
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 HUB_OTHERS = ("*/*", "consolidated*")  # other forms of the same weights
@@ -72,6 +79,7 @@ def load(
     *,
     dtype: Any = None,
     sharding: huggingface.ShardingRule | None = None,
+    attention: Form = "exact",
 ) -> Loaded:
     """Load a model with its parameters in `dtype` (default float32).
 
@@ -83,10 +91,12 @@ def load(
             Hugging Face hub, which is downloaded or taken from the local cache.
         sharding: returns the sharding of a parameter by its path and shape, such as `mesh.sharding_on(mesh)`.
             Each device receives its part alone, so that a model may be larger than the memory of one.
+        attention: the form of attention, one of `layers.FORMS`: `DecoderLM` says what "cudnn" is.
 
     Raises:
         FileNotFoundError: if the path or name does not exist, or has no safetensors.
-        ValueError: if a file is damaged, or its tensors do not fit its configuration.
+        ValueError: if a file is damaged, its tensors do not fit its configuration, or the model, the device or `dtype`
+            cannot have this form of attention.
     """
     wrong = f"path_or_name must be a path or the name of a model, but is {path_or_name!r}."
     if not isinstance(path_or_name, str | os.PathLike):
@@ -94,11 +104,12 @@ def load(
     if not os.fspath(path_or_name):
         raise ValueError(wrong)
     dtype = _floating(dtype)
+    check_dtype(attention, dtype)
     path = locate(path_or_name)
     if path.is_file():
-        return _load_gguf(path, dtype, sharding)
+        return _load_gguf(path, dtype, sharding, attention)
     if lora.is_adapter(path):
-        return _load_adapter(path, dtype, sharding)
+        return _load_adapter(path, dtype, sharding, attention)
     config = _config(path)
     stored = list(huggingface.stored_tensors(path))  # a list, as two files may hold a tensor of one name
     shapes = {name: tensor.shape for name, tensor in stored}
@@ -106,6 +117,7 @@ def load(
     is_reward = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
     tensor_names = functools.partial(huggingface.tensor_names, dict(stored))
     model = configuration.model_from_config(config, source=str(path), tensor_names=tensor_names)
+    model = with_attention(model, attention)
     if is_reward and "lm_head.weight" not in shapes:  # which a reward model does not need
         model = configuration.without_head(model)
     tokenizer = load_tokenizer(path)  # before the weights: a fault of it is found at once
@@ -133,8 +145,8 @@ def _floating(dtype: Any) -> jnp.dtype:
 def _config(folder: Path) -> dict[str, Any]:
     """Return a folder's `config.json`, or that of its language model; its `generation_config.json` is a field of it."""
     config = huggingface.read_config(folder)
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
         raise ValueError(f"{folder} is quantised ({method}); only plain weights, and GGUF files, are read.")
     config = configuration.text_config(config, source=str(folder))
     if (folder / "generation_config.json").is_file():
@@ -157,6 +169,8 @@ def save(
     A model of more than 50 GB is written in several files with an index. Of several processes that share the
     parameters, all must call this; the first writes, and none returns before the folder is complete.
 
+    What another model left in the folder is replaced: its weights, and what belongs to its tokenizer.
+
     Both of its configurations end texts at the tokenizer's EOS token, which training teaches, beside the ends that they
     have in `config`.
 
@@ -164,7 +178,12 @@ def save(
         config: further fields for `config.json`, such as `eos_token_id`; the tokenizer's are added automatically.
         dtype: of the stored tensors; by default that of `params`.
         further: further tensors, such as those of a head, by their names in the file.
+
+    Raises:
+        ValueError: if the folder holds an adapter, or the parameters are not those of the model.
     """
+    if (Path(path) / lora.CONFIG).is_file():
+        raise ValueError(f"{path} holds an adapter, which transformers would add to the model: save to another folder.")
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     extra = {name: value for name, value in ids.items() if value is not None} | (config or {})
     generation = extra.pop("generation_config", None) or {}
@@ -179,6 +198,11 @@ def save(
         generation |= _ending(generation, ids["eos_token_id"])
     shared = huggingface.are_shared(params)
     writes = jax.process_index() == 0 or not shared
+    if writes:
+        stale = [] if tokenizer is None else TOKENIZER_OTHERS  # of a tokenizer that was here before
+        for pattern in (*stale, "generation_config.json"):
+            for file in Path(path).glob(pattern):
+                file.unlink()
     if generation and writes:
         huggingface.write_json(Path(path) / "generation_config.json", generation)
     if tokenizer is not None and writes:
@@ -307,20 +331,20 @@ def _from_hub(name: str) -> Path:
     ) from refusal
 
 
-def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
+def _load_gguf(path: Path, dtype: Any, sharding: huggingface.ShardingRule | None, attention: str) -> Loaded:
     file = gguf.read(path)
     tokenizer = file.tokenizer()  # an unknown kind is refused before the weights are read
-    model = configuration.model_from_config(file.config, source=str(path))
+    model = with_attention(configuration.model_from_config(file.config, source=str(path)), attention)
     params = huggingface.params_from_tensors(model, file.tensors(), dtype=dtype, source=str(path), sharding=sharding)
     return Loaded(model, params, tokenizer, file.config)
 
 
-def _load_adapter(folder: Path, dtype: Any, sharding: huggingface.ShardingRule | None) -> Loaded:
+def _load_adapter(folder: Path, dtype: Any, sharding: huggingface.ShardingRule | None, attention: str) -> Loaded:
     base = lora.base_of(folder)
     if Path(base).expanduser().resolve() == folder.resolve():
         raise ValueError(f"{folder} must name another folder as the base model of its adapter, but names itself.")
     try:
-        loaded = load(base, dtype=dtype, sharding=sharding)
+        loaded = load(base, dtype=dtype, sharding=sharding, attention=attention)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} is an adapter of {base}, which cannot be loaded: {error}") from error
     given, adapter = lora.load(folder, loaded.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,8 +47,13 @@ WHOLE_NAMES = ("llama-bpe", "llama3", "llama-v3", "tekken")  # keep a piece that
 NFC_NAMES = ("qwen2", "command-r")  # normalise Unicode in their Hugging Face form, as in training
 
 
-def from_gguf(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | None:
+def from_gguf(
+    fields: dict[str, Any], name: str, *, added: Mapping[str, AddedToken] | None = None
+) -> PreTrainedTokenizerFast | None:
     """Return the tokenizer of a GGUF file's `fields`; None if they have none. `name` is the file's, for messages.
+
+    Args:
+        added: tokens among those of the fields that have settings of their own, by their content.
 
     Raises:
         ValueError: if a field is missing or contradicts another, or the kind of tokenizer is unknown.
@@ -81,7 +86,7 @@ def from_gguf(fields: dict[str, Any], name: str) -> PreTrainedTokenizerFast | No
     backend.model = models.BPE(vocab, [])
     backend.add_tokens(
         [
-            AddedToken(token, special=of_type != USER_DEFINED, normalized=False)
+            (added or {}).get(token) or AddedToken(token, special=of_type != USER_DEFINED, normalized=False)
             for token, of_type in zip(tokens, types, strict=True)
             if of_type in (UNKNOWN, CONTROL, USER_DEFINED)
         ]
@@ -232,6 +237,9 @@ def from_spiece(folder: Path) -> PreTrainedTokenizerFast:
     further = [(each, 0.0) for each in sentinels if each not in known]
     backend = _backend(model._replace(pieces=pieces + further))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*special, *sentinels)])
+    size = backend.get_vocab_size()
+    added = _added_tokens(folder, _settings_of(folder), size=size)
+    backend.add_tokens([token for number, token in added.items() if number >= size])
     roles = {role: token for role, token in ROLES.items() if backend.token_to_id(token) is not None}
     if "eos_token" in roles:
         backend.post_processor = processors.TemplateProcessing(
@@ -254,14 +262,18 @@ def _backend(model: Spiece) -> Tokenizer:
         splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces), *splits]
         to_text += [decoders.Metaspace(**spaces)]
     else:
-        if model.collapse:
-            normal += [normalizers.Strip(), normalizers.Replace(Regex(" +"), " ")]
-        normal += [normalizers.Prepend("▁")] * model.prefix + [normalizers.Replace(" ", "▁")]
+        normal += _spaces(model)
         to_text += [decoders.Replace("▁", " "), decoders.Fuse(), *[decoders.Strip(" ", 1, 0)] * model.prefix]
     backend.normalizer = normalizers.Sequence(normal)
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.Sequence(to_text)
     return backend
+
+
+def _spaces(model: Spiece) -> list[normalizers.Normalizer]:
+    """Return what a text's spaces become: runs of them one, if the model says so, and each ▁."""
+    collapsed = [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")] * model.collapse
+    return [*collapsed, *[normalizers.Prepend("▁")] * model.prefix, normalizers.Replace(" ", "▁")]
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -290,28 +302,89 @@ def _extra_ids(path: Path, default: int) -> int:
 def from_sentencepiece_bpe(folder: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a `tokenizer.model` alone, as Llama 2's and Mistral's first folders have it.
 
-    Its chat template and whether it adds BOS and EOS are those of `tokenizer_config.json`, if there is one.
+    Its chat template, its added tokens, the roles of tokens, and whether it adds BOS and EOS are those of the files
+    beside it, if there are any: `tokenizer_config.json`, `added_tokens.json`, `chat_template.jinja`.
 
     Raises:
-        ValueError: if the file is damaged or not a SentencePiece model of merges.
+        ValueError: if the file is damaged or not a SentencePiece model of merges, or does not fit those beside it.
     """
     path = folder / "tokenizer.model"
     model = read_spiece(path, kind=BPE)
-    tokens = [piece for piece, _ in model.pieces]
-    settings = _settings(folder / "tokenizer_config.json")
+    settings = _settings_of(folder)
+    tokens, kinds = [piece for piece, _ in model.pieces], list(model.kinds)
+    added = _added_tokens(folder, settings, size=len(tokens))
+    for index, token in added.items():
+        tokens[index : index + 1] = [token.content]
+        kinds[index : index + 1] = [CONTROL if token.special else USER_DEFINED]
+    roles = BPE_ROLES | {
+        role: content
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad"))
+        if (content := _content(settings.get(f"{name}_token")))
+    }
     fields = {
         "model": "llama",
         "tokens": tokens,
-        "token_type": model.kinds,
-        "scores": [score for _, score in model.pieces],
+        "token_type": kinds,
+        "scores": [score for _, score in model.pieces] + [0.0] * (len(tokens) - len(model.pieces)),
         "add_space_prefix": model.prefix,
-        "chat_template": settings.get("chat_template"),
         **{name: settings[name] for name in ("add_bos_token", "add_eos_token") if name in settings},
-        **{f"{name}_token_id": tokens.index(token) for name, token in BPE_ROLES.items() if token in tokens},
+        **{f"{name}_token_id": tokens.index(token) for name, token in roles.items() if token in tokens},
     }
     fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
-    fields["tokenizer.chat_template"] = fields.pop("tokenizer.ggml.chat_template")
-    return from_gguf(fields, str(path))
+    tokenizer = from_gguf(fields, str(path), added={token.content: token for token in added.values()})
+    normal = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(normal + _spaces(model))
+    tokenizer.chat_template = _chat_template(folder, settings)
+    return tokenizer
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token that is written as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """Return the settings of a folder's tokenizer."""
+    return _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
+
+
+def _added_tokens(folder: Path, settings: dict[str, Any], *, size: int) -> dict[int, AddedToken]:
+    """Return the tokens that a folder adds to a vocabulary of this size, or has in it, in the order of their ids.
+
+    Raises:
+        ValueError: if they are malformed, or the new ones are not numbered from `size` on.
+    """
+    special = {_content(value) for name, value in settings.items() if name.endswith("_token")}
+    special |= {_content(each) for each in settings.get("additional_special_tokens") or ()}
+    found = {
+        number: {"content": token, "special": token in special}
+        for token, number in _settings(folder / "added_tokens.json").items()
+    }
+    flags = ("special", "lstrip", "rstrip", "normalized", "single_word")
+    try:
+        found |= {int(number): token for number, token in (settings.get("added_tokens_decoder") or {}).items()}
+        added = {
+            number: AddedToken(token["content"], **{"normalized": False} | {k: token[k] for k in flags if k in token})
+            for number, token in sorted(found.items())
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder} must map ids to added tokens, but they are malformed: {error!r}.") from error
+    for place, number in enumerate((number for number in added if not 0 <= number < size), size):
+        if number != place:
+            token = added[number].content
+            raise ValueError(f"{folder} must give the added token {token!r} the id {place}, but it has {number}.")
+    return added
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
+    """Return a folder's chat template: a file of its own, or that of its settings; of several, each by its name."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        return {each["name"]: each["template"] for each in template}
+    return template
 
 
 def read_spiece(path: Path, *, kind: int = UNIGRAM) -> Spiece:

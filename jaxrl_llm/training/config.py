@@ -33,6 +33,7 @@ KL = Literal["reward", "reverse", "forward"]
 Scale = Literal["group", "batch", "none"]
 Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["exact", "cudnn"]
 Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt"]
 Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
 OPTIMIZERS: dict[str, tuple[str, ...]] = {  # with the hyperparameters that can be set, by optax's names
@@ -145,6 +146,9 @@ class Config(Checked):
     """Folder of an adapter of this model, whose training is continued with its rank, scale and layers."""
     checkpoint_blocks: bool = False
     """Recompute the inside of the layers for the gradient: less memory, more time."""
+    attention: Attention = "exact"
+    """Form of attention of the model, its reference and its teacher: "exact", or "cudnn", NVIDIA's fused kernel, which
+    needs dtype bfloat16. Critics, given reward models and printed samples stay exact."""
     log_every: int = number(10, 1)
     """Steps between two lines of log.jsonl."""
     save_every: int = number(100, 1)
@@ -188,6 +192,8 @@ class Config(Checked):
             raise ValueError(f"warmup must be a share below 1 or a whole number of steps, but is {self.warmup}.")
         if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
             raise ValueError(f"dtype must be bfloat16 if param_dtype is, but is {self.dtype}.")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"dtype must be bfloat16 for attention cudnn, but is {self.dtype}.")
         check_optimizer(self.optimizer, self.optimizer_kwargs)
         if self.keep_best is not None:
             direction(self.keep_best)
@@ -240,6 +246,7 @@ FREE = (
     "mesh",
     "microbatches",
     "checkpoint_blocks",
+    "attention",
     "model",
     "reward_model",
     "lora_from",

@@ -20,6 +20,7 @@ from jaxrl_llm.data import records
 from jaxrl_llm.decoding.constraints import stop_strings
 from jaxrl_llm.decoding.transforms import Chain, MinP, TopK, TopP
 from jaxrl_llm.language_model import Params
+from jaxrl_llm.models.decoder import with_attention
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, load_reward_model
 from jaxrl_llm.scoring import measures
 from jaxrl_llm.training import reward_fns
@@ -62,7 +63,7 @@ def optimise_rewards(run: Run, prompts: Data, kind: str, *, method: Method | Non
     texts = None
     if config.text is not None:
         texts = batches_of(run, config.text, "prompt-completion", batch_size=config.batch_size, name="text")
-    critic = ScalarHead(run.lm) if method.has_critic else None
+    critic = ScalarHead(with_attention(run.lm, "exact")) if method.has_critic else None
     trained = trained_of(run, reference=True, critic=critic)
     updates = method.epochs * method.minibatches
     rate, optimizer = optimizer_for(config, updates=updates)
@@ -197,7 +198,7 @@ def _judge(run: Run, given: Any) -> tuple[str, Judge]:
     tokenizer = run.loaded.tokenizer
     return _plain_name(function), Judge(
         place_of(given),
-        lambda asked: reward_fns.of_text(function, tokenizer, records=asked),
+        lambda asked: reward_fns.of_text(function, tokenizer, records=asked, ends=run.eos),
         lambda asked, longest: reward_fns.check_entries(function, asked),
         apart=True,
     )
@@ -237,7 +238,7 @@ def _model_judge(run: Run, found: LoadedReward, name: str = "") -> Judge:
 
     return Judge(
         f"sha256 {digest(found.params)}",
-        lambda asked: reward_fns.of_loaded(found, ours, records=asked, same_tokens=alike),
+        lambda asked: reward_fns.of_loaded(found, ours, records=asked, same_tokens=alike, ends=run.eos),
         check,
         apart=False,
     )
@@ -308,9 +309,8 @@ def held_out_rewards(
             drawn, kl = jax.tree.map(lambda leaf, places=places: leaf[: len(places)], filled_out)
             judged.append(judges([found[place] for place in places], drawn))
             rows.append(np.stack([kl, drawn.sequences.completion_mask.sum(axis=1), drawn.ended]))
-            whole = [
-                "".join(sides) for sides in zip(*reward_fns.texts(drawn.sequences, run.loaded.tokenizer), strict=True)
-            ]
+            sides = reward_fns.texts(drawn.sequences, run.loaded.tokenizer, run.eos)
+            whole = ["".join(each) for each in zip(*sides, strict=True)]
             samples |= {place: written for place, written in zip(places, whole, strict=True) if place < 2}
         reward = _mean_of_judged(np.concatenate([each.total for each in judged]))
         names = {name: mean for name, mean in described(judged).items() if name.startswith("reward/")}

@@ -27,6 +27,7 @@ from jaxrl_llm.data import records
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, params_dtype
 from jaxrl_llm.models import lora as adapters
+from jaxrl_llm.models.decoder import with_attention
 from jaxrl_llm.models.heads import LoadedReward, ScalarHead, is_reward, stored_head
 from jaxrl_llm.numerics import on_device
 from jaxrl_llm.options import nearest
@@ -109,7 +110,7 @@ class Run:
     @property
     def lm(self) -> LanguageModel:
         """The model as it is trained."""
-        lm = self.loaded.model
+        lm = with_attention(self.loaded.model, self.config.attention)
         return dataclasses.replace(lm, checkpoint_blocks=True) if self.config.checkpoint_blocks else lm
 
     @property
@@ -226,7 +227,8 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
         TypeError: if `lm` is not a model, its name or its path.
         ValueError, FileNotFoundError: as `models.load`; for an encoder-decoder model or one without a tokenizer; for an
             output folder that is the model's, has a run that is not to be resumed, or files that are not of a run; for
-            a mesh that does not fit the devices or the batch, or none in several processes.
+            a mesh that does not fit the devices or the batch, or none in several processes; for a form of attention
+            that the model or the device cannot have.
     """
     mesh = _mesh_of(config, lm)
     out = None if out is None else Path(out)
@@ -245,10 +247,14 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
         raise ValueError(f"the model must be decoder-only, but {name} is a T5: training.supervised trains it.")
     if loaded.tokenizer is None:
         raise ValueError(f"the model must have a tokenizer, but {name} has none.")
+    form = getattr(loaded.model, "attention_form", "exact")
+    with_attention(loaded.model, config.attention)  # refused here, not after the data are read
     sha256 = "" if out is None else digest(loaded.params if head is None else (loaded.params, head))
     given, wanted = params_dtype(loaded.params), jnp.dtype(config.param_dtype)
     if jnp.finfo(given).bits < 32 or jnp.finfo(wanted).bits < 32:  # float64 stays
-        loaded, owned = dataclasses.replace(loaded, params=_in(wanted, loaded.params)), owned or given != wanted
+        model = loaded.model if jnp.finfo(wanted).bits < 32 else with_attention(loaded.model, "exact")
+        loaded = dataclasses.replace(loaded, model=model, params=_in(wanted, loaded.params))
+        owned = owned or given != wanted
     run = Run(config, loaded, name, path, owned, out, verbose, sha256, head, mesh)
     if mesh is None and (sentence := meshes.idle()):
         run.say(sentence)
@@ -256,6 +262,8 @@ def begin(lm: Any, config: Config, out: str | os.PathLike[str] | None = None, *,
         run.say(f"{jax.process_count()} processes share the run: if one ends, all end, and the run can be resumed.")
     if jnp.finfo(given).bits < jnp.finfo(wanted).bits:
         run.say(f"the weights are widened from {given} to {wanted} for training.")
+    if config.attention == "exact" != form:
+        run.say(f"attention in training is exact, as its option says; the model's own is {form}.")
     if config.resume and not begun:
         run.say(f"{out} has no checkpoint to resume from: the run starts from the beginning.")
     return run
@@ -646,7 +654,8 @@ def reference_of(run: Run, given: Any, *, name: str = "reference") -> Reference:
             f"the {name} must have a context of at least max_length, {most} tokens, but has {found.model.max_length}."
         )
     sha256 = "" if run.out is None else digest(found.params)
-    return Reference(found.model, narrow(_in(jnp.float32, found.params), None), sha256)
+    model = with_attention(found.model, run.config.attention)
+    return Reference(model, narrow(_in(jnp.float32, found.params), None), sha256)
 
 
 def _other(tokenizer: Any) -> str:
@@ -872,10 +881,12 @@ def _parts(order: np.ndarray, size: int, *, least: int = 1, shards: int = 1) -> 
 def sampler_of(run: Run, asked: Prompts, sampler: Sampler) -> Callable[[Params], str]:
     """Return a sample of the first prompt's completion as a function of the parameters, always with the same key."""
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), asked)
+    lm = with_attention(run.lm, "exact")  # the parameters are in the type of the weights
 
     def sample(params: Params) -> str:
-        drawn = rollout(run.lm, params, one, jax.random.key(0), sampler)
-        return "".join(side[0] for side in reward_fns.texts(meshes.on_host(drawn.sequences), run.loaded.tokenizer))
+        drawn = rollout(lm, params, one, jax.random.key(0), sampler)
+        written = reward_fns.texts(meshes.on_host(drawn.sequences), run.loaded.tokenizer, run.eos)
+        return "".join(side[0] for side in written)
 
     return sample
 

@@ -36,7 +36,13 @@ GIVEN = ("prompts", "completions", "completion_ids")  # parameters of a reward o
 # Functions of text ----------------------------------------------------------------------------------------------------
 
 
-def of_text(function: TextReward, tokenizer: Any, *, records: Sequence[Prompt] | None = None) -> RewardFn:
+def of_text(
+    function: TextReward,
+    tokenizer: Any,
+    *,
+    records: Sequence[Prompt] | None = None,
+    ends: Collection[int] = (),
+) -> RewardFn:
     """Return the reward `function(prompts, completions)` of texts, which runs on the host.
 
     It returns one number for each completion, or None for one that it does not judge. Its parameters are given by name
@@ -51,6 +57,7 @@ def of_text(function: TextReward, tokenizer: Any, *, records: Sequence[Prompt] |
         function: of two lists.
         tokenizer: decodes the tokens.
         records: the prompts of the batch, with the entries beside them, such as solutions.
+        ends: as `texts`.
 
     Raises:
         ValueError: if the function takes an entry that no prompt has, or too few parameters; or if the completions are
@@ -59,7 +66,7 @@ def of_text(function: TextReward, tokenizer: Any, *, records: Sequence[Prompt] |
     check_entries(function, records or [])
 
     def reward(rollout: Rollout) -> Sequence[float | None]:
-        prompts, completions = texts(rollout.sequences, tokenizer)
+        prompts, completions = texts(rollout.sequences, tokenizer, ends)
         each = len(completions) // len(records) if records else 1
         if records:
             prompts = [_as_given(record.prompt) for record in records for _ in range(each)]
@@ -133,10 +140,15 @@ def _as_given(asked: Text) -> str | list[dict[str, Any]]:
     return asked if isinstance(asked, str) else list(asked)
 
 
-def texts(sequences: Sequences, tokenizer: Any) -> tuple[list[str], list[str]]:
-    """Return prompts and completions as text, without special tokens."""
+def texts(sequences: Sequences, tokenizer: Any, ends: Collection[int] = ()) -> tuple[list[str], list[str]]:
+    """Return prompts and completions as text, without special tokens.
+
+    Args:
+        ends: tokens that end a completion. The text leaves them out, even if they are ordinary tokens of the tokenizer.
+    """
     tokens, mask, scored = _on_host(sequences)
-    sides = [[row[real].tolist() for row, real in zip(tokens, each, strict=True)] for each in (mask & ~scored, scored)]
+    written = scored & ~np.isin(tokens, list(ends))
+    sides = [[row[real].tolist() for row, real in zip(tokens, each, strict=True)] for each in (mask & ~scored, written)]
     return tuple([tokenizer.decode(row, skip_special_tokens=True) for row in side] for side in sides)
 
 
@@ -233,7 +245,14 @@ def of_model(head: ScalarHead, params: Params) -> RewardFn:
     return lambda rollout: scores(params, rollout.sequences)
 
 
-def of_loaded(found: LoadedReward, tokenizer: Any, *, records: Sequence[Prompt], same_tokens: bool) -> RewardFn:
+def of_loaded(
+    found: LoadedReward,
+    tokenizer: Any,
+    *,
+    records: Sequence[Prompt],
+    same_tokens: bool,
+    ends: Collection[int] = (),
+) -> RewardFn:
     """Return the score of a reward model with its own tokenizer, which runs on the host.
 
     With the same tokens as the policy's it scores those that were drawn, after prompts that are strings. Otherwise, and
@@ -246,10 +265,11 @@ def of_loaded(found: LoadedReward, tokenizer: Any, *, records: Sequence[Prompt],
         tokenizer: of the policy, decodes the tokens.
         records: the prompts of the batch.
         same_tokens: the tokens of the policy are those of the reward model.
+        ends: as `texts`.
     """
 
     def reward(rollout: Rollout) -> Float[Array, "batch"]:
-        _, completions = texts(rollout.sequences, tokenizer)
+        _, completions = texts(rollout.sequences, tokenizer, ends)
         tokens, mask, _ = _on_host(rollout.sequences)
         each, rows = len(completions) // len(records), []
         for place, written in enumerate(completions):

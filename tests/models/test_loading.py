@@ -286,6 +286,11 @@ def test_the_language_model_of_a_multimodal_folder_is_loaded(tmp_path, prefix):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, plain.params)
 
 
+def test_no_quantisation_is_none(tmp_path):
+    loaded = models.load(variant(tmp_path, "llama-0", config={"quantization_config": None}))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, golden("llama-0").params)
+
+
 def test_a_reward_model_needs_no_head(tmp_path):
     folder = variant(
         tmp_path,

@@ -237,6 +237,29 @@ def test_a_configuration_of_the_old_form_is_written_in_the_new(tmp_path):
     assert "rope_scaling" not in second.config
 
 
+def test_what_belongs_to_the_tokenizer_that_was_there_is_gone(tmp_path):
+    lm, loaded = LMS["gpt2"], models.load("tiny-gpt2")
+    params = random_params(lm)
+    models.save(tmp_path, lm, params, loaded.tokenizer, config={"generation_config": {"eos_token_id": 7}})
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (tmp_path / "added_tokens.json").write_text('{"<|new|>": 4096}')
+    models.save(tmp_path, lm, params, loaded.tokenizer)
+    found = models.load(tmp_path)
+    assert found.tokenizer.chat_template is None and len(found.tokenizer) == len(loaded.tokenizer)
+    assert found.config["generation_config"]["eos_token_id"] == 0
+    models.save(tmp_path, lm, params)
+    assert "generation_config" not in models.load(tmp_path).config
+
+
+def test_a_folder_of_an_adapter_is_not_one_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter, which transformers would add to the model"):
+        models.save(tmp_path, LMS["gpt2"], random_params(LMS["gpt2"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
 def test_a_model_without_a_published_form_is_an_error(tmp_path):
     lm = TabularLM(vocab_size=2, horizon=2)
     with pytest.raises(ValueError, match=r"TabularLM has no Hugging Face form; gpt2, llama, .* umt5 have one"):

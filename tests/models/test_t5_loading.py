@@ -224,6 +224,55 @@ def test_a_tokenizer_model_of_merges_alone_is_read(tmp_path):
         loading.load_tokenizer(tmp_path)
 
 
+def test_what_stands_beside_a_tokenizer_model_counts(tmp_path):
+    """Tokens that a fine-tuned model adds, and which of them ends a text; a tokenizer saved by the slow class has them
+    in two files.
+    """
+    pieces = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), *((word, -1.0, 1) for word in ("▁", "a", "▁a"))]
+    content = b"".join(piece(*each) for each in pieces) + field(2, 2, bytes([3 << 3, 2]))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "added_tokens.json").write_text('{"<|end|>": 7, "<|begin|>": 6}')
+    (tmp_path / "chat_template.jinja").write_text("the template")
+    thought = {"8": {"content": "think", "special": False}, "2": {"content": "</s>", "special": True}}
+    begin = {"6": {"content": "<|begin|>", "special": True, "rstrip": True}}
+    config = {"eos_token": {"content": "<|end|>"}, "add_bos_token": False, "added_tokens_decoder": thought | begin}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = loading.load_tokenizer(tmp_path)
+    assert tokenizer("<|begin|>  a<|end|>think").input_ids == [6, 5, 7, 8]
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.chat_template) == ("<|end|>", "<s>", "the template")
+    assert tokenizer.decode([6, 5, 7, 8], skip_special_tokens=True) == "athink"
+    (tmp_path / "chat_template.jinja").unlink()
+    config["chat_template"] = [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert loading.load_tokenizer(tmp_path).chat_template == {"default": "x", "tool_use": "y"}
+    (tmp_path / "added_tokens.json").write_text('{"<|end|>": 9}')
+    with pytest.raises(ValueError, match=r"must give the added token 'think' the id 7, but it has 8"):
+        loading.load_tokenizer(tmp_path)
+    config |= {"added_tokens_decoder": {"six": "<|end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"must map ids to added tokens, but .*six"):
+        loading.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_model_of_merges_collapses_spaces_if_it_says_so(tmp_path):
+    pieces = [("<unk>", 0, 2), *((word, -1.0, 1) for word in ("▁", "a", "▁a"))]
+    content = b"".join(piece(*each) for each in pieces) + field(2, 2, bytes([3 << 3, 2]))
+    found = {}
+    for collapse in (0, 1):
+        (tmp_path / "tokenizer.model").write_bytes(content + field(3, 2, field(4, 0, collapse)))
+        found[collapse] = loading.load_tokenizer(tmp_path)("  a  a ").input_ids
+    assert found == {0: [1, 1, 3, 1, 3, 1], 1: [3, 3]}
+
+
+def test_tokens_added_to_a_spiece_model_count(tmp_path):
+    folder = written(tmp_path, WHOLE, field(2, 2, UNIGRAM + flag(40, 0)))
+    tokens = {"3": {"content": "<extra_id_0>", "special": True}, "4": {"content": "{", "special": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 1, "added_tokens_decoder": tokens}))
+    tokenizer = loading.load_tokenizer(folder)
+    assert tokenizer("a{<extra_id_0>").input_ids == [1, 4, 3]
+    assert tokenizer.decode([1, 4, 3], skip_special_tokens=True) == "a{"
+
+
 DAMAGED = (b"", b"no model at all", WHOLE[:-3], WHOLE + b"\xff", piece("a", 0, 1)[:4], b"\x0a\x02\x0a\x7f")
 
 

@@ -313,6 +313,20 @@ def test_a_reward_model_reads_the_tools_of_a_prompt_and_what_rewards_are_given_i
     np.testing.assert_allclose(online.judges_of(run)(asked, drawn).total, found.score_tokens(expected), atol=1e-5)
 
 
+def test_an_end_that_is_an_ordinary_token_of_the_tokenizer_is_no_part_of_a_completion():
+    tokenizer, taken = byte_level(TOOLS), []
+    end = tokenizer("!")["input_ids"][0]
+    lm = models.GPT2(models.GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    config = GRPOConfig(reward=lambda prompts, completions: taken.extend(completions) or [0], max_new_tokens=4)
+    run = recipes.begin(models.Loaded(lm, lm.init(KEY), tokenizer, {"eos_token_id": end}), config, verbose=False)
+    written = [tokenizer(each)["input_ids"] for each in ("Hi!", " a!")]
+    rows = jax.tree.map(jnp.asarray, scoring.pad_completions(written[:1], written[1:], length=32))
+    drawn = Rollout(rows, jnp.zeros((1, 32)), jnp.ones(1, bool))
+    online.judges_of(run)([Prompt("Hi!")], drawn)
+    assert taken == [" a"]
+    assert reward_fns.texts(rows, tokenizer, run.eos) == (["Hi!"], [" a"])
+
+
 @pytest.mark.slow
 def test_texts_are_without_special_tokens_and_a_reward_model_reads_the_tokens():
     from jaxrl_llm import models

@@ -110,7 +110,7 @@ def top_eigenpairs(
     key: Key[Array, ""],
     *,
     count: int = 2,
-    max_iterations: int = 64,
+    max_iterations: int = 40,
     vectors: int | None = None,
     tolerance: float = 1e-3,
     progress: bool = False,

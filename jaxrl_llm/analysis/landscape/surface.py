@@ -26,6 +26,7 @@ from jaxrl_llm import runtime
 from jaxrl_llm.analysis.landscape.directions import check_like, check_params, cosine
 from jaxrl_llm.files import replacing
 from jaxrl_llm.language_model import LanguageModel, Params, check_tokens
+from jaxrl_llm.models.decoder import with_attention
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.numerics import wide
 from jaxrl_llm.objectives import preference, reward_model
@@ -397,7 +398,8 @@ def next_token_loss(
 ) -> LossFn:
     """Return the mean −log p of the real tokens after the first of each row, in nats per token.
 
-    Two of the same model, tokens and mask are equal, so that JAX compiles what is computed from them once.
+    Two of the same model, tokens and mask are equal, so that JAX compiles what is computed from them once. Attention is
+    in its exact form, which has the derivatives and batched forms that are taken here.
 
     Raises:
         ValueError: if the tokens are not ids of the model, or leave nothing to predict.
@@ -409,7 +411,7 @@ def next_token_loss(
     if not predicted.any():
         raise ValueError("a text must have at least two tokens, for otherwise there is nothing to predict.")
     contents = tuple((each.shape, each.dtype.str, each.tobytes()) for each in map(np.asarray, (tokens, mask)))
-    return _NextTokenLoss(lm, contents, Sequences(tokens, mask, predicted))
+    return _NextTokenLoss(with_attention(lm, "exact"), contents, Sequences(tokens, mask, predicted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,7 +446,7 @@ def preference_loss(
     Raises:
         ValueError: if the rows do not match in number, are not tokens of the model, or one has no completion.
     """
-    _check_pairs(lm, chosen, rejected)
+    lm = _of_pairs(lm, chosen, rejected)
 
     def logp(params: Params) -> list[Float[Array, "batch"]]:
         return [log_probs(lm, params, each).sum(axis=1) for each in (chosen, rejected)]
@@ -466,7 +468,7 @@ def reward_model_loss(lm: LanguageModel, chosen: Sequences, rejected: Sequences,
     Raises:
         ValueError: as `preference_loss`.
     """
-    _check_pairs(lm, chosen, rejected)
+    lm = _of_pairs(lm, chosen, rejected)
     head = ScalarHead(lm)
 
     def scores(params: Params, rows: Sequences) -> Float[Array, "batch"]:
@@ -478,10 +480,12 @@ def reward_model_loss(lm: LanguageModel, chosen: Sequences, rejected: Sequences,
     return pair_loss
 
 
-def _check_pairs(lm: LanguageModel, chosen: Sequences, rejected: Sequences) -> None:
+def _of_pairs(lm: LanguageModel, chosen: Sequences, rejected: Sequences) -> LanguageModel:
+    """Return the model as in `next_token_loss`, if these are pairs of its tokens."""
     check_sequences(lm, chosen, name="chosen")
     check_sequences(lm, rejected, name="rejected")
     if len(chosen.tokens) != len(rejected.tokens) or not len(chosen.tokens):
         raise ValueError(
             f"chosen and rejected must be pairs, but there are {len(chosen.tokens)} and {len(rejected.tokens)}."
         )
+    return with_attention(lm, "exact")
