@@ -23,6 +23,7 @@ import jaxrl_llm
 from jaxrl_llm import cli, models, strategies
 from jaxrl_llm.analysis.attention import Link
 from jaxrl_llm.analysis.bleu import corpus_bleu, corpus_chrf
+from jaxrl_llm.cli import devices
 from jaxrl_llm.cli.attention import print_links
 from jaxrl_llm.cli.generate import read_prompts
 from jaxrl_llm.data import bpe
@@ -97,6 +98,13 @@ def test_the_version_is_declared_once(run):
     assert f"version: {jaxrl_llm.__version__}\n" in (root / "CITATION.cff").read_text()
     assert "version = attr: jaxrl_llm.__version__" in (root / "setup.cfg").read_text()
     assert jaxrl_llm.__version__ in (root / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("verb", ["allocating", "while trying to allocate"])  # of JAX on CPUs and on GPUs
+def test_too_little_memory_is_a_sentence(verb):
+    error = RuntimeError(f"RESOURCE_EXHAUSTED: Out of memory {verb} {49 * 2**30} bytes.")
+    assert re.match(r"the device has not enough memory: 49\.0 GiB more are needed at once\.", devices.reason(error))
+    assert devices.reason(unchanged := ValueError("batch_size must be at least 1, but is 0.")) is unchanged
 
 
 def test_info_names_versions_devices_and_models(run):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from typing import Any, NoReturn
+
+REFUSED = re.compile(r"RESOURCE_EXHAUSTED: .*?allocat\w+ (\d+) bytes", re.DOTALL)  # by JAX, on any device
 
 
 def mesh_of(layout: str | None) -> Any:
@@ -35,7 +38,12 @@ def mesh_of(layout: str | None) -> Any:
 
 
 def reason(error: Exception) -> Exception | str:
-    """Return an error as it is printed: one that comes of the end of another process as a sentence."""
+    """Return an error as it is printed: as a sentence if it comes of too little memory or another process's end."""
+    if refused := REFUSED.search(str(error)):
+        return (
+            f"the device has not enough memory: {int(refused[1]) / 2**30:.1f} GiB more are needed at once. Fewer texts "
+            "at a time, fewer beams or samples, or shorter texts need less."
+        )
     meshes = sys.modules.get("jaxrl_llm.mesh")
     return meshes.ended() if meshes is not None and meshes.is_lost(error) else error
 
