@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +111,8 @@ def load(
         return _load_gguf(path, dtype, sharding, attention)
     if lora.is_adapter(path):
         return _load_adapter(path, dtype, sharding, attention)
+    if (path / lora.CONFIG).is_file():
+        warnings.warn(f"{path} holds a model and an adapter: the model is loaded without the adapter.", stacklevel=2)
     config = _config(path)
     stored = list(huggingface.stored_tensors(path))  # a list, as two files may hold a tensor of one name
     shapes = {name: tensor.shape for name, tensor in stored}

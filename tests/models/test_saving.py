@@ -260,6 +260,13 @@ def test_a_folder_of_an_adapter_is_not_one_for_a_model(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
+def test_a_folder_of_a_model_with_an_adapter_says_which_of_them_is_loaded(tmp_path):
+    models.save(tmp_path, LMS["gpt2"], random_params(LMS["gpt2"]))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="holds a model and an adapter: the model is loaded without the adapter"):
+        models.load(tmp_path)
+
+
 def test_a_model_without_a_published_form_is_an_error(tmp_path):
     lm = TabularLM(vocab_size=2, horizon=2)
     with pytest.raises(ValueError, match=r"TabularLM has no Hugging Face form; gpt2, llama, .* umt5 have one"):
