@@ -4,6 +4,7 @@ import gc
 import io
 import os
 import sys
+import warnings
 
 from jaxrl_llm import runtime
 
@@ -162,6 +163,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *map(str, arguments)])
         monkeypatch.setattr(os, "_exit", sys.exit)
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the command sets its own
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
         monkeypatch.setattr(sys, "stdin", stdin if isinstance(stdin, io.StringIO) else io.StringIO(stdin))
         capsys.readouterr()
         try:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,13 @@ def test_too_little_memory_is_a_sentence(verb):
     error = RuntimeError(f"RESOURCE_EXHAUSTED: Out of memory {verb} {49 * 2**30} bytes.")
     assert re.match(r"the device has not enough memory: 49\.0 GiB more are needed at once\.", devices.reason(error))
     assert devices.reason(unchanged := ValueError("batch_size must be at least 1, but is 0.")) is unchanged
+
+
+def test_warnings_are_printed_without_lines_of_the_source(run):
+    run("info")
+    assert warnings.formatwarning("half a word is lost.", UserWarning, "loading.py", 7) == (
+        "jaxrl-llm: half a word is lost.\n"
+    )
 
 
 def test_info_names_versions_devices_and_models(run):

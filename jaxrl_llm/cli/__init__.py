@@ -13,6 +13,7 @@ import threading
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -89,6 +90,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"jaxrl-llm {__version__}")
         return
+    warnings.formatwarning = lambda message, *_, **__: f"jaxrl-llm: {message}\n"  # without lines of the source
     _describe(Command)
     try:
         command, unknown = tyro.cli(
