@@ -230,6 +230,18 @@ def check_characters(string: str, name: str) -> None:
         raise ValueError(f"{name} must be text in UTF-8, but holds {what} at character {error.start + 1}.") from None
 
 
+def counted(number: int, noun: str) -> str:
+    """Return the number with the noun: "1 item", "2 items"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def check_type(name: str, value: Any, kind: type, expected: str) -> None:
+    """Raise TypeError unless the value is an instance of `kind`; a class is not one of its instances."""
+    if isinstance(value, type) or not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+        raise TypeError(f"{name} must be {expected}, but is {found}.")
+
+
 STATIC = {"static": True}  # metadata of a field that JAX compiles a program for each value of
 
 

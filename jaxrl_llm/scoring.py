@@ -1,25 +1,38 @@
-"""Log-probabilities of texts under a language model: of completions after their prompts, of whole texts, per byte."""
+"""Log-probabilities of texts under a language model: of completions, of several answers, of whole texts, per byte."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
+from tqdm import tqdm
 
-from jaxrl_llm import text
-from jaxrl_llm.language_model import LanguageModel, Params, check_tokens, segment_starts, several_texts
+from jaxrl_llm import runtime, text
+from jaxrl_llm.language_model import (
+    Cache,
+    LanguageModel,
+    Params,
+    check_tokens,
+    params_dtype,
+    segment_starts,
+    several_texts,
+)
 from jaxrl_llm.mesh import by_own_rows, everywhere, filled
 from jaxrl_llm.numerics import host, is_concrete, log_softmax, on_device, wide
 from jaxrl_llm.objectives import kl
 from jaxrl_llm.objectives.logprobs import entropy, token_log_probs
 from jaxrl_llm.products import summed_wide
 
+PREFIX_BUCKET, TAIL_BUCKET, ANSWER_BUCKET, SLOT_BUCKET = 128, 32, 4, 256  # few rounded lengths, so few programs
+MOST = 4  # readings that share a prefix
 CHUNK_LOGITS = 2**24  # logits that are held at once: 64 MiB in float32
 Out = TypeVar("Out", bound=PyTree)
 
@@ -424,3 +437,152 @@ def by_chunks(function: Callable[..., Out], vocab_size: int, held: PyTree, *arra
 
 def _first(marked: Bool[np.ndarray, "batch time"]) -> int:
     return int(marked.any(axis=1).argmax())
+
+
+# Several answers of each question, of which many begin alike.
+
+
+class Choices(NamedTuple):
+    """The tokens of a question, and of each of its answers, which are scored against each other."""
+
+    given: list[int]
+    answers: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the question with its longest answer, whose last one is not read."""
+        return len(self.given) + max(map(len, self.answers)) - 1
+
+
+class Reading(NamedTuple):
+    """Tokens to be read for some answers of `length` tokens, the last of which is not read."""
+
+    read: tuple[int, ...]
+    length: int
+
+
+class Group(NamedTuple):
+    """Readings that begin alike, and how many tokens they share; each predicts its answers from later ones."""
+
+    shared: int
+    readings: list[Reading]
+
+
+def answer_log_probs(
+    lm: LanguageModel, params: Params, rows: Sequence[Choices], *, batch_size: int = 16, progress: bool = True
+) -> list[Float[np.ndarray, "answer"]]:
+    """Return log p(answer | question) of each row's answers in nats, over the whole vocabulary.
+
+        Σ_t log softmax(logits(question, answer_{<t}))[answer_t]
+
+    A prefix that questions share, such as the biography before both orders of the options, is read once, and a question
+    once for all answers that differ in the last token alone. Batches have similar lengths. At most the logits of one
+    position of one batch, [batch, vocab], are held. Values do not depend on the batch, up to rounding.
+
+    Args:
+        batch_size: prefixes of questions that are read at a time.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        ValueError: if `batch_size` is below 1, a question has no token, or one is longer than the model's context.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+    for place, row in enumerate(rows, 1):
+        if not row.given or row.length > lm.max_length:
+            raise ValueError(
+                f"question {place} must have from 1 to {lm.max_length} tokens with its answers, the model's context, "
+                f"but has {row.length if row.given else 0}."
+            )
+    keys = [[(Reading((*row.given, *answer[:-1]), len(answer)), answer[-1]) for answer in row.answers] for row in rows]
+    lasts, found = defaultdict(list), {}
+    for reading, last in dict.fromkeys(itertools.chain(*keys)):
+        lasts[reading].append(last)
+    groups = sorted(groups_of(lasts), key=lambda group: (len(group.readings), group.shared))
+    size = filled(min(batch_size, max(len(groups), 1)))
+    with tqdm(total=len(lasts), unit="question", disable=not progress or runtime.is_file(), leave=False) as bar:
+        for start in range(0, len(groups), size):
+            found |= _score_batch(lm, params, lasts, groups[start : start + size], size)
+            bar.update(sum(len(group.readings) for group in groups[start : start + size]))
+    return [np.asarray([found[key] for key in row], float) for row in keys]
+
+
+def groups_of(readings: Iterable[Reading]) -> list[Group]:
+    """Group readings that share at least half of their tokens, at most `MOST` together."""
+    found: list[Group] = []
+    for reading in sorted(readings):
+        unread = len(reading.read) - reading.length
+        if found and len(found[-1].readings) < MOST:
+            shared, others = found[-1]
+            alike = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(others[0].read, reading.read, strict=False)
+            )
+            shared = min(shared, unread, sum(1 for _ in alike))
+            if 2 * shared >= max(len(each.read) for each in [*others, reading]):
+                found[-1] = Group(shared, [*others, reading])
+                continue
+        found.append(Group(unread, [reading]))
+    return found
+
+
+def _score_batch(
+    lm: LanguageModel, params: Params, lasts: Mapping[Reading, Sequence[int]], groups: list[Group], size: int
+) -> dict[tuple[Reading, int], float]:
+    """Read the shared prefixes, then one reading of each group at a time; return the scores of answers.
+
+    The batch is padded to `size` groups, and a group with fewer readings repeats its last, so that shapes stay few.
+    """
+    found, padded = {}, groups + [groups[-1]] * (size - len(groups))
+    length = _rounded(max(1, *(group.shared for group in groups)), PREFIX_BUCKET)
+    longest = max(len(reading.read) - group.shared for group in groups for reading in group.readings)
+    slots = _rounded(length + _rounded(longest, TAIL_BUCKET), SLOT_BUCKET)
+    prefixes = [group.readings[0].read[: group.shared] for group in padded]
+    cache = _read_prefix(lm, params, *text.left_pad(prefixes, length=length), slots)
+    for number in range(max(len(group.readings) for group in groups)):
+        chosen = [group.readings[min(number, len(group.readings) - 1)] for group in padded]
+        tails = [reading.read[group.shared :] for reading, group in zip(chosen, padded, strict=True)]
+        tokens, mask = text.right_pad(tails, length=_rounded(max(map(len, tails)), TAIL_BUCKET))
+        time = _rounded(max(reading.length for reading in chosen), ANSWER_BUCKET)
+        answers = np.full((size, max(len(lasts[reading]) for reading in chosen), time), -1)
+        for row, reading in zip(answers, chosen, strict=True):
+            for answer, last in zip(row, lasts[reading], strict=False):
+                answer[time - reading.length :] = [*reading.read[len(reading.read) + 1 - reading.length :], last]
+        scores = np.asarray(_read_answers(lm, params, cache, tokens, mask, answers))
+        for row, reading in zip(scores, chosen, strict=True):
+            found |= {(reading, last): score for last, score in zip(lasts[reading], row, strict=False)}
+    return found
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "slots"))
+def _read_prefix(
+    lm: LanguageModel, params: Params, tokens: Int[Array, "group time"], mask: Bool[Array, "group time"], slots: int
+) -> Cache:
+    cache = lm.init_cache(tokens.shape[0], slots, dtype=params_dtype(params))
+    return lm.hidden(params, tokens, cache, mask=mask)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("lm",))
+def _read_answers(
+    lm: LanguageModel,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "group time"],
+    mask: Bool[Array, "group time"],
+    answers: Int[Array, "group answer length"],
+) -> Float[Array, "group answer"]:
+    """Return the log-probabilities of answers, padded on the left by −1, whose tokens the last positions predict."""
+    hidden, _ = lm.hidden(params, tokens, cache, mask=mask)
+    places = mask.sum(axis=1)[:, None] - np.arange(answers.shape[-1], 0, -1)  # of the last tokens
+    last = jnp.take_along_axis(hidden, places[:, :, None].clip(0), axis=1)
+    answers = jnp.moveaxis(answers, -1, 0)
+
+    def position(inputs: tuple[Array, Array]) -> Array:
+        state, tokens = inputs
+        return jnp.take_along_axis(log_softmax(lm.logits(params, state)), tokens, axis=-1)
+
+    found = jax.lax.map(position, (last.swapaxes(0, 1), answers))
+    return everywhere(jnp.where(answers >= 0, found, 0).sum(axis=0))

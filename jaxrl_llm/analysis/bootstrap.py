@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
+from jaxtyping import Float
 
 from jaxrl_llm.analysis import bleu, chrf
 
@@ -116,6 +118,60 @@ def _apply(statistic: Callable, values: np.ndarray | Sequence[Any], rows: np.nda
         )
     return results
 
+
+# Means of values of which those of a group, such as the items about one claim, are not independent.
+
+
+def mean_interval(
+    values: Float[np.ndarray, "value"], groups: Sequence[int], *, seed: int = 0, resamples: int = 1000
+) -> dict[str, float | None] | None:
+    """Return the mean of all values as `estimate`, and its 95% bootstrap interval over groups as `low` and `high`.
+
+    Values of a group are drawn together. Of one group, `low` and `high` are None: it says nothing about others. NaN is
+    missing; None is returned if all values are.
+
+    Args:
+        groups: the number of each value's group.
+    """
+    sums = _sums_of_groups(values, groups)
+
+    def mean(samples: np.ndarray, axis: int = 0) -> np.ndarray:
+        total = samples.sum(axis=axis)
+        return total[..., 0] / total[..., 1]
+
+    if not len(sums):
+        return None
+    if len(sums) == 1:
+        return {"estimate": float(mean(sums)), "low": None, "high": None}
+    return bootstrap_interval(sums, mean, seed=seed, resamples=resamples)._asdict()
+
+
+def sign_test(values: Float[np.ndarray, "value"], groups: Sequence[int]) -> dict[str, Any]:
+    """Return the two-sided exact binomial test on the signs of the groups' means.
+
+    Returns:
+        The number of groups whose mean is `positive`, `negative` and `zero` (to 1e-9; these are left out of the test),
+        and `p`. NaN is missing.
+
+    Source: Conover 1999, section 3.4.
+    """
+    sums = _sums_of_groups(values, groups)
+    means = sums[:, 0] / sums[:, 1]
+    positive, negative = int((means > 1e-9).sum()), int((means < -1e-9).sum())
+    signs = positive + negative
+    p = float(scipy.stats.binomtest(positive, signs).pvalue) if signs else 1.0
+    return {"positive": positive, "negative": negative, "zero": len(means) - signs, "p": p}
+
+
+def _sums_of_groups(values: Float[np.ndarray, "value"], groups: Sequence[int]) -> Float[np.ndarray, "group two"]:
+    """Return the sum and the number of the values of each group that has any."""
+    values = np.asarray(values, float)
+    there = ~np.isnan(values)
+    _, number = np.unique(np.asarray(groups)[there], return_inverse=True)
+    return np.stack([np.bincount(number, values[there]), np.bincount(number)], axis=1).astype(float)
+
+
+# Corpus BLEU and chrF.
 
 Texts = Sequence[str]
 References = Sequence[str] | Sequence[Sequence[str]]

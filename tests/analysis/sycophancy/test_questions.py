@@ -197,8 +197,8 @@ def test_the_published_items_are_those_of_the_file(published, tmp_path, monkeypa
     path = tmp_path / "other.json"
     line = {"text": "x", "sycophantic_answer": "(A)", "truthful_answer": "(B)", "subdomain": "", "id": ""}
     for lines, message in (
-        ([{"text": "x"}], r"must be a list of objects with text, sycophantic_answer"),
-        ([line], r"other\.json, entry 0: the question has no options"),
+        ([{"text": "x"}], r"row 0: the keys must be text, sycophantic_answer, .*, but are text"),
+        ([line], r"other\.json has 1 bad row: row 0: the question has no options"),
     ):
         path.write_text(json.dumps(lines))
         with pytest.raises(ValueError, match=message):

@@ -10,18 +10,9 @@ import transformers
 from jaxrl_llm.analysis.sycophancy import ModelSource, facts
 from jaxrl_llm.analysis.sycophancy.probes import conversations
 from jaxrl_llm.analysis.sycophancy.questions import Asked, Item
-from jaxrl_llm.analysis.sycophancy.scoring import (
-    PREFIX_BUCKET,
-    Reading,
-    Row,
-    against_others,
-    answer_log_probs,
-    answered_row,
-    encode,
-    groups_of,
-    label_tokens,
-)
+from jaxrl_llm.analysis.sycophancy.scoring import against_others, answered_row, encode, label_tokens
 from jaxrl_llm.models.gpt2 import GPT2
+from jaxrl_llm.scoring import PREFIX_BUCKET, Choices, Reading, answer_log_probs, groups_of
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, logits_of, tokenizer
 from tests.conftest import log_softmax
 
@@ -31,15 +22,15 @@ def rows(loaded):
     rng = np.random.default_rng(1)
     lengths = [(5, (1, 1)), (40, (1, 3)), (23, (2, 4)), (64, (1, 1)), (65, (4, 2)), (9, (1, 2)), (33, (3, 3))]
     drawn = [
-        Row(rng.integers(0, 300, given).tolist(), [rng.integers(0, 300, length).tolist() for length in answers])
+        Choices(rng.integers(0, 300, given).tolist(), [rng.integers(0, 300, length).tolist() for length in answers])
         for given, answers in lengths
     ]
     # Questions that begin alike: two in two orders, and one that another one continues.
-    alike = [Row([*drawn[1].given[:30], *given], drawn[2].answers) for given in ([1, 2, 3], [3, 2, 1], [1], [1, 2])]
+    alike = [Choices([*drawn[1].given[:30], *given], drawn[2].answers) for given in ([1, 2, 3], [3, 2, 1], [1], [1, 2])]
     # Two that share more than a bucket and come with their answers to the whole context.
     shared = rng.integers(0, 300, PREFIX_BUCKET + 2).tolist()
-    edge = [Row([*shared, *rng.integers(0, 300, CONTEXT - 2 - len(shared))], [[1, 2, 3], [4]]) for _ in range(2)]
-    return [*drawn, *alike, Row(drawn[5].given, [[5], [6, 7]]), Row([7], [[5], [6]]), *edge]
+    edge = [Choices([*shared, *rng.integers(0, 300, CONTEXT - 2 - len(shared))], [[1, 2, 3], [4]]) for _ in range(2)]
+    return [*drawn, *alike, Choices(drawn[5].given, [[5], [6, 7]]), Choices([7], [[5], [6]]), *edge]
 
 
 def test_questions_that_begin_alike_are_grouped(rows):
@@ -85,7 +76,7 @@ def test_rows_may_have_different_numbers_of_answers(loaded, rows, together):
     three = rows[0]._replace(answers=[*rows[0].answers, *rows[3].answers[:1]])
     found = answer_log_probs(loaded.model, loaded.params, [three, rows[3]], progress=False)
     assert_alike([found[0][:2], found[1]], [together[0], together[3]])
-    long = Row([1] * (CONTEXT + 1), [[1], [2], [3]])
+    long = Choices([1] * (CONTEXT + 1), [[1], [2], [3]])
     short, unread = ModelSource(loaded, progress=False).log_probs([three, long])
     assert_alike([short], found[:1])
     assert len(unread) == 3 and np.isnan(unread).all(), "too long"
@@ -111,7 +102,7 @@ def test_logits_are_of_one_place_of_a_batch_at_a_time(loaded, rows, together):
 
 
 def test_rows_that_do_not_fit_and_empty_batches(loaded, rows):
-    for bad, comes_to in ((Row([1] * 200, [[1], [2, 3]]), 201), (Row([], [[1], [2]]), 0)):
+    for bad, comes_to in ((Choices([1] * 200, [[1], [2, 3]]), 201), (Choices([], [[1], [2]]), 0)):
         with pytest.raises(ValueError, match=rf"question 2 must have from 1 to 200 tokens .*, but has {comes_to}\."):
             answer_log_probs(loaded.model, loaded.params, [rows[0], bad])
     with pytest.raises(ValueError, match=r"batch_size must be at least 1, but is 0"):
