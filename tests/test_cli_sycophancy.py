@@ -159,7 +159,7 @@ def test_no_shift_says_why(capsys):
     items = [parse_item(line | {"question": f"Tea is good.{OPTIONS}"}) for line in LINES]
     print_report(sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(items), resamples=5))
     out = capsys.readouterr().out
-    assert "  by letters: no effect, for of 2 items 2 unpaired, 0 with a variant too long\n" in out
+    assert "  by letters: no effect; 2 items, 2 unpaired, 0 with a variant too long\n" in out
 
 
 def test_an_infinite_effect_is_said_to_be(capsys):

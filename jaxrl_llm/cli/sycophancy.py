@@ -218,7 +218,7 @@ def _print_effect(form: str, found: dict[str, Any], items: str) -> None:
     """Print what stands behind an effect: its scale in probability, pairs and claims, and the right answers."""
     missing = f"{found['unpaired']} unpaired, {found['too_long']} with a variant too long"
     if not found["pairs"]:
-        print(f"  by {form}: no effect, for of {items} {missing}")
+        print(f"  by {form}: no effect; {items}, {missing}")
         return
     up, down, zero = (found["signs"][sign] for sign in ("positive", "negative", "zero"))
     over = f"over {counted(found['pairs'], 'item')} of {counted(up + down + zero, 'claim')}; {missing}"
