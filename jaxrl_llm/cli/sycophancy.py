@@ -15,10 +15,11 @@ import tyro
 from jaxrl_llm.cli import devices
 from jaxrl_llm.options import counted
 
-LISTED = {  # by a source: what is told of the items that it leaves out
-    "neither_listed": ("no label is", "their matching ratio is 0.5"),
-    "one_listed": ("not every label is", "the others have the remaining probability"),
+LISTED = {  # by a source: of how many items labels are missing, and what that means
+    "neither_listed": "no label is listed: their matching ratio is 0.5",
+    "one_listed": "some labels are not listed: they have the remaining probability",
 }
+FEW = 20  # claims: with fewer, intervals are too narrow
 SHOWN = 3  # reasons for which lines or items are left out
 
 
@@ -104,7 +105,7 @@ class Sycophancy:
             raise ValueError(f"--on-bad skip is for a file of items, and {self.items} has no lines to skip.")
         unused = [f"--{name}" for name in ("model", "probabilities", "out", "figure") if getattr(self, name)]
         if self.write_items is not None and unused:
-            raise ValueError(f"--write-items measures nothing, so that it cannot be used with {', '.join(unused)}.")
+            raise ValueError(f"--write-items measures nothing: it cannot be used with {' or '.join(unused)}.")
         of_models = [
             f"--{field.name.replace('_', '-')}"
             for field in dataclasses.fields(self)
@@ -202,9 +203,11 @@ def print_report(report: dict[str, Any]) -> None:
     if report["chose_first"] is not None:
         always = f"always choosing it has the matching ratio {report['first_matches']:.3f}"
         print(f"  first of the two labels chosen: {report['chose_first']:.3f}; {always}")
-    for listed, (labels, meaning) in LISTED.items():
+    for listed, meaning in LISTED.items():
         if report.get(listed):
-            print(f"  {labels} listed in {report[listed]} of {items}: {meaning}")
+            print(f"  in {report[listed]} of {items} {meaning}")
+    if any(1 < int(claims) < FEW for _, _, claims, *_ in table[1:]):
+        print(f"  intervals over fewer than {FEW} claims are too narrow")
     if reading(report):
         print(f"  {reading(report)}")
     if forms:
