@@ -408,11 +408,6 @@ def _query_start(text: str) -> int:
 
 # The same question asked by a user of the opposite opinion.
 
-_OPINION = re.compile(
-    r"\bI ((?:(?:strongly|firmly|fully|also|would) )*)(do not agree|don['’‘ʼ`´]t agree|agree|disagree)\b"
-    r"( (?:with )?(?:(?:that|this|the) (?:claim|statement|view|idea)|that|this|it)\b)?"  # what is agreed with
-)
-
 
 def _opposite(
     items: Sequence[Item], starts: Mapping[int, int], users: Mapping[tuple[Any, str], Sequence[int]], place: int
@@ -421,25 +416,25 @@ def _opposite(
 
     The biography is that of another item with the same query and options whose user prefers one of the other answers.
     Users are paired in the order of the items; where there are fewer of another opinion, their biographies are used
-    again. If there are none, the item's own "I agree" is exchanged for "I disagree", or the reverse.
+    again. (To exchange "I agree" for "I disagree" in the own user's biography would leave their reasons, which argue
+    the other way.)
 
     Args:
         starts: of the queries.
         users: the places of the items by claim and by the answer that their user prefers.
 
     Raises:
-        ValueError: if no item states the opposite opinion, and exchanging its words does not give one.
+        ValueError: if no item states an opposite opinion.
     """
     item, start = items[place], starts[place]
     claim, believed = _claim(item, start), [item.texts[letter] for letter in item.letters]
     others = [(turn, other) for turn, text in enumerate(believed) if turn for other in users[claim, text]]
-    if others:
-        turn, other = others[users[claim, believed[0]].index(place) % len(others)]
-        letters = {text: letter for letter, text in item.texts.items()}
-        moved = {letter: letters[text] for letter, text in items[other].texts.items()}
-        biography = _reletter(items[other].question[: starts[other]], moved)
-    else:
-        turn, biography = 1, _reversed_opinion(item, item.question[:start])
+    if not others:
+        raise ValueError("no item has the same query and the opposite opinion")
+    turn, other = others[users[claim, believed[0]].index(place) % len(others)]
+    letters = {text: letter for letter, text in item.texts.items()}
+    moved = {letter: letters[text] for letter, text in items[other].texts.items()}
+    biography = _reletter(items[other].question[: starts[other]], moved)
     spaced = biography if biography[-1].isspace() else biography + " "
     labels = [item.labels[turn], *item.labels[:turn], *item.labels[turn + 1 :]]
     return _answered(replace(item, question=spaced + item.question[start:]), labels)
@@ -449,27 +444,6 @@ def _claim(item: Item, start: int) -> tuple[str, str, frozenset[str]]:
     """Return what questions about one claim share, in whatever order their options are and whatever white space."""
     before, _, ending = item.parts
     return single_spaced(before[start:]), single_spaced(ending), frozenset(item.texts.values())
-
-
-def _reversed_opinion(item: Item, biography: str) -> str:
-    """Exchange "agree" for "disagree" or the reverse, and the letters in brackets; what else the user says stays.
-
-    Raises:
-        ValueError: unless the options are agreement and disagreement, and the user says just once, of the claim, the
-            one that the item's label has.
-    """
-    matching, other = (item.texts[letter].removesuffix(".").lower() for letter in item.letters[:2])
-    said = list(_OPINION.finditer(biography))
-    if {matching, other} != {"agree", "disagree"} or len(item.letters) > 2:
-        reason = "the options are not agreement"
-    elif not said:
-        reason = "the user says nowhere that they agree or disagree"
-    elif len(said) > 1 or said[0][3] is None or (said[0][2] == "agree") != (matching == "agree"):
-        reason = f'the user does not say just once, and of the claim, that they {matching}: "{said[0][0]}"'
-    else:
-        turned = biography[: said[0].start(2)] + other + biography[said[0].end(2) :]
-        return _reletter(turned, dict(zip(item.letters, reversed(item.letters), strict=True)))
-    raise ValueError(f"no item has the same query and the opposite opinion, and {reason}")
 
 
 # Every question, asked by opposite users and by nobody, in both orders.

@@ -388,7 +388,7 @@ def opposite(asked, index):
 
 def test_the_variants_are_the_same_question(published):
     made = variants(published)
-    assert made.unsplit == [] and len(made.unpaired) == 17
+    assert made.unsplit == [] and len(made.unpaired) == 25
     paired = {index for index, user, _ in made.asked if user == OPPOSITE}
     assert sorted([*paired, *(each.index for each in made.unpaired)]) == list(range(150))
     for (index, user, order), (asked, has_user, letter, _) in made.asked.items():
@@ -400,14 +400,15 @@ def test_the_variants_are_the_same_question(published):
         assert same == (user != OPPOSITE), "the opposite user's matching answer is the other one"
         assert (asked == own) == (user == OWN and order == 0)
     biographies = {biography_and_query(each)[0] for each in published}
-    exchanged = [index for index in paired if biography_and_query(opposite(made, index))[0] not in biographies]
-    assert len(exchanged) == 8, "these are made by exchanging a word"
+    assert all(biography_and_query(opposite(made, index))[0] in biographies for index in paired), "nothing is invented"
     bare = made.asked[0, NONE, 0].item
     assert bare.question == published[0].question.removeprefix(biography_and_query(published[0])[0])
     chosen = published_sample(range(150), 40)
     some = variants(published, chosen)
     assert some.items == published_sample(published, 40), "the draw is that of the items"
-    assert opposite(some, 0) == opposite(made, chosen[0]), "opposite users are those of all items"
+    paired = [index for index in range(40) if (index, OPPOSITE, 0) in some.asked]
+    assert len(paired) == 40 - len(some.unpaired) > 30
+    assert all(opposite(some, index) == opposite(made, chosen[index]) for index in paired), "sought among all items"
 
 
 def test_opposites_are_paired_by_texts_in_any_order():
@@ -442,35 +443,9 @@ def test_a_biography_without_a_space_at_its_end_is_given_one():
 
 
 @pytest.mark.parametrize(
-    ("said", "turned"),
-    [
-        ("I strongly agree with it, so (A).", "I strongly disagree with it, so (B)."),
-        ("Therefore, I would agree with that claim.", "Therefore, I would disagree with that claim."),
-    ],
-)
-def test_a_word_makes_the_opposite(said, turned):
-    asked = " Do you agree or disagree? Tea is good."
-    found = opposite(variants([item(said + asked)]), 0)
-    assert found == item(turned + asked, matching=" (B)", other=" (A)")
-    assert opposite(variants([found]), 0) == item(said + asked)
-    for negated in ("do not agree", "don't agree", "don’t agree", "donʼt agree"):
-        refused = item(said.replace("agree", negated) + asked, matching=" (B)", other=" (A)")
-        assert opposite(variants([refused]), 0) == item(said.replace("(A)", "(B)") + asked)
-
-
-@pytest.mark.parametrize(
     ("said", "tail", "reason"),
     [
-        ("I like it.", TAIL, r"says nowhere that they agree"),
-        (
-            "I agree with it. I disagree.",
-            TAIL,
-            r'not say just once, and of the claim, that they agree: "I agree with it"',
-        ),
-        ("I disagree with it.", TAIL, r'and of the claim, that they agree: "I disagree with it"'),
-        ("I agree with my wife on holidays.", TAIL, r'and of the claim, that they agree: "I agree"'),
-        ("I agree.", TAIL, r'and of the claim, that they agree: "I agree"'),
-        ("I agree.", "\n (A) x\n (B) y", r"the options are not agreement"),
+        ("I agree with it.", TAIL, r"no item has the same query and the opposite opinion"),
         ("", TAIL, r"there is no biography before the query"),
         ("I agree with it and would choose A.", TAIL, r"by its letter without brackets: A"),
     ],
@@ -497,7 +472,8 @@ def test_left_out_items_are_named_in_the_order_of_the_sample():
     bare = Item(f"Do you agree or disagree? Tea is good.{TAIL}", " (A)", " (B)", name="bare")
     said = "I am Ann. I agree {}. Do you agree or disagree? Wine is good."
     plain, named = item(said.format("with it and choose A"), name="plain"), item(said.format("that (A) is right"))
-    found = variants([item(said.format("with it")), bare, plain, named], [3, 2, 1])
+    other = item("I am Bob. Do you agree or disagree? Wine is good.", matching=" (B)", other=" (A)")
+    found = variants([other, bare, plain, named], [3, 2, 1])
     assert [(each.index, each.name) for each in found.unsplit] == [(1, "bare")]
     assert [each.index for each in found.unpaired] == [2, 1], "by the place in all items"
     assert [(each.index, each.reason) for each in found.lettered] == [
