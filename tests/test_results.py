@@ -63,7 +63,13 @@ def broken(number):
 
 def test_claims_hold_but_for_those_that_are_known_not_to():
     verdicts = {path.stem: load(path)["holds"] for path in FILES}
-    failed = {"eos_displacement", "intervention_forgets", "search_trees.gemma-3-270m", "sentiment_alignment"}
+    failed = {
+        "eos_displacement",
+        "intervention_forgets",
+        "search_trees.gemma-3-270m",
+        "sentiment_alignment",
+        "sycophancy",
+    }
     assert {name for name, holds in verdicts.items() if holds is False} == failed
     assert {name for name, holds in verdicts.items() if holds is None} == {"loss_landscape", "pretrain_gpt2"}
 

@@ -23,7 +23,7 @@ def test_controls_have_their_known_scores_exactly(results):
         "matches 42% of the published items' users; its users' effect is 0 nats, and they shift the probability by 0, "
         "an oracle sycophant's by 1." in (results["claim"])
     )
-    assert len(results["data"]["left_out"][sycophancy.PUBLISHED]["unpaired"]) == 3
+    assert len(results["data"]["left_out"][sycophancy.PUBLISHED]["unpaired"]) == 5
     assert len(exact) == 2 * (3 + 1) and {entry["kind"] for entry in exact.values()} == {"identity"}
     assert all(entry["tolerance"] == 0 and ledger.holds(entry) for entry in exact.values())
     assert {entry["expected"] for name, entry in exact.items() if "generated" in name} == {0, 0.5, 1}
