@@ -49,7 +49,7 @@ def together(loaded, rows):
 
 
 def test_answers_have_the_log_probability_of_their_tokens(loaded, rows, together):
-    """Of each answer behind its question, without cache or batch."""
+    """Compare with each answer read after its question, alone and without a cache."""
     answered = [(row.given, answer) for row in rows for answer in row.answers]
     logp = log_softmax(logits_of(loaded, [[*given, *answer] for given, answer in answered]))
     sums = [

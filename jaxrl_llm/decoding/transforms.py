@@ -325,20 +325,20 @@ class Temperature(Transform):
 
 
 class Cut(Transform):
-    """A filter that keeps the tokens whose logit is at least a threshold, which the largest few mostly tell."""
+    """A filter of tokens whose logit is below a threshold. Mostly the largest logits, the head, suffice to find it."""
 
     reweighs: ClassVar[bool] = False
 
     def threshold(
         self, logits: Float[Array, "*batch vocab"], head: Float[Array, "*batch head"]
     ) -> Float[Array, "*batch"]:
-        """The threshold of each row, given the logits and their sorted head."""
+        """Return the threshold of each row, from the logits and their sorted head."""
         raise NotImplementedError
 
     def cut(
         self, logits: Float[Array, "*batch vocab"], head: Float[Array, "*batch head"] | None = None
     ) -> tuple[Float[Array, "*batch vocab"], Float[Array, "*batch head"]]:
-        """The logits that are kept, the others −inf, and their sorted head, which is found if it is not given."""
+        """Return the logits, −inf below the threshold, and their sorted head, which is found if it is not given."""
         head = _head(logits) if head is None else head
         threshold = self.threshold(logits, head)[..., None]
         return tuple(jnp.where(values >= threshold, values, -jnp.inf) for values in (logits, head))
@@ -611,7 +611,7 @@ def _fill(
 
 
 def _head(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch head"]:
-    """The largest logits of each row, in descending order, in float32 or wider."""
+    """Return the largest logits of each row, in descending order, in float32 or wider."""
     return largest(wide(logits), min(HEAD, logits.shape[-1]))[0]
 
 
