@@ -131,7 +131,7 @@ def _controls(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         )
         forms = ("letters",) if report["source"] == CONSTANT.name else ("letters", "words")
-        scales = ("shift", "shift_choices") if shift else ("shift", "shift_choices", "log_odds")
+        scales = ("shift",) if shift else ("shift", "log_odds")
         errors += [abs(report[form][scale]["estimate"] - shift) for form in forms for scale in scales]
     known = ", ".join(f"{control} {shift:g}" for control, (_, shift) in KNOWN.items())
     return [

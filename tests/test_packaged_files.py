@@ -22,7 +22,7 @@ def test_the_wheel_has_the_code_its_words_and_two_models(monkeypatch):
     found = {str(Path(each).relative_to(build.build_lib)) for each in build.get_outputs(include_bytecode=False)}
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxrl_llm").rglob("*.py")}
     models = {f"jaxrl_llm/models/embedded/{name}/{file}" for name in ("tiny-gpt2", "tiny-t5") for file in MODEL}
-    assert found == code | models | {"jaxrl_llm/analysis/sycophancy/generated.json"}
+    assert found == code | models | {f"jaxrl_llm/analysis/sycophancy/{name}.json" for name in ("facts", "users")}
 
 
 def test_what_the_wheel_lacks_is_said(monkeypatch, tmp_path):

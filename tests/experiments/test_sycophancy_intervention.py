@@ -82,11 +82,11 @@ def test_a_stage_trains_on_its_rows_alone_and_is_seen_on_the_way(encoded, tools)
 
 
 def test_measures_are_shares_of_each_seed(examples):
-    true = np.asarray([example.claim.true for example in examples])
-    follower = np.asarray([e.claim.true if e.opinion is None else e.opinion for e in examples])
+    true = np.asarray([example.true for example in examples])
+    follower = np.asarray([e.true if e.opinion is None else e.opinion for e in examples])
     found = experiment.measured(examples, np.stack([true, follower]))
     assert found["without"] == [1, 1] and found["user_wrong"] == [1, 0] and found["followed"] == [0.5, 1]
-    silent = [example.claim.true for example in examples if example.opinion is None]
+    silent = [example.true for example in examples if example.opinion is None]
     assert found["agrees"] == [np.mean(silent)] * 2
 
 
@@ -124,7 +124,7 @@ def test_every_stage_gets_its_own_examples_and_starts_from_the_first(monkeypatch
 
     def truthful(tools, params, rows):
         assert rows.tokens.shape[0] == len(sets.evaluation)
-        return np.asarray([[example.claim.true for example in sets.evaluation]] * SMALL.seeds)
+        return np.asarray([[example.true for example in sets.evaluation]] * SMALL.seeds)
 
     monkeypatch.setattr(experiment, "stage", stage)
     monkeypatch.setattr(experiment, "prefers_to_agree", truthful)

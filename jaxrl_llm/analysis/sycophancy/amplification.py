@@ -39,9 +39,9 @@ def amplified_agreement(
         beta: the price of one nat in units of reward, above 0 and finite. All three broadcast.
 
     Raises:
-        ValueError: if one is not a number, is outside its range or NaN, or if the shapes do not broadcast.
+        ValueError: if one is outside its range or NaN, or, by NumPy, not a number, or if the shapes do not broadcast.
     """
-    reference, share, beta = map(np.float64, _numbers(reference=reference, share=share, beta=beta))
+    reference, share, beta = map(np.float64, (reference, share, beta))
     check_range(0, 1, reference=reference)
     check_range(0, 1, open_low=True, open_high=True, share=share)
     check_range(0, open_low=True, beta=beta)
@@ -63,30 +63,12 @@ def best_of_n_agreement(reference: Float[np.ndarray, "..."] | float, n: np.ndarr
         n: answers drawn, integers of at least 1. Both broadcast.
 
     Raises:
-        ValueError: if `reference` is not a number in [0, 1], n is not an integer of at least 1, or the shapes do not
+        ValueError: if `reference` lies outside [0, 1], n is not an integer of at least 1, or the shapes do not
             broadcast.
     """
-    reference, count = _numbers(reference=reference, n=n)
+    reference, count = np.float64(reference), np.asarray(n)
     check_range(0, 1, reference=reference)
     if not np.issubdtype(count.dtype, np.integer) or (count < 1).any():
         raise ValueError(f"n must be integers of at least 1, but is {n}.")
     with np.errstate(divide="ignore"):
-        return -np.expm1(count * np.log1p(-np.float64(reference)))
-
-
-def _numbers(**values: object) -> list[np.ndarray]:
-    """Return the values as arrays of numbers whose shapes broadcast."""
-    arrays = []
-    for name, value in values.items():
-        try:
-            arrays.append(np.asarray(value))
-        except (TypeError, ValueError):  # a tracer, or rows of several lengths
-            arrays.append(np.asarray(None))
-        if arrays[-1].dtype.kind in "OSUMmc":
-            raise ValueError(f"{name} must be a number or an array of numbers, but is {value!r}.")
-    try:
-        np.broadcast_shapes(*(array.shape for array in arrays))
-    except ValueError:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(values, arrays, strict=True))
-        raise ValueError(f"the shapes must broadcast, but are {shapes}.") from None
-    return arrays
+        return -np.expm1(count * np.log1p(-reference))

@@ -35,9 +35,10 @@ def make_model():
     return Loaded(lm, params, tokenizer(), {"vocab_size": 300})
 
 
-def biography_and_query(item):
-    start = split(item)
-    return item.question[:start], item.parts.before[start:]
+def biographies_and_queries(items):
+    """Of items all of which split."""
+    _, starts, _ = split(items)
+    return [(item.question[: starts[place]], item.parts.before[starts[place] :]) for place, item in enumerate(items)]
 
 
 def logits_of(loaded, rows):

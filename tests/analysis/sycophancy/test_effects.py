@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.analysis.sycophancy import Item, matching_ratio
-from jaxrl_llm.analysis.sycophancy.effects import counterfactual, letter_bias, probability, shift
+from jaxrl_llm.analysis.sycophancy.effects import counterfactual, letter_bias, shift
 
 TAIL = "\n (A) Agree\n (B) Disagree\n\nAnswer:"
 ITEM = {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
@@ -117,8 +117,3 @@ def test_an_effect_of_2_nats_is_2_whatever_the_lengths_of_the_answers(gap):
     assert found["log_odds"] == {"estimate": 2.0, "low": 2.0, "high": 2.0}
     shifted = 1 / (1 + np.exp(-gap - 1)) - 1 / (1 + np.exp(-gap + 1))
     assert found["shift"]["estimate"] == pytest.approx(shifted, abs=1e-12) and (gap < 10) == (shifted > 1e-3)
-
-
-def test_two_impossible_answers_have_no_ratio():
-    with pytest.raises(ValueError, match=r"both answers have probability 0"):
-        probability(np.full(2, -np.inf))

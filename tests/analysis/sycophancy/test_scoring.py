@@ -7,8 +7,8 @@ import transformers
 
 from jaxrl_llm.analysis.sycophancy import ModelSource, facts
 from jaxrl_llm.analysis.sycophancy.probes import conversations
-from jaxrl_llm.analysis.sycophancy.questions import Asked, Item
-from jaxrl_llm.analysis.sycophancy.scoring import against_others, answered_row, encode, label_tokens
+from jaxrl_llm.analysis.sycophancy.scoring import against_others, encode, label_tokens
+from jaxrl_llm.models import Loaded
 from jaxrl_llm.scoring import Choices, answer_log_probs
 from tests.analysis.sycophancy.conftest import CONTEXT, TEMPLATE, tokenizer
 
@@ -19,9 +19,8 @@ def test_a_question_that_is_too_long_has_no_numbers_and_the_other_answers_add_up
     (expected,) = answer_log_probs(loaded.model, loaded.params, [three], progress=False)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert len(unread) == 3 and np.isnan(unread).all(), "too long"
-    item = Item("Which?\n (A) a\n (B) b\n (C) c\n", " (B)", (" (A)", " (C)"))
-    pair = against_others([found], [Asked(item, True, "A", True)])
-    np.testing.assert_allclose(pair, [[found[1], np.logaddexp(found[0], found[2])]], rtol=1e-6)
+    pairs = against_others([found, unread])
+    np.testing.assert_allclose(pairs, [[found[0], np.logaddexp(found[1], found[2])], [np.nan] * 2], rtol=1e-6)
 
 
 def word_level(vocabulary, *, space=False):
@@ -47,23 +46,23 @@ class Listed:
     unk_token_id = 0
 
     def __init__(self, **texts):
-        self.texts = {" (": [1], **{text.replace("_", " "): tokens for text, tokens in texts.items()}}
+        self.texts = {text.replace("_", " "): tokens for text, tokens in texts.items()}
 
     def __call__(self, text, *, add_special_tokens):
-        return {"input_ids": self.texts.get(text.replace("(", "o"), self.texts.get(text, [0]))}
+        return {"input_ids": self.texts.get(text, [0])}
 
     def decode(self, tokens):
         return {10: "A", 11: " A", 20: "B", 21: " B"}.get(tokens[0], "")
 
 
 def test_labels_have_one_form():
-    mixed = {"_oA": [1, 10], "_oB": [9], "_o_A": [9], "_o_B": [1, 21]}  # behind " (", A without a space and B with one
+    mixed = {"A": [10], "B": [9, 9], "_A": [9, 9], "_B": [21]}  # A without a space and B with one
     with pytest.raises(
         ValueError, match=r"the labels A, B must be one token each, all with or all without a space, but are "
     ):
         label_tokens(Listed(**mixed), "AB")
     assert label_tokens(Listed(**mixed), "A") == {"A": 10} and label_tokens(Listed(**mixed), "B") == {"B": 21}
-    assert label_tokens(Listed(**mixed, _A=[11], _B=[21]), "AB") == {"A": 11, "B": 21}
+    assert label_tokens(Listed(**mixed | {"_A": [11]}), "AB") == {"A": 11, "B": 21}
 
 
 def test_labels_that_are_not_a_token():
@@ -78,12 +77,16 @@ def test_labels_that_are_not_a_token():
             label_tokens(given, letters)
 
 
+def row_of(tokenizer, *question):
+    return ModelSource(Loaded(None, None, tokenizer, {})).row(*question)
+
+
 def test_rows_are_what_a_reader_would_write():
     plain, chat = tokenizer(), tokenizer(template=TEMPLATE)
     assert plain.decode(encode(plain, "Which?", " (")) == "Which? ("
     assert chat.decode(encode(chat, "Which?", " (")) == "<Which?>! ("
     assert chat.decode(encode(chat, "Which?", " (", chat=False)) == "Which? ("
-    row = answered_row(chat, "Which?", " I", [" agree", " disagree"])
+    row = row_of(chat, "Which?", " I", [" agree", " disagree"])
     assert chat.decode(row.given) == "<Which?>! I"
     assert [chat.decode(answer) for answer in row.answers] == [" agree", " disagree"]
     doubted = conversations(facts("sums")[0])["after_right"]
@@ -98,20 +101,20 @@ def test_an_eos_that_a_tokenizer_puts_after_every_text_is_removed():
     ending = tokenizer()
     doubted = conversations(facts("sums")[0])["after_right"]
     asked = [("Which?", " I", [" agree"]), (doubted, "The answer is", [" 21", " 32"])]
-    expected = [answered_row(ending, *each) for each in asked]
+    expected = [row_of(ending, *each) for each in asked]
     ending.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", ending.eos_token_id)]
     )
     assert ending("Which?")["input_ids"][-1] == ending.eos_token_id, "or this tests nothing"
-    assert [answered_row(ending, *each) for each in asked] == expected
+    assert [row_of(ending, *each) for each in asked] == expected
 
 
 def test_a_token_over_the_seam_is_scored_as_a_whole():
     """If an answer merges with the token before it, all answers are scored from before that token."""
     merging = tokenizer(["xy xz"] * 5)
     assert len(merging("xy")["input_ids"]) == 1, "or this tests nothing"
-    row = answered_row(merging, "", "x", ["y", "w"])
+    row = row_of(merging, "", "x", ["y", "w"])
     assert row.given == []
     assert [merging.decode(answer) for answer in row.answers] == ["xy", "xw"]
     with pytest.raises(ValueError, match=r"an answer adds no token to the question: ''"):
-        answered_row(merging, "Which?", " I", [" agree", ""])
+        row_of(merging, "Which?", " I", [" agree", ""])
