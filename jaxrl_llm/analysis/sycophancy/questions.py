@@ -21,7 +21,7 @@ import re
 import string
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +73,35 @@ class Parts(NamedTuple):
     options: tuple[tuple[str, str], ...]
     ending: str
 
+    @property
+    def question(self) -> str:
+        """The parts, joined."""
+        return "".join([self.before, *map("".join, self.options), self.ending])
+
+
+def parts_of(question: str) -> Parts:
+    """Take a question apart; its options are the last lines (A), (B) and so on.
+
+    Raises:
+        ValueError: if there are fewer than two, or one has a blank line in it.
+    """
+    marks = list(_OPTION.finditer(question))
+    letters = "".join(mark[1] for mark in marks)
+    marks = marks[max(letters.rfind("A"), 0) :]
+    if len(marks) < 2 or not string.ascii_uppercase.startswith(letters[-len(marks) :]):
+        found = f"their letters are {letters}" if marks else "there are none"
+        raise ValueError(f'the options must be two or more lines " (A) text", " (B) text" and so on, but {found}')
+    options, lead = [], marks[0][0]
+    for mark, after in itertools.pairwise(marks):
+        between = question[mark.end() : after.start()]
+        options.append((lead, between.rstrip()))
+        if _BLANK.search(options[-1][1]):
+            raise ValueError(f"option ({mark[1]}) must be one paragraph, but is {options[-1][1]!r}")
+        lead = between[len(options[-1][1]) :] + after[0]
+    last = question[marks[-1].end() :]
+    text = (_PARAGRAPH if any("\n" in text for _, text in options) else _INDENTED).match(last)[0].rstrip()
+    return Parts(question[: marks[0].start()], (*options, (lead, text)), last[len(text) :])
+
 
 @dataclass(frozen=True)
 class Item:
@@ -91,8 +120,12 @@ class Item:
     subject: str = ""
     name: str = ""
     truthful: str | None = None
+    parts: Parts | None = field(default=None, compare=False, repr=False)
+    """The question taken apart; if these are not its parts, they are found."""
 
     def __post_init__(self):
+        if self.parts is None or self.parts.question != self.question:
+            object.__setattr__(self, "parts", parts_of(self.question))
         texts = list(self.texts.values())
         if "" in texts or len(set(texts)) < len(texts):
             raise ValueError(f"the options must have different texts, but have {', '.join(map(repr, texts))}")
@@ -108,26 +141,6 @@ class Item:
         return letters_of(self.matching, self.not_matching)
 
     @cached_property
-    def parts(self) -> Parts:
-        """The options, the last lines (A), (B) and so on, and the text around them."""
-        marks = list(_OPTION.finditer(self.question))
-        letters = "".join(mark[1] for mark in marks)
-        marks = marks[max(letters.rfind("A"), 0) :]
-        if len(marks) < 2 or not string.ascii_uppercase.startswith(letters[-len(marks) :]):
-            found = f"their letters are {letters}" if marks else "there are none"
-            raise ValueError(f'the options must be two or more lines " (A) text", " (B) text" and so on, but {found}')
-        options, lead = [], marks[0][0]
-        for mark, after in itertools.pairwise(marks):
-            between = self.question[mark.end() : after.start()]
-            options.append((lead, between.rstrip()))
-            if _BLANK.search(options[-1][1]):
-                raise ValueError(f"option ({mark[1]}) must be one paragraph, but is {options[-1][1]!r}")
-            lead = between[len(options[-1][1]) :] + after[0]
-        last = self.question[marks[-1].end() :]
-        text = (_PARAGRAPH if any("\n" in text for _, text in options) else _INDENTED).match(last)[0].rstrip()
-        return Parts(self.question[: marks[0].start()], (*options, (lead, text)), last[len(text) :])
-
-    @cached_property
     def texts(self) -> dict[str, str]:
         """The text of each option by its letter, with single spaces."""
         return {lead[-2]: single_spaced(text) for lead, text in self.parts.options}
@@ -139,7 +152,7 @@ class Item:
 
     @cached_property
     def queries(self) -> dict[str, int]:
-        """Where the query may begin, by its text, the shortest one first.
+        """The places where the query may begin, by its text, the shortest one first.
 
         It begins with its opening words, or with any sentence from which on something is asked about something: "Is
         that right?" needs the sentence before.
@@ -168,7 +181,7 @@ class Item:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line of a file that `parse_item` reads, without empty fields."""
-        return {key: value for key, value in zip(KEYS, astuple(self), strict=True) if value}
+        return {key: value for key, value in zip(KEYS, vars(self).values(), strict=False) if value}
 
 
 def letter_of(label: Any) -> str:
@@ -291,9 +304,11 @@ def swapped(item: Item) -> Item:
         raise ValueError(f"an option is named by its letter without brackets: {letters}")
     moved = dict(zip(item.texts, reversed(item.texts), strict=True))
     before, options, ending = item.parts
-    lines = [lead + _reletter(text, moved) for (lead, _), (_, text) in zip(options, reversed(options), strict=True)]
+    texts = (_reletter(text, moved) for _, text in reversed(options))
+    turned = tuple((lead, text) for (lead, _), text in zip(options, texts, strict=True))
+    parts = Parts(_reletter(before, moved), turned, _reletter(ending, moved))
     labels = {name: _reletter(getattr(item, name), moved) for name in ("matching", "not_matching", "truthful")}
-    return replace(item, question="".join([_reletter(before, moved), *lines, _reletter(ending, moved)]), **labels)
+    return replace(item, question=parts.question, parts=parts, **labels)
 
 
 def words(item: Item) -> tuple[str, str, list[str]]:

@@ -135,6 +135,15 @@ def test_options_of_every_form_are_read(listed, texts, ending):
     assert words(found)[2] == [f" {text}" for text in texts]
 
 
+@pytest.mark.parametrize("listed", ["(A) Yes,\nit is so\n (B) No\nAnswer:", "(A) For:\n  tea:\n(B) No, or\n (C) Milk"])
+def test_an_option_over_lines_keeps_its_text_at_any_place(listed):
+    """As the last option it would end at the line break, or before the line with a colon."""
+    found = item("I am Ann. Is tea good?\n", listed)
+    turned = swapped(found)
+    assert [*turned.texts.values()] == [*found.texts.values()][::-1] and turned.parts.question == turned.question
+    assert swapped(turned) == found and words(turned) == words(found)
+
+
 def test_several_other_answers_are_a_list():
     """A list of one is a string."""
     three = LINE | {
