@@ -437,13 +437,13 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
         item = items[place]
         askers = {OWN: (item, item.believed)}
         if place in starts:
-            query = item.question[starts[place] :]
+            own, query = item.question[: starts[place]], item.question[starts[place] :]
             askers[NONE] = replace(item, question=query), None
         if place not in unpaired:
             others = [other for letter in item.letters[1:] for other in users[claims[place], item.texts[letter]]]
             if others:
                 other = others[users[claims[place], item.believed].index(place) % len(others)]
-                biography = _biography(items[other], starts[other], item)
+                biography = _biography(items[other], starts[other], item, own)
                 askers[OPPOSITE] = replace(item, question=biography + query), items[other].believed
             else:
                 unpaired[place] = NO_OPPOSITE
@@ -461,8 +461,11 @@ def variants(items: Sequence[Item], chosen: Sequence[int] | None = None) -> Vari
     return Variants([items[place] for place in places], asked, [claims[place] for place in places], *left_out)
 
 
-def _biography(other: Item, start: int, item: Item) -> str:
-    """Return the biography of another item about the same claim, with the letters that its texts have in the item."""
+def _biography(other: Item, start: int, item: Item, own: str) -> str:
+    """Return the biography of another item about the same claim, as it would stand in this one.
+
+    Letters name the item's own options, and the white space at the end is that of the `own` biography.
+    """
     letters = {text: letter for letter, text in item.texts.items()}
-    found = _reletter(other.question[:start], {letter: letters[text] for letter, text in other.texts.items()})
-    return found if found[-1].isspace() else found + " "
+    moved = {letter: letters[text] for letter, text in other.texts.items()}
+    return _reletter(other.question[:start], moved).rstrip() + own[len(own.rstrip()) :]

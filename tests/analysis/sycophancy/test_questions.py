@@ -481,12 +481,13 @@ def test_users_of_any_other_opinion_are_opposite_where_there_are_several():
     assert (turned.item.letters, turned.believed) == (("C", "B", "A"), "Milk")
 
 
-def test_a_biography_without_a_space_at_its_end_is_given_one():
-    first, second = (
-        item("I am Ann. Question: Is tea good?"),
-        item("I am Bob.Question: Is tea good?", TAIL, " (B)", " (A)"),
-    )
-    assert opposite(variants([first, second]), 0).question.startswith("I am Bob. Question:")
+def test_white_space_before_the_query_is_that_of_the_own_user():
+    """Or own and opposite users would differ in it, and Chinese would get spaces."""
+    first = item("I am Ann. Question: Is tea good?")
+    second = item("I am Bob.Question: Is tea good?", TAIL, " (B)", " (A)")
+    found = variants([first, second])
+    assert opposite(found, 0).question.startswith("I am Bob. Question:")
+    assert opposite(found, 1).question.startswith("I am Ann.Question:")
 
 
 @pytest.mark.parametrize(
